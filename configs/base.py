@@ -1,0 +1,122 @@
+"""Every configuration key once: its default, and what it means. The other configs override."""
+
+import os
+
+from ml_collections import ConfigDict
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 0  # all noise derives from it, together with step, prompt, rollout and position
+
+  c.model = m = ConfigDict()
+  m.name = "llada"  # see dmpo_jax.models.MODELS
+  m.init_from = ""  # a folder of converted parameters; "": random initialisation
+  m.d_model = 64
+  m.num_layers = 4
+  m.num_heads = 4
+  m.num_kv_heads = 4
+  m.mlp_hidden_size = 128
+  m.rope_theta = 10_000.0
+  m.rms_norm_eps = 1e-5
+  m.weight_tying = False  # the head reuses the embedding
+  m.dtype = "float32"  # of activations: float32, bfloat16
+  m.param_dtype = "float32"  # of the parameters that are trained; frozen ones too
+  m.remat = "none"  # what the backward pass recomputes: none, dots (all but matmuls), full (whole layers)
+  m.loss_chunk = 0  # completion positions of a row whose logits exist at one time; 0: all
+
+  m.lora = lora = ConfigDict()
+  lora.rank = 0  # 0: train every parameter, with a frozen copy as the reference policy
+  lora.alpha = 64.0  # adapters are scaled by alpha / rank
+  lora.dropout = 0.05  # on the adapters' input, in gradient steps only
+  lora.targets = ("q_proj", "k_proj", "v_proj", "up_proj")  # or ("all",)
+
+  c.tokenizer = t = ConfigDict()
+  t.name = "sentencepiece"
+  t.path = os.path.join(HERE, "tokenizers", "tiny.model")
+
+  c.task = k = ConfigDict()
+  k.name = "sudoku"  # see dmpo_jax.tasks.TASKS
+  k.data_dir = ""  # where generated data is kept; "": `data` beside the workdir
+  k.eval_path = ""  # a published test file to evaluate on; "": the generated test split
+  k.num_train = 8192  # generated prompts
+  k.num_test = 256
+  k.max_prompt_length = 32  # tokens; every prompt is padded to it
+  k.overlong_prompts = "error"  # longer ones: error, skip (counted)
+  k.sudoku = ConfigDict(
+    dict(
+      min_blanks=4,
+      max_blanks=10,
+      demo_unfilled=0.45,  # demonstrations leave a blank cell unfilled with this probability
+    )
+  )
+  k.countdown = ConfigDict(
+    dict(
+      num_numbers=3,
+      max_number=99,
+      demo_wrong=0.7,  # share of demonstrations whose expression misses the target
+    )
+  )
+
+  c.sampler = s = ConfigDict()
+  s.name = "llada"  # see dmpo_jax.samplers.SAMPLERS
+  s.completion_length = 16
+  s.block_length = 16  # divides completion_length; blocks are decoded left to right
+  s.steps = 16  # model calls for the whole completion; a multiple of the number of blocks
+  s.temperature = 1.0  # of the rollouts; 0: greedy
+  s.llada = ConfigDict(dict(remasking="low_confidence"))  # what is committed first: low_confidence, random
+
+  c.rollout = r = ConfigDict()
+  r.num_prompts = 32  # prompts in a buffer
+  r.group_size = 8  # rollouts of each prompt
+
+  c.objective = o = ConfigDict()
+  o.name = "wdce"  # see dmpo_jax.objectives.OBJECTIVES
+  o.alpha = 0.1  # temperature of the target p_ref * exp(reward / alpha); 0: the limit, weights softmax(kappa * reward)
+  o.kappa = 1.0  # proximal step, in (0, 1]
+  o.baseline = "negative"  # subtracted from the weights: none, mean, model, negative
+  o.baseline_strength = 1.0
+  o.num_replicates = 2  # mask draws of each rollout in a gradient step
+  o.num_elbo_replicates = 4  # mask draws of each rollout for log p_ref and log p_old
+  o.antithetic = True  # draw masks in complementary pairs
+  o.min_mask_ratio = 0.1  # mask ratios are drawn from U(min, max)
+  o.max_mask_ratio = 1.0
+  o.counted = "all"  # completion positions in the likelihood: all, until_eos (the first EOS included)
+
+  c.warm_start = w = ConfigDict()  # masked-diffusion training on demonstrations, before anything else
+  w.updates = 0  # gradient steps; 0: none
+  w.batch_size = 128
+  w.learning_rate = 3e-3  # peak: linear warm-up over the first tenth, cosine to 0 after
+  w.min_mask_ratio = 0.001
+
+  c.optim = p = ConfigDict()
+  p.learning_rate = 1e-4
+  p.warmup_updates = 0  # linear, then constant
+  p.b1 = 0.9
+  p.b2 = 0.99
+  p.weight_decay = 0.0
+  p.clip_norm = 1.0  # global norm of the gradient
+  p.max_skips_in_a_row = 5  # updates with a non-finite loss or gradient are skipped; after so many in a row the run stops
+
+  c.train = n = ConfigDict()
+  n.num_buffers = 20  # buffers of rollouts
+  n.updates_per_buffer = 2
+  n.microbatch_prompts = 0  # prompts whose gradient is computed at one time; 0: the whole buffer
+
+  c.sharding = h = ConfigDict()  # sizes of the mesh axes; -1: the devices that the others leave
+  h.data = -1  # rows; weights are copied
+  h.fsdp = 1  # rows and weights are split
+  h.tensor = 1  # heads, feed-forward and vocabulary are split
+
+  c.eval = e = ConfigDict()
+  e.every_buffers = 0  # 0: only before the first and after the last
+  e.num_prompts = 256
+  e.batch_size = 256
+  e.temperature = 0.0
+
+  c.checkpoint = x = ConfigDict()
+  x.every_updates = 20
+  x.keep = 2
+  return c

@@ -1,0 +1,68 @@
+"""Where arrays live: the mesh, and one table from logical axes to mesh axes.
+
+Weights and activations name their axes logically; this table alone says which mesh axis each is split over.
+Rows (prompts x rollouts x replicates) are split over `data` and `fsdp`; weights over `fsdp` and `tensor`. A laptop
+is a mesh of one device, so nothing else in the package asks how many devices there are.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axes it is split over
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+  "rows": ("data", "fsdp"),  # activations: rows of a batch
+  "embed": ("fsdp",),  # weights: the model width
+  "heads": ("tensor",),  # weights and activations: query heads
+  "kv_heads": ("tensor",),  # weights and activations: key/value heads
+  "ffn": ("tensor",),  # weights and activations: feed-forward width
+  "vocab": ("tensor",),  # weights and activations: vocabulary
+  "layers": (),  # weights: the scanned layer axis
+  "rank": (),  # weights: the LoRA rank
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Build the (data, fsdp, tensor) mesh over `devices` (default: all of them).
+
+  One of the sizes may be -1: it takes the devices that the others leave.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = [data, fsdp, tensor]
+  given = f"sharding.data={data}, sharding.fsdp={fsdp}, sharding.tensor={tensor}"
+  if sizes.count(-1) > 1:
+    raise ValueError(f"{given}: at most one of them may be -1 (the devices that the others leave)")
+  if -1 in sizes:
+    others = int(np.prod([size for size in sizes if size != -1]))
+    sizes[sizes.index(-1)] = max(len(devices) // others, 1)
+  if int(np.prod(sizes)) != len(devices):
+    raise ValueError(f"{given} need {int(np.prod(sizes))} devices, {len(devices)} are there: set one of them to -1")
+  return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+  """Translate logical axis names (None: not split) to a PartitionSpec."""
+  entries = [LOGICAL_AXES[name] if name else () for name in logical]
+  used = [axis for entry in entries for axis in entry]
+  if len(used) != len(set(used)):
+    raise ValueError(f"logical axes {logical} would split two dimensions over one mesh axis")
+  return PartitionSpec(*(entry or None for entry in entries))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
+  """Pin an activation's layout inside jit; does nothing where no mesh is set (`jax.set_mesh`)."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return array
+  return jax.lax.with_sharding_constraint(array, spec(*logical))

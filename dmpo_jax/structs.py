@@ -1,0 +1,65 @@
+"""The arrays that travel between the rooms, and the letters that name their axes.
+
+Axes, here and in every jaxtyping signature of the package:
+
+    p  prompts in a buffer          d  model width
+    g  rollouts of one prompt       n  attention heads
+    b  rows, usually p * g          k  key/value heads
+    r  mask replicates of a row     h  head width
+    q  prompt positions             f  feed-forward width
+    c  completion positions         v  vocabulary
+    l  q + c, a whole row
+
+`g` stays an axis of its own wherever a group matters, so that a softmax over a group cannot mix prompts.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+
+@struct.dataclass
+class Prompts:
+  """A batch of prompts, left-padded to one length."""
+
+  tokens: jax.Array  # int32 [p, q]
+  is_valid: jax.Array  # bool [p, q]; False on padding
+  prompt_id: jax.Array  # uint32 [p]; the prompt's identity: it seeds the noise of its rows
+
+
+@struct.dataclass
+class Rollouts:
+  """What a sampler returns for b rows."""
+
+  completion: jax.Array  # int32 [b, c]
+  committed_at: jax.Array  # int32 [b, c]; the model call (from 0) that decided the position
+  confidence: jax.Array  # float32 [b, c]; the model's probability of the token when it was committed
+  num_calls: jax.Array  # int32 [b]; model calls that the row was live in
+
+
+@struct.dataclass
+class Experience:
+  """A buffer of graded rollouts: all that the updates need, and independent of the current parameters."""
+
+  prompts: Prompts
+  completion: jax.Array  # int32 [p, g, c]
+  is_counted: jax.Array  # bool [p, g, c]; positions that count in the likelihood
+  reward: jax.Array  # float32 [p, g]
+  is_kept: jax.Array  # bool [p, g]; False: dropped from its group (its reward failed)
+  log_p_old: jax.Array  # float32 [p, g]; sequence log-probability (bound) under the sampling policy
+  log_p_ref: jax.Array  # float32 [p, g]; the same under the reference policy, with the same masks
+  weight: jax.Array  # float32 [p, g]; importance weights, summing to 1 over g
+  negative_weight: jax.Array  # float32 [p, g]; weights of the target tilted the other way
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that an update changes, and the frozen parameters it refers to."""
+
+  step: jax.Array  # int32 []; gradient steps tried so far
+  trainable: Any  # parameters that are learned: all of them, or the LoRA adapters
+  frozen: Any  # the reference policy's parameters (under LoRA also the base of the current policy)
+  opt_state: Any
+  num_skipped: jax.Array  # int32 []; updates skipped because something was not finite
+  num_skipped_in_a_row: jax.Array  # int32 []
