@@ -1,0 +1,34 @@
+# make demo: install, train a tiny model on 4x4 Sudoku with DMPO, show before and after.   make test, make lint.
+# Needs Python 3.11 or newer; another interpreter than python3: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+TEST_WORKERS ?= 2
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# compiled programs are kept between runs
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: demo test lint format
+
+demo: $(INSTALLED)
+	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(INSTALLED)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12'; exit 1; }
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@

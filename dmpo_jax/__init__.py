@@ -1,0 +1,1 @@
+"""DMPO: reinforcement learning of masked diffusion language models, in JAX."""

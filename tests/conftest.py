@@ -1,0 +1,24 @@
+"""Before any test: eight virtual CPU devices, exact float32 matmuls, and run-time checks of the jaxtyping signatures."""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Read when jax is first imported, and inherited by the processes that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+sys.path.insert(0, str(ROOT))
+
+# Imported before the hook, and so not checked: its fields also hold shardings and abstract arrays under jax.tree.map.
+import dmpo_jax.structs  # noqa: E402, F401
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("dmpo_jax", "beartype.beartype")
