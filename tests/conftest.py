@@ -1,4 +1,4 @@
-"""Before any test: eight virtual CPU devices, exact float32 matmuls, and run-time checks of the jaxtyping signatures."""
+"""Before any test: eight virtual CPU devices, exact float32 matmuls, run-time checks of the jaxtyping signatures."""
 
 import os
 import pathlib
@@ -17,8 +17,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 sys.path.insert(0, str(ROOT))
 
+from jaxtyping import install_import_hook  # noqa: E402
+
 # Imported before the hook, and so not checked: its fields also hold shardings and abstract arrays under jax.tree.map.
 import dmpo_jax.structs  # noqa: E402, F401
-from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("dmpo_jax", "beartype.beartype")
