@@ -1,0 +1,75 @@
+"""From logits to a token and its probability at every position of a block: what the decoding rules choose among."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+
+class Prediction(NamedTuple):
+  """The token that each position would take now, and the model's probability of it."""
+
+  tokens: Int[Array, "b s"]
+  confidence: Float32[Array, "b s"]
+
+
+def predict(
+  logits: Float[Array, "b s v"],
+  keys: Key[Array, "b"],
+  positions: Int[Array, "s"],
+  *,
+  mask_token_id: int,
+  temperature: float,
+) -> Prediction:
+  """Sample softmax(logits / temperature) at every position by Gumbel-max; temperature 0 takes the most likely.
+
+  MASK is never chosen. The confidence is the token's probability under softmax(logits): without the noise, at
+  temperature 1 and with MASK among the alternatives, as LLaDA has it (arXiv 2502.09992, section 2.4). All in float32.
+
+  Args:
+    keys: the rows' keys for this call; unused at temperature 0.
+    positions: the block's positions in the completion, for their noise.
+  """
+  logits = logits.astype(jnp.float32)
+  scores = jnp.where(jnp.arange(logits.shape[-1]) == mask_token_id, -jnp.inf, logits)
+  if temperature > 0:
+    scores = scores + temperature * gumbel_noise(keys, positions, logits.shape[-1])
+  tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+  highest = logits.max(-1)
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  confidence = jnp.exp(chosen - highest) / jnp.exp(logits - highest[..., None]).sum(-1)
+  return Prediction(tokens, confidence)
+
+
+def gumbel_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], vocab_size: int) -> Float32[Array, "b s v"]:
+  """Draw Gumbel noise that belongs to (row, call, position), whatever block or batch the position is decoded in."""
+
+  def draw(key: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,), jnp.float32, mode="high")
+
+  return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys, positions)
+
+
+def uniform_noise(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Float32[Array, "b s"]:
+  """Draw one number in [0, 1) for each (row, call, position), independent of `gumbel_noise`."""
+
+  def draw(key: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(key, position))
+
+  other = jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(2**32 - 1))  # no position has this number
+  return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(other, positions)
+
+
+def select_highest(
+  score: Float[Array, "b s"], is_masked: Bool[Array, "b s"], count: Int[Array, "b"], most: int
+) -> Bool[Array, "b s"]:
+  """Mark each row's `count` masked positions of highest score, the leftmost first among equals.
+
+  Args:
+    most: static upper bound of `count`. A small one is cheap: nothing is sorted beyond it.
+  """
+  _, ranked = jax.lax.top_k(jnp.where(is_masked, score, -jnp.inf), most)
+  is_within = jnp.arange(most) < count[:, None]
+  is_chosen = (ranked[:, :, None] == jnp.arange(score.shape[1])) & is_within[:, :, None]
+  return is_chosen.any(1) & is_masked
