@@ -22,4 +22,5 @@ from jaxtyping import install_import_hook  # noqa: E402
 # Imported before the hook, and so not checked: its fields also hold shardings and abstract arrays under jax.tree.map.
 import dmpo_jax.structs  # noqa: E402, F401
 
-install_import_hook("dmpo_jax", "beartype.beartype")
+# an int passes where a float is asked for, as everywhere in Python
+install_import_hook("dmpo_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
