@@ -1,0 +1,63 @@
+"""Masked-diffusion training on given completions (demonstrations): LLaDA's supervised loss."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from dmpo_jax.objectives.likelihood import Score, masked_mean
+from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.structs import Experience
+
+
+def loss(
+  score: Score,
+  experience: Experience,
+  keys: Key[Array, "p g"],
+  *,
+  num_prompts: int,
+  num_replicates: int,
+  antithetic: bool,
+  min_mask_ratio: float,
+  max_mask_ratio: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Compute LLaDA's supervised loss (arXiv 2502.09992, eq. 5): (1 / num_prompts) sum_prompts mean_g `bound`.
+
+  Groups usually hold one completion, the prompt's demonstration; dropped ones are left out, weights are not used.
+
+  Args:
+    score, keys, num_prompts and the masks' keywords: as in `wdce.loss`.
+
+  Returns:
+    The loss, and `loss_entropy` (nats a masked token).
+  """
+  is_masked, ratio = draw_masks(
+    keys,
+    experience.is_counted,
+    num_replicates=num_replicates,
+    antithetic=antithetic,
+    min_ratio=min_mask_ratio,
+    max_ratio=max_mask_ratio,
+  )
+  scores, is_kept = score(is_masked), experience.is_kept
+  num_kept = jnp.maximum(is_kept.sum(-1), 1)
+
+  def mean_over_prompts(values: Float[Array, "p g"]) -> Float[Array, ""]:
+    return (jnp.where(is_kept, values, 0).sum(-1) / num_kept).sum() / num_prompts
+
+  total = mean_over_prompts(bound(scores.log_prob, is_masked, ratio, experience.is_counted))
+  return total, {"loss_entropy": mean_over_prompts(masked_mean(scores.entropy, is_masked).mean(-1))}
+
+
+def bound(
+  token_log_prob: Float[Array, "p g r c"],
+  is_masked: Bool[Array, "p g r c"],
+  ratio: Float[Array, "p g r"],
+  is_counted: Bool[Array, "p g c"],
+) -> Float[Array, "p g"]:
+  """Average over replicates (1/n) (1/t) sum_{l in M} -log p(y_l | ...): n counted positions, t the mask ratio.
+
+  In nats a position; n times it bounds -log p(y | x) from above, in expectation over t ~ U(0, 1). A ratio of 0 masks
+  nothing and counts as 0.
+  """
+  total = -jnp.where(is_masked, token_log_prob, 0).sum(-1)
+  num_counted = jnp.maximum(is_counted.sum(-1), 1)[:, :, None]
+  return (total / (num_counted * jnp.where(ratio > 0, ratio, 1))).mean(-1)
