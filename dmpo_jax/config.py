@@ -1,0 +1,178 @@
+"""The configuration, checked whole before any device work, and compared with the one a workdir was begun with.
+
+`configs/base.py` says what each key means, `rules.py` which values it may have.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dmpo_jax import files
+from dmpo_jax.rules import RELATIONS, RULES
+from dmpo_jax.tasks import TASKS
+
+Config = Mapping[str, Any] | ConfigDict
+
+CHOICES = ("task", "sampler", "objective")  # sections with a name, and a section of own keywords under each name
+FILE = "config.json"  # the configuration that a workdir was begun with
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run; the message lists every problem, one a line."""
+
+
+# What may differ when a run goes on: how long, how often, where, how much at one time. The rest decides results.
+MAY_CHANGE = (
+  "checkpoint.*",
+  "eval.batch_size",
+  "eval.every_buffers",
+  "model.loss_chunk",
+  "model.remat",
+  "optim.max_skips_in_a_row",
+  "rollout.chunk_prompts",
+  "sharding.*",
+  "task.data_dir",
+  "train.microbatch_prompts",
+  "train.num_buffers",
+)
+
+
+def validate(config: ConfigDict) -> None:
+  """Check every key of a configuration, and what the keys must be to each other.
+
+  Raises:
+    ConfigError: listing every problem as `config.path = value: what is allowed`.
+  """
+  values = flatten(config)
+  problems = {path: _problem(path, values) for path in dict.fromkeys([*RULES, *values])}
+  for relation in RELATIONS:
+    paths = (relation.path, *relation.others)
+    if any(problems.get(path) for path in paths):
+      continue
+    value, *others = (values[path] for path in paths)
+    if not relation.holds(value, *others):
+      named = (f"{path} = {other!r}" for path, other in zip(relation.others, others, strict=True))
+      problems[relation.path] = _line(relation.path, value, relation.allowed.format(*named))
+  if not problems["task.name"]:
+    problems |= _task_problems(config.task.name, values)
+  found = [problem for problem in problems.values() if problem]
+  if found:
+    count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+    raise ConfigError(f"{count} in the configuration:\n  " + "\n  ".join(found))
+
+
+def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
+  """List a nested configuration's leaves by their dotted paths."""
+  leaves = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping | ConfigDict):
+      leaves |= flatten(value, f"{prefix}{key}.")
+    else:
+      leaves[prefix + key] = value
+  return leaves
+
+
+def _problem(path: str, values: Mapping[str, Any]) -> str:
+  rule = RULES.get(path)
+  if path not in values:
+    return f"config.{path} is missing: {rule.allowed}"
+  value = values[path]
+  if rule is None:
+    is_own = path.count(".") == 2 and path.split(".")[0] in CHOICES
+    return "" if is_own else _line(path, value, "no such key" + _did_you_mean(path, RULES))
+  if rule.holds(value):
+    return ""
+  unknown = [name for name in (value if isinstance(value, tuple | list) else [value]) if name not in rule.names]
+  return _line(path, value, rule.allowed + "".join(_did_you_mean(name, rule.names) for name in unknown))
+
+
+def _line(path: str, value: Any, allowed: str) -> str:
+  return f"config.{path} = {value!r}: {allowed}"
+
+
+def _did_you_mean(name: Any, names: Collection[str]) -> str:
+  close = difflib.get_close_matches(str(name), names, n=1)
+  return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
+  """Check the section of the chosen task against the task's own fields, then by making the task."""
+  prefix = f"task.{name}."
+  own = {path.removeprefix(prefix): value for path, value in values.items() if path.startswith(prefix)}
+  types = {field.name: field.type for field in dataclasses.fields(TASKS[name])}
+  problems = {}
+  for key, value in own.items():
+    if key not in types:
+      problems[prefix + key] = _line(prefix + key, value, f"no such key{_did_you_mean(key, types)}")
+    elif types[key] in (int, float, str, bool) and type(value) not in (types[key], {float: int}.get(types[key])):
+      problems[prefix + key] = _line(prefix + key, value, f"a value of type {types[key].__name__}")
+  if not problems:
+    try:
+      TASKS[name](**own)
+    except (TypeError, ValueError) as error:
+      problems[prefix] = f"config.{prefix[:-1]}: {error}"
+  return problems
+
+
+def fingerprint(config: Config) -> str:
+  """Hash what decides a run's results: the same for equal configurations on every machine and Python."""
+  leaves = {path: float(value) if type(value) is int else value for path, value in _deciding(config).items()}
+  return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+  """List the keys by which two configurations decide different results, as `config.path: old -> new`."""
+  before, after = _deciding(old), _deciding(new)
+  return [
+    f"config.{path}: {before.get(path, 'absent')!r} -> {after.get(path, 'absent')!r}"
+    for path in sorted(before.keys() | after.keys())
+    if before.get(path) != after.get(path)
+  ]
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+  """The leaves that decide results: not those of MAY_CHANGE, nor the sections of choices that were not made."""
+  leaves = flatten(config)
+  chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
+  deciding = {}
+  for path, value in leaves.items():
+    section, *rest = path.split(".")
+    is_of_another = section in CHOICES and len(rest) > 1 and (section, rest[0]) not in chosen
+    if is_of_another or any(fnmatch(path, key) for key in MAY_CHANGE):
+      continue
+    deciding[path] = list(value) if isinstance(value, tuple) else value
+  if isinstance(deciding.get("tokenizer.path"), str):  # a checkout may move; its file is the same one
+    deciding["tokenizer.path"] = epath.Path(deciding["tokenizer.path"]).name
+  return deciding
+
+
+def save(workdir: epath.PathLike, config: ConfigDict) -> None:
+  """Write the configuration to the workdir's config.json (process 0)."""
+  if jax.process_index() == 0:
+    files.write_whole(epath.Path(workdir) / FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
+  """Refuse a workdir that was begun with a configuration of other results; a new workdir passes.
+
+  Raises:
+    ConfigError: naming the keys that differ and what would do.
+  """
+  path = epath.Path(workdir) / FILE
+  if not path.exists():
+    return
+  differing = differences(json.loads(path.read_text()), config)
+  if differing:
+    listed = "\n  ".join(differing)
+    raise ConfigError(
+      f"{workdir} holds a run of another configuration ({path}):\n  {listed}\n"
+      "Give --workdir a new folder, or set these keys back to go on with that run."
+    )

@@ -1,0 +1,219 @@
+"""Which values each configuration key may have, and what the keys must be to each other: two tables for `config.py`.
+
+`configs/base.py` says what each key means.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+from etils import epath
+
+from dmpo_jax.models import MODELS
+from dmpo_jax.models.lora import TARGETS
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.samplers import SAMPLERS, llada
+from dmpo_jax.tasks import TASKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """The values that one key may have."""
+
+  allowed: str
+  holds: Callable[[Any], bool]
+  names: Collection[str] = ()  # for a did-you-mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+  """What one key must be to others; looked at only where all of them are right in themselves."""
+
+  path: str
+  others: tuple[str, ...]
+  holds: Callable[..., bool]  # of the values of path and others
+  allowed: str  # {0}, {1}, ... stand for the others and their values
+
+
+def whole(low: int, high: float = math.inf) -> Rule:
+  """Allow whole numbers from `low` to `high`."""
+  allowed = f"a whole number, {low} or more" if high == math.inf else f"a whole number from {low} to {high}"
+  return Rule(allowed, lambda value: type(value) is int and low <= value <= high)
+
+
+def number(interval: str) -> Rule:
+  """Allow the finite numbers of an interval such as "[0, 1)"."""
+  low, high = map(float, interval[1:-1].split(","))
+
+  def holds(value: Any) -> bool:
+    if type(value) not in (int, float) or not math.isfinite(value):
+      return False
+    return (low <= value if interval[0] == "[" else low < value) and (
+      value <= high if interval[-1] == "]" else value < high
+    )
+
+  return Rule(f"a number in {interval}", holds)
+
+
+def flag() -> Rule:
+  """Allow True and False."""
+  return Rule("True or False", lambda value: type(value) is bool)
+
+
+def one_of(*names: str) -> Rule:
+  """Allow one of these names."""
+  return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
+
+
+def some_of(*names: str) -> Rule:
+  """Allow a sequence of these names, at least one."""
+
+  def holds(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) > 0 and all(name in names for name in value)
+
+  return Rule(f"a tuple of {', '.join(names)}", holds, names)
+
+
+def existing(what: str, empty: str = "") -> Rule:
+  """Allow the path of something that exists; the empty path too, where `empty` says what it means."""
+  allowed = f"the path of {what} that exists" + (f', or "" for {empty}' if empty else "")
+  return Rule(allowed, lambda value: isinstance(value, str) and (epath.Path(value).exists() if value else bool(empty)))
+
+
+def text() -> Rule:
+  """Allow any string."""
+  return Rule("a string", lambda value: isinstance(value, str))
+
+
+def mesh_size() -> Rule:
+  """Allow the size of a mesh axis."""
+  return Rule("1 or more, or -1 for the devices left", lambda value: type(value) is int and (value >= 1 or value == -1))
+
+
+# A task's own section is checked against the task's fields; other choices' own keys as far as they are named here.
+RULES: dict[str, Rule] = {
+  "seed": whole(0, 2**32 - 1),
+  "model.name": one_of(*MODELS),
+  "model.init_from": existing("a folder of parameters", empty="random initialisation"),
+  "model.d_model": whole(1),
+  "model.num_layers": whole(1),
+  "model.num_heads": whole(1),
+  "model.num_kv_heads": whole(1),
+  "model.mlp_hidden_size": whole(1),
+  "model.rope_theta": number("(0, inf)"),
+  "model.rms_norm_eps": number("(0, inf)"),
+  "model.weight_tying": flag(),
+  "model.dtype": one_of("float32", "bfloat16"),
+  "model.param_dtype": one_of("float32", "bfloat16"),
+  "model.remat": one_of("none", "dots", "full"),
+  "model.loss_chunk": whole(0),
+  "model.lora.rank": whole(0),
+  "model.lora.alpha": number("(0, inf)"),
+  "model.lora.dropout": number("[0, 1)"),
+  "model.lora.targets": some_of(*TARGETS, "all"),
+  "tokenizer.name": one_of("sentencepiece"),
+  "tokenizer.path": existing("a tokenizer"),
+  "task.name": one_of(*TASKS),
+  "task.data_dir": text(),
+  "task.eval_path": existing("a test file", empty="the generated test split"),
+  "task.num_train": whole(1),
+  "task.num_test": whole(1),
+  "task.max_prompt_length": whole(1),
+  "task.overlong_prompts": one_of("error", "skip"),
+  "sampler.name": one_of(*SAMPLERS),
+  "sampler.completion_length": whole(1),
+  "sampler.block_length": whole(1),
+  "sampler.steps": whole(1),
+  "sampler.temperature": number("[0, inf)"),
+  "sampler.llada.remasking": one_of(*llada.REMASKING),
+  "rollout.num_prompts": whole(1),
+  "rollout.group_size": whole(1),
+  "rollout.chunk_prompts": whole(0),
+  "objective.name": one_of(*OBJECTIVES),
+  "objective.alpha": number("[0, inf)"),
+  "objective.kappa": number("(0, 1]"),
+  "objective.baseline": one_of("none", "mean", "model", "negative"),
+  "objective.baseline_strength": number("[0, inf)"),
+  "objective.num_replicates": whole(1),
+  "objective.num_elbo_replicates": whole(1),
+  "objective.antithetic": flag(),
+  "objective.min_mask_ratio": number("[0, 1]"),
+  "objective.max_mask_ratio": number("(0, 1]"),
+  "objective.counted": one_of("all", "until_eos"),
+  "warm_start.updates": whole(0),
+  "warm_start.batch_size": whole(1),
+  "warm_start.learning_rate": number("(0, inf)"),
+  "warm_start.min_mask_ratio": number("(0, 1)"),
+  "optim.learning_rate": number("(0, inf)"),
+  "optim.warmup_updates": whole(0),
+  "optim.b1": number("[0, 1)"),
+  "optim.b2": number("[0, 1)"),
+  "optim.weight_decay": number("[0, inf)"),
+  "optim.clip_norm": number("(0, inf)"),
+  "optim.max_skips_in_a_row": whole(1),
+  "train.num_buffers": whole(0),
+  "train.updates_per_buffer": whole(1),
+  "train.microbatch_prompts": whole(0),
+  "sharding.data": mesh_size(),
+  "sharding.fsdp": mesh_size(),
+  "sharding.tensor": mesh_size(),
+  "eval.every_buffers": whole(0),
+  "eval.num_prompts": whole(1),
+  "eval.batch_size": whole(1),
+  "eval.temperature": number("[0, inf)"),
+  "checkpoint.every_updates": whole(1),
+  "checkpoint.keep": whole(1),
+}
+
+
+def divides(value: int, other: int) -> bool:
+  return other % value == 0
+
+
+def is_multiple(value: int, other: int) -> bool:
+  return value % other == 0
+
+
+def is_paired(value: int, antithetic: bool) -> bool:
+  return value % 2 == 0 or not antithetic
+
+
+RELATIONS = (
+  Relation("model.d_model", ("model.num_heads",), is_multiple, "a multiple of {0}"),
+  Relation(
+    "model.d_model", ("model.num_heads",), lambda d, n: d // n % 2 == 0, "an even multiple of {0} (rotary pairs)"
+  ),
+  Relation("model.num_kv_heads", ("model.num_heads",), divides, "a divisor of {0}"),
+  Relation("sampler.block_length", ("sampler.completion_length",), divides, "a divisor of {0}"),
+  Relation(
+    "sampler.steps",
+    ("sampler.completion_length", "sampler.block_length"),
+    lambda steps, length, block: length % block > 0 or steps % (length // block) == 0,
+    "a multiple of the number of blocks, {0} / {1}",
+  ),
+  Relation("objective.num_replicates", ("objective.antithetic",), is_paired, "even, as {0} draws masks in pairs"),
+  Relation("objective.num_elbo_replicates", ("objective.antithetic",), is_paired, "even, as {0} draws masks in pairs"),
+  Relation("objective.min_mask_ratio", ("objective.max_mask_ratio",), operator.lt, "below {0}"),
+  Relation("rollout.num_prompts", ("task.num_train",), operator.le, "at most {0}"),
+  Relation(
+    "train.microbatch_prompts",
+    ("rollout.num_prompts",),
+    lambda size, prompts: size == 0 or divides(size, prompts),
+    "0 or a divisor of {0}",
+  ),
+  Relation(
+    "eval.num_prompts",
+    ("task.num_test", "task.eval_path"),
+    lambda prompts, test, path: bool(path) or prompts <= test,
+    "at most {0}",
+  ),
+  Relation("sharding.fsdp", ("sharding.data",), lambda a, b: (a, b).count(-1) < 2, "a size, as {0}"),
+  Relation(
+    "sharding.tensor",
+    ("sharding.data", "sharding.fsdp"),
+    lambda a, b, c: a != -1 or -1 not in (b, c),
+    "a size, as {0} and {1}",
+  ),
+)

@@ -1,0 +1,168 @@
+"""Configurations: every problem in one message, and workdirs that belong to another configuration."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from configs import base
+from dmpo_jax import config as config_lib
+from dmpo_jax.rules import RULES
+
+CONFIGS = sorted(path.stem for path in pathlib.Path(base.HERE).glob("*.py"))
+
+
+@pytest.fixture
+def config():
+  return base.get_config()
+
+
+def problems(config):
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.validate(config)
+  count, *lines = str(caught.value).split("\n  ")
+  assert count.startswith(f"{len(lines)} problem")
+  return lines
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid(name):
+  config_lib.validate(importlib.import_module(f"configs.{name}").get_config())
+
+
+def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
+  leaves = config_lib.flatten(config)
+  assert RULES.keys() <= leaves.keys()
+  without = [path.split(".") for path in leaves if path not in RULES]
+  assert all(len(keys) == 3 and keys[0] in config_lib.CHOICES for keys in without)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "allowed"),
+  [
+    ("seed", -1, "a whole number from 0"),
+    ("model.num_layers", 0, "a whole number, 1 or more"),
+    ("model.num_layers", True, "a whole number, 1 or more"),
+    ("model.d_model", 66, "a multiple of model.num_heads = 4"),
+    ("model.d_model", 60, "an even multiple of model.num_heads = 4"),
+    ("model.num_kv_heads", 3, "a divisor of model.num_heads = 4"),
+    ("model.name", "lada", "one of llada; did you mean 'llada'?"),
+    ("model.remat", "some", "one of none, dots, full"),
+    ("model.init_from", "no/such/folder", "the path of a folder of parameters that exists"),
+    ("model.lora.targets", ("q_prj",), "did you mean 'q_proj'?"),
+    ("model.lora.targets", (), "a tuple of"),
+    ("tokenizer.path", "", "the path of a tokenizer that exists"),
+    ("task.name", "sudoko", "did you mean 'sudoku'?"),
+    ("task.overlong_prompts", "skpi", "did you mean 'skip'?"),
+    ("sampler.block_length", 5, "a divisor of sampler.completion_length = 16"),
+    ("sampler.temperature", float("nan"), "a number in [0, inf)"),
+    ("sampler.llada.remasking", "low_confidense", "did you mean 'low_confidence'?"),
+    ("objective.kappa", 0.0, "a number in (0, 1]"),
+    ("objective.kappa", 1.5, "a number in (0, 1]"),
+    ("objective.alpha", -0.1, "a number in [0, inf)"),
+    ("objective.num_replicates", 3, "even, as objective.antithetic = True"),
+    ("objective.num_elbo_replicates", 1, "even, as objective.antithetic = True"),
+    ("objective.min_mask_ratio", 1.0, "below objective.max_mask_ratio = 1.0"),
+    ("rollout.group_size", 0, "a whole number, 1 or more"),
+    ("rollout.num_prompts", 9000, "at most task.num_train = 8192"),
+    ("train.microbatch_prompts", 5, "0 or a divisor of rollout.num_prompts = 32"),
+    ("train.microbatch_prompts", 64, "0 or a divisor of rollout.num_prompts = 32"),
+    ("eval.num_prompts", 257, "at most task.num_test = 256"),
+    ("sharding.fsdp", 0, "1 or more, or -1"),
+    ("sharding.fsdp", -1, "a size, as sharding.data = -1"),
+    ("checkpoint.keep", 0, "a whole number, 1 or more"),
+  ],
+)
+def test_one_wrong_value_is_one_line(config, path, value, allowed):
+  with config.ignore_type():
+    config.update_from_flattened_dict({path: value})
+  (line,) = problems(config)
+  assert line.startswith(f"config.{path} = {value!r}: ")
+  assert allowed in line
+
+
+def test_all_problems_stand_in_one_message(config):
+  with config.ignore_type():
+    config.train.num_buffers = "ten"
+    config.optim.learning_rate = "1e-4"
+    config.objective.baseline = "negatve"
+    config.sampler.steps = 0
+  lines = problems(config)
+  assert [line.split(" = ")[0] for line in lines] == [
+    "config.sampler.steps",
+    "config.objective.baseline",
+    "config.optim.learning_rate",
+    "config.train.num_buffers",
+  ]
+  assert lines[1].endswith("did you mean 'negative'?")
+
+
+def test_steps_are_a_multiple_of_the_blocks(config):
+  config.sampler.block_length = 4
+  config.sampler.steps = 6
+  (line,) = problems(config)
+  assert "sampler.completion_length = 16 / sampler.block_length = 4" in line
+  config.sampler.steps = 32  # more calls than tokens: allowed
+  config_lib.validate(config)
+
+
+def test_single_masks_may_be_odd(config):
+  config.objective.antithetic = False
+  config.objective.num_replicates = 3
+  config_lib.validate(config)
+
+
+def test_missing_and_unknown_keys(config):
+  del config.train["num_buffers"]
+  config.train.num_bufers = 3
+  missing, unknown = problems(config)
+  assert unknown == "config.train.num_bufers = 3: no such key; did you mean 'train.num_buffers'?"
+  assert missing.startswith("config.train.num_buffers is missing")
+
+
+def test_own_section_of_the_task(config):
+  with config.ignore_type():
+    config.task.sudoku.min_blanks = "4"
+  (line,) = problems(config)
+  assert line == "config.task.sudoku.min_blanks = '4': a value of type int"
+  config = base.get_config()
+  config.task.sudoku.max_blank = 3
+  (line,) = problems(config)
+  assert line.endswith("did you mean 'max_blanks'?")
+  config = base.get_config()
+  config.task.sudoku.min_blanks = 11  # above max_blanks: the task itself refuses
+  (line,) = problems(config)
+  assert line.startswith("config.task.sudoku: ")
+  config.task.name = "countdown"  # and where another task is chosen, nobody minds
+  config_lib.validate(config)
+
+
+def test_fingerprint_belongs_to_what_decides_results(config):
+  same, other = base.get_config(), base.get_config()
+  same.train.num_buffers = 99
+  same.sharding.fsdp = 2
+  same.task.data_dir = "elsewhere"
+  same.task.countdown.num_numbers = 6  # not the task in use
+  other.objective.alpha = 0.2
+  assert config_lib.fingerprint(config) == config_lib.fingerprint(same)
+  assert config_lib.fingerprint(config) == config_lib.fingerprint(json.loads(json.dumps(config.to_dict())))
+  assert config_lib.fingerprint(config) != config_lib.fingerprint(other)
+  assert len(config_lib.fingerprint(config)) == 16
+
+
+def test_workdir_of_another_config_is_refused(config, tmp_path):
+  config_lib.check_workdir(tmp_path, config)
+  config_lib.save(tmp_path, config)
+  config.train.num_buffers = 40
+  config_lib.check_workdir(tmp_path, config)
+  config.objective.alpha = 0.5
+  config.seed = 7
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.check_workdir(tmp_path, config)
+  message = str(caught.value)
+  assert "config.objective.alpha: 0.1 -> 0.5" in message
+  assert "config.seed: 0 -> 7" in message
+  assert "num_buffers" not in message
+  assert str(tmp_path / "config.json") in message
+  assert "--workdir" in message
