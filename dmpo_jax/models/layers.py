@@ -1,0 +1,111 @@
+"""The pieces a transformer block is made of: norm, projections with optional adapters, rotary positions, attention."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+from dmpo_jax.models.lora import TARGETS, LoraConfig
+from dmpo_jax.sharding import constrain
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps) in float32, back to the input's dtype, times a learned scale."""
+
+  eps: float
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+    scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Dense(nn.Module):
+  """A projection without bias, plus a low-rank adapter where the "lora" collection is given.
+
+  Args:
+    features: output width.
+    axes: logical axes of the kernel [in, out].
+    gain: factor on the initial weights' standard deviation, otherwise 1 / sqrt(in).
+    lora: the adapters' settings; None: this projection is not adapted.
+  """
+
+  features: int
+  axes: tuple[str, str]
+  param_dtype: Any
+  gain: float = 1.0
+  lora: LoraConfig | None = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None = None) -> Float[Array, "b l f"]:
+    init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype)
+    y = x @ kernel.astype(x.dtype)
+    if self.lora is not None and (self.is_initializing() or self.has_variable("lora", "A")):
+      y = y + self._adapt(x, dropout_keys)
+    return y
+
+  def _adapt(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l f"]:
+    uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1, 1) / sqrt(in)
+    a = self._adapter("A", uniform, (x.shape[-1], self.lora.rank), (self.axes[0], "rank"))
+    b = self._adapter("B", nn.initializers.zeros, (self.lora.rank, self.features), ("rank", self.axes[1]))
+    if dropout_keys is not None and self.lora.dropout > 0:
+      x = _drop(x, dropout_keys, TARGETS.index(self.name), self.lora.dropout)
+    return (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.lora.scale
+
+  def _adapter(self, name: str, init: Any, shape: tuple[int, int], axes: tuple[str, str]) -> Float32[Array, "_ _"]:
+    init = nn.with_logical_partitioning(init, axes)
+    return self.variable("lora", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
+
+
+def _drop(x: Float[Array, "b l d"], keys: Key[Array, "b l"], number: int, rate: float) -> Float[Array, "b l d"]:
+  """Zero entries at `rate` and scale up the rest; each position of each row draws from its own key."""
+  draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[-1:])
+  return jnp.where(jax.vmap(jax.vmap(draw))(keys), x / (1 - rate), 0)
+
+
+def rotary_table(
+  positions: Int[Array, "b l"], head_dim: int, theta: float
+) -> tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]:
+  """Tabulate cos and sin of position * theta^(-2i / head_dim) (Su et al., arXiv 2104.09864) for i < w = head_dim / 2."""
+  frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+  x: Float[Array, "b l n h"], table: tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]
+) -> Float[Array, "b l n h"]:
+  """Rotate each head's pairs (x_i, x_{i + h/2}) by their position's angle, in float32."""
+  cos, sin = table[0][:, :, None], table[1][:, :, None]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+  query: Float[Array, "b l n h"],
+  key: Float[Array, "b m k h"],
+  value: Float[Array, "b m k h"],
+  mask: Bool[Array, "b #l m"] | None,
+) -> Float[Array, "b l n*h"]:
+  """Attend from l queries to m keys, n / k query heads sharing a key/value head; scores and softmax in float32.
+
+  Args:
+    mask: True where a query may attend; None: everywhere. A query that may attend nowhere averages over all keys.
+  """
+  b, l, n, h = query.shape
+  k = key.shape[2]
+  query = query.reshape(b, l, k, n // k, h) * h**-0.5
+  scores = jnp.einsum("blkjh,bmkh->bkjlm", query, key, preferred_element_type=jnp.float32)
+  if mask is not None:
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  mixed = jnp.einsum("bkjlm,bmkh->blkjh", weights, value)
+  return constrain(mixed.reshape(b, l, n * h), "rows", None, "heads")

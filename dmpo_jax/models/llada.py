@@ -1,0 +1,267 @@
+"""LLaDA: a bidirectional transformer that predicts every masked token of a row at once (arXiv 2502.09992).
+
+Everything else sees it through `denoiser`. Caching keys and values, masks and positions, adapters and their dropout are
+optional arguments of this one model.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+from dmpo_jax.models.layers import Dense, RMSNorm, attend, rotary_table, rotate
+from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.sharding import constrain
+
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # attention is recomputed, projections are kept
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and choices of the model; the configuration's `model` section explains each.
+
+  `embedding_size` may exceed `vocab_size`: rows of the table that no token uses.
+
+  Raises:
+    ValueError: sizes that do not fit together, or an unknown choice.
+  """
+
+  vocab_size: int
+  embedding_size: int
+  d_model: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  mlp_hidden_size: int
+  mask_token_id: int
+  eos_token_id: int
+  pad_token_id: int
+  rope_theta: float = 500_000.0
+  rms_norm_eps: float = 1e-5
+  weight_tying: bool = False
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  remat: str = "none"
+  lora: LoraConfig | None = None
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_model // self.num_heads
+
+  def __post_init__(self) -> None:
+    if self.d_model % (2 * self.num_heads):
+      raise ValueError(f"model.d_model={self.d_model}: must be a multiple of 2 * model.num_heads={2 * self.num_heads}")
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
+    if self.embedding_size < self.vocab_size:
+      raise ValueError(f"model.embedding_size={self.embedding_size}: must be at least vocab_size={self.vocab_size}")
+    for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+      if not 0 <= getattr(self, name) < self.vocab_size:
+        raise ValueError(f"model.{name}={getattr(self, name)}: must be in [0, vocab_size={self.vocab_size})")
+    for name, known in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", ("none", *REMAT_POLICIES))):
+      if getattr(self, name) not in known:
+        raise ValueError(f"model.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
+
+
+class Cache(NamedTuple):
+  """Keys (rotated) and values of m slots of every row, layer by layer (y), and which slots hold a token."""
+
+  keys: Float[Array, "y b m k h"]
+  values: Float[Array, "y b m k h"]
+  is_valid: Bool[Array, "b m"]
+
+
+def empty_cache(config: ModelConfig, num_rows: int, length: int) -> Cache:
+  """Make a cache of `length` slots, none of which holds a token yet."""
+  shape = (config.num_layers, num_rows, length, config.num_kv_heads, config.head_dim)
+  zeros = constrain(jnp.zeros(shape, config.dtype), "layers", "rows", None, "kv_heads", None)
+  return Cache(zeros, zeros, jnp.zeros((num_rows, length), bool))
+
+
+class Context(NamedTuple):
+  """What every layer sees alike."""
+
+  rotary: tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]  # cos and sin of the tokens' positions
+  mask: Bool[Array, "b #l m"] | None
+  cache_start: Int[Array, ""] | None  # slot of the first token; None: no cache
+  dropout_keys: Key[Array, "b l"] | None
+
+
+class LayerInput(NamedTuple):
+  """What one layer sees."""
+
+  layer: Int[Array, ""]
+  cached: tuple[Float[Array, "b m k h"], Float[Array, "b m k h"]] | None
+
+
+KeysValues = tuple[Float[Array, "b l k h"], Float[Array, "b l k h"]]
+
+
+class Block(nn.Module):
+  """x += attention(norm(x)); x += SwiGLU(norm(x)). Also returns the tokens' keys and values, to be cached."""
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    c = self.config
+    residual = (2 * c.num_layers) ** -0.5  # what is added to the stream starts small
+    self.attn_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+    self.q_proj = self._dense("q_proj", c.d_model, ("embed", "heads"))
+    self.k_proj = self._dense("k_proj", c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+    self.v_proj = self._dense("v_proj", c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+    self.attn_out = self._dense("attn_out", c.d_model, ("heads", "embed"), gain=residual)
+    self.ff_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+    self.ff_proj = self._dense("ff_proj", c.mlp_hidden_size, ("embed", "ffn"))
+    self.up_proj = self._dense("up_proj", c.mlp_hidden_size, ("embed", "ffn"))
+    self.ff_out = self._dense("ff_out", c.d_model, ("ffn", "embed"), gain=residual)
+
+  def _dense(self, name: str, features: int, axes: tuple[str, str], gain: float = 1.0) -> Dense:
+    adapted = self.config.lora is not None and name in self.config.lora.targets
+    return Dense(features, axes, self.config.param_dtype, gain, self.config.lora if adapted else None)
+
+  def __call__(
+    self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
+  ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
+    if context.dropout_keys is not None:
+      fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+      context = context._replace(dropout_keys=fold(context.dropout_keys, inputs.layer))
+    mixed, keys_values = self._attention(self.attn_norm(x), inputs, context)
+    x = constrain(x + mixed, "rows", None, None)
+    x = constrain(x + self._mlp(self.ff_norm(x), context.dropout_keys), "rows", None, None)
+    return x, keys_values
+
+  def _attention(
+    self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
+  ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
+    h, dropout_keys = self.config.head_dim, context.dropout_keys
+
+    def heads(projection: Dense, axis: str) -> Float[Array, "b l n h"]:
+      y = projection(x, dropout_keys)
+      return constrain(y.reshape(*y.shape[:2], -1, h), "rows", None, axis, None)
+
+    query = rotate(heads(self.q_proj, "heads"), context.rotary)
+    new = (rotate(heads(self.k_proj, "kv_heads"), context.rotary), heads(self.v_proj, "kv_heads"))
+    keys, values = new
+    if inputs.cached is not None:
+      start = (0, context.cache_start, 0, 0)
+      keys, values = jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, start), inputs.cached, new)
+    mixed = self.attn_out(attend(query, keys, values, context.mask), dropout_keys)
+    return mixed, None if inputs.cached is None else new
+
+  def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
+    gate, up = self.ff_proj(x, dropout_keys), self.up_proj(x, dropout_keys)
+    return self.ff_out(constrain(nn.silu(gate) * up, "rows", None, "ffn"), dropout_keys)
+
+
+class LLaDA(nn.Module):
+  """The model. Parameters in `param_dtype`, activations in `dtype`; norms, softmax, positions and logits in float32."""
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    c = self.config
+    init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), ("vocab", "embed"))
+    self.embedding = self.param("embedding", init, (c.embedding_size, c.d_model), c.param_dtype)
+    block = Block
+    if c.remat != "none":
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
+    self.blocks = nn.scan(
+      block,
+      variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
+      length=c.num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(c)
+    self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+    if not c.weight_tying:
+      init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+      init = nn.with_logical_partitioning(init, ("embed", "vocab"))
+      self.head = self.param("head", init, (c.d_model, c.embedding_size), c.param_dtype)
+
+  def __call__(self, tokens: Int[Array, "b l"], **keywords) -> Float32[Array, "b l v"]:
+    """Give the logits of every position; keywords as for `hidden`, whose cache is not returned."""
+    return self.logits(self.hidden(tokens, **keywords)[0])
+
+  def hidden(
+    self,
+    tokens: Int[Array, "b l"],
+    *,
+    is_valid: Bool[Array, "b l"] | None = None,
+    positions: Int[Array, "b l"] | None = None,
+    attention_mask: Bool[Array, "b l m"] | None = None,
+    cache: Cache | None = None,
+    cache_start: Int[Array, ""] | int = 0,
+    dropout_keys: Key[Array, "b"] | None = None,
+  ) -> tuple[Float[Array, "b l d"], Cache | None]:
+    """Run the layers and the final norm.
+
+    Args:
+      is_valid: False on padding, which is never attended to: a row's result does not depend on it. None: no padding.
+      positions: rotary positions, which may repeat. None: a token's number among the row's valid tokens.
+      attention_mask: True where query l may attend to key m, on top of `is_valid`. None: everywhere.
+      cache: with one, the tokens take its slots [cache_start, cache_start + l), whatever was there, and attend to all
+        slots that hold a token; then m is the number of slots. None: the tokens attend to each other.
+      cache_start: slot of the first token.
+      dropout_keys: the rows' keys of the adapters' dropout; None: no dropout. A draw belongs to the row's key, the
+        layer, the projection and the position.
+
+    Returns:
+      The final norm's output, and the cache with the tokens in it (None without a cache).
+    """
+    start = None if cache is None else jnp.asarray(cache_start, jnp.int32)
+    if cache is not None:
+      is_new_valid = jnp.ones(tokens.shape, bool) if is_valid is None else is_valid
+      is_valid = jax.lax.dynamic_update_slice(cache.is_valid, is_new_valid, (0, start))
+    if positions is None:
+      positions = _count_positions(tokens, is_valid, start)
+    context = Context(
+      rotary=rotary_table(positions, self.config.head_dim, self.config.rope_theta),
+      mask=_join_masks(is_valid, attention_mask),
+      cache_start=start,
+      dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
+    )
+    x = constrain(self.embedding.astype(self.config.dtype)[tokens], "rows", None, None)
+    inputs = LayerInput(jnp.arange(self.config.num_layers), None if cache is None else (cache.keys, cache.values))
+    x, new = self.blocks(x, inputs, context)
+    if cache is not None:
+      keys, values = jax.tree.map(
+        lambda old, part: jax.lax.dynamic_update_slice(old, part, (0, 0, start, 0, 0)), (cache.keys, cache.values), new
+      )
+      cache = Cache(keys, values, is_valid)
+    return self.final_norm(x), cache
+
+  def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
+    """Give float32 logits over the whole embedding table, unused rows and MASK included."""
+    head = self.embedding.T if self.config.weight_tying else self.head
+    logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits, "rows", None, "vocab")
+
+
+def _count_positions(
+  tokens: Int[Array, "b l"], is_valid: Bool[Array, "b m"] | None, start: Int[Array, ""] | None
+) -> Int[Array, "b l"]:
+  """Number the valid tokens of each row from 0; padding takes the number before it (at least 0)."""
+  if is_valid is None:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  positions = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)
+  return positions if start is None else jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1], axis=1)
+
+
+def _join_masks(
+  is_valid: Bool[Array, "b m"] | None, attention_mask: Bool[Array, "b l m"] | None
+) -> Bool[Array, "b _ m"] | None:
+  if is_valid is None:
+    return attention_mask
+  return is_valid[:, None] if attention_mask is None else attention_mask & is_valid[:, None]
+
+
+def _fold_positions(keys: Key[Array, "b"], positions: Int[Array, "b l"]) -> Key[Array, "b l"]:
+  return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)

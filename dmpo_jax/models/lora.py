@@ -1,0 +1,73 @@
+"""Low-rank adapters: which projections carry them, and which variables make the trained and the reference policy.
+
+Adapters live in a collection of their own ("lora"), beside "params": applying the model without it is the reference.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+# Projections that can be adapted; a projection's index here also seeds its dropout.
+TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Adapters W x + (alpha / rank) B A dropout(x) (Hu et al., arXiv 2106.09685).
+
+  Args:
+    rank: width of the adapters, at least 1.
+    alpha: numerator of their scale.
+    dropout: probability in [0, 1) that an input of an adapter is zeroed, where dropout keys are given.
+    targets: names from `TARGETS`, or ("all",).
+
+  Raises:
+    ValueError: a value is out of range or a target is not a projection of the model.
+  """
+
+  rank: int
+  alpha: float
+  dropout: float = 0.0
+  targets: tuple[str, ...] = ("all",)
+
+  def __post_init__(self) -> None:
+    if self.rank < 1:
+      raise ValueError(f"model.lora.rank={self.rank}: adapters need a rank of at least 1")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"model.lora.dropout={self.dropout}: must be in [0, 1)")
+    object.__setattr__(self, "targets", expand_targets(self.targets))
+
+  @property
+  def scale(self) -> float:
+    """What an adapter's output is multiplied by."""
+    return self.alpha / self.rank
+
+
+def expand_targets(targets: tuple[str, ...] | list[str] | str) -> tuple[str, ...]:
+  """Check the names of adapted projections and return them in the order of `TARGETS`; "all" is every one.
+
+  Raises:
+    ValueError: a name is unknown, or there is none.
+  """
+  names = (targets,) if isinstance(targets, str) else tuple(targets)
+  if not names:
+    raise ValueError(f"model.lora.targets is empty: name some of {', '.join(TARGETS)}, or all")
+  for name in names:
+    if name not in (*TARGETS, "all"):
+      near = difflib.get_close_matches(name, TARGETS, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise ValueError(
+        f"model.lora.targets: the model has no projection {name!r}{hint} (there are {', '.join(TARGETS)}, or all)"
+      )
+  return TARGETS if "all" in names else tuple(name for name in TARGETS if name in names)
+
+
+def policy_variables(trainable: Any, frozen: Any, lora: bool) -> Mapping[str, Any]:
+  """Give the variables of the policy being trained: adapters on the frozen parameters, or the parameters alone."""
+  return {"params": frozen, "lora": trainable} if lora else {"params": trainable}
+
+
+def reference_variables(frozen: Any) -> Mapping[str, Any]:
+  """Give the variables of the reference policy: the frozen parameters, adapters off."""
+  return {"params": frozen}
