@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Score, masked_mean
 from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience
 
 
@@ -38,13 +39,9 @@ def loss(
     max_ratio=max_mask_ratio,
   )
   scores, is_kept = score(is_masked), experience.is_kept
-  num_kept = jnp.maximum(is_kept.sum(-1), 1)
-
-  def mean_over_prompts(values: Float[Array, "p g"]) -> Float[Array, ""]:
-    return (jnp.where(is_kept, values, 0).sum(-1) / num_kept).sum() / num_prompts
-
-  total = mean_over_prompts(bound(scores.log_prob, is_masked, ratio, experience.is_counted))
-  return total, {"loss_entropy": mean_over_prompts(masked_mean(scores.entropy, is_masked).mean(-1))}
+  losses = mean_kept(bound(scores.log_prob, is_masked, ratio, experience.is_counted), is_kept)
+  entropy = mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept)
+  return losses.sum() / num_prompts, {"loss_entropy": entropy.sum() / num_prompts}
 
 
 def bound(

@@ -28,12 +28,15 @@ def elbo(
 ) -> Float[Array, "p g r"]:
   """Estimate the denoising bound of log p(y | x), once a mask replicate.
 
-  (n/m) * sum_{l in M} log p(y_l | x, y with M masked), n counted positions, m = max(|M|, 1): DMPO, arXiv 2510.08233, in
-  the count form of LLaDA's bound (arXiv 2502.09992, eq. 14). Given a non-empty mask and lambda ~ U(0, 1) it is unbiased
-  for the bound E_order[sum_t log p(y_{o_t} | y_{o_<t})] <= log E_order[prod_t p(y_{o_t} | y_{o_<t})] = log p(y | x).
-  An empty mask, of probability 1/(n+1) then, counts as 0, which scales the expectation by n/(n+1); under another range
-  of lambda the sizes of M are not uniform and the expectation differs too. Two policies under the same masks share all
-  of this, so that their difference is what to use.
+  (n/m) * sum_{l in M} log p(y_l | x, y with M masked), n counted positions, m = max(|M|, 1): DMPO, arXiv 2510.08233,
+  after LLaDA's likelihood evaluation, arXiv 2502.09992, section 2.4. Given a non-empty mask and lambda ~ U(0, 1) it is
+  unbiased for the bound
+
+    E_order[sum_t log p(y_{o_t} | y_{o_<t})] <= log E_order[prod_t p(y_{o_t} | y_{o_<t})] = log p(y | x).
+
+  An empty mask, of probability 1/(n+1) then, counts as 0, which scales the expectation by n/(n+1); another range of
+  lambda makes some sizes of M more frequent than others, which shifts it too. Two policies under the same masks share
+  both effects: compare policies that way.
 
   Args:
     token_log_prob: at every position; only masked ones are read.

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from dmpo_jax.objectives.likelihood import Score, elbo, masked_mean
+from dmpo_jax.objectives import weights
+from dmpo_jax.objectives.likelihood import Score, Scores, elbo, masked_mean
 from dmpo_jax.objectives.masking import draw_masks
-from dmpo_jax.objectives.weights import baseline as compute_baseline
+from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience
 
 
@@ -35,9 +36,10 @@ def loss(
     num_replicates, antithetic, min_mask_ratio, max_mask_ratio: see `masking.draw_masks`.
 
   Returns:
-    The loss, and of the kept rollouts: `loss_cross_entropy` and `loss_entropy` (nats a masked token),
-    `loss_coefficient` (sum_g |w - s b|: 0 when the signal cancels, 2 when weight and baseline pick different rollouts)
-    and `loss_log_ratio` (log p_theta - log p_old, nats: how far the policy went since it drew the rollouts).
+    The loss, and of the kept rollouts, averaged over prompts: `loss_cross_entropy` and `loss_entropy` (nats a masked
+    token), `loss_coefficient` (sum_g |w - s * b|; at s = 1 from 0, where the signal cancels, to 2, where weights and
+    baseline pick different rollouts) and `loss_log_ratio` (log p_theta - log p_old in nats, each on its own masks: how
+    far the policy went since it drew the rollouts).
   """
   is_masked, _ = draw_masks(
     keys,
@@ -47,50 +49,44 @@ def loss(
     min_ratio=min_mask_ratio,
     max_ratio=max_mask_ratio,
   )
-  scores = score(is_masked)
-  is_kept, log_p_old = experience.is_kept, experience.log_p_old
-  log_p_theta = elbo(scores.log_prob, is_masked, experience.is_counted).mean(-1)
-  share = coefficients(
-    experience.weight,
-    compute_baseline(
-      baseline,
-      negative_weight=experience.negative_weight,
-      log_p_theta=log_p_theta,
-      log_p_old=log_p_old,
-      is_kept=is_kept,
-    ),
-    is_kept,
-    strength=baseline_strength,
+  losses, metrics = group_loss(
+    score(is_masked), is_masked, experience, baseline=baseline, baseline_strength=baseline_strength
   )
+  return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}
+
+
+def group_loss(
+  scores: Scores,
+  is_masked: Bool[Array, "p g r c"],
+  experience: Experience,
+  *,
+  baseline: str,
+  baseline_strength: float,
+) -> tuple[Float[Array, "p"], dict[str, Float[Array, "p"]]]:
+  """Compute each prompt's part of `loss`, before the mean over prompts, from scores under given masks.
+
+  A dropped rollout adds nothing to a loss or metric, whatever its values are, NaN included.
+  """
+  is_kept, log_p_old = experience.is_kept, experience.log_p_old
   rollout_loss = cross_entropy(scores.log_prob, is_masked)
+  log_p_theta = elbo(scores.log_prob, is_masked, experience.is_counted).mean(-1)
+  subtracted = weights.baseline(
+    baseline,
+    negative_weight=experience.negative_weight,
+    log_p_theta=log_p_theta,
+    log_p_old=log_p_old,
+    is_kept=is_kept,
+  )
+  coefficient = jnp.where(is_kept, experience.weight - baseline_strength * subtracted, 0)
   metrics = {
-    "loss_cross_entropy": _mean_kept(rollout_loss, is_kept),
-    "loss_entropy": _mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
-    "loss_coefficient": jnp.abs(share).sum(-1),
-    "loss_log_ratio": _mean_kept(log_p_theta - log_p_old, is_kept),
+    "loss_cross_entropy": mean_kept(rollout_loss, is_kept),
+    "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
+    "loss_coefficient": jnp.abs(coefficient).sum(-1),
+    "loss_log_ratio": mean_kept(log_p_theta - log_p_old, is_kept),
   }
-  total = weighted_sum(share, rollout_loss, is_kept).sum() / num_prompts
-  return total, {name: value.sum() / num_prompts for name, value in metrics.items()}
+  return (coefficient * jnp.where(is_kept, rollout_loss, 0)).sum(-1), metrics
 
 
 def cross_entropy(token_log_prob: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"]) -> Float[Array, "p g"]:
   """Average -log p over each replicate's masked tokens, then over the replicates (an empty one counts as 0)."""
   return -masked_mean(token_log_prob, is_masked).mean(-1)
-
-
-def coefficients(
-  weight: Float[Array, "p g"], baseline: Float[Array, "p g"], is_kept: Bool[Array, "p g"], *, strength: float
-) -> Float[Array, "p g"]:
-  """Subtract the baseline: weight - strength * baseline, 0 for dropped rollouts."""
-  return jnp.where(is_kept, weight - strength * baseline, 0)
-
-
-def weighted_sum(
-  coefficient: Float[Array, "p g"], rollout_loss: Float[Array, "p g"], is_kept: Bool[Array, "p g"]
-) -> Float[Array, "p"]:
-  """Sum a group's rollout losses by coefficient; a dropped rollout adds nothing, NaN or not."""
-  return (coefficient * jnp.where(is_kept, rollout_loss, 0)).sum(-1)
-
-
-def _mean_kept(values: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p"]:
-  return jnp.where(is_kept, values, 0).sum(-1) / jnp.maximum(is_kept.sum(-1), 1)

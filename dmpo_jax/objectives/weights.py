@@ -86,6 +86,11 @@ def softmax_kept(logits: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Fl
   return shares / jnp.maximum(shares.sum(-1, keepdims=True), 1)  # the highest share is 1, unless nothing is kept
 
 
+def mean_kept(values: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p"]:
+  """Average over the kept rollouts of each group; 0 for a group with none kept."""
+  return jnp.where(is_kept, values, 0).sum(-1) / jnp.maximum(is_kept.sum(-1), 1)
+
+
 def effective_sample_size(weight: Float[Array, "p g"]) -> Float[Array, "p"]:
   """Effective share of a group's rollouts, 1 / (g * sum_g weight^2), in [1/g, 1]; 0 for a group with none kept."""
   squares = (weight**2).sum(-1)
@@ -101,9 +106,7 @@ def fraction_without_variance(reward: Float[Array, "p g"], is_kept: Bool[Array, 
 
 def spread_within_groups(values: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, ""]:
   """Root mean square of the kept values' distances from the mean of their group; 0 when nothing is kept."""
-  values = jnp.where(is_kept, values, 0)
-  mean = values.sum(-1, keepdims=True) / jnp.maximum(is_kept.sum(-1, keepdims=True), 1)
-  return _root_mean_square(values - mean, is_kept)
+  return _root_mean_square(values - mean_kept(values, is_kept)[:, None], is_kept)
 
 
 def log_ratio_figures(
