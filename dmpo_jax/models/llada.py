@@ -228,7 +228,8 @@ class LLaDA(nn.Module):
       cache_start=start,
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
     )
-    x = constrain(self.embedding.astype(self.config.dtype)[tokens], "rows", None, None)
+    x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+    x = constrain(x, "rows", None, None)
     inputs = LayerInput(jnp.arange(self.config.num_layers), None if cache is None else (cache.keys, cache.values))
     x, new = self.blocks(x, inputs, context)
     if cache is not None:
@@ -240,7 +241,7 @@ class LLaDA(nn.Module):
 
   def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
     """Give float32 logits over the whole embedding table, unused rows and MASK included."""
-    head = self.embedding.T if self.config.weight_tying else self.head
+    head = jnp.asarray(self.embedding).T if self.config.weight_tying else self.head
     logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return constrain(logits, "rows", None, "vocab")
 
