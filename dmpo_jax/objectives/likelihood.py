@@ -1,12 +1,13 @@
 """From the log-probabilities of masked tokens to bounds of a completion's log-probability, and their noise."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
+@runtime_checkable
 class Scores(Protocol):
   """What a policy says of a completion's own tokens, under given masks."""
 
