@@ -1,0 +1,167 @@
+"""What a run needs to go on: its state, its live rollout buffer and its place, saved by Orbax while training continues.
+
+Parameters that never move (the reference policy) and those that leave a run are saved apart, by `save_params`.
+"""
+
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from dmpo_jax.structs import Experience, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+  """The newest checkpoints of a run, each of them whole or absent. Every process calls every method.
+
+  Args:
+    directory: local or gs://; what a killed run left half-written there is removed.
+    keep: checkpoints kept, at least 1.
+  """
+
+  def __init__(self, directory: epath.PathLike, keep: int):
+    self.directory = _absolute(directory)
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      item_names=("state", "experience", "progress"),
+      options=ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True),
+    )
+
+  def save(self, step: int, state: TrainState, experience: Experience | None, progress: dict[str, Any]) -> None:
+    """Save in the background; when this returns the arrays may be donated. A step that is there already is kept.
+
+    Args:
+      experience: the live rollout buffer, if updates on it are still to come.
+      progress: where the run is, as JSON can hold it.
+
+    Raises:
+      Exception: an earlier save failed.
+    """
+    if step in self._manager.all_steps():
+      return
+    items = {"state": ocp.args.StandardSave(_global(state))}
+    if experience is not None:
+      items["experience"] = ocp.args.StandardSave(_global(experience))
+    items["progress"] = ocp.args.JsonSave({"progress": progress, "has_experience": experience is not None})
+    self._manager.save(step, args=ocp.args.Composite(**items))
+
+  def restore_latest(
+    self, abstract_state: TrainState, abstract_experience: Experience
+  ) -> tuple[int, TrainState, Experience | None, dict[str, Any]] | None:
+    """Return step, state, experience and progress of the newest checkpoint that can be read; None if there is none.
+
+    A damaged checkpoint is reported and renamed to `<step>.damaged`, and the one before it is taken.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`); the mesh may be another than at the save.
+      abstract_experience: the same of the rollout buffer.
+
+    Raises:
+      ValueError: there are checkpoints and none can be read; they are left as they are.
+    """
+    problems: dict[int, str] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      restored, problem = None, ""
+      try:
+        restored = self._restore(step, abstract_state, abstract_experience)
+      except Exception as error:  # Orbax and TensorStore raise what they like
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+      if _all_processes(restored is not None):
+        self._set_aside(problems, step)
+        return step, *restored
+      problems[step] = problem or "another process could not read it"
+    if problems:
+      listed = "\n  ".join(f"{step}: {problem:.300}" for step, problem in problems.items())
+      raise ValueError(
+        f"no checkpoint in {self.directory} can be read:\n  {listed}\n"
+        "They are damaged or of another configuration. Start over with a new --workdir, or remove them."
+      )
+    return None
+
+  def _restore(self, step: int, abstract_state: TrainState, abstract_experience: Experience) -> tuple:
+    about = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+    items = {"state": ocp.args.StandardRestore(abstract_state)}
+    if about["has_experience"]:
+      items["experience"] = ocp.args.StandardRestore(abstract_experience)
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return restored.state, restored.get("experience"), about["progress"]
+
+  def _set_aside(self, problems: dict[int, str], taken: int) -> None:
+    if not problems:
+      return
+    for step, problem in problems.items():
+      name = _unused(self.directory / f"{step}.damaged")
+      logger.error("checkpoint %d is damaged, set aside as %s, going on from %d: %s", step, name, taken, problem)
+      if jax.process_index() == 0:
+        (self.directory / str(step)).rename(name)
+    multihost_utils.sync_global_devices("checkpoints set aside")
+    self._manager.reload()
+
+  def wait(self) -> None:
+    """Wait until what was saved stands on disk; raises if a save failed."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Wait for the last save and let the manager's threads go."""
+    self._manager.close()
+
+
+def save_params(path: epath.PathLike, params: Any) -> None:
+  """Save parameters to a folder of their own, whole or not at all; a folder of that name is replaced."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(_absolute(path), _global(params), force=True)
+
+
+def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
+  """Load parameters onto the shapes, dtypes and shardings of `abstract_params` (`jax.ShapeDtypeStruct`).
+
+  Raises:
+    ValueError: there are none, or their names or shapes are others; up to ten differences are listed.
+  """
+  path = _absolute(path)
+  if not path.exists():
+    raise ValueError(f"{path}: no parameters there; give a folder that save_params wrote")
+  with ocp.StandardCheckpointer() as checkpointer:
+    saved, wanted = _shapes(checkpointer.metadata(path).item_metadata.tree), _shapes(abstract_params)
+    differing = [
+      f"{name}: saved {saved.get(name, 'nothing')}, the model has {wanted.get(name, 'nothing')}"
+      for name in sorted(saved.keys() | wanted.keys())
+      if saved.get(name) != wanted.get(name)
+    ]
+    if differing:
+      more = f"\n  and {len(differing) - 10} more" if len(differing) > 10 else ""
+      raise ValueError(f"{path} holds the parameters of another model:\n  " + "\n  ".join(differing[:10]) + more)
+    return checkpointer.restore(path, abstract_params)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves, _ = jax.tree.flatten_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+  path = epath.Path(path)
+  return path if path.is_absolute() else path.resolve()
+
+
+def _global(tree: Any) -> Any:
+  """With several processes, make host arrays of those that a process has whole on its own: Orbax refuses them."""
+  if jax.process_count() == 1:
+    return tree
+  return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) and x.is_fully_addressable else x, tree)
+
+
+def _all_processes(is_true: bool) -> bool:
+  return bool(multihost_utils.process_allgather(np.array([is_true])).all())
+
+
+def _unused(path: epath.Path) -> epath.Path:
+  names = [path, *(path.parent / f"{path.name}-{count}" for count in range(2, 100))]
+  return next(name for name in names if not name.exists())

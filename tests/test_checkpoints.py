@@ -1,0 +1,215 @@
+"""Checkpoints: what comes back, onto which devices, and what happens to half-written and damaged ones."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dmpo_jax import sharding
+from dmpo_jax.checkpoints import Checkpoints, load_params, save_params
+from dmpo_jax.structs import Experience, Prompts, TrainState
+
+
+def make_state(mesh, seed=0):
+  rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+  key = jax.random.key(seed)
+  params = {"block": {"kernel": jax.device_put(jax.random.normal(key, (512, 16)), rows)}, "scale": jnp.ones(3)}
+  params = jax.tree.map(lambda x: jax.device_put(x, rows if x.ndim == 2 else sharding.replicated(mesh)), params)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  counts = [jax.device_put(jnp.int32(count), sharding.replicated(mesh)) for count in (seed, 1, 2)]
+  return TrainState(counts[0], params, optimizer.init(params), num_skipped=counts[1], num_skipped_in_a_row=counts[2])
+
+
+def make_experience(mesh):
+  p, g, q, c = 2, 3, 4, 5
+  real, flags = jnp.arange(p * g, dtype=jnp.float32).reshape(p, g), jnp.ones((p, g), bool)
+  prompts = Prompts(jnp.ones((p, q), jnp.int32), jnp.ones((p, q), bool), jnp.array([7, 2**32 - 1], jnp.uint32))
+  completion = jnp.arange(p * g * c, dtype=jnp.int32).reshape(p, g, c)
+  experience = Experience(prompts, completion, completion > 3, real, flags, -real, real * 2, real / 3, real / 4)
+  return jax.device_put(experience, sharding.replicated(mesh))
+
+
+def abstract(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(data=2, fsdp=4)
+
+
+@pytest.fixture
+def saved(mesh, tmp_path):
+  """Three saves of which two are kept: step 2 with a live buffer, step 3 without."""
+  checkpoints = Checkpoints(tmp_path / "run", keep=2)
+  for step in (1, 2, 3):
+    checkpoints.save(step, make_state(mesh, step), make_experience(mesh) if step == 2 else None, {"buffer": step})
+  checkpoints.close()
+  return tmp_path / "run"
+
+
+def restore(directory, mesh):
+  checkpoints = Checkpoints(directory, keep=2)
+  try:
+    return checkpoints.restore_latest(abstract(make_state(mesh)), abstract(make_experience(mesh)))
+  finally:
+    checkpoints.close()
+
+
+def test_nothing_saved_is_none(mesh, tmp_path):
+  assert restore(tmp_path / "new", mesh) is None
+
+
+def test_the_newest_comes_back_on_any_mesh(saved, mesh):
+  assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["2", "3"]
+  for other in (mesh, sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(fsdp=8)):
+    step, state, experience, progress = restore(saved, other)
+    assert (step, experience, progress) == (3, None, {"buffer": 3})
+    assert_same(state, make_state(mesh, 3))
+    assert state.trainable["block"]["kernel"].sharding.mesh.shape == other.shape
+
+
+def test_relative_workdirs_work(mesh, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  checkpoints = Checkpoints("runs/one", keep=1)
+  checkpoints.save(4, make_state(mesh), None, {})
+  checkpoints.wait()
+  checkpoints.save(4, make_state(mesh, 1), None, {"is": "not written: step 4 is there"})
+  checkpoints.close()
+  step, state, _, progress = restore("runs/one", mesh)
+  assert (step, progress) == (4, {})
+  assert_same(state, make_state(mesh))
+
+
+def test_a_save_survives_the_donation_of_its_arrays(mesh, tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  state = make_state(mesh, 5)
+  checkpoints.save(1, state, None, {})
+  spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+  for _ in range(5):
+    state = spoil(state)
+  checkpoints.close()
+  assert_same(restore(tmp_path, mesh)[1], make_state(mesh, 5))
+
+
+def largest_file(folder):
+  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+  path = largest_file(folder / "state")
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_a_file(folder):
+  largest_file(folder / "state").unlink()
+
+
+def truncate_progress(folder):
+  (folder / "progress" / "metadata").write_text('{"prog')
+
+
+@pytest.mark.parametrize("damage", [truncate, lose_a_file, truncate_progress])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(saved, mesh, damage, caplog):
+  damage(saved / "3")
+  step, state, experience, progress = restore(saved, mesh)
+  assert (step, progress) == (2, {"buffer": 2})
+  assert_same(state, make_state(mesh, 2))
+  assert_same(experience, make_experience(mesh))
+  assert "checkpoint 3 is damaged" in caplog.text
+  assert (saved / "3.damaged").exists()
+  assert not (saved / "3").exists()
+  checkpoints = Checkpoints(saved, keep=2)  # and its step can be saved again
+  checkpoints.save(3, make_state(mesh, 9), None, {})
+  checkpoints.close()
+  assert_same(restore(saved, mesh)[1], make_state(mesh, 9))
+
+
+def test_a_missing_buffer_is_damage(saved, mesh):
+  (saved / "3").rename(saved.parent / "elsewhere")
+  (saved / "2" / "experience").rename(saved.parent / "experience")
+  with pytest.raises(ValueError, match=r"no checkpoint in .* can be read"):
+    restore(saved, mesh)
+  assert (saved / "2").exists()  # nothing is touched when nothing can be read
+
+
+def test_half_written_folders_are_no_checkpoints(saved, mesh):
+  (saved / "9.orbax-checkpoint-tmp-1" / "state").mkdir(parents=True)
+  (saved / "8").mkdir()  # a folder that no save finished
+  assert restore(saved, mesh)[0] == 3
+  assert not (saved / "9.orbax-checkpoint-tmp-1").exists()
+
+
+def test_params_come_back_on_any_mesh_and_can_be_replaced(mesh, tmp_path):
+  for seed in (0, 1):
+    save_params(tmp_path / "policy", make_state(mesh, seed).trainable)
+  other = make_state(sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])).trainable
+  params = load_params(tmp_path / "policy", abstract(other))
+  assert_same(params, make_state(mesh, 1).trainable)
+  assert params["block"]["kernel"].sharding == other["block"]["kernel"].sharding
+
+
+def test_params_of_another_model_are_refused(mesh, tmp_path):
+  params = make_state(mesh).trainable
+  save_params(tmp_path / "policy", params)
+  with pytest.raises(ValueError, match=r"scale: saved \(3,\), the model has nothing"):
+    load_params(tmp_path / "policy", abstract({"block": params["block"]}))
+  with pytest.raises(ValueError, match=r"scale: saved \(3,\), the model has \(4,\)"):
+    load_params(tmp_path / "policy", abstract(params | {"scale": jnp.ones(4)}))
+  with pytest.raises(ValueError, match="no parameters there"):
+    load_params(tmp_path / "nowhere", abstract(params))
+
+
+TWO_PROCESSES = """
+  import sys
+  import jax, numpy as np
+  jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
+  from test_checkpoints import Checkpoints, abstract, make_experience, make_state, sharding
+  mesh = sharding.make_mesh(fsdp=8)
+  checkpoints = Checkpoints(sys.argv[3], keep=2)
+  state, buffer = make_state(mesh), make_experience(mesh)
+  step, restored, _, progress = checkpoints.restore_latest(abstract(state), abstract(buffer))
+  assert step == 2 and progress == {"buffer": 2}, (step, progress)
+  local = buffer.replace(reward=jax.numpy.asarray(np.asarray(buffer.reward)))  # each process has it whole
+  checkpoints.save(5, restored, local, {"by": "two"})
+  checkpoints.close()
+"""
+
+
+def test_two_processes_agree_on_damage_and_save_together(saved, mesh, tmp_path):
+  truncate(saved / "3")
+  script = tmp_path / "two.py"
+  script.write_text(textwrap.dedent(TWO_PROCESSES))
+  here = pathlib.Path(__file__).parent
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+  }
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  commands = [[sys.executable, str(script), str(process), address, str(saved)] for process in (0, 1)]
+  running = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+  errors = [process.communicate(timeout=120)[1] for process in running]
+  assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+  assert (saved / "3.damaged").exists()
+  step, state, experience, progress = restore(saved, mesh)
+  assert (step, progress) == (5, {"by": "two"})
+  assert_same(state, make_state(mesh, 2))
+  assert_same(experience, make_experience(mesh))
