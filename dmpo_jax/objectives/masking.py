@@ -34,19 +34,16 @@ def draw_masks(
   """
   _check(num_replicates, antithetic, min_ratio, max_ratio)
   num_draws = num_replicates // 2 if antithetic else num_replicates
-  num_positions = is_counted.shape[-1]
 
-  def draw(key: Key[Array, ""], replicate: jax.Array) -> tuple[jax.Array, jax.Array]:
-    key = jax.random.fold_in(key, replicate)
-    # element i of uniform(key, (c,)) depends on the key and on i alone
-    return (
-      jax.random.uniform(jax.random.fold_in(key, 0)),
-      jax.random.uniform(jax.random.fold_in(key, 1), (num_positions,)),
-    )
+  def draw(key: Key[Array, ""], replicate: jax.Array) -> jax.Array:
+    # element i of uniform(key, (n,)) depends on the key and on i alone
+    return jax.random.uniform(jax.random.fold_in(key, replicate), (1 + is_counted.shape[-1],))
 
   over_replicates = jax.vmap(draw, (None, 0))
-  u_ratio, u_position = jax.vmap(jax.vmap(over_replicates, (0, None)), (0, None))(keys, jnp.arange(num_draws))
-  return place_masks(u_ratio, u_position, is_counted, antithetic=antithetic, min_ratio=min_ratio, max_ratio=max_ratio)
+  uniform = jax.vmap(jax.vmap(over_replicates, (0, None)), (0, None))(keys, jnp.arange(num_draws))
+  return place_masks(
+    uniform[..., 0], uniform[..., 1:], is_counted, antithetic=antithetic, min_ratio=min_ratio, max_ratio=max_ratio
+  )
 
 
 def place_masks(
