@@ -4,7 +4,7 @@ Parameters that never move (the reference policy) and those that leave a run are
 """
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,9 +13,18 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from dmpo_jax.structs import Experience, TrainState
+from dmpo_jax.structs import Experience, Prompts, TrainState
 
 logger = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+  """A checkpoint as it comes back."""
+
+  step: int
+  state: TrainState  # on the shardings asked for
+  experience: Experience | None  # the live rollout buffer, a copy on every device
+  progress: dict[str, Any]
 
 
 class Checkpoints:
@@ -30,7 +39,11 @@ class Checkpoints:
     self.directory = _absolute(directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
-      item_names=("state", "experience", "progress"),
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "experience": ocp.StandardCheckpointHandler(),
+        "progress": ocp.JsonCheckpointHandler(),
+      },
       options=ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True),
     )
 
@@ -52,31 +65,28 @@ class Checkpoints:
     items["progress"] = ocp.args.JsonSave({"progress": progress, "has_experience": experience is not None})
     self._manager.save(step, args=ocp.args.Composite(**items))
 
-  def restore_latest(
-    self, abstract_state: TrainState, abstract_experience: Experience
-  ) -> tuple[int, TrainState, Experience | None, dict[str, Any]] | None:
-    """Return step, state, experience and progress of the newest checkpoint that can be read; None if there is none.
+  def restore_latest(self, abstract_state: TrainState) -> Restored | None:
+    """Return the newest checkpoint that can be read; None if there is none.
 
     A damaged checkpoint is reported and renamed to `<step>.damaged`, and the one before it is taken.
 
     Args:
-      abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`); the mesh may be another than at the save.
-      abstract_experience: the same of the rollout buffer.
+      abstract_state: shapes, dtypes and shardings (`sharding.abstract`); the mesh may be another than at the save.
 
     Raises:
       ValueError: there are checkpoints and none can be read; they are left as they are.
     """
     problems: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      restored, problem = None, ""
+      restored, problem = None, "another process could not read it"
       try:
-        restored = self._restore(step, abstract_state, abstract_experience)
+        restored = self._restore(step, abstract_state)
       except Exception as error:  # Orbax and TensorStore raise what they like
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
       if _all_processes(restored is not None):
         self._set_aside(problems, step)
-        return step, *restored
-      problems[step] = problem or "another process could not read it"
+        return restored
+      problems[step] = problem
     if problems:
       listed = "\n  ".join(f"{step}: {problem:.300}" for step, problem in problems.items())
       raise ValueError(
@@ -85,13 +95,14 @@ class Checkpoints:
       )
     return None
 
-  def _restore(self, step: int, abstract_state: TrainState, abstract_experience: Experience) -> tuple:
+  def _restore(self, step: int, abstract_state: TrainState) -> Restored:
     about = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
     items = {"state": ocp.args.StandardRestore(abstract_state)}
     if about["has_experience"]:
-      items["experience"] = ocp.args.StandardRestore(abstract_experience)
+      saved = self._manager.item_metadata(step).experience.tree
+      items["experience"] = ocp.args.StandardRestore(_abstract_experience(saved, abstract_state.step.sharding))
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return restored.state, restored.get("experience"), about["progress"]
+    return Restored(step, restored.state, restored.get("experience"), about["progress"])
 
   def _set_aside(self, problems: dict[int, str], taken: int) -> None:
     if not problems:
@@ -111,6 +122,12 @@ class Checkpoints:
   def close(self) -> None:
     """Wait for the last save and let the manager's threads go."""
     self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self.close()
 
 
 def save_params(path: epath.PathLike, params: Any) -> None:
@@ -144,6 +161,12 @@ def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   leaves, _ = jax.tree.flatten_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _abstract_experience(saved: dict[str, Any], sharding: jax.sharding.Sharding) -> Experience:
+  """Describe a saved buffer from what the checkpoint says of its arrays."""
+  fields = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
+  return Experience(prompts=Prompts(**fields.pop("prompts")), **fields)
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

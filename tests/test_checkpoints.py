@@ -38,10 +38,6 @@ def make_experience(mesh):
   return jax.device_put(experience, sharding.replicated(mesh))
 
 
-def abstract(tree):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
 def assert_same(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -65,11 +61,8 @@ def saved(mesh, tmp_path):
 
 
 def restore(directory, mesh):
-  checkpoints = Checkpoints(directory, keep=2)
-  try:
-    return checkpoints.restore_latest(abstract(make_state(mesh)), abstract(make_experience(mesh)))
-  finally:
-    checkpoints.close()
+  with Checkpoints(directory, keep=2) as checkpoints:
+    return checkpoints.restore_latest(sharding.abstract(make_state(mesh)))
 
 
 def test_nothing_saved_is_none(mesh, tmp_path):
@@ -135,9 +128,8 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(saved, mesh, damag
   assert "checkpoint 3 is damaged" in caplog.text
   assert (saved / "3.damaged").exists()
   assert not (saved / "3").exists()
-  checkpoints = Checkpoints(saved, keep=2)  # and its step can be saved again
-  checkpoints.save(3, make_state(mesh, 9), None, {})
-  checkpoints.close()
+  with Checkpoints(saved, keep=2) as checkpoints:  # and its step can be saved again
+    checkpoints.save(3, make_state(mesh, 9), None, {})
   assert_same(restore(saved, mesh)[1], make_state(mesh, 9))
 
 
@@ -160,7 +152,7 @@ def test_params_come_back_on_any_mesh_and_can_be_replaced(mesh, tmp_path):
   for seed in (0, 1):
     save_params(tmp_path / "policy", make_state(mesh, seed).trainable)
   other = make_state(sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])).trainable
-  params = load_params(tmp_path / "policy", abstract(other))
+  params = load_params(tmp_path / "policy", sharding.abstract(other))
   assert_same(params, make_state(mesh, 1).trainable)
   assert params["block"]["kernel"].sharding == other["block"]["kernel"].sharding
 
@@ -169,22 +161,22 @@ def test_params_of_another_model_are_refused(mesh, tmp_path):
   params = make_state(mesh).trainable
   save_params(tmp_path / "policy", params)
   with pytest.raises(ValueError, match=r"scale: saved \(3,\), the model has nothing"):
-    load_params(tmp_path / "policy", abstract({"block": params["block"]}))
+    load_params(tmp_path / "policy", sharding.abstract({"block": params["block"]}))
   with pytest.raises(ValueError, match=r"scale: saved \(3,\), the model has \(4,\)"):
-    load_params(tmp_path / "policy", abstract(params | {"scale": jnp.ones(4)}))
+    load_params(tmp_path / "policy", sharding.abstract(params | {"scale": jnp.ones(4)}))
   with pytest.raises(ValueError, match="no parameters there"):
-    load_params(tmp_path / "nowhere", abstract(params))
+    load_params(tmp_path / "nowhere", sharding.abstract(params))
 
 
 TWO_PROCESSES = """
   import sys
   import jax, numpy as np
   jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
-  from test_checkpoints import Checkpoints, abstract, make_experience, make_state, sharding
+  from test_checkpoints import Checkpoints, make_experience, make_state, sharding
   mesh = sharding.make_mesh(fsdp=8)
   checkpoints = Checkpoints(sys.argv[3], keep=2)
-  state, buffer = make_state(mesh), make_experience(mesh)
-  step, restored, _, progress = checkpoints.restore_latest(abstract(state), abstract(buffer))
+  buffer = make_experience(mesh)
+  step, restored, _, progress = checkpoints.restore_latest(sharding.abstract(make_state(mesh)))
   assert step == 2 and progress == {"buffer": 2}, (step, progress)
   local = buffer.replace(reward=jax.numpy.asarray(np.asarray(buffer.reward)))  # each process has it whole
   checkpoints.save(5, restored, local, {"by": "two"})

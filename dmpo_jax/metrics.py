@@ -1,0 +1,147 @@
+"""What a run leaves to read: a row of figures for each buffer, in metrics.jsonl, TensorBoard and the log; its result.
+
+metrics.jsonl is the record; TensorBoard's files are made from it again when a run goes on. Process 0 alone writes.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+
+from dmpo_jax import files
+
+RESULT = "result.json"
+
+
+class Metrics:
+  """The rows of a run's figures, one for each phase and step.
+
+  Args:
+    workdir: gets metrics.jsonl, one JSON object a line: phase, step, time (seconds since 1970) and the figures, null
+      where one is not finite; and `tensorboard/`, with tags `<phase>/<figure>`.
+  """
+
+  def __init__(self, workdir: epath.PathLike):
+    self._workdir = epath.Path(workdir)
+    self._path = self._workdir / "metrics.jsonl"
+    self._is_writing = jax.process_index() == 0
+    self._rows = _read_rows(self._path) if self._is_writing else []
+    self._writer = None  # made for the first row, as it imports TensorFlow
+
+  def forget(self, phase: str, after: int) -> None:
+    """Drop the rows of a phase whose steps come after `after`: a resumed run will write them again."""
+    if not self._is_writing:
+      return
+    rows = [row for row in self._rows if row["phase"] != phase or row["step"] <= after]
+    if len(rows) < len(self._rows) and self._writer is not None:
+      self._writer.close()
+      self._writer = None
+    self._rows = rows
+    if self._path.exists():  # rewritten even if nothing is dropped: a killed run may have left half a line
+      files.write_whole(self._path, "".join(map(_line, rows)))
+
+  def write(self, phase: str, step: int, scalars: Mapping[str, Any]) -> None:
+    """Add a row. Scalars may be Python numbers, numpy or JAX scalars.
+
+    Raises:
+      ValueError: the phase has a row of this step or a later one.
+    """
+    if not self._is_writing:
+      return
+    last = max((row["step"] for row in self._rows if row["phase"] == phase), default=-1)
+    if step <= last:
+      raise ValueError(f"metrics of phase {phase}, step {step}: its rows go up to {last} already; see Metrics.forget")
+    row = {"phase": phase, "step": step, "time": time.time()} | {name: float(x) for name, x in scalars.items()}
+    if self._writer is None:
+      self._writer = _fresh_writer(self._workdir / "tensorboard", self._rows)
+    self._rows.append(row)
+    if "://" in os.fspath(self._path):  # objects in a bucket cannot be appended to
+      files.write_whole(self._path, "".join(map(_line, self._rows)))
+    else:
+      with self._path.open("a") as file:
+        file.write(_line(row))
+    _write_row(self._writer, row)
+
+  def close(self) -> None:
+    """Wait until everything stands on disk."""
+    if self._writer is not None:
+      self._writer.close()
+      self._writer = None
+
+  def __enter__(self) -> "Metrics":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+  return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+  """Replace what JSON has no number for by null, and numpy's and JAX's scalars by Python's."""
+  if isinstance(value, Mapping):
+    return {str(key): _finite(item) for key, item in value.items()}
+  if isinstance(value, tuple | list):
+    return [_finite(item) for item in value]
+  if isinstance(value, np.generic | np.ndarray | jax.Array):
+    return _finite(np.asarray(value).tolist())
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_rows(path: epath.Path) -> list[dict[str, Any]]:
+  """Read the rows of an earlier start, less the half line that a killed run may have left at the end."""
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _fresh_writer(directory: epath.Path, rows: list[dict[str, Any]]) -> Any:
+  """Make clu's writer to log and TensorBoard, with the rows that are there already as its beginning."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  import tensorflow as tf  # here, because it takes seconds
+
+  for kind in ("GPU", "TPU"):  # they are JAX's
+    tf.config.set_visible_devices([], kind)
+  from clu import metric_writers
+
+  if directory.exists():
+    directory.rmtree()
+  directory.mkdir(parents=True)
+  writer = metric_writers.create_default_writer(directory)
+  for row in rows:
+    _write_row(writer, row)
+  return writer
+
+
+def _write_row(writer: Any, row: Mapping[str, Any]) -> None:
+  scalars = {name: math.nan if x is None else x for name, x in row.items() if name not in ("phase", "step", "time")}
+  writer.write_scalars(row["step"], {f"{row['phase']}/{name}": x for name, x in scalars.items()})
+
+
+def write_parameter_overview(workdir: epath.PathLike, params: Any) -> str:
+  """Write the table of the parameters' names, shapes, dtypes and sizes to the workdir's parameters.txt; return it."""
+  table = parameter_overview.get_parameter_overview(params, include_stats=False)
+  if jax.process_index() == 0:
+    files.write_whole(epath.Path(workdir) / "parameters.txt", table + "\n")
+  return table
+
+
+def write_result(workdir: epath.PathLike, result: Mapping[str, Any]) -> None:
+  """Write a finished run's result to the workdir's result.json, whole or not at all; null where not finite."""
+  if jax.process_index() == 0:
+    text = json.dumps(_finite(result), indent=2, allow_nan=False)
+    files.write_whole(epath.Path(workdir) / RESULT, text + "\n")
+
+
+def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
+  """Read what `write_result` wrote; None if the run has not finished."""
+  path = epath.Path(workdir) / RESULT
+  return json.loads(path.read_text()) if path.exists() else None
