@@ -1,0 +1,145 @@
+"""The denoising bound against exact enumeration on a two-position, three-token model, and against recorded values."""
+
+import functools
+import itertools
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax.objectives.likelihood import elbo, masked_mean, standard_error
+from dmpo_jax.objectives.masking import place_masks
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
+MASK = 3
+COMPLETIONS = np.array(list(itertools.product(range(3), repeat=2)))  # all nine
+# log p(token | state of the row) at each position; a position's state is its token, or MASK
+TABLE = jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(3), (4, 4, 2, 3)))
+
+
+def token_log_prob(is_masked, completions=COMPLETIONS):
+  """Look up log p(y_l | y with the masked positions hidden): [p, g, r, c] for p completions in groups of any size."""
+  tokens = jnp.asarray(completions)[:, None, None]
+  state = jnp.where(is_masked, MASK, tokens)
+  rows = TABLE[state[..., 0], state[..., 1]]
+  return jnp.take_along_axis(rows, jnp.broadcast_to(tokens, is_masked.shape)[..., None], axis=-1)[..., 0]
+
+
+def by_orders(completion):
+  """Log-probability of a completion along each of the two orders of unmasking."""
+  table = np.asarray(TABLE, np.float64)
+  first, second = completion
+  return np.array(
+    [
+      table[MASK, MASK, 0, first] + table[first, MASK, 1, second],
+      table[MASK, MASK, 1, second] + table[MASK, second, 0, first],
+    ]
+  )
+
+
+EXACT = np.array([math.log(np.exp(by_orders(y)).mean()) for y in COMPLETIONS])
+BOUND = np.array([by_orders(y).mean() for y in COMPLETIONS])
+
+
+@functools.cache
+def estimates(antithetic, min_ratio=0.0, num_replicates=8192, group_size=1):
+  """Estimates of the bound of each completion, [9, g, r], under masks from NumPy's noise."""
+  rng = np.random.default_rng(0)
+  shape = (9, group_size, num_replicates // 2 if antithetic else num_replicates)
+  is_counted = jnp.ones((9, group_size, 2), bool)
+
+  @jax.jit
+  def estimate(u_ratio, u_position):
+    is_masked, _ = place_masks(
+      u_ratio, u_position, is_counted, antithetic=antithetic, min_ratio=min_ratio, max_ratio=1.0
+    )
+    return elbo(token_log_prob(is_masked), is_masked, is_counted)
+
+  return estimate(rng.random(shape, np.float32), rng.random((*shape, 2), np.float32))
+
+
+def test_the_tiny_model_is_a_distribution_and_its_bound_lies_below():
+  assert np.exp(EXACT).sum() == pytest.approx(1, abs=1e-6)
+  assert (BOUND <= EXACT + 1e-9).all()
+  assert (EXACT - BOUND).max() > 0.1
+
+
+def test_the_estimate_by_hand():
+  log_prob = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.9])).reshape(1, 1, 1, 4)
+  is_counted = jnp.array([True, True, True, False]).reshape(1, 1, 4)
+  is_masked = jnp.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool).reshape(1, 1, 3, 4)
+  estimate = elbo(jnp.broadcast_to(log_prob, is_masked.shape), is_masked, is_counted)
+  np.testing.assert_allclose(estimate[0, 0], [3 / 2 * math.log(1 / 16), 3 * math.log(1 / 4), 0], rtol=1e-6)
+
+
+def test_unmasked_positions_are_not_read():
+  values = jnp.array([[[[1.0, jnp.nan, 3.0]]]])
+  is_masked = jnp.array([[[[True, False, True]]]])
+  assert masked_mean(values, is_masked).item() == 2
+  gradient = jax.grad(lambda values: masked_mean(values, is_masked).sum())(values)
+  np.testing.assert_array_equal(gradient[0, 0, 0], [0.5, 0, 0.5])
+
+
+def test_over_all_masks_the_estimate_is_the_bound():
+  # lambda ~ U(0, 1) makes the sizes 1 and 2 of a non-empty mask equally likely, and the two masks of size 1 too
+  masks = np.array([[1, 0], [0, 1], [1, 1], [1, 1]], bool)
+  is_masked = jnp.broadcast_to(jnp.asarray(masks), (9, 1, 4, 2))
+  estimate = elbo(token_log_prob(is_masked), is_masked, jnp.ones((9, 1, 2), bool)).mean(-1)[:, 0]
+  np.testing.assert_allclose(estimate, BOUND, rtol=1e-5)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("min_ratio", [0.0, 0.5])
+def test_drawn_estimates_converge_to_their_expectation(antithetic, min_ratio):
+  # over lambda ~ U(low, 1): E[lambda (1 - lambda)] for each mask of one position, E[lambda^2] of both,
+  # E[(1 - lambda)^2] of none
+  half, full, empty = {0.0: (1 / 6, 1 / 3, 1 / 3), 0.5: (1 / 6, 7 / 12, 1 / 12)}[min_ratio]
+  if antithetic:  # an empty mask's complement is the full one
+    full = (full + empty) / 2
+  masks = jnp.asarray([[1, 0], [0, 1], [1, 1]], bool)
+  is_masked = jnp.broadcast_to(masks, (9, 1, 3, 2))
+  each = elbo(token_log_prob(is_masked), is_masked, jnp.ones((9, 1, 2), bool))[:, 0]
+  expected = each @ jnp.array([half, half, full])
+  if min_ratio == 0:  # an empty mask, once in n + 1 times, counts as 0
+    np.testing.assert_allclose(expected, 2 / 3 * BOUND, rtol=1e-5)
+  estimate = estimates(antithetic, min_ratio)
+  error = standard_error(estimate, antithetic=antithetic)[:, 0]
+  assert error.max() < 0.1
+  assert np.abs((estimate.mean(-1)[:, 0] - expected) / error).max() < 4
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_the_standard_error_is_the_spread_of_the_mean(antithetic):
+  estimate = estimates(antithetic, num_replicates=8, group_size=500)
+  spread = np.asarray(estimate.mean(-1)).std(-1)
+  error = np.sqrt(np.mean(np.asarray(standard_error(estimate, antithetic=antithetic)) ** 2, axis=-1))
+  np.testing.assert_allclose(error, spread, rtol=0.12)
+
+
+def test_the_standard_error_by_hand():
+  replicates = jnp.array([[[1.0, 2.0, 3.0, 6.0]]])
+  assert standard_error(replicates, antithetic=False).item() == pytest.approx(np.std([1, 2, 3, 6], ddof=1) / 2)
+  # the pairs are (1, 3) and (2, 6)
+  assert standard_error(replicates, antithetic=True).item() == pytest.approx(np.std([2, 4], ddof=1) / math.sqrt(2))
+  assert np.isnan(standard_error(replicates[..., :2], antithetic=True)).all()
+  assert np.isnan(standard_error(replicates[..., :1], antithetic=False)).all()
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDENS / "elbo.json").read_text()))
+@pytest.mark.parametrize("policy", ["cur", "ref"])
+def test_the_recorded_bounds(case, policy):
+  # recorded from the official PyTorch code, which keeps the sum's terms by position
+  arrays = np.load(GOLDENS / "elbo.npz")
+  rows = len(arrays[f"{case}/prompt_ids"])
+
+  def by_row(name):
+    array = arrays[f"{case}/{name}"]
+    return jnp.asarray(array.reshape(-1, rows, array.shape[-1]).swapaxes(0, 1)[None])
+
+  is_masked = by_row("mask")
+  estimate = elbo(-by_row(f"token_losses_{policy}"), is_masked, jnp.ones((1, rows, 16), bool))
+  np.testing.assert_allclose(estimate.mean(-1)[0], arrays[f"{case}/seq_log_prob_{policy}"], rtol=1e-5)

@@ -1,0 +1,146 @@
+"""Masks: their distribution, their antithetic pairs, and that a row's noise belongs to the row alone."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax import noise
+from dmpo_jax.objectives.masking import draw_masks, place_masks
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
+RANGE = dict(min_ratio=0.1, max_ratio=1.0)
+MOST = 40  # prompts of the largest batch below; keys are always made for so many, to compile once
+
+draw = jax.jit(draw_masks, static_argnames=("num_replicates", "antithetic", "min_ratio", "max_ratio"))
+make_keys = jax.jit(lambda ids, step: noise.row_keys(noise.step_key(0, "loss", step), ids, 3))
+
+
+def keys_of(prompt_ids, step=0):
+  ids = np.zeros(MOST, np.uint32)
+  ids[: len(prompt_ids)] = prompt_ids
+  return make_keys(ids, step)[: len(prompt_ids)]
+
+
+def counted(p, g, c):
+  return jnp.ones((p, g, c), bool)
+
+
+def test_positions_are_masked_where_their_noise_is_below_the_ratio():
+  u_ratio = jnp.array([[[0.0, 0.5]]])
+  u_position = jnp.array([[[[0.05, 0.2, 0.1], [0.0, 0.54, 0.56]]]])
+  is_masked, ratio = place_masks(u_ratio, u_position, counted(1, 1, 3), antithetic=True, **RANGE)
+  np.testing.assert_allclose(ratio[0, 0], [0.1, 0.55, 0.9, 0.45], rtol=1e-6)
+  expected = [[True, False, False], [True, True, False], [False, True, True], [False, False, True]]
+  np.testing.assert_array_equal(is_masked[0, 0], expected)
+
+
+def test_antithetic_pairs_predict_every_counted_position_once():
+  is_counted = jnp.arange(7) < jnp.array([[7, 4, 2], [1, 0, 7], [7, 7, 7]])[..., None]
+  is_masked, ratio = draw(keys_of([5, 6, 7]), is_counted, num_replicates=4, antithetic=True, **RANGE)
+  assert is_masked.shape == (3, 3, 4, 7)
+  pairs = jnp.broadcast_to(is_counted[:, :, None], (3, 3, 2, 7))
+  np.testing.assert_array_equal(is_masked[:, :, :2] ^ is_masked[:, :, 2:], pairs)
+  assert not (is_masked & ~is_counted[:, :, None]).any()
+  np.testing.assert_allclose(ratio[:, :, :2] + ratio[:, :, 2:], 1, rtol=1e-6)
+
+
+def test_drawn_masks_are_uniform_in_ratio_and_independent_given_it():
+  is_masked, ratio = draw(
+    keys_of(range(MOST)), counted(MOST, 3, 50), num_replicates=20, antithetic=False, min_ratio=0.2, max_ratio=0.7
+  )
+  is_masked, ratio = np.asarray(is_masked).reshape(-1, 20, 50), np.asarray(ratio).reshape(-1, 20)
+  assert ratio.min() >= 0.2
+  assert ratio.max() <= 0.7
+  # 2400 draws: the quantiles of a uniform have a standard error below 0.5 * 0.5 / sqrt(2400)
+  np.testing.assert_allclose(np.quantile(ratio, [0.25, 0.5, 0.75]), [0.325, 0.45, 0.575], atol=0.02)
+  standard = (is_masked - ratio[..., None]) / np.sqrt(ratio * (1 - ratio))[..., None]
+  assert np.mean(standard) == pytest.approx(0, abs=4 / np.sqrt(standard.size))
+  # no correlation of positions, of replicates, of rollouts, or with the ratio
+  for columns in (
+    standard.reshape(-1, 50),
+    standard.swapaxes(1, 2).reshape(-1, 20),
+    standard.reshape(MOST, 3, -1).swapaxes(1, 2).reshape(-1, 3),
+    np.stack([standard.mean(-1).ravel(), ratio.ravel()], axis=-1),
+  ):
+    off_diagonal = np.corrcoef(columns.T) - np.eye(columns.shape[1])
+    assert np.abs(off_diagonal).max() < 5 / np.sqrt(len(columns))
+
+
+def test_a_row_is_independent_of_its_batch_of_padding_and_of_further_replicates():
+  keywords = dict(antithetic=False, **RANGE)
+  whole, ratio = draw(keys_of([11, 12, 13]), counted(3, 3, 7), num_replicates=4, **keywords)
+  shuffled, _ = draw(keys_of([13, 11, 12]), counted(3, 3, 7), num_replicates=4, **keywords)
+  np.testing.assert_array_equal(whole, shuffled[jnp.array([1, 2, 0])])
+  is_counted = jnp.pad(counted(1, 3, 7), ((0, 0), (0, 0), (0, 5)))
+  alone, alone_ratio = draw(keys_of([12]), is_counted, num_replicates=6, **keywords)
+  np.testing.assert_array_equal(alone[:, :, :4, :7], whole[1:2])
+  np.testing.assert_array_equal(alone_ratio[:, :, :4], ratio[1:2])
+  assert not alone[..., 7:].any()
+
+
+def test_other_steps_rollouts_and_replicates_get_other_noise():
+  keywords = dict(num_replicates=4, antithetic=False, **RANGE)
+  _, now = draw(keys_of([1, 2, 3]), counted(3, 3, 7), **keywords)
+  _, later = draw(keys_of([1, 2, 3], step=1), counted(3, 3, 7), **keywords)
+  assert len(np.unique(np.concatenate([now.ravel(), later.ravel()]))) == 2 * now.size
+
+
+def test_devices_change_no_mask():
+  keywords = dict(num_replicates=4, antithetic=False, **RANGE)
+  mesh = jax.make_mesh((8,), ("rows",))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+  keys, is_counted = jax.device_put((keys_of(range(8)), counted(8, 3, 7)), rows)
+  split, _ = draw(keys, is_counted, **keywords)
+  assert len(split.sharding.device_set) == 8
+  whole, _ = draw(keys_of([0, 1, 2]), counted(3, 3, 7), **keywords)
+  np.testing.assert_array_equal(np.asarray(split)[:3], whole)
+
+
+@pytest.mark.parametrize("name", ["wdce", "elbo"])
+def test_recorded_noise_gives_the_recorded_masks(name):
+  # recorded from the official PyTorch code
+  arrays = np.load(GOLDENS / f"{name}.npz")
+  cases = json.loads((GOLDENS / f"{name}.json").read_text())
+  for case, settings in cases.get("cases", cases).items():
+    recorded = {key: arrays[f"{case}/{key}"] for key in ("u_lambda", "u_mask", "mask")}
+    rows = len(arrays[f"{case}/prompt_ids"])
+    is_counted = np.ones((1, rows, recorded["mask"].shape[-1]), bool)
+    if settings.get("non_eos"):
+      is_counted = arrays[f"{case}/completion_mask"][None]
+    by_row = {key: value.reshape(-1, rows, *value.shape[1:]).swapaxes(0, 1)[None] for key, value in recorded.items()}
+    is_masked, _ = place_masks(
+      jnp.asarray(by_row["u_lambda"]),
+      jnp.asarray(by_row["u_mask"]),
+      jnp.asarray(is_counted),
+      antithetic=settings["antithetic"],
+      min_ratio=settings["min_ratio"],
+      max_ratio=1.0,
+    )
+    if case == "noneos_intmask":
+      # there an integer mask indexed whole rows and unmasked the last two; here only uncounted positions stay unmasked
+      assert not recorded["mask"][-2:].any()
+      assert np.asarray(is_masked).any((0, 1, 3)).all()
+      assert not (np.asarray(is_masked) & ~is_counted[:, :, None]).any()
+      np.testing.assert_array_equal(is_masked[:, :, :3], (by_row["mask"] & is_counted[:, :, None])[:, :, :3])
+    else:
+      np.testing.assert_array_equal(is_masked, by_row["mask"], err_msg=case)
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    (dict(num_replicates=3), r"num_replicates.*=3 with objective.antithetic=True.*even"),
+    (dict(num_replicates=0), r"num_replicates.*=0: must be at least 1"),
+    (dict(min_ratio=-0.1), r"min_mask_ratio=-0.1"),
+    (dict(max_ratio=1.5), r"max_mask_ratio=1.5"),
+    (dict(min_ratio=0.9, max_ratio=0.5), r"min_mask_ratio=0.9, objective.max_mask_ratio=0.5"),
+  ],
+)
+def test_wrong_arguments_are_refused(changed, message):
+  keywords = dict(num_replicates=2, antithetic=True, **RANGE) | changed
+  with pytest.raises(ValueError, match=message):
+    draw_masks(keys_of([0]), counted(1, 3, 4), **keywords)
