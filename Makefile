@@ -7,9 +7,6 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-# compiled programs are kept between runs
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-
 .PHONY: demo test lint format
 
 demo: $(INSTALLED)

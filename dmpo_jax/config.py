@@ -117,8 +117,8 @@ def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
   if not problems:
     try:
       TASKS[name](**own)
-    except (TypeError, ValueError) as error:
-      problems[prefix] = f"config.{prefix[:-1]}: {error}"
+    except (TypeError, ValueError) as error:  # which names its key, as `task.sudoku.min_blanks=...`
+      problems[prefix] = f"config.{error}" if str(error).startswith(prefix) else _line(prefix[:-1], own, str(error))
   return problems
 
 

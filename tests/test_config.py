@@ -133,7 +133,7 @@ def test_own_section_of_the_task(config):
   config = base.get_config()
   config.task.sudoku.min_blanks = 11  # above max_blanks: the task itself refuses
   (line,) = problems(config)
-  assert line.startswith("config.task.sudoku: ")
+  assert line.startswith("config.task.sudoku.min_blanks=11")
   config.task.name = "countdown"  # and where another task is chosen, nobody minds
   config_lib.validate(config)
 
