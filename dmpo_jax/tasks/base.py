@@ -1,0 +1,82 @@
+"""What a task is: where its prompts come from, how they read, and what an answer to them is worth.
+
+First in the flow: `data.py` turns a task's records into tokens, `rollout.py` and `evaluate.py` hand the decoded
+completions back to it. A task sees strings only.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+
+Record = dict[str, Any]  # one prompt and what grading it needs: strings and numbers, as JSON keeps them
+Split = Literal["train", "test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+  """The verdict on one completion."""
+
+  is_correct: bool
+  extracted: str  # the part of the completion that was taken as the answer
+
+
+@runtime_checkable
+class Task(Protocol):
+  """One task. Implementations are frozen dataclasses whose fields are the keywords of `config.task.<name>`."""
+
+  version: ClassVar[str]  # of the generator, as "1.0.0": raised whenever the same options would give other records
+
+  def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
+    """Yield `num` different records, a function of the arguments; the splits of one seed share no answer."""
+    ...
+
+  def prompt(self, record: Record) -> str:
+    """Return the text that the model is given."""
+    ...
+
+  def demonstration(self, record: Record, rng: np.random.Generator) -> str:
+    """Return a completion to imitate; it knows the rules of the task, but not always the answer."""
+    ...
+
+  def reward(self, record: Record, completion: str) -> float:
+    """Return what a completion is worth, in [0, 1]."""
+    ...
+
+  def grade(self, record: Record, completion: str) -> Grade:
+    """Return whether a completion is right."""
+    ...
+
+  def read_published(self, path: epath.PathLike) -> list[Record]:
+    """Read a published test file; one ValueError lists every row that cannot be used."""
+    ...
+
+
+def read_text(path: epath.PathLike) -> str:
+  """Return the text of a published file, local or gs://.
+
+  Raises:
+    ValueError: there is no such file, or it is not text.
+  """
+  path = epath.Path(path)
+  if not path.is_file():
+    raise ValueError(f"task.eval_path={str(path)!r}: no such file")
+  try:
+    return path.read_bytes().decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"task.eval_path={str(path)!r}: not a text file in UTF-8 ({error})") from error
+
+
+def refuse_rows(path: epath.PathLike, problems: Sequence[str]) -> None:
+  """Raise one ValueError that lists the problems found in a published file, if there are any."""
+  if problems:
+    listing = "\n".join(f"  {problem}" for problem in problems)
+    raise ValueError(f"task.eval_path={str(path)!r}: {len(problems)} rows cannot be used\n{listing}")
+
+
+def refuse_options(problems: Sequence[str]) -> None:
+  """Raise one ValueError that lists the problems of a task's options, one a line, if there are any."""
+  if problems:
+    raise ValueError("\n".join(problems))

@@ -1,0 +1,219 @@
+"""4x4 Sudoku: the prompt is the puzzle as 16 digits row by row, 0 for a blank cell; the completion is the filled grid.
+
+There are only 288 filled grids, so a split by puzzle would show every solution in training. Here the grids themselves
+are split: no solution of a test puzzle is ever seen in training.
+"""
+
+import csv
+import dataclasses
+import functools
+import io
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Float, Int
+
+from dmpo_jax.tasks.base import Grade, Record, Split, read_text, refuse_options, refuse_rows
+
+logger = logging.getLogger(__name__)
+
+CELLS = 16
+MAX_BLANKS = 12  # no puzzle with fewer than 4 givens has one solution
+TEST_GRIDS = 48  # of 288
+_CANDIDATES = 256  # puzzles drawn at one time
+_MAX_FRUITLESS = 50  # draws in a row that bring nothing new before the puzzles count as exhausted
+
+
+@dataclasses.dataclass(frozen=True)
+class Sudoku:
+  """The task, with the options of `config.task.sudoku`. Records are {puzzle, solution}, 16 digits each."""
+
+  version: ClassVar[str] = "1.0.0"
+
+  min_blanks: int  # blank cells of a generated puzzle, drawn uniformly from min_blanks..max_blanks
+  max_blanks: int
+  demo_unfilled: float  # a demonstration leaves a blank cell blank with this probability
+
+  def __post_init__(self) -> None:
+    problems = []
+    if not 1 <= self.min_blanks <= self.max_blanks <= MAX_BLANKS:
+      problems.append(
+        f"task.sudoku.min_blanks={self.min_blanks}, task.sudoku.max_blanks={self.max_blanks}: "
+        f"must be 1 <= min_blanks <= max_blanks <= {MAX_BLANKS} (with more blanks no puzzle has a single solution)"
+      )
+    if not 0 <= self.demo_unfilled <= 1:
+      problems.append(f"task.sudoku.demo_unfilled={self.demo_unfilled}: must be a probability, in [0, 1]")
+    refuse_options(problems)
+
+  def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
+    """Yield `num` different puzzles with exactly one solution, whose grids belong to `split`.
+
+    Raises:
+      ValueError: there are not so many puzzles with these options.
+    """
+    grids = split_grids(split, seed)
+    part = ("train", "test").index(split)
+    draw = {
+      blanks: _distinct_puzzles(grids, blanks, np.random.default_rng((seed, part, blanks)))
+      for blanks in range(self.min_blanks, self.max_blanks + 1)
+    }
+    num_blanks = np.random.default_rng((seed, part)).integers(self.min_blanks, self.max_blanks + 1, size=num)
+    for index, blanks in enumerate(num_blanks.tolist()):
+      record = next(draw[blanks], None)
+      if record is None:
+        raise ValueError(
+          f"task.num_{split}={num}: the {split} split ran out of puzzles with {blanks} blanks after {index} puzzles; "
+          "ask for fewer, or widen task.sudoku.min_blanks..max_blanks"
+        )
+      yield record
+
+  def prompt(self, record: Record) -> str:
+    """Return the puzzle, 16 digits."""
+    return record["puzzle"]
+
+  def demonstration(self, record: Record, rng: np.random.Generator) -> str:
+    """Return the solution with each blank cell left blank (0) with probability `demo_unfilled`."""
+    is_unfilled = rng.random(CELLS) < self.demo_unfilled
+    cells = zip(record["puzzle"], record["solution"], is_unfilled, strict=True)
+    return "".join("0" if given == "0" and unfilled else right for given, right, unfilled in cells)
+
+  def reward(self, record: Record, completion: str) -> float:
+    """Return the share of blank cells filled right, in [0, 1]; 1 means solved and nothing else does.
+
+    Cells count by position. A given cell that does not come back as it was, and every character too many, cancels one
+    cell filled right: the puzzle that was asked is to be solved, not another one.
+    """
+    answer = _extract(completion)
+    blanks = record["puzzle"].count("0")
+    num_right = num_overwritten = 0
+    for index, (given, right) in enumerate(zip(record["puzzle"], record["solution"], strict=True)):
+      is_right = answer[index : index + 1] == right
+      num_right += given == "0" and is_right
+      num_overwritten += given != "0" and not is_right
+    num_excess = max(len(answer) - CELLS, 0)
+    return max(num_right - num_overwritten - num_excess, 0) / blanks
+
+  def grade(self, record: Record, completion: str) -> Grade:
+    """Return whether the whole grid is right, the given cells included."""
+    answer = _extract(completion)
+    return Grade(is_correct=answer == record["solution"], extracted=answer)
+
+  def read_published(self, path: epath.PathLike) -> list[Record]:
+    """Read a CSV file with the header Puzzle,Solution, both 16 digits (text: leading zeros count).
+
+    Raises:
+      ValueError: no such file, another header, or rows that are no puzzle with its solution, all of them listed.
+    """
+    rows = list(csv.reader(io.StringIO(read_text(path))))
+    if not rows or rows[0] != ["Puzzle", "Solution"]:
+      raise ValueError(f"task.eval_path={str(path)!r}: the first row must be Puzzle,Solution; it is {rows[:1]}")
+    records, problems = [], []
+    for number, row in enumerate(rows[1:], start=2):
+      problem = _row_problem(row)
+      if problem:
+        problems.append(f"row {number}: {problem}")
+      elif row:
+        records.append({"puzzle": row[0], "solution": row[1]})
+    refuse_rows(path, problems)
+    if not records:
+      raise ValueError(f"task.eval_path={str(path)!r}: no puzzle in it")
+    num_open = int((~has_one_solution(np.array([list(map(int, record["puzzle"])) for record in records]))).sum())
+    if num_open:
+      logger.warning(
+        "%s: %d of %d puzzles have more than one solution; only the one in the file counts",
+        path,
+        num_open,
+        len(records),
+      )
+    return records
+
+
+@functools.cache
+def all_grids() -> Int[np.ndarray, "288 16"]:
+  """Return the 288 filled grids, in lexicographic order."""
+  rows = list(itertools.permutations((1, 2, 3, 4)))
+  bands = [(*top, *below) for top, below in itertools.product(rows, rows) if _has_no_repeats(top, below)]
+  grids = [(*upper, *lower) for upper, lower in itertools.product(bands, bands) if _columns_differ(upper, lower)]
+  grids = np.array(grids, np.int8)
+  grids.flags.writeable = False  # shared by all callers
+  return grids
+
+
+def _has_no_repeats(top: tuple[int, ...], below: tuple[int, ...]) -> bool:
+  """Whether two rows make two full boxes (their columns differ then too)."""
+  return not set(top[:2]) & set(below[:2]) and not set(top[2:]) & set(below[2:])
+
+
+def _columns_differ(upper: tuple[int, ...], lower: tuple[int, ...]) -> bool:
+  return all(len({upper[i], upper[i + 4], lower[i], lower[i + 4]}) == 4 for i in range(4))
+
+
+def split_grids(split: Split, seed: int) -> Int[np.ndarray, "n 16"]:
+  """Return the filled grids of a split: 48 for test and 240 for train, disjoint, drawn by `seed`."""
+  order = np.random.default_rng(seed).permutation(len(all_grids()))
+  return all_grids()[order[:TEST_GRIDS] if split == "test" else order[TEST_GRIDS:]]
+
+
+def has_one_solution(puzzles: Int[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]:
+  """Whether exactly one of the 288 grids agrees with each puzzle (0: blank)."""
+  givens = _one_hot(puzzles)
+  num_agreeing = givens @ _one_hot(all_grids()).T  # [n, 288] cells
+  return (num_agreeing == givens.sum(-1, keepdims=True)).sum(-1) == 1
+
+
+def _one_hot(cells: Int[np.ndarray, "n 16"]) -> Float[np.ndarray, "n 64"]:
+  """Digits to indicators of 1-4; a blank is all zeros."""
+  return (cells[..., None] == np.arange(1, 5)).reshape(len(cells), -1).astype(np.float32)
+
+
+def _distinct_puzzles(grids: Int[np.ndarray, "n 16"], blanks: int, rng: np.random.Generator) -> Iterator[Record]:
+  """Yield puzzles with so many blanks and one solution, each once, until drawing brings no new ones."""
+  seen: set[bytes] = set()
+  fruitless = 0
+  while fruitless < _MAX_FRUITLESS:
+    solutions = grids[rng.integers(len(grids), size=_CANDIDATES)]
+    is_blank = rng.permuted(np.tile(np.arange(CELLS) < blanks, (_CANDIDATES, 1)), axis=1)
+    puzzles = np.where(is_blank, 0, solutions)
+    fruitless += 1
+    for index in np.flatnonzero(has_one_solution(puzzles)):
+      puzzle = puzzles[index].tobytes()
+      if puzzle not in seen:
+        seen.add(puzzle)
+        fruitless = 0
+        yield {"puzzle": _to_text(puzzles[index]), "solution": _to_text(solutions[index])}
+
+
+def _to_text(cells: Int[np.ndarray, "16"]) -> str:
+  return "".join(map(str, cells.tolist()))
+
+
+def _extract(completion: str) -> str:
+  """Take the whole completion as the grid, without white space."""
+  return "".join(completion.split())
+
+
+def _row_problem(row: list[str]) -> str:
+  """Say why a row of a published file cannot be used; "" if it can, or is an empty line."""
+  if not row:
+    return ""
+  if len(row) != 2:
+    return f"{len(row)} columns, not 2"
+  puzzle, solution = row
+  if len(puzzle) != CELLS or set(puzzle) - set("01234"):
+    return f"the puzzle {puzzle!r} is not 16 digits 0-4"
+  if solution not in _grid_texts():
+    return f"the solution {solution!r} is not a filled 4x4 grid"
+  if "0" not in puzzle:
+    return f"the puzzle {puzzle!r} has no blank cell"
+  if any(given not in ("0", right) for given, right in zip(puzzle, solution, strict=True)):
+    return f"the solution {solution!r} changes a given cell of {puzzle!r}"
+  return ""
+
+
+@functools.cache
+def _grid_texts() -> frozenset[str]:
+  return frozenset(_to_text(grid) for grid in all_grids())

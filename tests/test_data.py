@@ -1,0 +1,299 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from dmpo_jax import data
+from dmpo_jax.data import PromptStream, TaskData, prompt_id
+from dmpo_jax.structs import Prompts
+from dmpo_jax.tasks.countdown import Countdown
+from dmpo_jax.tasks.sudoku import Sudoku
+from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
+
+TASK = Sudoku(min_blanks=4, max_blanks=6, demo_unfilled=0.45)
+COUNTDOWN = Countdown(num_numbers=3, max_number=99, demo_wrong=0.5)
+SIZES = dict(num_train=30, num_test=7)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+  return load_tokenizer("sentencepiece", base.get_config().tokenizer.path)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+  return list(TASK.generate("train", 30, 0))
+
+
+@pytest.fixture
+def stream(records, tokenizer) -> PromptStream:
+  return PromptStream(records, TASK, tokenizer, seed=5, max_prompt_length=20)
+
+
+def puzzles(stream: PromptStream, position: int, n: int) -> list[str]:
+  return [record["puzzle"] for record in stream.batch(position, n)[1]]
+
+
+# Writing and reading records
+
+
+def test_records_are_written_as_array_record_and_come_back(tmp_path):
+  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  assert source.train() == list(TASK.generate("train", 30, 0))
+  assert source.test() == list(TASK.generate("test", 7, 0))
+  files = sorted(path.name for path in source.path.iterdir())
+  assert [name for name in files if "array_record" in name] == [
+    "task_records-test.array_record-00000-of-00001",
+    "task_records-train.array_record-00000-of-00001",
+  ]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["task_records"]  # nothing else is left there
+
+
+def test_prepared_records_are_used_again(tmp_path, monkeypatch):
+  first = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES).train()
+  monkeypatch.setattr(Sudoku, "generate", lambda *_: pytest.fail("generated again"))
+  assert TaskData(TASK, "sudoku", data_dir=str(tmp_path), **SIZES).train() == first
+
+
+def test_nothing_is_said_on_stdout(tmp_path, capsys):
+  TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES).test()
+  assert capsys.readouterr().out == ""
+
+
+def test_other_options_sizes_seeds_and_versions_are_other_folders(tmp_path, monkeypatch):
+  def path(task=TASK, name="sudoku", **keywords):
+    return TaskData(task, name, data_dir=tmp_path, **(SIZES | keywords)).path
+
+  paths = [
+    path(),
+    path(dataclasses.replace(TASK, max_blanks=7)),
+    path(num_train=31),
+    path(num_test=8),
+    path(seed=1),
+    path(COUNTDOWN, "countdown"),
+  ]
+  monkeypatch.setattr(Sudoku, "version", "1.0.1")
+  paths.append(path())
+  assert len(set(paths)) == len(paths)
+
+
+def test_an_incomplete_folder_is_made_anew(tmp_path):
+  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  expected = source.train()
+  for damage in ("task_records-train.array_record-00000-of-00001", "dataset_info.json"):
+    (source.path / damage).unlink()
+    assert source.train() == expected
+  (source.path / "dataset_info.json").write_text('{"name": "task_re')
+  assert source.train() == expected
+
+
+def test_what_a_killed_run_left_is_not_read(tmp_path):
+  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  half = source.path.parent / f"incomplete.ABC123_{source.path.name}"
+  half.mkdir(parents=True)
+  (half / "task_records-train.array_record-00000-of-00001").write_bytes(b"half")
+  assert source.train() == list(TASK.generate("train", 30, 0))
+
+
+def test_a_failing_generator_leaves_nothing_to_read(tmp_path, monkeypatch):
+  def failing(self, split, num, seed):
+    yield {"puzzle": "3102200002100320", "solution": "3142243142131324"}
+    raise ValueError(f"task.num_{split}={num}: too many")
+
+  monkeypatch.setattr(Sudoku, "generate", failing)
+  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  with pytest.raises(ValueError, match=r"task.num_train=30: too many"):
+    source.train()
+  assert not source.path.exists()
+  assert not list(source.path.parent.iterdir())
+
+
+def test_two_runs_may_prepare_the_same_records(tmp_path, monkeypatch):
+  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  generate = Sudoku.generate
+
+  def overtaken(self, split, num, seed):
+    monkeypatch.setattr(Sudoku, "generate", generate)
+    TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES).train()  # another run is done first
+    return generate(self, split, num, seed)
+
+  monkeypatch.setattr(Sudoku, "generate", overtaken)
+  assert source.train() == list(TASK.generate("train", 30, 0))
+
+
+def test_processes_wait_for_the_first_and_find_its_records(tmp_path, monkeypatch):
+  first = TaskData(TASK, "sudoku", data_dir=tmp_path / "first", **SIZES)
+  second = TaskData(TASK, "sudoku", data_dir=tmp_path / "second", **SIZES)
+  events = []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(data.multihost_utils, "sync_global_devices", lambda name: events.append(first.path.exists()))
+  monkeypatch.setattr(jax, "process_index", lambda: 0)
+  expected = first.train()
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  assert second.train() == expected  # a disk of its own
+  assert first.train() == expected  # a shared one
+  assert events == [True, True, True]
+
+
+def test_object_stores_are_refused():
+  source = TaskData(TASK, "sudoku", data_dir="gs://bucket/data", **SIZES)
+  with pytest.raises(ValueError, match=r"task.data_dir='gs://bucket/data'.*local or mounted"):
+    source.train()
+
+
+def test_a_published_file_stands_in_for_the_test_split(tmp_path):
+  path = tmp_path / "puzzles.csv"
+  path.write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
+  source = TaskData(TASK, "sudoku", data_dir=tmp_path / "data", eval_path=str(path), **SIZES)
+  assert source.test() == [{"puzzle": "3102200002100320", "solution": "3142243142131324"}]
+  assert not (tmp_path / "data").exists()
+
+
+def test_neither_writing_nor_reading_imports_tensorflow(tmp_path):
+  code = f"""
+import sys
+from dmpo_jax import data
+from dmpo_jax.tasks.sudoku import Sudoku
+task = Sudoku(min_blanks=4, max_blanks=6, demo_unfilled=0.5)
+assert len(data.TaskData(task, "sudoku", data_dir={str(tmp_path)!r}, num_train=9, num_test=3).train()) == 9
+assert "tensorflow" not in sys.modules
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The stream
+
+
+def test_every_epoch_is_another_permutation(stream, records):
+  everything = Counter(record["puzzle"] for record in records)
+  epochs = [puzzles(stream, 30 * epoch, 30) for epoch in range(4)]
+  assert all(Counter(epoch) == everything for epoch in epochs)
+  assert len({tuple(epoch) for epoch in epochs}) == 4
+  assert len(stream) == 30
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 64])
+def test_the_position_is_the_only_state(records, tokenizer, n):
+  def fresh():
+    return PromptStream(records, TASK, tokenizer, seed=5, max_prompt_length=20)
+
+  whole = puzzles(fresh(), 0, 70)
+  pieces = []
+  for position in range(0, 70, n):
+    pieces += puzzles(fresh(), position, min(n, 70 - position))  # a new stream each time: nothing is carried
+  assert pieces == whole
+
+
+def test_seeds_order_differently_and_share_no_epoch(records, tokenizer):
+  orders = {
+    tuple(puzzles(PromptStream(records, TASK, tokenizer, seed=seed, max_prompt_length=20), 30 * epoch, 30))
+    for seed in range(3)
+    for epoch in range(3)
+  }
+  assert len(orders) == 9
+
+
+def test_without_a_seed_records_come_in_their_own_order(records, tokenizer):
+  stream = PromptStream(records, TASK, tokenizer, seed=None, max_prompt_length=20)
+  assert stream.batch(0, len(stream))[1] == records
+  assert stream.batch(30, 3)[1] == records[:3]
+
+
+def test_prompts_are_padded_on_the_left(tokenizer):
+  records = [{"numbers": "1,2,3", "target": 6}, {"numbers": "75,30,4", "target": 49}]
+  prompts, given = PromptStream(records, COUNTDOWN, tokenizer, seed=None, max_prompt_length=12).batch(0, 2)
+  assert given == records
+  assert isinstance(prompts, Prompts)
+  assert prompts.tokens.dtype == np.int32
+  assert prompts.is_valid.dtype == bool
+  assert prompts.prompt_id.dtype == np.uint32
+  for row, text in enumerate(["1,2,3=6", "75,30,4=49"]):
+    ids = tokenizer.encode(text)
+    assert prompts.tokens[row].tolist() == [tokenizer.pad_token_id] * (12 - len(ids)) + ids
+    assert prompts.is_valid[row].tolist() == [False] * (12 - len(ids)) + [True] * len(ids)
+
+
+def test_prompt_ids_are_stable(records, tokenizer):
+  streams = [
+    PromptStream(records, TASK, tokenizer, seed=0, max_prompt_length=16),
+    PromptStream(records[::-1], TASK, tokenizer, seed=1, max_prompt_length=20),
+  ]
+  ids = []
+  for stream in streams:
+    prompts, given = stream.batch(0, 60)
+    ids.append(dict(zip((record["puzzle"] for record in given), prompts.prompt_id.tolist(), strict=True)))
+  assert ids[0] == ids[1]
+  assert len(set(ids[0].values())) == 30
+  assert prompt_id("3102200002100320") == 2350467720  # recorded: noise of saved runs hangs on it
+
+
+def test_overlong_prompts_are_refused_and_counted(tokenizer):
+  records = [
+    {"numbers": "1,2,3", "target": 6},
+    {"numbers": "75,30,4", "target": 49},
+    {"numbers": "7,30,4", "target": 9},
+  ]
+  with pytest.raises(ValueError, match=r"task.max_prompt_length=7: 2 of 3 .*record 1 \(10\), record 2 \(8\).*to 10"):
+    PromptStream(records, COUNTDOWN, tokenizer, seed=0, max_prompt_length=7, overlong="error")
+
+
+def test_overlong_prompts_are_skipped_and_counted(tokenizer):
+  records = [{"numbers": "1,2,3", "target": 6}, {"numbers": "75,30,4", "target": 49}, {"numbers": "7,3,4", "target": 8}]
+  stream = PromptStream(records, COUNTDOWN, tokenizer, seed=0, max_prompt_length=7, overlong="skip")
+  assert stream.num_skipped == 1
+  assert len(stream) == 2
+  assert Counter(record["target"] for record in stream.batch(0, 4)[1]) == {6: 2, 8: 2}
+  with pytest.raises(ValueError, match="3 of 3 prompts"):
+    PromptStream(records, COUNTDOWN, tokenizer, seed=0, max_prompt_length=3, overlong="skip")
+
+
+def test_many_overlong_prompts_are_not_all_described(records, tokenizer):
+  with pytest.raises(ValueError, match=r"30 of 30 prompts.*record 19 \(16\) and 10 more; set it to 16"):
+    PromptStream(records, TASK, tokenizer, seed=0, max_prompt_length=8)
+
+
+def test_no_records_are_refused(tokenizer):
+  with pytest.raises(ValueError, match="no records"):
+    PromptStream([], TASK, tokenizer, seed=0, max_prompt_length=8)
+
+
+def test_demonstrations_fit_exactly_or_are_filled_with_eos(stream, tokenizer):
+  prompts, completion, records = stream.demonstrations(3, 8, 16)
+  longer = stream.demonstrations(3, 8, 20)[1]
+  assert completion.dtype == np.int32
+  assert completion.shape == (8, 16)
+  assert np.array_equal(longer[:, :16], completion)
+  assert (longer[:, 16:] == tokenizer.eos_token_id).all()
+  assert np.array_equal(prompts.tokens, stream.batch(3, 8)[0].tokens)
+  for row, record in enumerate(records):
+    text = tokenizer.decode(completion[row].tolist())
+    cells = zip(text, record["puzzle"], record["solution"], strict=True)
+    assert all(shown == right or (shown == "0" and given == "0") for shown, given, right in cells)
+
+
+def test_demonstrations_depend_on_the_position_and_not_on_the_batch(stream, records, tokenizer):
+  whole = stream.demonstrations(0, 40, 16)[1]
+  again = PromptStream(records, TASK, tokenizer, seed=5, max_prompt_length=20).demonstrations(17, 5, 16)[1]
+  assert np.array_equal(again, whole[17:22])
+  other_seed = PromptStream(records, TASK, tokenizer, seed=6, max_prompt_length=20)
+  assert not np.array_equal(other_seed.demonstrations(0, 40, 16)[1], whole)
+  epochs = [
+    dict(zip(puzzles(stream, start, 30), map(tuple, stream.demonstrations(start, 30, 16)[1].tolist()), strict=True))
+    for start in (0, 30)
+  ]
+  assert epochs[0] != epochs[1]  # the same prompts, demonstrated differently
+
+
+def test_demonstrations_too_long_are_refused(stream):
+  with pytest.raises(ValueError, match=r"sampler.completion_length=12: the demonstration '\d{16}' has 16 tokens"):
+    stream.demonstrations(0, 1, 12)
+
+
+def test_records_stay_json(records):
+  assert json.loads(json.dumps(records)) == records
