@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
   c.rollout = r = ConfigDict()
   r.num_prompts = 32  # prompts in a buffer
   r.group_size = 8  # rollouts of each prompt
+  r.chunk_prompts = 0  # prompts sampled and scored at one time; 0: the whole buffer
 
   c.objective = o = ConfigDict()
   o.name = "wdce"  # see dmpo_jax.objectives.OBJECTIVES
@@ -98,7 +99,9 @@ def get_config() -> ConfigDict:
   p.b2 = 0.99
   p.weight_decay = 0.0
   p.clip_norm = 1.0  # global norm of the gradient
-  p.max_skips_in_a_row = 5  # updates with a non-finite loss or gradient are skipped; after so many in a row the run stops
+  p.max_skips_in_a_row = (
+    5  # updates with a non-finite loss or gradient are skipped; after so many in a row the run stops
+  )
 
   c.train = n = ConfigDict()
   n.num_buffers = 20  # buffers of rollouts

@@ -25,8 +25,8 @@ def make_score(
 ) -> Score:
   """Close over a policy and its completions; the result maps masks to scores.
 
-  `score(is_masked)`, is_masked [p, g, r, c], gives log p(y_l | prompt, y with the masked positions replaced by MASK) and
-  the entropy of that distribution at *every* completion position, float32 [p, g, r, c].
+  `score(is_masked)`, is_masked [p, g, r, c], gives log p(y_l | prompt, y with the masked positions hidden) and the
+  entropy of that distribution at *every* completion position, float32 [p, g, r, c].
 
   Args:
     chunk: completion positions whose logits exist at one time; 0 for all.

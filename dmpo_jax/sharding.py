@@ -6,7 +6,9 @@ is a mesh of one device, so nothing else in the package asks how many devices th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -66,3 +68,14 @@ def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return array
   return jax.lax.with_sharding_constraint(array, spec(*logical))
+
+
+def layout(boxed: Any, mesh: Mesh) -> Any:
+  """Give the NamedSharding of each array of a tree of Flax partitioned boxes (or their abstract shapes)."""
+  rules = [(name, axes or None) for name, axes in LOGICAL_AXES.items()]
+  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
+
+
+def abstract(tree: Any) -> Any:
+  """Describe arrays by shape, dtype and sharding alone: what a checkpoint is restored onto."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

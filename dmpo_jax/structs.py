@@ -55,11 +55,10 @@ class Experience:
 
 @struct.dataclass
 class TrainState:
-  """Everything that an update changes, and the frozen parameters it refers to."""
+  """Everything that an update changes."""
 
   step: jax.Array  # int32 []; gradient steps tried so far
   trainable: Any  # parameters that are learned: all of them, or the LoRA adapters
-  frozen: Any  # the reference policy's parameters (under LoRA also the base of the current policy)
   opt_state: Any
   num_skipped: jax.Array  # int32 []; updates skipped because something was not finite
   num_skipped_in_a_row: jax.Array  # int32 []

@@ -15,15 +15,16 @@ LEVELS = (
   {"models", "objectives", "samplers"},
   {"data", "tokenizer", "optim", "checkpoints", "metrics", "progress", "rules", "config", "scoring"},
   {"rollout", "update"},
-  {"build", "evaluate", "train"},
+  {"build", "evaluate", "phases", "train"},
   {"main"},
 )
 # and, of its own level, only what is named here: so the three rooms of the second know nothing of each other
 INSIDE = {
   "config": {"rules"},
   "data": {"tokenizer"},
-  "build": {"evaluate"},
-  "train": {"build", "evaluate"},
+  "evaluate": {"build"},
+  "phases": {"build", "evaluate"},
+  "train": {"build", "evaluate", "phases"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -47,7 +47,7 @@ class Dense(nn.Module):
     init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype)
-    y = x @ kernel.astype(x.dtype)
+    y = _project(x, kernel)
     if self.lora is not None and (self.is_initializing() or self.has_variable("lora", "A")):
       y = y + self._adapt(x, dropout_keys)
     return y
@@ -58,11 +58,16 @@ class Dense(nn.Module):
     b = self._adapter("B", nn.initializers.zeros, (self.lora.rank, self.features), ("rank", self.axes[1]))
     if dropout_keys is not None and self.lora.dropout > 0:
       x = _drop(x, dropout_keys, TARGETS.index(self.name), self.lora.dropout)
-    return (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.lora.scale
+    return _project(_project(x, a), b) * self.lora.scale
 
   def _adapter(self, name: str, init: Any, shape: tuple[int, int], axes: tuple[str, str]) -> Float32[Array, "_ _"]:
     init = nn.with_logical_partitioning(init, axes)
     return self.variable("lora", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
+
+
+def _project(x: Float[Array, "b l d"], kernel: Float[Array, "d f"]) -> Float[Array, "b l f"]:
+  # Rows and positions as one axis: with two of them, XLA's CPU backend transposes whole activations for the gradient.
+  return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 def _drop(x: Float[Array, "b l d"], keys: Key[Array, "b l"], number: int, rate: float) -> Float[Array, "b l d"]:
@@ -100,12 +105,16 @@ def attend(
   Args:
     mask: True where a query may attend; None: everywhere. A query that may attend nowhere averages over all keys.
   """
-  b, l, n, h = query.shape
+  b, length, n, h = query.shape
   k = key.shape[2]
-  query = query.reshape(b, l, k, n // k, h) * h**-0.5
-  scores = jnp.einsum("blkjh,bmkh->bkjlm", query, key, preferred_element_type=jnp.float32)
+  query = jnp.moveaxis((query * h**-0.5).reshape(b, length, k, n // k, h), 1, 3).reshape(b, k, -1, h)
+  key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+  scores = jnp.einsum("bkzh,bkmh->bkzm", query, key, preferred_element_type=jnp.float32)  # z: n / k times l
   if mask is not None:
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  mixed = jnp.einsum("bkjlm,bmkh->blkjh", weights, value)
-  return constrain(mixed.reshape(b, l, n * h), "rows", None, "heads")
+    mask = mask if mask.shape[1] == 1 else jnp.tile(mask, (1, n // k, 1))
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+  # The softmax's normalizer divides after the sum over keys, where there are fewer numbers to divide.
+  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+  mixed = jnp.einsum("bkzm,bkmh->bkzh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+  mixed = (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype).reshape(b, n, length, h)
+  return constrain(jnp.moveaxis(mixed, 2, 1).reshape(b, length, n * h), "rows", None, "heads")

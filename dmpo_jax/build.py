@@ -1,0 +1,125 @@
+"""From the configuration to the parts that training and evaluation share: mesh, tokenizer, task, model, parameters.
+
+Below this module everything takes explicit keyword arguments.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dmpo_jax import data, models, noise, rollout, sharding, tasks
+from dmpo_jax.checkpoints import load_params
+from dmpo_jax.models import llada
+from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.structs import Prompts
+from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What every mode needs: where to compute, with what, and on what."""
+
+  mesh: Mesh
+  tokenizer: Tokenizer
+  task: tasks.Task
+  model: llada.LLaDA
+  prompts: data.PromptStream  # training prompts
+  held_out: tuple[Prompts, list[tasks.Record]]  # evaluation prompts and their records
+
+
+def build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
+  """Build what every mode needs; the task's data is generated on first use.
+
+  Raises:
+    ValueError: a file that the configuration names cannot be used, or prompts are too long.
+  """
+  tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
+  task = tasks.TASKS[config.task.name](**config.task[config.task.name])
+  source = data.TaskData(
+    task,
+    config.task.name,
+    data_dir=epath.Path(config.task.data_dir or workdir.parent / "data"),
+    num_train=config.task.num_train,
+    num_test=config.task.num_test,
+    eval_path=config.task.eval_path,
+  )
+  limits = dict(max_prompt_length=config.task.max_prompt_length, overlong=config.task.overlong_prompts)
+  held_out = data.PromptStream(source.test()[: config.eval.num_prompts], task, tokenizer, seed=None, **limits)
+  return Parts(
+    mesh=sharding.make_mesh(**config.sharding),
+    tokenizer=tokenizer,
+    task=task,
+    model=build_model(config, tokenizer),
+    prompts=data.PromptStream(source.train(), task, tokenizer, seed=config.seed, **limits),
+    held_out=held_out.batch(0, len(held_out)),
+  )
+
+
+def build_model(config: ConfigDict, tokenizer: Tokenizer) -> llada.LLaDA:
+  """Build the model of `config.model`, its vocabulary and special ids from the tokenizer."""
+  sizes = {key: value for key, value in config.model.items() if key not in ("name", "init_from", "loss_chunk", "lora")}
+  return models.MODELS[config.model.name](
+    llada.ModelConfig(
+      **sizes,
+      vocab_size=tokenizer.vocab_size,
+      embedding_size=tokenizer.vocab_size,
+      mask_token_id=tokenizer.mask_token_id,
+      eos_token_id=tokenizer.eos_token_id,
+      pad_token_id=tokenizer.pad_token_id,
+      lora=LoraConfig(**config.model.lora) if config.model.lora.rank else None,
+    )
+  )
+
+
+def abstract_collection(model: llada.LLaDA, mesh: Mesh, name: str) -> Any:
+  """Describe a collection of the model's variables (`params`, `lora`) by shape, dtype and sharding."""
+  boxed = jax.eval_shape(_init_collection(model, name), jax.random.key(0))
+  shapes, shardings = nn.unbox(boxed), sharding.layout(boxed, mesh)
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
+def random_collection(model: llada.LLaDA, mesh: Mesh, name: str, key: jax.Array) -> Any:
+  """Initialise a collection of the model's variables at random, each array made where it will live."""
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_collection(model, mesh, name))
+  return jax.jit(lambda key: nn.unbox(_init_collection(model, name)(key)), out_shardings=shardings)(key)
+
+
+def _init_collection(model: llada.LLaDA, name: str) -> Callable[[jax.Array], Any]:
+  return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))[name]
+
+
+def initial_params(config: ConfigDict, parts: Parts) -> Any:
+  """Return the parameters that `model.init_from` names, or random ones from the seed, laid out over the mesh."""
+  if config.model.init_from:
+    return load_params(epath.Path(config.model.init_from), abstract_collection(parts.model, parts.mesh, "params"))
+  return random_collection(parts.model, parts.mesh, "params", noise.step_key(config.seed, "init", 0))
+
+
+def base_params(config: ConfigDict, workdir: epath.Path, parts: Parts) -> Any:
+  """Return the base: what the warm start left in `workdir/base`, or the initial parameters where there is none."""
+  if config.warm_start.updates:
+    return load_params(workdir / "base", abstract_collection(parts.model, parts.mesh, "params"))
+  return initial_params(config, parts)
+
+
+def make_sample(config: ConfigDict, parts: Parts, *, group_size: int, temperature: float) -> Callable:
+  """Jit the sampler of `config.sampler` at this temperature (see `rollout.make_sample`)."""
+  sampler = config.sampler
+  return rollout.make_sample(
+    parts.model,
+    parts.mesh,
+    sampler=sampler.name,
+    group_size=group_size,
+    temperature=temperature,
+    completion_length=sampler.completion_length,
+    block_length=sampler.block_length,
+    steps=sampler.steps,
+    **sampler[sampler.name],
+  )

@@ -1,0 +1,188 @@
+"""The two phases of a run, as closures over its parts: what `train.py` loops over.
+
+Both learn by the same loop from the same kind of buffer. The warm start's hold demonstrations; the training proper's
+hold rollouts (or demonstrations too, where the objective is supervised).
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from dmpo_jax import noise, optim, rollout, sharding, update
+from dmpo_jax.build import Parts, initial_params, make_sample, random_collection
+from dmpo_jax.evaluate import make_evaluate
+from dmpo_jax.models import llada
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.structs import Experience, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """What differs between the warm start and the training proper."""
+
+  name: str
+  num_buffers: int
+  updates_per_buffer: int
+  frozen: Any  # reference parameters; an empty dict where the objective has no reference
+  collect: Callable[[TrainState, int], tuple[Experience, dict[str, float]]]
+  update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
+  evaluate: Callable[[Any, int], dict[str, float]]  # of what is learned, after so many buffers
+  evaluate_after: frozenset[int]  # numbers of finished buffers
+
+
+def fresh_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Return the state before the first update, the optimizer's moments laid out as their parameters are."""
+  everywhere = sharding.replicated(mesh)
+  opt_shardings = optax.tree_map_params(
+    optimizer,
+    lambda _, param: param.sharding,
+    jax.eval_shape(optimizer.init, trainable),
+    trainable,
+    transform_non_params=lambda _: everywhere,
+  )
+
+  def zero() -> jax.Array:
+    return jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+
+  opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
+  return TrainState(zero(), trainable, opt_state, num_skipped=zero(), num_skipped_in_a_row=zero())
+
+
+def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainState]:
+  """Build masked-diffusion training of every parameter on demonstrations, and its first state."""
+  warm = config.warm_start
+  schedule = optim.warmup_cosine(warm.learning_rate, num_updates=warm.updates)
+  optimizer = _make_optimizer(config, schedule)
+  state = fresh_state(initial_params(config, parts), optimizer, parts.mesh)
+  phase = Phase(
+    name="warm_start",
+    num_buffers=warm.updates,
+    updates_per_buffer=1,
+    frozen={},
+    collect=_collect_demonstrations(config, parts, warm.batch_size),
+    update=update.make_update(
+      llada.LLaDA(dataclasses.replace(parts.model.config, lora=None)),
+      optimizer,
+      objective="denoise",
+      seed=config.seed,
+      microbatch_prompts=0,
+      loss_chunk=config.model.loss_chunk,
+      shardings=_shardings(state, parts.mesh),
+      num_replicates=1,
+      antithetic=False,
+      min_mask_ratio=warm.min_mask_ratio,
+      max_mask_ratio=1.0,
+    ),
+    evaluate=lambda trainable, buffer: {},
+    evaluate_after=frozenset(),
+  )
+  return phase, state
+
+
+def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: Any) -> tuple[Phase, TrainState]:
+  """Build the training proper by `config.objective`, and its first state: the base, or fresh adapters on it."""
+  objective, has_adapters = config.objective, parts.model.config.lora is not None
+  optimizer = _make_optimizer(config, optim.warmup_constant(config.optim.learning_rate, config.optim.warmup_updates))
+  if has_adapters:
+    trainable = random_collection(parts.model, parts.mesh, "lora", noise.step_key(config.seed, "init", 1))
+  else:
+    trainable = jax.tree.map(jnp.copy, base)
+  state = fresh_state(trainable, optimizer, parts.mesh)
+  is_supervised = objective.name == "denoise"
+  phase = Phase(
+    name="train",
+    num_buffers=config.train.num_buffers,
+    updates_per_buffer=config.train.updates_per_buffer,
+    frozen=base if has_adapters or not is_supervised else {},
+    collect=(
+      _collect_demonstrations(config, parts, config.rollout.num_prompts)
+      if is_supervised
+      else _collect_rollouts(config, parts, base)
+    ),
+    update=update.make_update(
+      parts.model,
+      optimizer,
+      objective=objective.name,
+      seed=config.seed,
+      microbatch_prompts=config.train.microbatch_prompts,
+      loss_chunk=config.model.loss_chunk,
+      shardings=_shardings(state, parts.mesh),
+      **_keywords(OBJECTIVES[objective.name], objective),
+    ),
+    evaluate=make_evaluate(config, workdir / "generations", parts, base),
+    evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
+  )
+  return phase, state
+
+
+def _collect_demonstrations(config: ConfigDict, parts: Parts, batch_size: int) -> Callable:
+  def collect(state: TrainState, buffer: int) -> tuple[Experience, dict[str, float]]:
+    prompts, completion, _ = parts.prompts.demonstrations(
+      buffer * batch_size, batch_size, completion_length=config.sampler.completion_length
+    )
+    return rollout.demonstrate(prompts, completion), {}
+
+  return collect
+
+
+def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
+  objective, num_prompts = config.objective, config.rollout.num_prompts
+  sample = make_sample(config, parts, group_size=config.rollout.group_size, temperature=config.sampler.temperature)
+  measure = rollout.make_measure(
+    parts.model,
+    parts.mesh,
+    num_replicates=objective.num_elbo_replicates,
+    antithetic=objective.antithetic,
+    min_mask_ratio=objective.min_mask_ratio,
+    max_mask_ratio=objective.max_mask_ratio,
+    chunk=config.model.loss_chunk,
+  )
+
+  def collect(state: TrainState, buffer: int) -> tuple[Experience, dict[str, float]]:
+    prompts, records = parts.prompts.batch(buffer * num_prompts, num_prompts)
+    return rollout.collect(
+      state.trainable,
+      base,
+      prompts,
+      records,
+      sample=sample,
+      measure=measure,
+      task=parts.task,
+      tokenizer=parts.tokenizer,
+      seed=config.seed,
+      buffer=buffer,
+      chunk_prompts=config.rollout.chunk_prompts,
+      counted=objective.counted,
+      alpha=objective.alpha,
+      kappa=objective.kappa,
+      antithetic=objective.antithetic,
+    )
+
+  return collect
+
+
+def _evaluate_after(every: int, num_buffers: int) -> frozenset[int]:
+  return frozenset({0, num_buffers, *(range(0, num_buffers, every) if every else ())})
+
+
+def _make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+  own = config.optim
+  return optim.make_optimizer(schedule, b1=own.b1, b2=own.b2, weight_decay=own.weight_decay, clip_norm=own.clip_norm)
+
+
+def _shardings(state: TrainState, mesh: Mesh) -> tuple[TrainState, NamedSharding]:
+  return jax.tree.map(lambda array: array.sharding, state), sharding.replicated(mesh)
+
+
+def _keywords(function: Callable, section: ConfigDict) -> dict[str, Any]:
+  """The keyword arguments of `function` that the configuration's section has."""
+  names = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+  return {name: section[name] for name in names if name in section}

@@ -1,0 +1,300 @@
+"""One buffer: prompts -> completions -> rewards -> log-ratios -> importance weights -> Experience.
+
+Forward passes only. The two jitted programs (`make_sample`, `make_measure`) run on chunks of prompts, so that a buffer
+may be larger than what fits at one time; what leaves them is small and replicated, for every host to read.
+"""
+
+import dataclasses
+import logging
+import math
+import operator
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from dmpo_jax import noise, samplers
+from dmpo_jax.models import lora
+from dmpo_jax.models.denoiser import make_denoiser
+from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.objectives import likelihood, masking, weights
+from dmpo_jax.scoring import make_score
+from dmpo_jax.sharding import replicated
+from dmpo_jax.structs import Experience, Prompts, Rollouts
+from dmpo_jax.tasks.base import Task
+from dmpo_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@struct.dataclass
+class Measures:
+  """Log-probability bounds of a buffer, one a mask replicate, under the sampling and the reference policy."""
+
+  log_p_old: jax.Array  # float32 [p, g, r]
+  log_p_ref: jax.Array  # float32 [p, g, r]; the same masks
+  entropy: jax.Array  # float32 [p, g]; mean over masked positions, nats
+
+
+def collect(
+  trainable: Any,
+  frozen: Any,
+  prompts: Prompts,
+  records: Sequence[dict],
+  *,
+  sample: Callable,
+  measure: Callable,
+  task: Task,
+  tokenizer: Tokenizer,
+  seed: int,
+  buffer: int,
+  chunk_prompts: int,
+  counted: str,
+  alpha: float,
+  kappa: float,
+  antithetic: bool,
+) -> tuple[Experience, dict[str, float]]:
+  """Draw a buffer of rollouts from the current policy, grade it and weigh it.
+
+  Args:
+    records: the task's records of the prompts, for grading.
+    sample: from `make_sample`; measure: from `make_measure`.
+    buffer: index of the buffer, part of its noise.
+    chunk_prompts: prompts sampled and scored at one time; 0 for all.
+    counted: see `count_positions`. alpha, kappa: see `weights.importance_weights`.
+    antithetic: whether the measure's mask replicates come in pairs.
+
+  Returns:
+    The experience and what the log says of it (seconds and tokens/s by phase among it).
+  """
+  watch = Stopwatch()
+  key = noise.step_key(seed, "rollout", buffer)
+  rollouts = in_chunks(lambda part: sample(trainable, frozen, part, key), chunk_prompts, prompts)
+  watch.lap("sample")
+  completion = rollouts.completion
+  grades = grade(task, tokenizer, records, completion)
+  watch.lap("reward")
+  is_until_eos = count_positions(completion, tokenizer.eos_token_id, "until_eos")
+  is_counted = count_positions(completion, tokenizer.eos_token_id, counted)
+  key = noise.step_key(seed, "measure", buffer)
+  measures = in_chunks(
+    lambda part, *arrays: measure(trainable, frozen, part, *arrays, key),
+    chunk_prompts,
+    prompts,
+    completion,
+    is_counted,
+  )
+  watch.lap("score")
+  log_p_old, log_p_ref = measures.log_p_old.mean(-1), measures.log_p_ref.mean(-1)
+  weight, negative_weight = jax.device_get(
+    weights.importance_weights(grades.reward, log_p_ref, log_p_old, grades.is_kept, alpha=alpha, kappa=kappa)
+  )
+  experience = Experience(
+    prompts=prompts,
+    completion=completion,
+    is_counted=is_counted,
+    reward=grades.reward,
+    is_kept=grades.is_kept,
+    log_p_old=log_p_old,
+    log_p_ref=log_p_ref,
+    weight=weight,
+    negative_weight=negative_weight,
+  )
+  metrics = describe(grades, rollouts, is_until_eos, tokenizer.eos_token_id)
+  metrics |= describe_weights(experience, measures, alpha=alpha, antithetic=antithetic)
+  metrics |= watch.rates(tokens=completion.size)
+  return experience, metrics
+
+
+def demonstrate(prompts: Prompts, completion: Int[Array, "p c"]) -> Experience:
+  """Wrap demonstrations as groups of one, for an objective that learns from them."""
+  one = np.ones((completion.shape[0], 1), np.float32)
+  return Experience(
+    prompts=prompts,
+    completion=completion[:, None],
+    is_counted=np.ones((completion.shape[0], 1, completion.shape[1]), bool),
+    reward=0 * one,
+    is_kept=one > 0,
+    log_p_old=0 * one,
+    log_p_ref=0 * one,
+    weight=one,
+    negative_weight=0 * one,
+  )
+
+
+def make_sample(model: LLaDA, mesh: Mesh, *, sampler: str, group_size: int, **keywords: Any) -> Callable:
+  """Jit `sample(trainable, frozen, prompts, key) -> Rollouts` with fields [p, g, c] and [p, g].
+
+  Args:
+    sampler: a name in `samplers.SAMPLERS`; `keywords` are its own.
+    group_size: rollouts of each prompt.
+  """
+
+  def sample(trainable: Any, frozen: Any, prompts: Prompts, key: jax.Array) -> Rollouts:
+    variables = lora.policy_variables(trainable, frozen, lora=model.config.lora is not None)
+    keys = noise.row_keys(key, prompts.prompt_id, group_size).reshape(-1)
+    tokens, is_valid = (jnp.repeat(array, group_size, axis=0) for array in (prompts.tokens, prompts.is_valid))
+    rollouts = samplers.SAMPLERS[sampler](make_denoiser(model, variables, tokens, is_valid), keys, **keywords)
+    return jax.tree.map(lambda array: array.reshape(-1, group_size, *array.shape[1:]), rollouts)
+
+  return jax.jit(sample, out_shardings=replicated(mesh))
+
+
+def make_measure(
+  model: LLaDA,
+  mesh: Mesh,
+  *,
+  num_replicates: int,
+  antithetic: bool,
+  min_mask_ratio: float,
+  max_mask_ratio: float,
+  chunk: int,
+) -> Callable:
+  """Jit `measure(trainable, frozen, prompts, completion, is_counted, key) -> Measures`.
+
+  Both policies are scored under the same masks, so that their noise largely cancels in the log-ratio.
+  """
+
+  def measure(trainable, frozen, prompts: Prompts, completion: jax.Array, is_counted: jax.Array, key: jax.Array):
+    keys = noise.row_keys(key, prompts.prompt_id, completion.shape[1])
+    is_masked, _ = masking.draw_masks(
+      keys,
+      is_counted,
+      num_replicates=num_replicates,
+      antithetic=antithetic,
+      min_ratio=min_mask_ratio,
+      max_ratio=max_mask_ratio,
+    )
+    policy = lora.policy_variables(trainable, frozen, lora=model.config.lora is not None)
+    old = make_score(model, policy, prompts, completion, chunk=chunk)(is_masked)
+    ref = make_score(model, lora.reference_variables(frozen), prompts, completion, chunk=chunk)(is_masked)
+    num_masked = jnp.maximum(is_masked.sum((2, 3)), 1)
+    return Measures(
+      log_p_old=likelihood.elbo(old.log_prob, is_masked, is_counted),
+      log_p_ref=likelihood.elbo(ref.log_prob, is_masked, is_counted),
+      entropy=jnp.where(is_masked, old.entropy, 0).sum((2, 3)) / num_masked,
+    )
+
+  return jax.jit(measure, out_shardings=replicated(mesh))
+
+
+def in_chunks(function: Callable, size: int, prompts: Prompts, *arrays: np.ndarray) -> Any:
+  """Call `function(prompts, *arrays)` on `size` prompts at a time (0: all); join the results along the prompt axis.
+
+  The results come back as numpy arrays: between the programs a buffer is small and lives on every host.
+  """
+  num_prompts = prompts.tokens.shape[0]
+  size = size or num_prompts
+  slices = [slice(start, start + size) for start in range(0, num_prompts, size)]
+  parts = [function(*jax.tree.map(operator.itemgetter(part), (prompts, *arrays))) for part in slices]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(parts))
+
+
+def count_positions(completion: Int[np.ndarray, "*b c"], eos_token_id: int, counted: str) -> Bool[np.ndarray, "*b c"]:
+  """Mark the completion positions that the likelihood counts: `all`, or `until_eos` (the first EOS included)."""
+  if counted == "all":
+    return np.ones(completion.shape, bool)
+  is_eos = completion == eos_token_id
+  return np.cumsum(is_eos, -1) - is_eos == 0
+
+
+class Stopwatch:
+  """Seconds of the phases of a buffer."""
+
+  def __init__(self) -> None:
+    self.seconds: dict[str, float] = {}
+    self._start = time.monotonic()
+
+  def lap(self, name: str) -> None:
+    """Credit the time since the last lap to `name`."""
+    now = time.monotonic()
+    self.seconds[name], self._start = now - self._start, now
+
+  def rates(self, tokens: int) -> dict[str, float]:
+    """The seconds, and the completion tokens a second, of each phase."""
+    seconds = {f"seconds_{name}": value for name, value in self.seconds.items()}
+    return seconds | {f"tokens_per_second_{name}": tokens / value for name, value in self.seconds.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+  """Rewards of a buffer, on the host."""
+
+  reward: np.ndarray  # float32 [p, g]; 0 where dropped
+  is_kept: np.ndarray  # bool [p, g]; False where the reward raised or was not finite
+  is_solved: np.ndarray  # bool [p, g]
+
+
+def grade(task: Task, tokenizer: Tokenizer, records: Sequence[dict], completion: Int[np.ndarray, "p g c"]) -> Grades:
+  """Grade every rollout; each process takes its share of the prompts and all of them get all rewards.
+
+  A reward that raises or is not finite drops that rollout from its group and is logged, it never stops the run.
+  """
+  num_prompts, group_size = completion.shape[:2]
+  share = math.ceil(num_prompts / jax.process_count())
+  rows = np.zeros((share * jax.process_count(), group_size, 3), np.float32)  # reward, is_kept, is_solved
+  start = share * jax.process_index()
+  for p in range(start, min(start + share, num_prompts)):
+    for g in range(group_size):
+      rows[p, g] = _grade_one(task, records[p], tokenizer.decode(completion[p, g].tolist()))
+  if jax.process_count() > 1:
+    rows = multihost_utils.process_allgather(rows[start : start + share], tiled=True)
+  rows = rows[:num_prompts]
+  return Grades(reward=rows[..., 0], is_kept=rows[..., 1] > 0, is_solved=rows[..., 2] > 0)
+
+
+def _grade_one(task: Task, record: dict, text: str) -> tuple[float, float, float]:
+  try:
+    reward = float(task.reward(record, text))
+    is_solved = float(task.grade(record, text).is_correct)
+  except Exception as error:  # a user's reward may raise anything
+    logger.warning("the reward of task %s raised %r on completion %.200r: dropped", type(task).__name__, error, text)
+    return 0.0, 0.0, 0.0
+  if not math.isfinite(reward):
+    logger.warning("the reward of task %s is %r on completion %.200r: dropped", type(task).__name__, reward, text)
+    return 0.0, 0.0, 0.0
+  return reward, 1.0, is_solved
+
+
+def describe(
+  grades: Grades, rollouts: Rollouts, is_until_eos: Bool[np.ndarray, "p g c"], eos_token_id: int
+) -> dict[str, float]:
+  """What the log says of a buffer's completions and rewards. Dropped rollouts count in no reward."""
+  kept = grades.is_kept
+  reward = grades.reward[kept]
+  completion = rollouts.completion
+  return {
+    "reward_mean": _mean(reward),
+    "reward_std": float(reward.std()) if reward.size else math.nan,
+    "solve_rate": _mean(grades.is_solved[kept]),
+    "rewards_failed": float((~kept).sum()),
+    "tokens_per_call": completion.shape[-1] / _mean(rollouts.num_calls),
+    "confidence": _mean(rollouts.confidence),
+    "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
+    "eos_rate": _mean((completion == eos_token_id).any(-1)),
+  }
+
+
+def describe_weights(experience: Experience, measures: Measures, *, alpha: float, antithetic: bool) -> dict[str, float]:
+  """What the log says of a buffer's importance weights: their spread, and how much of it is noise."""
+  is_kept = experience.is_kept
+  figures = {
+    "effective_sample_size": weights.effective_sample_size(experience.weight).mean(),
+    "weight_difference": jnp.abs(experience.weight - experience.negative_weight).sum(-1).mean(),
+    "tilt_std": weights.spread_within_groups(experience.reward / (alpha or 1.0), is_kept),
+    "groups_without_variance": weights.fraction_without_variance(experience.reward, is_kept),
+    "entropy": measures.entropy.mean(),
+    **weights.log_ratio_figures(measures.log_p_ref, measures.log_p_old, is_kept, antithetic=antithetic),
+  }
+  return {name: float(value) for name, value in jax.device_get(figures).items()}
+
+
+def _mean(values: Float[np.ndarray, "..."] | Bool[np.ndarray, "..."] | Int[np.ndarray, "..."]) -> float:
+  return float(np.mean(values)) if values.size else math.nan

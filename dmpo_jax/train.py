@@ -1,0 +1,156 @@
+"""The story of a run: warm start -> for each buffer: rollouts, several updates, evaluation, save -> result.
+
+Two phases run through one loop. The warm start learns from demonstrations (objective `denoise`); the training proper
+collects rollouts of the current policy and learns from them by `config.objective`. The parameters between the two are
+the base: the policy that training starts from, and the reference that it is measured against.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from dmpo_jax import build, phases, sharding
+from dmpo_jax.build import Parts
+from dmpo_jax.checkpoints import Checkpoints, save_params
+from dmpo_jax.evaluate import table
+from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
+from dmpo_jax.phases import Phase
+from dmpo_jax.progress import Progress
+from dmpo_jax.structs import TrainState
+
+
+class Diverged(RuntimeError):
+  """Too many updates in a row were not finite; the last good parameters are in the checkpoint."""
+
+
+@dataclasses.dataclass
+class Position:
+  """How far a phase has come and what it has still to report: all of its state that is not an array."""
+
+  buffer: int = 0  # finished buffers
+  update: int = 0  # finished updates of the current one
+  scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # of the current buffer so far
+  evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by number of finished buffers
+
+
+def main(config: ConfigDict, workdir: epath.Path) -> None:
+  """Train, or go on training, and report; a run that has finished says so and stops."""
+  start, result = time.monotonic(), read_result(workdir)
+  if result is not None and result["buffers"] >= config.train.num_buffers:
+    print(f"{workdir} has finished its {result['buffers']} buffers: nothing left to do.")
+  else:
+    evaluations = train(config, workdir)
+    result = {
+      "objective": config.objective.name,
+      "buffers": config.train.num_buffers,
+      "base": evaluations["0"],
+      "last": evaluations[str(config.train.num_buffers)],
+      "evaluations": evaluations,
+      "seconds": time.monotonic() - start,  # of this start; a run that was resumed took longer
+    }
+    write_result(workdir, result)
+  if jax.process_index() == 0:
+    report(result, workdir)
+
+
+def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]]:
+  """Run `config` in `workdir`, or go on with it; return the evaluations by number of finished buffers.
+
+  Raises:
+    Diverged: after `optim.max_skips_in_a_row` updates in a row that were not finite.
+  """
+  parts = build.build_parts(config, workdir)
+  with jax.set_mesh(parts.mesh), Metrics(workdir) as metrics:
+    base = warm_start(config, workdir, parts, metrics)
+    phase, state = phases.training_phase(config, workdir, parts, base)
+    state, position = run(phase, state, config, workdir, metrics)
+    save_params(workdir / "policy", state.trainable)
+  return position.evaluations
+
+
+def warm_start(config: ConfigDict, workdir: epath.Path, parts: Parts, metrics: Metrics) -> Any:
+  """Return the base parameters: as initialised, or after training on demonstrations (kept in `workdir/base`)."""
+  if config.warm_start.updates and not (workdir / "base").exists():
+    phase, state = phases.warm_start_phase(config, parts)
+    state, _ = run(phase, state, config, workdir, metrics)
+    save_params(workdir / "base", state.trainable)
+  base = build.base_params(config, workdir, parts)
+  write_parameter_overview(workdir, base)
+  return base
+
+
+def run(
+  phase: Phase, state: TrainState, config: ConfigDict, workdir: epath.Path, metrics: Metrics
+) -> tuple[TrainState, Position]:
+  """Run one phase from where its newest checkpoint stands to its end."""
+  position, experience = Position(), None
+  with Checkpoints(workdir / "checkpoints" / phase.name, config.checkpoint.keep) as checkpoints:
+    restored = checkpoints.restore_latest(sharding.abstract(state))
+    if restored is not None:
+      state, experience, position = restored.state, restored.experience, Position(**restored.progress)
+    metrics.forget(phase.name, after=position.buffer - (restored is None))
+    with Progress(phase.name, phase.num_buffers, done=position.buffer) as progress:
+      if restored is None:
+        finish_buffer(phase, state, position, metrics)
+      while position.buffer < phase.num_buffers:
+        if experience is None:
+          experience, position.scalars = phase.collect(state, position.buffer)
+        state = update(phase, state, experience, position)
+        if position.update == phase.updates_per_buffer:
+          experience = None
+          position.buffer, position.update = position.buffer + 1, 0
+          finish_buffer(phase, state, position, metrics)
+          progress.advance(**position.scalars)
+        step = int(state.step)
+        has_diverged = int(state.num_skipped_in_a_row) >= config.optim.max_skips_in_a_row
+        if has_diverged or step % config.checkpoint.every_updates == 0 or position.buffer == phase.num_buffers:
+          checkpoints.save(step, state, experience, dataclasses.asdict(position))
+        if has_diverged:
+          checkpoints.wait()
+          raise Diverged(
+            f"{int(state.num_skipped_in_a_row)} updates in a row had a loss or gradient that was not finite (phase "
+            f"{phase.name}, update {step}); a smaller optim.learning_rate or optim.clip_norm may help"
+          )
+  return state, position
+
+
+def update(phase: Phase, state: TrainState, experience: Any, position: Position) -> TrainState:
+  """Take one gradient step and add its metrics to the buffer's."""
+  start = time.monotonic()
+  state, scalars = phase.update(state, phase.frozen, experience)
+  for name, value in jax.device_get(scalars).items():
+    position.scalars[name] = position.scalars.get(name, 0.0) + float(value) / phase.updates_per_buffer
+  position.scalars["updates_skipped"] = float(state.num_skipped)
+  position.scalars["seconds_update"] = position.scalars.get("seconds_update", 0.0) + time.monotonic() - start
+  position.update += 1
+  return state
+
+
+def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: Metrics) -> None:
+  """Evaluate the policy where it is time to, and write the buffer's one row of metrics."""
+  if position.buffer in phase.evaluate_after:
+    scalars = phase.evaluate(state.trainable, position.buffer)
+    position.evaluations[str(position.buffer)] = scalars
+    position.scalars |= {f"eval_{name}": value for name, value in scalars.items()}
+  if position.scalars:
+    metrics.write(phase.name, position.buffer, position.scalars)
+
+
+def report(result: dict[str, Any], workdir: epath.Path) -> None:
+  """Print the base against the trained policy, and where everything is."""
+  console = Console()
+  console.print(table({"base": result["base"], f"after {result['objective']}": result["last"]}))
+  for what, path in (
+    ("policy", "policy"),
+    ("checkpoints", "checkpoints"),
+    ("generations", "generations"),
+    ("metrics", "metrics.jsonl"),
+    ("TensorBoard", "tensorboard"),
+    ("result", "result.json"),
+  ):
+    console.print(f"{what:12} {workdir / path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,98 @@
+"""The jitted gradient step: keys, masks, loss and gradient by microbatches, then one optimizer update.
+
+A step whose loss or gradient is not finite changes nothing but the counters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from dmpo_jax import noise
+from dmpo_jax.models import lora
+from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.scoring import make_score
+from dmpo_jax.structs import Experience, TrainState
+
+
+def make_update(
+  model: LLaDA,
+  optimizer: optax.GradientTransformation,
+  *,
+  objective: str,
+  seed: int,
+  microbatch_prompts: int,
+  loss_chunk: int,
+  shardings: tuple[TrainState, NamedSharding],
+  **keywords: Any,
+) -> Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]:
+  """Jit `update(state, frozen, experience) -> (state, metrics)`; the state given is donated.
+
+  The gradient is of the mean over the experience's prompts, accumulated in float32 over microbatches of whole groups.
+  A row's masks and dropout belong to (seed, step, prompt, rollout), so the split changes no number beyond rounding.
+
+  Args:
+    objective: a name in `objectives.OBJECTIVES`; `keywords` are its own.
+    microbatch_prompts: prompts whose gradient is computed at one time; divides their number; 0 for all.
+    loss_chunk: completion positions whose logits exist at one time; 0 for all.
+    shardings: of the state and of the metrics.
+  """
+  has_dropout = model.config.lora is not None and model.config.lora.dropout > 0
+
+  def loss_and_metrics(trainable: Any, frozen: Any, experience: Experience, step: jax.Array, num_prompts: int):
+    group_size = experience.reward.shape[1]
+
+    def keys(purpose: str) -> jax.Array:
+      return noise.row_keys(noise.step_key(seed, purpose, step), experience.prompts.prompt_id, group_size)
+
+    score = make_score(
+      model,
+      lora.policy_variables(trainable, frozen, lora=model.config.lora is not None),
+      experience.prompts,
+      experience.completion,
+      chunk=loss_chunk,
+      dropout_keys=keys("dropout") if has_dropout else None,
+    )
+    return OBJECTIVES[objective](score, experience, keys("loss"), num_prompts=num_prompts, **keywords)
+
+  def accumulate(state: TrainState, frozen: Any, experience: Experience):
+    num_prompts = experience.reward.shape[0]
+    gradient_of = jax.value_and_grad(loss_and_metrics, has_aux=True)
+    if microbatch_prompts in (0, num_prompts):
+      return gradient_of(state.trainable, frozen, experience, state.step, num_prompts)
+
+    def part(microbatch: Experience):
+      result = gradient_of(state.trainable, frozen, microbatch, state.step, num_prompts)
+      return jax.tree.map(lambda x: x.astype(jnp.float32), result)
+
+    def add(total: Any, microbatch: Experience):
+      return jax.tree.map(jnp.add, total, part(microbatch)), None
+
+    microbatches = jax.tree.map(lambda x: x.reshape(-1, microbatch_prompts, *x.shape[1:]), experience)
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], microbatches))
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), microbatches)[0]
+
+  def update(state: TrainState, frozen: Any, experience: Experience):
+    (loss, metrics), gradient = accumulate(state, frozen, experience)
+    grad_norm = optax.global_norm(gradient)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, changes)
+
+    def choose(new: Any, old: Any) -> Any:
+      return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
+
+    state = state.replace(
+      step=state.step + 1,
+      trainable=choose(trainable, state.trainable),
+      opt_state=choose(opt_state, state.opt_state),
+      num_skipped=state.num_skipped + ~is_finite,
+      num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),
+    )
+    return state, metrics | {"loss": loss, "grad_norm": grad_norm}
+
+  return jax.jit(update, donate_argnums=0, out_shardings=shardings)
