@@ -59,12 +59,11 @@ def test_every_state_and_the_number_of_calls_are_the_official_ones(name):
   assert ((rollouts.confidence > 0) & (rollouts.confidence <= 1)).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_depends_neither_on_padding_nor_on_its_batch(temperature):
+def test_a_sampled_row_depends_neither_on_padding_nor_on_its_batch():
   name = "llada_e_uneven"
   prompt = RECORDED[f"{name}_prompt"]
-  _, together = sample(CASES[name], prompt, temperature=temperature)
-  _, padded = sample(CASES[name], prompt[1:2], padding=5, temperature=temperature, first_key=1)
+  _, together = sample(CASES[name], prompt, temperature=1.0)
+  _, padded = sample(CASES[name], prompt[1:2], padding=5, temperature=1.0, first_key=1)
   for field in ("completion", "committed_at", "num_calls"):
     np.testing.assert_array_equal(getattr(padded, field)[0], getattr(together, field)[1])
   np.testing.assert_allclose(padded.confidence[0], together.confidence[1], atol=1e-5)
