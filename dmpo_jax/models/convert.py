@@ -1,4 +1,4 @@
-"""Between a LLaDA checkpoint in Hugging Face's layout, PEFT adapters included, and our variables: names, axes, stacking.
+"""Between LLaDA checkpoints in Hugging Face's layout, PEFT adapters too, and our variables: names, axes, stacking.
 
 Pure mappings of names to arrays, on the host; reading and writing files is the caller's. Torch keeps a projection as
 [out, in] for each layer, we keep [layers, in, out].
@@ -23,12 +23,14 @@ _FIXED = {
   "activation_type": "silu",
   "alibi": False,
   "attention_layer_norm": False,
+  "bias_for_layer_norm": False,
   "block_group_size": 1,
   "block_type": "llama",
   "include_bias": False,
   "include_qkv_bias": False,
   "input_emb_norm": False,
   "layer_norm_type": "rms",
+  "layer_norm_with_affine": True,
   "rope": True,
   "scale_logits": False,
 }

@@ -47,7 +47,7 @@ class Dense(nn.Module):
     init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype)
-    y = _project(x, kernel)
+    y = project(x, kernel)
     if self.lora is not None and (self.is_initializing() or self.has_variable("lora", "A")):
       y = y + self._adapt(x, dropout_keys)
     return y
@@ -57,29 +57,40 @@ class Dense(nn.Module):
     a = self._adapter("A", uniform, (x.shape[-1], self.lora.rank), (self.axes[0], "rank"))
     b = self._adapter("B", nn.initializers.zeros, (self.lora.rank, self.features), ("rank", self.axes[1]))
     if dropout_keys is not None and self.lora.dropout > 0:
-      x = _drop(x, dropout_keys, TARGETS.index(self.name), self.lora.dropout)
-    return _project(_project(x, a), b) * self.lora.scale
+      x = drop(x, fold_all(dropout_keys, TARGETS.index(self.name)), self.lora.dropout)
+    return project(project(x, a), b) * self.lora.scale
 
   def _adapter(self, name: str, init: Any, shape: tuple[int, int], axes: tuple[str, str]) -> Float32[Array, "_ _"]:
     init = nn.with_logical_partitioning(init, axes)
     return self.variable("lora", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
 
 
-def _project(x: Float[Array, "b l d"], kernel: Float[Array, "d f"]) -> Float[Array, "b l f"]:
+def project(x: Float[Array, "b l d"], kernel: Float[Array, "d f"], output_dtype: Any = None) -> Float[Array, "b l f"]:
+  """Multiply by a kernel, in the input's dtype; `output_dtype`: of the sums and the result, None for the input's."""
   # Rows and positions as one axis: with two of them, XLA's CPU backend transposes whole activations for the gradient.
-  return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+  flat = x.reshape(-1, x.shape[-1])
+  y = jnp.matmul(flat, kernel.astype(x.dtype), preferred_element_type=output_dtype)
+  return y.reshape(*x.shape[:-1], -1)
 
 
-def _drop(x: Float[Array, "b l d"], keys: Key[Array, "b l"], number: int, rate: float) -> Float[Array, "b l d"]:
-  """Zero entries at `rate` and scale up the rest; each position of each row draws from its own key."""
-  draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[-1:])
+def drop(x: Float[Array, "b l d"], keys: Key[Array, "b l"], rate: float) -> Float[Array, "b l d"]:
+  """Zero entries with probability `rate` and scale up the rest; each position of each row draws from its own key."""
+
+  def draw(key: Key[Array, ""]) -> Bool[Array, "d"]:
+    return jax.random.bernoulli(key, 1 - rate, x.shape[-1:])
+
   return jnp.where(jax.vmap(jax.vmap(draw))(keys), x / (1 - rate), 0)
+
+
+def fold_all(keys: Key[Array, "b l"], number: Int[Array, ""] | int) -> Key[Array, "b l"]:
+  """Derive a key from each of the keys, all with the same number."""
+  return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, number)
 
 
 def rotary_table(
   positions: Int[Array, "b l"], head_dim: int, theta: float
 ) -> tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]:
-  """Tabulate cos and sin of position * theta^(-2i / head_dim) (Su et al., arXiv 2104.09864) for i < w = head_dim / 2."""
+  """Tabulate cos and sin of position * theta^(-2i / head_dim), i < w = head_dim / 2 (Su et al., arXiv 2104.09864)."""
   frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angle = positions[..., None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)

@@ -5,14 +5,14 @@ optional arguments of this one model.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
-from dmpo_jax.models.layers import Dense, RMSNorm, attend, rotary_table, rotate
+from dmpo_jax.models.layers import Dense, RMSNorm, attend, fold_all, project, rotary_table, rotate
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
 
@@ -130,8 +130,7 @@ class Block(nn.Module):
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
     if context.dropout_keys is not None:
-      fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-      context = context._replace(dropout_keys=fold(context.dropout_keys, inputs.layer))
+      context = context._replace(dropout_keys=fold_all(context.dropout_keys, inputs.layer))
     mixed, keys_values = self._attention(self.attn_norm(x), inputs, context)
     x = constrain(x + mixed, "rows", None, None)
     x = constrain(x + self._mlp(self.ff_norm(x), context.dropout_keys), "rows", None, None)
@@ -186,7 +185,7 @@ class LLaDA(nn.Module):
       init = nn.with_logical_partitioning(init, ("embed", "vocab"))
       self.head = self.param("head", init, (c.d_model, c.embedding_size), c.param_dtype)
 
-  def __call__(self, tokens: Int[Array, "b l"], **keywords) -> Float32[Array, "b l v"]:
+  def __call__(self, tokens: Int[Array, "b l"], **keywords: Any) -> Float32[Array, "b l v"]:
     """Give the logits of every position; keywords as for `hidden`, whose cache is not returned."""
     return self.logits(self.hidden(tokens, **keywords)[0])
 
@@ -241,9 +240,8 @@ class LLaDA(nn.Module):
 
   def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
     """Give float32 logits over the whole embedding table, unused rows and MASK included."""
-    head = jnp.asarray(self.embedding).T if self.config.weight_tying else self.head
-    logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return constrain(logits, "rows", None, "vocab")
+    head = self.embedding.T if self.config.weight_tying else self.head
+    return constrain(project(hidden, head, jnp.float32), "rows", None, "vocab")
 
 
 def _count_positions(
