@@ -77,10 +77,16 @@ def select_highest(
 ) -> Bool[Array, "b s"]:
   """Mark each row's `count` masked positions of highest score, the leftmost first among equals.
 
+  One after the other: few are taken a call, so this is less work than sorting, and unlike `top_k` it is computed where
+  the rows are, without gathering them on every device.
+
   Args:
-    most: static upper bound of `count`. A small one is cheap: nothing is sorted beyond it.
+    most: static upper bound of `count`.
   """
-  _, ranked = jax.lax.top_k(jnp.where(is_masked, score, -jnp.inf), most)
-  is_within = jnp.arange(most) < count[:, None]
-  is_chosen = (ranked[:, :, None] == jnp.arange(score.shape[1])) & is_within[:, :, None]
-  return is_chosen.any(1) & is_masked
+
+  def take(number: jax.Array, is_taken: jax.Array) -> jax.Array:
+    best = jnp.argmax(jnp.where(is_masked & ~is_taken, score, -jnp.inf), axis=-1)
+    is_best = jnp.arange(score.shape[1]) == best[:, None]
+    return is_taken | (is_best & is_masked & (number < count)[:, None])
+
+  return jax.lax.fori_loop(0, most, take, jnp.zeros_like(is_masked))
