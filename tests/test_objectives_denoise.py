@@ -1,0 +1,121 @@
+"""The supervised loss: by hand, its expectation on the two-position model, and what it shares with every objective."""
+
+import functools
+import inspect
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax import noise
+from dmpo_jax.objectives import OBJECTIVES, denoise
+from dmpo_jax.objectives.masking import place_masks
+from dmpo_jax.structs import Experience
+
+P, G, C = 4, 1, 6
+OWN = dict(
+  baseline="negative",
+  baseline_strength=1.0,
+  num_replicates=2,
+  antithetic=False,
+  min_mask_ratio=0.001,
+  max_mask_ratio=1.0,
+)
+
+
+def demonstrations():
+  ones = jnp.ones((P, G), jnp.float32)
+  return Experience(
+    prompts=jnp.arange(P, dtype=jnp.uint32),
+    completion=jnp.arange(P * C).reshape(P, G, C) % 5,
+    is_counted=jnp.arange(C) < jnp.array([6, 6, 4, 1])[:, None, None],
+    reward=0 * ones,
+    is_kept=ones > 0,
+    log_p_old=0 * ones,
+    log_p_ref=0 * ones,
+    weight=ones,
+    negative_weight=0 * ones,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("name", "num_prompts"))
+def value_and_grad(theta, experience, *, name, num_prompts):
+  own = {key: value for key, value in OWN.items() if key in inspect.signature(OBJECTIVES[name]).parameters}
+
+  def score(theta, is_masked):
+    chosen = theta[jnp.arange(C), experience.completion][:, :, None]
+    log_prob = jax.nn.log_sigmoid(jnp.broadcast_to(chosen, is_masked.shape))
+    return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones(is_masked.shape))
+
+  def compute(theta):
+    keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts, G)
+    return OBJECTIVES[name](functools.partial(score, theta), experience, keys, num_prompts=num_prompts, **own)
+
+  return jax.value_and_grad(compute, has_aux=True)(theta)
+
+
+def test_the_loss_by_hand():
+  log_prob = jnp.log(jnp.array([[0.5, 0.25, 0.5, 0.1], [0.5, 0.25, 0.5, 0.1]]))[None, None]
+  is_masked = jnp.array([[1, 1, 0, 0], [0, 0, 1, 0]], bool)[None, None]
+  ratio = jnp.array([0.75, 0.25])[None, None]
+  is_counted = jnp.array([1, 1, 1, 0], bool)[None, None]
+  expected = (3 / (3 * 0.75) + 1 / (3 * 0.25)) / 2 * math.log(2)
+  assert denoise.bound(log_prob, is_masked, ratio, is_counted).item() == pytest.approx(expected)
+
+
+def test_a_ratio_of_zero_counts_as_nothing():
+  nothing = jnp.zeros((1, 1, 1, 3), bool)
+
+  def compute(log_prob):
+    return denoise.bound(log_prob, nothing, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 3), bool))[0, 0]
+
+  value, gradient = jax.value_and_grad(compute)(jnp.full((1, 1, 1, 3), -2.0))
+  assert value == 0
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_over_all_ratios_the_loss_is_the_bound():
+  # two positions, three tokens: log p of each position when both are masked, and when the other one is seen
+  alone, seen = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.9, 0.3]))
+  # a grid over (lambda, noise of position 1, noise of position 2), averaged as replicates; lambda of it is masked
+  ratios, noises = ((np.arange(n, dtype=np.float32) + 0.5) / n for n in (20, 40))
+  u_ratio, first, second = (
+    jnp.asarray(x.reshape(1, 1, -1)) for x in np.meshgrid(ratios, noises, noises, indexing="ij")
+  )
+  is_counted = jnp.ones((1, 1, 2), bool)
+  is_masked, ratio = place_masks(
+    u_ratio, jnp.stack([first, second], axis=-1), is_counted, antithetic=False, min_ratio=0.0, max_ratio=1.0
+  )
+  log_prob = jnp.where(is_masked.all(-1, keepdims=True), alone, seen)
+  by_orders = [alone[0] + seen[1], alone[1] + seen[0]]
+  bound = denoise.bound(log_prob, is_masked, ratio, is_counted).item()
+  assert 2 * bound == pytest.approx(-np.mean(by_orders), rel=1e-4)
+
+
+def test_every_objective_learns_from_its_first_step():
+  theta, experience = jnp.zeros((C, 5)), demonstrations()
+  for name in OBJECTIVES:
+    (loss, metrics), gradient = value_and_grad(theta, experience, name=name, num_prompts=P)
+    assert np.isfinite([loss, *metrics.values(), *gradient.ravel()]).all(), name
+    assert gradient.min() < 0, name
+    (after, _), _ = value_and_grad(theta - 0.1 * gradient, experience, name=name, num_prompts=P)
+    assert after < loss, name
+
+
+def test_microbatches_add_up_and_uncounted_positions_teach_nothing():
+  theta, experience = jax.random.normal(jax.random.key(0), (C, 5)), demonstrations()
+  whole = value_and_grad(theta, experience, name="denoise", num_prompts=P)
+  halves = [jax.tree.map(lambda x, s=start: x[s : s + 2], experience) for start in (0, 2)]
+  parts = [value_and_grad(theta, half, name="denoise", num_prompts=P) for half in halves]
+  total = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), total, whole)
+  # the last prompt counts one position, and dropping it leaves the others as they were
+  without = experience.replace(is_kept=experience.is_kept.at[3].set(False))
+  (_, metrics), gradient = value_and_grad(theta, without, name="denoise", num_prompts=P)
+  first_three = np.zeros((C, 5), bool)
+  first_three[np.arange(C), np.asarray(experience.completion[:3, 0])] = np.asarray(experience.is_counted[:3, 0])
+  np.testing.assert_array_equal(np.asarray(gradient)[~first_three], 0)
+  assert metrics["loss_entropy"] < whole[0][1]["loss_entropy"]

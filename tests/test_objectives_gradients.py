@@ -1,0 +1,148 @@
+"""Losses and bounds through a model: with respect to every parameter, recorded from the official PyTorch code."""
+
+import functools
+import json
+import pathlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dmpo_jax.models import convert, lora
+from dmpo_jax.models.llada import LLaDA, ModelConfig
+from dmpo_jax.objectives import likelihood, wdce
+from dmpo_jax.scoring import make_score
+from dmpo_jax.structs import Experience, Prompts
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
+RECORDED = json.loads((GOLDENS / "wdce.json").read_text())
+CASES = RECORDED["cases"]
+G, R, C = 4, 4, 16
+CONFIG = ModelConfig(
+  vocab_size=256,
+  embedding_size=256,
+  d_model=48,
+  num_layers=2,
+  num_heads=6,
+  num_kv_heads=2,
+  mlp_hidden_size=96,
+  mask_token_id=RECORDED["mask_token_id"],
+  eos_token_id=251,
+  pad_token_id=251,
+  rope_theta=10000.0,
+  rms_norm_eps=1e-5,
+  lora=lora.LoraConfig(rank=4, alpha=2.0, targets=("q_proj", "k_proj", "v_proj", "up_proj")),
+)
+PARAMS = jax.tree.map(jnp.asarray, convert.params_from_hf(load_file(GOLDENS / "m2_gqa.safetensors"), CONFIG))
+ADAPTERS = jax.tree.map(
+  jnp.asarray, convert.adapters_from_peft(load_file(GOLDENS / "lora_adapter.safetensors"), CONFIG)
+)
+
+
+class Case:
+  """A recorded batch: four prompts with one completion each, in our axes [4, 1, r, c], filled up to four replicates."""
+
+  def __init__(self, file, name):
+    arrays = np.load(GOLDENS / f"{file}.npz")
+    self.arrays = {key.split("/")[1]: arrays[key] for key in arrays if key.startswith(f"{name}/")}
+    self.rows = len(self["prompt_ids"])
+    fill = ((0, G - self.rows), (0, 0))
+    tokens = jnp.asarray(np.pad(self["prompt_ids"], fill), jnp.int32)
+    self.prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jnp.arange(G, dtype=jnp.uint32))
+    self.completion = jnp.asarray(np.pad(self["completion_ids"], fill), jnp.int32)[:, None]
+    is_masked = self["mask"].reshape(-1, self.rows, C).swapaxes(0, 1)
+    self.replicates = is_masked.shape[1]
+    self.is_masked = self.fill(jnp.asarray(is_masked)[None])
+
+  def __getitem__(self, name):
+    return self.arrays[name]
+
+  def fill(self, array):
+    """From the recorded rows as one group, [1, rows, r, c], to what the model runs on."""
+    return jnp.pad(array[0], ((0, G - self.rows), (0, R - self.replicates), (0, 0)))[:, None]
+
+  def crop(self, array):
+    """The way back."""
+    return array[: self.rows, 0, : self.replicates][None]
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def log_prob_and_pullback(prompts, completion, is_masked, cotangent, *, policy):
+  """Log-probabilities of the tokens, and the gradient by the policy's parameters of their product with `cotangent`."""
+
+  def compute(trainable):
+    variables = lora.policy_variables(trainable, PARAMS, lora=policy == "adapters")
+    return make_score(LLaDA(CONFIG), variables, prompts, completion)(is_masked).log_prob
+
+  log_prob, pullback = jax.vjp(compute, ADAPTERS if policy == "adapters" else PARAMS)
+  return log_prob, pullback(cotangent)[0]
+
+
+def log_prob_of(case, policy):
+  nothing = jnp.zeros(case.is_masked.shape, jnp.float32)
+  return case.crop(log_prob_and_pullback(case.prompts, case.completion, case.is_masked, nothing, policy=policy)[0])
+
+
+@functools.partial(jax.jit, static_argnames=("baseline", "strength"))
+def loss_and_gradient(log_prob, is_masked, experience, *, baseline, strength):
+  def compute(log_prob):
+    scores = SimpleNamespace(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
+    return wdce.group_loss(scores, is_masked, experience, baseline=baseline, baseline_strength=strength)[0][0]
+
+  return jax.value_and_grad(compute)(log_prob)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_losses_and_parameter_gradients(name):
+  case, settings = Case("wdce", name), CASES[name]
+  policy = "adapters" if name.startswith("lora") else "params"
+  ones = jnp.ones((1, case.rows), jnp.float32)
+  experience = Experience(
+    prompts=None,
+    completion=case.completion[None, : case.rows, 0],
+    is_counted=jnp.ones((1, case.rows, C), bool),
+    reward=ones,
+    is_kept=ones > 0,
+    log_p_old=jnp.asarray(case["log_prob_cur"])[None],
+    log_p_ref=ones,
+    weight=jnp.asarray(case["advantages"])[None],
+    negative_weight=jnp.asarray(case["negative_advantages"])[None],
+  )
+  loss, cotangent = loss_and_gradient(
+    log_prob_of(case, policy),
+    case.crop(case.is_masked),
+    experience,
+    baseline=settings["baseline"],
+    strength=settings["strength"],
+  )
+  np.testing.assert_allclose(loss, settings["loss"], rtol=1e-4)
+  _, gradient = log_prob_and_pullback(
+    case.prompts, case.completion, case.is_masked, case.fill(cotangent), policy=policy
+  )
+  check_gradient(gradient, case, settings)
+
+
+def check_gradient(gradient, case, settings):
+  if settings["grad_norm_names"]:
+    names, tensors = settings["grad_norm_names"], convert.adapters_to_peft(gradient)
+  else:
+    names, tensors = RECORDED["grad_norm_names"], convert.params_to_hf(gradient, CONFIG)
+  names = [name.replace(".default.", ".") for name in names]
+  assert sorted(tensors) == sorted(names)
+  norms = [np.linalg.norm(tensors[name]) for name in names]
+  np.testing.assert_allclose(norms, case["grad_norms"], rtol=2e-3, atol=1e-4 * max(norms))
+  for i, name in enumerate(settings["grads"]):
+    expected, got = case[f"grad_{i}"], tensors[name.replace(".default.", ".")]
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("name", json.loads((GOLDENS / "elbo.json").read_text()))
+def test_recorded_bounds_of_policy_and_reference(name):
+  case = Case("elbo", name)
+  is_masked, is_counted = case.crop(case.is_masked), jnp.ones((1, case.rows, C), bool)
+  for policy, label in (("adapters", "cur"), ("params", "ref")):
+    estimate = likelihood.elbo(log_prob_of(case, policy), is_masked, is_counted).mean(-1)
+    np.testing.assert_allclose(estimate[0], case[f"seq_log_prob_{label}"], rtol=1e-4, err_msg=label)

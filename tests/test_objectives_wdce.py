@@ -1,0 +1,292 @@
+"""DMPO's loss: by hand, against a naive oracle, its invariances, and the recorded losses."""
+
+import functools
+import json
+import math
+import pathlib
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax import noise
+from dmpo_jax.objectives import wdce, weights
+from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.structs import Experience
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
+CASES = json.loads((GOLDENS / "wdce.json").read_text())["cases"]
+MASKS = dict(num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0)
+THETA = jax.random.normal(jax.random.key(1), (6, 5))
+RATIOS = dict(num_replicates=2, antithetic=True, min_ratio=0.1, max_ratio=1.0)
+P, G, C = 4, 3, 6
+DRAW = jax.jit(draw_masks, static_argnames=("num_replicates", "antithetic", "min_ratio", "max_ratio"))
+KEYS = jax.jit(lambda ids, group_size: noise.row_keys(noise.step_key(0, "loss", 0), ids, group_size), static_argnums=1)
+
+
+def make_experience(seed=0, p=P, g=G, c=C, alpha=0.5, **changes):
+  rng = np.random.default_rng(seed)
+  is_kept = np.ones((p, g), bool)
+  is_kept[0, 1:2] = p == 1
+  arrays = dict(
+    prompts=jnp.arange(p, dtype=jnp.uint32) + 100,  # the prompt's id is all that these tests need of it
+    completion=jnp.asarray(rng.integers(0, 5, (p, g, c))),
+    is_counted=jnp.asarray(np.arange(c) < rng.integers(2, c + 1, (p, g, 1))),
+    reward=jnp.asarray(rng.random((p, g)), jnp.float32),
+    is_kept=jnp.asarray(is_kept),
+    log_p_old=jnp.asarray(-rng.random((p, g)) * 4, jnp.float32),
+    log_p_ref=jnp.asarray(-rng.random((p, g)) * 4, jnp.float32),
+  )
+  arrays |= changes
+  names = ("reward", "log_p_ref", "log_p_old", "is_kept")
+  weight, negative_weight = weights.importance_weights(*(arrays[name] for name in names), alpha=alpha, kappa=1.0)
+  return Experience(**arrays, weight=weight, negative_weight=negative_weight)
+
+
+def make_score(theta, experience):
+  """A policy with a parameter a position and token, in which every further masked position costs confidence."""
+
+  def score(is_masked):
+    chosen = theta[jnp.arange(is_masked.shape[-1]), experience.completion][:, :, None]
+    logit = chosen - 0.1 * is_masked.sum(-1, keepdims=True)
+    return SimpleNamespace(log_prob=jax.nn.log_sigmoid(logit), entropy=jnp.exp(-(logit**2)))
+
+  return score
+
+
+def run(experience, baseline="negative", num_prompts=None, theta=THETA):
+  """The loss, its metrics and its gradient by theta."""
+  p, g = experience.reward.shape
+  is_masked, _ = DRAW(KEYS(experience.prompts, g), experience.is_counted, **RATIOS)
+  return value_and_grad(theta, experience, is_masked, baseline=baseline, num_prompts=num_prompts or p)
+
+
+@functools.partial(jax.jit, static_argnames=("baseline", "num_prompts"))
+def value_and_grad(theta, experience, is_masked, *, baseline, num_prompts):
+  def compute(theta):
+    # the noise of the masks takes longest to compile, so that they are drawn outside, once a shape
+    with mock.patch.object(wdce, "draw_masks", return_value=(is_masked, None)):
+      return wdce.loss(
+        make_score(theta, experience),
+        experience,
+        jax.random.split(jax.random.key(0), is_masked.shape[:2]),
+        num_prompts=num_prompts,
+        baseline=baseline,
+        baseline_strength=1.0,
+        **MASKS,
+      )
+
+  (loss, metrics), gradient = jax.value_and_grad(compute, has_aux=True)(theta)
+  return loss, metrics, gradient
+
+
+@functools.partial(jax.jit, static_argnames=("baseline", "baseline_strength"))
+def group_loss(log_prob, is_masked, experience, **own):
+  scores = SimpleNamespace(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
+  return wdce.group_loss(scores, is_masked, experience, **own)
+
+
+def test_the_loss_by_hand():
+  # two rollouts, two replicates, three positions
+  probability = jnp.array([[[0.5, 0.1, 0.25], [0.5, 0.125, 0.9]], [[0.25, 0.25, 0.5], [0.9, 0.9, 0.9]]])[None]
+  is_masked = jnp.array([[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [0, 0, 0]]], bool)[None]
+  experience = make_experience(p=1, g=2, c=3).replace(
+    weight=jnp.array([[0.8, 0.2]]), negative_weight=jnp.array([[0.3, 0.7]]), is_counted=jnp.ones((1, 2, 3), bool)
+  )
+  loss, metrics = group_loss(jnp.log(probability), is_masked, experience, baseline="negative", baseline_strength=0.5)
+  # in units of log 2: (1 + 2) / 2 and 3, then (2 + 1) / 2 and nothing
+  first, second = (1.5 + 3) / 2 * math.log(2), (1.5 + 0) / 2 * math.log(2)
+  assert loss.item() == pytest.approx((0.8 - 0.15) * first + (0.2 - 0.35) * second)
+  assert metrics["loss_cross_entropy"].item() == pytest.approx((first + second) / 2)
+  assert metrics["loss_coefficient"].item() == pytest.approx(0.65 + 0.15)
+  log_p_theta = np.array([(4.5 + 9) / 2, (4.5 + 0) / 2]) * -math.log(2)
+  assert metrics["loss_log_ratio"].item() == pytest.approx(np.mean(log_p_theta - np.asarray(experience.log_p_old[0])))
+
+
+def oracle(log_prob, is_masked, e, baseline, strength):
+  """The losses of the prompts, in plain loops."""
+  losses = []
+  for p in range(len(log_prob)):
+    kept = [g for g in range(len(log_prob[p])) if e.is_kept[p, g]]
+    cross_entropy, ratio = {}, {}
+    for g in kept:
+      masks, terms = is_masked[p, g], log_prob[p, g]
+      sums = [sum(terms[r, l] for l in range(C) if masks[r, l]) / max(masks[r].sum(), 1) for r in range(len(masks))]
+      cross_entropy[g] = -sum(sums) / len(sums)
+      ratio[g] = e.is_counted[p, g].sum() * -cross_entropy[g] - float(e.log_p_old[p, g])
+    total = sum(math.exp(value) for value in ratio.values())
+    subtracted = {
+      "none": lambda g: 0.0,
+      "mean": lambda g, kept=kept: 1 / len(kept),
+      "model": lambda g, total=total, ratio=ratio: math.exp(ratio[g]) / total,
+      "negative": lambda g, p=p: float(e.negative_weight[p, g]),
+    }[baseline]
+    losses.append(sum((float(e.weight[p, g]) - strength * subtracted(g)) * cross_entropy[g] for g in kept))
+  return losses
+
+
+@pytest.mark.parametrize("baseline", weights.BASELINES)
+def test_the_loss_equals_a_naive_oracle(baseline):
+  rng = np.random.default_rng(4)
+  experience = make_experience(4)
+  is_masked = (rng.random((P, G, 2, C)) < rng.random((P, G, 2, 1))) & np.asarray(experience.is_counted)[:, :, None]
+  assert not is_masked.any(-1).all()  # an empty mask is among them
+  log_prob = np.log(rng.random(is_masked.shape))
+  loss, _ = group_loss(
+    jnp.asarray(log_prob, jnp.float32), jnp.asarray(is_masked), experience, baseline=baseline, baseline_strength=0.7
+  )
+  np.testing.assert_allclose(loss, oracle(log_prob, is_masked, experience, baseline, 0.7), rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_of_its_groups_on_masks_from_the_keys():
+  experience = make_experience()
+  seen = {}
+
+  def score(is_masked):
+    seen["is_masked"] = is_masked
+    return make_score(THETA, experience)(is_masked)
+
+  keys = KEYS(experience.prompts, G)
+  own = dict(baseline="model", baseline_strength=1.0)
+  loss, metrics = wdce.loss(score, experience, keys, num_prompts=P, **own, **MASKS)
+  is_masked = seen["is_masked"]
+  losses, group_metrics = wdce.group_loss(make_score(THETA, experience)(is_masked), is_masked, experience, **own)
+  np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, group_metrics[name].mean(), rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("baseline", weights.BASELINES)
+def test_microbatches_add_up_to_the_full_batch(baseline):
+  experience = make_experience()
+  whole = run(experience, baseline)
+  parts = [run(jax.tree.map(lambda x, s=start: x[s : s + 2], experience), baseline, num_prompts=P) for start in (0, 2)]
+  total = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), total, whole)
+
+
+def test_the_order_of_prompts_and_padding_change_nothing():
+  experience = make_experience()
+  loss, metrics, gradient = run(experience)
+  order = jnp.array([2, 0, 3, 1])
+  shuffled = run(jax.tree.map(lambda x: x[order], experience))
+  np.testing.assert_allclose(shuffled[0], loss, rtol=1e-5)
+  padding = ((0, 0), (0, 0), (0, 3))
+  padded = experience.replace(
+    completion=jnp.pad(experience.completion, padding), is_counted=jnp.pad(experience.is_counted, padding)
+  )
+  padded_loss, padded_metrics, padded_gradient = run(padded, theta=jnp.pad(THETA, ((0, 3), (0, 0))))
+  np.testing.assert_allclose(padded_loss, loss, rtol=1e-5)
+  np.testing.assert_allclose(padded_gradient, jnp.pad(gradient, ((0, 3), (0, 0))), rtol=1e-4, atol=1e-6)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(padded_metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "model", "negative"])
+def test_a_group_of_one_gives_no_update(baseline):
+  loss, metrics, gradient = run(make_experience(p=1, g=1), baseline)
+  assert loss.item() == pytest.approx(0, abs=1e-6)
+  assert metrics["loss_coefficient"].item() == pytest.approx(0, abs=1e-6)
+  np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_without_a_baseline_a_group_of_one_is_imitated():
+  loss, metrics, gradient = run(make_experience(p=1, g=1), "none")
+  assert loss.item() == pytest.approx(metrics["loss_cross_entropy"].item())
+  assert np.abs(gradient).max() > 0.01
+
+
+def test_equal_rewards_leave_nothing_but_the_log_ratio():
+  equal = make_experience(reward=jnp.full((P, G), 0.3))
+  loss, _, gradient = run(equal, "negative")
+  assert loss.item() == pytest.approx(0, abs=1e-5)
+  np.testing.assert_allclose(gradient, 0, atol=1e-5)
+  # without a difference between the policies either, the mean baseline leaves nothing
+  same = make_experience(reward=jnp.full((P, G), 0.3), log_p_ref=equal.log_p_old)
+  np.testing.assert_allclose(run(same, "mean")[2], 0, atol=1e-5)
+  np.testing.assert_array_less(0.01, np.abs(run(equal, "mean")[2]).max())
+
+
+def test_a_step_down_the_gradient_raises_the_better_rollout():
+  # every group: token 0 everywhere is better than token 1 everywhere, and a third rollout that is dropped
+  tokens = jnp.broadcast_to(jnp.arange(G)[None, :, None], (P, G, C))
+  weight = jnp.broadcast_to(jnp.array([0.9, 0.1, 0.0]), (P, G))
+  experience = make_experience(completion=tokens, is_counted=jnp.ones((P, G, C), bool)).replace(
+    weight=weight, negative_weight=weight[:, jnp.array([1, 0, 2])], is_kept=weight > 0
+  )
+  for baseline in ("none", "mean", "negative"):
+    _, _, gradient = run(experience, baseline)
+    assert (gradient[:, 0] < 0).all()
+    assert ((gradient[:, 1] > 0) == (baseline != "none")).all()  # without a baseline the worse one is pushed up too
+    np.testing.assert_array_equal(gradient[:, 2:], 0)
+
+
+@pytest.mark.parametrize("baseline", weights.BASELINES)
+def test_a_dropped_rollout_poisons_nothing(baseline):
+  broken = dict(
+    zip(("reward", "log_p_ref", "log_p_old"), (jnp.full((P, G), -1.5).at[0, 1].set(jnp.nan),) * 3, strict=True)
+  )
+  fine = {name: jnp.nan_to_num(value, nan=7.0) for name, value in broken.items()}
+  results = []
+  for changes in (broken, fine):
+    experience = make_experience(**changes)
+    # even where weights were computed without regard to what is kept
+    experience = experience.replace(weight=experience.weight.at[0, 1].set(changes["reward"][0, 1]))
+    results.append(run(experience, baseline))
+  assert np.isfinite(results[0][2]).all()
+  jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_a_group_with_nothing_kept_adds_nothing():
+  experience = make_experience()
+  without = experience.replace(is_kept=experience.is_kept.at[2].set(False))
+  others = jax.tree.map(lambda x: x[jnp.array([0, 1, 3, 3])], experience)
+  last = jax.tree.map(lambda x: x[jnp.array([3, 3])], experience)
+  loss, _, gradient = run(without, "mean")
+  expected = [run(part, "mean", num_prompts=P) for part in (others, last)]
+  # prompts 0, 1, 3: those of `others` less one half of `last`
+  np.testing.assert_allclose(loss, expected[0][0] - expected[1][0] / 2, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(gradient, expected[0][2] - expected[1][2] / 2, rtol=1e-3, atol=1e-6)
+
+
+def recorded(case):
+  """One group of all rows of a recorded batch: its experience, masks and tokens' log-probabilities, [1, g, r, c]."""
+  arrays = {
+    key.split("/")[1]: value for key, value in np.load(GOLDENS / "wdce.npz").items() if key.startswith(f"{case}/")
+  }
+  rows, positions = arrays["completion_ids"].shape
+
+  def by_row(name):
+    return jnp.asarray(arrays[name].reshape(-1, rows, positions).swapaxes(0, 1)[None])
+
+  ones = jnp.ones((1, rows), jnp.float32)
+  experience = Experience(
+    prompts=None,
+    completion=jnp.asarray(arrays["completion_ids"], jnp.int32)[None],
+    is_counted=jnp.ones((1, rows, positions), bool),
+    reward=ones,
+    is_kept=ones > 0,
+    log_p_old=jnp.asarray(arrays["log_prob_cur"])[None],
+    log_p_ref=ones,
+    weight=jnp.asarray(arrays["advantages"])[None],
+    negative_weight=jnp.asarray(arrays["negative_advantages"])[None],
+  )
+  return arrays, experience, by_row("mask"), -by_row("token_losses")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_recorded_losses_and_their_gradients(case):
+  # recorded from the official PyTorch code: one batch is one group, and the loss is not divided by prompts
+  arrays, experience, is_masked, log_prob = recorded(case)
+  own = dict(baseline=CASES[case]["baseline"], baseline_strength=CASES[case]["strength"])
+
+  loss, gradient = jax.jit(jax.value_and_grad(lambda x: group_loss(x, is_masked, experience, **own)[0][0]))(log_prob)
+  np.testing.assert_allclose(loss, CASES[case]["loss"], rtol=1e-4)
+  rows, replicates = is_masked.shape[1:3]
+  coefficient = arrays["advantages_centered"].reshape(replicates, rows).T[None, :, :, None]
+  num_masked = np.maximum(np.asarray(is_masked).sum(-1, keepdims=True), 1)
+  expected = np.where(is_masked, -coefficient / num_masked / replicates, 0)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
