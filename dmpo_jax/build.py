@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import data, models, noise, rollout, sharding, tasks
 from dmpo_jax.checkpoints import load_params
+from dmpo_jax.config import ConfigError
 from dmpo_jax.models import llada
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.structs import Prompts
@@ -38,8 +39,15 @@ def build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
   """Build what every mode needs; the task's data is generated on first use.
 
   Raises:
-    ValueError: a file that the configuration names cannot be used, or prompts are too long.
+    ConfigError: a file that the configuration names cannot be used, prompts are too long, devices do not fit the mesh.
   """
+  try:
+    return _build_parts(config, workdir)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def _build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
   tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
   task = tasks.TASKS[config.task.name](**config.task[config.task.name])
   source = data.TaskData(

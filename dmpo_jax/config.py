@@ -87,18 +87,18 @@ def _problem(path: str, values: Mapping[str, Any]) -> str:
   value = values[path]
   if rule is None:
     is_own = path.count(".") == 2 and path.split(".")[0] in CHOICES
-    return "" if is_own else _line(path, value, "no such key" + _did_you_mean(path, RULES))
+    return "" if is_own else _line(path, value, "no such key" + did_you_mean(path, RULES))
   if rule.holds(value):
     return ""
   unknown = [name for name in (value if isinstance(value, tuple | list) else [value]) if name not in rule.names]
-  return _line(path, value, rule.allowed + "".join(_did_you_mean(name, rule.names) for name in unknown))
+  return _line(path, value, rule.allowed + "".join(did_you_mean(name, rule.names) for name in unknown))
 
 
 def _line(path: str, value: Any, allowed: str) -> str:
   return f"config.{path} = {value!r}: {allowed}"
 
 
-def _did_you_mean(name: Any, names: Collection[str]) -> str:
+def did_you_mean(name: Any, names: Collection[str]) -> str:
   close = difflib.get_close_matches(str(name), names, n=1)
   return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -111,7 +111,7 @@ def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
   problems = {}
   for key, value in own.items():
     if key not in types:
-      problems[prefix + key] = _line(prefix + key, value, f"no such key{_did_you_mean(key, types)}")
+      problems[prefix + key] = _line(prefix + key, value, f"no such key{did_you_mean(key, types)}")
     elif types[key] in (int, float, str, bool) and type(value) not in (types[key], {float: int}.get(types[key])):
       problems[prefix + key] = _line(prefix + key, value, f"a value of type {types[key].__name__}")
   if not problems:

@@ -16,6 +16,7 @@ from scipy import stats
 from dmpo_jax import files, noise, rollout
 from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts, make_sample
 from dmpo_jax.checkpoints import load_params
+from dmpo_jax.config import ConfigError
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks.base import Task
 from dmpo_jax.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
   """Evaluate the policy that training left in `workdir`, and print and save the figures."""
   parts = build_parts(config, workdir)
   if not (workdir / "policy").exists():
-    raise ValueError(
+    raise ConfigError(
       f"{workdir} holds no finished policy to evaluate: train first, with the same command without --mode"
     )
   with jax.set_mesh(parts.mesh):

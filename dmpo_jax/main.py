@@ -9,14 +9,17 @@ Running the same command again goes on where the last run stopped, or says that 
 
 import os
 import sys
+from typing import Any
 
 import absl.logging
 import jax
 from absl import app, flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import config as config_lib
+from dmpo_jax import evaluate, train
+from dmpo_jax.config import ConfigError, check_workdir, did_you_mean, save, validate
+from dmpo_jax.rules import RULES
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file; override a key with --config.section.key=value.", lock_config=True
@@ -31,31 +34,55 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, w
 
 
 def main(argv: list[str]) -> None:
-  """Set the process up, run the mode, and turn a user's mistakes into one message and exit code 2."""
-  absl.logging.set_verbosity(absl.logging.WARNING)
+  """Run the mode; a user's mistake ends in one message and exit code 2, a run that diverged in exit code 1."""
   try:
     if len(argv) > 1:
-      raise config_lib.ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
-    run(epath.Path(_WORKDIR.value).expanduser())
-  except config_lib.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+      raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
+    run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser())
+  except ConfigError as error:
+    sys.exit(_complain(error))
+  except train.Diverged as error:
+    print(f"stopped: {error}", file=sys.stderr)
+    sys.exit(1)
 
 
-def run(workdir: epath.Path) -> None:
+def run(config: ConfigDict, workdir: epath.Path) -> None:
   """Check everything that can be checked before devices are touched, then dispatch on the mode."""
-  config = _CONFIG.value
-  config_lib.validate(config)
-  config_lib.check_workdir(workdir, config)
+  if not isinstance(config, ConfigDict):  # what the flag holds when loading the file has failed
+    raise ConfigError(_why_not_loaded(config))
+  validate(config)
+  check_workdir(workdir, config)
   _keep_compiled_programs(workdir)
   _join_processes()
-  config_lib.save(workdir, config)
-  from dmpo_jax import evaluate, train  # after the processes have joined: these touch devices
-
+  save(workdir, config)
   if _MODE.value == "eval":
     evaluate.main(config, workdir)
   else:
     train.main(config, workdir)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parse the command line; an override of a key that does not exist ends in one message and exit code 2."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as error:  # what config_flags raises for an unknown key
+    overrides = [arg[len("--config.") :].split("=")[0] for arg in argv if arg.startswith("--config.")]
+    unknown = [path for path in overrides if path not in RULES and path.split(".")[-1] in str(error)]
+    lines = [f"--config.{path}: no such key{did_you_mean(path, RULES)}" for path in unknown]
+    sys.exit(_complain("\n".join(lines) or error))
+
+
+def _why_not_loaded(config: Any) -> str:
+  try:
+    config.items()
+  except OSError as error:
+    return str(error)
+  return "the configuration's get_config() must return a ConfigDict"
+
+
+def _complain(problem: Any) -> int:
+  print(f"error: {problem}", file=sys.stderr)
+  return 2
 
 
 def _keep_compiled_programs(workdir: epath.Path) -> None:
@@ -79,4 +106,5 @@ def _join_processes() -> None:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  app.run(main, flags_parser=parse_flags)

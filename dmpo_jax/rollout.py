@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dmpo_jax import noise, samplers
 from dmpo_jax.models import lora
@@ -27,20 +26,11 @@ from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import likelihood, masking, weights
 from dmpo_jax.scoring import make_score
 from dmpo_jax.sharding import replicated
-from dmpo_jax.structs import Experience, Prompts, Rollouts
+from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts
 from dmpo_jax.tasks.base import Task
 from dmpo_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@struct.dataclass
-class Measures:
-  """Log-probability bounds of a buffer, one a mask replicate, under the sampling and the reference policy."""
-
-  log_p_old: jax.Array  # float32 [p, g, r]
-  log_p_ref: jax.Array  # float32 [p, g, r]; the same masks
-  entropy: jax.Array  # float32 [p, g]; mean over masked positions, nats
 
 
 def collect(
@@ -93,9 +83,8 @@ def collect(
   )
   watch.lap("score")
   log_p_old, log_p_ref = measures.log_p_old.mean(-1), measures.log_p_ref.mean(-1)
-  weight, negative_weight = jax.device_get(
-    weights.importance_weights(grades.reward, log_p_ref, log_p_old, grades.is_kept, alpha=alpha, kappa=kappa)
-  )
+  values = map(jnp.asarray, (grades.reward, log_p_ref, log_p_old, grades.is_kept))
+  weight, negative_weight = jax.device_get(weights.importance_weights(*values, alpha=alpha, kappa=kappa))
   experience = Experience(
     prompts=prompts,
     completion=completion,
@@ -113,7 +102,7 @@ def collect(
   return experience, metrics
 
 
-def demonstrate(prompts: Prompts, completion: Int[Array, "p c"]) -> Experience:
+def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experience:
   """Wrap demonstrations as groups of one, for an objective that learns from them."""
   one = np.ones((completion.shape[0], 1), np.float32)
   return Experience(
@@ -284,6 +273,7 @@ def describe(
 
 def describe_weights(experience: Experience, measures: Measures, *, alpha: float, antithetic: bool) -> dict[str, float]:
   """What the log says of a buffer's importance weights: their spread, and how much of it is noise."""
+  experience, measures = jax.tree.map(jnp.asarray, (experience, measures))
   is_kept = experience.is_kept
   figures = {
     "effective_sample_size": weights.effective_sample_size(experience.weight).mean(),

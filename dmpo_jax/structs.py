@@ -39,6 +39,15 @@ class Rollouts:
 
 
 @struct.dataclass
+class Measures:
+  """Log-probability bounds of a buffer, one a mask replicate, under the sampling and the reference policy."""
+
+  log_p_old: jax.Array  # float32 [p, g, r]
+  log_p_ref: jax.Array  # float32 [p, g, r]; the same masks
+  entropy: jax.Array  # float32 [p, g]; mean over masked positions, nats
+
+
+@struct.dataclass
 class Experience:
   """A buffer of graded rollouts: all that the updates need, and independent of the current parameters."""
 

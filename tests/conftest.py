@@ -15,8 +15,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Imported before the hook, and so not checked: its fields also hold shardings and abstract arrays under jax.tree.map.
@@ -24,3 +26,10 @@ import dmpo_jax.structs  # noqa: E402, F401
 
 # an int passes where a float is asked for, as everywhere in Python
 install_import_hook("dmpo_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@pytest.fixture
+def use_devices(monkeypatch):
+  """Let the test say how many of the eight devices there are."""
+  devices = jax.devices()
+  return lambda count: monkeypatch.setattr(jax, "devices", lambda: devices[:count])

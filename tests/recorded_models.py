@@ -1,0 +1,70 @@
+"""Checkpoints, adapters and outputs recorded from the official PyTorch code, and a tiny random model."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from dmpo_jax.models import convert
+from dmpo_jax.models.llada import LLaDA, ModelConfig
+
+FOLDER = pathlib.Path(__file__).parent / "goldens" / "models"
+# where a checkpoint's weights are, if not beside its recorded outputs
+WEIGHTS = {"m1_base": FOLDER.parent / "samplers" / "m1_base"}
+
+TINY = ModelConfig(
+  vocab_size=29,
+  embedding_size=32,
+  d_model=16,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  mlp_hidden_size=24,
+  mask_token_id=28,
+  eos_token_id=27,
+  pad_token_id=26,
+)
+
+
+def tensors(name):
+  """The tensors of a checkpoint or adapter, by their Hugging Face names."""
+  folder = WEIGHTS.get(name, FOLDER / name)
+  return load_file(folder / ("adapter_model.safetensors" if name == "adapter" else "model.safetensors"))
+
+
+def settings(name):
+  folder = WEIGHTS.get(name, FOLDER / name)
+  return json.loads((folder / ("adapter_config.json" if name == "adapter" else "config.json")).read_text())
+
+
+@functools.cache
+def recorded(name):
+  """The recorded arrays of a checkpoint or adapter."""
+  with np.load(FOLDER / name / "io.npz") as arrays:
+    return {key: jnp.asarray(arrays[key]) for key in arrays}
+
+
+@functools.cache
+def load(name, **own):
+  """Give (model, variables) of a checkpoint."""
+  config = convert.model_config_from_hf(settings(name), **own)
+  return LLaDA(config), {"params": jax.tree.map(jnp.asarray, convert.params_from_hf(tensors(name), config))}
+
+
+@functools.cache
+def tiny(**changes):
+  """Give (model, variables) of a random model: `TINY` with other fields. The seed is always the same."""
+  model = LLaDA(dataclasses.replace(TINY, **changes))
+  return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+
+
+@functools.cache
+def compiled(model, method="__call__"):
+  """Jit a method of a model: `run(variables, ..., **keywords)`."""
+  return jax.jit(lambda variables, *args, **keywords: model.apply(variables, *args, method=method, **keywords))

@@ -1,0 +1,266 @@
+"""The model against the official PyTorch code, and what its results must not depend on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded_models import TINY, compiled, load, recorded, tiny
+
+from dmpo_jax import sharding
+from dmpo_jax.models import MODELS
+from dmpo_jax.models.layers import attend, rotary_table, rotate
+from dmpo_jax.models.llada import Cache, LLaDA, empty_cache
+
+TOLERANCE = 5e-4  # of recorded float32 logits with a standard deviation of 2-3
+
+
+def close(actual, wanted, tolerance=TOLERANCE):
+  np.testing.assert_allclose(np.asarray(actual, np.float32), np.asarray(wanted, np.float32), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+  ("name", "case"), [("m1_base", 2), ("m2_gqa", 1), ("m3_tied", 0), ("m3_tied", 1), ("m3_tied", 2), ("m4_bf16", 0)]
+)
+def test_logits_are_the_recorded_ones(name, case):
+  model, variables = load(name)
+  arrays = recorded(name)
+  logits = compiled(model)(variables, arrays[f"ids_{case}"])
+  assert logits.dtype == jnp.float32
+  close(logits, arrays[f"logits_{case}"])
+
+
+@pytest.mark.parametrize("name", ["m2_gqa", "m3_tied"])
+def test_masks_and_repeated_positions_are_honoured(name):
+  model, variables = load(name)
+  arrays = recorded(name)
+  tokens = arrays["w_ids"]
+  positions = jnp.broadcast_to(arrays["w_pos"], tokens.shape)
+  assert len(set(arrays["w_pos"].tolist())) < tokens.shape[1]
+  logits = compiled(model)(variables, tokens, positions=positions, attention_mask=arrays["w_mask4d"][:, 0])
+  close(logits, arrays["w_logits"])
+
+
+def test_hidden_states_are_the_recorded_ones():
+  model, variables = load("m1_base")
+  arrays = recorded("m1_base")
+
+  @jax.jit
+  def run(tokens):
+    return model.apply(variables, tokens, capture_intermediates=True, mutable="intermediates")[1]["intermediates"]
+
+  seen = run(arrays["ids_0"])
+  stream = seen["blocks"]["__call__"][0][0]  # [layers, b, l, d], after each block
+  for actual, name in zip(stream, ("hs_1", "hs_2", "last_block_out"), strict=True):
+    close(actual, arrays[name])
+  close(seen["final_norm"]["__call__"][0], arrays["hs_3"])
+  for layer in (0, 2):
+    close(seen["blocks"]["attn_out"]["__call__"][0][layer, :1], arrays[f"attn_out_{layer}"])
+    close(seen["blocks"]["ff_out"]["__call__"][0][layer, :1], arrays[f"mlp_out_{layer}"])
+
+
+@pytest.mark.parametrize("name", ["m2_gqa", "m3_tied"])
+def test_prefix_and_dual_caches_give_the_recorded_logits(name):
+  model, variables = load(name)
+  arrays = recorded(name)
+  before, after = arrays["c_ids_full"], arrays["c_ids_after"]
+  start, end = arrays["c_block"].tolist()
+  run, logits = compiled(model, "hidden"), compiled(model, "logits")
+  _, cache = run(variables, before, cache=empty_cache(model.config, *before.shape), cache_start=0)
+  prefix, _ = run(variables, after[:, start:], cache=cache, cache_start=start)
+  close(logits(variables, prefix), arrays["c_logits_prefix"])
+  dual, written = run(variables, after[:, start:end], cache=cache, cache_start=start)
+  close(logits(variables, dual), arrays["c_logits_dual"])
+  np.testing.assert_array_equal(written.keys[:, :, :start], cache.keys[:, :, :start])
+  np.testing.assert_array_equal(written.keys[:, :, end:], cache.keys[:, :, end:])
+
+
+def test_cached_keys_and_values_are_the_recorded_ones():
+  model, variables = load("m1_base")
+  arrays = recorded("m1_base")
+  tokens = arrays["c_ids_full"]
+  _, cache = compiled(model, "hidden")(variables, tokens, cache=empty_cache(model.config, *tokens.shape))
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  table = rotary_table(positions, model.config.head_dim, model.config.rope_theta)
+  close(cache.keys[1], rotate(arrays["c_k_1"].swapaxes(1, 2), table))  # recorded before rotation
+  close(cache.values[1].swapaxes(1, 2), arrays["c_v_1"])
+
+
+def test_bfloat16_run_is_near_the_recorded_one():
+  arrays = recorded("m4_bf16")
+  model, variables = load("m4_bf16", dtype="bfloat16", param_dtype="bfloat16")
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("bfloat16")}
+  logits = compiled(model)(variables, arrays["ids_0"])
+  assert logits.dtype == jnp.float32
+  error = np.abs(np.asarray(logits - arrays["logits_0"]))
+  official_error = np.abs(np.asarray(arrays["logits_bf16_0"] - arrays["logits_0"]))
+  assert error.mean() < 1.2 * official_error.mean()
+  assert error.max() < 1.5 * official_error.max()
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_dtype_policy(param_dtype):
+  model, variables = tiny(dtype="bfloat16", param_dtype=param_dtype)
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(param_dtype)}
+  tokens = jnp.arange(6).reshape(1, 6)
+  hidden, _ = compiled(model, "hidden")(variables, tokens)
+  assert hidden.dtype == jnp.bfloat16
+  assert compiled(model, "logits")(variables, hidden).dtype == jnp.float32
+  assert empty_cache(model.config, 1, 6).keys.dtype == jnp.bfloat16
+
+
+def test_attention_is_a_softmax_in_float32():
+  b, l, m, n, k, h = 2, 3, 5, 4, 2, 6
+  keys = jax.random.split(jax.random.key(1), 3)
+  query, key, value = (
+    jax.random.normal(keys[i], shape) for i, shape in enumerate([(b, l, n, h), (b, m, k, h), (b, m, k, h)])
+  )
+  mask = np.arange(m) < np.array([[2], [5]])
+  mixed = attend(query, key, value, jnp.asarray(mask)[:, None])
+  for row in range(b):
+    for head in range(n):
+      kept = np.asarray(key[row, mask[row], head // (n // k)], np.float64)
+      scores = np.asarray(query[row, :, head], np.float64) @ kept.T / np.sqrt(h)
+      weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+      wanted = weights @ np.asarray(value[row, mask[row], head // (n // k)])
+      close(mixed[row, :, head * h : (head + 1) * h], wanted, 1e-5)
+  nowhere = attend(query, key, value, jnp.zeros((b, 1, m), bool))
+  close(nowhere[0, :, :h], jnp.broadcast_to(value[0, :, 0].mean(0), (l, h)), 1e-5)
+  huge = attend(query.astype(jnp.bfloat16) * 1e4, key.astype(jnp.bfloat16), value.astype(jnp.bfloat16), None)
+  assert huge.dtype == jnp.bfloat16
+  assert jnp.isfinite(huge).all()
+
+
+def rows(seed, num_rows, length):
+  return jax.random.randint(jax.random.key(seed), (num_rows, length), 0, TINY.vocab_size)
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_padding_changes_nothing(with_cache):
+  model, variables = tiny()
+  run, tokens = compiled(model, "hidden"), rows(0, 2, 7)
+  alone, _ = run(variables, tokens)
+  padded = jnp.pad(tokens, ((0, 0), (4, 0)), constant_values=5)
+  is_valid = jnp.broadcast_to(jnp.arange(11) >= 4, padded.shape)
+  own = dict(cache=empty_cache(TINY, 2, 11)) if with_cache else {}
+  hidden, cache = run(variables, padded, is_valid=is_valid, **own)
+  close(hidden[:, 4:], alone, 1e-5)
+  if with_cache:  # the last three tokens again: their slots are rewritten, padding stays unseen, positions go on
+    again, _ = run(variables, tokens[:, 4:], cache=cache, cache_start=8)
+    close(again, alone[:, 4:], 1e-5)
+
+
+def test_a_cache_holds_only_what_was_written():
+  model, variables = tiny()
+  run, tokens = compiled(model, "hidden"), rows(1, 2, 6)
+  alone, _ = run(variables, tokens)
+  junk = Cache(*(jnp.full_like(array, 7) for array in empty_cache(TINY, 2, 10)[:2]), jnp.zeros((2, 10), bool))
+  hidden, cache = run(variables, tokens, cache=junk, cache_start=0)
+  close(hidden, alone, 1e-5)
+  np.testing.assert_array_equal(cache.is_valid, np.broadcast_to(np.arange(10) < 6, (2, 10)))
+
+
+def test_a_row_does_not_depend_on_its_batch():
+  model, variables = tiny()
+  tokens = rows(2, 5, 7)
+  is_valid = jnp.arange(7) >= jnp.arange(5)[:, None]
+  together = compiled(model)(variables, tokens, is_valid=is_valid)
+  for row in (0, 4):
+    alone = compiled(model)(variables, tokens[row : row + 1], is_valid=is_valid[row : row + 1])
+    close(alone, together[row : row + 1], 1e-5)
+
+
+def gradient(model, variables, tokens, **own):
+  """Gradient of one number that depends on all of the model."""
+
+  def loss(params):
+    logits = model.apply({**variables, "params": params}, tokens, **own)
+    return (jax.nn.log_softmax(logits)[..., 3] * jnp.arange(tokens.shape[1])).mean()
+
+  return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+
+def test_remat_policies_give_equal_gradients():
+  _, variables = tiny()
+  tokens = rows(3, 2, 6)
+  results = [gradient(LLaDA(dataclasses.replace(TINY, remat=policy)), variables, tokens) for policy in ("none", "dots")]
+  results.append(gradient(LLaDA(dataclasses.replace(TINY, remat="full")), variables, tokens))
+  for other in results[1:]:
+    jax.tree.map(lambda a, b: close(a, b, 1e-6), results[0], other)
+  assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0][1]))
+
+
+def test_layers_are_stacked_and_each_is_its_own():
+  _, variables = tiny()
+  blocks = variables["params"]["blocks"]
+  assert {leaf.shape[0] for leaf in jax.tree.leaves(blocks)} == {TINY.num_layers}
+  assert blocks["k_proj"]["kernel"].shape == (TINY.num_layers, TINY.d_model, TINY.num_kv_heads * TINY.head_dim)
+  assert not np.allclose(blocks["q_proj"]["kernel"][0], blocks["q_proj"]["kernel"][1])
+  boxed = jax.eval_shape(LLaDA(TINY).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  assert boxed["blocks"]["ff_out"]["kernel"].names == ("layers", "ffn", "embed")
+  assert boxed["embedding"].names == ("vocab", "embed")
+
+
+@pytest.mark.parametrize("weight_tying", [False, True])
+def test_one_and_eight_devices_agree(weight_tying):
+  model, variables = tiny(weight_tying=weight_tying)
+  tokens, is_valid = rows(4, 8, 6), jnp.arange(6) >= jnp.arange(8)[:, None] % 3
+  wanted_logits = compiled(model)(variables, tokens, is_valid=is_valid)
+  wanted_gradient = gradient(model, variables, tokens, is_valid=is_valid)
+  mesh = sharding.make_mesh(2, 2, 2)
+  boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  split = jax.device_put(variables, sharding.layout(boxed, mesh))
+  kernel = split["params"]["blocks"]["up_proj"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4  # over fsdp and tensor
+  with jax.set_mesh(mesh):
+    logits = jax.jit(lambda variables, tokens: model.apply(variables, tokens, is_valid=is_valid))(split, tokens)
+    assert logits.sharding.spec[0] == ("data", "fsdp")
+    close(logits, wanted_logits, 1e-5)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), gradient(model, split, tokens, is_valid=is_valid), wanted_gradient)
+
+
+def test_parameters_are_made_where_they_live():
+  model, variables = tiny()
+  mesh = sharding.make_mesh(2, 2, 2)
+
+  def init(key):
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))
+
+  where = sharding.layout(jax.eval_shape(init, jax.random.key(0)), mesh)
+  with jax.set_mesh(mesh):
+    boxed = jax.jit(init)(jax.random.key(0))
+    made = jax.jit(lambda key: jax.tree.map(lambda box: box.value, init(key), is_leaf=is_box), out_shardings=where)
+    split = made(jax.random.key(0))
+  assert jax.tree.structure(split) == jax.tree.structure(variables)
+  assert is_box(boxed["params"]["head"])
+  jax.tree.map(lambda a, b: close(a, b, 1e-6), split, variables)
+
+
+def is_box(leaf):
+  return hasattr(leaf, "names")
+
+
+def test_unused_rows_of_the_table_have_logits():
+  model, variables = tiny()
+  assert compiled(model)(variables, rows(5, 1, 4)).shape == (1, 4, TINY.embedding_size)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num_heads": 3}, "model.d_model=16"),
+    ({"num_kv_heads": 3}, "model.num_kv_heads=3"),
+    ({"embedding_size": 20}, "model.embedding_size=20"),
+    ({"mask_token_id": 29}, "model.mask_token_id=29"),
+    ({"remat": "dot"}, "model.remat='dot': must be one of none, dots, full"),
+    ({"dtype": "float16"}, "model.dtype='float16'"),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TINY, **changes)
+
+
+def test_models_by_name():
+  assert MODELS["llada"] is LLaDA

@@ -1,0 +1,121 @@
+"""A buffer's way: nothing depends on batch, padding or devices; failed rewards drop out and are counted."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from dmpo_jax import build, rollout, structs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return epath.Path(tmp_path_factory.mktemp("rollout"))
+
+
+def collect(config, folder, use_devices, num_devices=1, task=None):
+  """One buffer from random parameters."""
+  use_devices(num_devices)
+  parts = build.build_parts(config, folder / "run")
+  objective = config.objective
+  with jax.set_mesh(parts.mesh):
+    params = build.initial_params(config, parts)
+    reference = jax.tree.map(lambda x: x * 1.1, params)
+    sample = build.make_sample(config, parts, group_size=config.rollout.group_size, temperature=1.0)
+    measure = rollout.make_measure(
+      parts.model, parts.mesh, num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, chunk=0
+    )
+    prompts, records = parts.prompts.batch(0, config.rollout.num_prompts)
+    return rollout.collect(
+      params,
+      reference,
+      prompts,
+      records,
+      sample=sample,
+      measure=measure,
+      task=task or parts.task,
+      tokenizer=parts.tokenizer,
+      seed=config.seed,
+      buffer=3,
+      chunk_prompts=config.rollout.chunk_prompts,
+      counted=objective.counted,
+      alpha=objective.alpha,
+      kappa=objective.kappa,
+      antithetic=True,
+    )
+
+
+def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
+  plain, metrics = collect(tiny.config(), folder, use_devices)
+  assert np.abs(plain.log_p_ref - plain.log_p_old).max() > 0.01
+  assert len({row.tobytes() for row in plain.completion.reshape(-1, 16)}) > 8, "rollouts differ"
+  others = (
+    (tiny.config(rollout__chunk_prompts=2), 1),
+    (tiny.config(task__max_prompt_length=24), 1),
+    (tiny.config(sharding__data=2, sharding__fsdp=-1, sharding__tensor=2), 8),
+  )
+  for config, num_devices in others:
+    other, _ = collect(config, folder, use_devices, num_devices)
+    np.testing.assert_array_equal(other.completion, plain.completion)
+    np.testing.assert_allclose(other.log_p_old, plain.log_p_old, rtol=1e-5)
+    np.testing.assert_allclose(other.log_p_ref, plain.log_p_ref, rtol=1e-5)
+    np.testing.assert_allclose(other.weight, plain.weight, atol=1e-4)
+  assert metrics["tokens_per_call"] == 4
+  assert metrics["log_ratio_std"] > 0
+  assert np.isnan(metrics["log_ratio_error"]), "a single pair says nothing of its own noise"
+
+
+def test_a_larger_buffer_begins_with_the_smaller_one(folder, use_devices):
+  small, _ = collect(tiny.config(rollout__num_prompts=2, rollout__group_size=2), folder, use_devices)
+  large, _ = collect(tiny.config(rollout__num_prompts=4, rollout__group_size=4), folder, use_devices)
+  np.testing.assert_array_equal(large.completion[:2, :2], small.completion)
+  np.testing.assert_allclose(large.log_p_old[:2, :2], small.log_p_old, rtol=1e-5)
+
+
+def test_failed_rewards_drop_out_of_their_group(folder, use_devices, caplog):
+  calls = []
+
+  def reward(record, completion):
+    calls.append(completion)
+    if len(calls) == 1:
+      raise RuntimeError("the grader broke")
+    return float("nan") if len(calls) == 2 else len(calls) / 100
+
+  task = types.SimpleNamespace(reward=reward, grade=lambda record, completion: types.SimpleNamespace(is_correct=True))
+  experience, metrics = collect(tiny.config(), folder, use_devices, task=task)
+  assert metrics["rewards_failed"] == 2
+  np.testing.assert_array_equal(experience.is_kept[0], [False, False, True, True])
+  assert experience.is_kept[1:].all()
+  np.testing.assert_array_equal(experience.weight[0, :2], 0)
+  np.testing.assert_allclose(experience.weight.sum(1), 1, rtol=1e-6)
+  np.testing.assert_allclose(experience.negative_weight.sum(1), 1, rtol=1e-6)
+  assert metrics["reward_mean"] >= 0.03
+  assert "the grader broke" in caplog.text
+  assert "nan" in caplog.text
+
+
+def test_counted_positions_end_with_the_first_eos():
+  completion = np.array([[5, 2, 5, 2], [5, 5, 5, 5], [2, 2, 2, 2]], np.int32)
+  until = rollout.count_positions(completion, 2, "until_eos")
+  np.testing.assert_array_equal(until, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+  assert rollout.count_positions(completion, 2, "all").all()
+
+
+def test_what_the_log_says_of_completions():
+  completion = np.array([[[5, 2, 2, 2], [5, 5, 5, 5]]], np.int32)
+  rollouts = structs.Rollouts(completion, completion * 0, np.full((1, 2, 4), 0.5), np.array([[2, 2]]))
+  grades = rollout.Grades(np.array([[1.0, 0.0]]), np.array([[True, False]]), np.array([[True, False]]))
+  figures = rollout.describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
+  assert figures == {
+    "reward_mean": 1.0,
+    "reward_std": 0.0,
+    "solve_rate": 1.0,
+    "rewards_failed": 1.0,
+    "tokens_per_call": 2.0,
+    "confidence": 0.5,
+    "completion_length": 2.5,
+    "eos_rate": 0.5,
+  }

@@ -1,0 +1,121 @@
+"""The whole story on a tiny run: resume bit for bit, adapters, supervised training, and stopping when it diverges."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from etils import epath
+
+from dmpo_jax import checkpoints, metrics, train
+from dmpo_jax.objectives import weights
+
+
+@pytest.fixture(autouse=True)
+def one_device(use_devices):
+  use_devices(1)
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+  """A run that nothing interrupts."""
+  devices = jax.devices
+  jax.devices = lambda: devices()[:1]
+  workdir = epath.Path(tmp_path_factory.mktemp("left_alone") / "run")
+  train.main(tiny.config(), workdir)
+  jax.devices = devices
+  return workdir
+
+
+def rows_of(workdir):
+  """The metrics of a run, without what is measured in time."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{name: row[name] for name in row if name != "time" and "second" not in name} for row in rows]
+
+
+def policy_of(workdir):
+  """Every parameter of the final policy, as saved."""
+  return ocp.StandardCheckpointer().restore((workdir / "policy").resolve())
+
+
+def test_a_run_writes_what_it_promises(left_alone):
+  rows = rows_of(left_alone)
+  assert [(row["phase"], row["step"]) for row in rows] == [
+    *(("warm_start", step) for step in (1, 2, 3)),
+    *(("train", step) for step in (0, 1, 2, 3)),
+  ]
+  result = json.loads((left_alone / "result.json").read_text())
+  assert result["base"]["num_prompts"] == 16
+  assert result["last"] == result["evaluations"]["3"]
+  assert {"reward_mean", "solve_rate", "effective_sample_size", "log_ratio_error", "entropy", "grad_norm"} <= set(
+    rows[-1]
+  )
+  generations = (left_alone / "generations" / "000003.jsonl").read_text().splitlines()
+  assert len(generations) == 16
+  assert set(json.loads(generations[0])) == {"record", "prompt", "completion", "reward", "is_solved"}
+  assert "embedding" in (left_alone / "parameters.txt").read_text()
+
+
+def test_a_finished_run_says_so_and_does_nothing(left_alone, capsys):
+  before = (left_alone / "metrics.jsonl").read_text()
+  train.main(tiny.config(), left_alone)
+  assert "nothing left to do" in capsys.readouterr().out
+  assert (left_alone / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("saves_before_the_end", [2, 5, 6])
+def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypatch, saves_before_the_end):
+  """Cut off in the warm start, in the middle of a buffer, and between two buffers."""
+  workdir, count, save = epath.Path(tmp_path / "run"), [0], checkpoints.Checkpoints.save
+
+  def save_and_die(self, step, state, experience, progress):
+    save(self, step, state, experience, progress)
+    count[0] += 1
+    if count[0] == saves_before_the_end:
+      self.wait()
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.Checkpoints, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+      train.main(tiny.config(), workdir)
+  train.main(tiny.config(), workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
+  assert rows_of(workdir) == rows_of(left_alone)
+
+
+def test_more_buffers_go_on_from_a_finished_run(left_alone, tmp_path):
+  workdir = epath.Path(tmp_path / "run")
+  train.main(tiny.config(train__num_buffers=2), workdir)
+  train.main(tiny.config(), workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
+
+
+def test_adapters_are_all_that_a_lora_run_saves(tmp_path):
+  workdir = epath.Path(tmp_path / "run")
+  train.main(tiny.config(model__lora__rank=2, train__num_buffers=1), workdir)
+  policy = policy_of(workdir)
+  assert set(policy["blocks"]) == {"q_proj", "k_proj", "v_proj", "up_proj"}
+  assert set(policy["blocks"]["q_proj"]) == {"A", "B"}
+  assert np.isfinite(policy["blocks"]["q_proj"]["B"]).all()
+
+
+def test_supervised_training_is_an_objective_like_another(tmp_path):
+  workdir = epath.Path(tmp_path / "run")
+  train.main(tiny.config(objective__name="denoise", warm_start__updates=0, train__num_buffers=3), workdir)
+  rows = rows_of(workdir)
+  assert [row["step"] for row in rows] == [0, 1, 2, 3]
+  assert rows[-1]["loss"] > 0
+  assert "reward_mean" not in rows[-1]
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path, monkeypatch):
+  config = tiny.config(warm_start__updates=0, optim__max_skips_in_a_row=2)
+  workdir = epath.Path(tmp_path / "run")
+  monkeypatch.setattr(weights, "importance_weights", lambda reward, *args, **keywords: (reward * np.nan,) * 2)
+  with pytest.raises(train.Diverged, match="2 updates in a row"):
+    train.main(config, workdir)
+  assert (workdir / "checkpoints" / "train" / "2").exists()
+  assert metrics.read_result(workdir) is None
