@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     dict(
       min_blanks=4,
       max_blanks=10,
-      demo_unfilled=0.45,  # demonstrations leave a blank cell unfilled with this probability
+      demo_patience=11.0,  # demonstrations give a puzzle up with probability blanks / demo_patience
     )
   )
   k.countdown = ConfigDict(

@@ -22,6 +22,8 @@ from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
 
+EMBEDDING_MULTIPLE = 8  # rows of the embedding table come in this many, so that mesh axes divide it
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -77,7 +79,7 @@ def build_model(config: ConfigDict, tokenizer: Tokenizer) -> llada.LLaDA:
     llada.ModelConfig(
       **sizes,
       vocab_size=tokenizer.vocab_size,
-      embedding_size=tokenizer.vocab_size,
+      embedding_size=-(-tokenizer.vocab_size // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE,
       mask_token_id=tokenizer.mask_token_id,
       eos_token_id=tokenizer.eos_token_id,
       pad_token_id=tokenizer.pad_token_id,

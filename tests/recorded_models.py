@@ -59,9 +59,17 @@ def load(name, **own):
 
 @functools.cache
 def tiny(**changes):
-  """Give (model, variables) of a random model: `TINY` with other fields. The seed is always the same."""
+  """Give (model, variables) of `TINY` with other fields, its numbers drawn here: nothing to compile."""
   model = LLaDA(dataclasses.replace(TINY, **changes))
-  return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+  generator = np.random.default_rng(0)
+
+  def draw(path, shape):
+    if path[-1].key == "scale":
+      return jnp.asarray(generator.uniform(0.6, 1.4, shape.shape), shape.dtype)
+    return jnp.asarray(generator.normal(size=shape.shape) * shape.shape[-2] ** -0.5, shape.dtype)
+
+  return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @functools.cache

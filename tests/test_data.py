@@ -16,7 +16,7 @@ from dmpo_jax.tasks.countdown import Countdown
 from dmpo_jax.tasks.sudoku import Sudoku
 from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
 
-TASK = Sudoku(min_blanks=4, max_blanks=6, demo_unfilled=0.45)
+TASK = Sudoku(min_blanks=4, max_blanks=6, demo_patience=11.0)
 COUNTDOWN = Countdown(num_numbers=3, max_number=99, demo_wrong=0.5)
 SIZES = dict(num_train=30, num_test=7)
 
@@ -160,7 +160,7 @@ def test_neither_writing_nor_reading_imports_tensorflow(tmp_path):
 import sys
 from dmpo_jax import data
 from dmpo_jax.tasks.sudoku import Sudoku
-task = Sudoku(min_blanks=4, max_blanks=6, demo_unfilled=0.5)
+task = Sudoku(min_blanks=4, max_blanks=6, demo_patience=11.0)
 assert len(data.TaskData(task, "sudoku", data_dir={str(tmp_path)!r}, num_train=9, num_test=3).train()) == 9
 assert "tensorflow" not in sys.modules
 """
@@ -221,7 +221,7 @@ def test_prompts_are_padded_on_the_left(tokenizer):
 
 def test_prompt_ids_are_stable(records, tokenizer):
   streams = [
-    PromptStream(records, TASK, tokenizer, seed=0, max_prompt_length=16),
+    PromptStream(records, TASK, tokenizer, seed=0, max_prompt_length=18),
     PromptStream(records[::-1], TASK, tokenizer, seed=1, max_prompt_length=20),
   ]
   ids = []

@@ -17,21 +17,30 @@ from dmpo_jax.objectives.masking import place_masks
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 MASK = 3
 COMPLETIONS = np.array(list(itertools.product(range(3), repeat=2)))  # all nine
+bound_of = jax.jit(elbo)
+error_of = jax.jit(standard_error, static_argnames="antithetic")
 # log p(token | state of the row) at each position; a position's state is its token, or MASK
-TABLE = jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(3), (4, 4, 2, 3)))
+LOGITS = 2 * np.random.default_rng(3).standard_normal((4, 4, 2, 3))
+TABLE = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
 
 
-def token_log_prob(is_masked, completions=COMPLETIONS):
-  """Look up log p(y_l | y with the masked positions hidden): [p, g, r, c] for p completions in groups of any size."""
-  tokens = jnp.asarray(completions)[:, None, None]
+def token_log_prob(is_masked):
+  """Look up log p(y_l | y with the masked positions hidden), [9, g, r, c], for the nine completions in groups of g."""
+  tokens = COMPLETIONS[:, None, None]
   state = jnp.where(is_masked, MASK, tokens)
-  rows = TABLE[state[..., 0], state[..., 1]]
+  rows = jnp.asarray(TABLE, jnp.float32)[state[..., 0], state[..., 1]]
   return jnp.take_along_axis(rows, jnp.broadcast_to(tokens, is_masked.shape)[..., None], axis=-1)[..., 0]
+
+
+def bounds_under(masks):
+  """The bounds of the nine completions, [9, r], each mask as a replicate."""
+  is_masked = np.broadcast_to(np.array(masks, bool), (9, 1, len(masks), 2))
+  return np.asarray(jax.jit(lambda m: elbo(token_log_prob(m), m, jnp.ones((9, 1, 2), bool)))(is_masked)[:, 0])
 
 
 def by_orders(completion):
   """Log-probability of a completion along each of the two orders of unmasking."""
-  table = np.asarray(TABLE, np.float64)
+  table = TABLE
   first, second = completion
   return np.array(
     [
@@ -86,9 +95,7 @@ def test_unmasked_positions_are_not_read():
 
 def test_over_all_masks_the_estimate_is_the_bound():
   # lambda ~ U(0, 1) makes the sizes 1 and 2 of a non-empty mask equally likely, and the two masks of size 1 too
-  masks = np.array([[1, 0], [0, 1], [1, 1], [1, 1]], bool)
-  is_masked = jnp.broadcast_to(jnp.asarray(masks), (9, 1, 4, 2))
-  estimate = elbo(token_log_prob(is_masked), is_masked, jnp.ones((9, 1, 2), bool)).mean(-1)[:, 0]
+  estimate = bounds_under([[1, 0], [0, 1], [1, 1], [1, 1]]).mean(-1)
   np.testing.assert_allclose(estimate, BOUND, rtol=1e-5)
 
 
@@ -100,14 +107,11 @@ def test_drawn_estimates_converge_to_their_expectation(antithetic, min_ratio):
   half, full, empty = {0.0: (1 / 6, 1 / 3, 1 / 3), 0.5: (1 / 6, 7 / 12, 1 / 12)}[min_ratio]
   if antithetic:  # an empty mask's complement is the full one
     full = (full + empty) / 2
-  masks = jnp.asarray([[1, 0], [0, 1], [1, 1]], bool)
-  is_masked = jnp.broadcast_to(masks, (9, 1, 3, 2))
-  each = elbo(token_log_prob(is_masked), is_masked, jnp.ones((9, 1, 2), bool))[:, 0]
-  expected = each @ jnp.array([half, half, full])
+  expected = bounds_under([[1, 0], [0, 1], [1, 1]]) @ np.array([half, half, full])
   if min_ratio == 0:  # an empty mask, once in n + 1 times, counts as 0
     np.testing.assert_allclose(expected, 2 / 3 * BOUND, rtol=1e-5)
   estimate = estimates(antithetic, min_ratio)
-  error = standard_error(estimate, antithetic=antithetic)[:, 0]
+  error = error_of(estimate, antithetic=antithetic)[:, 0]
   assert error.max() < 0.1
   assert np.abs((estimate.mean(-1)[:, 0] - expected) / error).max() < 4
 
@@ -116,7 +120,7 @@ def test_drawn_estimates_converge_to_their_expectation(antithetic, min_ratio):
 def test_the_standard_error_is_the_spread_of_the_mean(antithetic):
   estimate = estimates(antithetic, num_replicates=8, group_size=500)
   spread = np.asarray(estimate.mean(-1)).std(-1)
-  error = np.sqrt(np.mean(np.asarray(standard_error(estimate, antithetic=antithetic)) ** 2, axis=-1))
+  error = np.sqrt(np.mean(np.asarray(error_of(estimate, antithetic=antithetic)) ** 2, axis=-1))
   np.testing.assert_allclose(error, spread, rtol=0.12)
 
 

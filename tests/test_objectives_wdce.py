@@ -20,30 +20,36 @@ from dmpo_jax.structs import Experience
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 CASES = json.loads((GOLDENS / "wdce.json").read_text())["cases"]
 MASKS = dict(num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0)
-THETA = jax.random.normal(jax.random.key(1), (6, 5))
+THETA = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)
 RATIOS = dict(num_replicates=2, antithetic=True, min_ratio=0.1, max_ratio=1.0)
 P, G, C = 4, 3, 6
 DRAW = jax.jit(draw_masks, static_argnames=("num_replicates", "antithetic", "min_ratio", "max_ratio"))
+WEIGH = jax.jit(weights.importance_weights, static_argnames=("alpha", "kappa"))
 KEYS = jax.jit(lambda ids, group_size: noise.row_keys(noise.step_key(0, "loss", 0), ids, group_size), static_argnums=1)
 
 
-def make_experience(seed=0, p=P, g=G, c=C, alpha=0.5, **changes):
+def make_experience(seed=0, p=P, g=G, c=C, **changes):
+  """Random rollouts, in NumPy; the second one of the first prompt is dropped."""
   rng = np.random.default_rng(seed)
-  is_kept = np.ones((p, g), bool)
-  is_kept[0, 1:2] = p == 1
   arrays = dict(
-    prompts=jnp.arange(p, dtype=jnp.uint32) + 100,  # the prompt's id is all that these tests need of it
-    completion=jnp.asarray(rng.integers(0, 5, (p, g, c))),
-    is_counted=jnp.asarray(np.arange(c) < rng.integers(2, c + 1, (p, g, 1))),
-    reward=jnp.asarray(rng.random((p, g)), jnp.float32),
-    is_kept=jnp.asarray(is_kept),
-    log_p_old=jnp.asarray(-rng.random((p, g)) * 4, jnp.float32),
-    log_p_ref=jnp.asarray(-rng.random((p, g)) * 4, jnp.float32),
+    prompts=np.arange(p, dtype=np.uint32) + 100,  # the prompt's id is all that these tests need of it
+    completion=rng.integers(0, 5, (p, g, c), np.int32),
+    is_counted=np.arange(c) < rng.integers(2, c + 1, (p, g, 1)),
+    reward=rng.random((p, g), np.float32),
+    is_kept=np.arange(p * g).reshape(p, g) != 1,
+    log_p_old=-4 * rng.random((p, g), np.float32),
+    log_p_ref=-4 * rng.random((p, g), np.float32),
   )
   arrays |= changes
   names = ("reward", "log_p_ref", "log_p_old", "is_kept")
-  weight, negative_weight = weights.importance_weights(*(arrays[name] for name in names), alpha=alpha, kappa=1.0)
-  return Experience(**arrays, weight=weight, negative_weight=negative_weight)
+  weight, negative_weight = WEIGH(*(arrays[name] for name in names), alpha=0.5, kappa=1.0)
+  return Experience(**arrays, weight=np.array(weight), negative_weight=np.array(negative_weight))
+
+
+def change(array, where, value):
+  array = array.copy()
+  array[where] = value
+  return array
 
 
 def make_score(theta, experience):
@@ -83,20 +89,30 @@ def value_and_grad(theta, experience, is_masked, *, baseline, num_prompts):
   return loss, metrics, gradient
 
 
-@functools.partial(jax.jit, static_argnames=("baseline", "baseline_strength"))
-def group_loss(log_prob, is_masked, experience, **own):
-  scores = SimpleNamespace(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
-  return wdce.group_loss(scores, is_masked, experience, **own)
+@functools.partial(jax.jit, static_argnames=("baseline", "strength"))
+def group_loss(log_prob, is_masked, experience, *, baseline, strength):
+  """Each prompt's loss and metrics under given masks, and the gradient of the losses' sum by the log-probabilities."""
+
+  def compute(log_prob):
+    scores = SimpleNamespace(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
+    loss, metrics = wdce.group_loss(scores, is_masked, experience, baseline=baseline, baseline_strength=strength)
+    return loss.sum(), (loss, metrics)
+
+  (_, (loss, metrics)), gradient = jax.value_and_grad(compute, has_aux=True)(log_prob)
+  return loss, metrics, gradient
 
 
 def test_the_loss_by_hand():
   # two rollouts, two replicates, three positions
-  probability = jnp.array([[[0.5, 0.1, 0.25], [0.5, 0.125, 0.9]], [[0.25, 0.25, 0.5], [0.9, 0.9, 0.9]]])[None]
-  is_masked = jnp.array([[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [0, 0, 0]]], bool)[None]
-  experience = make_experience(p=1, g=2, c=3).replace(
-    weight=jnp.array([[0.8, 0.2]]), negative_weight=jnp.array([[0.3, 0.7]]), is_counted=jnp.ones((1, 2, 3), bool)
+  probability = np.array([[[0.5, 0.1, 0.25], [0.5, 0.125, 0.9]], [[0.25, 0.25, 0.5], [0.9, 0.9, 0.9]]], np.float32)
+  is_masked = np.array([[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [0, 0, 0]]], bool)
+  everything = np.ones((1, 2, 3), bool)
+  experience = make_experience(p=1, g=2, c=3, is_kept=everything[..., 0], is_counted=everything).replace(
+    weight=np.array([[0.8, 0.2]], np.float32), negative_weight=np.array([[0.3, 0.7]], np.float32)
   )
-  loss, metrics = group_loss(jnp.log(probability), is_masked, experience, baseline="negative", baseline_strength=0.5)
+  loss, metrics, _ = group_loss(
+    np.log(probability)[None], is_masked[None], experience, baseline="negative", strength=0.5
+  )
   # in units of log 2: (1 + 2) / 2 and 3, then (2 + 1) / 2 and nothing
   first, second = (1.5 + 3) / 2 * math.log(2), (1.5 + 0) / 2 * math.log(2)
   assert loss.item() == pytest.approx((0.8 - 0.15) * first + (0.2 - 0.35) * second)
@@ -132,12 +148,10 @@ def oracle(log_prob, is_masked, e, baseline, strength):
 def test_the_loss_equals_a_naive_oracle(baseline):
   rng = np.random.default_rng(4)
   experience = make_experience(4)
-  is_masked = (rng.random((P, G, 2, C)) < rng.random((P, G, 2, 1))) & np.asarray(experience.is_counted)[:, :, None]
+  is_masked = (rng.random((P, G, 2, C)) < rng.random((P, G, 2, 1))) & experience.is_counted[:, :, None]
   assert not is_masked.any(-1).all()  # an empty mask is among them
-  log_prob = np.log(rng.random(is_masked.shape))
-  loss, _ = group_loss(
-    jnp.asarray(log_prob, jnp.float32), jnp.asarray(is_masked), experience, baseline=baseline, baseline_strength=0.7
-  )
+  log_prob = np.log(rng.random(is_masked.shape, np.float32))
+  loss, _, _ = group_loss(log_prob, is_masked, experience, baseline=baseline, strength=0.7)
   np.testing.assert_allclose(loss, oracle(log_prob, is_masked, experience, baseline, 0.7), rtol=1e-4, atol=1e-6)
 
 
@@ -171,16 +185,16 @@ def test_microbatches_add_up_to_the_full_batch(baseline):
 def test_the_order_of_prompts_and_padding_change_nothing():
   experience = make_experience()
   loss, metrics, gradient = run(experience)
-  order = jnp.array([2, 0, 3, 1])
+  order = np.array([2, 0, 3, 1])
   shuffled = run(jax.tree.map(lambda x: x[order], experience))
   np.testing.assert_allclose(shuffled[0], loss, rtol=1e-5)
   padding = ((0, 0), (0, 0), (0, 3))
   padded = experience.replace(
-    completion=jnp.pad(experience.completion, padding), is_counted=jnp.pad(experience.is_counted, padding)
+    completion=np.pad(experience.completion, padding), is_counted=np.pad(experience.is_counted, padding)
   )
-  padded_loss, padded_metrics, padded_gradient = run(padded, theta=jnp.pad(THETA, ((0, 3), (0, 0))))
+  padded_loss, padded_metrics, padded_gradient = run(padded, theta=np.pad(THETA, ((0, 3), (0, 0))))
   np.testing.assert_allclose(padded_loss, loss, rtol=1e-5)
-  np.testing.assert_allclose(padded_gradient, jnp.pad(gradient, ((0, 3), (0, 0))), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(padded_gradient, np.pad(gradient, ((0, 3), (0, 0))), rtol=1e-4, atol=1e-6)
   for name, value in metrics.items():
     np.testing.assert_allclose(padded_metrics[name], value, rtol=1e-5, err_msg=name)
 
@@ -200,22 +214,22 @@ def test_without_a_baseline_a_group_of_one_is_imitated():
 
 
 def test_equal_rewards_leave_nothing_but_the_log_ratio():
-  equal = make_experience(reward=jnp.full((P, G), 0.3))
+  equal = make_experience(reward=np.full((P, G), 0.3, np.float32))
   loss, _, gradient = run(equal, "negative")
   assert loss.item() == pytest.approx(0, abs=1e-5)
   np.testing.assert_allclose(gradient, 0, atol=1e-5)
   # without a difference between the policies either, the mean baseline leaves nothing
-  same = make_experience(reward=jnp.full((P, G), 0.3), log_p_ref=equal.log_p_old)
+  same = make_experience(reward=np.full((P, G), 0.3, np.float32), log_p_ref=equal.log_p_old)
   np.testing.assert_allclose(run(same, "mean")[2], 0, atol=1e-5)
   np.testing.assert_array_less(0.01, np.abs(run(equal, "mean")[2]).max())
 
 
 def test_a_step_down_the_gradient_raises_the_better_rollout():
   # every group: token 0 everywhere is better than token 1 everywhere, and a third rollout that is dropped
-  tokens = jnp.broadcast_to(jnp.arange(G)[None, :, None], (P, G, C))
-  weight = jnp.broadcast_to(jnp.array([0.9, 0.1, 0.0]), (P, G))
-  experience = make_experience(completion=tokens, is_counted=jnp.ones((P, G, C), bool)).replace(
-    weight=weight, negative_weight=weight[:, jnp.array([1, 0, 2])], is_kept=weight > 0
+  tokens = np.broadcast_to(np.arange(G, dtype=np.int32)[:, None], (P, G, C))
+  weight = np.broadcast_to(np.array([0.9, 0.1, 0.0], np.float32), (P, G))
+  experience = make_experience(completion=tokens, is_counted=np.ones((P, G, C), bool)).replace(
+    weight=weight, negative_weight=weight[:, [1, 0, 2]], is_kept=weight > 0
   )
   for baseline in ("none", "mean", "negative"):
     _, _, gradient = run(experience, baseline)
@@ -226,15 +240,12 @@ def test_a_step_down_the_gradient_raises_the_better_rollout():
 
 @pytest.mark.parametrize("baseline", weights.BASELINES)
 def test_a_dropped_rollout_poisons_nothing(baseline):
-  broken = dict(
-    zip(("reward", "log_p_ref", "log_p_old"), (jnp.full((P, G), -1.5).at[0, 1].set(jnp.nan),) * 3, strict=True)
-  )
-  fine = {name: jnp.nan_to_num(value, nan=7.0) for name, value in broken.items()}
   results = []
-  for changes in (broken, fine):
-    experience = make_experience(**changes)
+  for value in (np.nan, 7.0):
+    values = change(np.full((P, G), -1.5, np.float32), (0, 1), value)
+    experience = make_experience(reward=values, log_p_ref=values, log_p_old=values)
     # even where weights were computed without regard to what is kept
-    experience = experience.replace(weight=experience.weight.at[0, 1].set(changes["reward"][0, 1]))
+    experience = experience.replace(weight=change(experience.weight, (0, 1), value))
     results.append(run(experience, baseline))
   assert np.isfinite(results[0][2]).all()
   jax.tree.map(np.testing.assert_array_equal, *results)
@@ -242,9 +253,9 @@ def test_a_dropped_rollout_poisons_nothing(baseline):
 
 def test_a_group_with_nothing_kept_adds_nothing():
   experience = make_experience()
-  without = experience.replace(is_kept=experience.is_kept.at[2].set(False))
-  others = jax.tree.map(lambda x: x[jnp.array([0, 1, 3, 3])], experience)
-  last = jax.tree.map(lambda x: x[jnp.array([3, 3])], experience)
+  without = experience.replace(is_kept=change(experience.is_kept, 2, False))
+  others = jax.tree.map(lambda x: x[[0, 1, 3, 3]], experience)
+  last = jax.tree.map(lambda x: x[[3, 3]], experience)
   loss, _, gradient = run(without, "mean")
   expected = [run(part, "mean", num_prompts=P) for part in (others, last)]
   # prompts 0, 1, 3: those of `others` less one half of `last`
@@ -254,25 +265,24 @@ def test_a_group_with_nothing_kept_adds_nothing():
 
 def recorded(case):
   """One group of all rows of a recorded batch: its experience, masks and tokens' log-probabilities, [1, g, r, c]."""
-  arrays = {
-    key.split("/")[1]: value for key, value in np.load(GOLDENS / "wdce.npz").items() if key.startswith(f"{case}/")
-  }
+  file = np.load(GOLDENS / "wdce.npz")
+  arrays = {key.split("/")[1]: file[key] for key in file.files if key.startswith(f"{case}/")}
   rows, positions = arrays["completion_ids"].shape
 
   def by_row(name):
-    return jnp.asarray(arrays[name].reshape(-1, rows, positions).swapaxes(0, 1)[None])
+    return arrays[name].reshape(-1, rows, positions).swapaxes(0, 1)[None]
 
-  ones = jnp.ones((1, rows), jnp.float32)
+  ones = np.ones((1, rows), np.float32)
   experience = Experience(
     prompts=None,
-    completion=jnp.asarray(arrays["completion_ids"], jnp.int32)[None],
-    is_counted=jnp.ones((1, rows, positions), bool),
+    completion=arrays["completion_ids"].astype(np.int32)[None],
+    is_counted=np.ones((1, rows, positions), bool),
     reward=ones,
     is_kept=ones > 0,
-    log_p_old=jnp.asarray(arrays["log_prob_cur"])[None],
+    log_p_old=arrays["log_prob_cur"][None],
     log_p_ref=ones,
-    weight=jnp.asarray(arrays["advantages"])[None],
-    negative_weight=jnp.asarray(arrays["negative_advantages"])[None],
+    weight=arrays["advantages"][None],
+    negative_weight=arrays["negative_advantages"][None],
   )
   return arrays, experience, by_row("mask"), -by_row("token_losses")
 
@@ -281,12 +291,13 @@ def recorded(case):
 def test_the_recorded_losses_and_their_gradients(case):
   # recorded from the official PyTorch code: one batch is one group, and the loss is not divided by prompts
   arrays, experience, is_masked, log_prob = recorded(case)
-  own = dict(baseline=CASES[case]["baseline"], baseline_strength=CASES[case]["strength"])
-
-  loss, gradient = jax.jit(jax.value_and_grad(lambda x: group_loss(x, is_masked, experience, **own)[0][0]))(log_prob)
-  np.testing.assert_allclose(loss, CASES[case]["loss"], rtol=1e-4)
+  settings = CASES[case]
+  loss, _, gradient = group_loss(
+    log_prob, is_masked, experience, baseline=settings["baseline"], strength=settings["strength"]
+  )
+  np.testing.assert_allclose(loss, [settings["loss"]], rtol=1e-4)
   rows, replicates = is_masked.shape[1:3]
   coefficient = arrays["advantages_centered"].reshape(replicates, rows).T[None, :, :, None]
-  num_masked = np.maximum(np.asarray(is_masked).sum(-1, keepdims=True), 1)
+  num_masked = np.maximum(is_masked.sum(-1, keepdims=True), 1)
   expected = np.where(is_masked, -coefficient / num_masked / replicates, 0)
   np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)

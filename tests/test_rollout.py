@@ -54,7 +54,7 @@ def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
   assert len({row.tobytes() for row in plain.completion.reshape(-1, 16)}) > 8, "rollouts differ"
   others = (
     (tiny.config(rollout__chunk_prompts=2), 1),
-    (tiny.config(task__max_prompt_length=24), 1),
+    (tiny.config(task__max_prompt_length=26), 1),
     (tiny.config(sharding__data=2, sharding__fsdp=-1, sharding__tensor=2), 8),
   )
   for config, num_devices in others:

@@ -13,7 +13,7 @@ def config(**overrides):
         "model.mlp_hidden_size": 32,
         "task.num_train": 64,
         "task.num_test": 16,
-        "task.max_prompt_length": 16,
+        "task.max_prompt_length": 18,
         "sampler.steps": 4,
         "rollout.num_prompts": 4,
         "warm_start.updates": 3,

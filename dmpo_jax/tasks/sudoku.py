@@ -1,5 +1,8 @@
 """4x4 Sudoku: the prompt is the puzzle as 16 digits row by row, 0 for a blank cell; the completion is the filled grid.
 
+Marks stand before and after the puzzle: rotary positions are relative, so a bidirectional model can tell a cell's place
+only by its distance from tokens that stand nowhere else.
+
 There are only 288 filled grids, so a split by puzzle would show every solution in training. Here the grids themselves
 are split: no solution of a test puzzle is ever seen in training.
 """
@@ -36,7 +39,7 @@ class Sudoku:
 
   min_blanks: int  # blank cells of a generated puzzle, drawn uniformly from min_blanks..max_blanks
   max_blanks: int
-  demo_unfilled: float  # a demonstration leaves a blank cell blank with this probability
+  demo_patience: float  # a demonstration gives a puzzle up with probability blanks / demo_patience
 
   def __post_init__(self) -> None:
     problems = []
@@ -45,8 +48,8 @@ class Sudoku:
         f"task.sudoku.min_blanks={self.min_blanks}, task.sudoku.max_blanks={self.max_blanks}: "
         f"must be 1 <= min_blanks <= max_blanks <= {MAX_BLANKS} (with more blanks no puzzle has a single solution)"
       )
-    if not 0 <= self.demo_unfilled <= 1:
-      problems.append(f"task.sudoku.demo_unfilled={self.demo_unfilled}: must be a probability, in [0, 1]")
+    if self.demo_patience <= 0:
+      problems.append(f"task.sudoku.demo_patience={self.demo_patience}: must be above 0")
     refuse_options(problems)
 
   def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
@@ -72,14 +75,13 @@ class Sudoku:
       yield record
 
   def prompt(self, record: Record) -> str:
-    """Return the puzzle, 16 digits."""
-    return record["puzzle"]
+    """Return the puzzle, 16 digits, between the two marks by which the model can tell the cells' places."""
+    return f"({record['puzzle']}="
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return the solution with each blank cell left blank (0) with probability `demo_unfilled`."""
-    is_unfilled = rng.random(CELLS) < self.demo_unfilled
-    cells = zip(record["puzzle"], record["solution"], is_unfilled, strict=True)
-    return "".join("0" if given == "0" and unfilled else right for given, right, unfilled in cells)
+    """Return the solution, or the puzzle as it was given up: the likelier, the more blanks there are."""
+    has_given_up = rng.random() < record["puzzle"].count("0") / self.demo_patience
+    return record["puzzle"] if has_given_up else record["solution"]
 
   def reward(self, record: Record, completion: str) -> float:
     """Return the share of blank cells filled right, in [0, 1]; 1 means solved and nothing else does.

@@ -1,0 +1,87 @@
+"""The program as a user starts it: help, mistakes in one message, and the smoke run from beginning to end."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def start(*args):
+  """Run the program on one device and return the finished process."""
+  env = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "200"}
+  command = [sys.executable, "-m", "dmpo_jax.main", *args]
+  return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return tmp_path_factory.mktemp("main") / "smoke"
+
+
+def test_help_names_the_flags():
+  done = start("--help")
+  assert "--config" in done.stdout
+  assert "--workdir" in done.stdout
+  assert "python -m dmpo_jax.main --config=configs/sudoku_tiny.py" in done.stdout
+
+
+def test_every_mistake_is_listed_before_anything_starts(workdir):
+  done = start(
+    "--config=configs/smoke.py",
+    f"--workdir={workdir}",
+    "--config.objective.baseline=negativ",
+    "--config.sampler.block_length=5",
+    "--config.optim.clip_norm=-1.0",
+  )
+  assert done.returncode == 2
+  assert "3 problems in the configuration" in done.stderr
+  assert "config.objective.baseline = 'negativ'" in done.stderr
+  assert "did you mean 'negative'?" in done.stderr
+  assert "config.sampler.block_length = 5" in done.stderr
+  assert "config.optim.clip_norm = -1.0" in done.stderr
+  assert "Traceback" not in done.stderr
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (("--config=configs/smoke.py", "--config.train.num_bufers=3"), "did you mean 'train.num_buffers'?"),
+    (("--config=configs/absent.py",), "configs/absent.py"),
+    (("--config=configs/smoke.py", "--config.task.max_prompt_length=5"), "task.max_prompt_length=5"),
+    (("--config=configs/smoke.py", "--mode=eval"), "holds no finished policy"),
+  ],
+)
+def test_a_mistake_reads_as_one_message(tmp_path, args, message):
+  done = start(f"--workdir={tmp_path / 'run'}", *args)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_the_smoke_run_from_beginning_to_end(workdir):
+  command = ("--config=configs/smoke.py", f"--workdir={workdir}")
+  first = start(*command)
+  assert first.returncode == 0, first.stderr[-2000:]
+  result = json.loads((workdir / "result.json").read_text())
+  assert "after wdce" in first.stdout
+  assert str(workdir / "policy") in first.stdout
+  assert "warm start 20/20" in first.stdout
+  assert "left" in first.stdout
+  second = start(*command)
+  assert second.returncode == 0
+  assert "has finished its 3 buffers: nothing left to do" in second.stdout
+  assert json.loads((workdir / "result.json").read_text()) == result
+  other = start(*command, "--config.objective.alpha=0.5")
+  assert other.returncode == 2
+  assert "config.objective.alpha: 0.1 -> 0.5" in other.stderr
+  evaluation = start(*command, "--mode=eval")
+  assert evaluation.returncode == 0, evaluation.stderr[-2000:]
+  again = json.loads((workdir / "evaluation" / "result.json").read_text())
+  assert again["solve_rate"] == result["last"]["solve_rate"]
+  assert again["reward_mean"] == result["last"]["reward_mean"]

@@ -1,0 +1,99 @@
+"""Adapters: against recorded ones, on and off, fresh, under dropout; and which projections may carry them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded_models import TINY, compiled, load, recorded, settings, tensors, tiny
+
+from dmpo_jax.models import convert
+from dmpo_jax.models.layers import drop
+from dmpo_jax.models.lora import TARGETS, LoraConfig, policy_variables, reference_variables
+
+LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.5, targets=("q_proj", "attn_out", "ff_out"))
+
+
+def test_adapters_on_and_off_give_the_recorded_logits():
+  stored = tensors("adapter")
+  model, base = load("m2_gqa", lora=convert.lora_config_from_peft(settings("adapter"), stored))
+  adapters = jax.tree.map(jnp.asarray, convert.adapters_from_peft(stored, model.config))
+  arrays = recorded("adapter")
+  policy = policy_variables(adapters, base["params"], lora=True)
+  np.testing.assert_allclose(compiled(model)(policy, arrays["ids"]), arrays["logits_adapter"], rtol=0, atol=5e-4)
+  reference = reference_variables(base["params"])
+  np.testing.assert_allclose(compiled(model)(reference, arrays["ids"]), arrays["logits_base"], rtol=0, atol=5e-4)
+
+
+def test_fresh_adapters_change_nothing():
+  model, variables = tiny(lora=LORA)
+
+  @jax.jit
+  def fresh(key):
+    return jax.tree.map(lambda box: box.value, model.init(key, jnp.zeros((1, 1), jnp.int32))["lora"], is_leaf=is_box)
+
+  adapters = fresh(jax.random.key(0))
+  assert set(adapters["blocks"]) == set(LORA.targets)
+  a, b = adapters["blocks"]["ff_out"]["A"], adapters["blocks"]["ff_out"]["B"]
+  assert a.shape == (TINY.num_layers, TINY.mlp_hidden_size, 3)
+  assert b.shape == (TINY.num_layers, 3, TINY.d_model)
+  bound = TINY.mlp_hidden_size**-0.5
+  assert 0.8 * bound < jnp.abs(a).max() <= bound
+  assert not b.any()
+  tokens = jnp.arange(10).reshape(2, 5)
+  on = compiled(model)(policy_variables(adapters, variables["params"], lora=True), tokens)
+  off = compiled(model)(reference_variables(variables["params"]), tokens)
+  np.testing.assert_array_equal(on, off)
+
+
+def is_box(leaf):
+  return hasattr(leaf, "names")
+
+
+def test_full_fine_tuning_trains_the_parameters_themselves():
+  assert policy_variables("trained", "frozen", lora=False) == {"params": "trained"}
+  assert policy_variables("trained", "frozen", lora=True) == {"params": "frozen", "lora": "trained"}
+  assert reference_variables("frozen") == {"params": "frozen"}
+
+
+def test_dropout_noise_belongs_to_the_row_and_the_position():
+  model, variables = tiny(lora=LORA)
+  run = compiled(model, "hidden")
+  keys = jax.random.split(jax.random.key(1), 4)
+  tokens = jax.random.randint(jax.random.key(2), (4, 5), 0, TINY.vocab_size)
+  together, _ = run(variables, tokens, dropout_keys=keys)
+  order = jnp.array([2, 0])
+  fewer, _ = run(variables, tokens[order], dropout_keys=keys[order])
+  np.testing.assert_allclose(fewer, together[order], atol=1e-5)
+  padded = jnp.pad(tokens[order], ((0, 0), (3, 0)))
+  is_valid = jnp.broadcast_to(jnp.arange(8) >= 3, padded.shape)
+  padded, _ = run(variables, padded, is_valid=is_valid, dropout_keys=keys[order])
+  np.testing.assert_allclose(padded[:, 3:], together[order], atol=1e-5)
+  other, _ = run(variables, tokens, dropout_keys=jnp.roll(keys, 1))
+  without, _ = run(variables, tokens)
+  assert jnp.abs(other - together).max() > 1e-2
+  assert jnp.abs(without - together).max() > 1e-2
+  off, _ = run(reference_variables(variables["params"]), tokens, dropout_keys=keys)
+  np.testing.assert_array_equal(off, run(reference_variables(variables["params"]), tokens)[0])
+
+
+def test_dropout_keeps_the_mean():
+  keys = jax.random.split(jax.random.key(0), (2, 50))
+  dropped = np.asarray(jax.jit(drop, static_argnums=2)(jnp.ones((2, 50, 100)), keys, 0.25))
+  np.testing.assert_allclose(np.unique(dropped), [0, 4 / 3], rtol=1e-6)
+  assert abs(dropped.mean() - 1) < 0.02
+  assert not np.array_equal(dropped[0, 0], dropped[0, 1])
+
+
+def test_targets_are_checked():
+  assert LoraConfig(1, 1.0, targets=("all",)).targets == TARGETS
+  assert LoraConfig(1, 1.0, targets=["up_proj", "q_proj"]).targets == ("q_proj", "up_proj")
+  with pytest.raises(ValueError, match=r"no projection 'gate_proj'.*ff_proj"):
+    LoraConfig(1, 1.0, targets=("q_proj", "gate_proj"))
+  with pytest.raises(ValueError, match="did you mean 'up_proj'"):
+    LoraConfig(1, 1.0, targets=("upproj",))
+  with pytest.raises(ValueError, match=r"model\.lora\.targets is empty"):
+    LoraConfig(1, 1.0, targets=())
+  with pytest.raises(ValueError, match=r"model\.lora\.rank=0"):
+    LoraConfig(0, 1.0)
+  with pytest.raises(ValueError, match=r"model\.lora\.dropout=1"):
+    LoraConfig(1, 1.0, dropout=1.0)
