@@ -30,7 +30,7 @@ class Progress:
     self._phase = phase.replace("_", " ")
     self._total, self._done = total, done
     self._console = console or Console(quiet=jax.process_index() != 0)
-    self._finished_at = deque([time.monotonic()], maxlen=21)  # the last 20 steps tell the pace
+    self._finished_at: deque[float] = deque(maxlen=21)  # the last 20 steps tell the pace, not the first: it compiles
     self._printed_at = -PLAIN_SECONDS
     self._bar = None
 
@@ -39,18 +39,20 @@ class Progress:
     self._done += 1
     self._finished_at.append(time.monotonic())
     shown = [f"{label} {form.format(scalars[name])}" for name, label, form in SHOWN if name in scalars]
-    figures = "  ".join([*shown, self._time_left()])
+    figures = "  ".join([*shown, *self._time_left()])
     if self._bar is not None:
       self._bar.update(self._task, completed=self._done, figures=figures)
     elif self._done == self._total or time.monotonic() - self._printed_at >= PLAIN_SECONDS:
       self._printed_at = time.monotonic()
       self._console.print(f"{self._phase} {self._done}/{self._total}  {figures}", highlight=False, soft_wrap=True)
 
-  def _time_left(self) -> str:
+  def _time_left(self) -> list[str]:
+    if len(self._finished_at) < 2:
+      return []
     pace = (self._finished_at[-1] - self._finished_at[0]) / (len(self._finished_at) - 1)
     minutes, seconds = divmod(round(pace * (self._total - self._done)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
+    return [f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"]
 
   def __enter__(self) -> "Progress":
     if self._console.is_terminal and not self._console.quiet:

@@ -125,15 +125,16 @@ def line_by_line(monkeypatch, seconds, total=4, done=0, **console):
 def test_progress_without_a_terminal_prints_a_line_now_and_then(monkeypatch):
   lines = line_by_line(monkeypatch, seconds=3, total=9).splitlines()
   assert lines == [
-    "warm start 1/9  reward 0.000  tokens/s 12,346  0:24 left",
+    "warm start 1/9  reward 0.000  tokens/s 12,346",
     "warm start 5/9  reward 1.000  tokens/s 12,346  0:12 left",
     "warm start 9/9  reward 2.000  tokens/s 12,346  0:00 left",
   ]
 
 
 def test_progress_of_a_resumed_run_counts_on(monkeypatch):
-  first, *_ = line_by_line(monkeypatch, seconds=3700, total=9, done=6).splitlines()
-  assert first == "warm start 7/9  reward 1.500  tokens/s 12,346  2:03:20 left"
+  first, second, _ = line_by_line(monkeypatch, seconds=3700, total=9, done=6).splitlines()
+  assert first == "warm start 7/9  reward 1.500  tokens/s 12,346"
+  assert second == "warm start 8/9  reward 1.750  tokens/s 12,346  1:01:40 left"
 
 
 def test_progress_on_a_terminal_is_one_line_redrawn(monkeypatch):

@@ -15,7 +15,8 @@ class Denoiser(NamedTuple):
   """A policy with its rows' prompts: what a sampler calls.
 
   `hidden(completion [b, c]) -> [b, c, d]` runs whole rows [prompt; completion] and keeps the completion's positions.
-  `logits(hidden [b, s, d]) -> float32 [b, s, v]` is the head, with -inf for MASK and for ids that are no token.
+  `logits(hidden [b, s, d]) -> float32 [b, s, v]` is the head, with -inf for ids that no token has. MASK keeps its share
+  of the probability, as in the likelihood; samplers never choose it.
   """
 
   hidden: Callable[[jax.Array], jax.Array]
@@ -44,9 +45,7 @@ def make_denoiser(
 
   def logits(hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
     logits = model.apply(variables, hidden, method="logits")
-    ids = jnp.arange(logits.shape[-1])
-    is_token = (ids < model.config.vocab_size) & (ids != model.config.mask_token_id)
-    return jnp.where(is_token, logits, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[-1]) < model.config.vocab_size, logits, -jnp.inf)
 
   return Denoiser(hidden, logits, model.config.mask_token_id, model.config.eos_token_id)
 
