@@ -44,23 +44,22 @@ class LoraConfig:
     return self.alpha / self.rank
 
 
-def expand_targets(targets: tuple[str, ...] | list[str] | str) -> tuple[str, ...]:
+def expand_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
   """Check the names of adapted projections and return them in the order of `TARGETS`; "all" is every one.
 
   Raises:
     ValueError: a name is unknown, or there is none.
   """
-  names = (targets,) if isinstance(targets, str) else tuple(targets)
-  if not names:
+  if not targets:
     raise ValueError(f"model.lora.targets is empty: name some of {', '.join(TARGETS)}, or all")
-  for name in names:
+  for name in targets:
     if name not in (*TARGETS, "all"):
       near = difflib.get_close_matches(name, TARGETS, n=1)
       hint = f"; did you mean {near[0]!r}?" if near else ""
       raise ValueError(
         f"model.lora.targets: the model has no projection {name!r}{hint} (there are {', '.join(TARGETS)}, or all)"
       )
-  return TARGETS if "all" in names else tuple(name for name in TARGETS if name in names)
+  return TARGETS if "all" in targets else tuple(name for name in TARGETS if name in targets)
 
 
 def policy_variables(trainable: Any, frozen: Any, lora: bool) -> Mapping[str, Any]:
