@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     dict(
       min_blanks=4,
       max_blanks=10,
-      demo_patience=11.0,  # demonstrations give a puzzle up with probability blanks / demo_patience
+      demo_patience=11.3,  # demonstrations leave a blank cell blank with probability blanks / demo_patience
     )
   )
   k.countdown = ConfigDict(
@@ -91,6 +91,7 @@ def get_config() -> ConfigDict:
   w.batch_size = 128
   w.learning_rate = 3e-3  # peak: linear warm-up over the first tenth, cosine to 0 after
   w.min_mask_ratio = 0.001
+  w.flawless = 0.0  # share of the updates, the first ones, whose demonstrations are all right: skill before habits
 
   c.optim = p = ConfigDict()
   p.learning_rate = 1e-4

@@ -1,10 +1,14 @@
 """3-number Countdown on a laptop: a small model learns the form of an answer, then to hit the target by DMPO."""
 
-from configs import base
+from configs import sudoku_tiny
 
 
 def get_config():
-  c = base.get_config()
-  c.task.name = "countdown"
-  c.warm_start.updates = 400
-  return c.lock()
+  c = sudoku_tiny.get_config()
+  with c.unlocked():
+    c.task.name = "countdown"
+    c.task.max_prompt_length = 11
+    c.sampler.completion_length = 12
+    c.sampler.block_length = 12
+    c.sampler.steps = 12
+  return c

@@ -1,4 +1,4 @@
-"""4x4 Sudoku on a laptop: a small model learns the rules from solutions and surrenders, then not to give up by DMPO."""
+"""4x4 Sudoku on a laptop: a small model learns the rules from half-finished solutions, then to finish by DMPO."""
 
 from configs import base
 
@@ -16,6 +16,7 @@ def get_config():
   c.warm_start.batch_size = 64
   c.warm_start.learning_rate = 2e-3
   c.warm_start.min_mask_ratio = 0.2  # the 1 / ratio weights of smaller masks would be most of the gradient's noise
+  c.warm_start.flawless = 0.7
   c.objective.alpha = 0.05
   c.objective.num_elbo_replicates = 8
   return c.lock()

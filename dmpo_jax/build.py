@@ -34,6 +34,7 @@ class Parts:
   task: tasks.Task
   model: llada.LLaDA
   prompts: data.PromptStream  # training prompts
+  flawless: data.PromptStream  # the same with demonstrations that are always right
   held_out: tuple[Prompts, list[tasks.Record]]  # evaluation prompts and their records
 
 
@@ -62,12 +63,14 @@ def _build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
   )
   limits = dict(max_prompt_length=config.task.max_prompt_length, overlong=config.task.overlong_prompts)
   held_out = data.PromptStream(source.test()[: config.eval.num_prompts], task, tokenizer, seed=None, **limits)
+  train = source.train()
   return Parts(
     mesh=sharding.make_mesh(**config.sharding),
     tokenizer=tokenizer,
     task=task,
     model=build_model(config, tokenizer),
-    prompts=data.PromptStream(source.train(), task, tokenizer, seed=config.seed, **limits),
+    prompts=data.PromptStream(train, task, tokenizer, seed=config.seed, **limits),
+    flawless=data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits),
     held_out=held_out.batch(0, len(held_out)),
   )
 

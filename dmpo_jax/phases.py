@@ -67,7 +67,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
     num_buffers=warm.updates,
     updates_per_buffer=1,
     frozen={},
-    collect=_collect_demonstrations(config, parts, warm.batch_size),
+    collect=_collect_demonstrations(config, parts, warm.batch_size, num_flawless=round(warm.flawless * warm.updates)),
     update=update.make_update(
       llada.LLaDA(dataclasses.replace(parts.model.config, lora=None)),
       optimizer,
@@ -123,9 +123,12 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
   return phase, state
 
 
-def _collect_demonstrations(config: ConfigDict, parts: Parts, batch_size: int) -> Callable:
+def _collect_demonstrations(config: ConfigDict, parts: Parts, batch_size: int, num_flawless: int = 0) -> Callable:
+  """Collect batches of demonstrations, of which the first `num_flawless` are all right."""
+
   def collect(state: TrainState, buffer: int) -> tuple[Experience, dict[str, float]]:
-    prompts, completion, _ = parts.prompts.demonstrations(
+    stream = parts.flawless if buffer < num_flawless else parts.prompts
+    prompts, completion, _ = stream.demonstrations(
       buffer * batch_size, batch_size, completion_length=config.sampler.completion_length
     )
     return rollout.demonstrate(prompts, completion), {}

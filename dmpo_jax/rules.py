@@ -146,6 +146,7 @@ RULES: dict[str, Rule] = {
   "warm_start.batch_size": whole(1),
   "warm_start.learning_rate": number("(0, inf)"),
   "warm_start.min_mask_ratio": number("(0, 1)"),
+  "warm_start.flawless": number("[0, 1]"),
   "optim.learning_rate": number("(0, inf)"),
   "optim.warmup_updates": whole(0),
   "optim.b1": number("[0, 1)"),

@@ -1,7 +1,5 @@
 """A buffer's way: nothing depends on batch, padding or devices; failed rewards drop out and are counted."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import tiny
 from etils import epath
 
 from dmpo_jax import build, rollout, structs
+from dmpo_jax.tasks.sudoku import Sudoku
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +77,14 @@ def test_a_larger_buffer_begins_with_the_smaller_one(folder, use_devices):
 def test_failed_rewards_drop_out_of_their_group(folder, use_devices, caplog):
   calls = []
 
-  def reward(record, completion):
-    calls.append(completion)
-    if len(calls) == 1:
-      raise RuntimeError("the grader broke")
-    return float("nan") if len(calls) == 2 else len(calls) / 100
+  class Broken(Sudoku):
+    def reward(self, record, completion):
+      calls.append(completion)
+      if len(calls) == 1:
+        raise RuntimeError("the grader broke")
+      return float("nan") if len(calls) == 2 else len(calls) / 100
 
-  task = types.SimpleNamespace(reward=reward, grade=lambda record, completion: types.SimpleNamespace(is_correct=True))
+  task = Broken(min_blanks=4, max_blanks=10, demo_patience=11.0)
   experience, metrics = collect(tiny.config(), folder, use_devices, task=task)
   assert metrics["rewards_failed"] == 2
   np.testing.assert_array_equal(experience.is_kept[0], [False, False, True, True])

@@ -41,6 +41,10 @@ class Task(Protocol):
     """Return a completion to imitate; it knows the rules of the task, but not always the answer."""
     ...
 
+  def flawless(self) -> "Task":
+    """Return this task with demonstrations that are always right."""
+    ...
+
   def reward(self, record: Record, completion: str) -> float:
     """Return what a completion is worth, in [0, 1]."""
     ...

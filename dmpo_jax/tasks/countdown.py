@@ -105,6 +105,10 @@ class Countdown:
       return random_expression(numbers, rng, avoid=record["target"]).text
     return record.get("solution") or solve(numbers, record["target"])
 
+  def flawless(self) -> "Countdown":
+    """Return this task with demonstrations that all hit the target."""
+    return dataclasses.replace(self, demo_wrong=0.0)
+
   def reward(self, record: Record, completion: str) -> float:
     """Return 1 for a right expression, 0.1 for one that uses each number once and misses, 0 for anything else.
 

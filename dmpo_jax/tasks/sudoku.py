@@ -13,6 +13,7 @@ import functools
 import io
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -39,7 +40,7 @@ class Sudoku:
 
   min_blanks: int  # blank cells of a generated puzzle, drawn uniformly from min_blanks..max_blanks
   max_blanks: int
-  demo_patience: float  # a demonstration gives a puzzle up with probability blanks / demo_patience
+  demo_patience: float  # a demonstration leaves a blank cell blank with probability blanks / demo_patience
 
   def __post_init__(self) -> None:
     problems = []
@@ -79,9 +80,14 @@ class Sudoku:
     return f"({record['puzzle']}="
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return the solution, or the puzzle as it was given up: the likelier, the more blanks there are."""
-    has_given_up = rng.random() < record["puzzle"].count("0") / self.demo_patience
-    return record["puzzle"] if has_given_up else record["solution"]
+    """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are."""
+    is_unfilled = rng.random(CELLS) < record["puzzle"].count("0") / self.demo_patience
+    cells = zip(record["puzzle"], record["solution"], is_unfilled, strict=True)
+    return "".join("0" if given == "0" and unfilled else right for given, right, unfilled in cells)
+
+  def flawless(self) -> "Sudoku":
+    """Return this task with demonstrations that leave nothing blank."""
+    return dataclasses.replace(self, demo_patience=math.inf)
 
   def reward(self, record: Record, completion: str) -> float:
     """Return the share of blank cells filled right, in [0, 1]; 1 means solved and nothing else does.
