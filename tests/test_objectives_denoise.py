@@ -41,7 +41,11 @@ def demonstrations():
   )
 
 
-@functools.partial(jax.jit, static_argnames=("name", "num_prompts"))
+@functools.partial(
+  jax.jit,
+  static_argnames=("name", "num_prompts"),
+  compiler_options={"xla_backend_optimization_level": 0},  # noise takes long to compile, and little to run
+)
 def value_and_grad(theta, experience, *, name, num_prompts):
   own = {key: value for key, value in OWN.items() if key in inspect.signature(OBJECTIVES[name]).parameters}
 

@@ -1,10 +1,10 @@
 """Masks: their distribution, their antithetic pairs, and that a row's noise belongs to the row alone."""
 
+import functools
 import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,34 +15,53 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 RANGE = dict(min_ratio=0.1, max_ratio=1.0)
 MOST = 40  # prompts of the largest batch below; keys are always made for so many, to compile once
 
-draw = jax.jit(draw_masks, static_argnames=("num_replicates", "antithetic", "min_ratio", "max_ratio"))
-make_keys = jax.jit(lambda ids, step: noise.row_keys(noise.step_key(0, "loss", step), ids, 3))
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("num_replicates", "antithetic", "min_ratio", "max_ratio"),
+  compiler_options={"xla_backend_optimization_level": 0},  # noise takes long to compile, and little to run
+)
+def draw_on_device(key_data, is_counted, **keywords):
+  return draw_masks(jax.random.wrap_key_data(key_data), is_counted, **keywords)
+
+
+def draw(keys, is_counted, **keywords):
+  return jax.tree.map(np.asarray, draw_on_device(keys, is_counted, **keywords))
+
+
+@jax.jit
+def make_keys(prompt_ids, step):
+  return jax.random.key_data(noise.row_keys(noise.step_key(0, "loss", step), prompt_ids, 3))
+
+
+place = jax.jit(place_masks, static_argnames=("antithetic", "min_ratio", "max_ratio"))
 
 
 def keys_of(prompt_ids, step=0):
+  """The keys of three rollouts of each prompt, as NumPy's numbers."""
   ids = np.zeros(MOST, np.uint32)
   ids[: len(prompt_ids)] = prompt_ids
-  return make_keys(ids, step)[: len(prompt_ids)]
+  return np.asarray(make_keys(ids, step))[: len(prompt_ids)]
 
 
 def counted(p, g, c):
-  return jnp.ones((p, g, c), bool)
+  return np.ones((p, g, c), bool)
 
 
 def test_positions_are_masked_where_their_noise_is_below_the_ratio():
-  u_ratio = jnp.array([[[0.0, 0.5]]])
-  u_position = jnp.array([[[[0.05, 0.2, 0.1], [0.0, 0.54, 0.56]]]])
-  is_masked, ratio = place_masks(u_ratio, u_position, counted(1, 1, 3), antithetic=True, **RANGE)
+  u_ratio = np.array([[[0.0, 0.5]]], np.float32)
+  u_position = np.array([[[[0.05, 0.2, 0.1], [0.0, 0.54, 0.56]]]], np.float32)
+  is_masked, ratio = place(u_ratio, u_position, counted(1, 1, 3), antithetic=True, **RANGE)
   np.testing.assert_allclose(ratio[0, 0], [0.1, 0.55, 0.9, 0.45], rtol=1e-6)
   expected = [[True, False, False], [True, True, False], [False, True, True], [False, False, True]]
   np.testing.assert_array_equal(is_masked[0, 0], expected)
 
 
 def test_antithetic_pairs_predict_every_counted_position_once():
-  is_counted = jnp.arange(7) < jnp.array([[7, 4, 2], [1, 0, 7], [7, 7, 7]])[..., None]
+  is_counted = np.arange(7) < np.array([[7, 4, 2], [1, 0, 7], [7, 7, 7]])[..., None]
   is_masked, ratio = draw(keys_of([5, 6, 7]), is_counted, num_replicates=4, antithetic=True, **RANGE)
   assert is_masked.shape == (3, 3, 4, 7)
-  pairs = jnp.broadcast_to(is_counted[:, :, None], (3, 3, 2, 7))
+  pairs = np.broadcast_to(is_counted[:, :, None], (3, 3, 2, 7))
   np.testing.assert_array_equal(is_masked[:, :, :2] ^ is_masked[:, :, 2:], pairs)
   assert not (is_masked & ~is_counted[:, :, None]).any()
   np.testing.assert_allclose(ratio[:, :, :2] + ratio[:, :, 2:], 1, rtol=1e-6)
@@ -52,7 +71,7 @@ def test_drawn_masks_are_uniform_in_ratio_and_independent_given_it():
   is_masked, ratio = draw(
     keys_of(range(MOST)), counted(MOST, 3, 50), num_replicates=20, antithetic=False, min_ratio=0.2, max_ratio=0.7
   )
-  is_masked, ratio = np.asarray(is_masked).reshape(-1, 20, 50), np.asarray(ratio).reshape(-1, 20)
+  is_masked, ratio = is_masked.reshape(-1, 20, 50), ratio.reshape(-1, 20)
   assert ratio.min() >= 0.2
   assert ratio.max() <= 0.7
   # 2400 draws: the quantiles of a uniform have a standard error below 0.5 * 0.5 / sqrt(2400)
@@ -74,8 +93,8 @@ def test_a_row_is_independent_of_its_batch_of_padding_and_of_further_replicates(
   keywords = dict(antithetic=False, **RANGE)
   whole, ratio = draw(keys_of([11, 12, 13]), counted(3, 3, 7), num_replicates=4, **keywords)
   shuffled, _ = draw(keys_of([13, 11, 12]), counted(3, 3, 7), num_replicates=4, **keywords)
-  np.testing.assert_array_equal(whole, shuffled[jnp.array([1, 2, 0])])
-  is_counted = jnp.pad(counted(1, 3, 7), ((0, 0), (0, 0), (0, 5)))
+  np.testing.assert_array_equal(whole, shuffled[[1, 2, 0]])
+  is_counted = np.pad(counted(1, 3, 7), ((0, 0), (0, 0), (0, 5)))
   alone, alone_ratio = draw(keys_of([12]), is_counted, num_replicates=6, **keywords)
   np.testing.assert_array_equal(alone[:, :, :4, :7], whole[1:2])
   np.testing.assert_array_equal(alone_ratio[:, :, :4], ratio[1:2])
@@ -94,7 +113,7 @@ def test_devices_change_no_mask():
   mesh = jax.make_mesh((8,), ("rows",))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
   keys, is_counted = jax.device_put((keys_of(range(8)), counted(8, 3, 7)), rows)
-  split, _ = draw(keys, is_counted, **keywords)
+  split, _ = draw_on_device(keys, is_counted, **keywords)
   assert len(split.sharding.device_set) == 8
   whole, _ = draw(keys_of([0, 1, 2]), counted(3, 3, 7), **keywords)
   np.testing.assert_array_equal(np.asarray(split)[:3], whole)
@@ -112,10 +131,10 @@ def test_recorded_noise_gives_the_recorded_masks(name):
     if settings.get("non_eos"):
       is_counted = arrays[f"{case}/completion_mask"][None]
     by_row = {key: value.reshape(-1, rows, *value.shape[1:]).swapaxes(0, 1)[None] for key, value in recorded.items()}
-    is_masked, _ = place_masks(
-      jnp.asarray(by_row["u_lambda"]),
-      jnp.asarray(by_row["u_mask"]),
-      jnp.asarray(is_counted),
+    is_masked, _ = place(
+      by_row["u_lambda"],
+      by_row["u_mask"],
+      is_counted,
       antithetic=settings["antithetic"],
       min_ratio=settings["min_ratio"],
       max_ratio=1.0,
@@ -143,4 +162,4 @@ def test_recorded_noise_gives_the_recorded_masks(name):
 def test_wrong_arguments_are_refused(changed, message):
   keywords = dict(num_replicates=2, antithetic=True, **RANGE) | changed
   with pytest.raises(ValueError, match=message):
-    draw_masks(keys_of([0]), counted(1, 3, 4), **keywords)
+    draw(keys_of([0]), counted(1, 3, 4), **keywords)

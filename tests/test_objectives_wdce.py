@@ -14,18 +14,14 @@ import pytest
 
 from dmpo_jax import noise
 from dmpo_jax.objectives import wdce, weights
-from dmpo_jax.objectives.masking import draw_masks
 from dmpo_jax.structs import Experience
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 CASES = json.loads((GOLDENS / "wdce.json").read_text())["cases"]
 MASKS = dict(num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0)
 THETA = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)
-RATIOS = dict(num_replicates=2, antithetic=True, min_ratio=0.1, max_ratio=1.0)
 P, G, C = 4, 3, 6
-DRAW = jax.jit(draw_masks, static_argnames=("num_replicates", "antithetic", "min_ratio", "max_ratio"))
 WEIGH = jax.jit(weights.importance_weights, static_argnames=("alpha", "kappa"))
-KEYS = jax.jit(lambda ids, group_size: noise.row_keys(noise.step_key(0, "loss", 0), ids, group_size), static_argnums=1)
 
 
 def make_experience(seed=0, p=P, g=G, c=C, **changes):
@@ -56,29 +52,36 @@ def make_score(theta, experience):
   """A policy with a parameter a position and token, in which every further masked position costs confidence."""
 
   def score(is_masked):
-    chosen = theta[jnp.arange(is_masked.shape[-1]), experience.completion][:, :, None]
+    chosen = jnp.asarray(theta)[jnp.arange(is_masked.shape[-1]), experience.completion][:, :, None]
     logit = chosen - 0.1 * is_masked.sum(-1, keepdims=True)
     return SimpleNamespace(log_prob=jax.nn.log_sigmoid(logit), entropy=jnp.exp(-(logit**2)))
 
   return score
 
 
+def draw_masks(experience):
+  """A complementary pair of masks of each rollout from NumPy's noise, which belongs to the prompt and the position."""
+  g, c = experience.completion.shape[1:]
+  noises = [np.random.default_rng(prompt_id).random((20, g, 1, 1)) for prompt_id in experience.prompts]
+  is_drawn = np.concatenate([n[1 : 1 + c] < n[:1] for n in noises], axis=-1).transpose(3, 1, 2, 0)
+  return np.concatenate([is_drawn, ~is_drawn], axis=2) & experience.is_counted[:, :, None]
+
+
 def run(experience, baseline="negative", num_prompts=None, theta=THETA):
   """The loss, its metrics and its gradient by theta."""
-  p, g = experience.reward.shape
-  is_masked, _ = DRAW(KEYS(experience.prompts, g), experience.is_counted, **RATIOS)
-  return value_and_grad(theta, experience, is_masked, baseline=baseline, num_prompts=num_prompts or p)
+  num_prompts = num_prompts or len(experience.reward)
+  return value_and_grad(theta, experience, draw_masks(experience), baseline=baseline, num_prompts=num_prompts)
 
 
 @functools.partial(jax.jit, static_argnames=("baseline", "num_prompts"))
 def value_and_grad(theta, experience, is_masked, *, baseline, num_prompts):
   def compute(theta):
-    # the noise of the masks takes longest to compile, so that they are drawn outside, once a shape
+    # JAX's noise takes long to compile
     with mock.patch.object(wdce, "draw_masks", return_value=(is_masked, None)):
       return wdce.loss(
         make_score(theta, experience),
         experience,
-        jax.random.split(jax.random.key(0), is_masked.shape[:2]),
+        jax.random.wrap_key_data(jnp.zeros((*is_masked.shape[:2], 2), jnp.uint32)),
         num_prompts=num_prompts,
         baseline=baseline,
         baseline_strength=1.0,
@@ -158,21 +161,26 @@ def test_the_loss_equals_a_naive_oracle(baseline):
 
 
 def test_the_loss_is_the_mean_of_its_groups_on_masks_from_the_keys():
-  experience = jax.tree.map(jnp.asarray, make_experience())
-  seen = {}
-
-  def score(is_masked):
-    seen["is_masked"] = is_masked
-    return make_score(THETA, experience)(is_masked)
-
-  keys = KEYS(experience.prompts, G)
   own = dict(baseline="model", baseline_strength=1.0)
-  loss, metrics = wdce.loss(score, experience, keys, num_prompts=P, **own, **MASKS)
-  is_masked = seen["is_masked"]
-  losses, group_metrics = wdce.group_loss(make_score(THETA, experience)(is_masked), is_masked, experience, **own)
-  np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
-  for name, value in metrics.items():
-    np.testing.assert_allclose(value, group_metrics[name].mean(), rtol=1e-5, err_msg=name)
+
+  @jax.jit
+  def compute(experience):
+    seen = []
+
+    def score(is_masked):
+      seen.append(is_masked)
+      return make_score(THETA, experience)(is_masked)
+
+    keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts, G)
+    whole = wdce.loss(score, experience, keys, num_prompts=P, **own, **MASKS)
+    return seen[0], whole, wdce.group_loss(score(seen[0]), seen[0], experience, **own)
+
+  experience = make_experience()
+  is_masked, whole, by_group = compute(experience)
+  assert is_masked.shape == (P, G, 2, C)
+  np.testing.assert_array_equal(is_masked[:, :, 0] ^ is_masked[:, :, 1], experience.is_counted)
+  by_mean = jax.tree.map(lambda values: values.mean(), by_group)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), whole, by_mean)
 
 
 @pytest.mark.parametrize("baseline", weights.BASELINES)
