@@ -227,7 +227,8 @@ class LLaDA(nn.Module):
       cache_start=start,
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
     )
-    x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+    table = constrain(self.embedding, "vocab", None)  # whole rows: a row of the batch looks up all of its width
+    x = jnp.take(table, constrain(tokens, "rows", None), axis=0).astype(self.config.dtype)
     x = constrain(x, "rows", None, None)
     inputs = LayerInput(jnp.arange(self.config.num_layers), None if cache is None else (cache.keys, cache.values))
     x, new = self.blocks(x, inputs, context)
