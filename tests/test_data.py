@@ -254,7 +254,7 @@ def test_overlong_prompts_are_skipped_and_counted(tokenizer):
 
 
 def test_many_overlong_prompts_are_not_all_described(records, tokenizer):
-  with pytest.raises(ValueError, match=r"30 of 30 prompts.*record 19 \(16\) and 10 more; set it to 16"):
+  with pytest.raises(ValueError, match=r"30 of 30 prompts.*record 19 \(18\) and 10 more; set it to 18"):
     PromptStream(records, TASK, tokenizer, seed=0, max_prompt_length=8)
 
 

@@ -79,7 +79,7 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   assert json.loads((workdir / "result.json").read_text()) == result
   other = start(*command, "--config.objective.alpha=0.5")
   assert other.returncode == 2
-  assert "config.objective.alpha: 0.1 -> 0.5" in other.stderr
+  assert "config.objective.alpha: 0.05 -> 0.5" in other.stderr
   evaluation = start(*command, "--mode=eval")
   assert evaluation.returncode == 0, evaluation.stderr[-2000:]
   again = json.loads((workdir / "evaluation" / "result.json").read_text())
