@@ -64,11 +64,13 @@ def _build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
   limits = dict(max_prompt_length=config.task.max_prompt_length, overlong=config.task.overlong_prompts)
   held_out = data.PromptStream(source.test()[: config.eval.num_prompts], task, tokenizer, seed=None, **limits)
   train = source.train()
+  mesh, model = sharding.make_mesh(**config.sharding), build_model(config, tokenizer)
+  _check_fits(model.config, mesh)
   return Parts(
-    mesh=sharding.make_mesh(**config.sharding),
+    mesh=mesh,
     tokenizer=tokenizer,
     task=task,
-    model=build_model(config, tokenizer),
+    model=model,
     prompts=data.PromptStream(train, task, tokenizer, seed=config.seed, **limits),
     flawless=data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits),
     held_out=held_out.batch(0, len(held_out)),
@@ -89,6 +91,18 @@ def build_model(config: ConfigDict, tokenizer: Tokenizer) -> llada.LLaDA:
       lora=LoraConfig(**config.model.lora) if config.model.lora.rank else None,
     )
   )
+
+
+def _check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:
+  """Refuse a mesh that does not divide the model's sizes."""
+  for logical, path, size in (
+    ("embed", "model.d_model", config.d_model),
+    ("heads", "model.num_heads", config.num_heads),
+    ("kv_heads", "model.num_kv_heads", config.num_kv_heads),
+    ("ffn", "model.mlp_hidden_size", config.mlp_hidden_size),
+    ("vocab", "rows of the embedding table", config.embedding_size),
+  ):
+    sharding.check_divides(mesh, logical, path, size)
 
 
 def abstract_collection(model: llada.LLaDA, mesh: Mesh, name: str) -> Any:

@@ -151,7 +151,7 @@ def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
 
   def collect(state: TrainState, buffer: int) -> tuple[Experience, dict[str, float]]:
     prompts, records = parts.prompts.batch(buffer * num_prompts, num_prompts)
-    return rollout.collect(
+    experience, metrics = rollout.collect(
       state.trainable,
       base,
       prompts,
@@ -168,6 +168,7 @@ def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
       kappa=objective.kappa,
       antithetic=objective.antithetic,
     )
+    return experience, metrics | {"prompts_skipped": float(parts.prompts.num_skipped)}
 
   return collect
 

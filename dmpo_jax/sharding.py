@@ -49,6 +49,22 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def check_divides(mesh: Mesh, logical: str, path: str, size: int) -> None:
+  """Check that the mesh axes of a logical axis divide it evenly, as JAX asks of every array's dimension.
+
+  Args:
+    path: the configuration's name for the size, for the message.
+
+  Raises:
+    ValueError: they do not.
+  """
+  axes = LOGICAL_AXES[logical]
+  parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+  if size % parts:
+    names = " * ".join(f"sharding.{axis}" for axis in axes)
+    raise ValueError(f"{path}={size} cannot be split over {names}={parts}: choose a divisor of {size}")
+
+
 def spec(*logical: str | None) -> PartitionSpec:
   """Translate logical axis names (None: not split) to a PartitionSpec."""
   entries = [LOGICAL_AXES[name] if name else () for name in logical]

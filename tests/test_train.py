@@ -49,9 +49,15 @@ def test_a_run_writes_what_it_promises(left_alone):
   result = json.loads((left_alone / "result.json").read_text())
   assert result["base"]["num_prompts"] == 16
   assert result["last"] == result["evaluations"]["3"]
-  assert {"reward_mean", "solve_rate", "effective_sample_size", "log_ratio_error", "entropy", "grad_norm"} <= set(
-    rows[-1]
-  )
+  assert {
+    "reward_mean",
+    "solve_rate",
+    "effective_sample_size",
+    "log_ratio_error",
+    "entropy",
+    "grad_norm",
+    "prompts_skipped",
+  } <= set(rows[-1])
   generations = (left_alone / "generations" / "000003.jsonl").read_text().splitlines()
   assert len(generations) == 16
   assert set(json.loads(generations[0])) == {"record", "prompt", "completion", "reward", "is_solved"}
