@@ -34,8 +34,9 @@ def get_config() -> ConfigDict:
   lora.targets = ("q_proj", "k_proj", "v_proj", "up_proj")  # or ("all",)
 
   c.tokenizer = t = ConfigDict()
-  t.name = "sentencepiece"
+  t.name = "sentencepiece"  # sentencepiece, huggingface (a folder with tokenizer.json)
   t.path = os.path.join(HERE, "tokenizers", "tiny.model")
+  t.is_chat = False  # prompts are a user's turn in the tokenizer's chat template; False: plain text
 
   c.task = k = ConfigDict()
   k.name = "sudoku"  # see dmpo_jax.tasks.TASKS

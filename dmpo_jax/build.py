@@ -51,7 +51,7 @@ def build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
 
 
 def _build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
-  tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.path)
+  tokenizer = load_tokenizer(**config.tokenizer)
   task = tasks.TASKS[config.task.name](**config.task[config.task.name])
   source = data.TaskData(
     task,

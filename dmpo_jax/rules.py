@@ -16,6 +16,7 @@ from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.samplers import SAMPLERS, llada
 from dmpo_jax.tasks import TASKS
+from dmpo_jax.tokenizer import TOKENIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +114,9 @@ RULES: dict[str, Rule] = {
   "model.lora.alpha": number("(0, inf)"),
   "model.lora.dropout": number("[0, 1)"),
   "model.lora.targets": some_of(*TARGETS, "all"),
-  "tokenizer.name": one_of("sentencepiece"),
+  "tokenizer.name": one_of(*TOKENIZERS),
   "tokenizer.path": existing("a tokenizer"),
+  "tokenizer.is_chat": flag(),
   "task.name": one_of(*TASKS),
   "task.data_dir": text(),
   "task.eval_path": existing("a test file", empty="the generated test split"),

@@ -1,12 +1,24 @@
-"""Text to token ids and back: between a task's strings and the arrays that the model sees."""
+"""Text to token ids and back: between a task's strings and the arrays that the model sees.
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+Two kinds behind one interface: a sentencepiece model, and a folder in Hugging Face's layout with its chat template.
+"""
 
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jinja2
 import sentencepiece
+import tokenizers
 from etils import epath
 
+from dmpo_jax import chat
+
 MASK_PIECE = "<mask>"
+
+# the files of a tokenizer in Hugging Face's layout; the first is needed
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+MODEL_FILE = "config.json"  # of the model that it belongs to, read for its special ids where it stands beside them
 
 
 @runtime_checkable
@@ -15,21 +27,30 @@ class Tokenizer(Protocol):
 
   vocab_size: int  # ids are 0 .. vocab_size - 1
   pad_token_id: int  # fills prompts on the left; never attended to
-  bos_token_id: int
+  bos_token_id: int | None
   eos_token_id: int  # ends a completion and fills it to its length
+  eot_token_id: int  # ends a turn of a conversation; EOS where there are no turns
   mask_token_id: int  # a position that is still to be decided
 
   def encode(self, text: str) -> list[int]:
     """Return the ids of a text, without any special tokens around it."""
     ...
 
+  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
+    """Return the ids that a completion is to follow.
+
+    With a chat template that is the conversation in which the user has said `text` and the answer's turn has begun;
+    without one, the text itself. `prefill` is the answer's beginning, which the model is not to write any more.
+    """
+    ...
+
   def decode(self, ids: Sequence[int]) -> str:
-    """Return the text of a completion: what stands before the first EOS, other special tokens left out."""
+    """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
     ...
 
 
 class SentencePieceTokenizer:
-  """A sentencepiece model with the special pieces <pad>, <s>, </s> and <mask>."""
+  """A sentencepiece model with the special pieces <pad>, <s>, </s> and <mask>, and no conversations."""
 
   def __init__(self, path: epath.PathLike):
     """Load the model file at `path`, local or gs://.
@@ -47,7 +68,7 @@ class SentencePieceTokenizer:
     self.vocab_size = self._model.vocab_size()
     self.pad_token_id = self._model.pad_id()
     self.bos_token_id = self._model.bos_id()
-    self.eos_token_id = self._model.eos_id()
+    self.eos_token_id = self.eot_token_id = self._model.eos_id()
     self.mask_token_id = self._model.piece_to_id(MASK_PIECE)
     self._specials = frozenset((self.pad_token_id, self.bos_token_id, self.eos_token_id, self.mask_token_id))
     if min(self._specials) < 0 or self.mask_token_id == self._model.unk_id():
@@ -60,6 +81,10 @@ class SentencePieceTokenizer:
     """Return the ids of a text, without any special tokens around it."""
     return self._model.encode(text)
 
+  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
+    """Return the ids of the text and what the answer begins with."""
+    return self._model.encode(text + prefill)
+
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of a completion: what stands before the first EOS, other special tokens left out."""
     ids = list(ids)
@@ -67,15 +92,137 @@ class SentencePieceTokenizer:
     return self._model.decode([token for token in ids[:end] if token not in self._specials])
 
 
-TOKENIZERS = {"sentencepiece": SentencePieceTokenizer}
+class HuggingFaceTokenizer:
+  """A folder with tokenizer.json, tokenizer_config.json and, beside them, the config.json of the model.
+
+  Special ids are those of the tokenizer's special tokens; the model's config may add ids (LLaDA names its mask there
+  alone) and must not contradict them.
+  """
+
+  def __init__(self, path: epath.PathLike, *, is_chat: bool):
+    """Load the folder at `path`, local or gs://.
+
+    Args:
+      is_chat: whether prompts are rendered by the chat template.
+
+    Raises:
+      ValueError: files are missing or unreadable, there is no usable chat template though `is_chat`, or special ids are
+        missing or not the model's.
+    """
+    self._where = f"tokenizer.path={str(path)!r}"
+    folder = epath.Path(path)
+    self._model = self._load(folder / FILES[0])
+    config = _read_json(folder / FILES[2], self._where) | _read_json(folder / FILES[1], self._where)
+    names = {key: _content(value) for key, value in config.items() if key.endswith("_token") and value}
+    self._template = None
+    if is_chat:
+      self._template = self._compile(chat.find_template(folder / FILES[3], config), names)
+    self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+    self._set_special_ids(names, _read_json(folder / MODEL_FILE, self._where))
+
+  def _load(self, path: epath.Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+      raise ValueError(f"{self._where}: no {path.name} there; give the folder of a model in Hugging Face's layout")
+    try:
+      return tokenizers.Tokenizer.from_str(path.read_text())
+    except Exception as error:  # the library's own errors are plain Exceptions
+      raise ValueError(f"{self._where}: {path.name} is not a tokenizer ({error})") from error
+
+  def _compile(self, source: str | None, names: Mapping[str, str]) -> chat.Template:
+    if source is None:
+      raise ValueError(f"{self._where} has no chat template: set tokenizer.is_chat=False for prompts of plain text")
+    try:
+      return chat.Template(source, names)
+    except jinja2.TemplateError as error:
+      raise ValueError(f"{self._where}: the chat template cannot be used ({error})") from error
+
+  def _set_special_ids(self, names: Mapping[str, str], model: Mapping[str, Any]) -> None:
+    problems = []
+
+    def find(kind: str, token: str | None, is_needed: bool = True) -> int | None:
+      own = None if token is None else self._model.token_to_id(token)
+      wanted = model.get(f"{kind}_token_id")
+      if token is not None and own is None:
+        problems.append(f"the {kind} token {token!r} has no id")
+      elif own is None and wanted is None and is_needed:
+        problems.append(f"there is no {kind} token, neither in {FILES[1]} nor as {kind}_token_id in {MODEL_FILE}")
+      elif own is None and wanted is not None and self._model.id_to_token(wanted) is None:
+        problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted}, which is no token")
+      elif own is not None and wanted is not None and wanted != own:
+        problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted}, but the {kind} token {token!r} is {own}")
+      return wanted if own is None else own
+
+    self.mask_token_id = find("mask", names.get("mask_token"))
+    self.eos_token_id = find("eos", names.get("eos_token"))
+    self.pad_token_id = find("pad", names.get("pad_token"))
+    self.bos_token_id = find("bos", names.get("bos_token"), is_needed=False)
+    eot_token_id = find("eot", names.get("eot_token") or self._end_of_turn(), is_needed=False)
+    self.eot_token_id = self.eos_token_id if eot_token_id is None else eot_token_id
+    if model.get("vocab_size", self.vocab_size) < self.vocab_size:
+      problems.append(f"{MODEL_FILE} has vocab_size={model['vocab_size']}, but there are {self.vocab_size} tokens")
+    if problems:
+      raise ValueError(f"{self._where}: " + "; ".join(problems))
+
+  def _end_of_turn(self) -> str | None:
+    """Find the special token that the chat template puts after an answer."""
+    if self._template is None:
+      return None
+    special = {token.content for token in self._model.get_added_tokens_decoder().values() if token.special}
+    answer = "answer"
+    rest = self._template.render([("user", "question"), ("assistant", answer)], is_answering=False).split(answer)[-1]
+    return next(
+      (token for token in self._model.encode(rest, add_special_tokens=False).tokens if token in special), None
+    )
+
+  def encode(self, text: str) -> list[int]:
+    """Return the ids of a text, without any special tokens around it; those that it names become theirs."""
+    return self._model.encode(text, add_special_tokens=False).ids
+
+  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
+    """Return the ids of the conversation in which the user has said `text` and the answer has begun with `prefill`."""
+    if self._template is None:
+      return self.encode(text + prefill)
+    return self.encode(self._template.render([("user", text)]) + prefill)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
+    ids = list(ids)
+    end = min((ids.index(token) for token in (self.eos_token_id, self.eot_token_id) if token in ids), default=len(ids))
+    kept = [token for token in ids[:end] if token != self.mask_token_id]
+    return self._model.decode(kept, skip_special_tokens=True)
 
 
-def load_tokenizer(name: str, path: epath.PathLike) -> Tokenizer:
+def _content(token: str | Mapping[str, Any]) -> str:
+  """The text of a special token, which may be given with its properties."""
+  return token if isinstance(token, str) else token["content"]
+
+
+def _read_json(path: epath.Path, where: str) -> dict[str, Any]:
+  """Read a JSON object; an absent file is an empty one."""
+  if not path.is_file():
+    return {}
+  try:
+    return dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{where}: {path.name} is not a JSON object ({error})") from error
+
+
+TOKENIZERS = ("sentencepiece", "huggingface")
+
+
+def load_tokenizer(name: str, path: epath.PathLike, *, is_chat: bool = False) -> Tokenizer:
   """Load the tokenizer of kind `name` (see TOKENIZERS) from `path`.
 
+  Args:
+    is_chat: whether prompts are rendered by the tokenizer's chat template.
+
   Raises:
-    ValueError: there is no such kind, or the file cannot be used.
+    ValueError: there is no such kind, the file cannot be used, or it has no chat template.
   """
-  if name not in TOKENIZERS:
+  if name == "huggingface":
+    return HuggingFaceTokenizer(path, is_chat=is_chat)
+  if name != "sentencepiece":
     raise ValueError(f"tokenizer.name={name!r}: must be one of {', '.join(TOKENIZERS)}")
-  return TOKENIZERS[name](path)
+  if is_chat:
+    raise ValueError("tokenizer.is_chat=True: a sentencepiece model has no chat template; set it to False")
+  return SentencePieceTokenizer(path)

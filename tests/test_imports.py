@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "dmpo_jax"
 LEVELS = (
   {"structs", "sharding", "noise", "files", "tasks"},
   {"models", "objectives", "samplers"},
-  {"data", "tokenizer", "optim", "checkpoints", "metrics", "progress", "rules", "config", "scoring"},
+  {"chat", "data", "tokenizer", "optim", "checkpoints", "metrics", "progress", "rules", "config", "scoring"},
   {"rollout", "update"},
   {"build", "evaluate", "phases", "train"},
   {"main"},
@@ -22,6 +22,8 @@ LEVELS = (
 INSIDE = {
   "config": {"rules"},
   "data": {"tokenizer"},
+  "rules": {"tokenizer"},
+  "tokenizer": {"chat"},
   "evaluate": {"build"},
   "phases": {"build", "evaluate"},
   "train": {"build", "evaluate", "phases"},

@@ -1,0 +1,83 @@
+"""Chat templates: a conversation to the text that a chat model expects, rendered as `transformers` renders it.
+
+Templates are programs that come with a checkpoint, so they run in Jinja's sandbox.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from etils import epath
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Turn = tuple[str, str]  # role, content
+
+
+def find_template(path: epath.PathLike, config: Mapping[str, Any]) -> str | None:
+  """Return the default template: the file at `path`, or what a tokenizer_config.json has; None if there is none."""
+  if epath.Path(path).is_file():
+    return epath.Path(path).read_text()
+  template = config.get("chat_template")
+  if isinstance(template, Sequence) and not isinstance(template, str):  # several, by name
+    return next((named["template"] for named in template if named["name"] == "default"), None)
+  return template
+
+
+class Template:
+  """A compiled template; `render` fills it in.
+
+  Args:
+    source: in Jinja's language.
+    special_tokens: their texts by the names that the template knows, such as `bos_token`.
+
+  Raises:
+    jinja2.TemplateError: it is no template.
+  """
+
+  def __init__(self, source: str, special_tokens: Mapping[str, str]):
+    environment = ImmutableSandboxedEnvironment(
+      trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    self._template = environment.from_string(source)
+    self._special_tokens = dict(special_tokens)
+
+  def render(self, turns: Sequence[Turn], *, is_answering: bool = True) -> str:
+    """Render a conversation; `is_answering` adds the header of the assistant's turn.
+
+    Raises:
+      ValueError: the template refuses the conversation.
+    """
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+      return self._template.render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=is_answering, **self._special_tokens
+      )
+    except jinja2.TemplateError as error:
+      raise ValueError(f"the chat template refuses the conversation {turns!r}: {error}") from error
+
+
+class _GenerationBlocks(Extension):
+  """Lets {% generation %} ... {% endgeneration %}, which marks the assistant's text for training, be what it holds."""
+
+  tags = frozenset({"generation"})
+
+  def parse(self, parser: Any) -> Any:
+    next(parser.stream)
+    return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **keywords: Any) -> str:
+  return json.dumps(value, ensure_ascii=ensure_ascii, **keywords)
+
+
+def _refuse(message: str) -> None:
+  raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+  return datetime.datetime.now().strftime(form)

@@ -1,0 +1,141 @@
+"""Tokenizers of Hugging Face's layout: ids, chat templates, and special ids that are not the model's."""
+
+import json
+
+import jinja2
+import pytest
+import standin_tokenizer as standin
+
+from dmpo_jax import chat
+from dmpo_jax.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+MODEL = dict(mask_token_id=126336, eos_token_id=126081, pad_token_id=126081, vocab_size=126464)
+DREAM_MODEL = dict(MODEL, mask_token_id=151666, eos_token_id=151643, pad_token_id=151643, vocab_size=152064)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return standin.write(tmp_path_factory.mktemp("llada"), model_config=MODEL)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+  return load_tokenizer("huggingface", folder, is_chat=True)
+
+
+def copy(folder, path, *, settings=None, model=None):
+  """The folder with other settings and model's config."""
+  path.mkdir()
+  for file in folder.iterdir():
+    (path / file.name).write_bytes(file.read_bytes())
+  if settings is not None:
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+  if model is not None:
+    (path / "config.json").write_text(json.dumps(model))
+  return path
+
+
+def test_interface_and_special_ids(tokenizer):
+  assert isinstance(tokenizer, Tokenizer)
+  assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (126080, 126081, 126081)
+  assert (tokenizer.mask_token_id, tokenizer.eot_token_id, tokenizer.vocab_size) == (126336, 126348, 126349)
+
+
+def test_a_prompt_is_a_conversation_whose_answer_begins(tokenizer):
+  def header(role):
+    return [126346, *tokenizer.encode(role), 126347, *tokenizer.encode("\n\n")]
+
+  wanted = [126080, *header("user"), *tokenizer.encode("Wer da?"), 126348, *header("assistant")]
+  assert tokenizer.encode_prompt("  Wer da?\n") == wanted
+  assert tokenizer.encode_prompt("Wer da?", "<reasoning>") == wanted + tokenizer.encode("<reasoning>")
+
+
+def test_text_comes_back(tokenizer):
+  for text in ("", "a b\n\nc", "żółć, 1 + 1 = 2 ✓", " leading"):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+  one, two = tokenizer.encode("1")[0], tokenizer.encode("2")[0]
+  assert tokenizer.decode([one, 126336, 126080, two]) == "12"
+  assert tokenizer.decode([one, 126348, two, 126081, two]) == "1"
+  assert tokenizer.decode([one, 126081, two, 126348, two]) == "1"
+
+
+def test_plain_text_where_no_chat_is_asked_for(folder):
+  tokenizer = load_tokenizer("huggingface", folder, is_chat=False)
+  assert tokenizer.encode_prompt("2 + 2 =", " ") == tokenizer.encode("2 + 2 = ")
+  assert tokenizer.eot_token_id == tokenizer.eos_token_id
+
+
+def test_the_second_family(tmp_path):
+  standin.write(tmp_path / "dream", standin.DREAM, standin.DREAM_CONFIG, standin.DREAM_TEMPLATE, DREAM_MODEL)
+  tokenizer = load_tokenizer("huggingface", tmp_path / "dream", is_chat=True)
+  assert (tokenizer.mask_token_id, tokenizer.eot_token_id, tokenizer.pad_token_id) == (151666, 151645, 151643)
+  ids = tokenizer.encode_prompt("hi")
+  assert ids[0] == 151644
+  assert tokenizer.decode(ids[1:]) == "user\nhi"
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(mask_token_id=126335), None),  # <unused>, yet an id: nothing contradicts it
+    (dict(eos_token_id=126082), r"eos_token_id=126082, but the eos token '<\|endoftext\|>' is 126081"),
+    (dict(pad_token_id=0), "pad_token_id=0, but the pad token"),
+    (dict(bos_token_id=5), "bos_token_id=5, but the bos token"),
+    (dict(eot_token_id=5), r"eot_token_id=5, but the eot token '<\|eot_id\|>' is 126348"),
+    (dict(mask_token_id=126400), "mask_token_id=126400, which is no token"),
+    (dict(mask_token_id=None), "there is no mask token"),
+    (dict(vocab_size=126000), "vocab_size=126000, but there are 126349 tokens"),
+  ],
+)
+def test_special_ids_are_checked_against_the_model(folder, tmp_path, change, message):
+  path = copy(folder, tmp_path / "other", model=MODEL | change)
+  if message is None:
+    assert HuggingFaceTokenizer(path, is_chat=True).mask_token_id == 126335
+    return
+  with pytest.raises(ValueError, match=message):
+    HuggingFaceTokenizer(path, is_chat=True)
+
+
+def test_unusable_folders_are_refused(folder, tmp_path):
+  with pytest.raises(ValueError, match=r"tokenizer.path=.*no tokenizer.json there"):
+    load_tokenizer("huggingface", tmp_path)
+  broken = copy(folder, tmp_path / "broken")
+  (broken / "tokenizer.json").write_text("{")
+  with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
+    load_tokenizer("huggingface", broken)
+  plain = copy(folder, tmp_path / "plain", settings=standin.LLADA_CONFIG)
+  with pytest.raises(ValueError, match=r"no chat template: set tokenizer.is_chat=False"):
+    load_tokenizer("huggingface", plain, is_chat=True)
+  bad = copy(folder, tmp_path / "bad", settings=standin.LLADA_CONFIG | {"chat_template": "{% for %}"})
+  with pytest.raises(ValueError, match="the chat template cannot be used"):
+    load_tokenizer("huggingface", bad, is_chat=True)
+  with pytest.raises(ValueError, match="sentencepiece model has no chat template"):
+    load_tokenizer("sentencepiece", "x", is_chat=True)
+
+
+def test_templates_are_found_in_all_their_places(folder, tmp_path):
+  named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+  assert chat.find_template(tmp_path / "none", {"chat_template": named}) == "yes"
+  (tmp_path / "chat_template.jinja").write_text("file")
+  assert chat.find_template(tmp_path / "chat_template.jinja", {"chat_template": "config"}) == "file"
+  listed = standin.LLADA_CONFIG | {"chat_template": [{"name": "default", "template": standin.LLADA_TEMPLATE}]}
+  tokenizer = HuggingFaceTokenizer(copy(folder, tmp_path / "listed", settings=listed), is_chat=True)
+  assert tokenizer.eot_token_id == 126348
+
+
+def test_templates_have_what_transformers_gives_them():
+  source = """{% for message in messages %}
+  {% if message.role == 'system' %}{% continue %}{% endif %}
+{% generation %}{{ message.content }}{% endgeneration %}
+{% endfor %}{{ bos_token }}{{ {'a': 'é<'} | tojson }}{{ strftime_now('%Y')[:1] }}"""
+  template = chat.Template(source, {"bos_token": "<s>"})
+  assert template.render([("system", "no"), ("user", "yes")]) == 'yes<s>{"a": "é<"}2'
+
+
+def test_templates_are_sandboxed_and_may_refuse():
+  with pytest.raises(ValueError, match=r"refuses the conversation.*unsafe"):
+    chat.Template("{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}", {}).render([("user", "x")])
+  with pytest.raises(ValueError, match=r"refuses the conversation.*only users"):
+    chat.Template("{{ raise_exception('only users') }}", {}).render([("user", "x")])
+  with pytest.raises(jinja2.TemplateError):
+    chat.Template("{{", {})
