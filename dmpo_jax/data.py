@@ -217,7 +217,7 @@ class PromptStream:
     self._records, self._task, self._tokenizer = records, task, tokenizer
     self._seed = seed or 0
     self._prompt_length = max_prompt_length
-    lengths = [len(tokenizer.encode_prompt(task.prompt(record))) for record in records]
+    lengths = [len(tokenizer.encode_prompt(task.prompt(record), task.prefill)) for record in records]
     kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
     self.num_skipped = len(lengths) - len(kept)
     if self.num_skipped and (overlong == "error" or not kept):
@@ -264,8 +264,8 @@ class PromptStream:
     items = []
     for place in range(position, position + n):
       record = self._records[self._kept[self._order[place]]]
-      text = self._task.prompt(record)
-      items.append(_Item(record, self._tokenizer.encode_prompt(text), prompt_id(text)))
+      text, prefill = self._task.prompt(record), self._task.prefill
+      items.append(_Item(record, self._tokenizer.encode_prompt(text, prefill), prompt_id(text + prefill)))
     return items
 
   def _collate(self, items: Sequence[_Item]) -> tuple[Prompts, list[Record]]:

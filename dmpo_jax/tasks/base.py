@@ -34,7 +34,12 @@ class Task(Protocol):
     ...
 
   def prompt(self, record: Record) -> str:
-    """Return the text that the model is given."""
+    """Return the user's turn: the text that the model is to answer."""
+    ...
+
+  @property
+  def prefill(self) -> str:
+    """The beginning of the answer that every prompt ends with; "" mostly."""
     ...
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:

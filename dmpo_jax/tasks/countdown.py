@@ -98,6 +98,11 @@ class Countdown:
     """Return the numbers and the target, as in "75,30,4=49"."""
     return f"{record['numbers']}={record['target']}"
 
+  @property
+  def prefill(self) -> str:
+    """Nothing: the model writes the whole answer."""
+    return ""
+
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return a right expression or, with probability `demo_wrong`, one that keeps the rules and misses the target."""
     numbers = _numbers(record)

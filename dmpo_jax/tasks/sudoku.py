@@ -79,6 +79,11 @@ class Sudoku:
     """Return the puzzle, 16 digits, between the two marks by which the model can tell the cells' places."""
     return f"({record['puzzle']}="
 
+  @property
+  def prefill(self) -> str:
+    """Nothing: the model writes the whole answer."""
+    return ""
+
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are."""
     is_unfilled = rng.random(CELLS) < record["puzzle"].count("0") / self.demo_patience
