@@ -20,7 +20,10 @@ class Grade:
   """The verdict on one completion."""
 
   is_correct: bool
-  extracted: str  # the part of the completion that was taken as the answer
+  extracted: Any  # what was taken as the answer: a text, a number, or None where there was none
+  is_formatted: bool | None = None  # whether the answer has the form that the prompt asks for; None: nobody looked
+  value: complex | None = None  # of an expression, where one was computed
+  parts: tuple[int, int] | None = None  # right and asked, where an answer is counted in parts (a Sudoku's blank cells)
 
 
 @runtime_checkable

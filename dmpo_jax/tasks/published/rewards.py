@@ -1,0 +1,189 @@
+"""The published rewards, by the names that they have there: each a function of a completion and what grading it needs.
+
+The gold answer of GSM8K is the text after #### as it stands; that of MATH is a solution with the answer in a box.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dmpo_jax.tasks.published import latex, python_arithmetic
+
+CELLS = 16  # of a Sudoku
+
+_STRICT = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$")  # no DOTALL: `.` ends at a newline
+_SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>")
+
+
+def after_answer_tag(text: str) -> str:
+  """Return what follows the last <answer> up to the next </answer>; the whole text, so far, if there is no tag."""
+  return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+
+
+def last_answer_block(text: str) -> str | None:
+  """Return what is inside the last closed <answer>...</answer>, blocks being taken from left to right."""
+  block, end = None, 0
+  while True:
+    start = text.find("<answer>", end)
+    stop = text.find("</answer>", start + len("<answer>")) if start >= 0 else -1
+    if stop < 0:
+      return block
+    block, end = text[start + len("<answer>") : stop].strip(), stop + len("</answer>")
+
+
+def hash_answer(text: str) -> str | None:
+  """Return what stands between the first and second #### of a GSM8K solution; None without ####."""
+  parts = text.split("####")
+  return parts[1].strip() if len(parts) > 1 else None
+
+
+def count_xml(text: str) -> float:
+  """Return 0.125 for each tag that stands once and as asked, less 0.001 for each character after the last."""
+  count = 0.0
+  for tag in ("<reasoning>\n", "\n</reasoning>\n"):
+    count += 0.125 * (text.count(tag) == 1)
+  if text.count("\n<answer>\n") == 1:
+    count += 0.125
+    count -= len(text.split("\n</answer>\n")[-1]) * 0.001
+  if text.count("\n</answer>") == 1:
+    count += 0.125
+    count -= (len(text.split("\n</answer>")[-1]) - 1) * 0.001
+  return count
+
+
+def xmlcount_reward_func(completion: str, **kwargs: Any) -> float:
+  """See `count_xml`; at most 0.5, and below 0 for a long text after the answer."""
+  return count_xml(completion)
+
+
+def soft_format_reward_func(completion: str, **kwargs: Any) -> float:
+  """Return 0.5 for both tags in their order at the beginning, with no newline inside either."""
+  return 0.5 if _SOFT.match(completion) else 0.0
+
+
+def strict_format_reward_func(completion: str, **kwargs: Any) -> float:
+  """Return 0.5 for nothing but both tags on lines of their own, with one line inside each."""
+  return 0.5 if _STRICT.match(completion) else 0.0
+
+
+def int_reward_func(completion: str, **kwargs: Any) -> float:
+  """Return 0.5 if the answer has digits only (those of every script, superscripts too)."""
+  return 0.5 if after_answer_tag(completion).isdigit() else 0.0
+
+
+def reward_len(completion: str, **kwargs: Any) -> int:
+  """Return minus the length in characters."""
+  return -len(completion)
+
+
+def correctness_reward_func(completion: str, *, answer: str | None, **kwargs: Any) -> float:
+  """GSM8K: return 2 if the answer is, character for character, the gold one."""
+  return 2.0 if after_answer_tag(completion) == answer else 0.0
+
+
+def correctness_reward_func_math(completion: str, *, answer: str, **kwargs: Any) -> float:
+  """MATH: return 2 if the last box, or the whole text without one, has the text form of the gold answer.
+
+  Raises:
+    TypeError: the box of the gold answer is never closed.
+  """
+  gold = latex.boxed_answer(answer)
+  if gold is None:
+    raise TypeError(f"the gold answer has a box that is not closed: {answer!r}")
+  found = latex.boxed_answer(completion)
+  return 2.0 if latex.are_equivalent(completion if found is None else found, gold) else 0.0
+
+
+def boxed_and_answer_tags_format_reward(completion: str, **kwargs: Any) -> float:
+  r"""MATH: return 0.5 for an <answer>, and 0.5 for a \boxed in the first one (in the text without), else 0.25."""
+  _, tag, rest = completion.partition("<answer>")
+  answer = rest.partition("<answer>")[0].partition("</answer>")[0] if tag else completion
+  return 0.5 * ((1.0 if tag else 0.0) + (1.0 if "\\boxed" in answer else 0.5))
+
+
+def countdown_reward_func(completion: str, *, target: float, numbers: Sequence[int], **kwargs: Any) -> float:
+  """Countdown: return 1 for an expression that uses each number once and hits the target, 0.1 for any tagged answer."""
+  equation = last_answer_block(completion)
+  if equation is None:
+    return 0
+  if not uses_each_once(equation, numbers):
+    return 0.1
+  return 1.0 if is_close(python_arithmetic.evaluate(equation), target) else 0.1
+
+
+def uses_each_once(equation: str, numbers: Sequence[int]) -> bool:
+  """Whether the digit runs of an expression are the given numbers, each once."""
+  try:
+    used = python_arithmetic.numbers_in(equation)
+    return used is not None and sorted(used) == sorted(numbers)
+  except TypeError:  # numbers that are none
+    return False
+
+
+def is_close(value: python_arithmetic.Number | None, target: float) -> bool:
+  """Whether a value is the target up to 1e-5."""
+  try:
+    return value is not None and abs(value - target) < 1e-5
+  except (TypeError, OverflowError):
+    return False
+
+
+def sudoku_digits(text: str) -> str | None:
+  """Return the digits of the last answer block; None without one."""
+  block = last_answer_block(text)
+  return None if block is None else "".join(filter(str.isdigit, block))
+
+
+def count_right_cells(answer: str, puzzle: str, solution: str) -> tuple[int, int]:
+  """Return how many of the puzzle's blank cells are right, and how many there are; a short answer is filled with 0."""
+  cells = answer[:CELLS].ljust(CELLS, "0")
+  blanks = [index for index in range(CELLS) if puzzle[index] == "0"]
+  return sum(cells[index] == solution[index] for index in blanks), len(blanks)
+
+
+def sudoku_reward_func(completion: str, *, puzzle: str, solution: str, **kwargs: Any) -> float:
+  """Sudoku: return the share of blank cells that are right; 0 for a puzzle without any."""
+  digits = sudoku_digits(completion)
+  if not digits:
+    return 0.0
+  right, blanks = count_right_cells(digits, puzzle, solution)
+  return right / blanks if blanks else 0.0
+
+
+Reward = Callable[..., float]
+
+REWARDS: dict[str, Reward] = {
+  function.__name__: function
+  for function in (
+    xmlcount_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    int_reward_func,
+    reward_len,
+    correctness_reward_func,
+    correctness_reward_func_math,
+    boxed_and_answer_tags_format_reward,
+    countdown_reward_func,
+    sudoku_reward_func,
+  )
+}
+"""All of them by name."""
+
+TRAINED_WITH: dict[str, tuple[Reward, ...]] = {
+  "gsm8k": (
+    xmlcount_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    int_reward_func,
+    correctness_reward_func,
+  ),
+  "math": (correctness_reward_func_math, boxed_and_answer_tags_format_reward),
+  "countdown": (countdown_reward_func,),
+  "sudoku": (sudoku_reward_func,),
+}
+"""The set that each task is trained with; they are added up."""
+
+
+def total(task: str, completion: str, **kwargs: Any) -> float:
+  """Return the sum of the rewards that `task` is trained with."""
+  return float(sum(reward(completion, **kwargs) for reward in TRAINED_WITH[task]))
