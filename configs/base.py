@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     dict(
       min_blanks=4,
       max_blanks=10,
-      demo_patience=16.0,  # demonstrations leave a blank cell blank with probability blanks / demo_patience
+      demo_patience=16.7,  # demonstrations leave a blank cell blank with probability blanks / demo_patience
     )
   )
   k.countdown = ConfigDict(

@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from dmpo_jax import evaluate, train
-from dmpo_jax.config import ConfigError, check_workdir, did_you_mean, save, validate
+from dmpo_jax.config import ConfigError, check_workdir, did_you_mean, validate
 from dmpo_jax.rules import RULES
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -54,7 +54,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
   check_workdir(workdir, config)
   _keep_compiled_programs(workdir)
   _join_processes()
-  save(workdir, config)
   if _MODE.value == "eval":
     evaluate.main(config, workdir)
   else:

@@ -17,6 +17,7 @@ from rich.console import Console
 from dmpo_jax import build, phases, sharding
 from dmpo_jax.build import Parts
 from dmpo_jax.checkpoints import Checkpoints, save_params
+from dmpo_jax.config import save as save_config
 from dmpo_jax.evaluate import table
 from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
@@ -65,6 +66,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
     Diverged: after `optim.max_skips_in_a_row` updates in a row that were not finite.
   """
   parts = build.build_parts(config, workdir)
+  save_config(workdir, config)  # not before: a start that was refused leaves the workdir free for another configuration
   with jax.set_mesh(parts.mesh), Metrics(workdir) as metrics:
     base = warm_start(config, workdir, parts, metrics)
     phase, state = phases.training_phase(config, workdir, parts, base)
