@@ -13,7 +13,9 @@ def get_config() -> ConfigDict:
 
   c.model = m = ConfigDict()
   m.name = "llada"  # see dmpo_jax.models.MODELS
-  m.init_from = ""  # a folder of converted parameters; "": random initialisation
+  m.init_from = ""  # a folder that launch/convert_hf.py wrote, or a run's base or policy; "": random initialisation
+  m.vocab_size = 0  # ids, some of which no token may have; 0: the checkpoint's or else the tokenizer's
+  m.embedding_size = 0  # rows of the embedding table; 0: the checkpoint's, or vocab_size up to a multiple of 8
   m.d_model = 64
   m.num_layers = 4
   m.num_heads = 4
@@ -22,6 +24,8 @@ def get_config() -> ConfigDict:
   m.rope_theta = 10_000.0
   m.rms_norm_eps = 1e-5
   m.weight_tying = False  # the head reuses the embedding
+  m.qkv_bias = False  # queries, keys and values have biases, as in Dream
+  m.shift_logits = False  # the logits of a position predict the next one, as in Dream
   m.dtype = "float32"  # of activations: float32, bfloat16
   m.param_dtype = "float32"  # of the parameters that are trained; frozen ones too
   m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)
@@ -32,10 +36,11 @@ def get_config() -> ConfigDict:
   lora.alpha = 64.0  # adapters are scaled by alpha / rank
   lora.dropout = 0.05  # on the adapters' input, in gradient steps only
   lora.targets = ("q_proj", "k_proj", "v_proj", "up_proj")  # or ("all",)
+  lora.init_from = ""  # a folder of adapters that launch/convert_hf.py wrote, or a run's policy; "": new ones
 
   c.tokenizer = t = ConfigDict()
   t.name = "sentencepiece"  # sentencepiece, huggingface (a folder with tokenizer.json)
-  t.path = os.path.join(HERE, "tokenizers", "tiny.model")
+  t.path = os.path.join(HERE, "tokenizers", "tiny.model")  # "": the folder of model.init_from
   t.is_chat = False  # prompts are a user's turn in the tokenizer's chat template; False: plain text
 
   c.task = k = ConfigDict()

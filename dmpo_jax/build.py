@@ -4,8 +4,8 @@ Below this module everything takes explicit keyword arguments.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import data, models, noise, rollout, sharding, tasks
+from dmpo_jax import data, models, noise, pretrained, rollout, sharding, tasks
 from dmpo_jax.checkpoints import load_params
 from dmpo_jax.config import ConfigError
 from dmpo_jax.models import llada
@@ -23,6 +23,17 @@ from dmpo_jax.structs import Prompts
 from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
 
 EMBEDDING_MULTIPLE = 8  # rows of the embedding table come in this many, so that mesh axes divide it
+SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+  """What a model takes from its tokenizer."""
+
+  vocab_size: int
+  mask_token_id: int
+  eos_token_id: int
+  pad_token_id: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +62,7 @@ def build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
 
 
 def _build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
-  tokenizer = load_tokenizer(**config.tokenizer)
+  tokenizer = make_tokenizer(config)
   task = tasks.TASKS[config.task.name](**config.task[config.task.name])
   source = data.TaskData(
     task,
@@ -77,20 +88,65 @@ def _build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
   )
 
 
-def build_model(config: ConfigDict, tokenizer: Tokenizer) -> llada.LLaDA:
-  """Build the model of `config.model`, its vocabulary and special ids from the tokenizer."""
-  sizes = {key: value for key, value in config.model.items() if key not in ("name", "init_from", "loss_chunk", "lora")}
-  return models.MODELS[config.model.name](
-    llada.ModelConfig(
-      **sizes,
-      vocab_size=tokenizer.vocab_size,
-      embedding_size=-(-tokenizer.vocab_size // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE,
-      mask_token_id=tokenizer.mask_token_id,
-      eos_token_id=tokenizer.eos_token_id,
-      pad_token_id=tokenizer.pad_token_id,
-      lora=LoraConfig(**config.model.lora) if config.model.lora.rank else None,
-    )
+def make_tokenizer(config: ConfigDict) -> Tokenizer:
+  """Load the tokenizer of `config.tokenizer`, which may be the checkpoint's own."""
+  own = config.tokenizer
+  return load_tokenizer(own.name, own.path or config.model.init_from, is_chat=own.is_chat)
+
+
+def build_model(config: ConfigDict, vocabulary: Vocabulary) -> llada.LLaDA:
+  """Build the model of `config.model`; special ids and, unless they are given, sizes of the vocabulary are the
+  tokenizer's.
+
+  Raises:
+    ValueError: the checkpoint in `model.init_from` or the adapters in `model.lora.init_from` are of another model.
+  """
+  own, lora = config.model, None
+  if own.lora.rank:
+    lora = LoraConfig(own.lora.rank, own.lora.alpha, own.lora.dropout, tuple(own.lora.targets))
+    _check_adapters(lora, own.lora.init_from)
+  fields = {name: own[name] for name in pretrained.FIELDS if name in own}
+  fields |= {name: getattr(vocabulary, name) for name in SPECIAL_IDS}
+  checkpoint = pretrained.read_model(own.init_from) if own.init_from else None
+  if checkpoint is not None:
+    _check_fields(fields, checkpoint.fields, own.init_from)
+    fields = checkpoint.fields
+  fields["vocab_size"] = fields["vocab_size"] or vocabulary.vocab_size
+  fields["embedding_size"] = fields["embedding_size"] or _round_up(fields["vocab_size"], EMBEDDING_MULTIPLE)
+  if fields["vocab_size"] < vocabulary.vocab_size:
+    raise ValueError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {vocabulary.vocab_size} ids")
+  return models.MODELS[own.name](
+    llada.ModelConfig(**fields, dtype=own.dtype, param_dtype=own.param_dtype, remat=own.remat, lora=lora)
   )
+
+
+def _check_fields(asked: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+  """Compare what the configuration and the tokenizer say of the model with what its checkpoint says."""
+  differing = [
+    f"{'the tokenizer' if name in SPECIAL_IDS else 'config.model'} has {name} = {value}, the checkpoint {stored[name]}"
+    for name, value in asked.items()
+    if value != stored[name] and not (value == 0 and name in ("vocab_size", "embedding_size"))
+  ]
+  if differing:
+    raise ValueError(f"model.init_from={where!r} is of another model:\n  " + "\n  ".join(differing))
+
+
+def _check_adapters(lora: LoraConfig, where: str) -> None:
+  """Compare the adapters that the configuration asks for with those that it starts from."""
+  stored = pretrained.read_adapter(where) if where else None
+  if stored is None:
+    return
+  differing = [
+    f"config.model.lora has {name} = {getattr(lora, name)}, the adapters {getattr(stored, name)}"
+    for name in ("rank", "alpha", "targets")
+    if getattr(lora, name) != getattr(stored, name)
+  ]
+  if differing:
+    raise ValueError(f"model.lora.init_from={where!r} holds other adapters:\n  " + "\n  ".join(differing))
+
+
+def _round_up(number: int, multiple: int) -> int:
+  return -(-number // multiple) * multiple
 
 
 def _check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:
@@ -127,6 +183,13 @@ def initial_params(config: ConfigDict, parts: Parts) -> Any:
   if config.model.init_from:
     return load_params(epath.Path(config.model.init_from), abstract_collection(parts.model, parts.mesh, "params"))
   return random_collection(parts.model, parts.mesh, "params", noise.step_key(config.seed, "init", 0))
+
+
+def initial_adapters(config: ConfigDict, parts: Parts) -> Any:
+  """Return the adapters that `model.lora.init_from` names, or new ones from the seed, laid out over the mesh."""
+  if config.model.lora.init_from:
+    return load_params(config.model.lora.init_from, abstract_collection(parts.model, parts.mesh, "lora"))
+  return random_collection(parts.model, parts.mesh, "lora", noise.step_key(config.seed, "init", 1))
 
 
 def base_params(config: ConfigDict, workdir: epath.Path, parts: Parts) -> Any:

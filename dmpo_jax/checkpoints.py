@@ -13,6 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
+from dmpo_jax import pretrained
 from dmpo_jax.structs import Experience, Prompts, TrainState
 
 logger = logging.getLogger(__name__)
@@ -139,12 +140,15 @@ def save_params(path: epath.PathLike, params: Any) -> None:
 def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
   """Load parameters onto the shapes, dtypes and shardings of `abstract_params` (`jax.ShapeDtypeStruct`).
 
+  Args:
+    path: what `save_params` wrote, or a converted checkpoint or adapter.
+
   Raises:
     ValueError: there are none, or their names or shapes are others; up to ten differences are listed.
   """
-  path = _absolute(path)
+  path = _absolute(pretrained.params_path(path))
   if not path.exists():
-    raise ValueError(f"{path}: no parameters there; give a folder that save_params wrote")
+    raise ValueError(f"{path}: no parameters there; give a folder that a run or launch/convert_hf.py wrote")
   with ocp.StandardCheckpointer() as checkpointer:
     saved, wanted = _shapes(checkpointer.metadata(path).item_metadata.tree), _shapes(abstract_params)
     differing = [

@@ -16,8 +16,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dmpo_jax import noise, optim, rollout, sharding, update
-from dmpo_jax.build import Parts, initial_params, make_sample, random_collection
+from dmpo_jax import optim, rollout, sharding, update
+from dmpo_jax.build import Parts, initial_adapters, initial_params, make_sample
 from dmpo_jax.evaluate import make_evaluate
 from dmpo_jax.models import llada
 from dmpo_jax.objectives import OBJECTIVES
@@ -91,10 +91,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
   """Build the training proper by `config.objective`, and its first state: the base, or fresh adapters on it."""
   objective, has_adapters = config.objective, parts.model.config.lora is not None
   optimizer = _make_optimizer(config, optim.warmup_constant(config.optim.learning_rate, config.optim.warmup_updates))
-  if has_adapters:
-    trainable = random_collection(parts.model, parts.mesh, "lora", noise.step_key(config.seed, "init", 1))
-  else:
-    trainable = jax.tree.map(jnp.copy, base)
+  trainable = initial_adapters(config, parts) if has_adapters else jax.tree.map(jnp.copy, base)
   state = fresh_state(trainable, optimizer, parts.mesh)
   is_supervised = objective.name == "denoise"
   phase = Phase(

@@ -16,8 +16,13 @@ from dmpo_jax import chat
 
 MASK_PIECE = "<mask>"
 
-# the files of a tokenizer in Hugging Face's layout; the first is needed
+# the files of a tokenizer in Hugging Face's layout; the first is needed, or the two of QWEN_FILES
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+QWEN_FILES = ("vocab.json", "merges.txt")  # what Dream has, with its special tokens in tokenizer_config.json
+# how Qwen2's tokenizer cuts text before the merges
+QWEN_PIECES = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 MODEL_FILE = "config.json"  # of the model that it belongs to, read for its special ids where it stands beside them
 
 
@@ -111,8 +116,8 @@ class HuggingFaceTokenizer:
     """
     self._where = f"tokenizer.path={str(path)!r}"
     folder = epath.Path(path)
-    self._model = self._load(folder / FILES[0])
     config = _read_json(folder / FILES[2], self._where) | _read_json(folder / FILES[1], self._where)
+    self._model = self._load(folder, config)
     names = {key: _content(value) for key, value in config.items() if key.endswith("_token") and value}
     self._template = None
     if is_chat:
@@ -120,13 +125,16 @@ class HuggingFaceTokenizer:
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
     self._set_special_ids(names, _read_json(folder / MODEL_FILE, self._where))
 
-  def _load(self, path: epath.Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-      raise ValueError(f"{self._where}: no {path.name} there; give the folder of a model in Hugging Face's layout")
+  def _load(self, folder: epath.Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    path, parts = folder / FILES[0], [folder / name for name in QWEN_FILES]
     try:
-      return tokenizers.Tokenizer.from_str(path.read_text())
+      if path.is_file():
+        return tokenizers.Tokenizer.from_str(path.read_text())
+      if all(part.is_file() for part in parts):
+        return _qwen_tokenizer(*(part.read_text() for part in parts), config["added_tokens_decoder"])
     except Exception as error:  # the library's own errors are plain Exceptions
       raise ValueError(f"{self._where}: {path.name} is not a tokenizer ({error})") from error
+    raise ValueError(f"{self._where}: no {path.name} there; give the folder of a model in Hugging Face's layout")
 
   def _compile(self, source: str | None, names: Mapping[str, str]) -> chat.Template:
     if source is None:
@@ -136,7 +144,7 @@ class HuggingFaceTokenizer:
     except jinja2.TemplateError as error:
       raise ValueError(f"{self._where}: the chat template cannot be used ({error})") from error
 
-  def _set_special_ids(self, names: Mapping[str, str], model: Mapping[str, Any]) -> None:
+  def _set_special_ids(self, names: Mapping[str, str], model: dict[str, Any]) -> None:
     problems = []
 
     def find(kind: str, token: str | None, is_needed: bool = True) -> int | None:
@@ -155,6 +163,8 @@ class HuggingFaceTokenizer:
     self.mask_token_id = find("mask", names.get("mask_token"))
     self.eos_token_id = find("eos", names.get("eos_token"))
     self.pad_token_id = find("pad", names.get("pad_token"))
+    if model.get("model_type") == "Dream":  # whose config.json keeps the bos id of the Qwen model that it grew from
+      model = {key: value for key, value in model.items() if key != "bos_token_id"}
     self.bos_token_id = find("bos", names.get("bos_token"), is_needed=False)
     eot_token_id = find("eot", names.get("eot_token") or self._end_of_turn(), is_needed=False)
     self.eot_token_id = self.eos_token_id if eot_token_id is None else eot_token_id
@@ -190,6 +200,22 @@ class HuggingFaceTokenizer:
     end = min((ids.index(token) for token in (self.eos_token_id, self.eot_token_id) if token in ids), default=len(ids))
     kept = [token for token in ids[:end] if token != self.mask_token_id]
     return self._model.decode(kept, skip_special_tokens=True)
+
+
+def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, Any]]) -> tokenizers.Tokenizer:
+  """Build a tokenizer of Qwen2's kind, bytes merged to pieces, from its two files and its added tokens by id."""
+  pairs = [tuple(line.split(" ")) for line in merges.splitlines() if line and not line.startswith("#version")]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocab), pairs))
+  tokenizer.normalizer = tokenizers.normalizers.NFC()
+  cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_PIECES), behavior="isolated")
+  to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([cut, to_bytes])
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  for number, token in sorted(added.items(), key=lambda item: int(item[0])):
+    tokenizer.add_tokens([tokenizers.AddedToken(**token)])
+    if tokenizer.token_to_id(token["content"]) != int(number):
+      raise ValueError(f"the added token {token['content']!r} does not get its id {number}")
+  return tokenizer
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

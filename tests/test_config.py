@@ -27,8 +27,13 @@ def problems(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_is_valid(name):
-  config_lib.validate(importlib.import_module(f"configs.{name}").get_config())
+def test_every_config_is_valid(name, tmp_path):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  if not config.tokenizer.path:  # it is for a checkpoint that the user has
+    (line,) = problems(config)
+    assert "config.tokenizer.path" in line
+    config.model.init_from = str(tmp_path)
+  config_lib.validate(config)
 
 
 def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
@@ -52,7 +57,9 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("model.init_from", "no/such/folder", "the path of a folder of parameters that exists"),
     ("model.lora.targets", ("q_prj",), "did you mean 'q_proj'?"),
     ("model.lora.targets", (), "a tuple of"),
-    ("tokenizer.path", "", "the path of a tokenizer that exists"),
+    ("tokenizer.path", "", "the path of a tokenizer, as model.init_from = '' has none"),
+    ("tokenizer.path", "no/such/file", "the path of a tokenizer that exists"),
+    ("model.embedding_size", -1, "a whole number, 0 or more"),
     ("task.name", "sudoko", "did you mean 'sudoku'?"),
     ("task.overlong_prompts", "skpi", "did you mean 'skip'?"),
     ("sampler.block_length", 5, "a divisor of sampler.completion_length = 16"),

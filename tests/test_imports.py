@@ -13,7 +13,21 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "dmpo_jax"
 LEVELS = (
   {"structs", "sharding", "noise", "files", "tasks"},
   {"models", "objectives", "samplers"},
-  {"chat", "data", "tokenizer", "optim", "checkpoints", "metrics", "progress", "rules", "config", "scoring"},
+  {
+    "chat",
+    "data",
+    "tokenizer",
+    "optim",
+    "checkpoints",
+    "metrics",
+    "piecewise",
+    "pretrained",
+    "progress",
+    "rules",
+    "shards",
+    "config",
+    "scoring",
+  },
   {"rollout", "update"},
   {"build", "evaluate", "phases", "train"},
   {"main"},
@@ -21,6 +35,7 @@ LEVELS = (
 # and, of its own level, only what is named here: so the three rooms of the second know nothing of each other
 INSIDE = {
   "config": {"rules"},
+  "checkpoints": {"pretrained"},
   "data": {"tokenizer"},
   "rules": {"tokenizer"},
   "tokenizer": {"chat"},

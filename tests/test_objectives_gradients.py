@@ -127,7 +127,7 @@ def test_recorded_losses_and_parameter_gradients(name):
 
 def check_gradient(gradient, case, settings):
   if settings["grad_norm_names"]:
-    names, tensors = settings["grad_norm_names"], convert.adapters_to_peft(gradient)
+    names, tensors = settings["grad_norm_names"], convert.adapters_to_peft(gradient, CONFIG)
   else:
     names, tensors = RECORDED["grad_norm_names"], convert.params_to_hf(gradient, CONFIG)
   names = [name.replace(".default.", ".") for name in names]

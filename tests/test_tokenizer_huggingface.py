@@ -5,6 +5,7 @@ import json
 import jinja2
 import pytest
 import standin_tokenizer as standin
+from tokenizers import pre_tokenizers
 
 from dmpo_jax import chat
 from dmpo_jax.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -139,3 +140,27 @@ def test_templates_are_sandboxed_and_may_refuse():
     chat.Template("{{ raise_exception('only users') }}", {}).render([("user", "x")])
   with pytest.raises(jinja2.TemplateError):
     chat.Template("{{", {})
+
+
+def test_dreams_files_make_a_tokenizer(tmp_path):
+  """Dream has Qwen2's vocab.json and merges.txt, and its special tokens in tokenizer_config.json alone."""
+  alphabet = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+  vocab = alphabet | {"he": 256, "hel": 257, "Ġw": 258}
+  (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+  (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nhe l\nĠ w\n")
+  properties = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+  special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"]
+  added = {str(259 + i): {"content": token} | properties for i, token in enumerate(special)}
+  settings = standin.DREAM_CONFIG | {"chat_template": standin.DREAM_TEMPLATE, "added_tokens_decoder": added}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  model = dict(model_type="Dream", bos_token_id=259, eos_token_id=259, pad_token_id=259, mask_token_id=263)
+  (tmp_path / "config.json").write_text(json.dumps(model))
+  tokenizer = load_tokenizer("huggingface", tmp_path, is_chat=True)
+  assert (tokenizer.mask_token_id, tokenizer.eot_token_id, tokenizer.bos_token_id) == (263, 261, 262)
+  assert tokenizer.encode("hello w12") == [257, vocab["l"], vocab["o"], 258, vocab["1"], vocab["2"]]
+  assert tokenizer.decode(tokenizer.encode("hello wörld 12\n\n x")) == "hello wörld 12\n\n x"
+  assert tokenizer.encode_prompt("w")[:1] == [260]
+  settings["added_tokens_decoder"] = {"270": added["259"]}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  with pytest.raises(ValueError, match="does not get its id 270"):
+    load_tokenizer("huggingface", tmp_path)

@@ -1,12 +1,13 @@
-"""Between LLaDA checkpoints in Hugging Face's layout, PEFT adapters too, and our variables: names, axes, stacking.
+"""Between checkpoints in Hugging Face's layout, PEFT adapters too, and our variables: names, axes, stacking.
 
-Pure mappings of names to arrays, on the host; reading and writing files is the caller's. Torch keeps a projection as
-[out, in] for each layer, we keep [layers, in, out].
+Pure mappings on the host; reading and writing files is the caller's. Torch keeps a projection as [out, in] for each
+layer, we keep [layers, in, out]. A `Place` says for one tensor where it belongs; everything else follows from these.
 """
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,145 +15,196 @@ import numpy as np
 from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.models.lora import TARGETS, LoraConfig
 
-ROOT = "model.transformer."
 PEFT_ROOT = "base_model.model."
-NORMS = ("attn_norm", "ff_norm")
+BIASED = ("q_proj", "k_proj", "v_proj")
 
-# Hugging Face's options of which we implement one value only.
-_FIXED = {
-  "activation_type": "silu",
-  "alibi": False,
-  "attention_layer_norm": False,
-  "bias_for_layer_norm": False,
-  "block_group_size": 1,
-  "block_type": "llama",
-  "include_bias": False,
-  "include_qkv_bias": False,
-  "input_emb_norm": False,
-  "layer_norm_type": "rms",
-  "layer_norm_with_affine": True,
-  "rope": True,
-  "scale_logits": False,
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What one family of checkpoints calls things: of the whole model, and of a layer by our names."""
+
+  embedding: str
+  final_norm: str
+  head: str
+  block: str  # {} stands for the layer's number
+  modules: Mapping[str, str]  # ours -> theirs
+  sizes: Mapping[str, str]  # our fields -> keys of config.json
+  fixed: Mapping[str, Any]  # options of which the model has one value only
+  shift_logits: bool = False
+
+
+FAMILIES = {
+  "llada": Family(  # arXiv 2502.09992
+    embedding="model.transformer.wte",
+    final_norm="model.transformer.ln_f",
+    head="model.transformer.ff_out",
+    block="model.transformer.blocks.{}.",
+    modules={name: name for name in ("attn_norm", "ff_norm", *TARGETS)},
+    sizes=dict(
+      d_model="d_model",
+      num_layers="n_layers",
+      num_heads="n_heads",
+      mlp_hidden_size="mlp_hidden_size",
+      weight_tying="weight_tying",
+    ),
+    fixed=dict(
+      activation_type="silu",
+      alibi=False,
+      attention_layer_norm=False,
+      bias_for_layer_norm=False,
+      block_group_size=1,
+      block_type="llama",
+      include_bias=False,
+      include_qkv_bias=False,
+      input_emb_norm=False,
+      layer_norm_type="rms",
+      layer_norm_with_affine=True,
+      rope=True,
+      scale_logits=False,
+    ),
+  ),
+  "dream": Family(  # arXiv 2508.15487; the architecture of Qwen2.5
+    embedding="model.embed_tokens",
+    final_norm="model.norm",
+    head="lm_head",
+    block="model.layers.{}.",
+    modules=dict(
+      attn_norm="input_layernorm",
+      ff_norm="post_attention_layernorm",
+      q_proj="self_attn.q_proj",
+      k_proj="self_attn.k_proj",
+      v_proj="self_attn.v_proj",
+      attn_out="self_attn.o_proj",
+      ff_proj="mlp.gate_proj",
+      up_proj="mlp.up_proj",
+      ff_out="mlp.down_proj",
+    ),
+    sizes=dict(
+      d_model="hidden_size",
+      num_layers="num_hidden_layers",
+      num_heads="num_attention_heads",
+      mlp_hidden_size="intermediate_size",
+      weight_tying="tie_word_embeddings",
+    ),
+    fixed=dict(hidden_act="silu", rope_scaling=None, use_mrope=False, use_sliding_window=False),
+    shift_logits=True,
+  ),
 }
+
+
+class Place(NamedTuple):
+  """Where a tensor of a checkpoint belongs in our variables."""
+
+  path: tuple[str, ...]  # keys down to the leaf
+  layer: int | None  # row of the leaf, which is stacked over the layers; None: the whole leaf
+  shape: tuple[int, ...]  # as we keep it, of one layer
+  is_transposed: bool  # whether torch keeps it the other way round
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+  """Name the family of a checkpoint's config.json.
+
+  Raises:
+    ValueError: the model is of no family that we know.
+  """
+  name = str(config.get("model_type")).lower()
+  if name not in FAMILIES:
+    raise ValueError(
+      f"config.json of the checkpoint: model_type={config.get('model_type')!r} is not of {list(FAMILIES)}"
+    )
+  return name
 
 
 def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   """Translate a checkpoint's config.json; `own` are our fields that it does not have (dtype, remat, lora, ...).
 
   Raises:
-    ValueError: the checkpoint uses options that the model does not have.
+    ValueError: the checkpoint lacks an entry, or uses options that the model does not have.
   """
-  other = {name: config[name] for name, value in _FIXED.items() if config.get(name, value) not in (value, None)}
+  family = FAMILIES[family_of(config)]
+  other = {key: config[key] for key, value in family.fixed.items() if config.get(key, value) not in (value, None)}
   if other:
-    wanted = {name: _FIXED[name] for name in other}
+    wanted = {key: family.fixed[key] for key in other}
     raise ValueError(f"config.json of the checkpoint: {other} is not supported; this model has {wanted}")
-  num_heads = config["n_heads"]
-  num_kv_heads = config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else num_heads)
+  needed = [*family.sizes.values(), "vocab_size", "mask_token_id", "eos_token_id", "rope_theta", "rms_norm_eps"]
+  missing = [key for key in needed if key not in config and key != "mlp_hidden_size"]
+  if missing:
+    raise ValueError(f"config.json of the checkpoint has no {', '.join(missing)}")
+  fields = {ours: config.get(theirs) for ours, theirs in family.sizes.items()}
+  fields["mlp_hidden_size"] = fields["mlp_hidden_size"] or config["mlp_ratio"] * fields["d_model"]
+  num_kv_heads = config.get("n_kv_heads") or config.get("num_key_value_heads")
+  pad_token_id = config.get("pad_token_id")
   return ModelConfig(
+    **fields,
+    num_kv_heads=num_kv_heads or (1 if config.get("multi_query_attention") else fields["num_heads"]),
     vocab_size=config["vocab_size"],
     embedding_size=config.get("embedding_size") or config["vocab_size"],
-    d_model=config["d_model"],
-    num_layers=config["n_layers"],
-    num_heads=num_heads,
-    num_kv_heads=num_kv_heads,
-    mlp_hidden_size=config.get("mlp_hidden_size") or config["mlp_ratio"] * config["d_model"],
     mask_token_id=config["mask_token_id"],
     eos_token_id=config["eos_token_id"],
-    pad_token_id=config["pad_token_id"],
-    rope_theta=config["rope_theta"],
-    rms_norm_eps=config["rms_norm_eps"],
-    weight_tying=config["weight_tying"],
+    pad_token_id=config["eos_token_id"] if pad_token_id is None else pad_token_id,
+    rope_theta=float(config["rope_theta"]),
+    rms_norm_eps=float(config["rms_norm_eps"]),
+    qkv_bias=config.get("attention_bias", True) if family.shift_logits else False,
+    shift_logits=family.shift_logits,
     **own,
   )
 
 
-def params_from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
-  """Build the "params" collection, in `config.param_dtype`, from a checkpoint's tensors.
+def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
+  """Write a config.json for a model of ours, in LLaDA's layout, or in Dream's if it shifts its logits."""
+  name = "dream" if config.shift_logits else "llada"
+  family = FAMILIES[name]
+  common = dict(
+    model_type={"dream": "Dream"}.get(name, name),
+    architectures=[{"dream": "DreamModel"}.get(name, "LLaDAModelLM")],
+    vocab_size=config.vocab_size,
+    mask_token_id=config.mask_token_id,
+    eos_token_id=config.eos_token_id,
+    pad_token_id=config.pad_token_id,
+    rope_theta=config.rope_theta,
+    rms_norm_eps=config.rms_norm_eps,
+    use_cache=False,
+  )
+  sizes = {theirs: getattr(config, ours) for ours, theirs in family.sizes.items()}
+  own = dict(num_key_value_heads=config.num_kv_heads, attention_bias=config.qkv_bias)
+  if name == "llada":
+    own = dict(n_kv_heads=config.num_kv_heads, embedding_size=config.embedding_size)
+  return common | dict(family.fixed) | sizes | own
 
-  Tensors are taken one at a time, so that `tensors` may read them from disk.
 
-  Raises:
-    ValueError: tensors are missing, left over or of another shape than the config's.
-  """
-  names = {ROOT + name for name in ("wte.weight", "ln_f.weight")}
-  names |= set() if config.weight_tying else {ROOT + "ff_out.weight"}
-  names |= {_block(i, name) for i in range(config.num_layers) for name in (*NORMS, *TARGETS)}
-  _check_names(tensors, names, "the checkpoint")
-  width, dtype = config.d_model, config.param_dtype
-  shapes = projection_shapes(config)
-
-  def stack(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return _stack(tensors, [_block(i, name) for i in range(config.num_layers)], shape, dtype)
-
-  params = {
-    "embedding": _take(tensors, ROOT + "wte.weight", (config.embedding_size, width), dtype),
-    "blocks": {name: {"scale": stack(name, (width,))} for name in NORMS}
-    | {name: {"kernel": stack(name, shapes[name])} for name in TARGETS},
-    "final_norm": {"scale": _take(tensors, ROOT + "ln_f.weight", (width,), dtype)},
+def checkpoint_places(config: ModelConfig, family: str) -> dict[str, Place]:
+  """Say for every tensor that a checkpoint of this model has, by name, where it belongs in "params"."""
+  names, width = FAMILIES[family], config.d_model
+  table = (config.embedding_size, width)
+  places = {
+    f"{names.embedding}.weight": Place(("embedding",), None, table, False),
+    f"{names.final_norm}.weight": Place(("final_norm", "scale"), None, (width,), False),
   }
   if not config.weight_tying:
-    params["head"] = _take(tensors, ROOT + "ff_out.weight", (width, config.embedding_size), dtype, transposed=True)
-  return params
-
-
-def params_to_hf(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-  """Give the tensors of a checkpoint in Hugging Face's layout; the inverse of `params_from_hf`."""
-  tensors = {
-    ROOT + "wte.weight": np.asarray(params["embedding"]),
-    ROOT + "ln_f.weight": np.asarray(params["final_norm"]["scale"]),
-  }
-  if not config.weight_tying:
-    tensors[ROOT + "ff_out.weight"] = np.asarray(params["head"]).T
-  for name, leaf in params["blocks"].items():
-    for i, array in enumerate(np.asarray(next(iter(leaf.values())))):
-      tensors[_block(i, name)] = array.T
-  return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-
-
-def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str]) -> LoraConfig:
-  """Translate an adapter_config.json; the targets are those that the adapter's tensor `names` have.
-
-  (PEFT ignores target names that match nothing, and published configs do name modules that LLaDA lacks.)
-
-  Raises:
-    ValueError: the adapters are of a kind that the model does not have.
-  """
-  fixed = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
-  other = {name: config[name] for name, value in fixed.items() if config.get(name, value) not in (value, None)}
-  if other:
-    raise ValueError(f"adapter_config.json: {other} is not supported; adapters here are plain LoRA")
-  targets = {match[1] for name in names if (match := re.search(r"\.(\w+)\.lora_[AB]\.weight$", name))}
-  return LoraConfig(config["r"], float(config["lora_alpha"]), config["lora_dropout"], tuple(sorted(targets)))
-
-
-def adapters_from_peft(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
-  """Build the "lora" collection, float32, from the tensors of a PEFT adapter for `config.lora`.
-
-  Raises:
-    ValueError: tensors are missing, left over or of another shape than the config's.
-  """
-  layers, targets, rank = range(config.num_layers), config.lora.targets, config.lora.rank
-  _check_names(tensors, {_peft(i, name, part) for i in layers for name in targets for part in "AB"}, "the adapter")
-
-  def stack(name: str, part: str, shape: tuple[int, int]) -> np.ndarray:
-    return _stack(tensors, [_peft(i, name, part) for i in layers], shape, "float32")
-
+    places[f"{names.head}.weight"] = Place(("head",), None, table[::-1], True)
   shapes = projection_shapes(config)
-  blocks = {
-    name: {"A": stack(name, "A", (shapes[name][0], rank)), "B": stack(name, "B", (rank, shapes[name][1]))}
-    for name in targets
-  }
-  return {"blocks": blocks}
+  for name, theirs in names.modules.items():
+    for layer in range(config.num_layers):
+      module = names.block.format(layer) + theirs
+      if name in shapes:
+        places[f"{module}.weight"] = Place(("blocks", name, "kernel"), layer, shapes[name], True)
+      else:
+        places[f"{module}.weight"] = Place(("blocks", name, "scale"), layer, (width,), False)
+      if config.qkv_bias and name in BIASED:
+        places[f"{module}.bias"] = Place(("blocks", name, "bias"), layer, shapes[name][1:], False)
+  return places
 
 
-def adapters_to_peft(adapters: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Give the tensors of a PEFT adapter; the inverse of `adapters_from_peft`."""
-  return {
-    _peft(i, name, part): np.ascontiguousarray(array.T)
-    for name, leaf in adapters["blocks"].items()
-    for part, stacked in leaf.items()
-    for i, array in enumerate(np.asarray(stacked))
-  }
+def adapter_places(config: ModelConfig, family: str) -> dict[str, Place]:
+  """Say for every tensor that a PEFT adapter for `config.lora` has where it belongs in the "lora" collection."""
+  names, rank, shapes = FAMILIES[family], config.lora.rank, projection_shapes(config)
+  places = {}
+  for name in config.lora.targets:
+    for layer in range(config.num_layers):
+      module = PEFT_ROOT + names.block.format(layer) + names.modules[name]
+      places[f"{module}.lora_A.weight"] = Place(("blocks", name, "A"), layer, (shapes[name][0], rank), True)
+      places[f"{module}.lora_B.weight"] = Place(("blocks", name, "B"), layer, (rank, shapes[name][1]), True)
+  return places
 
 
 def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -162,37 +214,137 @@ def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
   return {name: inner.get(name, (ffn, width) if name == "ff_out" else (width, width)) for name in TARGETS}
 
 
-def _block(layer: int, name: str) -> str:
-  return f"{ROOT}blocks.{layer}.{name}.weight"
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], where: str) -> None:
+  """Compare the tensors that there are, by their shapes, with those that there should be.
 
-
-def _peft(layer: int, name: str, part: str) -> str:
-  return f"{PEFT_ROOT}{ROOT}blocks.{layer}.{name}.lora_{part}.weight"
-
-
-def _check_names(tensors: Mapping[str, Any], wanted: set[str], where: str) -> None:
-  missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+  Raises:
+    ValueError: naming the tensors that are missing, left over or of another shape.
+  """
+  wanted = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+  misshapen = [name for name in wanted.keys() & shapes.keys() if tuple(shapes[name]) != wanted[name]]
   problems = [
     f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-    for what, names in (("missing", missing), ("unknown", extra))
+    for what, names in (
+      ("missing", sorted(wanted.keys() - shapes.keys())),
+      ("unknown", sorted(shapes.keys() - wanted.keys())),
+      (
+        "misshapen",
+        [f"{name} has {list(shapes[name])}, the config asks for {list(wanted[name])}" for name in sorted(misshapen)],
+      ),
+    )
     if names
   ]
   if problems:
     raise ValueError(f"tensors of {where} do not fit the model's config: {'; '.join(problems)}")
 
 
-def _take(
-  tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: str, transposed: bool = False
-) -> np.ndarray:
-  array = np.asarray(tensors[name])
-  array = array.T if transposed else array
-  if array.shape != shape:
-    raise ValueError(f"{name} has the shape {array.shape} (input first), the model's config asks for {shape}")
-  return array.astype(jnp.dtype(dtype))
+def from_tensors(tensors: Mapping[str, np.ndarray], places: Mapping[str, Place], dtype: str) -> dict[str, Any]:
+  """Build variables from tensors, taken one at a time.
+
+  Raises:
+    ValueError: see `check_tensors`.
+  """
+  check_tensors({name: tensors[name].shape for name in tensors}, places, "the checkpoint")
+  variables: dict[str, Any] = {}
+  for leaf, names in leaves_of(places).items():
+    *parents, last = leaf
+    place = places[names[0]]
+    stacked = np.empty(place.shape if place.layer is None else (len(names), *place.shape), jnp.dtype(dtype))
+    for name in names:
+      row = ... if places[name].layer is None else places[name].layer
+      stacked[row] = tensors[name].T if place.is_transposed else tensors[name]
+    node = variables
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = stacked
+  return variables
 
 
-def _stack(tensors: Mapping[str, np.ndarray], names: list[str], shape: tuple[int, ...], dtype: str) -> np.ndarray:
-  stacked = np.empty((len(names), *shape), jnp.dtype(dtype))
-  for row, name in zip(stacked, names, strict=True):
-    row[...] = _take(tensors, name, shape, dtype, transposed=len(shape) == 2)
-  return stacked
+def to_tensors(variables: Mapping[str, Any], places: Mapping[str, Place]) -> Iterator[tuple[str, np.ndarray]]:
+  """Yield the tensors of a checkpoint one after the other; the inverse of `from_tensors`."""
+  for leaf, names in leaves_of(places).items():
+    array = variables
+    for key in leaf:
+      array = array[key]
+    array = np.asarray(array)
+    for name in names:
+      row = array if places[name].layer is None else array[places[name].layer]
+      yield name, np.ascontiguousarray(row.T if places[name].is_transposed else row)
+
+
+def leaves_of(places: Mapping[str, Place]) -> dict[tuple[str, ...], list[str]]:
+  """Group the tensors' names by the leaf that they belong to, layers in order."""
+  leaves: dict[tuple[str, ...], list[str]] = {}
+  for name, place in places.items():
+    leaves.setdefault(place.path, []).append(name)
+  return leaves
+
+
+def params_from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig, family: str = "llada") -> dict[str, Any]:
+  """Build the "params" collection, in `config.param_dtype`, from a checkpoint's tensors; see `from_tensors`."""
+  return from_tensors(tensors, checkpoint_places(config, family), config.param_dtype)
+
+
+def params_to_hf(params: Mapping[str, Any], config: ModelConfig, family: str = "llada") -> dict[str, np.ndarray]:
+  """Give the tensors of a checkpoint in Hugging Face's layout; the inverse of `params_from_hf`."""
+  return dict(to_tensors(params, checkpoint_places(config, family)))
+
+
+def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], family: str = "llada") -> LoraConfig:
+  """Translate an adapter_config.json; the targets are those that the adapter's tensor `names` have.
+
+  (PEFT ignores target names that match nothing, and published configs do name modules that LLaDA lacks.)
+
+  Raises:
+    ValueError: the adapters are of a kind that the model does not have, or on modules that it does not have.
+  """
+  fixed = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "use_rslora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+  }
+  other = {name: config[name] for name, value in fixed.items() if config.get(name, value) not in (value, None)}
+  if other:
+    raise ValueError(f"adapter_config.json: {other} is not supported; adapters here are plain LoRA")
+  ours = {theirs.split(".")[-1]: name for name, theirs in FAMILIES[family].modules.items()}
+  modules = {match[1] for name in names if (match := re.search(r"\.(\w+)\.lora_[AB]\.weight$", name))}
+  unknown = sorted(modules - ours.keys())
+  if unknown or not modules:
+    raise ValueError(f"the adapter is on {unknown or 'nothing'}; the model has {', '.join(ours)}")
+  targets = tuple(name for name in TARGETS if name in {ours[module] for module in modules})
+  return LoraConfig(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout") or 0), targets)
+
+
+def lora_config_to_peft(lora: LoraConfig, family: str, base: str) -> dict[str, Any]:
+  """Write the adapter_config.json that PEFT reads; `base` names the model that the adapters are for."""
+  modules = [FAMILIES[family].modules[name].split(".")[-1] for name in lora.targets]
+  if "ff_out" in modules:  # LLaDA's head has that name too, and PEFT would take it for both: a pattern, of the layers'
+    modules = rf".*blocks\.\d+\.({'|'.join(modules)})"
+  return {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base,
+    "r": lora.rank,
+    "lora_alpha": lora.alpha,
+    "lora_dropout": lora.dropout,
+    "target_modules": modules,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+  }
+
+
+def adapters_from_peft(tensors: Mapping[str, np.ndarray], config: ModelConfig, family: str = "llada") -> dict[str, Any]:
+  """Build the "lora" collection, float32, from the tensors of a PEFT adapter for `config.lora`; see `from_tensors`."""
+  return from_tensors(tensors, adapter_places(config, family), "float32")
+
+
+def adapters_to_peft(adapters: Mapping[str, Any], config: ModelConfig, family: str = "llada") -> dict[str, np.ndarray]:
+  """Give the tensors of a PEFT adapter; the inverse of `adapters_from_peft`."""
+  return dict(to_tensors(adapters, adapter_places(config, family)))

@@ -102,7 +102,8 @@ def _completion_hidden(
   rows = constrain(jnp.concatenate([prompt_tokens, completion], axis=1), "rows", None)
   is_valid = jnp.concatenate([prompt_is_valid, jnp.ones(completion.shape, bool)], axis=1)
   hidden, _ = model.apply(variables, rows, is_valid=is_valid, dropout_keys=dropout_keys, method="hidden")
-  return hidden[:, prompt_tokens.shape[1] :]
+  first = prompt_tokens.shape[1] - model.config.shift_logits  # whose logits predict the completion's first token
+  return hidden[:, first : first + completion.shape[1]]
 
 
 def _score(logits: Float32[Array, "b s v"], targets: Int[Array, "b s"]) -> Scores:

@@ -27,12 +27,13 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-  """A projection without bias, plus a low-rank adapter where the "lora" collection is given.
+  """A projection, plus a low-rank adapter where the "lora" collection is given.
 
   Args:
     features: output width.
     axes: logical axes of the kernel [in, out].
     gain: factor on the initial weights' standard deviation, otherwise 1 / sqrt(in).
+    has_bias: whether a learned bias is added, 0 at first.
     lora: the adapters' settings; None: this projection is not adapted.
   """
 
@@ -40,6 +41,7 @@ class Dense(nn.Module):
   axes: tuple[str, str]
   param_dtype: Any
   gain: float = 1.0
+  has_bias: bool = False
   lora: LoraConfig | None = None
 
   @nn.compact
@@ -48,6 +50,9 @@ class Dense(nn.Module):
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype)
     y = project(x, kernel)
+    if self.has_bias:
+      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+      y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(y.dtype)
     if self.lora is not None and (self.is_initializing() or self.has_variable("lora", "A")):
       y = y + self._adapt(x, dropout_keys)
     return y

@@ -27,7 +27,8 @@ REMAT_POLICIES = {
 class ModelConfig:
   """Sizes and choices of the model; the configuration's `model` section explains each.
 
-  `embedding_size` may exceed `vocab_size`: rows of the table that no token uses.
+  `embedding_size` may exceed `vocab_size`: rows of the table that no token uses. With `shift_logits` the logits of a
+  position are the prediction of the next one, as an autoregressive ancestor had it; `denoiser` reads them so.
 
   Raises:
     ValueError: sizes that do not fit together, or an unknown choice.
@@ -46,6 +47,8 @@ class ModelConfig:
   rope_theta: float = 500_000.0
   rms_norm_eps: float = 1e-5
   weight_tying: bool = False
+  qkv_bias: bool = False
+  shift_logits: bool = False
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
@@ -113,18 +116,18 @@ class Block(nn.Module):
     c = self.config
     residual = (2 * c.num_layers) ** -0.5  # what is added to the stream starts small
     self.attn_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-    self.q_proj = self._dense("q_proj", c.d_model, ("embed", "heads"))
-    self.k_proj = self._dense("k_proj", c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
-    self.v_proj = self._dense("v_proj", c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+    self.q_proj = self._dense("q_proj", c.d_model, ("embed", "heads"), has_bias=c.qkv_bias)
+    self.k_proj = self._dense("k_proj", c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), has_bias=c.qkv_bias)
+    self.v_proj = self._dense("v_proj", c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), has_bias=c.qkv_bias)
     self.attn_out = self._dense("attn_out", c.d_model, ("heads", "embed"), gain=residual)
     self.ff_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
     self.ff_proj = self._dense("ff_proj", c.mlp_hidden_size, ("embed", "ffn"))
     self.up_proj = self._dense("up_proj", c.mlp_hidden_size, ("embed", "ffn"))
     self.ff_out = self._dense("ff_out", c.d_model, ("ffn", "embed"), gain=residual)
 
-  def _dense(self, name: str, features: int, axes: tuple[str, str], gain: float = 1.0) -> Dense:
+  def _dense(self, name: str, features: int, axes: tuple[str, str], gain: float = 1.0, has_bias: bool = False) -> Dense:
     adapted = self.config.lora is not None and name in self.config.lora.targets
-    return Dense(features, axes, self.config.param_dtype, gain, self.config.lora if adapted else None)
+    return Dense(features, axes, self.config.param_dtype, gain, has_bias, self.config.lora if adapted else None)
 
   def __call__(
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context

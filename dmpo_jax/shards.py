@@ -1,0 +1,184 @@
+"""Safetensors files of a folder in Hugging Face's layout: read by rows, never whole; written one shard at a time.
+
+The format is a JSON header with each tensor's dtype, shape and place, and then the bytes. Reading it here rather than
+by memory maps keeps a conversion's memory at the piece in hand, whatever the size of the shards.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors.numpy import save_file
+
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+class Tensor(NamedTuple):
+  """A tensor on disk."""
+
+  file: epath.Path
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  start: int  # of its bytes in the file
+
+  @property
+  def size(self) -> int:
+    """Its bytes."""
+    return self.dtype.itemsize * int(np.prod(self.shape))
+
+
+class Shards(Mapping[str, np.ndarray]):
+  """The tensors of a folder by name: `name.safetensors`, or the shards that `name.safetensors.index.json` lists.
+
+  All headers are read and checked at once; tensors are read when they are asked for.
+  """
+
+  def __init__(self, folder: epath.PathLike, name: str = WEIGHTS):
+    """Open `folder`, local or gs://.
+
+    Raises:
+      ValueError: there are no weights, a shard is missing, cut off or no safetensors file, the index and the shards
+        disagree, or a dtype is not a float.
+    """
+    folder = epath.Path(folder)
+    self.tensors: dict[str, Tensor] = {}
+    self._index(folder, name)
+    self.largest_file = max(file.stat().length for file in {tensor.file for tensor in self.tensors.values()})
+
+  def _index(self, folder: epath.Path, name: str) -> None:
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+      self.tensors = read_header(folder / name)
+    elif index.is_file():
+      places = _read_index(index)
+      missing = sorted({file for file in places.values() if not (folder / file).is_file()})
+      if missing:
+        raise ValueError(f"{index} lists shards that are not there: {', '.join(missing)}")
+      for file in sorted(set(places.values())):
+        self.tensors |= read_header(folder / file)
+      lost = sorted(
+        name for name, file in places.items() if name not in self.tensors or self.tensors[name].file.name != file
+      )
+      if lost:
+        raise ValueError(f"{index} places {lost[0]} in {places[lost[0]]}, which does not hold it ({len(lost)} such)")
+    else:
+      raise ValueError(f"{folder} holds neither {name} nor {index.name}: give a folder in Hugging Face's layout")
+    if not self.tensors:
+      raise ValueError(f"{folder}: its safetensors files are empty")
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    shape = self.tensors[name].shape
+    return self.read_rows(name, 0, shape[0]) if shape else self.read_rows(name, 0, 1).reshape(())
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.tensors)
+
+  def __len__(self) -> int:
+    return len(self.tensors)
+
+  def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    """Read the rows [start, stop) of a tensor.
+
+    Raises:
+      ValueError: the file has become shorter since it was opened.
+    """
+    file, dtype, shape, offset = self.tensors[name]
+    row = dtype.itemsize * int(np.prod(shape[1:]))
+    with file.open("rb") as stream:
+      stream.seek(offset + start * row)
+      data = stream.read((stop - start) * row)
+    if len(data) != (stop - start) * row:
+      raise ValueError(f"{file} is cut off: it ends inside {name}")
+    return np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+
+
+def read_header(path: epath.Path) -> dict[str, Tensor]:
+  """Read what a safetensors file says of its tensors, and check that the file is whole.
+
+  Raises:
+    ValueError: it is cut off, no safetensors file, or has tensors that are not floats.
+  """
+  size = path.stat().length
+  with path.open("rb") as stream:
+    first = stream.read(8)
+    length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+    if not 0 < length <= min(_MAX_HEADER, size - 8):
+      raise ValueError(f"{path} is cut off or no safetensors file: {size} bytes")
+    header = stream.read(length)
+  try:
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
+  except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is no safetensors file: its header cannot be read ({error!r})") from error
+  end = max((tensor.start + tensor.size for tensor in tensors.values()), default=8 + length)
+  if end != size:
+    raise ValueError(f"{path} is cut off or damaged: its header speaks of {end} bytes, the file has {size}")
+  return tensors
+
+
+def _tensor(path: epath.Path, name: str, entry: Mapping[str, Any], data: int) -> Tensor:
+  if entry["dtype"] not in DTYPES:
+    raise ValueError(f"{path}: {name} has the dtype {entry['dtype']}; there must be one of {', '.join(DTYPES)}")
+  start, end = entry["data_offsets"]
+  tensor = Tensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + start)
+  if end - start != tensor.size:
+    raise ValueError(f"{path} is damaged: {name} has {end - start} bytes for the shape {entry['shape']}")
+  return tensor
+
+
+def _read_index(path: epath.Path) -> dict[str, str]:
+  try:
+    return dict(json.loads(path.read_text())["weight_map"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} is no index of shards ({error!r})") from error
+
+
+def write_shards(
+  folder: epath.Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int
+) -> list[str]:
+  """Write tensors, which come one by one in the order of `sizes`, into shards of at most `max_bytes` where they can.
+
+  One shard is `model.safetensors`, several have an index. Returns the files' names.
+
+  Args:
+    sizes: bytes of every tensor by name.
+  """
+  groups = _group(sizes, max_bytes)
+  files = [WEIGHTS]
+  if len(groups) > 1:
+    files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+  tensors = iter(tensors)
+  for file, names in zip(files, groups, strict=True):
+    shard = dict(next(tensors) for _ in names)
+    save_file(shard, folder / file, metadata={"format": "pt"})
+  if len(groups) > 1:
+    places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    files.append(f"{WEIGHTS}.index.json")
+  return files
+
+
+def _group(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+  groups: list[list[str]] = [[]]
+  filled = 0
+  for name, size in sizes.items():
+    if groups[-1] and filled + size > max_bytes:
+      groups.append([])
+      filled = 0
+    groups[-1].append(name)
+    filled += size
+  return groups

@@ -1,0 +1,223 @@
+"""Convert a checkpoint or a PEFT adapter in Hugging Face's layout to what `model.init_from` loads.
+
+    python -m launch.convert_hf --hf=DIR_OR_REPO --out=DIR_OR_GS [--dtype=bfloat16]
+    python -m launch.convert_hf --hf=ADAPTER_DIR --base=CONVERTED_DIR --out=DIR    # for model.lora.init_from
+
+Everything is checked before anything is written: names, shapes and the length of every shard. Then tensors are read and
+written in pieces of at most 16 MiB, so the memory that it takes does not depend on the checkpoint's size. The files
+beside the weights (tokenizer, config, the model's code) travel along.
+"""
+
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import absl.logging
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from etils import epath
+from rich import progress as rich_progress
+
+from dmpo_jax import pretrained
+from dmpo_jax.models import convert
+from dmpo_jax.models.convert import Place
+from dmpo_jax.piecewise import Index, PiecewiseArray, save_piecewise
+from dmpo_jax.shards import ADAPTER, WEIGHTS, Shards
+from dmpo_jax.tokenizer import FILES, HuggingFaceTokenizer
+
+PIECE_BYTES = 16 * 2**20
+# what travels along, and what is fetched from the hub
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_HF = flags.DEFINE_string("hf", None, "A folder (or gs:// path) in Hugging Face's layout, or a repository of the hub.")
+_REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the hub's repository.")
+_OUT = flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
+_BASE = flags.DEFINE_string("base", None, "For an adapter: the converted folder of the model that it is for.")
+_DTYPE = flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32"], "Of the parameters written.")
+
+Report = Callable[[int], None]  # called with the number of bytes that have been read
+
+
+def find_folder(hf: str, revision: str | None = None) -> epath.Path:
+  """Return the folder of a checkpoint; what is no folder is taken for the hub's and downloaded.
+
+  Raises:
+    ValueError: there is no such folder, and the hub does not have it or cannot be reached.
+  """
+  folder = epath.Path(hf).expanduser()
+  if folder.is_dir():
+    return folder
+  if not HUB_ID.fullmatch(hf):
+    raise ValueError(f"--hf={hf}: no such folder, and no name of a repository such as GSAI-ML/LLaDA-8B-Instruct")
+  from huggingface_hub import snapshot_download  # here, as it is slow to import and seldom needed
+
+  try:
+    return epath.Path(snapshot_download(hf, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors"]))
+  except Exception as error:  # the hub's client raises what its network library does
+    raise ValueError(f"--hf={hf}: no such folder, and the hub does not give it ({error})") from error
+
+
+def convert_model(source: epath.Path, out: epath.Path, dtype: str = "same", report: Report = lambda size: None) -> int:
+  """Convert the checkpoint in `source`; return its number of parameters.
+
+  Raises:
+    ValueError: something does not fit or is damaged; nothing is left in `out`.
+  """
+  hf = _read_json(source / "config.json")
+  family, config = convert.family_of(hf), convert.model_config_from_hf(hf)
+  shards, places = Shards(source), convert.checkpoint_places(config, family)
+  convert.check_tensors({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
+  if any((source / name).exists() for name in (FILES[0], "vocab.json")):
+    HuggingFaceTokenizer(source, is_chat=False)  # raises where its special ids are not the model's
+  with _new_folder(out):
+    pretrained.write_model(out, family, config)
+    _copy_side_files(source, out)
+    save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, dtype, report))
+  return sum(int(np.prod(tensor.shape)) for tensor in shards.tensors.values())
+
+
+def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, report: Report = lambda size: None) -> int:
+  """Convert the PEFT adapter in `source`, for the converted model in `base`; return its number of parameters.
+
+  Raises:
+    ValueError: something does not fit or is damaged; nothing is left in `out`.
+  """
+  model = pretrained.read_model(base)
+  if model is None:
+    raise ValueError(f"--base={base} has no {pretrained.MODEL_FILE}: give the folder of a converted model")
+  shards = Shards(source, ADAPTER)
+  lora = convert.lora_config_from_peft(_read_json(source / "adapter_config.json"), shards.tensors, model.family)
+  places = convert.adapter_places(model.model_config(lora=lora), model.family)
+  convert.check_tensors({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
+  with _new_folder(out):
+    pretrained.write_adapter(out, lora)
+    save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, "float32", report))
+  return sum(int(np.prod(tensor.shape)) for tensor in shards.tensors.values())
+
+
+class _new_folder:
+  """Make a folder; if what is done with it fails, there is none afterwards."""
+
+  def __init__(self, path: epath.Path):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+      raise ValueError(f"--out={path} exists already: give a new folder, or remove it")
+    self._path = path
+
+  def __enter__(self) -> None:
+    self._path.mkdir(parents=True, exist_ok=True)
+
+  def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+    if kind is not None:
+      self._path.rmtree(missing_ok=True)
+
+
+def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Report) -> dict[str, Any]:
+  """Describe our variables as arrays that are read piece by piece."""
+  tree: dict[str, Any] = {}
+  for path, names in convert.leaves_of(places).items():
+    *parents, last = path
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = _array(shards, names, places, dtype, report)
+  return tree
+
+
+def _array(
+  shards: Shards, names: Sequence[str], places: Mapping[str, Place], dtype: str, report: Report
+) -> PiecewiseArray:
+  place, tensors = places[names[0]], [shards.tensors[name] for name in names]
+  stored = jnp.result_type(*(tensor.dtype for tensor in tensors))
+  target = np.dtype(stored if dtype == "same" else jnp.dtype(dtype))
+  rows = tensors[0].shape[0]  # of the tensor on disk: our last axis if it is transposed, else our first
+  num_rows = max(1, min(rows, PIECE_BYTES // (max(tensors[0].size, 1) // rows)))
+  is_stacked = place.layer is not None
+
+  def chunk_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], num_rows) if place.is_transposed else (num_rows, *shape[1:])
+
+  def pieces() -> Iterator[tuple[Index, np.ndarray]]:
+    for name in names:
+      for start in range(0, rows, num_rows):
+        stop = min(start + num_rows, rows)
+        piece = shards.read_rows(name, start, stop)
+        report(piece.nbytes)
+        piece = (piece.T if place.is_transposed else piece).astype(target)
+        index = tuple(slice(None) for _ in place.shape)
+        index = (*index[:-1], slice(start, stop)) if place.is_transposed else (slice(start, stop), *index[1:])
+        if is_stacked:
+          layer = places[name].layer
+          index, piece = (slice(layer, layer + 1), *index), piece[None]
+        yield index, piece
+
+  chunk, shape = chunk_of(place.shape), place.shape
+  if is_stacked:
+    chunk, shape = (1, *chunk), (len(names), *shape)
+  return PiecewiseArray(shape, target, chunk, pieces)
+
+
+def _copy_side_files(source: epath.Path, out: epath.Path) -> None:
+  for pattern in SIDE_FILES:
+    for path in source.glob(pattern):
+      if not path.name.endswith(".safetensors.index.json") and path.name != pretrained.MODEL_FILE:
+        (out / path.name).write_bytes(path.read_bytes())
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise ValueError(f"{path} is not there: give a folder in Hugging Face's layout")
+  try:
+    return dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is not a JSON object ({error})") from error
+
+
+def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None, dtype: str) -> None:
+  """Convert with a progress bar, and say what came out."""
+  start, source = time.monotonic(), find_folder(hf, revision)
+  is_adapter = (source / "adapter_config.json").exists()
+  if is_adapter and base is None:
+    raise ValueError(f"{source} holds an adapter: give its model's converted folder with --base")
+  size = sum(tensor.size for tensor in Shards(source, ADAPTER if is_adapter else WEIGHTS).tensors.values())
+  columns = (
+    rich_progress.TextColumn("{task.description}"),
+    rich_progress.BarColumn(),
+    rich_progress.DownloadColumn(),
+    rich_progress.TransferSpeedColumn(),
+    rich_progress.TimeRemainingColumn(),
+  )
+  with rich_progress.Progress(*columns) as bar:
+    task = bar.add_task("converting", total=size)
+
+    def report(done: int) -> None:
+      bar.advance(task, done)
+
+    count = convert_adapter(source, base, out, report) if is_adapter else convert_model(source, out, dtype, report)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  print(f"{out}: {count:,} parameters, {time.monotonic() - start:.1f} s, at most {peak:.2f} GiB of memory")
+  if not is_adapter and not any((out / name).exists() for name in (FILES[0], "vocab.json")):
+    print(f"{source} has no tokenizer: put its files into {out}")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Convert what the flags name; a mistake ends in one message and exit code 2."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  base = epath.Path(_BASE.value).expanduser() if _BASE.value else None
+  try:
+    run(_HF.value, _REVISION.value, epath.Path(_OUT.value).expanduser(), base, _DTYPE.value)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["hf", "out"])
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  app.run(main)

@@ -1,0 +1,258 @@
+"""Conversion of checkpoints: the numbers that come out, what is refused, and the memory that it takes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import standin_tokenizer
+import tiny
+from etils import epath
+from recorded_models import compiled, recorded, settings, tensors
+from safetensors.numpy import save_file
+
+from dmpo_jax import build, pretrained, sharding
+from dmpo_jax.checkpoints import load_params
+from dmpo_jax.models import convert
+from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.shards import write_shards
+from launch import convert_hf
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def checkpoint(folder, name, *, max_bytes=10**9, drop=None, **changes):
+  """Write a recorded checkpoint to a folder, sharded, without the tensors that `drop` names and with others."""
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True)
+  stored = {key: array for key, array in tensors(name).items() if drop is None or drop not in key} | changes
+  write_shards(folder, {key: array.nbytes for key, array in stored.items()}, stored.items(), max_bytes)
+  (folder / "config.json").write_text(json.dumps(settings(name)))
+  return folder
+
+
+def load(folder, **own):
+  """Give (model, variables) of a converted folder."""
+  config = pretrained.read_model(folder).model_config(**own)
+  model = LLaDA(config)
+  return model, {"params": load_params(folder, build.abstract_collection(model, sharding.make_mesh(8), "params"))}
+
+
+@pytest.mark.parametrize("name", ["m1_base", "m2_gqa", "m3_tied", "m4_bf16"])
+def test_a_converted_checkpoint_gives_the_recorded_logits(tmp_path, name):
+  source = checkpoint(tmp_path / "hf", name, max_bytes=40_000)
+  assert len(list(source.glob("*.safetensors"))) > 1
+  seen = []
+  out = epath.Path(tmp_path / "out")
+  count = convert_hf.convert_model(source, out, report=seen.append)
+  stored = tensors(name)
+  assert count == sum(array.size for array in stored.values())
+  assert sum(seen) == sum(array.nbytes for array in stored.values())
+  model, variables = load(out)
+  arrays = recorded(name)
+  case = {"m1_base": 2, "m2_gqa": 1}.get(name, 0)
+  logits = compiled(model)(variables, arrays[f"ids_{case}"])
+  np.testing.assert_allclose(logits, arrays[f"logits_{case}"], rtol=0, atol=5e-4)
+
+
+def test_pieces_and_dtypes(tmp_path, monkeypatch):
+  monkeypatch.setattr(convert_hf, "PIECE_BYTES", 1000)  # several pieces a tensor, the last one shorter
+  stored, config = tensors("m4_bf16"), convert.model_config_from_hf(settings("m4_bf16"), param_dtype="bfloat16")
+  wanted = convert.params_from_hf(stored, config)
+  for dtype in ("same", "float32"):
+    out = epath.Path(tmp_path / dtype)
+    convert_hf.convert_model(checkpoint(tmp_path / f"hf_{dtype}", "m4_bf16"), out, dtype)
+    saved = jax.tree.map(
+      np.asarray, load(out, param_dtype="float32" if dtype == "float32" else "bfloat16")[1]["params"]
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b.astype(np.float32)), saved, wanted)
+  assert json.loads((out / "model.json").read_text())["num_layers"] == 4
+
+
+def test_files_travel_along(tmp_path):
+  source = checkpoint(tmp_path / "hf", "m2_gqa", max_bytes=60_000)
+  (source / "modeling_llada.py").write_text("code")
+  (source / "notes.bin").write_text("no")
+  out = epath.Path(tmp_path / "out")
+  convert_hf.convert_model(source, out)
+  assert {path.name for path in out.iterdir()} == {"config.json", "model.json", "modeling_llada.py", "params"}
+
+
+@pytest.mark.parametrize(
+  ("keywords", "message"),
+  [
+    (dict(drop="blocks.1.k_proj"), r"1 missing \(model.transformer.blocks.1.k_proj.weight\)"),
+    ({"model.extra": np.zeros(1, np.float32)}, r"1 unknown \(model.extra\)"),
+    ({"model.transformer.ln_f.weight": np.zeros(3, np.float32)}, r"ln_f.weight has \[3\], the config asks for \[32\]"),
+  ],
+)
+def test_tensors_that_do_not_fit_leave_nothing(tmp_path, keywords, message):
+  source = checkpoint(tmp_path / "hf", "m3_tied", **keywords)
+  with pytest.raises(ValueError, match=message):
+    convert_hf.convert_model(source, epath.Path(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_damage_found_on_the_way_leaves_nothing(tmp_path):
+  """A shard that shrinks after it has been checked."""
+  source, out = checkpoint(tmp_path / "hf", "m3_tied"), epath.Path(tmp_path / "out")
+
+  def cut(done):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+  with pytest.raises(ValueError, match=r"model.safetensors is cut off: it ends inside"):
+    convert_hf.convert_model(source, out, report=cut)
+  assert not out.exists()
+
+
+def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
+  source, out = checkpoint(tmp_path / "hf", "m3_tied"), epath.Path(tmp_path / "out")
+  out.mkdir()
+  (out / "mine").write_text("x")
+  with pytest.raises(ValueError, match="exists already"):
+    convert_hf.convert_model(source, out)
+  assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_mistakes_on_the_command_line(tmp_path, capsys):
+  def complain(*args):
+    command = [sys.executable, "-m", "launch.convert_hf", *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+  assert "no such folder, and no name of a repository" in complain("--hf=/no/such", f"--out={tmp_path / 'out'}")
+  with pytest.raises(ValueError, match=r"config.json is not there"):
+    convert_hf.convert_model(epath.Path(tmp_path), epath.Path(tmp_path / "out"))
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+  with pytest.raises(ValueError, match="model_type='gpt2' is not of"):
+    convert_hf.convert_model(epath.Path(tmp_path), epath.Path(tmp_path / "out"))
+
+
+def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch, tmp_path):
+  import huggingface_hub
+
+  def download(name, *, revision, allow_patterns):
+    assert (name, revision) == ("GSAI-ML/LLaDA-8B-Base", "main")
+    assert "*.safetensors" in allow_patterns
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  assert convert_hf.find_folder("GSAI-ML/LLaDA-8B-Base", "main") == epath.Path(tmp_path)
+
+  def fail(*args, **keywords):
+    raise OSError("no route")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+  with pytest.raises(ValueError, match=r"the hub does not give it \(no route\)"):
+    convert_hf.find_folder("GSAI-ML/LLaDA-8B-Base")
+
+
+def test_adapters_are_converted_for_their_model(tmp_path):
+  base, source = epath.Path(tmp_path / "base"), epath.Path(tmp_path / "adapter")
+  convert_hf.convert_model(checkpoint(tmp_path / "hf", "m2_gqa"), base)
+  source.mkdir()
+  save_file(tensors("adapter"), source / "adapter_model.safetensors")
+  (source / "adapter_config.json").write_text(json.dumps(settings("adapter")))
+  out = epath.Path(tmp_path / "out")
+  convert_hf.convert_adapter(source, base, out)
+  lora = pretrained.read_adapter(out)
+  assert (lora.rank, lora.alpha, lora.targets) == (4, 2.0, ("q_proj", "k_proj", "v_proj", "up_proj"))
+  model, variables = load(base, lora=lora)
+  adapters = load_params(out, build.abstract_collection(model, sharding.make_mesh(8), "lora"))
+  arrays = recorded("adapter")
+  logits = compiled(model)(variables | {"lora": adapters}, arrays["ids"])
+  np.testing.assert_allclose(logits, arrays["logits_adapter"], rtol=0, atol=5e-4)
+  with pytest.raises(ValueError, match=r"--base=.* has no model.json"):
+    convert_hf.convert_adapter(source, source, epath.Path(tmp_path / "other"))
+
+
+SPECIAL = {"<s>": 298, "</s>": 290, "<eot>": 297, "<mask>": 296}  # beside the ids of m1_base
+
+
+def test_a_run_takes_a_checkpoint_and_says_what_differs(tmp_path):
+  """The checkpoint has the last word on the vocabulary; sizes that the configuration names must be its own."""
+  source, out = checkpoint(tmp_path / "hf", "m1_base"), epath.Path(tmp_path / "out")
+  names = dict(bos_token="<s>", eos_token="</s>", pad_token="</s>")
+  standin_tokenizer.write(pathlib.Path(source), SPECIAL, names, None)
+  convert_hf.convert_model(source, out)
+  config = tiny.config(model__init_from=str(out), tokenizer__name="huggingface", tokenizer__path="")
+  sizes = dict(d_model=64, num_layers=3, num_heads=4, num_kv_heads=4, mlp_hidden_size=160, rope_theta=500_000.0)
+  with pytest.raises(ValueError, match="is of another model") as caught:
+    build.build_model(config, build.make_tokenizer(config))
+  message = str(caught.value)
+  assert "config.model has d_model = 16, the checkpoint 64" in message
+  assert message.count("\n") == len(sizes)
+  config.model.update(sizes)
+  model = build.build_model(config, build.make_tokenizer(config))
+  assert (model.config.vocab_size, model.config.embedding_size, model.config.mask_token_id) == (300, 320, 296)
+  config.model.vocab_size = 290
+  with pytest.raises(ValueError, match=r"config.model has vocab_size = 290, the checkpoint 300"):
+    build.build_model(config, build.make_tokenizer(config))
+  config.tokenizer.update(tiny.config().tokenizer)
+  config.model.vocab_size = 0
+  with pytest.raises(ValueError, match="the tokenizer has mask_token_id = 4, the checkpoint 296"):
+    build.build_model(config, build.make_tokenizer(config))
+
+
+def test_a_tokenizer_of_another_model_is_not_converted(tmp_path):
+  source = checkpoint(tmp_path / "hf", "m1_base")
+  standin_tokenizer.write(pathlib.Path(source), SPECIAL | {"</s>": 295}, dict(eos_token="</s>", pad_token="</s>"), None)
+  with pytest.raises(ValueError, match="eos_token_id=290, but the eos token '</s>' is 295"):
+    convert_hf.convert_model(source, epath.Path(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_another_kind_are_refused(tmp_path):
+  pretrained.write_adapter(epath.Path(tmp_path), convert.LoraConfig(4, 2.0, 0.0, ("q_proj",)))
+  config = tiny.config(model__lora__rank=8, model__lora__init_from=str(tmp_path))
+  with pytest.raises(ValueError, match="holds other adapters") as caught:
+    build.build_model(config, build.make_tokenizer(config))
+  assert "rank = 8, the adapters 4" in str(caught.value)
+  assert "targets = ('q_proj', 'k_proj', 'v_proj', 'up_proj'), the adapters ('q_proj',)" in str(caught.value)
+
+
+MEASURE = """
+import json, resource, sys
+from etils import epath
+from launch import convert_hf
+source, out = map(epath.Path, sys.argv[1:])
+convert_hf.convert_model(source.parent / "small", source.parent / "small_out")  # so that all libraries are loaded
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert_hf.convert_model(source, out)
+print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+"""
+
+
+def test_memory_is_bounded_by_a_shard(tmp_path):
+  """Below 1.3 times the largest shard plus one tensor: here less than half of the checkpoint, whatever its length."""
+  checkpoint(tmp_path / "small", "m3_tied")
+  sizes = dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=8, mlp_hidden_size=2048, weight_tying=False)
+  hf = settings("m2_gqa") | sizes | dict(vocab_size=16384, embedding_size=16384)
+  places = convert.checkpoint_places(convert.model_config_from_hf(hf), "llada")
+  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+  nbytes = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items()}
+  source = epath.Path(tmp_path / "large")
+  source.mkdir()
+  draw = np.random.default_rng(0).normal(size=16384 * 512).astype(ml_dtypes.bfloat16)
+  made = ((name, draw[: int(np.prod(shape))].reshape(shape)) for name, shape in shapes.items())
+  write_shards(source, nbytes, made, 20 * 2**20)
+  (source / "config.json").write_text(json.dumps(hf))
+  largest = max(path.stat().length for path in source.glob("*.safetensors"))
+  allowed = 1.3 * largest + max(nbytes.values())
+  assert allowed < sum(nbytes.values()) / 3
+  command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert float(done.stdout.splitlines()[-1]) < allowed
+  _, variables = load(epath.Path(tmp_path / "out"), param_dtype="bfloat16")
+  head = variables["params"]["head"]
+  np.testing.assert_array_equal(np.asarray(head), draw.reshape(16384, 512).T)
+  assert jnp.array_equal(variables["params"]["blocks"]["ff_out"]["kernel"][11], draw[: 512 * 2048].reshape(512, 2048).T)

@@ -1,0 +1,108 @@
+"""Safetensors folders: whole and sharded, by rows, and every way in which they can be broken."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load_file, save_file
+
+from dmpo_jax.shards import Shards, write_shards
+
+
+def some_tensors():
+  rng = np.random.default_rng(0)
+  tensors = {f"layer.{i}": rng.normal(size=(4, 6)).astype(np.float32) for i in range(5)}
+  return tensors | {"half": rng.normal(size=(3, 2)).astype(ml_dtypes.bfloat16), "one": np.ones(3, np.float16)}
+
+
+@pytest.fixture(scope="module")
+def tensors():
+  return some_tensors()
+
+
+@pytest.fixture
+def folder(tmp_path, tensors):
+  """Three shards: 200 bytes hold two layers."""
+  names = write_shards(epath.Path(tmp_path), sizes(tensors), tensors.items(), 200)
+  assert len(names) == 4
+  return tmp_path
+
+
+def sizes(tensors):
+  return {name: array.nbytes for name, array in tensors.items()}
+
+
+def test_written_and_read_again(folder, tensors):
+  shards = Shards(folder)
+  assert set(shards) == set(tensors)
+  for name, array in tensors.items():
+    assert shards[name].dtype == array.dtype
+    np.testing.assert_array_equal(shards[name], array)
+  np.testing.assert_array_equal(shards.read_rows("layer.3", 1, 3), tensors["layer.3"][1:3])
+  assert shards.largest_file == max(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def test_the_format_is_the_librarys(folder, tensors):
+  read = {}
+  for path in folder.glob("*.safetensors"):
+    read |= load_file(path)
+  for name, array in tensors.items():
+    np.testing.assert_array_equal(read[name], array)
+  index = json.loads((folder / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
+  assert set(index["weight_map"]) == set(tensors)
+
+
+def test_one_shard_has_no_index(tmp_path, tensors):
+  assert write_shards(epath.Path(tmp_path), sizes(tensors), tensors.items(), 10**6) == ["model.safetensors"]
+  np.testing.assert_array_equal(Shards(tmp_path)["half"], tensors["half"])
+
+
+def cut(path, size):
+  path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, -1, -90])
+def test_a_shard_that_is_cut_off_is_named(folder, size):
+  path = folder / "model-00002-of-00003.safetensors"
+  cut(path, size)
+  with pytest.raises(ValueError, match=r"model-00002-of-00003.safetensors is (cut off|no safetensors)"):
+    Shards(folder)
+
+
+def test_other_damage_is_named(folder):
+  path = folder / "model-00002-of-00003.safetensors"
+  whole = path.read_bytes()
+  path.write_bytes(whole + b"more")
+  with pytest.raises(ValueError, match="cut off or damaged"):
+    Shards(folder)
+  path.write_bytes(whole[:8] + b"?" * 20 + whole[28:])
+  with pytest.raises(ValueError, match="its header cannot be read"):
+    Shards(folder)
+  path.unlink()
+  with pytest.raises(ValueError, match=r"shards that are not there: model-00002-of-00003.safetensors"):
+    Shards(folder)
+  index = folder / "model.safetensors.index.json"
+  index.write_text("[")
+  with pytest.raises(ValueError, match="is no index of shards"):
+    Shards(folder)
+  index.unlink()
+  with pytest.raises(ValueError, match=r"holds neither model.safetensors nor model.safetensors.index.json"):
+    Shards(folder)
+
+
+def test_an_index_that_the_shards_contradict(folder):
+  path = folder / "model.safetensors.index.json"
+  index = json.loads(path.read_text())
+  index["weight_map"]["layer.0"] = "model-00003-of-00003.safetensors"
+  path.write_text(json.dumps(index))
+  with pytest.raises(ValueError, match=r"places layer.0 in model-00003-of-00003.safetensors, which does not hold it"):
+    Shards(folder)
+
+
+def test_integers_are_no_weights(tmp_path):
+  save_file({"codes": np.arange(4, dtype=np.int8)}, tmp_path / "model.safetensors")
+  with pytest.raises(ValueError, match="codes has the dtype I8"):
+    Shards(tmp_path)
