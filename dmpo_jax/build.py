@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmpo_jax import data, models, noise, pretrained, rollout, sharding, tasks
-from dmpo_jax.checkpoints import load_params
+from dmpo_jax.checkpoints import identity, load_params
 from dmpo_jax.config import ConfigError
 from dmpo_jax.models import llada
 from dmpo_jax.models.lora import LoraConfig
@@ -197,6 +197,16 @@ def base_params(config: ConfigDict, workdir: epath.Path, parts: Parts) -> Any:
   if config.warm_start.updates:
     return load_params(workdir / "base", abstract_collection(parts.model, parts.mesh, "params"))
   return initial_params(config, parts)
+
+
+def initial_identity(config: ConfigDict) -> str:
+  """Identify the parameters that `initial_params` returns; "" where they come from the seed."""
+  return identity(config.model.init_from) if config.model.init_from else ""
+
+
+def base_identity(config: ConfigDict, workdir: epath.Path) -> str:
+  """Identify the parameters that `base_params` returns; "" where they come from the seed."""
+  return identity(workdir / "base") if config.warm_start.updates else initial_identity(config)
 
 
 def make_sample(config: ConfigDict, parts: Parts, *, group_size: int, temperature: float) -> Callable:

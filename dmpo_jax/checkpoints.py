@@ -3,7 +3,10 @@
 Parameters that never move (the reference policy) and those that leave a run are saved apart, by `save_params`.
 """
 
+import hashlib
+import itertools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +20,27 @@ from dmpo_jax import pretrained
 from dmpo_jax.structs import Experience, Prompts, TrainState
 
 logger = logging.getLogger(__name__)
+
+_num_polls = itertools.count(1)
+
+
+class Preempted(RuntimeError):
+  """The machines are about to be taken away."""
+
+
+def check_preemption() -> None:
+  """Ask whether a notice of preemption (SIGTERM) has reached any process of the job.
+
+  Every process calls this at the same points of the program, so that all of them stop at the same one.
+
+  Raises:
+    Preempted: it has.
+  """
+  if multihost_utils.reached_preemption_sync_point(next(_num_polls)):
+    raise Preempted("everything is saved; run the same command again to go on")
+
+
+_INDEX_FILES = ("_METADATA", "manifest.ocdbt")
 
 
 class Restored(NamedTuple):
@@ -56,7 +80,7 @@ class Checkpoints:
       progress: where the run is, as JSON can hold it.
 
     Raises:
-      Exception: an earlier save failed.
+      OSError: this or an earlier save failed.
     """
     if step in self._manager.all_steps():
       return
@@ -64,7 +88,7 @@ class Checkpoints:
     if experience is not None:
       items["experience"] = ocp.args.StandardSave(_global(experience))
     items["progress"] = ocp.args.JsonSave({"progress": progress, "has_experience": experience is not None})
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    self._storing(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
   def restore_latest(self, abstract_state: TrainState) -> Restored | None:
     """Return the newest checkpoint that can be read; None if there is none.
@@ -83,7 +107,7 @@ class Checkpoints:
       try:
         restored = self._restore(step, abstract_state)
       except Exception as error:  # Orbax and TensorStore raise what they like
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        problem = _first_line(error)
       if _all_processes(restored is not None):
         self._set_aside(problems, step)
         return restored
@@ -117,12 +141,27 @@ class Checkpoints:
     self._manager.reload()
 
   def wait(self) -> None:
-    """Wait until what was saved stands on disk; raises if a save failed."""
-    self._manager.wait_until_finished()
+    """Wait until what was saved stands on disk; an OSError if a save failed."""
+    self._storing(self._manager.wait_until_finished)
 
   def close(self) -> None:
-    """Wait for the last save and let the manager's threads go."""
-    self._manager.close()
+    """Wait for the last save and let the manager's threads go; an OSError if a save failed."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _storing(self, action: Callable[[], Any]) -> None:
+    """Do something that writes; what Orbax and TensorStore raise when they cannot becomes one kind of error."""
+    try:
+      action()
+    except Exception as error:
+      whole = max(self._manager.all_steps(read=True), default=None)
+      stands = "none was saved before" if whole is None else f"that of step {whole} stands"
+      raise OSError(
+        f"a checkpoint could not be written to {self.directory} ({_first_line(error)}); {stands}. "
+        "Make room or mend the disk, then run the same command again"
+      ) from error
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -160,6 +199,20 @@ def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
       more = f"\n  and {len(differing) - 10} more" if len(differing) > 10 else ""
       raise ValueError(f"{path} holds the parameters of another model:\n  " + "\n  ".join(differing[:10]) + more)
     return checkpointer.restore(path, abstract_params)
+
+
+def identity(path: epath.PathLike) -> str:
+  """Identify saved parameters by a hash of their index, which names the file and place of every chunk of every array.
+
+  A folder that was copied keeps its identity; parameters that were saved another time have another.
+  """
+  path = _absolute(path)
+  index = [file for file in sorted(path.iterdir()) if file.name in _INDEX_FILES]
+  return hashlib.sha256(b"".join(file.read_bytes() for file in index)).hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

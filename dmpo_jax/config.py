@@ -29,12 +29,16 @@ class ConfigError(ValueError):
   """A configuration that cannot run; the message lists every problem, one a line."""
 
 
-# What may differ when a run goes on: how long, how often, where, how much at one time. The rest decides results.
+# What may differ when a run goes on: how long, how often, where, how much at one time, in which precision; and the path
+# of the base, whose identity is in every checkpoint. The rest decides results.
 MAY_CHANGE = (
   "checkpoint.*",
   "eval.batch_size",
   "eval.every_buffers",
+  "model.dtype",
+  "model.init_from",
   "model.loss_chunk",
+  "model.param_dtype",
   "model.remat",
   "optim.max_skips_in_a_row",
   "rollout.chunk_prompts",

@@ -5,9 +5,13 @@
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/other --config.objective.baseline=mean
 
 Running the same command again goes on where the last run stopped, or says that it had finished.
+
+Exit codes: 0 finished; 1 stopped, the message says why; 2 a mistake in the command, nothing was started; 75 preempted,
+the state is saved: run the same command again.
 """
 
 import os
+import socket
 import sys
 from typing import Any
 
@@ -18,8 +22,10 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from dmpo_jax import evaluate, train
+from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.config import ConfigError, check_workdir, did_you_mean, validate
 from dmpo_jax.rules import RULES
+from dmpo_jax.workdir import alone_in
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file; override a key with --config.section.key=value.", lock_config=True
@@ -31,18 +37,26 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in the job, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, with --coordinator.")
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  "heartbeat_seconds", 30, "A process that was silent for so long is taken for dead, and the others stop."
+)
+
+PREEMPTED = 75  # sysexits' "temporary failure": running the same command again goes on
 
 
 def main(argv: list[str]) -> None:
-  """Run the mode; a user's mistake ends in one message and exit code 2, a run that diverged in exit code 1."""
+  """Run the mode; what a user can mend ends in one message and an exit code of its own."""
   try:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
     run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser())
   except ConfigError as error:
     sys.exit(_complain(error))
-  except train.Diverged as error:
-    print(f"stopped: {error}", file=sys.stderr)
+  except Preempted as error:
+    print(f"preempted{_which_process()}: {error}", file=sys.stderr)
+    sys.exit(PREEMPTED)
+  except (train.Diverged, OSError) as error:
+    print(f"stopped{_which_process()}: {error}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -57,7 +71,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
   if _MODE.value == "eval":
     evaluate.main(config, workdir)
   else:
-    train.main(config, workdir)
+    with alone_in(workdir):
+      train.main(config, workdir)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -80,8 +95,14 @@ def _why_not_loaded(config: Any) -> str:
 
 
 def _complain(problem: Any) -> int:
-  print(f"error: {problem}", file=sys.stderr)
+  print(f"error{_which_process()}: {problem}", file=sys.stderr)
   return 2
+
+
+def _which_process() -> str:
+  """Name the process in a message, where there are several and the job has been joined."""
+  is_one_of_several = jax.distributed.is_initialized() and jax.process_count() > 1
+  return f" in process {jax.process_index()}" if is_one_of_several else ""
 
 
 def _keep_compiled_programs(workdir: epath.Path) -> None:
@@ -92,15 +113,24 @@ def _keep_compiled_programs(workdir: epath.Path) -> None:
 
 
 def _join_processes() -> None:
-  """Join the job's other processes, if there are any."""
+  """Join the job's other processes; a process on its own makes a job of one, to hear of its preemption.
+
+  JAX catches SIGTERM then, and `train.run` saves at the next update. Other modes have nothing to save and end at once.
+  """
+  jax.config.update("jax_enable_preemption_service", _MODE.value == "train")
+  timeouts = dict(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS.value, shutdown_timeout_seconds=_HEARTBEAT_SECONDS.value)
   if _COORDINATOR.value:
-    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, **timeouts)
     return
   try:
-    jax.distributed.initialize()
+    jax.distributed.initialize(**timeouts)
   except ValueError as error:
     if "coordinator_address" not in str(error):  # what it says where it recognises no cluster
       raise
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      address = f"127.0.0.1:{free.getsockname()[1]}"
+    jax.distributed.initialize(address, num_processes=1, process_id=0, **timeouts)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dmpo_jax import optim, rollout, sharding, update
+from dmpo_jax import build, optim, rollout, sharding, update
 from dmpo_jax.build import Parts, initial_adapters, initial_params, make_sample
 from dmpo_jax.evaluate import make_evaluate
 from dmpo_jax.models import llada
@@ -31,6 +31,7 @@ class Phase:
   name: str
   num_buffers: int
   updates_per_buffer: int
+  base: str  # identity of the saved parameters that it begins with; "" where they are random
   frozen: Any  # reference parameters; an empty dict where the objective has no reference
   collect: Callable[[TrainState, int], tuple[Experience, dict[str, float]]]
   update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
@@ -66,6 +67,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
     name="warm_start",
     num_buffers=warm.updates,
     updates_per_buffer=1,
+    base=build.initial_identity(config),
     frozen={},
     collect=_collect_demonstrations(config, parts, warm.batch_size, num_flawless=round(warm.flawless * warm.updates)),
     update=update.make_update(
@@ -98,6 +100,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     name="train",
     num_buffers=config.train.num_buffers,
     updates_per_buffer=config.train.updates_per_buffer,
+    base=build.base_identity(config, workdir),
     frozen=base if has_adapters or not is_supervised else {},
     collect=(
       _collect_demonstrations(config, parts, config.rollout.num_prompts)

@@ -16,13 +16,15 @@ from rich.console import Console
 
 from dmpo_jax import build, phases, sharding
 from dmpo_jax.build import Parts
-from dmpo_jax.checkpoints import Checkpoints, save_params
+from dmpo_jax.checkpoints import Checkpoints, Preempted, check_preemption, save_params
+from dmpo_jax.config import ConfigError
 from dmpo_jax.config import save as save_config
 from dmpo_jax.evaluate import table
 from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
 from dmpo_jax.progress import Progress
 from dmpo_jax.structs import TrainState
+from dmpo_jax.workdir import announce_start
 
 
 class Diverged(RuntimeError):
@@ -33,8 +35,10 @@ class Diverged(RuntimeError):
 class Position:
   """How far a phase has come and what it has still to report: all of its state that is not an array."""
 
+  base: str = ""  # identity of the parameters that the phase began with
   buffer: int = 0  # finished buffers
   update: int = 0  # finished updates of the current one
+  reported: int = -1  # buffers whose evaluation and metrics are done; -1: not even those of the beginning
   scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # of the current buffer so far
   evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by number of finished buffers
 
@@ -67,6 +71,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
   """
   parts = build.build_parts(config, workdir)
   save_config(workdir, config)  # not before: a start that was refused leaves the workdir free for another configuration
+  announce_start(workdir, config, parts.mesh)
   with jax.set_mesh(parts.mesh), Metrics(workdir) as metrics:
     base = warm_start(config, workdir, parts, metrics)
     phase, state = phases.training_phase(config, workdir, parts, base)
@@ -90,35 +95,54 @@ def run(
   phase: Phase, state: TrainState, config: ConfigDict, workdir: epath.Path, metrics: Metrics
 ) -> tuple[TrainState, Position]:
   """Run one phase from where its newest checkpoint stands to its end."""
-  position, experience = Position(), None
   with Checkpoints(workdir / "checkpoints" / phase.name, config.checkpoint.keep) as checkpoints:
-    restored = checkpoints.restore_latest(sharding.abstract(state))
-    if restored is not None:
-      state, experience, position = restored.state, restored.experience, Position(**restored.progress)
-    metrics.forget(phase.name, after=position.buffer - (restored is None))
-    with Progress(phase.name, phase.num_buffers, done=position.buffer) as progress:
-      if restored is None:
-        finish_buffer(phase, state, position, metrics)
-      while position.buffer < phase.num_buffers:
-        if experience is None:
-          experience, position.scalars = phase.collect(state, position.buffer)
-        state = update(phase, state, experience, position)
-        if position.update == phase.updates_per_buffer:
-          experience = None
-          position.buffer, position.update = position.buffer + 1, 0
-          finish_buffer(phase, state, position, metrics)
-          progress.advance(**position.scalars)
-        step = int(state.step)
-        has_diverged = int(state.num_skipped_in_a_row) >= config.optim.max_skips_in_a_row
-        if has_diverged or step % config.checkpoint.every_updates == 0 or position.buffer == phase.num_buffers:
-          checkpoints.save(step, state, experience, dataclasses.asdict(position))
-        if has_diverged:
-          checkpoints.wait()
-          raise Diverged(
-            f"{int(state.num_skipped_in_a_row)} updates in a row had a loss or gradient that was not finite (phase "
-            f"{phase.name}, update {step}); a smaller optim.learning_rate or optim.clip_norm may help"
-          )
-  return state, position
+    state, experience, position = resume(phase, state, checkpoints)
+    metrics.forget(phase.name, after=position.reported)
+    with Progress(phase.name, phase.num_buffers, done=max(position.reported, 0)) as progress:
+      try:
+        while True:
+          if position.reported < position.buffer:
+            finish_buffer(phase, state, position, metrics)
+            if position.buffer:
+              progress.advance(**position.scalars)
+          step, is_done = int(state.step), position.buffer == phase.num_buffers
+          is_diverged = int(state.num_skipped_in_a_row) >= config.optim.max_skips_in_a_row
+          if is_done or is_diverged or (step and step % config.checkpoint.every_updates == 0):
+            checkpoints.save(step, state, experience, dataclasses.asdict(position))
+          if is_diverged:
+            raise Diverged(
+              f"{int(state.num_skipped_in_a_row)} updates in a row had a loss or gradient that was not finite (phase "
+              f"{phase.name}, update {step}); a smaller optim.learning_rate or optim.clip_norm may help"
+            )
+          if is_done:
+            return state, position
+          check_preemption()
+          if experience is None:
+            experience, position.scalars = phase.collect(state, position.buffer)
+          state = update(phase, state, experience, position)
+          if position.update == phase.updates_per_buffer:
+            experience, position.buffer, position.update = None, position.buffer + 1, 0
+      except Preempted:
+        checkpoints.save(int(state.step), state, experience, dataclasses.asdict(position))
+        raise
+
+
+def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Any, Position]:
+  """Return the newest checkpoint's state, live buffer and position, or those of the beginning.
+
+  Raises:
+    ConfigError: the checkpoint was trained from another base.
+  """
+  restored = checkpoints.restore_latest(sharding.abstract(state))
+  if restored is None:
+    return state, None, Position(base=phase.base)
+  position = Position(**restored.progress)
+  if position.base != phase.base:
+    raise ConfigError(
+      f"{checkpoints.directory} was trained from the base {position.base or 'of random parameters'}, and this one is "
+      f"{phase.base or 'random'}: give --workdir a new folder, or set model.init_from back"
+    )
+  return restored.state, restored.experience, position
 
 
 def update(phase: Phase, state: TrainState, experience: Any, position: Position) -> TrainState:
@@ -141,6 +165,7 @@ def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: 
     position.scalars |= {f"eval_{name}": value for name, value in scalars.items()}
   if position.scalars:
     metrics.write(phase.name, position.buffer, position.scalars)
+  position.reported = position.buffer
 
 
 def report(result: dict[str, Any], workdir: epath.Path) -> None:

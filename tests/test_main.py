@@ -63,7 +63,7 @@ def test_a_mistake_reads_as_one_message(tmp_path, args, message):
   assert done.returncode == 2
   assert message in done.stderr
   assert "Traceback" not in done.stderr
-  assert not (tmp_path / "run").exists()
+  assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_the_smoke_run_from_beginning_to_end(workdir):
