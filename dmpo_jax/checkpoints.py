@@ -206,7 +206,7 @@ def identity(path: epath.PathLike) -> str:
 
   A folder that was copied keeps its identity; parameters that were saved another time have another.
   """
-  path = _absolute(path)
+  path = _absolute(pretrained.params_path(path))
   index = [file for file in sorted(path.iterdir()) if file.name in _INDEX_FILES]
   return hashlib.sha256(b"".join(file.read_bytes() for file in index)).hexdigest()[:16]
 
