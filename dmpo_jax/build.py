@@ -157,6 +157,7 @@ def _check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:
     ("kv_heads", "model.num_kv_heads", config.num_kv_heads),
     ("ffn", "model.mlp_hidden_size", config.mlp_hidden_size),
     ("vocab", "rows of the embedding table", config.embedding_size),
+    ("rank", "model.lora.rank", config.lora.rank if config.lora else 0),
   ):
     sharding.check_divides(mesh, logical, path, size)
 

@@ -6,7 +6,7 @@ Parameters that never move (the reference policy) and those that leave a run are
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -213,6 +213,28 @@ def identity(path: epath.PathLike) -> str:
 
 def _first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def load_leaf(path: epath.PathLike, keys: Sequence[str]) -> np.ndarray:
+  """Load one array of saved parameters to the host, in the dtype that it was saved in.
+
+  Raises:
+    KeyError: there is no such array.
+  """
+  path = _absolute(pretrained.params_path(path))
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    saved = checkpointer.metadata(path).item_metadata.tree
+    for key in keys:
+      saved = saved[key]
+    item, args = jax.ShapeDtypeStruct(saved.shape, saved.dtype), ocp.RestoreArgs(restore_type=np.ndarray)
+    for key in reversed(keys):
+      item, args = {key: item}, {key: args}
+    restored = checkpointer.restore(
+      path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+    )
+  for key in keys:
+    restored = restored[key]
+  return restored
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,30 @@
-"""Small text files that stand whole or not at all, in local folders and in gs:// buckets."""
+"""Files and folders that stand whole or not at all, in local folders and in gs:// buckets."""
+
+import contextlib
+from collections.abc import Iterator
 
 from etils import epath
+
+
+@contextlib.contextmanager
+def new_folder(path: epath.PathLike, option: str) -> Iterator[None]:
+  """Make a folder; if what is done with it fails, there is none afterwards.
+
+  Args:
+    option: what names the folder, for the message.
+
+  Raises:
+    ValueError: it is there already, with something in it.
+  """
+  path = epath.Path(path)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ValueError(f"{option}={path} exists already: give a new folder, or remove it")
+  path.mkdir(parents=True, exist_ok=True)
+  try:
+    yield
+  except BaseException:
+    path.rmtree(missing_ok=True)
+    raise
 
 
 def write_whole(path: epath.PathLike, text: str) -> None:

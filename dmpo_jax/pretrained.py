@@ -18,6 +18,7 @@ from dmpo_jax.models.lora import LoraConfig
 MODEL_FILE = "model.json"
 ADAPTER_FILE = "adapter.json"
 PARAMS = "params"
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")  # that travel along: tokenizer, config, the model's code
 
 # Fields of the model that a checkpoint decides; the others (dtypes, remat, lora) are the run's own.
 FIELDS = tuple(
@@ -78,6 +79,14 @@ def read_adapter(folder: epath.PathLike) -> LoraConfig | None:
 def write_adapter(folder: epath.Path, lora: LoraConfig) -> None:
   """Say what the adapters in a folder's parameters are."""
   (folder / ADAPTER_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
+
+
+def copy_side_files(source: epath.Path, out: epath.Path) -> None:
+  """Copy what travels along with the weights from one folder to another."""
+  for pattern in SIDE_FILES:
+    for path in source.glob(pattern):
+      if not path.name.endswith(".safetensors.index.json") and path.name not in (MODEL_FILE, ADAPTER_FILE):
+        (out / path.name).write_bytes(path.read_bytes())
 
 
 def _read(path: epath.Path, keys: set[str]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # logical axis -> mesh axes it is split over
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
   "rows": ("data", "fsdp"),  # activations: rows of a batch
+  "gathered_rows": ("data",),  # activations: rows while the shards of a weight's width look at all of them
   "embed": ("fsdp",),  # weights: the model width
   "heads": ("tensor",),  # weights and activations: query heads
   "kv_heads": ("tensor",),  # weights and activations: key/value heads
   "ffn": ("tensor",),  # weights and activations: feed-forward width
   "vocab": ("tensor",),  # weights and activations: vocabulary
   "layers": (),  # weights: the scanned layer axis
-  "rank": (),  # weights: the LoRA rank
+  "rank": ("fsdp",),  # weights: the LoRA rank, where the adapter's other axis is not the model width
 }
 
 

@@ -23,7 +23,7 @@ from absl import app, flags
 from etils import epath
 from rich import progress as rich_progress
 
-from dmpo_jax import pretrained
+from dmpo_jax import files, pretrained
 from dmpo_jax.models import convert
 from dmpo_jax.models.convert import Place
 from dmpo_jax.piecewise import Index, PiecewiseArray, save_piecewise
@@ -31,15 +31,7 @@ from dmpo_jax.shards import ADAPTER, WEIGHTS, Shards
 from dmpo_jax.tokenizer import FILES, HuggingFaceTokenizer
 
 PIECE_BYTES = 16 * 2**20
-# what travels along, and what is fetched from the hub
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-_HF = flags.DEFINE_string("hf", None, "A folder (or gs:// path) in Hugging Face's layout, or a repository of the hub.")
-_REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the hub's repository.")
-_OUT = flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
-_BASE = flags.DEFINE_string("base", None, "For an adapter: the converted folder of the model that it is for.")
-_DTYPE = flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32"], "Of the parameters written.")
 
 Report = Callable[[int], None]  # called with the number of bytes that have been read
 
@@ -58,7 +50,9 @@ def find_folder(hf: str, revision: str | None = None) -> epath.Path:
   from huggingface_hub import snapshot_download  # here, as it is slow to import and seldom needed
 
   try:
-    return epath.Path(snapshot_download(hf, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors"]))
+    return epath.Path(
+      snapshot_download(hf, revision=revision, allow_patterns=[*pretrained.SIDE_FILES, "*.safetensors"])
+    )
   except Exception as error:  # the hub's client raises what its network library does
     raise ValueError(f"--hf={hf}: no such folder, and the hub does not give it ({error})") from error
 
@@ -75,9 +69,9 @@ def convert_model(source: epath.Path, out: epath.Path, dtype: str = "same", repo
   convert.check_tensors({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
   if any((source / name).exists() for name in (FILES[0], "vocab.json")):
     HuggingFaceTokenizer(source, is_chat=False)  # raises where its special ids are not the model's
-  with _new_folder(out):
+  with files.new_folder(out, "--out"):
     pretrained.write_model(out, family, config)
-    _copy_side_files(source, out)
+    pretrained.copy_side_files(source, out)
     save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, dtype, report))
   return sum(int(np.prod(tensor.shape)) for tensor in shards.tensors.values())
 
@@ -95,26 +89,10 @@ def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, repor
   lora = convert.lora_config_from_peft(_read_json(source / "adapter_config.json"), shards.tensors, model.family)
   places = convert.adapter_places(model.model_config(lora=lora), model.family)
   convert.check_tensors({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
-  with _new_folder(out):
+  with files.new_folder(out, "--out"):
     pretrained.write_adapter(out, lora)
     save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, "float32", report))
   return sum(int(np.prod(tensor.shape)) for tensor in shards.tensors.values())
-
-
-class _new_folder:
-  """Make a folder; if what is done with it fails, there is none afterwards."""
-
-  def __init__(self, path: epath.Path):
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-      raise ValueError(f"--out={path} exists already: give a new folder, or remove it")
-    self._path = path
-
-  def __enter__(self) -> None:
-    self._path.mkdir(parents=True, exist_ok=True)
-
-  def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-    if kind is not None:
-      self._path.rmtree(missing_ok=True)
 
 
 def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Report) -> dict[str, Any]:
@@ -162,13 +140,6 @@ def _array(
   return PiecewiseArray(shape, target, chunk, pieces)
 
 
-def _copy_side_files(source: epath.Path, out: epath.Path) -> None:
-  for pattern in SIDE_FILES:
-    for path in source.glob(pattern):
-      if not path.name.endswith(".safetensors.index.json") and path.name != pretrained.MODEL_FILE:
-        (out / path.name).write_bytes(path.read_bytes())
-
-
 def _read_json(path: epath.Path) -> dict[str, Any]:
   if not path.is_file():
     raise ValueError(f"{path} is not there: give a folder in Hugging Face's layout")
@@ -205,19 +176,30 @@ def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None,
     print(f"{source} has no tokenizer: put its files into {out}")
 
 
+def define_flags() -> None:
+  """Declare the command's flags; not on import, as every command has an --out of its own."""
+  flags.DEFINE_string("hf", None, "A folder (or gs:// path) in Hugging Face's layout, or a repository of the hub.")
+  flags.DEFINE_string("revision", None, "Branch, tag or commit of the hub's repository.")
+  flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
+  flags.DEFINE_string("base", None, "For an adapter: the converted folder of the model that it is for.")
+  flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32"], "Of the parameters written.")
+  flags.mark_flags_as_required(["hf", "out"])
+
+
 def main(argv: Sequence[str]) -> None:
   """Convert what the flags name; a mistake ends in one message and exit code 2."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  base = epath.Path(_BASE.value).expanduser() if _BASE.value else None
+  given = flags.FLAGS
+  base = epath.Path(given.base).expanduser() if given.base else None
   try:
-    run(_HF.value, _REVISION.value, epath.Path(_OUT.value).expanduser(), base, _DTYPE.value)
+    run(given.hf, given.revision, epath.Path(given.out).expanduser(), base, given.dtype)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["hf", "out"])
+  define_flags()
   absl.logging.set_verbosity(absl.logging.WARNING)
   app.run(main)

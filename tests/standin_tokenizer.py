@@ -45,15 +45,9 @@ DREAM_TEMPLATE = (
 
 def write(folder, special=LLADA, config=LLADA_CONFIG, template=LLADA_TEMPLATE, model_config=None):
   """Write tokenizer.json, tokenizer_config.json and, if given, config.json; return the folder."""
-  size = max(special.values()) + 1
-  vocab = {f"<unused {i}>": i for i in range(size)}
-  names = {i: f"<unused {i}>" for i in range(size)}
-  pieces = dict(zip(special, special.values(), strict=True)) | {
-    piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-  }
-  for piece, i in pieces.items():
-    del vocab[names[i]]
-    vocab[piece] = i
+  free = [i for i in range(max(special.values()) + 1) if i not in special.values()]
+  pieces = sorted(pre_tokenizers.ByteLevel.alphabet())  # where ids are few, the last of these are not in it
+  vocab = special | {f"<unused {i}>": i for i in free[len(pieces) :]} | dict(zip(pieces, free, strict=False))
   tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges=[]))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   tokenizer.decoder = decoders.ByteLevel()

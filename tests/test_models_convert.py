@@ -53,8 +53,8 @@ def test_config_fields():
   assert convert.model_config_from_hf({**hf, "n_kv_heads": None, "multi_query_attention": True}).num_kv_heads == 1
   assert convert.model_config_from_hf({**hf, "mlp_hidden_size": None}).mlp_hidden_size == 256
   assert convert.model_config_from_hf({**hf, "embedding_size": None}).embedding_size == 300
-  assert convert.model_config_from_hf(hf | convert.model_config_to_hf(config), remat="full") == config
-  assert convert.model_config_from_hf(convert.model_config_to_hf(config), remat="full") == config
+  assert convert.model_config_from_hf(hf | convert.model_config_to_hf(config, "llada"), remat="full") == config
+  assert convert.model_config_from_hf(convert.model_config_to_hf(config, "llada"), remat="full") == config
   with pytest.raises(ValueError, match=r"config.json of the checkpoint has no n_layers, mask_token_id"):
     convert.model_config_from_hf({key: hf[key] for key in hf if key not in ("n_layers", "mask_token_id")})
   with pytest.raises(ValueError, match="'alibi': True"):

@@ -87,7 +87,7 @@ def test_config_and_names():
   config = convert.model_config_from_hf(HF)
   assert (config.d_model, config.num_kv_heads, config.mlp_hidden_size, config.embedding_size) == (24, 2, 40, 50)
   assert (config.qkv_bias, config.shift_logits, config.mask_token_id) == (True, True, 48)
-  assert convert.model_config_from_hf(convert.model_config_to_hf(config)) == config
+  assert convert.model_config_from_hf(convert.model_config_to_hf(config, "dream")) == config
   names = convert.checkpoint_places(config, "dream")
   assert "model.layers.1.self_attn.k_proj.bias" in names
   assert "model.layers.1.self_attn.o_proj.bias" not in names

@@ -5,8 +5,9 @@ layer, we keep [layers, in, out]. A `Place` says for one tensor where it belongs
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -150,9 +151,13 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   )
 
 
-def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
-  """Write a config.json for a model of ours, in LLaDA's layout, or in Dream's if it shifts its logits."""
-  name = "dream" if config.shift_logits else "llada"
+def natural_family(config: ModelConfig) -> str:
+  """Name the family whose layout fits a model that came from no checkpoint."""
+  return "dream" if config.shift_logits else "llada"
+
+
+def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
+  """Write a config.json for a model of ours, in the layout of the family `name`."""
   family = FAMILIES[name]
   common = dict(
     model_type={"dream": "Dream"}.get(name, name),
@@ -260,16 +265,24 @@ def from_tensors(tensors: Mapping[str, np.ndarray], places: Mapping[str, Place],
   return variables
 
 
-def to_tensors(variables: Mapping[str, Any], places: Mapping[str, Place]) -> Iterator[tuple[str, np.ndarray]]:
-  """Yield the tensors of a checkpoint one after the other; the inverse of `from_tensors`."""
+def to_tensors(
+  read: Callable[[tuple[str, ...]], np.ndarray], places: Mapping[str, Place]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yield the tensors of a checkpoint one after the other; the inverse of `from_tensors`.
+
+  Args:
+    read: gives a leaf of the variables; each is asked for once.
+  """
   for leaf, names in leaves_of(places).items():
-    array = variables
-    for key in leaf:
-      array = array[key]
-    array = np.asarray(array)
+    array = read(leaf)
     for name in names:
       row = array if places[name].layer is None else array[places[name].layer]
       yield name, np.ascontiguousarray(row.T if places[name].is_transposed else row)
+
+
+def reader(variables: Mapping[str, Any]) -> Callable[[tuple[str, ...]], np.ndarray]:
+  """Give what `to_tensors` reads from variables that are in memory."""
+  return lambda path: np.asarray(functools.reduce(lambda node, key: node[key], path, variables))
 
 
 def leaves_of(places: Mapping[str, Place]) -> dict[tuple[str, ...], list[str]]:
@@ -287,7 +300,7 @@ def params_from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig, famil
 
 def params_to_hf(params: Mapping[str, Any], config: ModelConfig, family: str = "llada") -> dict[str, np.ndarray]:
   """Give the tensors of a checkpoint in Hugging Face's layout; the inverse of `params_from_hf`."""
-  return dict(to_tensors(params, checkpoint_places(config, family)))
+  return dict(to_tensors(reader(params), checkpoint_places(config, family)))
 
 
 def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], family: str = "llada") -> LoraConfig:
@@ -347,4 +360,4 @@ def adapters_from_peft(tensors: Mapping[str, np.ndarray], config: ModelConfig, f
 
 def adapters_to_peft(adapters: Mapping[str, Any], config: ModelConfig, family: str = "llada") -> dict[str, np.ndarray]:
   """Give the tensors of a PEFT adapter; the inverse of `adapters_from_peft`."""
-  return dict(to_tensors(adapters, adapter_places(config, family)))
+  return dict(to_tensors(reader(adapters), adapter_places(config, family)))

@@ -59,13 +59,16 @@ class Dense(nn.Module):
 
   def _adapt(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l f"]:
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1, 1) / sqrt(in)
-    a = self._adapter("A", uniform, (x.shape[-1], self.lora.rank), (self.axes[0], "rank"))
-    b = self._adapter("B", nn.initializers.zeros, (self.lora.rank, self.features), ("rank", self.axes[1]))
+    ranks = ["rank" if axis != "embed" else None for axis in self.axes]  # each adapter is split over fsdp once
+    a = self._adapter("A", uniform, (x.shape[-1], self.lora.rank), (self.axes[0], ranks[0]))
+    b = self._adapter("B", nn.initializers.zeros, (self.lora.rank, self.features), (ranks[1], self.axes[1]))
     if dropout_keys is not None and self.lora.dropout > 0:
       x = drop(x, fold_all(dropout_keys, TARGETS.index(self.name)), self.lora.dropout)
-    return project(project(x, a), b) * self.lora.scale
+    return project_adapter(project_adapter(x, a), b) * self.lora.scale
 
-  def _adapter(self, name: str, init: Any, shape: tuple[int, int], axes: tuple[str, str]) -> Float32[Array, "_ _"]:
+  def _adapter(
+    self, name: str, init: Any, shape: tuple[int, int], axes: tuple[str | None, str | None]
+  ) -> Float32[Array, "_ _"]:
     init = nn.with_logical_partitioning(init, axes)
     return self.variable("lora", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
 
@@ -76,6 +79,25 @@ def project(x: Float[Array, "b l d"], kernel: Float[Array, "d f"], output_dtype:
   flat = x.reshape(-1, x.shape[-1])
   y = jnp.matmul(flat, kernel.astype(x.dtype), preferred_element_type=output_dtype)
   return y.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def project_adapter(x: Float[Array, "b l d"], kernel: Float32[Array, "d f"]) -> Float[Array, "b l f"]:
+  """Multiply by an adapter as `project` does; the kernel's gradient is summed in float32, over devices too."""
+  return project(x, kernel)
+
+
+def _project_adapter_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return project(x, kernel), (x, kernel)
+
+
+def _project_adapter_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x, kernel = saved
+  flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+  return project(dy, kernel.T), jnp.matmul(flat_x.T, flat_dy, preferred_element_type=jnp.float32)
+
+
+project_adapter.defvjp(_project_adapter_forward, _project_adapter_backward)
 
 
 def drop(x: Float[Array, "b l d"], keys: Key[Array, "b l"], rate: float) -> Float[Array, "b l d"]:

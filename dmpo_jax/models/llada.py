@@ -230,9 +230,9 @@ class LLaDA(nn.Module):
       cache_start=start,
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
     )
-    table = constrain(self.embedding, "vocab", None)  # whole rows: a row of the batch looks up all of its width
-    x = jnp.take(table, constrain(tokens, "rows", None), axis=0).astype(self.config.dtype)
-    x = constrain(x, "rows", None, None)
+    # Each shard looks up its part of the width for all rows, which then part: no table is ever whole on a device.
+    x = jnp.take(self.embedding, constrain(tokens, "gathered_rows", None), axis=0).astype(self.config.dtype)
+    x = constrain(constrain(x, "gathered_rows", None, "embed"), "rows", None, None)
     inputs = LayerInput(jnp.arange(self.config.num_layers), None if cache is None else (cache.keys, cache.values))
     x, new = self.blocks(x, inputs, context)
     if cache is not None:

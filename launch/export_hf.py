@@ -1,0 +1,183 @@
+"""Write what a run has learned, or a converted checkpoint, in Hugging Face's layout.
+
+    python -m launch.export_hf --run=WORKDIR --out=DIR                # the policy, adapters merged into the weights
+    python -m launch.export_hf --run=WORKDIR --out=DIR --adapter      # its adapters alone, for PEFT
+    python -m launch.export_hf --model=CONVERTED_DIR --out=DIR        # a converted checkpoint, as it was
+
+Arrays are read one at a time and written shard by shard.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import absl.logging
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from dmpo_jax import build, config, files, pretrained
+from dmpo_jax.checkpoints import load_leaf
+from dmpo_jax.models import convert
+from dmpo_jax.models.llada import ModelConfig
+from dmpo_jax.shards import ADAPTER, write_shards
+
+Read = Callable[[tuple[str, ...]], np.ndarray]
+
+
+class Source(NamedTuple):
+  """What there is to export."""
+
+  config: ModelConfig
+  family: str
+  base: epath.Path | None  # the parameters under the adapters, or all that there are
+  policy: epath.Path | None  # adapters, if config.lora; else parameters that replace the base's
+  side: epath.Path | None  # the folder of the files that travel along
+
+
+def find_model(folder: epath.Path) -> Source:
+  """Look at a converted folder.
+
+  Raises:
+    ValueError: it is none.
+  """
+  model = pretrained.read_model(folder)
+  if model is None:
+    raise ValueError(f"--model={folder} has no {pretrained.MODEL_FILE}: give a folder that launch/convert_hf.py wrote")
+  return Source(model.model_config(), model.family, folder, None, folder)
+
+
+def find_run(workdir: epath.Path) -> Source:
+  """Look at a finished run.
+
+  Raises:
+    ValueError: it is none, or its base is not stored anywhere.
+  """
+  about = workdir / config.FILE
+  if not about.exists() or not (workdir / "policy").exists():
+    raise ValueError(f"--run={workdir} holds no finished run: there is no {config.FILE} or no policy")
+  settings = ConfigDict(json.loads(about.read_text()))
+  model = build.build_model(settings, build.make_tokenizer(settings))
+  checkpoint = settings.model.init_from
+  described = pretrained.read_model(checkpoint) if checkpoint else None
+  family = described.family if described else convert.natural_family(model.config)
+  base = workdir / "base" if settings.warm_start.updates else epath.Path(checkpoint) if checkpoint else None
+  if base is None and model.config.lora is not None:
+    raise ValueError(f"--run={workdir} has adapters on random parameters, which are not stored: they cannot be merged")
+  return Source(model.config, family, base, workdir / "policy", epath.Path(checkpoint) if described else None)
+
+
+def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: int) -> int:
+  """Write the weights, merged with the adapters if there are any; return their number of parameters.
+
+  Raises:
+    ValueError: `out` is there already.
+  """
+  places = convert.checkpoint_places(source.config, source.family)
+  read = _merged(source) if source.config.lora else lambda path: load_leaf(source.policy or source.base, path)
+  target = None if dtype == "same" else jnp.dtype(dtype)
+  itemsize = (target or np.dtype(read(("embedding",)).dtype)).itemsize
+  sizes = {name: int(np.prod(place.shape)) * itemsize for name, place in places.items()}
+
+  def leaf(path: tuple[str, ...]) -> np.ndarray:
+    array = read(path)
+    return array if target is None else array.astype(target)
+
+  order = [name for names in convert.leaves_of(places).values() for name in names]
+  with files.new_folder(out, "--out"):
+    _write_side_files(source, out, dtype)
+    write_shards(out, {name: sizes[name] for name in order}, convert.to_tensors(leaf, places), shard_bytes)
+  return sum(sizes.values()) // itemsize
+
+
+def _merged(source: Source) -> Read:
+  """Read leaves of the base with the adapters added: W + (alpha / rank) A B, in float32, rounded once."""
+  lora = source.config.lora
+
+  def read(path: tuple[str, ...]) -> np.ndarray:
+    kernel = load_leaf(source.base, path)
+    if path[-1] != "kernel" or path[1] not in lora.targets:
+      return kernel
+    a, b = (load_leaf(source.policy, (*path[:-1], part)).astype(np.float32) for part in "AB")
+    merged = np.empty_like(kernel)
+    for layer in range(len(kernel)):
+      merged[layer] = kernel[layer].astype(np.float32) + lora.scale * (a[layer] @ b[layer])
+    return merged
+
+  return read
+
+
+def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
+  """Write the adapters as PEFT reads them; return their number of parameters.
+
+  Raises:
+    ValueError: the run has none, or `out` is there already.
+  """
+  lora = source.config.lora
+  if lora is None:
+    raise ValueError("--adapter: all parameters were trained (model.lora.rank = 0); leave it out to write the weights")
+  places = convert.adapter_places(source.config, source.family)
+  tensors = dict(convert.to_tensors(lambda path: load_leaf(source.policy, path), places))
+  about = convert.lora_config_to_peft(lora, source.family, base_name or str(source.base))
+  with files.new_folder(out, "--out"):
+    save_file(tensors, out / ADAPTER, metadata={"format": "pt"})
+    (out / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+  return sum(array.size for array in tensors.values())
+
+
+def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
+  about: dict[str, Any] = convert.model_config_to_hf(source.config, source.family)
+  if source.side is not None:
+    pretrained.copy_side_files(source.side, out)
+    about = json.loads((out / "config.json").read_text())
+  if dtype != "same":
+    about["torch_dtype"] = dtype
+  (out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def run() -> None:
+  """Export what the flags name, and say what came out."""
+  given = flags.FLAGS
+  if bool(given.run) == bool(given.model):
+    raise ValueError("give either --run or --model")
+  out = epath.Path(given.out).expanduser()
+  where = epath.Path(given.run or given.model).expanduser()
+  source = find_run(where) if given.run else find_model(where)
+  if given.adapter:
+    count = export_adapter(source, out, given.base_name)
+  else:
+    count = export_model(source, out, dtype=given.dtype, shard_bytes=round(given.shard_gb * 1e9))
+  print(f"{out}: {count:,} parameters in {', '.join(sorted(path.name for path in out.glob('*.safetensors')))}")
+
+
+def define_flags() -> None:
+  """Declare the command's flags; not on import, as every command has an --out of its own."""
+  flags.DEFINE_string("run", None, "The workdir of a finished run.")
+  flags.DEFINE_string("model", None, "Or: a folder that launch/convert_hf.py wrote.")
+  flags.DEFINE_string("out", None, "The folder to write; it must not exist.")
+  flags.DEFINE_boolean("adapter", False, "Write the run's adapters for PEFT, and no weights.")
+  flags.DEFINE_string("base_name", "", "What an adapter says that it is for; the base's folder by default.")
+  flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32"], "Of the weights written.")
+  flags.DEFINE_float("shard_gb", 5.0, "Gigabytes of a shard, at most.", lower_bound=0.001)
+  flags.mark_flag_as_required("out")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Run; a mistake ends in one message and exit code 2."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  try:
+    run()
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  define_flags()
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  app.run(main)

@@ -1,0 +1,148 @@
+"""Back to Hugging Face's layout: untouched checkpoints bit for bit, merged adapters, adapters for PEFT."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import standin_tokenizer
+import tiny
+from etils import epath
+from recorded_models import compiled, recorded, settings, tensors
+from safetensors.numpy import load_file
+from test_launch_convert_hf import checkpoint, load
+
+from dmpo_jax import build, checkpoints, config
+from dmpo_jax.models import convert
+from dmpo_jax.shards import Shards
+from launch import convert_hf, export_hf
+
+
+@pytest.mark.parametrize("name", ["m1_base", "m2_gqa", "m3_tied", "m4_bf16"])
+def test_there_and_back(tmp_path, name):
+  source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
+  checkpoint(source, name, max_bytes=50_000)
+  convert_hf.convert_model(source, middle)
+  count = export_hf.export_model(export_hf.find_model(middle), out, dtype="same", shard_bytes=40_000)
+  stored, back = tensors(name), Shards(out)
+  assert count == sum(array.size for array in stored.values())
+  assert set(back) == set(stored)
+  for key, array in stored.items():
+    assert back[key].dtype == array.dtype
+    np.testing.assert_array_equal(back[key], array)
+  assert len({tensor.file for tensor in back.tensors.values()}) > 1
+  assert json.loads((out / "config.json").read_text()) == settings(name)
+
+
+SPECIAL = {"<s>": 253, "</s>": settings("m2_gqa")["eos_token_id"], "<mask>": settings("m2_gqa")["mask_token_id"]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """The workdir of a run that ended with the recorded adapters on the recorded model."""
+  folder = tmp_path_factory.mktemp("export")
+  source = checkpoint(folder / "hf", "m2_gqa")
+  pad = settings("m2_gqa")["pad_token_id"]
+  special = SPECIAL if pad in SPECIAL.values() else SPECIAL | {"<pad>": pad}
+  names = {id: token for token, id in special.items()}
+  about = dict(eos_token="</s>", pad_token=names[pad], mask_token="<mask>")
+  standin_tokenizer.write(folder / "hf", special, about, None)
+  base = epath.Path(folder / "base")
+  convert_hf.convert_model(source, base)
+  lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
+  c = tiny.config(
+    model__init_from=str(base),
+    model__d_model=48,
+    model__num_heads=6,
+    model__num_kv_heads=2,
+    model__mlp_hidden_size=96,
+    model__rope_theta=10_000.0,
+    model__lora__rank=lora.rank,
+    model__lora__alpha=lora.alpha,
+    tokenizer__name="huggingface",
+    tokenizer__path="",
+    warm_start__updates=0,
+  )
+  model = build.build_model(c, build.make_tokenizer(c))
+  workdir = epath.Path(folder / "run")
+  config.save(workdir, c)
+  checkpoints.save_params(workdir / "policy", convert.adapters_from_peft(tensors("adapter"), model.config))
+  return workdir
+
+
+def test_adapters_are_merged_into_the_weights(run, tmp_path):
+  out = epath.Path(tmp_path / "out")
+  export_hf.export_model(export_hf.find_run(run), out, dtype="same", shard_bytes=10**9)
+  assert {path.name for path in out.iterdir()} == {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+  }
+  again = epath.Path(tmp_path / "again")
+  convert_hf.convert_model(out, again)
+  model, variables = load(again)
+  arrays = recorded("adapter")
+  logits = compiled(model)(variables, arrays["ids"])
+  np.testing.assert_allclose(logits, arrays["logits_adapter"], rtol=0, atol=5e-4)
+  untouched = "model.transformer.blocks.1.ff_proj.weight"
+  np.testing.assert_array_equal(Shards(out)[untouched], tensors("m2_gqa")[untouched])
+
+
+def test_adapters_for_peft_are_the_recorded_ones(run, tmp_path):
+  out = epath.Path(tmp_path / "out")
+  export_hf.export_adapter(export_hf.find_run(run), out, "m2_gqa")
+  written = load_file(out / "adapter_model.safetensors")
+  stored = tensors("adapter")
+  assert written.keys() == stored.keys()
+  for key, array in stored.items():
+    np.testing.assert_array_equal(written[key], array)
+  about, given = json.loads((out / "adapter_config.json").read_text()), settings("adapter")
+  assert {key: about[key] for key in ("r", "lora_alpha", "peft_type", "bias")} == {
+    key: given[key] for key in ("r", "lora_alpha", "peft_type", "bias")
+  }
+  assert about["target_modules"] == ["q_proj", "k_proj", "v_proj", "up_proj"]
+  assert about["base_model_name_or_path"] == "m2_gqa"
+
+
+def test_all_parameters_of_a_run_from_random_ones(tmp_path):
+  c = tiny.config()
+  workdir = epath.Path(tmp_path / "run")
+  config.save(workdir, c)
+  model = build.build_model(c, build.make_tokenizer(c))
+  shapes = jax.tree.map(
+    lambda x: np.random.default_rng(0).normal(size=x.shape).astype(x.dtype),
+    build.abstract_collection(model, build.sharding.make_mesh(8), "params"),
+  )
+  checkpoints.save_params(workdir / "policy", shapes)
+  out = epath.Path(tmp_path / "out")
+  export_hf.export_model(export_hf.find_run(workdir), out, dtype="bfloat16", shard_bytes=10**9)
+  hf = json.loads((out / "config.json").read_text())
+  assert hf["torch_dtype"] == "bfloat16"
+  assert convert.model_config_from_hf(hf, remat="full") == model.config
+  wanted = shapes["blocks"]["up_proj"]["kernel"][1].T.astype(convert.jnp.bfloat16)
+  np.testing.assert_array_equal(Shards(out)["model.transformer.blocks.1.up_proj.weight"], wanted)
+  with pytest.raises(ValueError, match="all parameters were trained"):
+    export_hf.export_adapter(export_hf.find_run(workdir), epath.Path(tmp_path / "other"))
+
+
+def test_what_cannot_be_exported(tmp_path):
+  with pytest.raises(ValueError, match="holds no finished run"):
+    export_hf.find_run(epath.Path(tmp_path))
+  with pytest.raises(ValueError, match=r"has no model.json"):
+    export_hf.find_model(epath.Path(tmp_path))
+  c = tiny.config(model__lora__rank=2, warm_start__updates=0)
+  config.save(tmp_path, c)
+  (tmp_path / "policy").mkdir()
+  with pytest.raises(ValueError, match="adapters on random parameters"):
+    export_hf.find_run(epath.Path(tmp_path))
+
+
+def test_a_target_of_the_layers_does_not_name_the_head():
+  lora = convert.LoraConfig(2, 4.0, 0.0, ("q_proj", "ff_out"))
+  pattern = convert.lora_config_to_peft(lora, "llada", "base")["target_modules"]
+  import re
+
+  assert re.fullmatch(pattern, "model.transformer.blocks.11.ff_out")
+  assert re.fullmatch(pattern, "model.transformer.blocks.0.q_proj")
+  assert not re.fullmatch(pattern, "model.transformer.ff_out")
