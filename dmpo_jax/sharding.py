@@ -87,6 +87,12 @@ def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(array, spec(*logical))
 
 
+def num_shares(logical: str) -> int:
+  """Count the parts that a logical axis is split into on the mesh that is set; 1 where none is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in LOGICAL_AXES[logical]]))
+
+
 def layout(boxed: Any, mesh: Mesh) -> Any:
   """Give the NamedSharding of each array of a tree of Flax partitioned boxes (or their abstract shapes)."""
   rules = [(name, axes or None) for name, axes in LOGICAL_AXES.items()]

@@ -33,9 +33,23 @@ class Rollouts:
   """What a sampler returns for b rows."""
 
   completion: jax.Array  # int32 [b, c]
-  committed_at: jax.Array  # int32 [b, c]; the model call (from 0) that decided the position
-  confidence: jax.Array  # float32 [b, c]; the model's probability of the token when it was committed
+  committed_at: jax.Array  # int32 [b, c]; the row's model call (from 0) that decided the position; filled: num_calls
+  confidence: jax.Array  # float32 [b, c]; the model's probability of the token when it was committed; filled: 0
   num_calls: jax.Array  # int32 [b]; model calls that the row was live in
+  num_tokens: jax.Array  # int32 [b]; positions that the model decided; early exit fills the rest with EOS
+  num_saved: jax.Array  # int32 [b]; calls that early exit left out, of the most that the sampler would have made
+  log_p_old: jax.Array | None = None  # float32 [b, c]; log-probabilities that a sampler gives of its own tokens, in
+  log_p_ref: jax.Array | None = None  # nats, under the policy and under the reference; filled: 0
+
+  @property
+  def tokens_per_call(self) -> jax.Array:
+    """Float [b]."""
+    return self.num_tokens / self.num_calls
+
+  @property
+  def mean_confidence(self) -> jax.Array:
+    """Float [b]; over the tokens that the model decided."""
+    return self.confidence.sum(-1) / self.num_tokens
 
 
 @struct.dataclass

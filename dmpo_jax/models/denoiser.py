@@ -1,5 +1,6 @@
 """The model as samplers and objectives see it: closures over parameters and prompts, and scores of completions."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,21 +9,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
+from dmpo_jax import sharding
+from dmpo_jax.models.llada import Cache, empty_cache
 from dmpo_jax.sharding import constrain
 
 
-class Denoiser(NamedTuple):
-  """A policy with its rows' prompts: what a sampler calls.
+PART_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
+RUN_MULTIPLE = 128  # a part's runs of ids begin at multiples of it where the vocabulary is split over devices
 
-  `hidden(completion [b, c]) -> [b, c, d]` runs whole rows [prompt; completion] and keeps the completion's positions.
-  `logits(hidden [b, s, d]) -> float32 [b, s, v]` is the head, with -inf for ids that no token has. MASK keeps its share
-  of the probability, as in the likelihood; samplers never choose it.
+
+class Denoiser(NamedTuple):
+  """A policy with the prompts of b rows: what a sampler calls.
+
+  Completions may also have k * b rows, k for each prompt, one after the other. Hidden states are those of the
+  completion's positions, with the prompt hidden beside them where there is guidance.
   """
 
-  hidden: Callable[[jax.Array], jax.Array]
-  logits: Callable[[jax.Array], jax.Array]
+  hidden: Callable[..., Any]  # (completion [k * b, c]) -> [k * b, c, d]; whole rows [prompt; completion]
+  prefill: Callable[..., Any]  # (completion [b, c]) -> (hidden, Cache)
+  suffix: Callable[..., Any]  # (completion, start, cache, block_length) -> [b, s, d]; from start on, the rest cached
+  block: Callable[..., Any]  # (tokens [b, s], start, cache) -> [b, s, d]; the block alone, the rest cached
+  shadowed: Callable[..., Any]  # (completion, start, block_length) -> [b, 2 * s, d]; see `make_denoiser`
+  logits: Callable[..., Any]  # (hidden [z, s, d], number) -> (float32 [z, s, n, w], ids [n, w]); see `make_denoiser`
+  num_parts: int  # of the vocabulary
   mask_token_id: int
   eos_token_id: int
+  reference: Any = None  # a Denoiser of the reference policy with the same prompts; None: there is none
 
 
 class Scores(NamedTuple):
@@ -37,17 +49,181 @@ def make_denoiser(
   variables: Mapping[str, Any],
   prompt_tokens: Int[Array, "b q"],
   prompt_is_valid: Bool[Array, "b q"],
+  *,
+  guidance: float = 0.0,
+  reference: Mapping[str, Any] | None = None,
 ) -> Denoiser:
-  """Close over a policy (`variables`) and the prompts of b rows, padding marked by `prompt_is_valid`."""
+  """Close over a policy (`variables`) and the prompts of b rows, padding marked by `prompt_is_valid`.
 
-  def hidden(completion: Int[Array, "b c"]) -> Float[Array, "b c d"]:
-    return _completion_hidden(model, variables, prompt_tokens, prompt_is_valid, completion, None)
+  `logits` are -inf for ids that no token has. MASK keeps its share of the probability, as in the likelihood; samplers
+  never choose it. `shadowed` gives the block, then its shadow: a second copy of the block's positions, all MASK, that
+  sees everything but the token of its own position and that the row does not see (WINO, arXiv 2507.18578).
 
-  def logits(hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
-    logits = model.apply(variables, hidden, method="logits")
-    return jnp.where(jnp.arange(logits.shape[-1]) < model.config.vocab_size, logits, -jnp.inf)
+  Args:
+    guidance: w of classifier-free guidance, logits = (1 + w) * with prompt - w * without (arXiv 2502.09992, section
+      2.4, where 1 + w is the scale); the prompt's tokens are MASK in the rows without, computed beside the others.
+      0: none.
+    reference: variables of the reference policy.
 
-  return Denoiser(hidden, logits, model.config.mask_token_id, model.config.eos_token_id)
+  Raises:
+    ValueError: guidance is negative or not finite.
+  """
+  if not 0 <= guidance < math.inf:
+    raise ValueError(f"sampler.guidance={guidance}: must be a number from 0 (none) up")
+  config = model.config
+  rows = _Rows(model, variables, prompt_tokens, prompt_is_valid, is_guided=guidance > 0)
+  split, num_parts = _split_vocabulary(config.embedding_size)
+
+  def logits(hidden: Float[Array, "z s d"], number: Int[Array, ""] | int = 0) -> tuple[jax.Array, jax.Array]:
+    sides = [_part_logits(model, variables, side, split, number) for side in jnp.split(hidden, rows.num_sides, axis=-1)]
+    ids, is_new = split.ids(number)
+    joined = sides[0] if guidance == 0 else sides[1] + (guidance + 1) * (sides[0] - sides[1])
+    return jnp.where(is_new & (ids < config.vocab_size), joined, -jnp.inf), ids
+
+  return Denoiser(
+    hidden=rows.hidden,
+    prefill=rows.prefill,
+    suffix=rows.suffix,
+    block=rows.block,
+    shadowed=rows.shadowed,
+    logits=logits,
+    num_parts=num_parts,
+    mask_token_id=config.mask_token_id,
+    eos_token_id=config.eos_token_id,
+    reference=None
+    if reference is None
+    else make_denoiser(model, reference, prompt_tokens, prompt_is_valid, guidance=guidance),
+  )
+
+
+class _Split(NamedTuple):
+  """How a vocabulary of n equal shares is read: `width` neighbouring ids of each share at one time."""
+
+  num_shares: int
+  share: int
+  width: int
+
+  def start(self, number: Int[Array, ""] | int) -> Int[Array, ""]:
+    """Where part `number` begins in every share; the last part reaches back where the width does not divide it."""
+    return jnp.minimum(jnp.int32(number) * self.width, self.share - self.width)
+
+  def ids(self, number: Int[Array, ""] | int) -> tuple[Int[Array, "n w"], Bool[Array, "n w"]]:
+    """Give the ids of a part, and which of them no part before it had."""
+    column = self.start(number) + jnp.arange(self.width)
+    ids = jnp.arange(self.num_shares)[:, None] * self.share + column
+    return ids, jnp.broadcast_to(column >= number * self.width, ids.shape)
+
+
+def _split_vocabulary(size: int) -> tuple[_Split, int]:
+  """Choose the parts, and count them: each device's share of the vocabulary is read from its own weights."""
+  if size <= PART_SIZE:
+    return _Split(1, size, size), 1
+  num_shares = sharding.num_shares("vocab")
+  if size % (num_shares * RUN_MULTIPLE):
+    num_shares = 1  # correct, but parts then lie on few devices
+  share = size // num_shares
+  width = min(share, max(PART_SIZE // num_shares // RUN_MULTIPLE, 1) * RUN_MULTIPLE)
+  return _Split(num_shares, share, width), -(-share // width)
+
+
+def _part_logits(
+  model: nn.Module, variables: Mapping[str, Any], hidden: jax.Array, split: _Split, number: Int[Array, ""] | int
+) -> Float32[Array, "z s n w"]:
+  if split.width == split.share and split.num_shares == 1:
+    return model.apply(variables, hidden, method="logits")[:, :, None]
+  own = dict(width=split.width, num_runs=split.num_shares, method="part_logits")
+  return model.apply(variables, hidden, split.start(number), **own)
+
+
+class _Rows:
+  """The model run on rows [prompt; completion], in the ways that samplers need."""
+
+  def __init__(
+    self,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    prompt_tokens: Int[Array, "b q"],
+    prompt_is_valid: Bool[Array, "b q"],
+    *,
+    is_guided: bool,
+  ):
+    self._model, self._variables = model, variables
+    hidden_prompt = jnp.full_like(prompt_tokens, model.config.mask_token_id)
+    sides = [prompt_tokens, hidden_prompt] if is_guided else [prompt_tokens]
+    self.num_sides = len(sides)  # a row's sides are neighbours
+    self._prompt = jnp.stack(sides, axis=1).reshape(-1, prompt_tokens.shape[1])
+    self._is_valid = jnp.repeat(prompt_is_valid, self.num_sides, axis=0)
+    self._num_rows, self._q = prompt_tokens.shape
+
+  def hidden(self, completion: Int[Array, "z c"]) -> Float[Array, "z c d"]:
+    copies = completion.shape[0] // self._num_rows
+    prompt, is_valid = self._prompt, self._is_valid
+    if copies > 1:
+      prompt, is_valid = (
+        jnp.repeat(x.reshape(self._num_rows, -1), copies, axis=0).reshape(-1, self._q) for x in (prompt, is_valid)
+      )
+    tokens = self._spread(completion)
+    return self._gather(_completion_hidden(self._model, self._variables, prompt, is_valid, tokens, None))
+
+  def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], Cache]:
+    tokens = jnp.concatenate([self._prompt, self._spread(completion)], axis=1)
+    cache = empty_cache(self._model.config, *tokens.shape)
+    hidden, cache = self._run(tokens, is_valid=self._join_valid(completion.shape[1]), cache=cache)
+    return self._gather(hidden[:, self._q :]), cache
+
+  def suffix(
+    self, completion: Int[Array, "b c"], start: Int[Array, ""], cache: Cache, block_length: int
+  ) -> Float[Array, "b s d"]:
+    """One branch for every start, so that only what follows it is computed and all shapes are known."""
+
+    def from_start(start: int) -> Callable[..., jax.Array]:
+      def run(completion: Int[Array, "b c"], cache: Cache) -> Float[Array, "b s d"]:
+        return self.block(completion[:, start:], start, cache)[:, :block_length]
+
+      return run
+
+    branches = [from_start(start) for start in range(0, completion.shape[1], block_length)]
+    return jax.lax.switch(start // block_length, branches, completion, cache)
+
+  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""] | int, cache: Cache) -> Float[Array, "b s d"]:
+    hidden, _ = self._run(self._spread(tokens), cache=cache, cache_start=self._q + start)
+    return self._gather(hidden)
+
+  def shadowed(self, completion: Int[Array, "b c"], start: Int[Array, ""], block_length: int) -> Float[Array, "b t d"]:
+    shadow = jnp.full((completion.shape[0], block_length), self._model.config.mask_token_id, completion.dtype)
+    tokens = jnp.concatenate([self._prompt, self._spread(jnp.concatenate([completion, shadow], axis=1))], axis=1)
+    is_valid = self._join_valid(completion.shape[1] + block_length)
+    length = tokens.shape[1] - block_length
+    index = jnp.arange(tokens.shape[1])
+    is_shadow = index >= length
+    place = jnp.where(is_shadow, index - length + self._q + start, index)  # of which slot it is, or is the copy
+    may_see = ~is_shadow | (is_shadow[:, None] & is_shadow)
+    may_see &= ~(is_shadow[:, None] & ~is_shadow & (place[:, None] == place))
+    numbers = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)
+    hidden, _ = self._run(
+      tokens,
+      is_valid=is_valid,
+      positions=numbers[:, place],
+      attention_mask=jnp.broadcast_to(may_see, (tokens.shape[0], *may_see.shape)),
+    )
+    block = jax.lax.dynamic_slice_in_dim(hidden, self._q + start, block_length, axis=1)
+    return self._gather(jnp.concatenate([block, hidden[:, length:]], axis=1))
+
+  def _run(self, tokens: Int[Array, "z l"], **keywords: Any) -> tuple[jax.Array, Cache | None]:
+    return self._model.apply(self._variables, constrain(tokens, "rows", None), method="hidden", **keywords)
+
+  def _spread(self, completion: Int[Array, "z c"]) -> Int[Array, "y c"]:
+    return jnp.repeat(completion, self.num_sides, axis=0) if self.num_sides > 1 else completion
+
+  def _gather(self, hidden: Float[Array, "y s d"]) -> Float[Array, "z s e"]:
+    """Put a row's sides side by side along d."""
+    if self.num_sides == 1:
+      return hidden
+    sides = hidden.reshape(-1, self.num_sides, *hidden.shape[1:])
+    return jnp.moveaxis(sides, 1, 2).reshape(sides.shape[0], hidden.shape[1], -1)
+
+  def _join_valid(self, length: int) -> Bool[Array, "y l"]:
+    return jnp.concatenate([self._is_valid, jnp.ones((self._is_valid.shape[0], length), bool)], axis=1)
 
 
 def completion_scores(

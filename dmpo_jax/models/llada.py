@@ -244,8 +244,21 @@ class LLaDA(nn.Module):
 
   def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
     """Give float32 logits over the whole embedding table, unused rows and MASK included."""
-    head = self.embedding.T if self.config.weight_tying else self.head
-    return constrain(project(hidden, head, jnp.float32), "rows", None, "vocab")
+    return constrain(project(hidden, self._head(), jnp.float32), "rows", None, "vocab")
+
+  def part_logits(
+    self, hidden: Float[Array, "b s d"], start: Int[Array, ""] | int, *, width: int, num_runs: int
+  ) -> Float32[Array, "b s n w"]:
+    """Give float32 logits of columns [start, start + width) of each of `num_runs` equal shares of the table."""
+    split = "vocab" if num_runs > 1 else None
+    head = self._head()
+    shares = constrain(head.reshape(head.shape[0], num_runs, -1), "embed", split, None)
+    part = constrain(jax.lax.dynamic_slice_in_dim(shares, start, width, axis=2), None, split, None)
+    logits = project(hidden, part.reshape(head.shape[0], -1), jnp.float32)
+    return constrain(logits.reshape(*hidden.shape[:2], num_runs, width), "rows", None, split, None)
+
+  def _head(self) -> Float[Array, "d v"]:
+    return self.embedding.T if self.config.weight_tying else self.head
 
 
 def _count_positions(

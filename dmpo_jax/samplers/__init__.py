@@ -1,8 +1,16 @@
 """Decoding rules by name: one file each, on the loop of `loop.py`.
 
-Each is `sample(denoiser, keys, *, completion_length, block_length, steps, temperature, **own) -> structs.Rollouts`.
+Each is `sample(denoiser, keys, plan, **own) -> structs.Rollouts`.
 """
 
-from dmpo_jax.samplers import llada
+from dmpo_jax.samplers import dual_cache, llada, parallel, prefix_cache
+from dmpo_jax.samplers.loop import Plan
 
-SAMPLERS = {"llada": llada.sample}
+__all__ = ["SAMPLERS", "Plan"]
+
+SAMPLERS = {
+  "llada": llada.sample,
+  "parallel": parallel.sample,
+  "prefix_cache": prefix_cache.sample,
+  "dual_cache": dual_cache.sample,
+}

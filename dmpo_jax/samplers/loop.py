@@ -1,10 +1,11 @@
 """The loop that every sampler shares: all MASK -> block after block, model call after model call -> Rollouts.
 
-A sampler brings one function, `visit`: it looks at the current block, calls the model and says what the block holds
-next. How the model is called (whole rows, with a cache, guided), and what is accepted, is the sampler's own; walking
-the blocks, keeping the record and giving every row its own noise is done here.
+A sampler brings two functions: `look` calls the model, `accept` says what the block holds next. Walking the blocks,
+leaving finished rows alone, ending rows at EOS, keeping the record and giving every row its own noise is done here.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,32 +19,81 @@ from dmpo_jax.structs import Rollouts
 
 @runtime_checkable
 class Denoiser(Protocol):
-  """The model as a sampler sees it: functions closed over parameters and prompts.
+  """The model as a sampler sees it: functions closed over parameters and the prompts of b rows.
 
-  `hidden` runs the whole row [prompt; completion] and returns the completion's positions. It may hold several parts
-  side by side along d (say, with and without the prompt): samplers only slice it by position and hand it to `logits`.
+  `hidden` runs whole rows [prompt; completion] and returns the completion's positions. It may hold several parts side by
+  side along d (say, with and without the prompt): samplers only slice it by position and hand it to `logits`, which
+  gives part `number` of the vocabulary's `num_parts`, as n runs of w neighbouring ids, and the ids.
   """
 
   mask_token_id: int
+  eos_token_id: int
+  num_parts: int
 
-  def hidden(self, completion: Int[Array, "b c"]) -> Float[Array, "b c d"]: ...
+  def hidden(self, completion: Int[Array, "z c"]) -> Float[Array, "z c d"]: ...
 
-  def logits(self, hidden: Float[Array, "b s d"]) -> Float[Array, "b s v"]: ...
+  def logits(
+    self, hidden: Float[Array, "z s d"], number: Int[Array, ""] | int
+  ) -> tuple[Float[Array, "z s n w"], Int[Array, "n w"]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What every sampler is told.
+
+  Args:
+    completion_length, block_length: positions; blocks are decoded left to right.
+    steps: model calls for the whole completion where the rule has a schedule, a multiple of the number of blocks.
+    temperature: of the tokens, at least 0; 0 is greedy.
+    early_exit: a row is finished once an EOS and all before it are decided; EOS fills the rest.
+    on_call: called on the host after every model call with the batch's number of that call (from 0), the completions
+      [b, c] and the model calls [b] that each row has made. Calls may come out of order.
+
+  Raises:
+    ValueError: the first argument that is wrong, with the configuration's name for it and what would do.
+  """
+
+  completion_length: int
+  block_length: int
+  steps: int
+  temperature: float = 0.0
+  early_exit: bool = False
+  on_call: Callable[[Any, Any, Any], None] | None = None
+
+  def __post_init__(self) -> None:
+    validate_schedule(self.completion_length, self.block_length, self.steps)
+    if not 0 <= self.temperature < math.inf:
+      raise ValueError(f"sampler.temperature={self.temperature}: must be a number from 0 (greedy) up")
+
+  @property
+  def num_blocks(self) -> int:
+    return self.completion_length // self.block_length
+
+  @property
+  def steps_per_block(self) -> int:
+    return self.steps // self.num_blocks
 
 
 class View(NamedTuple):
-  """What a visit sees: the rows as they are, and the current block of s positions."""
+  """What a sampler sees at a model call: the rows as they are, and the current block of s positions."""
 
   completion: Int[Array, "b c"]
   start: Int[Array, ""]  # position of the block's first token in the completion
+  positions: Int[Array, "s"]  # of the block
   step: Int[Array, ""]  # model calls made in this block so far
   tokens: Int[Array, "b s"]  # the block
-  is_masked: Bool[Array, "b s"]  # the block
-  keys: Key[Array, "b"]  # the rows' keys for this call; `prediction` folds positions in
+  is_masked: Bool[Array, "b s"]  # the block; nowhere in a row that is finished with it
+  row_keys: Key[Array, "b"]  # the rows' keys
+  number: Int[Array, ""]  # of this call among all that a row may make: block * most calls in a block + step
+
+  @property
+  def keys(self) -> Key[Array, "b"]:
+    """The rows' keys for this call; `prediction` folds positions in."""
+    return fold_calls(self.row_keys, self.number)
 
 
 class Decision(NamedTuple):
-  """What the block holds after a visit. A position put back to MASK is taken back and will be decided again."""
+  """What the block holds after a call. A position put back to MASK is taken back and will be decided again."""
 
   tokens: Int[Array, "b s"]
   confidence: Float[Array, "b s"]  # probability of the tokens, read where they changed
@@ -56,81 +106,166 @@ class Carry(NamedTuple):
   committed_at: Int[Array, "b c"]
   confidence: Float[Array, "b c"]
   num_calls: Int[Array, "b"]
+  num_saved: Int[Array, "b"]
+  is_ended: Bool[Array, "b"]  # by EOS
+  batch_calls: Int[Array, ""]
   state: Any  # the sampler's own
 
 
-Visit = Callable[[View, Any], tuple[Decision, Any]]
+Look = Callable[[View, Any], Any]
+Enter = Callable[[View], tuple[Any, Any]]
+Accept = Callable[[View, Any, Any], tuple[Decision, Any]]
 
 
 def decode(
-  visit: Visit,
+  look: Look,
+  accept: Accept,
   state: Any,
   keys: Key[Array, "b"],
+  plan: Plan,
+  denoiser: Denoiser,
   *,
-  mask_token_id: int,
-  completion_length: int,
-  block_length: int,
-  steps: int,
+  most_calls: int,
+  enter: Enter | None = None,
+  is_fixed: bool = False,
+  can_revoke: bool = False,
 ) -> tuple[Rollouts, Any]:
-  """Decode b rows from all MASK, blocks left to right, `steps` model calls in equal shares over the blocks.
+  """Decode b rows from all MASK, blocks left to right, until no block has a MASK.
+
+  A block goes on while one of its rows has a MASK, at most `most_calls` calls; rows without are left as they are and
+  their calls are not counted.
 
   Args:
-    visit: one model call: `visit(view, state) -> (decision, state)`. `view.step` is 0 at a block's first call.
-    state: the sampler's own arrays at the first call (a cache, counters); `()` if it has none.
-    keys: the rows' keys. The call number is folded in here, positions by whoever draws: a row's noise depends on
-      nothing else, so its result is what it would be alone.
+    look: one model call: `look(view, memory) -> seen`.
+    accept: what follows from it: `accept(view, seen, state) -> (decision, state)`. `view.step` is 0 at a block's first
+      call.
+    state: the sampler's own arrays at the first call; `()` if it has none.
+    keys: the rows' keys. The call's number within the row is folded in here, positions by whoever draws: a row's noise
+      depends on nothing else, so its result is what it would be alone.
+    most_calls: bound of the calls in a block.
+    enter: a block's first call where it differs: `enter(view) -> (seen, memory)`; the memory (a cache) goes to the
+      block's other calls.
+    is_fixed: every row makes all `most_calls` calls, needed or not.
+    can_revoke: decided positions of the block may be taken back, so that a row ends between blocks only.
 
   Returns:
     The rollouts, and the sampler's state after the last call.
   """
-  validate_schedule(completion_length, block_length, steps)
-  num_rows, num_blocks = keys.shape[0], completion_length // block_length
-  steps_per_block = steps // num_blocks
+  mask, size = denoiser.mask_token_id, plan.block_length
 
-  def call(carry: Carry, start: Int[Array, ""], step: Int[Array, ""]) -> Carry:
-    number = start // block_length * steps_per_block + step
-    tokens = take_block(carry.completion, start, block_length)
-    view = View(
-      completion=carry.completion,
-      start=start,
-      step=step,
-      tokens=tokens,
-      is_masked=tokens == mask_token_id,
-      keys=jax.vmap(jax.random.fold_in, (0, None))(keys, number),
+  def view_block(carry: Carry, start: Int[Array, ""], step: Int[Array, ""]) -> View:
+    tokens = take_block(carry.completion, start, size)
+    number = start // size * most_calls + step
+    return View(
+      carry.completion, start, start + jnp.arange(size), step, tokens, tokens == mask, row_keys=keys, number=number
     )
-    decision, state = visit(view, carry.state)
-    return record(carry, view, decision, state)
 
-  def block(carry: Carry, start: Int[Array, ""]) -> tuple[Carry, None]:
-    carry, _ = jax.lax.scan(lambda carry, step: (call(carry, start, step), None), carry, jnp.arange(steps_per_block))
-    return carry, None
+  def find_live(carry: Carry, start: Int[Array, ""]) -> Bool[Array, "b"]:
+    has_masks = (take_block(carry.completion, start, size) == mask).any(1)
+    return ~carry.is_ended if is_fixed else has_masks
 
-  carry = Carry(
-    completion=jnp.full((num_rows, completion_length), mask_token_id, jnp.int32),
-    committed_at=jnp.zeros((num_rows, completion_length), jnp.int32),
-    confidence=jnp.zeros((num_rows, completion_length), jnp.float32),
-    num_calls=jnp.zeros(num_rows, jnp.int32),
+  def settle(carry: Carry, view: View, seen: Any) -> Carry:
+    decision, state = accept(view, seen, carry.state)
+    carry = record(carry, view, decision, state, find_live(carry, view.start))
+    if plan.early_exit and not can_revoke:
+      carry = end_rows(carry, view, denoiser, most_calls, plan)
+    if plan.on_call is not None:
+      jax.debug.callback(plan.on_call, carry.batch_calls - 1, carry.completion, carry.num_calls)
+    return carry
+
+  def decode_block(carry: Carry, start: Int[Array, ""]) -> Carry:
+    loop, memory = (carry, jnp.int32(0)), None
+    if enter is not None:
+      view = view_block(carry, start, jnp.int32(0))
+      seen, memory = enter(view)
+      loop = settle(carry, view, seen), jnp.int32(1)
+
+    def is_going(loop: tuple[Carry, Any]) -> Bool[Array, ""]:
+      return (loop[1] < most_calls) & find_live(loop[0], start).any()
+
+    def call(loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
+      view = view_block(loop[0], start, loop[1])
+      return settle(loop[0], view, look(view, memory)), loop[1] + 1
+
+    carry, step = jax.lax.while_loop(is_going, call, loop)
+    if plan.early_exit and can_revoke:
+      carry = end_rows(carry, view_block(carry, start, step - 1), denoiser, most_calls, plan)
+    return carry
+
+  def visit(carry: Carry, start: Int[Array, ""]) -> tuple[Carry, None]:
+    if enter is None or not plan.early_exit:
+      return decode_block(carry, start), None
+    # The loop makes no call where all rows have ended, but a first call of its own would be made.
+    return jax.lax.cond(carry.is_ended.all(), lambda carry, _: carry, decode_block, carry, start), None
+
+  carry, _ = jax.lax.scan(visit, _first_carry(keys, plan, mask, state), jnp.arange(plan.num_blocks) * size)
+  return _finish(carry, plan, denoiser.eos_token_id), carry.state
+
+
+def _first_carry(keys: Key[Array, "b"], plan: Plan, mask_token_id: int, state: Any) -> Carry:
+  b, c = keys.shape[0], plan.completion_length
+  return Carry(
+    completion=jnp.full((b, c), mask_token_id, jnp.int32),
+    committed_at=jnp.zeros((b, c), jnp.int32),
+    confidence=jnp.zeros((b, c), jnp.float32),
+    num_calls=jnp.zeros(b, jnp.int32),
+    num_saved=jnp.zeros(b, jnp.int32),
+    is_ended=jnp.zeros(b, bool),
+    batch_calls=jnp.int32(0),
     state=state,
   )
-  carry, _ = jax.lax.scan(block, carry, jnp.arange(num_blocks) * block_length)
-  return Rollouts(carry.completion, carry.committed_at, carry.confidence, carry.num_calls), carry.state
 
 
-def record(carry: Carry, view: View, decision: Decision, state: Any) -> Carry:
+def record(carry: Carry, view: View, decision: Decision, state: Any, is_live: Bool[Array, "b"]) -> Carry:
   """Write a decision into the rows; a position belongs to the call that changed it last."""
-  is_changed = decision.tokens != view.tokens
+  is_changed = (decision.tokens != view.tokens) & is_live[:, None]
 
   def write(rows: Num[Array, "b c"], new: Num[Array, "b s"]) -> Num[Array, "b c"]:
     block = jnp.where(is_changed, new.astype(rows.dtype), take_block(rows, view.start, is_changed.shape[1]))
     return constrain(jax.lax.dynamic_update_slice_in_dim(rows, block, view.start, axis=1), "rows", None)
 
-  return Carry(
+  return carry._replace(
     completion=write(carry.completion, decision.tokens),
     committed_at=write(carry.committed_at, jnp.broadcast_to(carry.num_calls[:, None], is_changed.shape)),
     confidence=write(carry.confidence, decision.confidence),
-    num_calls=carry.num_calls + 1,
+    num_calls=carry.num_calls + is_live,
+    batch_calls=carry.batch_calls + 1,
     state=state,
   )
+
+
+def end_rows(carry: Carry, view: View, denoiser: Denoiser, most_calls: int, plan: Plan) -> Carry:
+  """End the rows in which an EOS and all before it are decided: EOS from there on.
+
+  What stood behind the EOS never reaches the reader; the tokens up to it are final, as decided ones stay.
+  """
+  is_decided = jnp.cumsum(carry.completion == denoiser.mask_token_id, axis=1) == 0
+  is_eos = is_decided & (carry.completion == denoiser.eos_token_id)
+  is_behind = jnp.cumsum(is_eos, axis=1) - is_eos > 0
+  is_ending = is_eos.any(1) & ~carry.is_ended
+  calls_left = (plan.num_blocks * most_calls) - 1 - view.number
+  return carry._replace(
+    completion=constrain(jnp.where(is_behind, denoiser.eos_token_id, carry.completion), "rows", None),
+    num_saved=jnp.where(is_ending, calls_left, carry.num_saved),
+    is_ended=carry.is_ended | is_ending,
+  )
+
+
+def _finish(carry: Carry, plan: Plan, eos_token_id: int) -> Rollouts:
+  num_tokens = jnp.full_like(carry.num_calls, plan.completion_length)
+  committed_at, confidence = carry.committed_at, carry.confidence
+  if plan.early_exit:
+    is_eos = carry.completion == eos_token_id
+    is_filled = jnp.cumsum(is_eos, axis=1) - is_eos > 0
+    num_tokens = (~is_filled).sum(1).astype(jnp.int32)
+    committed_at = jnp.where(is_filled, carry.num_calls[:, None], committed_at)
+    confidence = jnp.where(is_filled, 0.0, confidence)
+  return Rollouts(carry.completion, committed_at, confidence, carry.num_calls, num_tokens, carry.num_saved)
+
+
+def fold_calls(keys: Key[Array, "b"], number: Int[Array, "*b"]) -> Key[Array, "b"]:
+  """Derive the rows' keys for a model call, by one number for all rows or one for each."""
+  return jax.vmap(jax.random.fold_in, (0, 0 if number.ndim else None))(keys, number)
 
 
 def take_block(array: Num[Array, "b c *d"], start: Int[Array, ""], length: int) -> Num[Array, "b s *d"]:
