@@ -70,14 +70,24 @@ def get_config() -> ConfigDict:
   s.name = "llada"  # see dmpo_jax.samplers.SAMPLERS
   s.completion_length = 16
   s.block_length = 16  # divides completion_length; blocks are decoded left to right
-  s.steps = 16  # model calls for the whole completion; a multiple of the number of blocks
+  s.steps = (
+    16  # model calls for the whole completion where a sampler has a schedule; a multiple of the number of blocks
+  )
   s.temperature = 1.0  # of the rollouts; 0: greedy
+  s.guidance = 0.0  # classifier-free: logits = (1 + guidance) * with the prompt - guidance * without; 0: none
   s.llada = ConfigDict(dict(remasking="low_confidence"))  # what is committed first: low_confidence, random
+  # tokens that a call commits: count (by steps), threshold (the confident ones), factor (more the surer they are)
+  parallel = dict(rule="threshold", threshold=0.9, factor=1.0)
+  s.parallel = ConfigDict(parallel)
+  s.prefix_cache = ConfigDict(parallel)
+  s.dual_cache = ConfigDict(parallel)
+  s.wino = ConfigDict(dict(threshold=0.6, threshold_back=0.9))  # to be accepted; to stay at the second look
 
   c.rollout = r = ConfigDict()
   r.num_prompts = 32  # prompts in a buffer
   r.group_size = 8  # rollouts of each prompt
   r.chunk_prompts = 0  # prompts sampled and scored at one time; 0: the whole buffer
+  r.early_exit = False  # a rollout is finished with its first EOS; needs objective.counted = "until_eos"
 
   c.objective = o = ConfigDict()
   o.name = "wdce"  # see dmpo_jax.objectives.OBJECTIVES
@@ -125,6 +135,7 @@ def get_config() -> ConfigDict:
   e.num_prompts = 256
   e.batch_size = 256
   e.temperature = 0.0
+  e.early_exit = True  # a completion is finished with its first EOS
 
   c.checkpoint = x = ConfigDict()
   x.every_updates = 20

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import data, models, noise, pretrained, rollout, sharding, tasks
+from dmpo_jax import data, models, noise, pretrained, rollout, samplers, sharding, tasks
 from dmpo_jax.checkpoints import identity, load_params
 from dmpo_jax.config import ConfigError
 from dmpo_jax.models import llada
@@ -210,17 +210,21 @@ def base_identity(config: ConfigDict, workdir: epath.Path) -> str:
   return identity(workdir / "base") if config.warm_start.updates else initial_identity(config)
 
 
-def make_sample(config: ConfigDict, parts: Parts, *, group_size: int, temperature: float) -> Callable:
-  """Jit the sampler of `config.sampler` at this temperature (see `rollout.make_sample`)."""
+def make_sample(config: ConfigDict, parts: Parts, *, group_size: int, temperature: float, early_exit: bool) -> Callable:
+  """Jit the sampler of `config.sampler` with these settings (see `samplers.Plan` and `rollout.make_sample`)."""
   sampler = config.sampler
   return rollout.make_sample(
     parts.model,
     parts.mesh,
     sampler=sampler.name,
     group_size=group_size,
-    temperature=temperature,
-    completion_length=sampler.completion_length,
-    block_length=sampler.block_length,
-    steps=sampler.steps,
-    **sampler[sampler.name],
+    plan=samplers.Plan(
+      completion_length=sampler.completion_length,
+      block_length=sampler.block_length,
+      steps=sampler.steps,
+      temperature=temperature,
+      early_exit=early_exit,
+    ),
+    guidance=sampler.guidance,
+    **sampler.get(sampler.name, {}),
   )

@@ -6,8 +6,9 @@
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -17,10 +18,12 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import files
 from dmpo_jax.rules import RELATIONS, RULES
+from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.tasks import TASKS
 
 Config = Mapping[str, Any] | ConfigDict
 
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 CHOICES = ("task", "sampler", "objective")  # sections with a name, and a section of own keywords under each name
 FILE = "config.json"  # the configuration that a workdir was begun with
 
@@ -67,6 +70,8 @@ def validate(config: ConfigDict) -> None:
       problems[relation.path] = _line(relation.path, value, relation.allowed.format(*named))
   if not problems["task.name"]:
     problems |= _task_problems(config.task.name, values)
+  if not problems["sampler.name"]:
+    problems |= _unknown_keywords("sampler", config.sampler.name, SAMPLERS[config.sampler.name], values)
   found = [problem for problem in problems.values() if problem]
   if found:
     count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
@@ -124,6 +129,18 @@ def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
     except (TypeError, ValueError) as error:  # which names its key, as `task.sudoku.min_blanks=...`
       problems[prefix] = f"config.{error}" if str(error).startswith(prefix) else _line(prefix[:-1], own, str(error))
   return problems
+
+
+def _unknown_keywords(section: str, name: str, function: Callable, values: Mapping[str, Any]) -> dict[str, str]:
+  """Check the names in the section of a choice against the keywords of what it chooses."""
+  prefix = f"{section}.{name}."
+  known = [key for key, parameter in inspect.signature(function).parameters.items() if parameter.kind is KEYWORD_ONLY]
+  own = {path: path.removeprefix(prefix) for path in values if path.startswith(prefix)}
+  return {
+    path: _line(path, values[path], f"no such key{did_you_mean(key, known)}")
+    for path, key in own.items()
+    if key not in known
+  }
 
 
 def fingerprint(config: Config) -> str:

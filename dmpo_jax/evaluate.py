@@ -56,7 +56,8 @@ def make_evaluate(
   config: ConfigDict, folder: epath.Path, parts: Parts, base: Any
 ) -> Callable[[Any, int], dict[str, float]]:
   """Close over the configuration's evaluation: `evaluate(trainable, after so many buffers) -> figures`."""
-  sample = make_sample(config, parts, group_size=1, temperature=config.eval.temperature)
+  own = config.eval
+  sample = make_sample(config, parts, group_size=1, temperature=own.temperature, early_exit=own.early_exit)
   prompts, records = parts.held_out
 
   def evaluate_after(trainable: Any, buffer: int) -> dict[str, float]:
@@ -98,7 +99,7 @@ def evaluate(
 
   Returns:
     `solve_rate` in [0, 1] with its 95 % Wilson interval (`solve_rate_low`, `solve_rate_high`), `reward_mean`,
-    `num_prompts`, `model_calls` a prompt, and `seconds`.
+    `num_prompts`, `model_calls` a prompt and `calls_saved` by early exit, and `seconds`.
   """
   start = time.monotonic()
   num_prompts = len(records)
@@ -124,6 +125,7 @@ def evaluate(
     "reward_mean": float(grades.reward.mean()),
     "num_prompts": num_prompts,
     "model_calls": float(rollouts.num_calls.mean()),
+    "calls_saved": float(rollouts.num_saved.mean()),
     "seconds": time.monotonic() - start,
   }
 

@@ -138,7 +138,13 @@ def _collect_demonstrations(config: ConfigDict, parts: Parts, batch_size: int, n
 
 def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
   objective, num_prompts = config.objective, config.rollout.num_prompts
-  sample = make_sample(config, parts, group_size=config.rollout.group_size, temperature=config.sampler.temperature)
+  sample = make_sample(
+    config,
+    parts,
+    group_size=config.rollout.group_size,
+    temperature=config.sampler.temperature,
+    early_exit=config.rollout.early_exit,
+  )
   measure = rollout.make_measure(
     parts.model,
     parts.mesh,

@@ -118,19 +118,30 @@ def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experie
   )
 
 
-def make_sample(model: LLaDA, mesh: Mesh, *, sampler: str, group_size: int, **keywords: Any) -> Callable:
+def make_sample(
+  model: LLaDA,
+  mesh: Mesh,
+  *,
+  sampler: str,
+  group_size: int,
+  plan: samplers.Plan,
+  guidance: float = 0.0,
+  **own: Any,
+) -> Callable:
   """Jit `sample(trainable, frozen, prompts, key) -> Rollouts` with fields [p, g, c] and [p, g].
 
   Args:
-    sampler: a name in `samplers.SAMPLERS`; `keywords` are its own.
+    sampler: a name in `samplers.SAMPLERS`; `own` are its own keywords.
     group_size: rollouts of each prompt.
+    guidance: see `make_denoiser`.
   """
 
   def sample(trainable: Any, frozen: Any, prompts: Prompts, key: jax.Array) -> Rollouts:
     variables = lora.policy_variables(trainable, frozen, lora=model.config.lora is not None)
     keys = noise.row_keys(key, prompts.prompt_id, group_size).reshape(-1)
     tokens, is_valid = (jnp.repeat(array, group_size, axis=0) for array in (prompts.tokens, prompts.is_valid))
-    rollouts = samplers.SAMPLERS[sampler](make_denoiser(model, variables, tokens, is_valid), keys, **keywords)
+    denoiser = make_denoiser(model, variables, tokens, is_valid, guidance=guidance)
+    rollouts = samplers.SAMPLERS[sampler](denoiser, keys, plan, **own)
     return jax.tree.map(lambda array: array.reshape(-1, group_size, *array.shape[1:]), rollouts)
 
   return jax.jit(sample, out_shardings=replicated(mesh))
@@ -264,8 +275,9 @@ def describe(
     "reward_std": float(reward.std()) if reward.size else math.nan,
     "solve_rate": _mean(grades.is_solved[kept]),
     "rewards_failed": float((~kept).sum()),
-    "tokens_per_call": completion.shape[-1] / _mean(rollouts.num_calls),
-    "confidence": _mean(rollouts.confidence),
+    "tokens_per_call": _mean(rollouts.num_tokens) / _mean(rollouts.num_calls),
+    "calls_saved": _mean(rollouts.num_saved),
+    "confidence": float(rollouts.confidence.sum() / rollouts.num_tokens.sum()),
     "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
     "eos_rate": _mean((completion == eos_token_id).any(-1)),
   }

@@ -15,6 +15,7 @@ from dmpo_jax.models import MODELS
 from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.samplers import SAMPLERS, llada
+from dmpo_jax.samplers.rules import RULES as PARALLEL_RULES
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.tokenizer import TOKENIZERS
 
@@ -93,6 +94,8 @@ def mesh_size() -> Rule:
   return Rule("1 or more, or -1 for the devices left", lambda value: type(value) is int and (value >= 1 or value == -1))
 
 
+PARALLEL = ("parallel", "prefix_cache", "dual_cache")  # the samplers with a rule of parallel decoding
+
 # A task's own section is checked against the task's fields; other choices' own keys as far as they are named here.
 RULES: dict[str, Rule] = {
   "seed": whole(0, 2**32 - 1),
@@ -134,10 +137,16 @@ RULES: dict[str, Rule] = {
   "sampler.block_length": whole(1),
   "sampler.steps": whole(1),
   "sampler.temperature": number("[0, inf)"),
+  "sampler.guidance": number("[0, inf)"),
   "sampler.llada.remasking": one_of(*llada.REMASKING),
+  **{f"sampler.{name}.rule": one_of(*PARALLEL_RULES) for name in PARALLEL},
+  **{f"sampler.{name}.threshold": number("[0, inf)") for name in (*PARALLEL, "wino")},
+  **{f"sampler.{name}.factor": number("[0, inf)") for name in PARALLEL},
+  "sampler.wino.threshold_back": number("[0, inf)"),
   "rollout.num_prompts": whole(1),
   "rollout.group_size": whole(1),
   "rollout.chunk_prompts": whole(0),
+  "rollout.early_exit": flag(),
   "objective.name": one_of(*OBJECTIVES),
   "objective.alpha": number("[0, inf)"),
   "objective.kappa": number("(0, 1]"),
@@ -171,6 +180,7 @@ RULES: dict[str, Rule] = {
   "eval.num_prompts": whole(1),
   "eval.batch_size": whole(1),
   "eval.temperature": number("[0, inf)"),
+  "eval.early_exit": flag(),
   "checkpoint.every_updates": whole(1),
   "checkpoint.keep": whole(1),
 }
@@ -216,6 +226,12 @@ RELATIONS = (
   Relation("objective.num_replicates", ("objective.antithetic",), is_paired, "even, as {0} draws masks in pairs"),
   Relation("objective.num_elbo_replicates", ("objective.antithetic",), is_paired, "even, as {0} draws masks in pairs"),
   Relation("objective.min_mask_ratio", ("objective.max_mask_ratio",), operator.lt, "below {0}"),
+  Relation(
+    "rollout.early_exit",
+    ("objective.counted",),
+    lambda exits, counted: not exits or counted == "until_eos",
+    'False unless objective.counted = "until_eos" ({0}): what early exit fills in is not the policy\'s choice',
+  ),
   Relation("rollout.num_prompts", ("task.num_train",), operator.le, "at most {0}"),
   Relation(
     "train.microbatch_prompts",

@@ -37,7 +37,7 @@ def test_denoiser_gives_the_logits_of_completions_and_of_tokens_only():
   def denoise(variables, noised):
     denoiser = make_denoiser(model, variables, prompt, is_valid)
     hidden = denoiser.hidden(noised)
-    return hidden, denoiser.logits(hidden[:, 1:3])
+    return hidden, denoiser.logits(hidden[:, 1:3])[0][:, :, 0]
 
   hidden, logits = denoise(variables, noised)
   assert hidden.shape == (ROWS, COMPLETION, TINY.d_model)

@@ -23,7 +23,7 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
   with jax.set_mesh(parts.mesh):
     params = build.initial_params(config, parts)
     reference = jax.tree.map(lambda x: x * 1.1, params)
-    sample = build.make_sample(config, parts, group_size=config.rollout.group_size, temperature=1.0)
+    sample = build.make_sample(config, parts, group_size=config.rollout.group_size, temperature=1.0, early_exit=False)
     measure = rollout.make_measure(
       parts.model, parts.mesh, num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, chunk=0
     )
@@ -106,7 +106,9 @@ def test_counted_positions_end_with_the_first_eos():
 
 def test_what_the_log_says_of_completions():
   completion = np.array([[[5, 2, 2, 2], [5, 5, 5, 5]]], np.int32)
-  rollouts = structs.Rollouts(completion, completion * 0, np.full((1, 2, 4), 0.5), np.array([[2, 2]]))
+  rollouts = structs.Rollouts(
+    completion, completion * 0, np.full((1, 2, 4), 0.5), np.array([[2, 2]]), np.array([[4, 2]]), np.array([[0, 1]])
+  )
   grades = rollout.Grades(np.array([[1.0, 0.0]]), np.array([[True, False]]), np.array([[True, False]]))
   figures = rollout.describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
   assert figures == {
@@ -114,8 +116,9 @@ def test_what_the_log_says_of_completions():
     "reward_std": 0.0,
     "solve_rate": 1.0,
     "rewards_failed": 1.0,
-    "tokens_per_call": 2.0,
-    "confidence": 0.5,
+    "tokens_per_call": 1.5,
+    "calls_saved": 0.5,
+    "confidence": 2 / 3,
     "completion_length": 2.5,
     "eos_rate": 0.5,
   }

@@ -1,4 +1,4 @@
-"""LLaDA's decoding on small real checkpoints against trajectories recorded from the official PyTorch code."""
+"""Samplers on small real checkpoints against trajectories recorded from the official PyTorch code."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 from dmpo_jax.models import convert
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
-from dmpo_jax.samplers import SAMPLERS
+from dmpo_jax.samplers import SAMPLERS, Plan
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
-CASES = json.loads((GOLDENS / "llada.json").read_text())
-RECORDED = np.load(GOLDENS / "llada.npz")
+CASES = json.loads((GOLDENS / "trajectories.json").read_text())
+RECORDED = np.load(GOLDENS / "trajectories.npz")
 
 
 @functools.cache
@@ -31,39 +31,50 @@ def load(checkpoint):
   return LLaDA(config), {"params": jax.tree.map(jnp.asarray, params)}
 
 
-def sample(case, prompt, padding=0, temperature=0.0, first_key=0, **own):
-  """Decode the prompts, left-padded by `padding` tokens, with the settings of a recorded case."""
+def sample(case, prompt, padding=0, temperature=0.0, first_key=0):
+  """Decode the prompts, left-padded by `padding` tokens, with the settings of a recorded case.
+
+  Gives the rollouts and, in order, what stood after each model call: (completions, calls of each row).
+  """
   model, variables = load(case["checkpoint"])
-  settings = {name: case[name] for name in ("completion_length", "block_length", "steps")}
+  states = {}
+  plan = Plan(
+    **{name: case[name] for name in ("completion_length", "block_length", "steps")},
+    temperature=temperature,
+    on_call=lambda number, *state: states.update({int(number): jax.tree.map(np.array, state)}),
+  )
   tokens = jnp.pad(jnp.asarray(prompt, jnp.int32), ((0, 0), (padding, 0)), constant_values=model.config.eos_token_id)
   is_valid = jnp.broadcast_to(jnp.arange(tokens.shape[1]) >= padding, tokens.shape)
 
   @jax.jit
   def decode(variables, tokens, is_valid, keys):
-    denoiser = make_denoiser(model, variables, tokens, is_valid)
-    return SAMPLERS["llada"](denoiser, keys, temperature=temperature, **settings, **own)
+    denoiser = make_denoiser(model, variables, tokens, is_valid, guidance=case["guidance"])
+    return SAMPLERS[case["sampler"]](denoiser, keys, plan, **case["own"])
 
   data = [[0, first_key + row] for row in range(len(prompt))]
   keys = jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32))
-  return model.config.mask_token_id, jax.tree.map(np.asarray, decode(variables, tokens, is_valid, keys))
+  rollouts = jax.tree.map(np.asarray, decode(variables, tokens, is_valid, keys))
+  jax.effects_barrier()
+  return rollouts, [states[number] for number in range(len(states))]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name]["sampler"] != "wino"])
 def test_every_state_and_the_number_of_calls_are_the_official_ones(name):
-  case, states = CASES[name], RECORDED[f"{name}_states"]
-  mask_token_id, rollouts = sample(case, RECORDED[f"{name}_prompt"])
-  assert (rollouts.num_calls == case["num_calls"]).all()
-  assert len(states) == case["num_calls"] + 1
-  for call, state in enumerate(states):
-    np.testing.assert_array_equal(np.where(rollouts.committed_at < call, rollouts.completion, mask_token_id), state)
+  case, recorded = CASES[name], RECORDED[f"{name}_states"]
+  rollouts, states = sample(case, RECORDED[f"{name}_prompt"])
+  assert len(states) == case["num_calls"]
+  for (completion, _), expected in zip(states, recorded[1:], strict=True):
+    np.testing.assert_array_equal(completion, expected)
+  np.testing.assert_array_equal(rollouts.completion, recorded[-1])
   assert ((rollouts.confidence > 0) & (rollouts.confidence <= 1)).all()
 
 
-def test_a_sampled_row_depends_neither_on_padding_nor_on_its_batch():
-  name = "llada_e_uneven"
-  prompt = RECORDED[f"{name}_prompt"]
-  _, together = sample(CASES[name], prompt, temperature=1.0)
-  _, padded = sample(CASES[name], prompt[1:2], padding=5, temperature=1.0, first_key=1)
-  for field in ("completion", "committed_at", "num_calls"):
-    np.testing.assert_array_equal(getattr(padded, field)[0], getattr(together, field)[1])
-  np.testing.assert_allclose(padded.confidence[0], together.confidence[1], atol=1e-5)
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name]["sampler"] == "wino"])
+def test_with_revocation_too_though_its_rows_were_recorded_one_by_one(name):
+  case = CASES[name]
+  rollouts, states = sample(case, RECORDED[f"{name}_prompt"])
+  np.testing.assert_array_equal(rollouts.completion, RECORDED[f"{name}_final"])
+  np.testing.assert_array_equal(rollouts.num_calls, case["num_calls"])
+  for row in range(len(rollouts.completion)):
+    own = {int(calls[row]): completion[row] for completion, calls in states}
+    np.testing.assert_array_equal([own[call] for call in sorted(own)], RECORDED[f"{name}_row{row}"][1:])

@@ -13,7 +13,6 @@ from dmpo_jax import sharding
 from dmpo_jax.models.llada import Cache, empty_cache
 from dmpo_jax.sharding import constrain
 
-
 PART_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
 RUN_MULTIPLE = 128  # a part's runs of ids begin at multiples of it where the vocabulary is split over devices
 

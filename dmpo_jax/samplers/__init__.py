@@ -3,7 +3,7 @@
 Each is `sample(denoiser, keys, plan, **own) -> structs.Rollouts`.
 """
 
-from dmpo_jax.samplers import dual_cache, llada, parallel, prefix_cache
+from dmpo_jax.samplers import dual_cache, llada, parallel, prefix_cache, wino
 from dmpo_jax.samplers.loop import Plan
 
 __all__ = ["SAMPLERS", "Plan"]
@@ -13,4 +13,5 @@ SAMPLERS = {
   "parallel": parallel.sample,
   "prefix_cache": prefix_cache.sample,
   "dual_cache": dual_cache.sample,
+  "wino": wino.sample,
 }

@@ -11,9 +11,7 @@ from dmpo_jax.structs import Rollouts
 REMASKING = ("low_confidence", "random")
 
 
-def sample(
-  denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, *, remasking: str = "low_confidence"
-) -> Rollouts:
+def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, *, remasking: str = "low_confidence") -> Rollouts:
   """Decode b completions with LLaDA's fixed schedule (arXiv 2502.09992, algorithms 4 and 5, block by block).
 
   Each call predicts every masked position of the current block and keeps the scheduled number of them. With more

@@ -21,8 +21,8 @@ from dmpo_jax.structs import Rollouts
 class Denoiser(Protocol):
   """The model as a sampler sees it: functions closed over parameters and the prompts of b rows.
 
-  `hidden` runs whole rows [prompt; completion] and returns the completion's positions. It may hold several parts side by
-  side along d (say, with and without the prompt): samplers only slice it by position and hand it to `logits`, which
+  `hidden` runs whole rows [prompt; completion] and returns the completion's positions. It may hold several things side
+  by side along d (say, with and without the prompt): samplers only slice it by position and hand it to `logits`, which
   gives part `number` of the vocabulary's `num_parts`, as n runs of w neighbouring ids, and the ids.
   """
 

@@ -62,9 +62,7 @@ def predict(
   return Prediction(found.token, confidence, log_total - found.weighted / found.total)
 
 
-def log_probs(
-  denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Array, "b s"]
-) -> Float32[Array, "b s"]:
+def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Array, "b s"]) -> Float32[Array, "b s"]:
   """Give the log-probabilities of tokens under softmax(logits), in float32 nats."""
 
   def score(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Float32[Array, "b s n w"]:

@@ -32,9 +32,7 @@ def select_threshold(
   return is_masked & ((confidence >= threshold) | (rank(confidence, is_masked) == 0))
 
 
-def select_factor(
-  confidence: Float[Array, "b s"], is_masked: Bool[Array, "b s"], factor: float
-) -> Bool[Array, "b s"]:
+def select_factor(confidence: Float[Array, "b s"], is_masked: Bool[Array, "b s"], factor: float) -> Bool[Array, "b s"]:
   """Keep as many as the least confident of them allows (Fast-dLLM, arXiv 2505.22618, section 3.3).
 
   Sorted by confidence, number i (from 0) passes with confidence >= 1 - factor / (i + 2), number 0 always; kept are
@@ -48,9 +46,7 @@ def select_factor(
   return is_masked & (place < jnp.where((count == num_masked - 1) & (count > 0), num_masked, count))
 
 
-def make_accept(
-  denoiser: Denoiser, plan: Plan, *, rule: str, threshold: float, factor: float
-) -> tuple[Accept, int]:
+def make_accept(denoiser: Denoiser, plan: Plan, *, rule: str, threshold: float, factor: float) -> tuple[Accept, int]:
   """Close over a rule of parallel decoding; also give the most calls that it makes in a block.
 
   Args:

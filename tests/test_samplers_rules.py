@@ -1,0 +1,104 @@
+"""Which masked positions are kept: recorded selections of the official code, and cases worked out by hand."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_denoiser import Fake, contextual, fixed, keys, run
+
+from dmpo_jax import samplers
+from dmpo_jax.samplers import prediction, rules
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
+CASES = json.loads((GOLDENS / "selections.json").read_text())
+
+
+ROWS, POSITIONS, IDS = 3, 13, 38  # of the largest recorded case; the others are filled up, to compile one program
+
+
+def fill(array, *, value=0):
+  return np.pad(
+    array, [(0, n - m) for n, m in zip((ROWS, POSITIONS, IDS), array.shape, strict=False)], constant_values=value
+  )
+
+
+@jax.jit
+def choose_tokens(logits, noise, temperature):
+  tokens = prediction.predict(
+    Fake(len, mask_token_id=-1), logits + temperature * noise, keys(ROWS), jnp.arange(POSITIONS), 0.0
+  ).tokens
+  log_p = prediction.log_probs(Fake(len), logits, tokens)
+  return tokens, jnp.exp(log_p)
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def select(rule, confidence, is_masked, count, bound):
+  if rule == "count":
+    return rules.select_count(confidence, is_masked, count)
+  choose = rules.select_threshold if rule == "threshold" else rules.select_factor
+  return choose(confidence, is_masked, bound)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_selection_recorded_from_the_official_code(rule):
+  """Tokens, and which are committed, from the recorded logits and uniform noise."""
+  goldens = np.load(GOLDENS / "functions.npz")
+  numbers = [i for i, case in enumerate(CASES) if case["rule"] == rule]
+  assert len(numbers) >= 8
+  for i in numbers:
+    recorded = {key.split("_")[1]: goldens[key] for key in goldens if key.startswith(f"select{i}_")}
+    b, s, _ = recorded["logits"].shape
+    u = recorded.get("u", np.full_like(recorded["logits"], 0.5))
+    noise = fill(-np.log(-np.log(u + 1e-10) + 1e-10).astype(np.float32))
+    logits = fill(recorded["logits"], value=-np.inf)
+    logits[b:], logits[:, s:] = 0, 0
+    tokens, confidence = choose_tokens(logits, noise, CASES[i]["temperature"])
+    count = fill(recorded.get("count", np.zeros(b, np.int32)))
+    is_kept = select(rule, confidence, fill(recorded["mask"]), count, CASES[i]["bound"] or 0.0)
+    np.testing.assert_array_equal(np.where(recorded["mask"], tokens[:b, :s], recorded["x"]), recorded["x0"])
+    np.testing.assert_array_equal(is_kept[:b, :s], recorded["transfer"])
+
+
+CONFIDENCE = jnp.array([[0.9, 0.4, 0.7, 0.2], [0.4, 0.4, 0.3, 0.2]])
+
+
+@pytest.mark.parametrize(
+  ("choose", "bound", "kept"),
+  [
+    (rules.select_threshold, 0.7, [[1, 0, 1, 0], [1, 0, 0, 0]]),  # the best always, the leftmost of equals
+    (rules.select_factor, 1.0, [[1, 0, 1, 0], [1, 0, 0, 0]]),  # the second needs 2/3, the third 3/4
+    (rules.select_factor, 3.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),  # the second and third anything, the fourth 2/5: it alone
+    (rules.select_count, jnp.array([3, 0]), [[1, 1, 1, 0], [0, 0, 0, 0]]),
+  ],
+)
+def test_selection_by_hand_row_by_row(choose, bound, kept):
+  np.testing.assert_array_equal(choose(CONFIDENCE, jnp.ones((2, 4), bool), bound), np.array(kept, bool))
+  # Positions that are decided are never kept and count in nothing; a row without masks keeps nothing.
+  is_masked = jnp.array([[False] * 4, [True] * 4])
+  some = choose(CONFIDENCE, is_masked, bound)
+  np.testing.assert_array_equal(some, np.array(kept, bool) & np.array([[False], [True]]))
+
+
+def test_entropy_is_of_the_whole_distribution():
+  p = [[0.6, 0.2, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]
+  predicted = prediction.predict(Fake(len), jnp.log(jnp.array([p])), keys(1), jnp.arange(2), 0.0)
+  np.testing.assert_allclose(predicted.entropy, [[-sum(q * np.log(q) for q in row) for row in p]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["parallel", "prefix_cache", "dual_cache"])
+@pytest.mark.parametrize("own", [dict(rule="treshold"), dict(threshold=-0.1), dict(rule="factor", factor=float("nan"))])
+def test_a_bad_rule_is_refused(name, own):
+  plan = samplers.Plan(completion_length=4, block_length=4, steps=4)
+  with pytest.raises(ValueError, match=r"sampler\.<name>\.(rule='treshold': .*did you mean 'threshold'|thresh|factor)"):
+    samplers.SAMPLERS[name](contextual(c=4), keys(1), plan, **own)
+
+
+def test_a_threshold_that_all_reach_takes_one_call_a_block():
+  certain = fixed([[0.6, 0.2, 0.1, 0.1]] * 6)
+  rollouts = run("parallel", certain, keys(2), dict(threshold=0.5), completion_length=6, block_length=3)
+  np.testing.assert_array_equal(rollouts.committed_at, [[0, 0, 0, 1, 1, 1]] * 2)
+  np.testing.assert_array_equal(rollouts.num_calls, [2, 2])
