@@ -20,22 +20,20 @@ CASES = json.loads((GOLDENS / "selections.json").read_text())
 ROWS, POSITIONS, IDS = 3, 13, 38  # of the largest recorded case; the others are filled up, to compile one program
 
 
-def fill(array, *, value=0):
-  return np.pad(
-    array, [(0, n - m) for n, m in zip((ROWS, POSITIONS, IDS), array.shape, strict=False)], constant_values=value
-  )
+def fill(array, value=0):
+  widths = [(0, n - m) for n, m in zip((ROWS, POSITIONS, IDS), array.shape, strict=False)]
+  return np.pad(array, widths, constant_values=value)
 
 
 @jax.jit
 def choose_tokens(logits, noise, temperature):
-  tokens = prediction.predict(
-    Fake(len, mask_token_id=-1), logits + temperature * noise, keys(ROWS), jnp.arange(POSITIONS), 0.0
-  ).tokens
-  log_p = prediction.log_probs(Fake(len), logits, tokens)
-  return tokens, jnp.exp(log_p)
+  """Tokens by the noisy logits, and their probabilities without noise."""
+  denoiser = Fake(len, mask_token_id=-1)
+  chosen = prediction.predict(denoiser, logits + temperature * noise, keys(ROWS), jnp.arange(POSITIONS), 0.0)
+  return chosen.tokens, jnp.exp(prediction.log_probs(denoiser, logits, chosen.tokens))
 
 
-@functools.partial(jax.jit, static_argnames="rule")
+@functools.partial(jax.jit, static_argnames=("rule", "bound"))
 def select(rule, confidence, is_masked, count, bound):
   if rule == "count":
     return rules.select_count(confidence, is_masked, count)
@@ -54,11 +52,11 @@ def test_selection_recorded_from_the_official_code(rule):
     b, s, _ = recorded["logits"].shape
     u = recorded.get("u", np.full_like(recorded["logits"], 0.5))
     noise = fill(-np.log(-np.log(u + 1e-10) + 1e-10).astype(np.float32))
-    logits = fill(recorded["logits"], value=-np.inf)
+    logits = fill(recorded["logits"], -np.inf)
     logits[b:], logits[:, s:] = 0, 0
     tokens, confidence = choose_tokens(logits, noise, CASES[i]["temperature"])
     count = fill(recorded.get("count", np.zeros(b, np.int32)))
-    is_kept = select(rule, confidence, fill(recorded["mask"]), count, CASES[i]["bound"] or 0.0)
+    is_kept = select(rule, confidence, fill(recorded["mask"]), count, float(CASES[i]["bound"] or 0))
     np.testing.assert_array_equal(np.where(recorded["mask"], tokens[:b, :s], recorded["x"]), recorded["x0"])
     np.testing.assert_array_equal(is_kept[:b, :s], recorded["transfer"])
 
