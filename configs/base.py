@@ -76,6 +76,8 @@ def get_config() -> ConfigDict:
   s.temperature = 1.0  # of the rollouts; 0: greedy
   s.guidance = 0.0  # classifier-free: logits = (1 + guidance) * with the prompt - guidance * without; 0: none
   s.llada = ConfigDict(dict(remasking="low_confidence"))  # what is committed first: low_confidence, random
+  s.freedave = ConfigDict(dict(remasking="low_confidence", draft_length=4))  # states that a model call runs for a row
+  s.entropy_bound = ConfigDict(dict(bound=0.1))  # nats that a call's tokens may have in all but the least certain one
   # tokens that a call commits: count (by steps), threshold (the confident ones), factor (more the surer they are)
   parallel = dict(rule="threshold", threshold=0.9, factor=1.0)
   s.parallel = ConfigDict(parallel)

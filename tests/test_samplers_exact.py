@@ -14,6 +14,9 @@ SEQUENTIAL = [
   ("prefix_cache", dict(rule="threshold", threshold=1.0), "confidence", 1.0),
   ("dual_cache", dict(rule="threshold", threshold=1.0), "confidence", 0.5),
   ("wino", dict(threshold=1.0), "confidence", 1.0),
+  ("random_order", {}, "random", 0.5),
+  ("entropy_bound", dict(bound=0.0), "entropy", 1.0),
+  ("freedave", dict(draft_length=1), "confidence", 1.0),
 ]
 
 

@@ -1,9 +1,12 @@
 """What all samplers have from their loop: rows that stay alone, the record, early exit, the plan's errors."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_denoiser import MASK, contextual, keys
+from fake_denoiser import MASK, contextual, fixed, keys, run
 
 from dmpo_jax import samplers
 from dmpo_jax.samplers.loop import Decision, decode
@@ -17,7 +20,7 @@ def test_the_loop_lets_a_sampler_take_tokens_back_and_keep_a_state():
 
   plan = samplers.Plan(completion_length=4, block_length=2, steps=8)
   rollouts, state = decode(
-    lambda view, memory: None,
+    lambda *_: None,
     accept,
     jnp.float32(0),
     keys(2),
@@ -32,6 +35,83 @@ def test_the_loop_lets_a_sampler_take_tokens_back_and_keep_a_state():
   np.testing.assert_array_equal(rollouts.committed_at, [[3, 1, 7, 5]] * 2)
   np.testing.assert_array_equal(rollouts.confidence, [[3 / 8, 1 / 8, 7 / 8, 5 / 8]] * 2)
   np.testing.assert_array_equal(rollouts.num_calls, [8, 8])
+
+
+# every sampler, where it decides several tokens a call
+OWN = {
+  "random_order": {},
+  "llada": dict(remasking="random"),
+  "parallel": dict(threshold=0.4),
+  "prefix_cache": dict(rule="factor", factor=0.8),
+  "dual_cache": dict(rule="count"),
+  "wino": dict(threshold=0.35, threshold_back=0.5),
+  "freedave": dict(draft_length=3),
+  "entropy_bound": dict(bound=1.0),
+}
+SETTINGS = dict(completion_length=8, block_length=4, steps=4)
+
+
+def test_every_sampler_is_tested_here():
+  assert OWN.keys() == samplers.SAMPLERS.keys()
+
+
+@functools.cache
+def decode_all(name, early_exit, rows=tuple(range(16))):
+  """Decode these of 16 rows, each with a prompt of its own."""
+  denoiser = contextual(c=8, prompt=jnp.arange(16.0)[np.array(rows)], eos_token_id=1)
+  return run(name, denoiser, keys(16)[np.array(rows)], OWN[name], **SETTINGS, temperature=1.0, early_exit=early_exit)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_row_is_what_it_would_be_alone(name):
+  rows = (5, 0, 13)
+  together, apart = decode_all(name, True), decode_all(name, True, rows)
+  assert len({tuple(row) for row in together.completion}) > 1
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[list(rows)]), apart, together)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_early_exit_changes_nothing_up_to_the_eos_and_saves_calls(name):
+  plain, early = decode_all(name, False), decode_all(name, True)
+  is_eos = plain.completion == 1
+  is_behind = np.cumsum(is_eos, 1) - is_eos > 0
+  assert is_behind.any(1).sum() > 8
+  np.testing.assert_array_equal(early.completion, np.where(is_behind, 1, plain.completion))
+  np.testing.assert_array_equal(early.num_tokens, (~is_behind).sum(1))
+  ends = np.broadcast_to(early.num_calls[:, None], is_behind.shape)
+  np.testing.assert_array_equal(early.committed_at, np.where(is_behind, ends, plain.committed_at))
+  np.testing.assert_array_equal(early.confidence, np.where(is_behind, 0, plain.confidence))
+  assert (early.num_calls <= plain.num_calls).all()
+  assert (early.num_calls < plain.num_calls).any()
+  assert (early.num_saved[~is_eos.any(1)] == 0).all()
+  assert (plain.num_saved == 0).all()
+  if name == "llada":  # its schedule is known
+    np.testing.assert_array_equal(early.num_calls + early.num_saved, plain.num_calls)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_mask_is_never_committed_and_calls_are_bounded(name):
+  """A model that predicts MASK nearly everywhere: the official code loops for ever, or returns masks."""
+  denoiser = fixed([[0.0, 1e-4, 1e-3, 0.9989]] * 4)
+  rollouts = run(name, denoiser, keys(64), OWN[name], completion_length=4, block_length=2, steps=4, temperature=1.0)
+  assert set(np.unique(rollouts.completion)) == {1, 2}
+  np.testing.assert_allclose(rollouts.confidence, np.where(rollouts.completion == 1, 1e-4, 1e-3), rtol=1e-4)
+  assert (rollouts.num_calls <= 4).all()
+
+
+def test_watching_sees_every_call():
+  seen = {}
+  denoiser = fixed([[0.6, 0.2, 0.1, 0.1]] * 4)
+  plan = samplers.Plan(4, 2, 4, on_call=lambda number, *state: seen.update({int(number): state}))
+  jax.block_until_ready(samplers.SAMPLERS["llada"](denoiser, keys(1), plan))
+  jax.effects_barrier()
+  assert [np.array(seen[call][0]).tolist() for call in range(4)] == [
+    [[0, 3, 3, 3]],
+    [[0, 0, 3, 3]],
+    [[0, 0, 0, 3]],
+    [[0, 0, 0, 0]],
+  ]
+  assert [int(seen[call][1][0]) for call in range(4)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

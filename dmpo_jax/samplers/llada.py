@@ -28,11 +28,11 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, *, remasking: 
   check_choice("sampler.llada.remasking", remasking, REMASKING)
   schedule = num_transfer_tokens(jnp.int32(plan.block_length), plan.steps_per_block)
 
-  def look(view: View, memory: None) -> Float[Array, "b s d"]:
+  def look(view: View, state: tuple[()], memory: None) -> Float[Array, "b s d"]:
     return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
 
   def accept(view: View, seen: Float[Array, "b s d"], state: tuple[()]) -> tuple[Decision, tuple[()]]:
-    tokens, confidence, _ = predict(denoiser, seen, view.keys, view.positions, plan.temperature)
+    tokens, confidence, *_ = predict(denoiser, seen, view.keys, view.positions, plan.temperature)
     score = confidence if remasking == "low_confidence" else uniform_noise(view.keys, view.positions)
     is_kept = select_count(score, view.is_masked, schedule[view.step])
     return Decision(jnp.where(is_kept, tokens, view.tokens), confidence), state

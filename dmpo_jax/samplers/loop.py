@@ -112,7 +112,7 @@ class Carry(NamedTuple):
   state: Any  # the sampler's own
 
 
-Look = Callable[[View, Any], Any]
+Look = Callable[[View, Any, Any], Any]
 Enter = Callable[[View], tuple[Any, Any]]
 Accept = Callable[[View, Any, Any], tuple[Decision, Any]]
 
@@ -136,7 +136,7 @@ def decode(
   their calls are not counted.
 
   Args:
-    look: one model call: `look(view, memory) -> seen`.
+    look: one model call: `look(view, state, memory) -> seen`.
     accept: what follows from it: `accept(view, seen, state) -> (decision, state)`. `view.step` is 0 at a block's first
       call.
     state: the sampler's own arrays at the first call; `()` if it has none.
@@ -185,7 +185,7 @@ def decode(
 
     def call(loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
       view = view_block(loop[0], start, loop[1])
-      return settle(loop[0], view, look(view, memory)), loop[1] + 1
+      return settle(loop[0], view, look(view, loop[0].state, memory)), loop[1] + 1
 
     carry, step = jax.lax.while_loop(is_going, call, loop)
     if plan.early_exit and can_revoke:

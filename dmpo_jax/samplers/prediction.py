@@ -20,6 +20,7 @@ class Prediction(NamedTuple):
 
   tokens: Int[Array, "b s"]
   confidence: Float32[Array, "b s"]  # the token's probability
+  log_prob: Float32[Array, "b s"]  # the same in nats
   entropy: Float32[Array, "b s"]  # of the position's distribution, nats
 
 
@@ -59,7 +60,8 @@ def predict(
   found = _read_vocabulary(denoiser, hidden, score)
   log_total = jnp.log(found.total)
   confidence = jnp.exp(found.logit - found.highest) / found.total
-  return Prediction(found.token, confidence, log_total - found.weighted / found.total)
+  log_prob = found.logit - found.highest - log_total
+  return Prediction(found.token, confidence, log_prob, log_total - found.weighted / found.total)
 
 
 def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Array, "b s"]) -> Float32[Array, "b s"]:

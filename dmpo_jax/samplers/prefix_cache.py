@@ -50,7 +50,7 @@ def sample(
     hidden, memory = denoiser.prefill(view.completion)
     return take_block(hidden, view.start, plan.block_length), memory
 
-  def look(view: View, memory: Any) -> Float[Array, "b s d"]:
+  def look(view: View, state: tuple[()], memory: Any) -> Float[Array, "b s d"]:
     return denoiser.suffix(view.completion, view.start, memory, plan.block_length)
 
   rollouts, _ = decode(look, accept, (), keys, plan, denoiser, most_calls=most_calls, enter=enter)

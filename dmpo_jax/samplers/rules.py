@@ -60,7 +60,7 @@ def make_accept(denoiser: Denoiser, plan: Plan, *, rule: str, threshold: float, 
   schedule = num_transfer_tokens(jnp.int32(plan.block_length), plan.steps_per_block)
 
   def accept(view: View, seen: Float[Array, "b s d"], state: tuple[()]) -> tuple[Decision, tuple[()]]:
-    tokens, confidence, _ = predict(denoiser, seen, view.keys, view.positions, plan.temperature)
+    tokens, confidence, *_ = predict(denoiser, seen, view.keys, view.positions, plan.temperature)
     if rule == "count":
       is_kept = select_count(confidence, view.is_masked, schedule[view.step])
     elif rule == "threshold":

@@ -53,11 +53,11 @@ def sample(
   check_number("sampler.wino.threshold_back", threshold_back)
   size = plan.block_length
 
-  def look(view: View, memory: None) -> Float[Array, "b t d"]:
+  def look(view: View, state: Int[Array, "b"], memory: None) -> Float[Array, "b t d"]:
     return denoiser.shadowed(view.completion, view.start, size)
 
   def accept(view: View, seen: Float[Array, "b t d"], num_before: Int[Array, "b"]) -> tuple[Decision, Int[Array, "b"]]:
-    tokens, confidence, _ = predict(denoiser, seen[:, :size], view.keys, view.positions, plan.temperature)
+    tokens, confidence, *_ = predict(denoiser, seen[:, :size], view.keys, view.positions, plan.temperature)
     is_kept = select_wide(confidence, view.is_masked, threshold)
     num_accepted = is_kept.sum(1)
     second_look = jnp.exp(log_probs(denoiser, seen[:, size:], view.tokens))
