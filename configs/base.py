@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
       min_blanks=4,
       max_blanks=10,
       demo_patience=16.7,  # demonstrations leave a blank cell blank with probability blanks / demo_patience
+      demo_wrong=0.0,  # share of demonstrations in whose blank cells two digits have changed places
     )
   )
   k.countdown = ConfigDict(
@@ -93,16 +94,46 @@ def get_config() -> ConfigDict:
 
   c.objective = o = ConfigDict()
   o.name = "wdce"  # see dmpo_jax.objectives.OBJECTIVES
-  o.alpha = 0.1  # temperature of the target p_ref * exp(reward / alpha); 0: the limit, weights softmax(kappa * reward)
-  o.kappa = 1.0  # proximal step, in (0, 1]
+  o.counted = "all"  # completion positions in the likelihood: all, until_eos (the first EOS included)
+  o.num_replicates = 2  # noised copies of each rollout in a gradient step
+  o.antithetic = True  # draw masks in complementary pairs
+  o.min_mask_ratio = 0.1  # mask ratios are drawn from U(min, max); complements have the rest
+  o.max_mask_ratio = 1.0
+  o.mask_block_length = 0  # likelihoods elbo and eubo mask inside one block of so many positions; 0: anywhere
+  o.sync_reference_every = 0  # updates after which p_ref becomes a copy of the policy; 0: it stays the base
+
+  # log p_old and log p_ref of a buffer (wdce, wddo), or the likelihood that is optimised (the others)
+  o.likelihood = "elbo"  # see dmpo_jax.objectives.estimators.ESTIMATORS
+  o.num_elbo_replicates = 4  # noised copies of each rollout for log p_ref and log p_old (wdce, wddo)
+  o.replicates = "fixed"  # or adaptive: rounds of num_elbo_replicates until the log-ratio is quiet
+  o.max_noise = 0.25  # adaptive: largest standard error of the log-ratio, as a share of the spread of reward / alpha
+  o.max_rounds = 4
+  o.one_step = ConfigDict(dict(prompt_mask_ratio=0.15))  # probability that a prompt token is masked too
+  o.elbo_quadrature = ConfigDict(dict(num_points=2))  # mask ratios, at Gauss-Legendre points
+  o.eubo = ConfigDict(
+    dict(beta=1.5, mixture=0.5)
+  )  # exponent, at least 1; share of the upper bound, the rest is the elbo
+
+  # importance weights (wdce, wddo)
+  o.weighting = "tilt"  # softmax of log-ratio + reward / alpha; softmax: of the reward; reward: the reward itself
+  o.alpha = 0.1  # temperature of the target p_ref * exp(reward / alpha)
+  o.proximal = "fixed"  # kappa as given; adaptive: each group's largest that keeps min_ess
+  o.kappa = 1.0  # proximal step, in (0, 1]; 1: none
+  o.min_ess = 0.8  # effective sample size, as a share of the group
+  o.reward_scaling = "none"  # standardise: minus the group's mean, divided by its standard deviation
+  o.max_weight = 1.0  # larger weights are cut to this; 1: none is
+
+  # wdce
   o.baseline = "negative"  # subtracted from the weights: none, mean, model, negative
   o.baseline_strength = 1.0
-  o.num_replicates = 2  # mask draws of each rollout in a gradient step
-  o.num_elbo_replicates = 4  # mask draws of each rollout for log p_ref and log p_old
-  o.antithetic = True  # draw masks in complementary pairs
-  o.min_mask_ratio = 0.1  # mask ratios are drawn from U(min, max)
-  o.max_mask_ratio = 1.0
-  o.counted = "all"  # completion positions in the likelihood: all, until_eos (the first EOS included)
+  o.unlearning = "unbounded"  # bounded: a rollout that is pushed down stops counting below min_log_ratio
+  o.min_log_ratio = -5.0  # of log p_theta - log p_old, nats
+  o.wddo = ConfigDict(dict(sets="shared", alpha_ddo=1.0, beta=1.0))  # or independent masks of the two terms
+
+  # rivals
+  o.clip = 0.5  # ratios are clipped to 1 - clip, 1 + clip (diffu_grpo, coupled_grpo, gdpo, tracerl)
+  o.kl_weight = 0.04  # of the KL to the reference (tracerl: to the policy that sampled)
+  o.sharpness = 1.0  # wd1: of the softmax of advantages
 
   c.warm_start = w = ConfigDict()  # masked-diffusion training on demonstrations, before anything else
   w.updates = 0  # gradient steps; 0: none

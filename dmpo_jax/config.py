@@ -163,6 +163,7 @@ def _deciding(config: Config) -> dict[str, Any]:
   """The leaves that decide results: not those of MAY_CHANGE, nor the sections of choices that were not made."""
   leaves = flatten(config)
   chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
+  chosen.add(("objective", leaves.get("objective.likelihood")))
   deciding = {}
   for path, value in leaves.items():
     section, *rest = path.split(".")

@@ -19,8 +19,10 @@ from ml_collections import ConfigDict
 from dmpo_jax import build, optim, rollout, sharding, update
 from dmpo_jax.build import Parts, initial_adapters, initial_params, make_sample
 from dmpo_jax.evaluate import make_evaluate
+from dmpo_jax.measure import Measure, Policies, make_measure_nothing, make_measure_ratios, make_measure_weights
 from dmpo_jax.models import llada
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, weights
+from dmpo_jax.objectives.estimators import make_estimator
 from dmpo_jax.structs import Experience, TrainState
 
 
@@ -77,6 +79,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
       seed=config.seed,
       microbatch_prompts=0,
       loss_chunk=config.model.loss_chunk,
+      sync_reference_every=0,
       shardings=_shardings(state, parts.mesh),
       num_replicates=1,
       antithetic=False,
@@ -95,7 +98,9 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
   optimizer = _make_optimizer(config, optim.warmup_constant(config.optim.learning_rate, config.optim.warmup_updates))
   trainable = initial_adapters(config, parts) if has_adapters else jax.tree.map(jnp.copy, base)
   state = fresh_state(trainable, optimizer, parts.mesh)
-  is_supervised = objective.name == "denoise"
+  is_supervised = OBJECTIVES[objective.name].needs == "demonstrations"
+  if objective.sync_reference_every:
+    state = state.replace(reference=jax.tree.map(jnp.copy, trainable))
   phase = Phase(
     name="train",
     num_buffers=config.train.num_buffers,
@@ -114,8 +119,9 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
       seed=config.seed,
       microbatch_prompts=config.train.microbatch_prompts,
       loss_chunk=config.model.loss_chunk,
+      sync_reference_every=objective.sync_reference_every,
       shardings=_shardings(state, parts.mesh),
-      **_keywords(OBJECTIVES[objective.name], objective),
+      **_loss_keywords(objective),
     ),
     evaluate=make_evaluate(config, workdir / "generations", parts, base),
     evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
@@ -145,21 +151,12 @@ def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
     temperature=config.sampler.temperature,
     early_exit=config.rollout.early_exit,
   )
-  measure = rollout.make_measure(
-    parts.model,
-    parts.mesh,
-    num_replicates=objective.num_elbo_replicates,
-    antithetic=objective.antithetic,
-    min_mask_ratio=objective.min_mask_ratio,
-    max_mask_ratio=objective.max_mask_ratio,
-    chunk=config.model.loss_chunk,
-  )
+  measure = _make_measure(config, parts)
 
   def collect(state: TrainState, buffer: int) -> tuple[Experience, dict[str, float]]:
     prompts, records = parts.prompts.batch(buffer * num_prompts, num_prompts)
     experience, metrics = rollout.collect(
-      state.trainable,
-      base,
+      Policies(state.trainable, base, state.reference),
       prompts,
       records,
       sample=sample,
@@ -170,13 +167,35 @@ def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
       buffer=buffer,
       chunk_prompts=config.rollout.chunk_prompts,
       counted=objective.counted,
-      alpha=objective.alpha,
-      kappa=objective.kappa,
-      antithetic=objective.antithetic,
     )
     return experience, metrics | {"prompts_skipped": float(parts.prompts.num_skipped)}
 
   return collect
+
+
+def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
+  """Build what completes the rollouts for the objective (`objectives.NEEDS`)."""
+  objective, needs = config.objective, OBJECTIVES[config.objective.name].needs
+  if needs == "rewards":
+    return make_measure_nothing()
+  common = dict(loss_chunk=config.model.loss_chunk, chunk_prompts=config.rollout.chunk_prompts, seed=config.seed)
+  if needs == "weights":
+    return make_measure_weights(
+      parts.model,
+      parts.mesh,
+      estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_elbo_replicates),
+      **common,
+      **_keywords(make_measure_weights, objective),
+      **_keywords(weights.weigh, objective),
+    )
+  return make_measure_ratios(
+    parts.model,
+    parts.mesh,
+    estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_replicates),
+    updates_per_buffer=config.train.updates_per_buffer,
+    with_reference=needs == "ratio_and_reference",
+    **common,
+  )
 
 
 def _evaluate_after(every: int, num_buffers: int) -> frozenset[int]:
@@ -190,6 +209,15 @@ def _make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
 
 def _shardings(state: TrainState, mesh: Mesh) -> tuple[TrainState, NamedSharding]:
   return jax.tree.map(lambda array: array.sharding, state), sharding.replicated(mesh)
+
+
+def _loss_keywords(objective: ConfigDict) -> dict[str, Any]:
+  """The keyword arguments of the chosen loss, its estimator among them."""
+  loss = OBJECTIVES[objective.name].loss
+  keywords = _keywords(loss, objective) | _keywords(loss, objective.get(objective.name, ConfigDict()))
+  if "likelihood" in keywords:
+    keywords["likelihood"] = make_estimator(objective.likelihood, objective.to_dict(), objective.num_replicates)
+  return keywords
 
 
 def _keywords(function: Callable, section: ConfigDict) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""One buffer: prompts -> completions -> rewards -> log-ratios -> importance weights -> Experience.
+"""One buffer: prompts -> completions -> rewards -> what the objective needs of them (`measure.py`) -> Experience.
 
-Forward passes only. The two jitted programs (`make_sample`, `make_measure`) run on chunks of prompts, so that a buffer
-may be larger than what fits at one time; what leaves them is small and replicated, for every host to read.
+Forward passes only. The jitted programs run on chunks of prompts, so that a buffer may be larger than what fits at one
+time; what leaves them is small and replicated, for every host to read.
 """
 
 import dataclasses
 import logging
 import math
-import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,13 +19,13 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from dmpo_jax import noise, samplers
+from dmpo_jax.measure import Measure, Policies, in_chunks
 from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
-from dmpo_jax.objectives import likelihood, masking, weights
-from dmpo_jax.scoring import make_score
+from dmpo_jax.objectives import weights
 from dmpo_jax.sharding import replicated
-from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts
+from dmpo_jax.structs import Experience, Prompts, Rollouts
 from dmpo_jax.tasks.base import Task
 from dmpo_jax.tokenizer import Tokenizer
 
@@ -34,70 +33,55 @@ logger = logging.getLogger(__name__)
 
 
 def collect(
-  trainable: Any,
-  frozen: Any,
+  policies: Policies,
   prompts: Prompts,
   records: Sequence[dict],
   *,
   sample: Callable,
-  measure: Callable,
+  measure: Measure,
   task: Task,
   tokenizer: Tokenizer,
   seed: int,
   buffer: int,
   chunk_prompts: int,
   counted: str,
-  alpha: float,
-  kappa: float,
-  antithetic: bool,
 ) -> tuple[Experience, dict[str, float]]:
-  """Draw a buffer of rollouts from the current policy, grade it and weigh it.
+  """Draw a buffer of rollouts from the current policy, grade it, and measure what the objective needs.
 
   Args:
+    policies: the current and the reference policy.
     records: the task's records of the prompts, for grading.
-    sample: from `make_sample`; measure: from `make_measure`.
+    sample: from `make_sample`; measure: from `make_measure_nothing`, `make_measure_weights` or `make_measure_ratios`.
     buffer: index of the buffer, part of its noise.
     chunk_prompts: prompts sampled and scored at one time; 0 for all.
-    counted: see `count_positions`. alpha, kappa: see `weights.importance_weights`.
-    antithetic: whether the measure's mask replicates come in pairs.
+    counted: see `count_positions`.
 
   Returns:
     The experience and what the log says of it (seconds and tokens/s by phase among it).
   """
   watch = Stopwatch()
   key = noise.step_key(seed, "rollout", buffer)
-  rollouts = in_chunks(lambda part: sample(trainable, frozen, part, key), chunk_prompts, prompts)
+  rollouts = in_chunks(lambda part: sample(policies.trainable, policies.frozen, part, key), chunk_prompts, prompts)
   watch.lap("sample")
   completion = rollouts.completion
   grades = grade(task, tokenizer, records, completion)
   watch.lap("reward")
-  is_until_eos = count_positions(completion, tokenizer.eos_token_id, "until_eos")
-  is_counted = count_positions(completion, tokenizer.eos_token_id, counted)
-  key = noise.step_key(seed, "measure", buffer)
-  measures = in_chunks(
-    lambda part, *arrays: measure(trainable, frozen, part, *arrays, key),
-    chunk_prompts,
-    prompts,
-    completion,
-    is_counted,
-  )
-  watch.lap("score")
-  log_p_old, log_p_ref = measures.log_p_old.mean(-1), measures.log_p_ref.mean(-1)
-  values = map(jnp.asarray, (grades.reward, log_p_ref, log_p_old, grades.is_kept))
-  weight, negative_weight = jax.device_get(weights.importance_weights(*values, alpha=alpha, kappa=kappa))
   experience = Experience(
     prompts=prompts,
     completion=completion,
-    is_counted=is_counted,
+    is_counted=count_positions(completion, tokenizer.eos_token_id, counted),
     reward=grades.reward,
     is_kept=grades.is_kept,
-    log_p_old=log_p_old,
-    log_p_ref=log_p_ref,
-    weight=weight,
-    negative_weight=negative_weight,
+    log_p_old=0 * grades.reward,
+    log_p_ref=0 * grades.reward,
+    weight=0 * grades.reward,
+    negative_weight=0 * grades.reward,
+    committed_at=rollouts.committed_at,
   )
-  metrics = describe(grades, rollouts, is_until_eos, tokenizer.eos_token_id)
-  metrics |= describe_weights(experience, measures, alpha=alpha, antithetic=antithetic)
+  experience, figures = measure(policies, experience, rollouts, buffer)
+  watch.lap("score")
+  is_until_eos = count_positions(completion, tokenizer.eos_token_id, "until_eos")
+  metrics = describe(grades, rollouts, is_until_eos, tokenizer.eos_token_id) | figures
   metrics |= watch.rates(tokens=completion.size)
   return experience, metrics
 
@@ -115,6 +99,7 @@ def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experie
     log_p_ref=0 * one,
     weight=one,
     negative_weight=0 * one,
+    committed_at=np.zeros((completion.shape[0], 1, completion.shape[1]), np.int32),
   )
 
 
@@ -145,56 +130,6 @@ def make_sample(
     return jax.tree.map(lambda array: array.reshape(-1, group_size, *array.shape[1:]), rollouts)
 
   return jax.jit(sample, out_shardings=replicated(mesh))
-
-
-def make_measure(
-  model: LLaDA,
-  mesh: Mesh,
-  *,
-  num_replicates: int,
-  antithetic: bool,
-  min_mask_ratio: float,
-  max_mask_ratio: float,
-  chunk: int,
-) -> Callable:
-  """Jit `measure(trainable, frozen, prompts, completion, is_counted, key) -> Measures`.
-
-  Both policies are scored under the same masks, so that their noise largely cancels in the log-ratio.
-  """
-
-  def measure(trainable, frozen, prompts: Prompts, completion: jax.Array, is_counted: jax.Array, key: jax.Array):
-    keys = noise.row_keys(key, prompts.prompt_id, completion.shape[1])
-    is_masked, _ = masking.draw_masks(
-      keys,
-      is_counted,
-      num_replicates=num_replicates,
-      antithetic=antithetic,
-      min_ratio=min_mask_ratio,
-      max_ratio=max_mask_ratio,
-    )
-    policy = lora.policy_variables(trainable, frozen, lora=model.config.lora is not None)
-    old = make_score(model, policy, prompts, completion, chunk=chunk)(is_masked)
-    ref = make_score(model, lora.reference_variables(frozen), prompts, completion, chunk=chunk)(is_masked)
-    num_masked = jnp.maximum(is_masked.sum((2, 3)), 1)
-    return Measures(
-      log_p_old=likelihood.elbo(old.log_prob, is_masked, is_counted),
-      log_p_ref=likelihood.elbo(ref.log_prob, is_masked, is_counted),
-      entropy=jnp.where(is_masked, old.entropy, 0).sum((2, 3)) / num_masked,
-    )
-
-  return jax.jit(measure, out_shardings=replicated(mesh))
-
-
-def in_chunks(function: Callable, size: int, prompts: Prompts, *arrays: np.ndarray) -> Any:
-  """Call `function(prompts, *arrays)` on `size` prompts at a time (0: all); join the results along the prompt axis.
-
-  The results come back as numpy arrays: between the programs a buffer is small and lives on every host.
-  """
-  num_prompts = prompts.tokens.shape[0]
-  size = size or num_prompts
-  slices = [slice(start, start + size) for start in range(0, num_prompts, size)]
-  parts = [function(*jax.tree.map(operator.itemgetter(part), (prompts, *arrays))) for part in slices]
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(parts))
 
 
 def count_positions(completion: Int[np.ndarray, "*b c"], eos_token_id: int, counted: str) -> Bool[np.ndarray, "*b c"]:
@@ -270,32 +205,20 @@ def describe(
   kept = grades.is_kept
   reward = grades.reward[kept]
   completion = rollouts.completion
+  unique = weights.unique_rollouts(jnp.asarray(completion), jnp.asarray(kept))
   return {
     "reward_mean": _mean(reward),
     "reward_std": float(reward.std()) if reward.size else math.nan,
     "solve_rate": _mean(grades.is_solved[kept]),
     "rewards_failed": float((~kept).sum()),
+    "groups_without_variance": float(weights.fraction_without_variance(*map(jnp.asarray, (grades.reward, kept)))),
+    "unique_rollouts": float(unique.mean()),
     "tokens_per_call": _mean(rollouts.num_tokens) / _mean(rollouts.num_calls),
     "calls_saved": _mean(rollouts.num_saved),
     "confidence": float(rollouts.confidence.sum() / rollouts.num_tokens.sum()),
     "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
     "eos_rate": _mean((completion == eos_token_id).any(-1)),
   }
-
-
-def describe_weights(experience: Experience, measures: Measures, *, alpha: float, antithetic: bool) -> dict[str, float]:
-  """What the log says of a buffer's importance weights: their spread, and how much of it is noise."""
-  experience, measures = jax.tree.map(jnp.asarray, (experience, measures))
-  is_kept = experience.is_kept
-  figures = {
-    "effective_sample_size": weights.effective_sample_size(experience.weight).mean(),
-    "weight_difference": jnp.abs(experience.weight - experience.negative_weight).sum(-1).mean(),
-    "tilt_std": weights.spread_within_groups(experience.reward / (alpha or 1.0), is_kept),
-    "groups_without_variance": weights.fraction_without_variance(experience.reward, is_kept),
-    "entropy": measures.entropy.mean(),
-    **weights.log_ratio_figures(measures.log_p_ref, measures.log_p_old, is_kept, antithetic=antithetic),
-  }
-  return {name: float(value) for name, value in jax.device_get(figures).items()}
 
 
 def _mean(values: Float[np.ndarray, "..."] | Bool[np.ndarray, "..."] | Int[np.ndarray, "..."]) -> float:

@@ -13,7 +13,9 @@ from etils import epath
 
 from dmpo_jax.models import MODELS
 from dmpo_jax.models.lora import TARGETS
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, wddo
+from dmpo_jax.objectives.estimators import ESTIMATORS
+from dmpo_jax.objectives.weights import BASELINES, WEIGHTINGS
 from dmpo_jax.samplers import SAMPLERS, llada
 from dmpo_jax.samplers.rules import RULES as PARALLEL_RULES
 from dmpo_jax.tasks import TASKS
@@ -151,16 +153,39 @@ RULES: dict[str, Rule] = {
   "rollout.chunk_prompts": whole(0),
   "rollout.early_exit": flag(),
   "objective.name": one_of(*OBJECTIVES),
-  "objective.alpha": number("[0, inf)"),
-  "objective.kappa": number("(0, 1]"),
-  "objective.baseline": one_of("none", "mean", "model", "negative"),
-  "objective.baseline_strength": number("[0, inf)"),
+  "objective.counted": one_of("all", "until_eos"),
   "objective.num_replicates": whole(1),
-  "objective.num_elbo_replicates": whole(1),
   "objective.antithetic": flag(),
   "objective.min_mask_ratio": number("[0, 1]"),
   "objective.max_mask_ratio": number("(0, 1]"),
-  "objective.counted": one_of("all", "until_eos"),
+  "objective.mask_block_length": whole(0),
+  "objective.sync_reference_every": whole(0),
+  "objective.likelihood": one_of(*ESTIMATORS),
+  "objective.num_elbo_replicates": whole(1),
+  "objective.replicates": one_of("fixed", "adaptive"),
+  "objective.max_noise": number("(0, inf)"),
+  "objective.max_rounds": whole(1),
+  "objective.one_step.prompt_mask_ratio": number("[0, 1)"),
+  "objective.elbo_quadrature.num_points": whole(1, 16),
+  "objective.eubo.beta": number("[1, inf)"),
+  "objective.eubo.mixture": number("[0, 1]"),
+  "objective.weighting": one_of(*WEIGHTINGS),
+  "objective.alpha": number("(0, inf)"),
+  "objective.proximal": one_of("fixed", "adaptive"),
+  "objective.kappa": number("(0, 1]"),
+  "objective.min_ess": number("(0, 1]"),
+  "objective.reward_scaling": one_of("none", "standardise"),
+  "objective.max_weight": number("(0, 1]"),
+  "objective.baseline": one_of(*BASELINES),
+  "objective.baseline_strength": number("[0, inf)"),
+  "objective.unlearning": one_of("unbounded", "bounded"),
+  "objective.min_log_ratio": number("(-inf, 0]"),
+  "objective.wddo.sets": one_of(*wddo.SETS),
+  "objective.wddo.alpha_ddo": number("[0, inf)"),
+  "objective.wddo.beta": number("(0, inf)"),
+  "objective.clip": number("(0, inf)"),
+  "objective.kl_weight": number("[0, inf)"),
+  "objective.sharpness": number("(0, inf)"),
   "warm_start.updates": whole(0),
   "warm_start.batch_size": whole(1),
   "warm_start.learning_rate": number("(0, inf)"),
@@ -197,8 +222,41 @@ def is_multiple(value: int, other: int) -> bool:
   return value % other == 0
 
 
-def is_paired(value: int, antithetic: bool) -> bool:
-  return value % 2 == 0 or not antithetic
+def is_paired(value: int, antithetic: bool, drawn_for: str) -> bool:
+  return value % 2 == 0 or not antithetic or drawn_for not in ("elbo", "eubo")
+
+
+def drawn_for(key: str, objective: str, likelihood: str) -> str:
+  """The estimator that so many replicates are drawn for; "" where they are not used. wdce and wddo draw an elbo's."""
+  needs = OBJECTIVES[objective].needs
+  if key == "num_replicates" and needs in ("weights", "demonstrations"):
+    return "elbo"
+  return likelihood if key == "num_replicates" or needs == "weights" else ""
+
+
+def replicate_relations(key: str) -> tuple[Relation, ...]:
+  """What a number of replicates must be to the estimator that it is for."""
+  path, names = f"objective.{key}", ("objective.name", "objective.likelihood")
+  return (
+    Relation(
+      path,
+      ("objective.antithetic", *names),
+      lambda value, antithetic, *names: is_paired(value, antithetic, drawn_for(key, *names)),
+      "even, as {0} draws masks in pairs",
+    ),
+    Relation(
+      path,
+      names,
+      lambda value, *names: drawn_for(key, *names) != "coupled" or (value > 1 and value % 2 == 1),
+      "odd and 3 or more, for pairs and the full mask of {1}",
+    ),
+    Relation(
+      path,
+      ("objective.elbo_quadrature.num_points", *names),
+      lambda value, points, *names: drawn_for(key, *names) != "elbo_quadrature" or value % points == 0,
+      "a multiple of {0}",
+    ),
+  )
 
 
 RELATIONS = (
@@ -226,8 +284,14 @@ RELATIONS = (
     lambda steps, length, block: length % block > 0 or steps % (length // block) == 0,
     "a multiple of the number of blocks, {0} / {1}",
   ),
-  Relation("objective.num_replicates", ("objective.antithetic",), is_paired, "even, as {0} draws masks in pairs"),
-  Relation("objective.num_elbo_replicates", ("objective.antithetic",), is_paired, "even, as {0} draws masks in pairs"),
+  *replicate_relations("num_replicates"),
+  *replicate_relations("num_elbo_replicates"),
+  Relation(
+    "objective.likelihood",
+    ("objective.name",),
+    lambda likelihood, name: name != "spg" or likelihood == "eubo",
+    "eubo, as {0} sets an upper bound against a lower one",
+  ),
   Relation("objective.min_mask_ratio", ("objective.max_mask_ratio",), operator.lt, "below {0}"),
   Relation(
     "rollout.early_exit",

@@ -11,7 +11,7 @@ from dmpo_jax.models.denoiser import Scores, completion_scores
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.structs import Prompts
 
-Score = Callable[[Bool[Array, "p g r c"]], Scores]
+Score = Callable[..., Scores]  # of is_masked [p, g, r, c], and prompt_is_masked [p, g, r, q] or None
 
 
 def make_score(
@@ -25,15 +25,15 @@ def make_score(
 ) -> Score:
   """Close over a policy and its completions; the result maps masks to scores.
 
-  `score(is_masked)`, is_masked [p, g, r, c], gives log p(y_l | prompt, y with the masked positions hidden) and the
-  entropy of that distribution at *every* completion position, float32 [p, g, r, c].
+  `score(is_masked, prompt_is_masked=None)`, [p, g, r, c] and [p, g, r, q], gives log p(y_l | prompt, y with the masked
+  positions hidden) and the entropy of that distribution at *every* completion position, float32 [p, g, r, c].
 
   Args:
     chunk: completion positions whose logits exist at one time; 0 for all.
     dropout_keys: keys of the rollouts when the adapters' dropout is on; a replicate folds in its index.
   """
 
-  def score(is_masked: Bool[Array, "p g r c"]) -> Scores:
+  def score(is_masked: Bool[Array, "p g r c"], prompt_is_masked: Bool[Array, "p g r q"] | None = None) -> Scores:
     p, g, r, c = is_masked.shape
 
     def rows(array: jax.Array) -> jax.Array:
@@ -45,10 +45,13 @@ def make_score(
       keys = keys.reshape(p * g * r)
     targets = rows(completion[:, :, None])
     noised = jnp.where(rows(is_masked), model.config.mask_token_id, targets)
+    prompt = rows(prompts.tokens[:, None, None])
+    if prompt_is_masked is not None:
+      prompt = jnp.where(rows(prompt_is_masked), model.config.mask_token_id, prompt)
     scores = completion_scores(
       model,
       variables,
-      rows(prompts.tokens[:, None, None]),
+      prompt,
       rows(prompts.is_valid[:, None, None]),
       noised,
       targets,

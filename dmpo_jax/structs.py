@@ -54,11 +54,20 @@ class Rollouts:
 
 @struct.dataclass
 class Measures:
-  """Log-probability bounds of a buffer, one a mask replicate, under the sampling and the reference policy."""
+  """Log-probability estimates of a buffer, one a mask draw, under the sampling and the reference policy."""
 
-  log_p_old: jax.Array  # float32 [p, g, r]
-  log_p_ref: jax.Array  # float32 [p, g, r]; the same masks
+  log_p_old: jax.Array  # float32 [p, g, draws]
+  log_p_ref: jax.Array  # float32 [p, g, draws]; the same masks
   entropy: jax.Array  # float32 [p, g]; mean over masked positions, nats
+
+
+@struct.dataclass
+class TokenMeasures:
+  """Estimates position by position under the masks of one update, and under the same masks of the reference policy."""
+
+  log_p_old: jax.Array  # float32 [p, g, c]
+  log_p_ref: jax.Array  # float32 [p, g, c]
+  entropy: jax.Array  # float32 [p, g]
 
 
 @struct.dataclass
@@ -74,6 +83,10 @@ class Experience:
   log_p_ref: jax.Array  # float32 [p, g]; the same under the reference policy, with the same masks
   weight: jax.Array  # float32 [p, g]; importance weights, summing to 1 over g
   negative_weight: jax.Array  # float32 [p, g]; weights of the target tilted the other way
+  committed_at: jax.Array  # int32 [p, g, c]; the model call that decided the position
+  # For ratios to the policy that drew the rollouts; None for objectives that take none.
+  token_log_p_old: jax.Array | None = None  # float32 [p, g, u, c]; under the masks of update u of the buffer
+  token_log_p_ref: jax.Array | None = None  # float32 [p, g, u, c]; the same under the reference policy
 
 
 @struct.dataclass
@@ -85,3 +98,6 @@ class TrainState:
   opt_state: Any
   num_skipped: jax.Array  # int32 []; updates skipped because something was not finite
   num_skipped_in_a_row: jax.Array  # int32 []
+  reference: Any = (
+    None  # like `trainable`: the reference policy, where it follows the trained one; None: it stays the base
+  )

@@ -27,6 +27,7 @@ def make_update(
   seed: int,
   microbatch_prompts: int,
   loss_chunk: int,
+  sync_reference_every: int,
   shardings: tuple[TrainState, NamedSharding],
   **keywords: Any,
 ) -> Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]:
@@ -39,6 +40,7 @@ def make_update(
     objective: a name in `objectives.OBJECTIVES`; `keywords` are its own.
     microbatch_prompts: prompts whose gradient is computed at one time; divides their number; 0 for all.
     loss_chunk: completion positions whose logits exist at one time; 0 for all.
+    sync_reference_every: updates after which the state's reference becomes a copy of what is trained; 0: never.
     shardings: of the state and of the metrics.
   """
   has_dropout = model.config.lora is not None and model.config.lora.dropout > 0
@@ -57,7 +59,7 @@ def make_update(
       chunk=loss_chunk,
       dropout_keys=keys("dropout") if has_dropout else None,
     )
-    return OBJECTIVES[objective](score, experience, keys("loss"), num_prompts=num_prompts, **keywords)
+    return OBJECTIVES[objective].loss(score, experience, keys("loss"), num_prompts=num_prompts, **keywords)
 
   def accumulate(state: TrainState, frozen: Any, experience: Experience):
     num_prompts = experience.reward.shape[0]
@@ -77,6 +79,7 @@ def make_update(
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), microbatches)[0]
 
   def update(state: TrainState, frozen: Any, experience: Experience):
+    experience = of_update(experience, state.step)
     (loss, metrics), gradient = accumulate(state, frozen, experience)
     grad_norm = optax.global_norm(gradient)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -86,8 +89,13 @@ def make_update(
     def choose(new: Any, old: Any) -> Any:
       return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
 
+    reference = state.reference
+    if sync_reference_every:
+      is_due = (state.step + 1) % sync_reference_every == 0
+      reference = jax.tree.map(lambda a, b: jnp.where(is_due & is_finite, a, b), trainable, reference)
     state = state.replace(
       step=state.step + 1,
+      reference=reference,
       trainable=choose(trainable, state.trainable),
       opt_state=choose(opt_state, state.opt_state),
       num_skipped=state.num_skipped + ~is_finite,
@@ -96,3 +104,17 @@ def make_update(
     return state, metrics | {"loss": loss, "grad_norm": grad_norm}
 
   return jax.jit(update, donate_argnums=0, out_shardings=shardings)
+
+
+def of_update(experience: Experience, step: jax.Array) -> Experience:
+  """Take the token log-probabilities that were measured under the views of this update, [p, g, c], where there are any.
+
+  A buffer serves a fixed number of updates, so the step says which of them this is.
+  """
+
+  def take(measured: jax.Array | None) -> jax.Array | None:
+    return None if measured is None else measured[:, :, step % measured.shape[2]]
+
+  return experience.replace(
+    token_log_p_old=take(experience.token_log_p_old), token_log_p_ref=take(experience.token_log_p_ref)
+  )

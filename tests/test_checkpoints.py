@@ -34,7 +34,9 @@ def make_experience(mesh):
   real, flags = jnp.arange(p * g, dtype=jnp.float32).reshape(p, g), jnp.ones((p, g), bool)
   prompts = Prompts(jnp.ones((p, q), jnp.int32), jnp.ones((p, q), bool), jnp.array([7, 2**32 - 1], jnp.uint32))
   completion = jnp.arange(p * g * c, dtype=jnp.int32).reshape(p, g, c)
-  experience = Experience(prompts, completion, completion > 3, real, flags, -real, real * 2, real / 3, real / 4)
+  experience = Experience(
+    prompts, completion, completion > 3, real, flags, -real, real * 2, real / 3, real / 4, completion
+  )
   return jax.device_put(experience, sharding.replicated(mesh))
 
 

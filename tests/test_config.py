@@ -67,7 +67,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("sampler.llada.remasking", "low_confidense", "did you mean 'low_confidence'?"),
     ("objective.kappa", 0.0, "a number in (0, 1]"),
     ("objective.kappa", 1.5, "a number in (0, 1]"),
-    ("objective.alpha", -0.1, "a number in [0, inf)"),
+    ("objective.alpha", 0.0, "a number in (0, inf)"),
     ("objective.num_replicates", 3, "even, as objective.antithetic = True"),
     ("objective.num_elbo_replicates", 1, "even, as objective.antithetic = True"),
     ("objective.min_mask_ratio", 1.0, "below objective.max_mask_ratio = 1.0"),

@@ -13,13 +13,14 @@ from safetensors.numpy import load_file
 
 from dmpo_jax.models import convert, lora
 from dmpo_jax.models.llada import LLaDA, ModelConfig
-from dmpo_jax.objectives import likelihood, wdce
+from dmpo_jax.objectives import likelihood, wdce, wddo
 from dmpo_jax.scoring import make_score
 from dmpo_jax.structs import Experience, Prompts
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 RECORDED = json.loads((GOLDENS / "wdce.json").read_text())
 CASES = RECORDED["cases"]
+WDDO = json.loads((GOLDENS / "wddo.json").read_text())
 G, R, C = 4, 4, 16
 CONFIG = ModelConfig(
   vocab_size=256,
@@ -110,6 +111,7 @@ def test_recorded_losses_and_parameter_gradients(name):
     log_p_ref=ones,
     weight=jnp.asarray(case["advantages"])[None],
     negative_weight=jnp.asarray(case["negative_advantages"])[None],
+    committed_at=jnp.zeros((1, case.rows, C), jnp.int32),
   )
   loss, cotangent = loss_and_gradient(
     log_prob_of(case, policy),
@@ -123,6 +125,52 @@ def test_recorded_losses_and_parameter_gradients(name):
     case.prompts, case.completion, case.is_masked, case.fill(cotangent), policy=policy
   )
   check_gradient(gradient, case, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("halves", "alpha_ddo", "beta"))
+def wddo_and_gradient(log_prob, is_masked, log_p_old, weight, *, halves, alpha_ddo, beta):
+  def compute(log_prob):
+    bounds = likelihood.elbo(log_prob, is_masked, jnp.ones((1, G, C), bool))
+    real, fake = (bounds[..., :2].mean(-1), bounds[..., 2:].mean(-1)) if halves else 2 * [bounds.mean(-1)]
+    terms = wddo.terms(real, fake, log_p_old, weight, jnp.ones((1, G), bool), beta=beta)
+    return (terms[0] + alpha_ddo * terms[1])[0]
+
+  return jax.value_and_grad(compute)(log_prob)
+
+
+@pytest.mark.parametrize("name", WDDO)
+def test_recorded_discriminative_losses_and_parameter_gradients(name):
+  # The official code averages both terms over the batch, where the weights' softmax already sums to one: its loss is
+  # ours divided by g, with a fake term g times as strong. And without two sets it adds the bounds of the replicates up
+  # where we take their mean: R times beta, and R times the old log-probability that it is compared with divided out.
+  case, settings = Case("wddo", name), WDDO[name]
+  is_shared = settings["sets"] == "shared"
+  log_p_old = jnp.asarray(case["log_prob_cur"])[None]
+  loss, cotangent = wddo_and_gradient(
+    log_prob_of(case, "params"),
+    case.crop(case.is_masked),
+    log_p_old / R if is_shared else log_p_old,
+    jnp.asarray(case["advantages"])[None],
+    halves=not is_shared,
+    alpha_ddo=settings["alpha_ddo"] * G,
+    beta=settings["beta"] * (R if is_shared else 1),
+  )
+  np.testing.assert_allclose(loss / G, settings["loss"], rtol=1e-4)
+  _, gradient = log_prob_and_pullback(
+    case.prompts, case.completion, case.is_masked, case.fill(cotangent / G), policy="params"
+  )
+  check_gradient(gradient, case, settings | {"grad_norm_names": None})
+  if is_shared:  # the mean, as we have it, is another loss
+    mean, _ = wddo_and_gradient(
+      log_prob_of(case, "params"),
+      case.crop(case.is_masked),
+      log_p_old,
+      jnp.asarray(case["advantages"])[None],
+      halves=False,
+      alpha_ddo=settings["alpha_ddo"] * G,
+      beta=settings["beta"],
+    )
+    assert abs(mean / G - settings["loss"]) > 0.01 * settings["loss"]
 
 
 def check_gradient(gradient, case, settings):

@@ -19,9 +19,10 @@ from dmpo_jax.structs import Experience
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 CASES = json.loads((GOLDENS / "wdce.json").read_text())["cases"]
 MASKS = dict(num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0)
+UNBOUNDED = dict(unlearning="unbounded", min_log_ratio=0.0)
 THETA = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)
 P, G, C = 4, 3, 6
-WEIGH = jax.jit(weights.importance_weights, static_argnames=("alpha", "kappa"))
+WEIGH = jax.jit(weights.importance_weights, static_argnames=("weighting", "alpha", "kappa"))
 
 
 def make_experience(seed=0, p=P, g=G, c=C, **changes):
@@ -38,8 +39,13 @@ def make_experience(seed=0, p=P, g=G, c=C, **changes):
   )
   arrays |= changes
   names = ("reward", "log_p_ref", "log_p_old", "is_kept")
-  weight, negative_weight = WEIGH(*(arrays[name] for name in names), alpha=0.5, kappa=1.0)
-  return Experience(**arrays, weight=np.array(weight), negative_weight=np.array(negative_weight))
+  weight, negative_weight = WEIGH(*(arrays[name] for name in names), weighting="tilt", alpha=0.5, kappa=1.0)
+  return Experience(
+    **arrays,
+    weight=np.array(weight),
+    negative_weight=np.array(negative_weight),
+    committed_at=np.zeros_like(arrays["completion"]),
+  )
 
 
 def change(array, where, value):
@@ -85,6 +91,7 @@ def value_and_grad(theta, experience, is_masked, *, baseline, num_prompts):
         num_prompts=num_prompts,
         baseline=baseline,
         baseline_strength=1.0,
+        **UNBOUNDED,
         **MASKS,
       )
 
@@ -92,13 +99,14 @@ def value_and_grad(theta, experience, is_masked, *, baseline, num_prompts):
   return loss, metrics, gradient
 
 
-@functools.partial(jax.jit, static_argnames=("baseline", "strength"))
-def group_loss(log_prob, is_masked, experience, *, baseline, strength):
+@functools.partial(jax.jit, static_argnames=("baseline", "strength", "min_log_ratio"))
+def group_loss(log_prob, is_masked, experience, *, baseline, strength, min_log_ratio=None):
   """Each prompt's loss and metrics under given masks, and the gradient of the losses' sum by the log-probabilities."""
 
   def compute(log_prob):
     scores = SimpleNamespace(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
-    loss, metrics = wdce.group_loss(scores, is_masked, experience, baseline=baseline, baseline_strength=strength)
+    own = {} if min_log_ratio is None else dict(unlearning="bounded", min_log_ratio=min_log_ratio)
+    loss, metrics = wdce.group_loss(scores, is_masked, experience, baseline=baseline, baseline_strength=strength, **own)
     return loss.sum(), (loss, metrics)
 
   (_, (loss, metrics)), gradient = jax.value_and_grad(compute, has_aux=True)(log_prob)
@@ -172,7 +180,7 @@ def test_the_loss_is_the_mean_of_its_groups_on_masks_from_the_keys():
       return make_score(THETA, experience)(is_masked)
 
     keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts, G)
-    whole = wdce.loss(score, experience, keys, num_prompts=P, **own, **MASKS)
+    whole = wdce.loss(score, experience, keys, num_prompts=P, **own, **UNBOUNDED, **MASKS)
     return seen[0], whole, wdce.group_loss(score(seen[0]), seen[0], experience, **own)
 
   experience = make_experience()
@@ -293,6 +301,7 @@ def recorded(case):
     log_p_ref=ones,
     weight=arrays["advantages"][None],
     negative_weight=arrays["negative_advantages"][None],
+    committed_at=np.zeros((1, rows, positions), np.int32),
   )
   return arrays, experience, by_row("mask"), -by_row("token_losses")
 
@@ -311,3 +320,24 @@ def test_the_recorded_losses_and_their_gradients(case):
   num_masked = np.maximum(is_masked.sum(-1, keepdims=True), 1)
   expected = np.where(is_masked, -coefficient / num_masked / replicates, 0)
   np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_unlearning_stops_below_the_bound():
+  everything = np.ones((1, 2, 3), bool)
+  experience = make_experience(p=1, g=2, c=3, is_kept=everything[..., 0], is_counted=everything).replace(
+    weight=np.array([[0.9, 0.1]], np.float32),
+    negative_weight=np.array([[0.1, 0.9]], np.float32),
+    log_p_old=np.array([[-1.0, -1.0]], np.float32),
+  )
+  log_prob = np.full((1, 2, 1, 3), -1.0, np.float32)  # log p_theta is -3: two below log p_old for both
+  is_masked = np.ones((1, 2, 1, 3), bool)
+  free = group_loss(log_prob, is_masked, experience, baseline="negative", strength=1.0)
+  loose = group_loss(log_prob, is_masked, experience, baseline="negative", strength=1.0, min_log_ratio=-2.5)
+  np.testing.assert_array_equal(loose[2], free[2])
+  assert loose[1]["loss_stopped"] == 0
+  _, metrics, gradient = group_loss(
+    log_prob, is_masked, experience, baseline="negative", strength=1.0, min_log_ratio=-1.5
+  )
+  np.testing.assert_array_equal(gradient[0, 1], 0)
+  np.testing.assert_array_equal(gradient[0, 0], free[2][0, 0])
+  assert metrics["loss_stopped"] == 0.5

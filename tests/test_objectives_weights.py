@@ -18,7 +18,7 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 RECORDED = json.loads((GOLDENS / "advantages.json").read_text())
 KEPT = jnp.ones((3, 4), bool)
 
-compute = jax.jit(weights.importance_weights, static_argnames=("alpha", "kappa"))
+compute = jax.jit(weights.importance_weights, static_argnames=("weighting", "alpha", "kappa"))
 
 
 def floats(low, high):
@@ -26,21 +26,25 @@ def floats(low, high):
 
 
 rewards, log_probs = floats(0, 1), floats(-20, 0)
-choices = st.sampled_from([(0.1, 1.0), (0.5, 0.5), (0.0, 1.0)])
+choices = st.sampled_from([("tilt", 0.1, 1.0), ("tilt", 0.5, 0.5), ("softmax", 0.5, 1.0)])
 quickly = settings(max_examples=25, deadline=None)
 
 
 def test_weights_by_hand():
   reward, log_p_ref, log_p_old = (jnp.array([row]) for row in ([1.0, 0.0], [-3.0, -2.0], [-2.0, -3.0]))
-  weight, negative = compute(reward, log_p_ref, log_p_old, jnp.ones((1, 2), bool), alpha=0.5, kappa=0.5)
+  weight, negative = compute(
+    reward, log_p_ref, log_p_old, jnp.ones((1, 2), bool), weighting="tilt", alpha=0.5, kappa=0.5
+  )
   # a = (-1 + 2, 1 + 0), and (-1 - 2, 1 - 0) for the opposite target
   np.testing.assert_allclose(weight[0], [0.5, 0.5], rtol=1e-6)
   np.testing.assert_allclose(negative[0], [1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))], rtol=1e-6)
 
 
-def test_alpha_zero_leaves_the_log_ratio_out():
+def test_the_softmax_of_the_reward_leaves_the_log_ratio_out():
   reward = jnp.array([[1.0, 0.0]])
-  weight, negative = compute(reward, -7 * reward, reward, jnp.ones((1, 2), bool), alpha=0.0, kappa=0.5)
+  weight, negative = compute(
+    reward, -7 * reward, reward, jnp.ones((1, 2), bool), weighting="softmax", alpha=0.5, kappa=0.5
+  )
   share = 1 / (1 + math.exp(-0.5))
   np.testing.assert_allclose(weight[0], [share, 1 - share], rtol=1e-6)
   np.testing.assert_allclose(negative[0], [1 - share, share], rtol=1e-6)
@@ -49,8 +53,8 @@ def test_alpha_zero_leaves_the_log_ratio_out():
 @quickly
 @given(rewards, log_probs, log_probs, hnp.arrays(bool, (3, 4)), choices)
 def test_weights_sum_to_one_over_what_is_kept(reward, log_p_ref, log_p_old, is_kept, choice):
-  alpha, kappa = choice
-  for weight in compute(reward, log_p_ref, log_p_old, is_kept, alpha=alpha, kappa=kappa):
+  weighting, alpha, kappa = choice
+  for weight in compute(reward, log_p_ref, log_p_old, is_kept, weighting=weighting, alpha=alpha, kappa=kappa):
     np.testing.assert_allclose(weight.sum(-1), is_kept.any(-1), atol=1e-5)
     np.testing.assert_array_equal(weight[~is_kept], 0)
     assert (weight >= 0).all()
@@ -59,34 +63,36 @@ def test_weights_sum_to_one_over_what_is_kept(reward, log_p_ref, log_p_old, is_k
 @quickly
 @given(rewards, log_probs, log_probs, choices, st.floats(-3, 3, width=32))
 def test_a_constant_added_to_all_rewards_changes_nothing(reward, log_p_ref, log_p_old, choice, constant):
-  alpha, kappa = choice
-  before = compute(reward, log_p_ref, log_p_old, KEPT, alpha=alpha, kappa=kappa)
-  after = compute(reward + constant, log_p_ref, log_p_old, KEPT, alpha=alpha, kappa=kappa)
+  weighting, alpha, kappa = choice
+  before = compute(reward, log_p_ref, log_p_old, KEPT, weighting=weighting, alpha=alpha, kappa=kappa)
+  after = compute(reward + constant, log_p_ref, log_p_old, KEPT, weighting=weighting, alpha=alpha, kappa=kappa)
   np.testing.assert_allclose(before, after, atol=1e-4)
 
 
 @quickly
 @given(rewards, log_probs, log_probs, choices, st.permutations(range(4)))
 def test_permuting_a_group_permutes_its_weights(reward, log_p_ref, log_p_old, choice, order):
-  alpha, kappa = choice
+  weighting, alpha, kappa = choice
   order = np.array(order)
-  before = compute(reward, log_p_ref, log_p_old, KEPT, alpha=alpha, kappa=kappa)
-  after = compute(reward[:, order], log_p_ref[:, order], log_p_old[:, order], KEPT, alpha=alpha, kappa=kappa)
+  before = compute(reward, log_p_ref, log_p_old, KEPT, weighting=weighting, alpha=alpha, kappa=kappa)
+  after = compute(
+    reward[:, order], log_p_ref[:, order], log_p_old[:, order], KEPT, weighting=weighting, alpha=alpha, kappa=kappa
+  )
   np.testing.assert_allclose(np.stack(before)[..., order], after, atol=1e-6)
 
 
 @quickly
 @given(rewards, log_probs, log_probs, hnp.arrays(bool, (3, 4)), choices)
 def test_weights_equal_a_naive_oracle(reward, log_p_ref, log_p_old, is_kept, choice):
-  alpha, kappa = choice
-  got = compute(reward, log_p_ref, log_p_old, is_kept, alpha=alpha, kappa=kappa)
+  weighting, alpha, kappa = choice
+  got = compute(reward, log_p_ref, log_p_old, is_kept, weighting=weighting, alpha=alpha, kappa=kappa)
   for sign, weight in zip((1, -1), got, strict=True):
     for p in range(3):
       scores = {}
       for g in range(4):
         if is_kept[p, g]:
-          ratio = float(log_p_ref[p, g]) - float(log_p_old[p, g]) if alpha else 0.0
-          scores[g] = kappa * (ratio + sign * float(reward[p, g]) / (alpha or 1))
+          ratio = float(log_p_ref[p, g]) - float(log_p_old[p, g]) if weighting == "tilt" else 0.0
+          scores[g] = kappa * (ratio + sign * float(reward[p, g]) / (alpha if weighting == "tilt" else 1))
       highest = max(scores.values(), default=0)
       total = sum(math.exp(score - highest) for score in scores.values())
       expected = [math.exp(scores[g] - highest) / total if g in scores else 0 for g in range(4)]
@@ -95,7 +101,7 @@ def test_weights_equal_a_naive_oracle(reward, log_p_ref, log_p_old, is_kept, cho
 
 def test_equal_rewards_leave_the_pull_of_the_log_ratio_alone():
   log_p_ref, log_p_old = -jnp.arange(12.0).reshape(3, 4) % 5, -jnp.arange(12.0).reshape(3, 4) % 7
-  weight, negative = compute(jnp.full((3, 4), 0.3), log_p_ref, log_p_old, KEPT, alpha=0.1, kappa=0.5)
+  weight, negative = compute(jnp.full((3, 4), 0.3), log_p_ref, log_p_old, KEPT, weighting="tilt", alpha=0.1, kappa=0.5)
   np.testing.assert_allclose(weight, jax.nn.softmax(0.5 * (log_p_ref - log_p_old)), rtol=1e-4)
   np.testing.assert_allclose(weight, negative, rtol=1e-4)
 
@@ -104,13 +110,15 @@ def test_a_dropped_rollout_may_hold_anything():
   reward = jnp.array([[1.0, jnp.nan, 0.0], [jnp.nan, jnp.inf, -jnp.inf]])
   log_p = jnp.array([[-1.0, jnp.inf, -2.0], [jnp.nan, jnp.nan, 0.0]])
   is_kept = jnp.array([[True, False, True], [False, False, False]])
-  weight, negative = compute(reward, log_p, 2 * log_p, is_kept, alpha=0.5, kappa=1.0)
+  weight, negative = compute(reward, log_p, 2 * log_p, is_kept, weighting="tilt", alpha=0.5, kappa=1.0)
   np.testing.assert_allclose(weight[0], [1 / (1 + math.exp(-1)), 0, 1 / (1 + math.exp(1))], rtol=1e-6)
   np.testing.assert_array_equal(weight[1], 0)
   np.testing.assert_array_equal(negative[1], 0)
 
   def total(log_p):
-    return weights.importance_weights(reward, log_p, 2 * log_p, is_kept, alpha=0.5, kappa=1.0)[0][0, 0]
+    return weights.importance_weights(reward, log_p, 2 * log_p, is_kept, weighting="tilt", alpha=0.5, kappa=1.0)[0][
+      0, 0
+    ]
 
   gradient = jax.grad(total)(log_p)
   share = weight[0, 0]
@@ -120,15 +128,15 @@ def test_a_dropped_rollout_may_hold_anything():
 
 def test_extreme_log_ratios_stay_finite():
   log_p = jnp.array([[-1e4, -2e4, 0.0, -1e4]])
-  weight, negative = compute(jnp.zeros((1, 4)), log_p, -log_p, KEPT[:1], alpha=0.01, kappa=1.0)
+  weight, negative = compute(jnp.zeros((1, 4)), log_p, -log_p, KEPT[:1], weighting="tilt", alpha=0.01, kappa=1.0)
   np.testing.assert_array_equal(weight, [[0, 0, 1, 0]])
   np.testing.assert_array_equal(negative, [[0, 0, 1, 0]])
 
 
-@pytest.mark.parametrize(("alpha", "kappa"), [(-1.0, 1.0), (0.1, 0.0), (0.1, 1.5)])
+@pytest.mark.parametrize(("alpha", "kappa"), [(-1.0, 1.0), (0.0, 1.0), (0.1, 0.0), (0.1, 1.5)])
 def test_settings_out_of_range_are_refused(alpha, kappa):
-  with pytest.raises(ValueError, match=r"objective\.(alpha=-1|kappa=(0\.0|1\.5)).*must be"):
-    weights.importance_weights(*[jnp.zeros((3, 4))] * 3, KEPT, alpha=alpha, kappa=kappa)
+  with pytest.raises(ValueError, match=r"objective\.(alpha=(-1|0)|kappa=(0\.0|1\.5)).*must be"):
+    weights.importance_weights(*[jnp.zeros((3, 4))] * 3, KEPT, weighting="tilt", alpha=alpha, kappa=kappa)
 
 
 @pytest.mark.parametrize("row", RECORDED, ids=[row["case"] for row in RECORDED])
@@ -143,7 +151,15 @@ def test_the_recorded_weights(row):
 
   reward, log_p_ref, log_p_old = array("reward"), array("log_p_ref"), array("log_p_old")
   is_kept = ~jnp.isnan(reward)  # one shape for all cases, filled with dropped rollouts
-  got = weights.importance_weights(reward, log_p_ref, log_p_old, is_kept, alpha=row["alpha"], kappa=row["kappa"])
+  got = weights.importance_weights(
+    reward,
+    log_p_ref,
+    log_p_old,
+    is_kept,
+    weighting="tilt" if row["alpha"] else "softmax",
+    alpha=row["alpha"] or 1.0,
+    kappa=row["kappa"],
+  )
   for weight, name in zip(got, ("weight", "negative_weight"), strict=True):
     np.testing.assert_allclose(weight, jnp.nan_to_num(array(name)), rtol=1e-4, atol=1e-6)
   ess = weights.effective_sample_size(got[0])[:num_groups] * 16 / size
@@ -196,11 +212,87 @@ def test_log_ratio_figures_by_hand():
   log_p_old = jnp.zeros((2, 2, 4))
   log_p_ref = jnp.array([[[1.0, 1, 3, 3], [4, 4, 4, 4]], [[5.0, 5, 5, 5], [jnp.nan] * 4]])
   is_kept = jnp.array([[True, True], [True, False]])
-  figures = weights.log_ratio_figures(log_p_ref, log_p_old, is_kept, antithetic=False)
+  figures = weights.log_ratio_figures(log_p_ref, log_p_old, is_kept)
   assert figures["log_ratio_mean"].item() == pytest.approx((2 + 4 + 5) / 3)
   assert figures["log_ratio_std"].item() == pytest.approx(math.sqrt((1 + 1 + 0) / 3))
   error = np.std([1, 1, 3, 3], ddof=1) / 2
   assert figures["log_ratio_error"].item() == pytest.approx(math.sqrt(error**2 / 3))
-  # the pairs of the first rollout, (1, 3) and (1, 3), agree
-  figures = weights.log_ratio_figures(log_p_ref, log_p_old, is_kept, antithetic=True)
-  assert figures["log_ratio_error"].item() == 0
+
+
+KAPPA = np.load(GOLDENS / "kappa.npz")
+
+
+def test_adaptive_kappa_meets_the_threshold_where_it_can():
+  # Recorded from the official code, whose optimiser returns its starting point 0.5 where the softmax is saturated.
+  is_kept = jnp.asarray(np.arange(16) < KAPPA["n"][:, None])
+  log_rnd, reward = (jnp.asarray(np.nan_to_num(KAPPA[name]), jnp.float32) for name in ("log_rnds", "rewards"))
+  alpha = jnp.asarray(KAPPA["alpha"], jnp.float32)[:, None]
+  log_weight = jnp.where(alpha > 0, log_rnd + reward / jnp.where(alpha > 0, alpha, 1), reward)
+  target = KAPPA["ess_threshold"].astype(np.float32)
+
+  @jax.jit
+  def solve(target):
+    kappa = jax.vmap(lambda row, kept, ess: weights.adaptive_kappa(row[None], kept[None], ess)[0])(
+      log_weight, is_kept, target
+    )
+    weight = weights.softmax_kept(kappa[:, None] * log_weight, is_kept)
+    return kappa, weights.effective_sample_size(weight) * 16 / is_kept.sum(-1)
+
+  kappa, ess = map(np.asarray, solve(jnp.asarray(target)))
+  for name, count in (("reached", 12), ("stuck_near_x0", 12), ("lower_bound", 9), ("upper_bound", 12), ("flat", 12)):
+    rows = KAPPA["category"] == name
+    assert rows.sum() == count
+    reachable = rows & (KAPPA["ess_at_099"] < target) & (target < KAPPA["ess_at_001"])
+    assert reachable.sum() == {"reached": 12, "stuck_near_x0": 4}.get(name, 0)
+    np.testing.assert_allclose(ess[reachable], target[reachable], atol=1e-3, err_msg=name)  # saturated or not
+    if name == "reached":
+      np.testing.assert_allclose(kappa[rows], KAPPA["coeff"][rows], atol=1e-3)
+    if name == "stuck_near_x0":
+      np.testing.assert_allclose(KAPPA["coeff"][rows], 0.5, atol=1e-3)
+      assert (np.abs(kappa[reachable] - 0.5) > 0.01).all()
+    if name == "lower_bound":
+      np.testing.assert_allclose(kappa[rows], weights.MIN_KAPPA, atol=1e-4)
+    if name in ("upper_bound", "flat"):
+      np.testing.assert_allclose(kappa[rows], weights.MAX_KAPPA, atol=1e-4)
+
+
+def test_kappa_and_effective_sample_size_are_of_each_group():
+  log_weight = jnp.array([[0.0, 1.0, 2.0, 3.0], [0.0, 3.0, 6.0, 9.0]])
+  both = weights.adaptive_kappa(log_weight, KEPT[:2], 0.5)
+  alone = [weights.adaptive_kappa(row[None], KEPT[:1], 0.5)[0] for row in log_weight]
+  np.testing.assert_allclose(both, alone, rtol=1e-6)
+  np.testing.assert_allclose(both[0] / both[1], 3, rtol=1e-2)
+  # dropped rollouts have no part in it
+  padded = jnp.pad(log_weight, ((0, 0), (0, 2)), constant_values=jnp.nan)
+  np.testing.assert_allclose(weights.adaptive_kappa(padded, jnp.pad(KEPT[:2], ((0, 0), (0, 2))), 0.5), both, rtol=1e-5)
+
+
+def test_the_reward_itself_as_the_weight():
+  reward = jnp.array([[0.3, jnp.nan, -1.0]])
+  is_kept = jnp.array([[True, False, True]])
+  weight, negative = weights.importance_weights(
+    reward, 9 * reward, reward, is_kept, weighting="reward", alpha=1.0, kappa=1.0
+  )
+  np.testing.assert_allclose(weight, [[0.3, 0, -1.0]], rtol=1e-6)
+  np.testing.assert_allclose(negative, [[-0.3, 0, 1.0]], rtol=1e-6)
+
+
+def test_standardised_rewards_and_clipped_weights():
+  reward = jnp.array([[1.0, 3.0, jnp.nan, 5.0], [2.0, 2.0, 2.0, 2.0]])
+  is_kept = jnp.array([[True, True, False, True], [True] * 4])
+  scaled = weights.standardise(reward, is_kept)
+  np.testing.assert_allclose(scaled, [[-1.2247449, 0, 0, 1.2247449], [0] * 4], rtol=1e-6)
+  own = dict(weighting="tilt", alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="standardise")
+  zeros = jnp.zeros((2, 4))
+  free = weights.weigh(reward, zeros, zeros, is_kept, max_weight=1.0, **own)
+  np.testing.assert_allclose(free.weight[0], weights.softmax_kept(scaled, is_kept)[0], rtol=1e-6)
+  cut = weights.weigh(reward, zeros, zeros, is_kept, max_weight=0.3, **own)
+  np.testing.assert_allclose(cut.weight, jnp.minimum(free.weight, 0.3))
+  np.testing.assert_allclose(cut.negative_weight, jnp.minimum(free.negative_weight, 0.3))
+
+
+def test_unique_rollouts_by_hand():
+  completion = jnp.array([[[1, 2], [1, 2], [1, 3], [1, 2]], [[0, 0]] * 4, [[0, 0]] * 4])
+  is_kept = jnp.array([[True] * 4, [True, True, False, False], [False] * 4])
+  # shares 3/4 and 1/4; one of two; nothing
+  np.testing.assert_allclose(weights.unique_rollouts(completion, is_kept), [1 / (9 / 16 + 1 / 16), 1, 0], rtol=1e-6)

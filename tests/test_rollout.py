@@ -7,7 +7,14 @@ import tiny
 from etils import epath
 
 from dmpo_jax import build, rollout, structs
+from dmpo_jax.measure import Policies, make_measure_weights
+from dmpo_jax.objectives.estimators import Elbo
 from dmpo_jax.tasks.sudoku import Sudoku
+
+MEASURING = (
+  *("replicates", "max_noise", "max_rounds"),
+  *("weighting", "alpha", "proximal", "kappa", "min_ess", "reward_scaling", "max_weight"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +31,18 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
     params = build.initial_params(config, parts)
     reference = jax.tree.map(lambda x: x * 1.1, params)
     sample = build.make_sample(config, parts, group_size=config.rollout.group_size, temperature=1.0, early_exit=False)
-    measure = rollout.make_measure(
-      parts.model, parts.mesh, num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, chunk=0
+    measure = make_measure_weights(
+      parts.model,
+      parts.mesh,
+      estimator=Elbo(2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0),
+      loss_chunk=0,
+      chunk_prompts=config.rollout.chunk_prompts,
+      seed=config.seed,
+      **{name: objective[name] for name in MEASURING},
     )
     prompts, records = parts.prompts.batch(0, config.rollout.num_prompts)
     return rollout.collect(
-      params,
-      reference,
+      Policies(params, reference),
       prompts,
       records,
       sample=sample,
@@ -41,9 +53,6 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
       buffer=3,
       chunk_prompts=config.rollout.chunk_prompts,
       counted=objective.counted,
-      alpha=objective.alpha,
-      kappa=objective.kappa,
-      antithetic=True,
     )
 
 
@@ -116,6 +125,8 @@ def test_what_the_log_says_of_completions():
     "reward_std": 0.0,
     "solve_rate": 1.0,
     "rewards_failed": 1.0,
+    "groups_without_variance": 1.0,
+    "unique_rollouts": 1.0,
     "tokens_per_call": 1.5,
     "calls_saved": 0.5,
     "confidence": 2 / 3,

@@ -67,6 +67,10 @@ def policy_variables(trainable: Any, frozen: Any, lora: bool) -> Mapping[str, An
   return {"params": frozen, "lora": trainable} if lora else {"params": trainable}
 
 
-def reference_variables(frozen: Any) -> Mapping[str, Any]:
-  """Give the variables of the reference policy: the frozen parameters, adapters off."""
-  return {"params": frozen}
+def reference_variables(frozen: Any, reference: Any = None, lora: bool = False) -> Mapping[str, Any]:
+  """Give the variables of the reference policy: the frozen parameters, or what a copy of the trained ones makes.
+
+  With adapters the copy is of the adapters, on the same frozen parameters: the policy that merging them would give,
+  without a second copy of the model.
+  """
+  return {"params": frozen} if reference is None else policy_variables(reference, frozen, lora)

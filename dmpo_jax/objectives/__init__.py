@@ -1,11 +1,37 @@
-"""What is minimised: masks, likelihood bounds, importance weights, and one file a loss.
+"""What is minimised: masks, likelihood estimators, importance weights, and one file a loss.
 
 Each loss is `loss(score, experience, keys, *, num_prompts, **own) -> (scalar, metrics)`: it draws its masks from the
 rollouts' `keys`, asks `score(is_masked)` for the policy's log-probabilities under them, and returns a sum over the
 prompts it was given divided by `num_prompts`. Its metrics are such sums too, so that losses, gradients and metrics of
-microbatches of prompts add up to those of the whole buffer.
+microbatches of prompts add up to those of the whole buffer. A keyword `likelihood` is filled with the estimator that
+the configuration names.
 """
 
-from dmpo_jax.objectives import denoise, wdce
+from collections.abc import Callable
+from typing import NamedTuple
 
-OBJECTIVES = {"wdce": wdce.loss, "denoise": denoise.loss}
+from dmpo_jax.objectives import coupled_grpo, denoise, diffu_grpo, gdpo, spg, tracerl, wd1, wdce, wddo
+
+NEEDS = ("demonstrations", "rewards", "weights", "ratio", "ratio_and_reference")
+
+
+class Objective(NamedTuple):
+  """A loss, and what a buffer must hold for it."""
+
+  loss: Callable
+  # `demonstrations` instead of rollouts; of rollouts `rewards` alone, the importance `weights`, or the
+  # log-probabilities under the update's own views by the policy that drew them (`ratio`), and by the reference too.
+  needs: str
+
+
+OBJECTIVES = {
+  "denoise": Objective(denoise.loss, "demonstrations"),
+  "wdce": Objective(wdce.loss, "weights"),
+  "wddo": Objective(wddo.loss, "weights"),
+  "diffu_grpo": Objective(diffu_grpo.loss, "ratio_and_reference"),
+  "coupled_grpo": Objective(coupled_grpo.loss, "ratio_and_reference"),
+  "gdpo": Objective(gdpo.loss, "ratio_and_reference"),
+  "tracerl": Objective(tracerl.loss, "ratio"),
+  "wd1": Objective(wd1.loss, "rewards"),
+  "spg": Objective(spg.loss, "rewards"),
+}

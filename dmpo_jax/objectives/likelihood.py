@@ -1,10 +1,16 @@
-"""From the log-probabilities of masked tokens to bounds of a completion's log-probability, and their noise."""
+"""From the log-probabilities of masked tokens to estimates of a completion's log-probability, and their noise.
+
+An estimator (`estimators.py` holds them) says which noised copies of a completion the model is to see (`Views`), and
+how what it says of them adds up, position by position. All of them share this interface, so that an objective may take
+any.
+"""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @runtime_checkable
@@ -15,7 +21,61 @@ class Scores(Protocol):
   entropy: Float[Array, "p g r c"]  # of that distribution, nats
 
 
-Score = Callable[[Bool[Array, "p g r c"]], Scores]
+Score = Callable[..., Scores]  # of is_masked [p, g, r, c], and prompt_is_masked [p, g, r, q] or None
+
+
+class Views(NamedTuple):
+  """Noised copies of completions, and each position's share in the estimate."""
+
+  is_masked: Bool[Array, "p g r c"]  # hidden from the model
+  share: Float[Array, "p g r c"]  # of a replicate's log-probability of a position; 0 where it is not read
+  prompt_is_masked: Bool[Array, "p g r q"] | None = None
+
+
+class Completions(NamedTuple):
+  """What an estimator may know of the completions besides their tokens."""
+
+  is_counted: Bool[Array, "p g c"]
+  committed_at: Int[Array, "p g c"]  # the model call that decided the position
+  prompt_is_valid: Bool[Array, "p q"]
+
+
+@runtime_checkable
+class Estimator(Protocol):
+  """One way to estimate log p(y | x)."""
+
+  draws: tuple[int, ...]  # the independent draw that each replicate belongs to; -1: none, it is not random
+
+  def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
+    """Choose the copies from the rollouts' keys."""
+    ...
+
+  def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
+    """Add up each position's part of the estimate, in nats; 0 where nothing was read."""
+    ...
+
+  def estimates(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g n"]:
+    """Estimate log p(y | x) once from each independent draw; the mean is the sum of `tokens`."""
+    ...
+
+
+class Linear:
+  """What the estimators have in common that are sums of log-probabilities."""
+
+  draws: tuple[int, ...]
+
+  def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
+    return _shared(log_prob, views).sum(2)
+
+  def estimates(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g n"]:
+    parts = _shared(log_prob, views).sum(-1)
+    num_draws = max(*self.draws, 0) + 1 if len(self.draws) > 1 else 1
+    of_draw = np.array([[num_draws * (draw == n) + (draw < 0) for n in range(num_draws)] for draw in self.draws])
+    return parts @ jnp.asarray(of_draw, parts.dtype)
+
+
+def _shared(log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g r c"]:
+  return jnp.where(views.share > 0, views.share * jnp.where(views.share > 0, log_prob, 0), 0)
 
 
 def masked_mean(values: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"]) -> Float[Array, "p g r"]:
@@ -49,15 +109,17 @@ def elbo(
   return is_counted.sum(-1)[:, :, None] * masked_mean(token_log_prob, is_masked)
 
 
-def standard_error(replicates: Float[Array, "p g r"], *, antithetic: bool) -> Float[Array, "p g"]:
-  """Estimate the Monte-Carlo standard error of the replicates' mean: s / sqrt(n), s with n - 1 degrees of freedom.
+def average_pairs(replicates: Float[Array, "p g r"]) -> Float[Array, "p g n"]:
+  """Average the halves of antithetic pairs (replicates i and i + r/2): they are not independent, a pair is one draw."""
+  return replicates.reshape(*replicates.shape[:2], 2, -1).mean(2)
 
-  The halves of an antithetic pair (replicates i and i + r/2) are not independent: a pair's mean counts as one draw.
+
+def standard_error(estimates: Float[Array, "p g n"]) -> Float[Array, "p g"]:
+  """Estimate the Monte-Carlo standard error of independent estimates' mean: s / sqrt(n), n - 1 degrees of freedom.
+
   NaN from a single draw, which says nothing of its spread.
   """
-  if antithetic:
-    replicates = replicates.reshape(*replicates.shape[:2], 2, -1).mean(2)
-  num_draws = replicates.shape[-1]
+  num_draws = estimates.shape[-1]
   if num_draws == 1:
-    return jnp.full(replicates.shape[:2], jnp.nan, replicates.dtype)
-  return replicates.std(-1, ddof=1) / num_draws**0.5
+    return jnp.full(estimates.shape[:2], jnp.nan, estimates.dtype)
+  return estimates.std(-1, ddof=1) / num_draws**0.5

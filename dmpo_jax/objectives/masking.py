@@ -35,15 +35,57 @@ def draw_masks(
   _check(num_replicates, antithetic, min_ratio, max_ratio)
   num_draws = num_replicates // 2 if antithetic else num_replicates
 
-  def draw(key: Key[Array, ""], replicate: jax.Array) -> jax.Array:
-    # element i of uniform(key, (n,)) depends on the key and on i alone
-    return jax.random.uniform(jax.random.fold_in(key, replicate), (1 + is_counted.shape[-1],))
-
-  over_replicates = jax.vmap(draw, (None, 0))
-  uniform = jax.vmap(jax.vmap(over_replicates, (0, None)), (0, None))(keys, jnp.arange(num_draws))
+  uniform = uniform_noise(keys, num_draws, 1 + is_counted.shape[-1])
   return place_masks(
     uniform[..., 0], uniform[..., 1:], is_counted, antithetic=antithetic, min_ratio=min_ratio, max_ratio=max_ratio
   )
+
+
+def draw_block_masks(
+  keys: Key[Array, "p g"],
+  is_counted: Bool[Array, "p g c"],
+  *,
+  num_replicates: int,
+  antithetic: bool,
+  min_ratio: float,
+  max_ratio: float,
+  block_length: int,
+) -> tuple[Bool[Array, "p g {num_replicates} c"], Bool[Array, "p g {num_replicates} c"]]:
+  """Draw masks within one block of each replicate, drawn among those with a counted position; all after it is hidden.
+
+  A block-wise sampler's view of a completion: the blocks before are whole, those after are MASK.
+
+  Args:
+    block_length: of the blocks; 0: `draw_masks`, over the whole completion.
+
+  Returns:
+    is_read, the masked positions of the block, and is_masked, these and everything after the block.
+  """
+  ratios = dict(antithetic=antithetic, min_ratio=min_ratio, max_ratio=max_ratio)
+  if not block_length:
+    is_masked, _ = draw_masks(keys, is_counted, num_replicates=num_replicates, **ratios)
+    return is_masked, is_masked
+  _check(num_replicates, antithetic, min_ratio, max_ratio)
+  num_draws = num_replicates // 2 if antithetic else num_replicates
+  uniform = uniform_noise(keys, num_draws, 2 + is_counted.shape[-1])
+  block = jnp.arange(is_counted.shape[-1]) // block_length
+  num_blocks = jnp.where(is_counted, block + 1, 1).max(-1)
+  chosen = (uniform[..., 0] * num_blocks[:, :, None]).astype(jnp.int32)[..., None]
+  is_drawn, _ = place_masks(uniform[..., 1], uniform[..., 2:], is_counted, **ratios)
+  chosen = jnp.concatenate([chosen, chosen], axis=2) if antithetic else chosen
+  is_read = is_drawn & (block == chosen)
+  return is_read, is_read | (block > chosen)
+
+
+def uniform_noise(keys: Key[Array, "p g"], num_draws: int, width: int) -> Float[Array, "p g {num_draws} {width}"]:
+  """Draw numbers in [0, 1) that belong to (rollout, draw, position), whatever the numbers of draws and positions."""
+
+  def draw(key: Key[Array, ""], replicate: jax.Array) -> jax.Array:
+    # element i of uniform(key, (n,)) depends on the key and on i alone
+    return jax.random.uniform(jax.random.fold_in(key, replicate), (width,))
+
+  over_replicates = jax.vmap(draw, (None, 0))
+  return jax.vmap(jax.vmap(over_replicates, (0, None)), (0, None))(keys, jnp.arange(num_draws))
 
 
 def place_masks(

@@ -18,6 +18,8 @@ def loss(
   num_prompts: int,
   baseline: str,
   baseline_strength: float,
+  unlearning: str,
+  min_log_ratio: float,
   num_replicates: int,
   antithetic: bool,
   min_mask_ratio: float,
@@ -33,13 +35,16 @@ def loss(
     keys: the rollouts' keys for this step.
     num_prompts: what the sum over prompts is divided by: prompts of the whole buffer.
     baseline: b, a name in `weights.BASELINES`; baseline_strength: s.
+    unlearning: `unbounded`, or `bounded`: a rollout with a negative coefficient stops counting once
+      log p_theta - log p_old (each on its own masks) is below min_log_ratio, in nats.
     num_replicates, antithetic, min_mask_ratio, max_mask_ratio: see `masking.draw_masks`.
 
   Returns:
     The loss, and of the kept rollouts, averaged over prompts: `loss_cross_entropy` and `loss_entropy` (nats a masked
     token), `loss_coefficient` (sum_g |w - s * b|; at s = 1 from 0, where the signal cancels, to 2, where weights and
     baseline pick different rollouts) and `loss_log_ratio` (log p_theta - log p_old in nats, each on its own masks: how
-    far the policy went since it drew the rollouts).
+    far the policy went since it drew the rollouts), and where unlearning is bounded `loss_stopped`, the share of the
+    rollouts that no longer count.
   """
   is_masked, _ = draw_masks(
     keys,
@@ -50,7 +55,13 @@ def loss(
     max_ratio=max_mask_ratio,
   )
   losses, metrics = group_loss(
-    score(is_masked), is_masked, experience, baseline=baseline, baseline_strength=baseline_strength
+    score(is_masked),
+    is_masked,
+    experience,
+    baseline=baseline,
+    baseline_strength=baseline_strength,
+    unlearning=unlearning,
+    min_log_ratio=min_log_ratio,
   )
   return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}
 
@@ -62,6 +73,8 @@ def group_loss(
   *,
   baseline: str,
   baseline_strength: float,
+  unlearning: str = "unbounded",
+  min_log_ratio: float = 0.0,
 ) -> tuple[Float[Array, "p"], dict[str, Float[Array, "p"]]]:
   """Compute each prompt's part of `loss`, before the mean over prompts, from scores under given masks.
 
@@ -78,12 +91,18 @@ def group_loss(
     is_kept=is_kept,
   )
   coefficient = jnp.where(is_kept, experience.weight - baseline_strength * subtracted, 0)
+  is_stopped = jnp.zeros_like(is_kept)
+  if unlearning == "bounded":
+    is_stopped = is_kept & (coefficient < 0) & (log_p_theta - log_p_old < min_log_ratio)
+    coefficient = jnp.where(is_stopped, 0, coefficient)
   metrics = {
     "loss_cross_entropy": mean_kept(rollout_loss, is_kept),
     "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
     "loss_coefficient": jnp.abs(coefficient).sum(-1),
     "loss_log_ratio": mean_kept(log_p_theta - log_p_old, is_kept),
   }
+  if unlearning == "bounded":
+    metrics["loss_stopped"] = mean_kept(is_stopped.astype(jnp.float32), is_kept)
   return (coefficient * jnp.where(is_kept, rollout_loss, 0)).sum(-1), metrics
 
 

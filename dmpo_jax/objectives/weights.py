@@ -4,14 +4,64 @@ Every softmax runs over the rollouts of one prompt, the axis g; a rollout that i
 """
 
 import difflib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dmpo_jax.objectives.likelihood import standard_error
 
 BASELINES = ("none", "mean", "model", "negative")
+WEIGHTINGS = ("tilt", "softmax", "reward")
+MIN_KAPPA, MAX_KAPPA = 0.01, 0.99  # range of the adaptive proximal step, the official code's
+
+
+class Weights(NamedTuple):
+  """What a group's rollouts count, in the target and in its opposite."""
+
+  weight: Float[Array, "p g"]
+  negative_weight: Float[Array, "p g"]
+  kappa: Float[Array, "p"]  # the proximal step that was taken
+
+
+def weigh(
+  reward: Float[Array, "p g"],
+  log_p_ref: Float[Array, "p g"],
+  log_p_old: Float[Array, "p g"],
+  is_kept: Bool[Array, "p g"],
+  *,
+  weighting: str,
+  alpha: float,
+  proximal: str,
+  kappa: float,
+  min_ess: float,
+  reward_scaling: str,
+  max_weight: float,
+) -> Weights:
+  """Weigh a buffer as the configuration's `objective` says: scale the rewards, choose kappa, weigh, clip.
+
+  Args:
+    weighting, alpha: see `importance_weights`.
+    proximal: `fixed` takes kappa, `adaptive` the largest that keeps the effective sample size (`adaptive_kappa`).
+    reward_scaling: `none`, or `standardise`: minus the group's mean, divided by its standard deviation.
+    max_weight: weights are cut to this (truncated importance sampling), without being normalised again; 1: none.
+
+  Raises:
+    ValueError: an unknown name, or a number out of range.
+  """
+  if reward_scaling == "standardise":
+    reward = standardise(reward, is_kept)
+  if proximal == "adaptive" and weighting != "reward":
+    step = adaptive_kappa(log_weights(reward, log_p_ref, log_p_old, weighting, alpha)[0], is_kept, min_ess)
+  else:
+    step = jnp.full(reward.shape[:1], kappa)
+  weight, negative = importance_weights(
+    reward, log_p_ref, log_p_old, is_kept, weighting=weighting, alpha=alpha, kappa=step
+  )
+  if weighting != "reward":
+    weight, negative = jnp.minimum(weight, max_weight), jnp.minimum(negative, max_weight)
+  return Weights(weight, negative, step)
 
 
 def importance_weights(
@@ -20,30 +70,87 @@ def importance_weights(
   log_p_old: Float[Array, "p g"],
   is_kept: Bool[Array, "p g"],
   *,
+  weighting: str,
   alpha: float,
-  kappa: float,
+  kappa: float | Float[Array, "p"],
 ) -> tuple[Float[Array, "p g"], Float[Array, "p g"]]:
   """Weigh rollouts of p_old towards the target p_ref * exp(reward / alpha), and towards its opposite.
 
-  weight = softmax_g(kappa * (log p_ref - log p_old + reward / alpha)); negative_weight the same with -reward / alpha
-  (DMPO, arXiv 2510.08233: self-normalised importance sampling with a proximal step). alpha = 0 stands for the limit
-  without the log-ratio: softmax_g(kappa * reward) and softmax_g(-kappa * reward).
+  tilt: weight = softmax_g(kappa * (log p_ref - log p_old + reward / alpha)); negative_weight the same with
+  -reward / alpha (DMPO, arXiv 2510.08233: self-normalised importance sampling with a proximal step).
+  softmax: softmax_g(kappa * reward) and softmax_g(-kappa * reward), the limit in which the log-ratio is nothing beside
+  the reward (the official code's alpha = 0).
+  reward: the reward itself, and minus it (the official code's alpha = -1, which there fails).
 
   Args:
     is_kept: False drops a rollout (its values, NaN included, are not read): 0 in both. A group with none kept is all 0.
-    alpha: temperature of the target, at least 0.
-    kappa: proximal step in (0, 1]; 1: none.
+    alpha: temperature of the target, above 0; read by `tilt` alone.
+    kappa: proximal step in (0, 1], of all groups or of each; 1: none. Not read by `reward`.
 
   Raises:
-    ValueError: alpha or kappa out of range.
+    ValueError: an unknown weighting, or a number out of range.
   """
-  if alpha < 0:
-    raise ValueError(f"objective.alpha={alpha}: must be positive, or 0 for weights without the log-ratio")
-  if not 0 < kappa <= 1:
-    raise ValueError(f"objective.kappa={kappa}: must be in (0, 1]; 1 means no proximal term")
-  log_ratio = log_p_ref - log_p_old if alpha else jnp.zeros_like(reward)
-  tilt = reward / alpha if alpha else reward
-  return softmax_kept(kappa * (log_ratio + tilt), is_kept), softmax_kept(kappa * (log_ratio - tilt), is_kept)
+  if isinstance(kappa, int | float):
+    if not 0 < kappa <= 1:
+      raise ValueError(f"objective.kappa={kappa}: must be in (0, 1]; 1 means no proximal term")
+    kappa = jnp.full(reward.shape[:1], kappa)
+  if weighting == "reward":
+    reward = jnp.where(is_kept, reward, 0)
+    return reward, -reward
+  towards, away = log_weights(reward, log_p_ref, log_p_old, weighting, alpha)
+  return softmax_kept(kappa[:, None] * towards, is_kept), softmax_kept(kappa[:, None] * away, is_kept)
+
+
+def log_weights(
+  reward: Float[Array, "p g"],
+  log_p_ref: Float[Array, "p g"],
+  log_p_old: Float[Array, "p g"],
+  weighting: str,
+  alpha: float,
+) -> tuple[Float[Array, "p g"], Float[Array, "p g"]]:
+  """What the softmaxes of `importance_weights` are taken of, before the proximal step."""
+  if weighting == "softmax":
+    return reward, -reward
+  if weighting != "tilt":
+    raise ValueError(f"objective.weighting={weighting!r}: must be one of {', '.join(WEIGHTINGS)}")
+  if not alpha > 0:
+    raise ValueError(f"objective.alpha={alpha}: must be above 0; objective.weighting = 'softmax' is its limit at 0")
+  log_ratio = log_p_ref - log_p_old
+  return log_ratio + reward / alpha, log_ratio - reward / alpha
+
+
+def adaptive_kappa(
+  log_weight: Float[Array, "p g"], is_kept: Bool[Array, "p g"], min_ess: float | Float[Array, ""]
+) -> Float[Array, "p"]:
+  """Find the largest kappa in [MIN_KAPPA, MAX_KAPPA] whose softmax(kappa * log_weight) has an ESS of at least min_ess.
+
+  Of each prompt's group by itself, over the rollouts kept. The effective sample size falls as kappa rises, so halving
+  the interval finds it wherever the softmax is saturated. Where no kappa reaches min_ess, or every one does: the end of
+  the range that is nearer to it.
+  """
+  num_kept = jnp.maximum(is_kept.sum(-1), 1)
+
+  def is_enough(kappa: Float[Array, "p"]) -> Bool[Array, "p"]:
+    weight = softmax_kept(kappa[:, None] * log_weight, is_kept)
+    squares = (weight**2).sum(-1)
+    return jnp.where(squares > 0, 1 / (num_kept * jnp.where(squares > 0, squares, 1)), 1) >= min_ess
+
+  def halve(_: jax.Array, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    low, high = interval
+    middle = (low + high) / 2
+    enough = is_enough(middle)
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  low, high = (jnp.full(log_weight.shape[:1], end) for end in (MIN_KAPPA, MAX_KAPPA))
+  kappa, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
+  return jnp.where(is_enough(high), high, kappa)
+
+
+def standardise(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:
+  """Subtract the mean of the group's kept rewards and divide by their standard deviation; 0 where all are the same."""
+  distance = jnp.where(is_kept, reward - mean_kept(reward, is_kept)[:, None], 0)
+  deviation = jnp.sqrt(mean_kept(distance**2, is_kept))[:, None]
+  return jnp.where(deviation > 1e-6, distance / jnp.where(deviation > 1e-6, deviation, 1), 0)
 
 
 def baseline(
@@ -110,26 +217,33 @@ def spread_within_groups(values: Float[Array, "p g"], is_kept: Bool[Array, "p g"
 
 
 def log_ratio_figures(
-  log_p_ref: Float[Array, "p g r"],
-  log_p_old: Float[Array, "p g r"],
-  is_kept: Bool[Array, "p g"],
-  *,
-  antithetic: bool,
+  log_p_ref: Float[Array, "p g n"], log_p_old: Float[Array, "p g n"], is_kept: Bool[Array, "p g"]
 ) -> dict[str, Float[Array, ""]]:
-  """Summarise log p_ref - log p_old over the kept rollouts, in nats; both by bounds on the same mask replicates.
+  """Summarise log p_ref - log p_old over the kept rollouts, in nats; both estimated under the same mask draws.
 
   log_ratio_mean: its mean. log_ratio_std: its spread inside the groups, which is what the weights see.
   log_ratio_error: its Monte-Carlo standard error (root mean square; NaN from a single mask draw). The estimate is too
   noisy to weigh with when this nears the spread of reward / alpha (`spread_within_groups`).
   """
-  replicates = log_p_ref - log_p_old
-  log_ratio = replicates.mean(-1)
+  draws = log_p_ref - log_p_old
+  log_ratio = draws.mean(-1)
   mean = jnp.where(is_kept, log_ratio, 0).sum() / jnp.maximum(is_kept.sum(), 1)
   return {
     "log_ratio_mean": mean,
     "log_ratio_std": spread_within_groups(log_ratio, is_kept),
-    "log_ratio_error": _root_mean_square(standard_error(replicates, antithetic=antithetic), is_kept),
+    "log_ratio_error": _root_mean_square(standard_error(draws), is_kept),
   }
+
+
+def unique_rollouts(completion: Int[Array, "p g c"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p"]:
+  """Effective number of different completions in each group: 1 / sum over them of the share squared, in [1, g].
+
+  That of the kept rollouts; 0 for a group with none kept.
+  """
+  is_pair = is_kept[:, :, None] & is_kept[:, None]
+  is_same = (completion[:, :, None] == completion[:, None]).all(-1) & is_pair
+  pairs = is_same.sum((1, 2))
+  return jnp.where(pairs > 0, is_kept.sum(-1) ** 2 / jnp.maximum(pairs, 1), 0)
 
 
 def _root_mean_square(values: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, ""]:

@@ -41,6 +41,7 @@ class Sudoku:
   min_blanks: int  # blank cells of a generated puzzle, drawn uniformly from min_blanks..max_blanks
   max_blanks: int
   demo_patience: float  # a demonstration leaves a blank cell blank with probability blanks / demo_patience
+  demo_wrong: float = 0.0  # share of demonstrations in whose blank cells two digits have changed places
 
   def __post_init__(self) -> None:
     problems = []
@@ -51,6 +52,8 @@ class Sudoku:
       )
     if self.demo_patience <= 0:
       problems.append(f"task.sudoku.demo_patience={self.demo_patience}: must be above 0")
+    if not 0 <= self.demo_wrong <= 1:
+      problems.append(f"task.sudoku.demo_wrong={self.demo_wrong}: must be a probability, in [0, 1]")
     refuse_options(problems)
 
   def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
@@ -85,14 +88,21 @@ class Sudoku:
     return ""
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are."""
+    """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are.
+
+    With probability `demo_wrong` two digits, drawn at random, stand in each other's blank cells.
+    """
     is_unfilled = rng.random(CELLS) < record["puzzle"].count("0") / self.demo_patience
-    cells = zip(record["puzzle"], record["solution"], is_unfilled, strict=True)
+    solution = record["solution"]
+    if self.demo_wrong and rng.random() < self.demo_wrong:
+      first, second = rng.choice(list("1234"), size=2, replace=False).tolist()
+      solution = solution.translate(str.maketrans(first + second, second + first))
+    cells = zip(record["puzzle"], solution, is_unfilled, strict=True)
     return "".join("0" if given == "0" and unfilled else right for given, right, unfilled in cells)
 
   def flawless(self) -> "Sudoku":
-    """Return this task with demonstrations that leave nothing blank."""
-    return dataclasses.replace(self, demo_patience=math.inf)
+    """Return this task with demonstrations that leave nothing blank and are right."""
+    return dataclasses.replace(self, demo_patience=math.inf, demo_wrong=0.0)
 
   def reward(self, record: Record, completion: str) -> float:
     """Return the share of blank cells filled right, in [0, 1]; 1 means solved and nothing else does.

@@ -1,0 +1,229 @@
+"""What an objective needs of rollouts besides their rewards: log-probabilities under the old and the reference policy.
+
+Three ways, one for each kind of objective (`objectives.NEEDS`): nothing; sequence log-probabilities, which become
+importance weights; or log-probabilities position by position under the very views that the updates will take.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dmpo_jax import noise
+from dmpo_jax.models import lora
+from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.objectives import weights
+from dmpo_jax.objectives.likelihood import Completions, Estimator
+from dmpo_jax.scoring import make_score
+from dmpo_jax.sharding import replicated
+from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts, TokenMeasures
+
+
+class Policies(NamedTuple):
+  """The policy that draws the rollouts, and the reference."""
+
+  trainable: Any
+  frozen: Any  # parameters that are not trained; empty where none are
+  reference: Any = None  # see `structs.TrainState`
+
+
+# (policies, experience, rollouts, index of the buffer) -> the experience completed, and figures for the log
+Measure = Callable[[Policies, Experience, Rollouts, int], tuple[Experience, dict[str, float]]]
+
+
+def make_measure_nothing() -> Measure:
+  """Leave the experience as it is, for objectives that learn from rewards and the current policy alone."""
+  return lambda policies, experience, rollouts, buffer: (experience, {})
+
+
+def make_measure_weights(
+  model: LLaDA,
+  mesh: Mesh,
+  *,
+  estimator: Estimator,
+  loss_chunk: int,
+  chunk_prompts: int,
+  seed: int,
+  replicates: str,
+  max_noise: float,
+  max_rounds: int,
+  **weighing: Any,
+) -> Measure:
+  """Close over a measure that estimates both policies' log-probabilities and weighs the rollouts by them.
+
+  Both policies are scored under the same masks, so that their noise largely cancels in the log-ratio.
+
+  Args:
+    replicates: `fixed`: one round of the estimator's draws. `adaptive`: further rounds of as many fresh draws, until
+      the log-ratio's standard error is at most max_noise times the spread of reward / alpha, or after max_rounds. All
+      rounds are one compiled program.
+    weighing: keywords of `weights.weigh`.
+  """
+  program = _measure_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk)
+  is_fixed = replicates == "fixed" or max(estimator.draws) < 0  # what draws nothing has no noise to average
+
+  def measure(policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int):
+    key = noise.step_key(seed, "measure", buffer)
+    rounds: list[Measures] = []
+    while True:
+      round_key = jax.random.fold_in(key, len(rounds)) if rounds else key
+      rounds.append(_run(program, policies, experience, chunk_prompts, round_key))
+      measures = _join(rounds)
+      weighed, figures = _weigh(experience, measures, **weighing)
+      if is_fixed or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
+        break
+    sampled = np.log(np.maximum(rollouts.confidence, 1e-30))
+    gap = np.where(experience.is_counted, sampled, 0).sum(-1) - weighed.log_p_old
+    figures["sampler_gap"] = float(gap[experience.is_kept].mean()) if experience.is_kept.any() else float("nan")
+    return weighed, figures | {"elbo_rounds": float(len(rounds))}
+
+  return measure
+
+
+def make_measure_ratios(
+  model: LLaDA,
+  mesh: Mesh,
+  *,
+  estimator: Estimator,
+  loss_chunk: int,
+  chunk_prompts: int,
+  seed: int,
+  updates_per_buffer: int,
+  with_reference: bool,
+) -> Measure:
+  """Close over a measure of token log-probabilities under the views of each update that the buffer will serve.
+
+  Where the estimator draws nothing, all updates share one measurement.
+  """
+  program = _token_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk, with_reference=with_reference)
+  num_measured = updates_per_buffer if max(estimator.draws) >= 0 else 1
+
+  def measure(policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int):
+    first = buffer * updates_per_buffer
+    measured = [
+      _run(program, policies, experience, chunk_prompts, noise.step_key(seed, "loss", first + update))
+      for update in range(num_measured)
+    ]
+    measured = jax.tree.map(lambda *arrays: np.stack(arrays, axis=2), *measured)
+    experience = experience.replace(
+      token_log_p_old=measured.log_p_old, token_log_p_ref=measured.log_p_ref if with_reference else None
+    )
+    return experience, {"entropy": float(measured.entropy.mean())}
+
+  return measure
+
+
+def _measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int) -> Callable:
+  """Jit the estimates of both policies under one set of views."""
+
+  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> Measures:
+    views = estimator.views(
+      noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
+      Completions(is_counted, committed_at, prompts.is_valid),
+    )
+    old, ref = _score_both(model, policies, prompts, completion, views, loss_chunk)
+    return Measures(
+      log_p_old=estimator.estimates(old.log_prob, views),
+      log_p_ref=estimator.estimates(ref.log_prob, views),
+      entropy=_read_entropy(old, views),
+    )
+
+  return jax.jit(program, out_shardings=replicated(mesh))
+
+
+def _token_program(
+  model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int, with_reference: bool
+) -> Callable:
+  """Jit the estimates position by position."""
+
+  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> TokenMeasures:
+    views = estimator.views(
+      noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
+      Completions(is_counted, committed_at, prompts.is_valid),
+    )
+    old, ref = _score_both(model, policies, prompts, completion, views, loss_chunk, with_reference)
+    return TokenMeasures(
+      log_p_old=estimator.tokens(old.log_prob, views),
+      log_p_ref=estimator.tokens(ref.log_prob, views),
+      entropy=_read_entropy(old, views),
+    )
+
+  return jax.jit(program, out_shardings=replicated(mesh))
+
+
+def _score_both(model, policies, prompts, completion, views, loss_chunk, with_reference=True):
+  has_adapters = model.config.lora is not None
+  variables = [lora.policy_variables(policies.trainable, policies.frozen, has_adapters)]
+  if with_reference:
+    variables.append(lora.reference_variables(policies.frozen, policies.reference, has_adapters))
+  scores = [
+    make_score(model, each, prompts, completion, chunk=loss_chunk)(views.is_masked, views.prompt_is_masked)
+    for each in variables
+  ]
+  return scores[0], scores[-1]
+
+
+def _read_entropy(scores, views):
+  is_read = views.share > 0
+  return jnp.where(is_read, scores.entropy, 0).sum((2, 3)) / jnp.maximum(is_read.sum((2, 3)), 1)
+
+
+def _run(program: Callable, policies: Policies, experience: Experience, chunk_prompts: int, key: jax.Array) -> Any:
+  return in_chunks(
+    lambda part, *arrays: program(policies, part, *arrays, key),
+    chunk_prompts,
+    experience.prompts,
+    experience.completion,
+    experience.is_counted,
+    experience.committed_at,
+  )
+
+
+def _join(rounds: list[Measures]) -> Measures:
+  return Measures(
+    log_p_old=np.concatenate([measures.log_p_old for measures in rounds], axis=-1),
+    log_p_ref=np.concatenate([measures.log_p_ref for measures in rounds], axis=-1),
+    entropy=np.mean([measures.entropy for measures in rounds], axis=0),
+  )
+
+
+def _weigh(experience: Experience, measures: Measures, **weighing: Any) -> tuple[Experience, dict[str, float]]:
+  """Add the weights to the experience, and say how far they are spread and how much of that is noise."""
+  reward, is_kept = jnp.asarray(experience.reward), jnp.asarray(experience.is_kept)
+  log_p_old, log_p_ref = (np.asarray(x).mean(-1) for x in (measures.log_p_old, measures.log_p_ref))
+  weighed = weights.weigh(reward, jnp.asarray(log_p_ref), jnp.asarray(log_p_old), is_kept, **weighing)
+  tilt = weights.standardise(reward, is_kept) if weighing["reward_scaling"] == "standardise" else reward
+  tilt_std = weights.spread_within_groups(
+    tilt / weighing["alpha"] if weighing["weighting"] == "tilt" else tilt, is_kept
+  )
+  ratio = weights.log_ratio_figures(*map(jnp.asarray, (measures.log_p_ref, measures.log_p_old)), is_kept)
+  figures = {
+    "effective_sample_size": weights.effective_sample_size(weighed.weight).mean(),
+    "weight_difference": jnp.abs(weighed.weight - weighed.negative_weight).sum(-1).mean(),
+    "kappa": weighed.kappa.mean(),
+    "tilt_std": tilt_std,
+    "entropy": measures.entropy.mean(),
+    "log_ratio_noise": ratio["log_ratio_error"] / jnp.maximum(tilt_std, 1e-6),
+    **ratio,
+  }
+  weight, negative_weight = jax.device_get((weighed.weight, weighed.negative_weight))
+  experience = experience.replace(
+    log_p_old=log_p_old, log_p_ref=log_p_ref, weight=weight, negative_weight=negative_weight
+  )
+  return experience, {name: float(value) for name, value in jax.device_get(figures).items()}
+
+
+def in_chunks(function: Callable, size: int, prompts: Prompts, *arrays: np.ndarray) -> Any:
+  """Call `function(prompts, *arrays)` on `size` prompts at a time (0: all); join the results along the prompt axis.
+
+  The results come back as numpy arrays: between the programs a buffer is small and lives on every host.
+  """
+  num_prompts = prompts.tokens.shape[0]
+  size = size or num_prompts
+  slices = [slice(start, start + size) for start in range(0, num_prompts, size)]
+  parts = [function(*jax.tree.map(operator.itemgetter(part), (prompts, *arrays))) for part in slices]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(parts))

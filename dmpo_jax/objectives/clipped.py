@@ -1,0 +1,103 @@
+"""What the policy-gradient rivals share: advantages, likelihoods under one set of views, clipped ratios, KL estimates.
+
+Each rival is a file that puts these together as its paper does.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from dmpo_jax.objectives.likelihood import Completions, Estimator, Score, Views
+from dmpo_jax.objectives.weights import mean_kept
+from dmpo_jax.structs import Experience
+
+
+class Likelihood(NamedTuple):
+  """What a policy says of a buffer's completions."""
+
+  log_prob: Float[Array, "p g r c"]  # as scored
+  tokens: Float[Array, "p g c"]  # each position's part of the estimate, nats
+  entropy: Float[Array, "p g"]  # nats a read token
+  views: Views
+
+
+def estimate(score: Score, experience: Experience, keys: Key[Array, "p g"], likelihood: Estimator) -> Likelihood:
+  """Estimate log p(y | x) of every rollout under the views that the estimator takes from the rollouts' keys."""
+  completions = Completions(experience.is_counted, experience.committed_at, experience.prompts.is_valid)
+  views = likelihood.views(keys, completions)
+  scores = score(views.is_masked, views.prompt_is_masked)
+  is_read = views.share > 0
+  num_read = jnp.maximum(is_read.sum((2, 3)), 1)
+  entropy = jnp.where(is_read, scores.entropy, 0).sum((2, 3)) / num_read
+  return Likelihood(scores.log_prob, likelihood.tokens(scores.log_prob, views), entropy, views)
+
+
+def token_loss(
+  log_p: Float[Array, "p g c"],
+  log_p_old: Float[Array, "p g c"],
+  log_p_kl: Float[Array, "p g c"],
+  advantage: Float[Array, "p g"],
+  is_counted: Bool[Array, "p g c"],
+  is_kept: Bool[Array, "p g"],
+  *,
+  clip: float,
+  kl_weight: float,
+) -> tuple[Float[Array, "p"], dict[str, Float[Array, "p"]]]:
+  """Compute each group's GRPO loss with a ratio a token.
+
+  mean_i (1/n_i) sum_l [- min(rho_il A_i, clip(rho_il, 1 - clip, 1 + clip) A_i) + kl_weight * k3_il],
+  rho = exp(log p - log p_old), k3 = exp(d) - d - 1 with d = log p_kl - log p: an estimate of KL(p || p_kl).
+
+  Returns:
+    The losses, and `loss_clipped` (share of the tokens whose gradient the clipping stops) and `loss_kl` (nats a token).
+  """
+  is_read = is_counted & is_kept[:, :, None]
+  log_ratio = jnp.where(is_read, log_p - jnp.where(is_read, log_p_old, 0), 0)
+  surrogate, is_clipped = clipped_surrogate(log_ratio, advantage[:, :, None], clip)
+  kl = k3(jnp.where(is_read, log_p_kl, 0), jnp.where(is_read, log_p, 0))
+
+  def per_token(values: Float[Array, "p g c"]) -> Float[Array, "p"]:
+    rollout = jnp.where(is_read, values, 0).sum(-1) / jnp.maximum(is_counted.sum(-1), 1)
+    return mean_kept(rollout, is_kept)
+
+  metrics = {"loss_clipped": per_token(is_clipped.astype(jnp.float32)), "loss_kl": per_token(kl)}
+  return per_token(kl_weight * kl - surrogate), metrics
+
+
+def clipped_surrogate(
+  log_ratio: Float[Array, "p g *c"], advantage: Float[Array, "p g *#c"], clip: float
+) -> tuple[Float[Array, "p g *c"], Bool[Array, "p g *c"]]:
+  """min(rho A, clip(rho, 1 - clip, 1 + clip) A), and where it is constant in rho (PPO, arXiv 1707.06347, eq. 7)."""
+  ratio = jnp.exp(log_ratio)
+  bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
+  return jnp.minimum(ratio * advantage, bounded * advantage), bounded * advantage < ratio * advantage
+
+
+def k3(log_p_other: Float[Array, "*s"], log_p: Float[Array, "*s"]) -> Float[Array, "*s"]:
+  """exp(d) - d - 1, d = log p_other - log p: never negative, and for samples of p unbiased for KL(p || p_other)."""
+  distance = log_p_other - log_p
+  return jnp.exp(distance) - distance - 1
+
+
+def centred_advantage(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:
+  """Reward minus the mean of the group's kept rewards; 0 for dropped rollouts."""
+  return jnp.where(is_kept, reward - mean_kept(reward, is_kept)[:, None], 0)
+
+
+def leave_one_out_advantage(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:
+  """Reward minus the mean of the group's *other* kept rewards: n / (n - 1) times the centred one; 0 if alone."""
+  num_kept = is_kept.sum(-1, keepdims=True)
+  return centred_advantage(reward, is_kept) * jnp.where(num_kept > 1, num_kept / jnp.maximum(num_kept - 1, 1), 0)
+
+
+def averaged(
+  losses: Float[Array, "p"],
+  metrics: dict[str, Float[Array, "p"]],
+  entropy: Float[Array, "p g"],
+  is_kept: Bool[Array, "p g"],
+  num_prompts: int,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Finish a loss: sums over the prompts given, divided by the prompts of the whole buffer."""
+  metrics = metrics | {"loss_entropy": mean_kept(entropy, is_kept)}
+  return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}

@@ -1,0 +1,39 @@
+"""Coupled-GRPO, DiffuCoder's objective: a clipped ratio a token under complementary masks, leave-one-out advantages."""
+
+from jaxtyping import Array, Float, Key
+
+from dmpo_jax.objectives.clipped import averaged, estimate, leave_one_out_advantage, token_loss
+from dmpo_jax.objectives.likelihood import Estimator, Score
+from dmpo_jax.structs import Experience
+
+
+def loss(
+  score: Score,
+  experience: Experience,
+  keys: Key[Array, "p g"],
+  *,
+  num_prompts: int,
+  likelihood: Estimator,
+  clip: float,
+  kl_weight: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Compute DiffuCoder's loss (arXiv 2506.20639, section 4): `clipped.token_loss`, KL to the reference policy.
+
+  The advantage is the reward minus the mean of the group's other rewards. Published: likelihood coupled with one pair
+  (3 replicates), mask ratios from U(0.2, 0.8), clip 0.5, kl_weight 0.01, 2 updates a buffer, groups of 10.
+
+  Args:
+    experience, likelihood: as in `diffu_grpo.loss`.
+  """
+  policy, is_kept = estimate(score, experience, keys, likelihood), experience.is_kept
+  losses, metrics = token_loss(
+    policy.tokens,
+    experience.token_log_p_old,
+    experience.token_log_p_ref,
+    leave_one_out_advantage(experience.reward, is_kept),
+    experience.is_counted,
+    is_kept,
+    clip=clip,
+    kl_weight=kl_weight,
+  )
+  return averaged(losses, metrics, policy.entropy, is_kept, num_prompts)

@@ -1,0 +1,40 @@
+"""diffu-GRPO, d1's objective: a clipped ratio a token under the one-step likelihood, and a KL to the reference."""
+
+from jaxtyping import Array, Float, Key
+
+from dmpo_jax.objectives.clipped import averaged, centred_advantage, estimate, token_loss
+from dmpo_jax.objectives.likelihood import Estimator, Score
+from dmpo_jax.structs import Experience
+
+
+def loss(
+  score: Score,
+  experience: Experience,
+  keys: Key[Array, "p g"],
+  *,
+  num_prompts: int,
+  likelihood: Estimator,
+  clip: float,
+  kl_weight: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Compute d1's loss (arXiv 2504.12216, equations 2 and 3): `clipped.token_loss`, KL to the reference policy.
+
+  The advantage is the reward minus the group's mean, not divided by its deviation. Published: likelihood one_step with
+  prompt_mask_ratio 0.15 drawn anew at every update, clip 0.5, kl_weight 0.04, 12 updates a buffer, groups of 6.
+
+  Args:
+    experience: token_log_p_old and token_log_p_ref are those of this update's views.
+    likelihood: the estimator of log p, on views from `keys`.
+  """
+  policy, is_kept = estimate(score, experience, keys, likelihood), experience.is_kept
+  losses, metrics = token_loss(
+    policy.tokens,
+    experience.token_log_p_old,
+    experience.token_log_p_ref,
+    centred_advantage(experience.reward, is_kept),
+    experience.is_counted,
+    is_kept,
+    clip=clip,
+    kl_weight=kl_weight,
+  )
+  return averaged(losses, metrics, policy.entropy, is_kept, num_prompts)

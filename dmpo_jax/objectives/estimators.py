@@ -1,0 +1,241 @@
+"""The likelihood estimators by name: which noised copies of a completion each of them shows, and what it makes of them.
+
+Of n counted positions y_1..y_n; M is a set of masked ones and log p(y_l | M) the model's log-probability of y_l when it
+sees the prompt and y without M. `num_replicates` is what an estimate costs: model calls a completion.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+
+from dmpo_jax.objectives.likelihood import Completions, Estimator, Linear, Views
+from dmpo_jax.objectives.masking import draw_block_masks, draw_masks, uniform_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep(Linear):
+  """sum_l log p(y_l | all positions masked), some of the prompt masked too (d1, arXiv 2504.12216, section 3.1).
+
+  Exact only where the positions are independent given the prompt: the mean-field likelihood. Each prompt token is
+  masked with probability `prompt_mask_ratio`, which is the only noise.
+  """
+
+  num_replicates: int
+  prompt_mask_ratio: float
+
+  @property
+  def draws(self) -> tuple[int, ...]:
+    return tuple(range(self.num_replicates)) if self.prompt_mask_ratio else (-1,) * self.num_replicates
+
+  def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
+    p, g, c = completions.is_counted.shape
+    is_masked = jnp.ones((p, g, self.num_replicates, c), bool)
+    share = jnp.broadcast_to(completions.is_counted[:, :, None], is_masked.shape) / self.num_replicates
+    if not self.prompt_mask_ratio:
+      return Views(is_masked, share)
+    width = completions.prompt_is_valid.shape[-1]
+    # Counted from the right, where a prompt's tokens stand whatever its padding.
+    noise = jnp.flip(uniform_noise(keys, self.num_replicates, width), -1)
+    return Views(is_masked, share, (noise < self.prompt_mask_ratio) & completions.prompt_is_valid[:, None, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Elbo(Linear):
+  """mean_r (n/m) sum_{l in M_r} log p(y_l | M_r): see `likelihood.elbo`, which it equals.
+
+  Args:
+    antithetic, min_mask_ratio, max_mask_ratio: see `masking.draw_masks`.
+    mask_block_length: where positive, a replicate masks some of one block of so many positions and everything after it,
+      as a block-wise sampler meets it (SPG, arXiv 2510.09541, section 3.3); 0: anywhere.
+  """
+
+  num_replicates: int
+  antithetic: bool
+  min_mask_ratio: float
+  max_mask_ratio: float
+  mask_block_length: int
+
+  @property
+  def draws(self) -> tuple[int, ...]:
+    count = self.num_replicates
+    return tuple(range(count // 2)) * 2 if self.antithetic else tuple(range(count))
+
+  def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
+    is_counted = completions.is_counted
+    is_read, is_masked = draw_block_masks(
+      keys,
+      is_counted,
+      num_replicates=self.num_replicates,
+      antithetic=self.antithetic,
+      min_ratio=self.min_mask_ratio,
+      max_ratio=self.max_mask_ratio,
+      block_length=self.mask_block_length,
+    )
+    return Views(is_masked, _by_count(is_read, is_counted) / self.num_replicates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eubo(Elbo):
+  """An upper bound up to a constant, mixed with the lower one (SPG, arXiv 2510.09541, equations 6 and 9).
+
+  EUBO = (1/beta) sum_l log mean_r [(n/m) 1(l in M_r) p(y_l | M_r)^beta] over the positions that were masked at all, and
+  mixture * EUBO + (1 - mixture) * ELBO, on the same masks.
+
+  The bound holds for beta >= 1 once the constant is added that depends on the masking alone. From few replicates the
+  logarithm of the mean is biased downwards.
+  """
+
+  beta: float
+  mixture: float
+
+  def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
+    is_read = views.share > 0
+    powers = jnp.where(is_read, views.share * jnp.exp(self.beta * jnp.where(is_read, log_prob, 0)), 0).sum(2)
+    upper = jnp.where(powers > 0, jnp.log(jnp.where(powers > 0, powers, 1)) / self.beta, 0)
+    return self.mixture * upper + (1 - self.mixture) * super().tokens(log_prob, views)
+
+  def estimates(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g n"]:
+    return self.tokens(log_prob, views).sum(-1, keepdims=True)  # not a mean of single draws
+
+
+@dataclasses.dataclass(frozen=True)
+class ElboQuadrature(Linear):
+  """sum_i w_i mean_k (1/t_i) sum_{l in M_ik} log p(y_l | M_ik): Gauss-Legendre nodes t_i and weights w_i on [0, 1].
+
+  GDPO's semi-deterministic estimator (arXiv 2510.08554, section 3.2): most of the noise of a bound comes from drawing
+  the mask ratio, so the integral over it is a quadrature, and only the masks at each ratio are drawn, position by
+  position with probability t_i. The integrand is a polynomial of degree n - 1: exact in expectation for
+  n <= 2 * num_points.
+
+  Args:
+    num_replicates: a multiple of num_points; the rest are masks at each point.
+  """
+
+  num_replicates: int
+  num_points: int
+
+  @property
+  def draws(self) -> tuple[int, ...]:
+    return tuple(np.repeat(np.arange(self.num_replicates // self.num_points), self.num_points).tolist())
+
+  def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
+    is_counted = completions.is_counted
+    nodes, weights = np.polynomial.legendre.leggauss(self.num_points)
+    masks_a_point = self.num_replicates // self.num_points
+    ratio = np.tile((nodes + 1) / 2, masks_a_point).astype(np.float32)
+    share = np.tile(weights / 2, masks_a_point).astype(np.float32) / ratio / masks_a_point
+    noise = uniform_noise(keys, self.num_replicates, is_counted.shape[-1])
+    is_masked = (noise < ratio[:, None]) & is_counted[:, :, None]
+    return Views(is_masked, jnp.where(is_masked, share[:, None], 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupled(Linear):
+  """Complementary pairs of masks and the full mask (DiffuCoder, arXiv 2506.20639, section 4.2).
+
+  (1/(k+1)) [sum_{k pairs} (L_t + L_{1-t}) + L_1], L_t = (1/t) sum_{l in M_t} log p(y_l | M_t): t drawn from the range
+  of mask ratios, M_{1-t} the complement of M_t, so that each pair reads every position once and the full mask reads
+  them all again. It adds 2k + 1 bounds and divides by k + 1: as published, it is no likelihood but up to twice one.
+
+  Args:
+    num_replicates: 2k + 1.
+  """
+
+  num_replicates: int
+  min_mask_ratio: float
+  max_mask_ratio: float
+
+  @property
+  def draws(self) -> tuple[int, ...]:
+    return (-1, *tuple(range(self.num_replicates // 2)) * 2)
+
+  def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
+    is_counted = completions.is_counted
+    num_pairs = self.num_replicates // 2
+    is_drawn, ratio = draw_masks(
+      keys,
+      is_counted,
+      num_replicates=2 * num_pairs,
+      antithetic=True,
+      min_ratio=self.min_mask_ratio,
+      max_ratio=self.max_mask_ratio,
+    )
+    share = jnp.where(is_drawn, 1 / jnp.where(ratio > 0, ratio, 1)[..., None], 0)
+    everything = is_counted[:, :, None]
+    share = jnp.concatenate([everything.astype(share.dtype), share], axis=2)
+    return Views(jnp.concatenate([everything, is_drawn], axis=2), share / (num_pairs + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory(Linear):
+  """sum_k sum_{l in C_k} log p(y_l | C_k and all later chunks masked): along the sampler's own order.
+
+  A completion's model calls, in the order in which they decided its positions, form `num_replicates` chunks C_k of
+  neighbouring calls (TraceRL, arXiv 2509.06949, section 4.2, whose shrinkage parameter is the calls of a chunk; d2's
+  estimator, arXiv 2509.21474). With as many chunks as calls it is the log-probability of the tokens along the
+  trajectory that was sampled; with fewer, tokens of a chunk count as independent. No noise: nothing is drawn.
+  """
+
+  num_replicates: int
+
+  @property
+  def draws(self) -> tuple[int, ...]:
+    return (-1,) * self.num_replicates
+
+  def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
+    last = jnp.where(completions.is_counted, completions.committed_at, 0).max(-1, keepdims=True)
+    chunk = completions.committed_at * self.num_replicates // (last + 1)
+    number = jnp.arange(self.num_replicates)[:, None]
+    is_masked = (chunk[:, :, None] >= number) | ~completions.is_counted[:, :, None]
+    is_read = (chunk[:, :, None] == number) & completions.is_counted[:, :, None]
+    return Views(is_masked, is_read.astype(jnp.float32))
+
+
+def _by_count(is_read: Bool[Array, "p g r c"], is_counted: Bool[Array, "p g c"]) -> Float[Array, "p g r c"]:
+  """(n/m) at the positions that are read, m of them."""
+  num_read = jnp.maximum(is_read.sum(-1, keepdims=True), 1)
+  return jnp.where(is_read, is_counted.sum(-1)[:, :, None, None] / num_read, 0)
+
+
+ESTIMATORS = {
+  "one_step": OneStep,
+  "elbo": Elbo,
+  "elbo_quadrature": ElboQuadrature,
+  "eubo": Eubo,
+  "coupled": Coupled,
+  "trajectory": Trajectory,
+}
+
+
+def make_estimator(name: str, settings: Mapping[str, Any], num_replicates: int) -> Estimator:
+  """Build an estimator from a configuration's section: its keywords, and those of its own section in it.
+
+  Raises:
+    ValueError: an unknown name, or a number of replicates that the estimator cannot have.
+  """
+  if name not in ESTIMATORS:
+    near = difflib.get_close_matches(name, ESTIMATORS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"objective.likelihood={name!r}: must be one of {', '.join(ESTIMATORS)}{hint}")
+  own = {**settings, **settings.get(name, {}), "num_replicates": num_replicates}
+  problem = replicates_problem(name, num_replicates, own)
+  if problem:
+    raise ValueError(f"objective.num_replicates (num_elbo_replicates)={num_replicates}: {problem}")
+  return ESTIMATORS[name](**{key: own[key] for key in inspect.signature(ESTIMATORS[name]).parameters})
+
+
+def replicates_problem(name: str, num_replicates: int, own: Mapping[str, Any]) -> str:
+  """Say what a number of replicates must be for this estimator, or nothing where it is right."""
+  if name in ("elbo", "eubo") and own["antithetic"] and num_replicates % 2:
+    return "must be even, as objective.antithetic = True draws masks in complementary pairs"
+  if name == "coupled" and (num_replicates < 3 or num_replicates % 2 == 0):
+    return "must be odd and at least 3 for objective.likelihood = 'coupled': pairs and the full mask"
+  if name == "elbo_quadrature" and num_replicates % own["num_points"]:
+    return f"must be a multiple of objective.elbo_quadrature.num_points = {own['num_points']}"
+  return ""

@@ -1,0 +1,94 @@
+"""DMPO's second loss, weighted direct discriminative optimisation: raise good rollouts against the policy's own."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from dmpo_jax.objectives.likelihood import Score, elbo, masked_mean
+from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.weights import mean_kept
+from dmpo_jax.structs import Experience
+
+SETS = ("shared", "independent")
+
+
+def loss(
+  score: Score,
+  experience: Experience,
+  keys: Key[Array, "p g"],
+  *,
+  num_prompts: int,
+  sets: str,
+  alpha_ddo: float,
+  beta: float,
+  num_replicates: int,
+  antithetic: bool,
+  min_mask_ratio: float,
+  max_mask_ratio: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Discriminate the target's samples from p_old's (DMPO, arXiv 2510.08233, after DDO).
+
+  (1 / num_prompts) sum_prompts [- sum_g w_i log sigmoid(beta d_i^real) - alpha_ddo mean_g log sigmoid(-beta d_i^fake)],
+  d_i = log p_theta(y_i) - log p_old(y_i), log p_theta the mean of the bound over the mask replicates.
+
+  Args:
+    score, experience, keys, num_prompts and the masks' keywords: as in `wdce.loss`.
+    sets: `shared`: real and fake are one estimate; `independent`: two, each from num_replicates masks of its own.
+    alpha_ddo: weight of the fake term. beta: steepness.
+
+  Returns:
+    The loss, and of the kept rollouts, averaged over prompts: `loss_real`, `loss_fake` (the terms), `loss_log_ratio`
+    (d, nats) and `loss_entropy` (nats a masked token).
+  """
+  drawn = [
+    draw_masks(
+      key,
+      experience.is_counted,
+      num_replicates=num_replicates,
+      antithetic=antithetic,
+      min_ratio=min_mask_ratio,
+      max_ratio=max_mask_ratio,
+    )[0]
+    for key in _keys_of(keys, sets)
+  ]
+  is_masked = jnp.concatenate(drawn, axis=2)
+  scores = score(is_masked)
+  bounds = elbo(scores.log_prob, is_masked, experience.is_counted)
+  log_p_real, log_p_fake = bounds[:, :, :num_replicates].mean(-1), bounds[:, :, -num_replicates:].mean(-1)
+  real, fake = terms(log_p_real, log_p_fake, experience.log_p_old, experience.weight, experience.is_kept, beta=beta)
+  is_kept = experience.is_kept
+  metrics = {
+    "loss_real": real,
+    "loss_fake": fake,
+    "loss_log_ratio": mean_kept(log_p_real - experience.log_p_old, is_kept),
+    "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
+  }
+  losses = real + alpha_ddo * fake
+  return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}
+
+
+def terms(
+  log_p_real: Float[Array, "p g"],
+  log_p_fake: Float[Array, "p g"],
+  log_p_old: Float[Array, "p g"],
+  weight: Float[Array, "p g"],
+  is_kept: Bool[Array, "p g"],
+  *,
+  beta: float,
+) -> tuple[Float[Array, "p"], Float[Array, "p"]]:
+  """Compute each group's two terms: - sum_g w log sigmoid(beta d_real) and - mean_g log sigmoid(-beta d_fake)."""
+
+  def ratio(log_p: Float[Array, "p g"]) -> Float[Array, "p g"]:
+    return jnp.where(is_kept, log_p - jnp.where(is_kept, log_p_old, 0), 0)
+
+  real = -jnp.where(is_kept, weight, 0) * jax.nn.log_sigmoid(beta * ratio(log_p_real))
+  fake = -jax.nn.log_sigmoid(-beta * ratio(log_p_fake))
+  return real.sum(-1), mean_kept(fake, is_kept)
+
+
+def _keys_of(keys: Key[Array, "p g"], sets: str) -> list[Key[Array, "p g"]]:
+  if sets == "shared":
+    return [keys]
+  if sets == "independent":
+    return [keys, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, jnp.uint32(2**32 - 1))))(keys)]
+  raise ValueError(f"objective.wddo.sets={sets!r}: must be one of {', '.join(SETS)}")
