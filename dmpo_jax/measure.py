@@ -76,8 +76,9 @@ def make_measure_weights(
       weighed, figures = _weigh(experience, measures, **weighing)
       if is_fixed or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
         break
-    sampled = np.log(np.maximum(rollouts.confidence, 1e-30))
-    gap = np.where(experience.is_counted, sampled, 0).sum(-1) - weighed.log_p_old
+    is_sampled = experience.is_counted & (rollouts.confidence > 0)  # 0: filled in after an early exit
+    sampled = np.log(rollouts.confidence, out=np.zeros_like(rollouts.confidence), where=is_sampled)
+    gap = sampled.sum(-1) - weighed.log_p_old
     figures["sampler_gap"] = float(gap[experience.is_kept].mean()) if experience.is_kept.any() else float("nan")
     return weighed, figures | {"elbo_rounds": float(len(rounds))}
 
