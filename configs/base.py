@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
   o.sync_reference_every = 0  # updates after which p_ref becomes a copy of the policy; 0: it stays the base
 
   # log p_old and log p_ref of a buffer (wdce, wddo), or the likelihood that is optimised (the others)
-  o.likelihood = "elbo"  # see dmpo_jax.objectives.estimators.ESTIMATORS
+  o.likelihood = "elbo"  # see dmpo_jax.objectives.estimators.ESTIMATORS; sampler: as random_order gave them
   o.num_elbo_replicates = 4  # noised copies of each rollout for log p_ref and log p_old (wdce, wddo)
   o.replicates = "fixed"  # or adaptive: rounds of num_elbo_replicates until the log-ratio is quiet
   o.max_noise = 0.25  # adaptive: largest standard error of the log-ratio, as a share of the spread of reward / alpha

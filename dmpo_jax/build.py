@@ -210,7 +210,16 @@ def base_identity(config: ConfigDict, workdir: epath.Path) -> str:
   return identity(workdir / "base") if config.warm_start.updates else initial_identity(config)
 
 
-def make_sample(config: ConfigDict, parts: Parts, *, group_size: int, temperature: float, early_exit: bool) -> Callable:
+def make_sample(
+  config: ConfigDict,
+  parts: Parts,
+  *,
+  group_size: int,
+  temperature: float,
+  early_exit: bool,
+  with_reference: bool = False,
+  on_call: Callable | None = None,
+) -> Callable:
   """Jit the sampler of `config.sampler` with these settings (see `samplers.Plan` and `rollout.make_sample`)."""
   sampler = config.sampler
   return rollout.make_sample(
@@ -224,7 +233,9 @@ def make_sample(config: ConfigDict, parts: Parts, *, group_size: int, temperatur
       steps=sampler.steps,
       temperature=temperature,
       early_exit=early_exit,
+      on_call=on_call,
     ),
     guidance=sampler.guidance,
+    with_reference=with_reference,
     **sampler.get(sampler.name, {}),
   )

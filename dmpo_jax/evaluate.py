@@ -17,6 +17,7 @@ from dmpo_jax import files, noise, rollout
 from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts, make_sample
 from dmpo_jax.checkpoints import load_params
 from dmpo_jax.config import ConfigError
+from dmpo_jax.measure import Policies
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks.base import Task
 from dmpo_jax.tokenizer import Tokenizer
@@ -108,7 +109,7 @@ def evaluate(
   index = np.minimum(np.arange(filled), num_prompts - 1)
   key = noise.step_key(seed, "evaluate", 0)
   rollouts = rollout.in_chunks(
-    lambda part: sample(trainable, frozen, part, key),
+    lambda part: sample(Policies(trainable, frozen), part, key),
     batch_size,
     jax.tree.map(lambda array: array[index], prompts),
   )

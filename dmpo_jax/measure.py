@@ -1,7 +1,8 @@
 """What an objective needs of rollouts besides their rewards: log-probabilities under the old and the reference policy.
 
-Three ways, one for each kind of objective (`objectives.NEEDS`): nothing; sequence log-probabilities, which become
-importance weights; or log-probabilities position by position under the very views that the updates will take.
+Three ways, one for each kind of objective (`objectives.NEEDS`): nothing; sequence log-probabilities, estimated or as
+the sampler gave them, which become importance weights; or log-probabilities position by position under the very views
+that the updates will take.
 """
 
 import operator
@@ -81,6 +82,27 @@ def make_measure_weights(
     gap = sampled.sum(-1) - weighed.log_p_old
     figures["sampler_gap"] = float(gap[experience.is_kept].mean()) if experience.is_kept.any() else float("nan")
     return weighed, figures | {"elbo_rounds": float(len(rounds))}
+
+  return measure
+
+
+def make_measure_sampled(**weighing: Any) -> Measure:
+  """Close over a measure that weighs rollouts by the log-probabilities that their sampler gave (random_order).
+
+  They are exact for the order in which the tokens were drawn, and cost no further model call. The entropy is their
+  Monte-Carlo estimate, -log p of the counted tokens.
+
+  Args:
+    weighing: keywords of `weights.weigh`.
+  """
+
+  def measure(policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int):
+    log_p_old, log_p_ref = (
+      np.where(experience.is_counted, log_p, 0.0).sum(-1, keepdims=True)
+      for log_p in (rollouts.log_p_old, rollouts.log_p_ref)
+    )
+    entropy = -log_p_old[..., 0] / experience.is_counted.sum(-1)
+    return _weigh(experience, Measures(log_p_old, log_p_ref, entropy), **weighing)
 
   return measure
 

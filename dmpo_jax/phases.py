@@ -19,7 +19,14 @@ from ml_collections import ConfigDict
 from dmpo_jax import build, optim, rollout, sharding, update
 from dmpo_jax.build import Parts, initial_adapters, initial_params, make_sample
 from dmpo_jax.evaluate import make_evaluate
-from dmpo_jax.measure import Measure, Policies, make_measure_nothing, make_measure_ratios, make_measure_weights
+from dmpo_jax.measure import (
+  Measure,
+  Policies,
+  make_measure_nothing,
+  make_measure_ratios,
+  make_measure_sampled,
+  make_measure_weights,
+)
 from dmpo_jax.models import llada
 from dmpo_jax.objectives import OBJECTIVES, weights
 from dmpo_jax.objectives.estimators import make_estimator
@@ -150,6 +157,7 @@ def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
     group_size=config.rollout.group_size,
     temperature=config.sampler.temperature,
     early_exit=config.rollout.early_exit,
+    with_reference=objective.likelihood == "sampler",
   )
   measure = _make_measure(config, parts)
 
@@ -179,6 +187,8 @@ def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
   if needs == "rewards":
     return make_measure_nothing()
   common = dict(loss_chunk=config.model.loss_chunk, chunk_prompts=config.rollout.chunk_prompts, seed=config.seed)
+  if objective.likelihood == "sampler":
+    return make_measure_sampled(**_keywords(weights.weigh, objective))
   if needs == "weights":
     return make_measure_weights(
       parts.model,

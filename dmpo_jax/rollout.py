@@ -51,7 +51,7 @@ def collect(
   Args:
     policies: the current and the reference policy.
     records: the task's records of the prompts, for grading.
-    sample: from `make_sample`; measure: from `make_measure_nothing`, `make_measure_weights` or `make_measure_ratios`.
+    sample: from `make_sample`; measure: from one of `measure.make_measure_...`.
     buffer: index of the buffer, part of its noise.
     chunk_prompts: prompts sampled and scored at one time; 0 for all.
     counted: see `count_positions`.
@@ -61,7 +61,7 @@ def collect(
   """
   watch = Stopwatch()
   key = noise.step_key(seed, "rollout", buffer)
-  rollouts = in_chunks(lambda part: sample(policies.trainable, policies.frozen, part, key), chunk_prompts, prompts)
+  rollouts = in_chunks(lambda part: sample(policies, part, key), chunk_prompts, prompts)
   watch.lap("sample")
   completion = rollouts.completion
   grades = grade(task, tokenizer, records, completion)
@@ -111,21 +111,27 @@ def make_sample(
   group_size: int,
   plan: samplers.Plan,
   guidance: float = 0.0,
+  with_reference: bool = False,
   **own: Any,
 ) -> Callable:
-  """Jit `sample(trainable, frozen, prompts, key) -> Rollouts` with fields [p, g, c] and [p, g].
+  """Jit `sample(policies, prompts, key) -> Rollouts` with fields [p, g, c] and [p, g].
 
   Args:
     sampler: a name in `samplers.SAMPLERS`; `own` are its own keywords.
     group_size: rollouts of each prompt.
     guidance: see `make_denoiser`.
+    with_reference: let the sampler see the reference policy, for its log-probabilities of the tokens.
   """
+  has_adapters = model.config.lora is not None
 
-  def sample(trainable: Any, frozen: Any, prompts: Prompts, key: jax.Array) -> Rollouts:
-    variables = lora.policy_variables(trainable, frozen, lora=model.config.lora is not None)
+  def sample(policies: Policies, prompts: Prompts, key: jax.Array) -> Rollouts:
+    variables = lora.policy_variables(policies.trainable, policies.frozen, has_adapters)
+    reference = None
+    if with_reference:
+      reference = lora.reference_variables(policies.frozen, policies.reference, has_adapters)
     keys = noise.row_keys(key, prompts.prompt_id, group_size).reshape(-1)
     tokens, is_valid = (jnp.repeat(array, group_size, axis=0) for array in (prompts.tokens, prompts.is_valid))
-    denoiser = make_denoiser(model, variables, tokens, is_valid, guidance=guidance)
+    denoiser = make_denoiser(model, variables, tokens, is_valid, guidance=guidance, reference=reference)
     rollouts = samplers.SAMPLERS[sampler](denoiser, keys, plan, **own)
     return jax.tree.map(lambda array: array.reshape(-1, group_size, *array.shape[1:]), rollouts)
 

@@ -160,7 +160,7 @@ RULES: dict[str, Rule] = {
   "objective.max_mask_ratio": number("(0, 1]"),
   "objective.mask_block_length": whole(0),
   "objective.sync_reference_every": whole(0),
-  "objective.likelihood": one_of(*ESTIMATORS),
+  "objective.likelihood": one_of(*ESTIMATORS, "sampler"),
   "objective.num_elbo_replicates": whole(1),
   "objective.replicates": one_of("fixed", "adaptive"),
   "objective.max_noise": number("(0, inf)"),
@@ -293,6 +293,18 @@ RELATIONS = (
     "eubo, as {0} sets an upper bound against a lower one",
   ),
   Relation("objective.min_mask_ratio", ("objective.max_mask_ratio",), operator.lt, "below {0}"),
+  Relation(
+    "objective.likelihood",
+    ("sampler.name",),
+    lambda likelihood, sampler: likelihood != "sampler" or sampler == "random_order",
+    "not sampler, as {0} gives no log-probabilities: random_order does",
+  ),
+  Relation(
+    "objective.likelihood",
+    ("objective.name",),
+    lambda likelihood, name: likelihood != "sampler" or OBJECTIVES[name].needs == "weights",
+    "not sampler, as {0} needs no log-probabilities of whole completions: wdce and wddo do",
+  ),
   Relation(
     "rollout.early_exit",
     ("objective.counted",),

@@ -65,6 +65,12 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("sampler.block_length", 5, "a divisor of sampler.completion_length = 16"),
     ("sampler.temperature", float("nan"), "a number in [0, inf)"),
     ("sampler.llada.remasking", "low_confidense", "did you mean 'low_confidence'?"),
+    ("sampler.name", "win", "did you mean 'wino'?"),
+    ("sampler.guidance", -1.0, "a number in [0, inf)"),
+    ("sampler.dual_cache.rule", "treshold", "one of count, threshold, factor; did you mean 'threshold'?"),
+    ("sampler.freedave.draft_length", 0, "a whole number, 1 or more"),
+    ("rollout.early_exit", True, 'False unless objective.counted = "until_eos"'),
+    ("objective.likelihood", "sampler", "not sampler, as sampler.name = 'llada' gives no log-probabilities"),
     ("objective.kappa", 0.0, "a number in (0, 1]"),
     ("objective.kappa", 1.5, "a number in (0, 1]"),
     ("objective.alpha", 0.0, "a number in (0, inf)"),
@@ -142,6 +148,15 @@ def test_own_section_of_the_task(config):
   (line,) = problems(config)
   assert line.startswith("config.task.sudoku.min_blanks=11")
   config.task.name = "countdown"  # and where another task is chosen, nobody minds
+  config_lib.validate(config)
+
+
+def test_own_section_of_the_sampler(config):
+  config.sampler.name = "wino"
+  config.sampler.wino.treshold = 0.5
+  (line,) = problems(config)
+  assert line == "config.sampler.wino.treshold = 0.5: no such key; did you mean 'threshold'?"
+  config.sampler.name = "random_order"  # and where another sampler is chosen, nobody minds; nor that it has no section
   config_lib.validate(config)
 
 

@@ -7,14 +7,11 @@ import tiny
 from etils import epath
 
 from dmpo_jax import build, rollout, structs
-from dmpo_jax.measure import Policies, make_measure_weights
+from dmpo_jax.measure import Policies, make_measure_sampled, make_measure_weights
 from dmpo_jax.objectives.estimators import Elbo
 from dmpo_jax.tasks.sudoku import Sudoku
 
-MEASURING = (
-  *("replicates", "max_noise", "max_rounds"),
-  *("weighting", "alpha", "proximal", "kappa", "min_ess", "reward_scaling", "max_weight"),
-)
+WEIGHING = ("weighting", "alpha", "proximal", "kappa", "min_ess", "reward_scaling", "max_weight")
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +27,28 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
   with jax.set_mesh(parts.mesh):
     params = build.initial_params(config, parts)
     reference = jax.tree.map(lambda x: x * 1.1, params)
-    sample = build.make_sample(config, parts, group_size=config.rollout.group_size, temperature=1.0, early_exit=False)
-    measure = make_measure_weights(
-      parts.model,
-      parts.mesh,
-      estimator=Elbo(2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0),
-      loss_chunk=0,
-      chunk_prompts=config.rollout.chunk_prompts,
-      seed=config.seed,
-      **{name: objective[name] for name in MEASURING},
+    is_sampled = objective.likelihood == "sampler"
+    sample = build.make_sample(
+      config,
+      parts,
+      group_size=config.rollout.group_size,
+      temperature=1.0,
+      early_exit=config.rollout.early_exit,
+      with_reference=is_sampled,
     )
+    weighing = {name: objective[name] for name in WEIGHING}
+    measure = make_measure_sampled(**weighing)
+    if not is_sampled:
+      measure = make_measure_weights(
+        parts.model,
+        parts.mesh,
+        estimator=Elbo(2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0),
+        loss_chunk=0,
+        chunk_prompts=config.rollout.chunk_prompts,
+        seed=config.seed,
+        **{name: objective[name] for name in ("replicates", "max_noise", "max_rounds")},
+        **weighing,
+      )
     prompts, records = parts.prompts.batch(0, config.rollout.num_prompts)
     return rollout.collect(
       Policies(params, reference),
@@ -74,6 +83,21 @@ def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
   assert metrics["tokens_per_call"] == 4
   assert metrics["log_ratio_std"] > 0
   assert np.isnan(metrics["log_ratio_error"]), "a single pair says nothing of its own noise"
+
+
+def test_log_probabilities_from_the_sampler(folder, use_devices):
+  own = dict(sampler__name="random_order", sampler__steps=16, objective__likelihood="sampler")
+  whole, metrics = collect(tiny.config(**own), folder, use_devices)
+  assert (whole.log_p_old < 0).all()
+  assert (whole.log_p_ref != whole.log_p_old).all()
+  np.testing.assert_allclose(whole.weight.sum(1), 1, rtol=1e-6)
+  np.testing.assert_allclose(metrics["entropy"], -whole.log_p_old.mean() / 16, rtol=1e-5)
+  own |= dict(objective__counted="until_eos", rollout__early_exit=True, rollout__chunk_prompts=2)
+  early, metrics = collect(tiny.config(**own), folder, use_devices)
+  assert metrics["calls_saved"] > 0
+  np.testing.assert_array_equal(early.completion[early.is_counted], whole.completion[early.is_counted])
+  assert (early.log_p_old >= whole.log_p_old - 1e-4).all()  # fewer positions
+  assert (early.log_p_old > whole.log_p_old + 1).any()
 
 
 def test_a_larger_buffer_begins_with_the_smaller_one(folder, use_devices):
