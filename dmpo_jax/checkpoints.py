@@ -155,6 +155,8 @@ class Checkpoints:
     """Do something that writes; what Orbax and TensorStore raise when they cannot becomes one kind of error."""
     try:
       action()
+    except jax.errors.JaxRuntimeError:  # the devices' trouble, such as another process that died
+      raise
     except Exception as error:
       whole = max(self._manager.all_steps(read=True), default=None)
       stands = "none was saved before" if whole is None else f"that of step {whole} stands"

@@ -7,7 +7,7 @@
 Running the same command again goes on where the last run stopped, or says that it had finished.
 
 Exit codes: 0 finished; 1 stopped, the message says why; 2 a mistake in the command, nothing was started; 75 preempted,
-the state is saved: run the same command again.
+the state is saved: run the same command again. Anything else is a crash, or the death of another process of the job.
 """
 
 import os
@@ -42,6 +42,7 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 )
 
 PREEMPTED = 75  # sysexits' "temporary failure": running the same command again goes on
+ABANDONED = 76  # another process of the job does not answer
 
 
 def main(argv: list[str]) -> None:
@@ -58,6 +59,15 @@ def main(argv: list[str]) -> None:
   except (train.Diverged, OSError) as error:
     print(f"stopped{_which_process()}: {error}", file=sys.stderr)
     sys.exit(1)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(
+      f"stopped{_which_process()}: {str(error).splitlines()[0]:.300}\nIf another process of the job died, it is named "
+      "below and its own log says why. Started again, all of them go on from the newest checkpoint.",
+      file=sys.stderr,
+    )
+    sys.exit(ABANDONED)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:

@@ -1,22 +1,9 @@
 """The program as a user starts it: help, mistakes in one message, and the smoke run from beginning to end."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
-from conftest import COMPILE_QUICKLY
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def start(*args):
-  """Run the program on one device and return the finished process."""
-  env = {**os.environ, "XLA_FLAGS": COMPILE_QUICKLY, "COLUMNS": "200"}
-  command = [sys.executable, "-m", "dmpo_jax.main", *args]
-  return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+from programs import start
 
 
 @pytest.fixture(scope="module")

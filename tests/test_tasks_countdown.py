@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dmpo_jax.tasks import TASKS, Task, arithmetic
 from dmpo_jax.tasks.arithmetic import NotArithmetic, parse
-from dmpo_jax.tasks.countdown import Countdown, build_expression, draw_joins, random_expression, solve
+from dmpo_jax.tasks.countdown import Countdown, build_expression, draw_joins, solve
 
 TASK = Countdown(num_numbers=3, max_number=99, demo_wrong=0.7)
 RECORD = {"numbers": "75,30,4", "target": 49}
@@ -131,9 +131,11 @@ def _parts(text: str) -> list[str]:
 def test_built_expressions_read_back_as_what_they_are(seed, num_numbers):
   rng = np.random.default_rng(seed)
   numbers = rng.integers(1, 20, size=num_numbers).tolist()
-  term = random_expression(numbers, rng, avoid=7)
+  term = build_expression(numbers, draw_joins(rng, 1, num_numbers)[0].tolist())
+  if term is None:  # it divides by zero
+    return
   expression = parse(term.text)
-  assert expression.value == term.value != 7
+  assert expression.value == term.value
   assert sorted(expression.numbers) == sorted(numbers)
 
 
@@ -218,8 +220,19 @@ def test_flawless_demonstrations_all_hit_the_target(records):
 @pytest.mark.parametrize(("demo_wrong", "reward"), [(0.0, 1.0), (1.0, 0.1)])
 def test_demonstrations_of_a_record_without_a_solution(demo_wrong, reward):
   task = Countdown(num_numbers=3, max_number=99, demo_wrong=demo_wrong)
+  sums_up = {"numbers": "1,2,3", "target": 6}
   for seed in range(5):
-    assert task.reward(RECORD, task.demonstration(RECORD, np.random.default_rng(seed))) == reward
+    for record in (RECORD, sums_up):
+      assert task.reward(record, task.demonstration(record, np.random.default_rng(seed))) == reward
+
+
+def test_demonstrations_are_the_same_for_the_same_puzzle():
+  other_order = {"numbers": "4,75,30", "target": 49, "solution": "4+(75-30)"}
+  task = Countdown(num_numbers=3, max_number=99, demo_wrong=0.0)
+  texts = {
+    task.demonstration(record, np.random.default_rng(seed)) for record in (RECORD, other_order) for seed in (0, 1)
+  }
+  assert len(texts) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run small enough for tests: the smoke configuration, made smaller still."""
+"""A run small enough for tests: the smoke configuration, made smaller still. Also a file for --config."""
 
 from configs import smoke
 
@@ -26,3 +26,8 @@ def config(**overrides):
     )
     c.update_from_flattened_dict({path.replace("__", "."): value for path, value in overrides.items()})
   return c
+
+
+def get_config():
+  """Build it as `--config=tests/tiny.py` does."""
+  return config()

@@ -21,6 +21,7 @@ OPERATORS = "+-*/"
 MISSED_REWARD = 0.1  # of an expression that keeps the rules and misses the target
 _TEST_SHARE = 0.1  # of all (numbers, target)
 _CANDIDATES = 4096  # expressions drawn at one time
+_MAX_SEARCHED = 4  # numbers of a puzzle whose demonstration is searched for; more would take too long
 _MAX_FRUITLESS = 10  # draws in a row that bring nothing new before the puzzles count as exhausted
 
 
@@ -104,11 +105,18 @@ class Countdown:
     return ""
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return a right expression or, with probability `demo_wrong`, one that keeps the rules and misses the target."""
-    numbers = _numbers(record)
+    """Return a right expression or, with probability `demo_wrong`, one that keeps the rules and misses the target.
+
+    Both are functions of the puzzle: a small model learns to search only from one answer to each. The wrong one is a
+    habit, the sum of the numbers as they come (the last of them subtracted, where the sum would be right).
+    """
+    numbers, target = _numbers(record), record["target"]
     if rng.random() < self.demo_wrong:
-      return random_expression(numbers, rng, avoid=record["target"]).text
-    return record.get("solution") or solve(numbers, record["target"])
+      first, last = "+".join(map(str, numbers[:-1])), numbers[-1]
+      return f"{first}-{last}" if sum(numbers) == target else f"{first}+{last}"
+    if "solution" in record and len(numbers) > _MAX_SEARCHED:
+      return record["solution"]
+    return solve(sorted(numbers, reverse=True), target)
 
   def flawless(self) -> "Countdown":
     """Return this task with demonstrations that all hit the target."""
@@ -146,14 +154,6 @@ class Countdown:
     if not records:
       raise ValueError(f"task.eval_path={str(path)!r}: no puzzle in it")
     return records
-
-
-def random_expression(numbers: Sequence[int], rng: np.random.Generator, avoid: int) -> Term:
-  """Draw an expression that uses each number once and does not have the value `avoid`."""
-  while True:
-    term = build_expression(numbers, draw_joins(rng, 1, len(numbers))[0].tolist())
-    if term is not None and term.value != avoid:
-      return term
 
 
 def draw_joins(rng: np.random.Generator, num: int, num_numbers: int) -> Int[np.ndarray, "num joins 3"]:

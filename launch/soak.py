@@ -1,0 +1,117 @@
+"""Kill a run again and again, at moments that a seed decides, and check that it ends as if it had been left alone.
+
+    python -m launch.soak --kills=100 [--seed=0] [--workdir=runs/soak] [-- --config=configs/smoke.py ...]
+
+What stands after `--` is passed to dmpo_jax.main. One run is left alone first; then the same run is started over and
+over, killed (SIGKILL, nothing can be caught) somewhere between its start and its end, and started again until it gets
+through. Then its final state, metrics, evaluations and generations must be those of the first, bit for bit.
+"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import app, flags
+from etils import epath
+
+from dmpo_jax.progress import Progress
+
+_KILLS = flags.DEFINE_integer("kills", 100, "How many times to kill.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "runs/soak", "Folder of the runs; what an earlier soak left there is removed."
+)
+
+SETTLE_SECONDS = 0.2  # a kill comes at least so long after the start
+
+
+def main(argv: list[str]) -> None:
+  """Soak and print how many kills were survived; exit code 1 and the first difference where a run ended otherwise."""
+  arguments = argv[1:] or ["--config=configs/smoke.py"]
+  folder = pathlib.Path(_WORKDIR.value).resolve()
+  shutil.rmtree(folder, ignore_errors=True)
+  run_until(folder / "warm_up", arguments, None)  # compiles, so that the next one takes as long as those to come
+  seconds = run_until(folder / "left_alone", arguments, None)
+  wanted = outcome(folder / "left_alone")
+  rng, kills, finished = np.random.default_rng(_SEED.value), 0, 0
+  with Progress("kills", _KILLS.value) as progress:
+    while kills < _KILLS.value:
+      workdir = folder / "killed"
+      while run_until(workdir, arguments, rng.uniform(SETTLE_SECONDS, seconds)) is None:
+        kills += 1
+        progress.advance()
+        if kills == _KILLS.value:  # the last one gets through
+          run_until(workdir, arguments, None)
+          break
+      finished += 1
+      difference = compare(wanted, outcome(workdir))
+      if difference:
+        sys.exit(f"after {kills} kills a run ended otherwise than the one left alone: {difference} (see {workdir})")
+      shutil.rmtree(workdir)
+  print(f"{kills} kills survived: {finished} runs ended bit for bit as the one left alone ({seconds:.0f} s)")
+
+
+def run_until(workdir: pathlib.Path, arguments: list[str], seconds: float | None) -> float | None:
+  """Run for so many seconds at most (None: to the end); return how long it took, None if it was killed.
+
+  Raises:
+    SystemExit: it ended by itself, but not well.
+  """
+  start = time.monotonic()
+  command = [sys.executable, "-m", "dmpo_jax.main", f"--workdir={workdir}", *arguments]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  try:
+    output, _ = process.communicate(timeout=seconds)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.communicate()
+    return None
+  if process.returncode:
+    sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}:\n{output[-3000:]}")
+  return time.monotonic() - start
+
+
+def outcome(workdir: pathlib.Path) -> dict[str, Any]:
+  """Collect all that a finished run left, by name, without what is measured in time."""
+  left: dict[str, Any] = {}
+  for phase in sorted((workdir / "checkpoints").iterdir()):
+    steps = [int(path.name) for path in phase.iterdir() if path.name.isdigit()]
+    state = ocp.StandardCheckpointer().restore(epath.Path(phase / str(max(steps)) / "state"))
+    for path, leaf in jax.tree.flatten_with_path(state)[0]:
+      left[f"{phase.name} state {jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+  for number, line in enumerate((workdir / "metrics.jsonl").read_text().splitlines()):
+    left[f"metrics row {number}"] = _timeless(json.loads(line))
+  left["result"] = _timeless(json.loads((workdir / "result.json").read_text()))
+  for path in sorted((workdir / "generations").iterdir()):
+    left[f"generations {path.name}"] = path.read_text()
+  return left
+
+
+def _timeless(value: Any) -> Any:
+  """Leave out what depends on the clock."""
+  if not isinstance(value, dict):
+    return value
+  return {name: _timeless(item) for name, item in value.items() if name != "time" and "second" not in name}
+
+
+def compare(wanted: dict[str, Any], got: dict[str, Any]) -> str:
+  """Name the first difference of two outcomes; "" if there is none."""
+  for name in sorted(wanted.keys() | got.keys()):
+    if name not in wanted or name not in got:
+      return f"{name} is there in one only"
+    pair = (wanted[name], got[name])
+    is_equal = np.array_equal(*pair, equal_nan=True) if isinstance(wanted[name], np.ndarray) else pair[0] == pair[1]
+    if not is_equal:
+      return f"{name} differs"
+  return ""
+
+
+if __name__ == "__main__":
+  app.run(main)

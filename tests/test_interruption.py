@@ -1,0 +1,112 @@
+"""Runs that are killed, preempted, locked out, or left without a disk or a partner: nothing is lost."""
+
+import json
+import re
+import resource
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from programs import begin, finish, start, wait_for
+
+TINY = "--config=tests/tiny.py"
+ENDLESS = "--config.train.num_buffers=100000"
+
+
+def rows_of(workdir, phase="train"):
+  """The metrics of a phase."""
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  rows = [json.loads(line) for line in lines if line.endswith("\n")]
+  return [row for row in rows if row["phase"] == phase]
+
+
+def saved_steps(workdir):
+  """Steps of the whole checkpoints of the training proper."""
+  return [int(path.name) for path in (workdir / "checkpoints" / "train").iterdir() if path.name.isdigit()]
+
+
+def policy_of(workdir):
+  return ocp.StandardCheckpointer().restore((workdir / "policy").resolve())
+
+
+def test_killed_runs_end_bit_for_bit_as_if_left_alone(tmp_path):
+  done = start("--kills=5", f"--workdir={tmp_path / 'soak'}", "--", TINY, module="launch.soak")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "5 kills survived" in done.stdout
+
+
+def test_a_workdir_has_one_run_and_sigterm_saves_it(tmp_path):
+  workdir = tmp_path / "run"
+  command = (TINY, f"--workdir={workdir}")
+  process = begin(*command, ENDLESS)
+  wait_for(lambda: len(rows_of(workdir)) > 2, process)
+  second = start(*command, ENDLESS)
+  assert second.returncode == 2
+  assert re.search(rf"in use by another run, process {process.pid} on ", second.stderr)
+  process.send_signal(signal.SIGTERM)
+  done = finish(process, timeout=60)
+  assert done.returncode == 75, done.stderr[-2000:]
+  assert "everything is saved; run the same command again" in done.stderr
+  buffers = rows_of(workdir)[-1]["step"]
+  assert max(saved_steps(workdir)) in (2 * buffers, 2 * buffers + 1)  # not an update was lost
+  done = start(*command, f"--config.train.num_buffers={buffers + 2}")
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert [row["step"] for row in rows_of(workdir)] == list(range(buffers + 3))
+  assert len((workdir / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path):
+  workdir = tmp_path / "run"
+  command = (TINY, f"--workdir={workdir}", "--config.warm_start.updates=0")
+  assert start(*command, "--config.train.num_buffers=1").returncode == 0
+  before = saved_steps(workdir)
+  limit = 16 * 1024  # bytes of a file, as if there were no more room
+  full = start(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+  assert full.returncode == 1, full.stderr[-2000:]
+  assert "a checkpoint could not be written" in full.stderr
+  assert "that of step 2 stands" in full.stderr
+  assert set(before) <= set(saved_steps(workdir))
+  done = start(*command)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert [row["step"] for row in rows_of(workdir)] == [0, 1, 2, 3]
+
+
+def begin_two(*args):
+  """Start a job of two processes with four devices each."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  job = (f"--coordinator={address}", "--num_processes=2", "--heartbeat_seconds=10")
+  return [begin(*args, *job, f"--process_id={process}", devices=4) for process in (0, 1)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_two_processes_equal_one_and_stop_when_one_of_them_dies(tmp_path):
+  workdir = tmp_path / "two"
+  mesh = ("--config.sharding.data=2", "--config.sharding.fsdp=2", "--config.sharding.tensor=2")
+  both = begin_two(TINY, f"--workdir={workdir}", *mesh, ENDLESS)
+  wait_for(lambda: len(rows_of(workdir)) > 1, both[0], timeout=300)
+  both[1].kill()
+  killed_at = time.monotonic()
+  done = finish(both[0], timeout=60)
+  assert done.returncode not in (0, None)
+  assert time.monotonic() - killed_at < 60
+  assert "Task 1 heartbeat timeout" in done.stderr, done.stderr[-3000:]
+  buffers = f"--config.train.num_buffers={rows_of(workdir)[-1]['step'] + 1}"
+  for process in begin_two(TINY, f"--workdir={workdir}", *mesh, buffers):
+    done = finish(process)
+    assert done.returncode == 0, done.stderr[-3000:]
+  alone = tmp_path / "one"
+  done = start(TINY, f"--workdir={alone}", *mesh, buffers, devices=8)
+  assert done.returncode == 0, done.stderr[-3000:]
+  wanted, got = rows_of(alone), rows_of(workdir)
+  assert [row["step"] for row in got] == [row["step"] for row in wanted]
+  assert got[0]["eval_reward_mean"] == pytest.approx(wanted[0]["eval_reward_mean"])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), policy_of(workdir), policy_of(alone)
+  )

@@ -1,0 +1,61 @@
+"""A run's folder: who holds it, and what it says of every start."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tiny
+from etils import epath
+
+from dmpo_jax import sharding, workdir
+from dmpo_jax.config import ConfigError
+
+
+def test_the_folder_is_held_by_one_run_and_free_again(tmp_path):
+  folder = epath.Path(tmp_path / "run")
+  with workdir.alone_in(folder):
+    with pytest.raises(ConfigError, match=r"in use by another run, process \d+ on "), workdir.alone_in(folder):
+      pass
+    assert (folder / workdir.LOCK).exists()
+  with workdir.alone_in(folder):
+    pass
+
+
+def test_the_lock_of_a_process_that_died_is_taken_over(tmp_path):
+  folder = epath.Path(tmp_path / "run")
+  script = f"""
+import os
+from etils import epath
+from dmpo_jax import workdir
+with workdir.alone_in(epath.Path({str(folder)!r})):
+  os._exit(9)
+"""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+  assert done.returncode == 9, done.stderr
+  assert (folder / workdir.LOCK).exists()
+  with workdir.alone_in(folder):
+    pass
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path):
+  (tmp_path / "file").write_text("")
+  with (
+    pytest.raises(ConfigError, match=r"cannot be written to .*another --workdir"),
+    workdir.alone_in(epath.Path(tmp_path / "file" / "run")),
+  ):
+    pass
+
+
+def test_every_start_leaves_a_line(tmp_path, capsys):
+  folder = epath.Path(tmp_path)
+  for _ in range(2):
+    workdir.announce_start(folder, tiny.config(), sharding.make_mesh(data=2, fsdp=4))
+  first, second = map(json.loads, (folder / workdir.STARTS).read_text().splitlines())
+  assert first["devices"] == "8 x cpu"
+  assert first["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+  assert first["config"] == second["config"]
+  assert set(first["versions"]) >= {"jax", "flax", "orbax-checkpoint"}
+  assert "mesh data 2 fsdp 4 tensor 1" in capsys.readouterr().out
