@@ -31,12 +31,14 @@ class Preempted(RuntimeError):
 def check_preemption() -> None:
   """Ask whether a notice of preemption (SIGTERM) has reached any process of the job.
 
-  Every process calls this at the same points of the program, so that all of them stop at the same one.
+  Every process calls this at the same points of the program, so that all of them stop at the same one. Where JAX does
+  not listen for notices (modes that have nothing to save), there is none.
 
   Raises:
     Preempted: it has.
   """
-  if multihost_utils.reached_preemption_sync_point(next(_num_polls)):
+  is_listening = jax.config.jax_enable_preemption_service
+  if is_listening and multihost_utils.reached_preemption_sync_point(next(_num_polls)):
     raise Preempted("everything is saved; run the same command again to go on")
 
 

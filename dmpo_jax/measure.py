@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmpo_jax import noise
+from dmpo_jax.checkpoints import check_preemption
 from dmpo_jax.models import lora
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import weights
@@ -244,9 +245,15 @@ def in_chunks(function: Callable, size: int, prompts: Prompts, *arrays: np.ndarr
   """Call `function(prompts, *arrays)` on `size` prompts at a time (0: all); join the results along the prompt axis.
 
   The results come back as numpy arrays: between the programs a buffer is small and lives on every host.
+
+  Raises:
+    Preempted: between two parts; a buffer may take longer than the notice.
   """
   num_prompts = prompts.tokens.shape[0]
   size = size or num_prompts
-  slices = [slice(start, start + size) for start in range(0, num_prompts, size)]
-  parts = [function(*jax.tree.map(operator.itemgetter(part), (prompts, *arrays))) for part in slices]
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(parts))
+  parts = []
+  for start in range(0, num_prompts, size):
+    check_preemption()
+    arguments = jax.tree.map(operator.itemgetter(slice(start, start + size)), (prompts, *arrays))
+    parts.append(jax.device_get(function(*arguments)))
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
