@@ -54,6 +54,16 @@ class Restored(NamedTuple):
   progress: dict[str, Any]
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, but deaf to preemption, of which it asks from its own threads and by the checkpoint's number.
+
+  JAX answers only one sequence of numbers, that of `check_preemption`: the others made it miss its moment.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
 class Checkpoints:
   """The newest checkpoints of a run, each of them whole or absent. Every process calls every method.
 
@@ -64,7 +74,7 @@ class Checkpoints:
 
   def __init__(self, directory: epath.PathLike, keep: int):
     self.directory = _absolute(directory)
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self.directory,
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dmpo_jax import sharding
-from dmpo_jax.checkpoints import Checkpoints, load_params, save_params
+from dmpo_jax.checkpoints import Checkpoints, identity, load_params, save_params
 from dmpo_jax.structs import Experience, Prompts, TrainState
 
 
@@ -78,6 +79,14 @@ def test_the_newest_comes_back_on_any_mesh(saved, mesh):
     assert (step, experience, progress) == (3, None, {"buffer": 3})
     assert_same(state, make_state(mesh, 3))
     assert state.trainable["block"]["kernel"].sharding.mesh.shape == other.shape
+
+
+def test_it_comes_back_under_another_dtype_policy(saved, mesh):
+  wanted = make_state(mesh, 3).trainable
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wanted)
+  abstract = sharding.abstract(make_state(mesh).replace(trainable=half))
+  with Checkpoints(saved, keep=2) as checkpoints:
+    assert_same(checkpoints.restore_latest(abstract).state.trainable, half)
 
 
 def test_relative_workdirs_work(mesh, tmp_path, monkeypatch):
@@ -157,6 +166,13 @@ def test_params_come_back_on_any_mesh_and_can_be_replaced(mesh, tmp_path):
   params = load_params(tmp_path / "policy", sharding.abstract(other))
   assert_same(params, make_state(mesh, 1).trainable)
   assert params["block"]["kernel"].sharding == other["block"]["kernel"].sharding
+
+
+def test_parameters_are_known_by_their_index(mesh, tmp_path):
+  for name, seed in (("first", 1), ("second", 2)):
+    save_params(tmp_path / name, make_state(mesh, seed).trainable)
+  shutil.copytree(tmp_path / "first", tmp_path / "copy")
+  assert identity(tmp_path / "first") == identity(tmp_path / "copy") != identity(tmp_path / "second")
 
 
 def test_params_of_another_model_are_refused(mesh, tmp_path):

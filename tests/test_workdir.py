@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import tiny
@@ -47,6 +48,12 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path):
     workdir.alone_in(epath.Path(tmp_path / "file" / "run")),
   ):
     pass
+
+
+def test_a_bucket_is_locked_on_this_host():
+  path = workdir._lock_path(epath.Path("gs://bucket/run"))
+  assert path.startswith(tempfile.gettempdir())
+  assert path != workdir._lock_path(epath.Path("gs://bucket/other"))
 
 
 def test_every_start_leaves_a_line(tmp_path, capsys):
