@@ -123,7 +123,7 @@ def _keep_compiled_programs(workdir: epath.Path) -> None:
 
 
 def _join_processes() -> None:
-  """Join the job's other processes; a process on its own makes a job of one, to hear of its preemption.
+  """Join the job's other processes; training on its own makes a job of one, to hear of its preemption.
 
   JAX catches SIGTERM then, and `train.run` saves at the next update. Other modes have nothing to save and end at once.
   """
@@ -137,6 +137,8 @@ def _join_processes() -> None:
   except ValueError as error:
     if "coordinator_address" not in str(error):  # what it says where it recognises no cluster
       raise
+    if _MODE.value != "train":
+      return
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
