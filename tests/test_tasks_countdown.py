@@ -300,5 +300,5 @@ def test_all_bad_rows_are_listed(tmp_path):
 def test_an_empty_file_is_refused(tmp_path):
   path = tmp_path / "puzzles.jsonl"
   path.write_text("\n")
-  with pytest.raises(ValueError, match="no puzzle in it"):
+  with pytest.raises(ValueError, match="nothing in it"):
     TASK.read_published(path)

@@ -21,20 +21,26 @@ class Grade:
 
   is_correct: bool
   extracted: Any  # what was taken as the answer: a text, a number, or None where there was none
-  is_formatted: bool | None = None  # whether the answer has the form that the prompt asks for; None: nobody looked
+  is_formatted: bool = True  # whether the text has the form that the prompt asks for
   value: complex | None = None  # of an expression, where one was computed
   parts: tuple[int, int] | None = None  # right and asked, where an answer is counted in parts (a Sudoku's blank cells)
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """How a task's prompts read. `$name` stands for a field of the record; a template has no other dollar sign."""
+
+  text: str  # the user's turn
+  prefill: str = ""  # the beginning of the answer, which the model is not to write any more
+  answer: str = "$answer"  # how an answer to it is written between the answer tags
+  is_tagged: bool = True  # whether the answer is asked for in tags; otherwise the whole completion is the answer
+
+
 @runtime_checkable
 class Task(Protocol):
-  """One task. Implementations are frozen dataclasses whose fields are the keywords of `config.task.<name>`."""
+  """One task. Implementations are frozen dataclasses; `tasks.make_task` makes them."""
 
-  version: ClassVar[str]  # of the generator, as "1.0.0": raised whenever the same options would give other records
-
-  def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
-    """Yield `num` different records, a function of the arguments; the splits of one seed share no answer."""
-    ...
+  version: ClassVar[str]  # of the records, as "1.0.0": raised whenever the same options would give other ones
 
   def prompt(self, record: Record) -> str:
     """Return the user's turn: the text that the model is to answer."""
@@ -43,6 +49,11 @@ class Task(Protocol):
   @property
   def prefill(self) -> str:
     """The beginning of the answer that every prompt ends with; "" mostly."""
+    ...
+
+  @property
+  def is_bounded(self) -> bool:
+    """Whether reward and grade surely end soon on any text; if not, they run in worker processes with a time limit."""
     ...
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
@@ -54,15 +65,24 @@ class Task(Protocol):
     ...
 
   def reward(self, record: Record, completion: str) -> float:
-    """Return what a completion is worth, in [0, 1]."""
+    """Return what a completion is worth, within the task's documented range."""
     ...
 
-  def grade(self, record: Record, completion: str) -> Grade:
-    """Return whether a completion is right."""
+  def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
+    """Return whether a completion is right; `is_ended`: it ended by an end token, not by its length."""
     ...
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
     """Read a published test file; one ValueError lists every row that cannot be used."""
+    ...
+
+
+@runtime_checkable
+class GeneratedTask(Task, Protocol):
+  """A task whose records are generated."""
+
+  def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
+    """Yield `num` different records, a function of the arguments; the splits of one seed share no answer."""
     ...
 
 

@@ -5,7 +5,6 @@ The prompt reads "75,30,4=49"; a completion is an expression, "75-30+4". Publish
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
@@ -14,14 +13,20 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from dmpo_jax.tasks import arithmetic
-from dmpo_jax.tasks.base import Grade, Record, Split, read_text, refuse_options, refuse_rows
+from dmpo_jax.tasks import answers, arithmetic, sources
+from dmpo_jax.tasks.base import Grade, Prompt, Record, Split
+from dmpo_jax.tasks.published import prompts
+from dmpo_jax.tasks.worded import FORM, WordedTask
 
 OPERATORS = "+-*/"
 MISSED_REWARD = 0.1  # of an expression that keeps the rules and misses the target
 _TEST_SHARE = 0.1  # of all (numbers, target)
 _CANDIDATES = 4096  # expressions drawn at one time
 _MAX_SEARCHED = 4  # numbers of a puzzle whose demonstration is searched for; more would take too long
+_SIGNS = (  # of LaTeX and of typography: times, dot, divided by, minus, en dash
+  *((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), (r"\left", ""), (r"\right", ""), ("$", "")),
+  *(("\u00d7", "*"), ("\u00b7", "*"), ("\u00f7", "/"), ("\u2212", "-"), ("\u2013", "-")),
+)
 _MAX_FRUITLESS = 10  # draws in a row that bring nothing new before the puzzles count as exhausted
 
 
@@ -33,20 +38,31 @@ class Term(NamedTuple):
   rank: int  # of its outermost operator: 1 for + -, 2 for * /, 3 for a bare number
 
 
-@dataclasses.dataclass(frozen=True)
-class Countdown:
+BARE_PROMPT = Prompt("$numbers=$target", is_tagged=False)
+DEFAULT_PROMPT = Prompt(
+  "Write an expression with the value $target from the numbers $numbers, each of them used exactly once, with +, -, *, "
+  f"/ and parentheses. {FORM}nothing but the expression: no equals sign, not its value."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Countdown(WordedTask):
   """The task, with the options of `config.task.countdown`.
 
   Records are {numbers: "75,30,4", target: 49, solution: "75-30+4"}; those of a published file have no solution.
   """
 
+  name: ClassVar[str] = "countdown"
   version: ClassVar[str] = "1.0.0"
+  PROMPTS: ClassVar = {"bare": BARE_PROMPT, "default": DEFAULT_PROMPT, **prompts.COUNTDOWN}
 
   num_numbers: int
   max_number: int  # numbers and targets are drawn from 1..max_number
   demo_wrong: float  # share of demonstrations whose expression misses the target
+  prompt_name: str = "bare"
 
-  def __post_init__(self) -> None:
+  def option_problems(self) -> list[str]:
+    """Say what is wrong with the options."""
     problems = []
     if not 2 <= self.num_numbers <= 6:
       problems.append(f"task.countdown.num_numbers={self.num_numbers}: must be 2 to 6")
@@ -54,7 +70,7 @@ class Countdown:
       problems.append(f"task.countdown.max_number={self.max_number}: must be 2 to 9999")
     if not 0 <= self.demo_wrong <= 1:
       problems.append(f"task.countdown.demo_wrong={self.demo_wrong}: must be a probability, in [0, 1]")
-    refuse_options(problems)
+    return problems
 
   def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
     """Yield `num` puzzles that differ in (sorted numbers, target), of which each belongs to one split only.
@@ -95,14 +111,10 @@ class Countdown:
       if term is not None and term.value.denominator == 1:
         yield numbers[index].tolist(), term
 
-  def prompt(self, record: Record) -> str:
-    """Return the numbers and the target, as in "75,30,4=49"."""
-    return f"{record['numbers']}={record['target']}"
-
-  @property
-  def prefill(self) -> str:
-    """Nothing: the model writes the whole answer."""
-    return ""
+  def prompt_fields(self, record: Record) -> dict[str, Any]:
+    """Return the numbers as in "75,30,4", with spaces where the prompt is a sentence, and the target."""
+    numbers = record["numbers"].replace(",", ", ") if self._prompt.is_tagged else record["numbers"]
+    return {"numbers": numbers, "target": record["target"]}
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return a right expression or, with probability `demo_wrong`, one that keeps the rules and misses the target.
@@ -113,28 +125,51 @@ class Countdown:
     numbers, target = _numbers(record), record["target"]
     if rng.random() < self.demo_wrong:
       first, last = "+".join(map(str, numbers[:-1])), numbers[-1]
-      return f"{first}-{last}" if sum(numbers) == target else f"{first}+{last}"
-    if "solution" in record and len(numbers) > _MAX_SEARCHED:
-      return record["solution"]
-    return solve(sorted(numbers, reverse=True), target)
+      answer = f"{first}-{last}" if sum(numbers) == target else f"{first}+{last}"
+    elif "solution" in record and len(numbers) > _MAX_SEARCHED:
+      answer = record["solution"]
+    else:
+      answer = solve(sorted(numbers, reverse=True), target)
+    return self.write_answer(answer, f"The numbers are to give {target}.")
 
   def flawless(self) -> "Countdown":
     """Return this task with demonstrations that all hit the target."""
     return dataclasses.replace(self, demo_wrong=0.0)
 
-  def reward(self, record: Record, completion: str) -> float:
+  def own_reward(self, record: Record, text: str) -> float:
     """Return 1 for a right expression, 0.1 for one that uses each number once and misses, 0 for anything else.
 
     A division by zero has no value and counts as not well-formed. Values are compared as exact fractions.
     """
-    value = _value(record, completion)
+    value = _value(record, self._extract(text))
     if value is None:
       return 0.0
     return 1.0 if value == record["target"] else MISSED_REWARD
 
-  def grade(self, record: Record, completion: str) -> Grade:
-    """Return whether the completion is an expression of the given numbers, each used once, that hits the target."""
-    return Grade(is_correct=_value(record, completion) == record["target"], extracted=completion.strip())
+  def own_grade(self, record: Record, text: str) -> Grade:
+    """Return whether the answer is an expression of the given numbers, each used once, that hits the target."""
+    answer = self._extract(text)
+    return Grade(_value(record, answer) == record["target"], extracted=answer)
+
+  def has_form(self, record: Record, text: str) -> bool:
+    """Whether a text is both blocks, or just an expression of the numbers where no tags are asked for."""
+    is_expression = self._prompt.is_tagged or _value(record, self._extract(text)) is not None
+    return super().has_form(record, text) and is_expression
+
+  def _extract(self, text: str) -> str:
+    """Take the last answer, or the whole completion where no tags are asked for; of an equation the left side."""
+    if not self._prompt.is_tagged:
+      return text.strip()
+    return plain_expression(answers.final_answer(text) or "")
+
+  def published_arguments(self, record: Record) -> dict[str, Any]:
+    """Return target and numbers."""
+    return {"target": record["target"], "numbers": _numbers(record)}
+
+  def published_question(self, record: Record) -> tuple[str, Any]:
+    """Return the question and [numbers, target]."""
+    numbers = _numbers(record)
+    return f"Numbers: {numbers}\nTarget: {record['target']}", [numbers, record["target"]]
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
     """Read JSON lines {"input": "a,b,c", "output": target}, the target as a number or as text.
@@ -142,18 +177,15 @@ class Countdown:
     Raises:
       ValueError: no such file, or rows that are no puzzle, all of them listed.
     """
-    records, problems = [], []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-      if not line.strip():
-        continue
-      try:
-        records.append(_read_row(line))
-      except ValueError as error:
-        problems.append(f"row {number}: {error}")
-    refuse_rows(path, problems)
-    if not records:
-      raise ValueError(f"task.eval_path={str(path)!r}: no puzzle in it")
-    return records
+    return sources.read_file(path, _read_row)
+
+
+def plain_expression(text: str) -> str:
+  """Write LaTeX's and typography's signs as + - * /, and drop the value that an equation ends in."""
+  for sign, plain in _SIGNS:
+    text = text.replace(sign, plain)
+  expression, equals, value = text.partition("=")
+  return (expression if equals and answers.is_number(value) else text).strip()
 
 
 def draw_joins(rng: np.random.Generator, num: int, num_numbers: int) -> Int[np.ndarray, "num joins 3"]:
@@ -263,17 +295,13 @@ def _value(record: Record, completion: str) -> Fraction | None:
   return expression.value if sorted(expression.numbers) == sorted(_numbers(record)) else None
 
 
-def _read_row(line: str) -> Record:
-  """Turn a line of a published file into a record.
+def _read_row(row: dict[str, Any]) -> Record:
+  """Turn a row of a published file into a record.
 
   Raises:
     ValueError: why it cannot be used.
   """
-  try:
-    row = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"not JSON ({error})") from error
-  if not isinstance(row, dict) or not {"input", "output"} <= row.keys():
+  if not {"input", "output"} <= row.keys():
     raise ValueError("not an object with input and output")
   numbers = [_positive(number, "input") for number in str(row["input"]).split(",")]
   if len(numbers) < 2:

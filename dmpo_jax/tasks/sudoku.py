@@ -21,7 +21,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
-from dmpo_jax.tasks.base import Grade, Record, Split, read_text, refuse_options, refuse_rows
+from dmpo_jax.tasks import answers
+from dmpo_jax.tasks.base import Grade, Prompt, Record, Split, read_text, refuse_rows
+from dmpo_jax.tasks.published import prompts
+from dmpo_jax.tasks.worded import FORM, WordedTask
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +35,30 @@ _CANDIDATES = 256  # puzzles drawn at one time
 _MAX_FRUITLESS = 50  # draws in a row that bring nothing new before the puzzles count as exhausted
 
 
-@dataclasses.dataclass(frozen=True)
-class Sudoku:
+BARE_PROMPT = Prompt("($puzzle=", is_tagged=False)
+DEFAULT_PROMPT = Prompt(
+  "Below is a 4x4 Sudoku as 16 digits, row by row from the top left; 0 is an empty cell. Fill in the empty cells so "
+  "that each row, each column and each 2x2 box has the digits 1 to 4 once. "
+  f"{FORM}nothing but the 16 digits of the full grid.\n\n$puzzle"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sudoku(WordedTask):
   """The task, with the options of `config.task.sudoku`. Records are {puzzle, solution}, 16 digits each."""
 
+  name: ClassVar[str] = "sudoku"
   version: ClassVar[str] = "1.0.0"
+  PROMPTS: ClassVar = {"bare": BARE_PROMPT, "default": DEFAULT_PROMPT, **prompts.SUDOKU}
 
   min_blanks: int  # blank cells of a generated puzzle, drawn uniformly from min_blanks..max_blanks
   max_blanks: int
   demo_patience: float  # a demonstration leaves a blank cell blank with probability blanks / demo_patience
   demo_wrong: float = 0.0  # share of demonstrations in whose blank cells two digits have changed places
+  prompt_name: str = "bare"
 
-  def __post_init__(self) -> None:
+  def option_problems(self) -> list[str]:
+    """Say what is wrong with the options."""
     problems = []
     if not 1 <= self.min_blanks <= self.max_blanks <= MAX_BLANKS:
       problems.append(
@@ -54,7 +69,7 @@ class Sudoku:
       problems.append(f"task.sudoku.demo_patience={self.demo_patience}: must be above 0")
     if not 0 <= self.demo_wrong <= 1:
       problems.append(f"task.sudoku.demo_wrong={self.demo_wrong}: must be a probability, in [0, 1]")
-    refuse_options(problems)
+    return problems
 
   def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
     """Yield `num` different puzzles with exactly one solution, whose grids belong to `split`.
@@ -78,15 +93,6 @@ class Sudoku:
         )
       yield record
 
-  def prompt(self, record: Record) -> str:
-    """Return the puzzle, 16 digits, between the two marks by which the model can tell the cells' places."""
-    return f"({record['puzzle']}="
-
-  @property
-  def prefill(self) -> str:
-    """Nothing: the model writes the whole answer."""
-    return ""
-
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are.
 
@@ -98,19 +104,20 @@ class Sudoku:
       first, second = rng.choice(list("1234"), size=2, replace=False).tolist()
       solution = solution.translate(str.maketrans(first + second, second + first))
     cells = zip(record["puzzle"], solution, is_unfilled, strict=True)
-    return "".join("0" if given == "0" and unfilled else right for given, right, unfilled in cells)
+    answer = "".join("0" if given == "0" and unfilled else right for given, right, unfilled in cells)
+    return self.write_answer(answer, "Every row, column and box needs each digit once.")
 
   def flawless(self) -> "Sudoku":
     """Return this task with demonstrations that leave nothing blank and are right."""
     return dataclasses.replace(self, demo_patience=math.inf, demo_wrong=0.0)
 
-  def reward(self, record: Record, completion: str) -> float:
+  def own_reward(self, record: Record, text: str) -> float:
     """Return the share of blank cells filled right, in [0, 1]; 1 means solved and nothing else does.
 
     Cells count by position. A given cell that does not come back as it was, and every character too many, cancels one
     cell filled right: the puzzle that was asked is to be solved, not another one.
     """
-    answer = _extract(completion)
+    answer = self._extract(text)
     blanks = record["puzzle"].count("0")
     num_right = num_overwritten = 0
     for index, (given, right) in enumerate(zip(record["puzzle"], record["solution"], strict=True)):
@@ -120,10 +127,27 @@ class Sudoku:
     num_excess = max(len(answer) - CELLS, 0)
     return max(num_right - num_overwritten - num_excess, 0) / blanks
 
-  def grade(self, record: Record, completion: str) -> Grade:
+  def own_grade(self, record: Record, text: str) -> Grade:
     """Return whether the whole grid is right, the given cells included."""
-    answer = _extract(completion)
-    return Grade(is_correct=answer == record["solution"], extracted=answer)
+    answer = self._extract(text)
+    return Grade(answer == record["solution"], extracted=answer)
+
+  def has_form(self, record: Record, text: str) -> bool:
+    """Whether a text is both blocks, or just a grid where no tags are asked for."""
+    return super().has_form(record, text) and (self._prompt.is_tagged or len(self._extract(text)) == CELLS)
+
+  def _extract(self, text: str) -> str:
+    """Take the last answer as the grid, or the whole completion where no tags are asked for, without white space."""
+    answer = answers.final_answer(text) if self._prompt.is_tagged else text
+    return "".join((answer or "").split())
+
+  def published_arguments(self, record: Record) -> dict[str, str]:
+    """Return puzzle and solution."""
+    return {"puzzle": record["puzzle"], "solution": record["solution"]}
+
+  def published_question(self, record: Record) -> tuple[str, str]:
+    """Return the question with the puzzle in it, and the solution."""
+    return f"Solve the following Sudoku puzzle: {record['puzzle']}\n", record["solution"]
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
     """Read a CSV file with the header Puzzle,Solution, both 16 digits (text: leading zeros count).
@@ -212,11 +236,6 @@ def _distinct_puzzles(grids: Int[np.ndarray, "n 16"], blanks: int, rng: np.rando
 
 def _to_text(cells: Int[np.ndarray, "16"]) -> str:
   return "".join(map(str, cells.tolist()))
-
-
-def _extract(completion: str) -> str:
-  """Take the whole completion as the grid, without white space."""
-  return "".join(completion.split())
 
 
 def _row_problem(row: list[str]) -> str:

@@ -1,0 +1,234 @@
+"""Completions to rewards: in worker processes with limits that nothing escapes, while the accelerator goes on.
+
+Tasks whose grading is bounded by construction are graded in a thread of this process; all others (math-verify, a
+user's own reward) in worker processes that are started when they are first needed and killed when they are late. A
+hang, a crash or a lack of memory is worth 0 and counted, and takes nothing with it.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int
+
+from dmpo_jax.tasks import Record, Task, make_task
+from dmpo_jax.tasks.judge import Verdict, judge
+from dmpo_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 120.0  # that a worker may take to import and build its task
+KINDS = ("graded", "failed", "timeout", "crash")
+_MAX_LOGGED = 5  # problems of one batch that the log describes; all are counted
+
+
+class Grading:
+  """Grades the completions of one task.
+
+  Args:
+    spec: the arguments of `tasks.make_task`, from which every worker makes the task again.
+    workers: worker processes, for a task that is not bounded.
+    seconds: that one completion may take. memory_gb: that one worker may address.
+    task: instead of the one that `spec` makes; graded in this process.
+  """
+
+  def __init__(
+    self,
+    spec: dict[str, Any] | None = None,
+    *,
+    workers: int = 1,
+    seconds: float = 10.0,
+    memory_gb: float = 4.0,
+    task: Task | None = None,
+  ):
+    self.task = task or make_task(**spec)
+    self._is_local = task is not None or self.task.is_bounded
+    self._seconds = seconds
+    self._threads = ThreadPoolExecutor(1 if self._is_local else workers, thread_name_prefix="grading")
+    self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    if not self._is_local:
+      for _ in range(workers):
+        self._idle.put(_Worker(spec, memory_gb))
+
+  def submit(self, records: Sequence[Record], completions: Sequence[str], is_ended: Sequence[bool]) -> "Pending":
+    """Begin to grade completions, each with the record of its prompt; returns at once."""
+    items = list(zip(records, completions, map(bool, is_ended), strict=True))
+    if self._is_local:
+      return Pending([self._threads.submit(lambda: [judge(self.task, *item) for item in items])], len(items))
+    return Pending([self._threads.submit(self._ask, item) for item in items], len(items))
+
+  def _ask(self, item: tuple) -> list[Verdict]:
+    worker = self._idle.get()
+    try:
+      return [worker.ask(item, self._seconds)]
+    finally:
+      self._idle.put(worker)
+
+  def close(self) -> None:
+    """Drop what is not graded yet and end the workers."""
+    self._threads.shutdown(wait=True, cancel_futures=True)
+    while not self._idle.empty():
+      self._idle.get().stop()
+
+
+class Pending:
+  """Grading under way."""
+
+  def __init__(self, futures: list[Future], num: int):
+    self._start, self._end, self._num = time.monotonic(), 0.0, num
+    self._futures = futures
+    for future in futures:
+      future.add_done_callback(self._note)
+
+  def _note(self, _: Future) -> None:
+    self._end = time.monotonic()
+
+  def result(self) -> list[Verdict]:
+    """Wait for the verdicts, in the order of the completions."""
+    return [verdict for future in self._futures for verdict in future.result()]
+
+  @property
+  def per_second(self) -> float:
+    """Completions graded a second; known after `result`."""
+    return self._num / max(self._end - self._start, 1e-9)
+
+
+class _Worker:
+  """One worker process; started by the first request, and again by the next one after it has died."""
+
+  def __init__(self, spec: dict[str, Any], memory_gb: float):
+    self._spec, self._memory_gb = spec, memory_gb
+    self._process: subprocess.Popen | None = None
+
+  def ask(self, item: tuple, seconds: float) -> Verdict:
+    """Return the verdict on (record, completion, is_ended), or that there is none within `seconds`."""
+    try:
+      if self._process is None:
+        self._start()
+      self._connection.send((*item, seconds))
+      if self._connection.poll(seconds):
+        return self._connection.recv()
+      verdict = Verdict("timeout", problem=f"took more than {seconds:g} seconds")
+    except (EOFError, OSError) as error:
+      verdict = Verdict("crash", problem=f"its process ended ({error!r:.100})")
+    self.stop()
+    return verdict
+
+  def _start(self) -> None:
+    self._connection, child = Pipe()
+    program = f"from dmpo_jax.tasks import judge; judge.serve({child.fileno()}, {self._memory_gb})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    self._process = subprocess.Popen(
+      [sys.executable, "-c", program],
+      pass_fds=[child.fileno()],
+      env=environment,
+      start_new_session=True,  # so that what it starts can be killed with it, and Ctrl-C is this process's
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL,  # a user's prints are not the run's
+    )
+    child.close()
+    self._connection.send(self._spec)
+    if not self._connection.poll(START_SECONDS):
+      raise OSError(f"not ready within {START_SECONDS:g} seconds")
+    self._connection.recv()
+
+  def stop(self) -> None:
+    """Kill the process and all that it has started, whatever they are doing."""
+    if self._process is not None:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(self._process.pid, signal.SIGKILL)
+      self._process.wait()
+      self._connection.close()
+      self._process = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+  """Rewards of a buffer, on every host."""
+
+  reward: np.ndarray  # float32 [p, g]; 0 where dropped
+  is_kept: np.ndarray  # bool [p, g]; False where the reward raised or was not one finite number
+  is_solved: np.ndarray  # bool [p, g]
+  num_timeouts: int = 0  # completions that were worth 0 as grading them took too long
+  num_crashes: int = 0  # and as it crashed or ran out of memory
+  per_second: float = math.nan  # completions graded a second, by this host
+
+
+def grade(
+  grading: Grading, tokenizer: Tokenizer, records: Sequence[Record], completion: Int[np.ndarray, "p g c"]
+) -> Callable[[], Grades]:
+  """Begin to grade a buffer, each process its share of the prompts; return a function that waits for all the grades.
+
+  A reward that raises or is not one finite number drops that rollout from its group; it never stops the run.
+  """
+  share = HostShare(len(completion))
+  texts, is_ended = decode(tokenizer, completion[share.mine])
+  group_size = completion.shape[1]
+  rows = [record for record in records[share.mine] for _ in range(group_size)]
+  pending = grading.submit(rows, texts, is_ended)
+
+  def collect() -> Grades:
+    verdicts = pending.result()
+    log_problems(grading.task, verdicts, texts)
+    columns = [[x.reward, KINDS.index(x.kind), x.grade.is_correct] for x in verdicts]
+    table = np.array(columns, np.float32).reshape(-1, group_size, 3)
+    table = share.gather(table)
+    kind = table[..., 1]
+    return Grades(
+      reward=table[..., 0],
+      is_kept=kind != KINDS.index("failed"),
+      is_solved=table[..., 2] > 0,
+      num_timeouts=int((kind == KINDS.index("timeout")).sum()),
+      num_crashes=int((kind == KINDS.index("crash")).sum()),
+      per_second=pending.per_second,
+    )
+
+  return collect
+
+
+def decode(tokenizer: Tokenizer, completion: Int[np.ndarray, "... c"]) -> tuple[list[str], list[bool]]:
+  """Return the texts of completions, one after the other, and whether each ended by an end token."""
+  rows = completion.reshape(-1, completion.shape[-1])
+  ends = [tokenizer.eos_token_id, tokenizer.eot_token_id]
+  return [tokenizer.decode(row.tolist()) for row in rows], np.isin(rows, ends).any(-1).tolist()
+
+
+def log_problems(task: Task, verdicts: Sequence[Verdict], texts: Sequence[str]) -> None:
+  """Say in the log which completions could not be graded, and why."""
+  problems = [(x, text) for x, text in zip(verdicts, texts, strict=True) if x.kind != "graded"]
+  for verdict, text in problems[:_MAX_LOGGED]:
+    name, lot = type(task).__name__, "dropped" if verdict.kind == "failed" else "worth 0"
+    logger.warning("the reward of task %s %s on completion %.200r: %s", name, verdict.problem, text, lot)
+  if len(problems) > _MAX_LOGGED:
+    logger.warning("and %d more of %d completions", len(problems) - _MAX_LOGGED, len(verdicts))
+
+
+class HostShare:
+  """The part of `num` rows that this process works on: each row belongs to one process, whatever their number."""
+
+  def __init__(self, num: int):
+    self._num = num
+    self._size = math.ceil(num / jax.process_count())
+    self.mine = slice(self._size * jax.process_index(), min(self._size * (jax.process_index() + 1), num))
+
+  def gather(self, rows: np.ndarray) -> np.ndarray:
+    """Join the rows of all processes, each of which calls this with those of its share."""
+    if jax.process_count() == 1:
+      return rows
+    filled = np.zeros((self._size, *rows.shape[1:]), rows.dtype)
+    filled[: len(rows)] = rows
+    return multihost_utils.process_allgather(filled, tiled=True)[: self._num]

@@ -1,0 +1,94 @@
+"""GSM8K: grade-school word problems whose answer is a number (Cobbe et al., arXiv 2110.14168)."""
+
+import dataclasses
+import re
+from typing import Any, ClassVar
+
+import numpy as np
+from etils import epath
+
+from dmpo_jax.tasks import answers, sources
+from dmpo_jax.tasks.base import Grade, Prompt, Record, Split
+from dmpo_jax.tasks.published import prompts, rewards
+from dmpo_jax.tasks.worded import FORM, WordedTask
+
+CORRECT = 2.0  # the rewards' sizes are the published ones
+FORMAT = 0.5
+
+_REPOSITORY = (
+  "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
+  "grade_school_math/data"
+)
+_NOTE = re.compile(r"<<[^<>]*>>")  # calculator notes inside the solutions
+
+DEFAULT_PROMPT = Prompt(f"Solve the problem below step by step. {FORM}nothing but the final number.\n\n$question")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GSM8K(WordedTask):
+  """The task. Records are {question, solution, answer}: `answer` is the text after ####, a number."""
+
+  name: ClassVar[str] = "gsm8k"
+  version: ClassVar[str] = "1.0.0"
+  PROMPTS: ClassVar = {"default": DEFAULT_PROMPT, **prompts.GSM8K}
+  SOURCES: ClassVar[dict[Split, sources.Source]] = {
+    "train": sources.Source(
+      "gsm8k_train.jsonl",
+      f"{_REPOSITORY}/train.jsonl",
+      ("17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",),
+    ),
+    "test": sources.Source(
+      "gsm8k_test.jsonl",
+      f"{_REPOSITORY}/test.jsonl",
+      ("3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",),
+    ),
+  }
+
+  @staticmethod
+  def read_row(row: dict[str, Any]) -> Record:
+    """Make a record of {question, answer}, the answer a solution that ends in "#### number".
+
+    Raises:
+      ValueError: a field is missing or empty, or the answer holds no number.
+    """
+    question, solution = sources.text_field(row, "question"), sources.text_field(row, "answer")
+    answer = rewards.hash_answer(solution)
+    if not answers.is_number(answer):
+      raise ValueError(f"the answer ends in {solution[-40:]!r}, not in #### and a number")
+    return {"question": question, "solution": solution.partition("####")[0].strip(), "answer": answer}
+
+  def read_published(self, path: epath.PathLike) -> list[Record]:
+    """Read JSON lines {question, answer}; one ValueError lists every row that cannot be used."""
+    return sources.read_file(path, self.read_row)
+
+  def demonstration(self, record: Record, rng: np.random.Generator) -> str:
+    """Return the data set's own solution, in the form that the prompt asks for."""
+    return self.write_answer(record["answer"], _NOTE.sub("", record["solution"]))
+
+  def own_reward(self, record: Record, text: str) -> float:
+    """Return 2 for the right number, and up to 2 for the form, in [0, 4].
+
+    Form: 0.5 for the tags (see `answers.tag_score`), 0.5 for both blocks and nothing else, 0.5 for tags on lines of
+    their own, 0.5 for a number alone as the answer.
+    """
+    answer = answers.final_answer(text)
+    form = answers.tag_score(text) + answers.has_blocks(text) + answers.has_lines(text) + answers.is_number(answer)
+    return CORRECT * self._is_right(record, answer) + FORMAT * form
+
+  def own_grade(self, record: Record, text: str) -> Grade:
+    """Return whether the last answer is the number."""
+    answer = answers.final_answer(text)
+    return Grade(self._is_right(record, answer), extracted=answer)
+
+  @staticmethod
+  def _is_right(record: Record, answer: str | None) -> bool:
+    value = answers.read_number(answer)
+    return value is not None and value == answers.read_number(record["answer"])
+
+  def published_arguments(self, record: Record) -> dict[str, Any]:
+    """Return the answer as it stands in the data."""
+    return {"answer": record["answer"]}
+
+  def published_question(self, record: Record) -> tuple[str, Any]:
+    """Return the question and the answer as a float."""
+    return record["question"], float(answers.read_number(record["answer"]))

@@ -1,0 +1,123 @@
+"""Data sets that others publish: one file a split, from a folder or the network, taken only with the right checksum."""
+
+import dataclasses
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from dmpo_jax.tasks.base import Record
+
+TIMEOUT = 30.0  # seconds without a byte before a download counts as failed
+MAX_LISTED = 50  # rows that one message describes; all are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One published file."""
+
+  name: str  # of the file in `task.data_dir`
+  url: str
+  sha256: tuple[str, ...]  # of the file behind the URL, then of other known forms of it
+
+
+def read_source(source: Source, data_dir: str, read_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
+  """Return the records of a published file: from the folder `data_dir`, or from the network where that is "".
+
+  Raises:
+    ValueError: it is not there, cannot be fetched, or is partial or altered; the message says what would do.
+  """
+  remedy = f"get {source.url} and put it into a folder as {source.name}, then set task.data_dir to that folder"
+  if data_dir:
+    path = epath.Path(data_dir) / source.name
+    if not path.is_file():
+      raise ValueError(f"task.data_dir={data_dir!r}: no {source.name} in it; {remedy}")
+    where, content = str(path), path.read_bytes()
+  else:
+    where, content = source.url, _download(source, remedy)
+  records, problems = read_rows(content, read_row)
+  digest = hashlib.sha256(content).hexdigest()
+  if digest not in source.sha256:
+    rows = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
+    raise ValueError(
+      f"{where}: partial or altered, {len(content)} bytes with SHA-256 {digest}, not {source.sha256[0]}; {remedy}. "
+      f"Data of your own is a task of its own: set task.name to a JSONL or Python file{rows}"
+    )
+  refuse_rows(where, problems)
+  return records
+
+
+def _download(source: Source, remedy: str) -> bytes:
+  try:
+    with urllib.request.urlopen(source.url, timeout=TIMEOUT) as response:
+      return response.read()
+  except (OSError, urllib.error.URLError) as error:
+    raise ValueError(f"could not download {source.url} ({error}): {remedy}") from error
+
+
+def read_rows(content: bytes, read_row: Callable[[dict[str, Any]], Record]) -> tuple[list[Record], list[str]]:
+  """Read JSON lines; return the records and, of the rows that cannot be used, one `row N: why` each.
+
+  Args:
+    read_row: makes a record of a row; raises ValueError with the reason where it cannot.
+  """
+  records, problems = [], []
+  for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line.decode("utf-8"))
+      if not isinstance(row, dict):
+        raise ValueError("not an object with named fields")
+      records.append(read_row(row))
+    except UnicodeDecodeError as error:
+      problems.append(f"row {number}: not UTF-8 ({error.reason} at byte {error.start})")
+    except json.JSONDecodeError as error:
+      problems.append(f"row {number}: not JSON ({error})")
+    except ValueError as error:
+      problems.append(f"row {number}: {error}")
+  return records, problems
+
+
+def text_field(row: dict[str, Any], name: str) -> str:
+  """Return a field of a row that must hold text.
+
+  Raises:
+    ValueError: it is missing, no text, or empty.
+  """
+  if name not in row:
+    raise ValueError(f"no field {name!r}, only {', '.join(map(repr, row)) or 'none'}")
+  value = row[name]
+  if not isinstance(value, str):
+    raise ValueError(f"field {name!r} is {value!r:.40}, not a text")
+  if not value.strip():
+    raise ValueError(f"field {name!r} is empty")
+  return value
+
+
+def refuse_rows(where: str, problems: list[str]) -> None:
+  """Raise one ValueError that lists the rows that cannot be used, if there are any."""
+  if problems:
+    listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED])
+    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    raise ValueError(f"{where}: {len(problems)} rows cannot be used\n{listed}{more}")
+
+
+def read_file(path: epath.PathLike, read_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
+  """Read a file of JSON lines that the user names.
+
+  Raises:
+    ValueError: no such file, nothing in it, or rows that cannot be used, all of them listed.
+  """
+  where = f"task.eval_path={str(path)!r}"
+  if not epath.Path(path).is_file():
+    raise ValueError(f"{where}: no such file")
+  records, problems = read_rows(epath.Path(path).read_bytes(), read_row)
+  refuse_rows(where, problems)
+  if not records:
+    raise ValueError(f"{where}: nothing in it")
+  return records

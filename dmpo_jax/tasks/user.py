@@ -1,0 +1,219 @@
+"""Tasks of the user's own: a Python file with a few functions, or a JSONL file of prompts and answers.
+
+--config.task.name=path/to/my_task.py        records, prompt and reward are the file's functions
+--config.task.name=path/to/rows.jsonl        {"prompt": ..., "answer": ...} a line, graded by task.user.grader
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+from etils import epath
+
+from dmpo_jax.tasks import answers, equivalence, sources
+from dmpo_jax.tasks.base import Grade, Record, Split, Task
+
+TEST_SHARE = 0.1  # of the rows of a JSONL file that are held out, chosen by a hash of their prompts
+NEEDED = ("records", "prompt", "reward")  # functions of a Python file
+
+_SUFFIXES = (".py", ".jsonl")
+
+
+def is_file(name: str) -> bool:
+  """Whether a task's name is the path of a user's file."""
+  return name.endswith(_SUFFIXES)
+
+
+def load(path: str, *, grader: str) -> Task:
+  """Load the task of a user's file.
+
+  Args:
+    grader: of a JSONL file, a name in GRADERS.
+
+  Raises:
+    ValueError: the file cannot be used.
+  """
+  if not epath.Path(path).is_file():
+    raise ValueError(f"task.name={path!r}: no such file")
+  return PythonTask(path) if path.endswith(".py") else JsonlTask(path, grader)
+
+
+def _same_text(answer: str, gold: str) -> bool:
+  return " ".join(answer.split()).casefold() == " ".join(gold.split()).casefold()
+
+
+def _same_number(answer: str, gold: str) -> bool:
+  value = answers.read_number(answer)
+  return value is not None and value == answers.read_number(gold)
+
+
+GRADERS: dict[str, Callable[[str, str], bool]] = {
+  "exact": _same_text,
+  "number": _same_number,
+  "math": equivalence.are_equal,
+}
+"""How a JSONL file's answers are compared: the same words, the same number, or the same mathematics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlTask:
+  """Rows {prompt, answer}; the reward is 1 for the right last answer (the whole completion without tags and box)."""
+
+  path: str
+  grader: str
+
+  version: ClassVar[str] = "1.0.0"
+  prefill: ClassVar[str] = ""
+
+  def __post_init__(self) -> None:
+    if self.grader not in GRADERS:
+      raise ValueError(f"task.user.grader={self.grader!r}: must be one of {', '.join(GRADERS)}")
+
+  @property
+  def is_bounded(self) -> bool:
+    """Whether grading surely ends soon: not where it is mathematics."""
+    return self.grader != "math"
+
+  def records(self, split: Split) -> list[Record]:
+    """Return the rows of a split; one ValueError lists every row that cannot be used."""
+    records, problems = sources.read_rows(epath.Path(self.path).read_bytes(), self._read_row)
+    sources.refuse_rows(f"task.name={self.path!r}", problems)
+    return [record for record in records if _is_held_out(record["prompt"]) == (split == "test")]
+
+  def _read_row(self, row: dict[str, Any]) -> Record:
+    prompt, answer = sources.text_field(row, "prompt"), row.get("answer")
+    answer = str(answer) if type(answer) in (int, float) else sources.text_field(row, "answer")
+    if self.grader == "number" and answers.read_number(answer) is None:
+      raise ValueError(f"the answer {answer!r:.60} is no number")
+    return {**row, "prompt": prompt, "answer": answer}
+
+  def read_published(self, path: epath.PathLike) -> list[Record]:
+    """Read another file of the same kind to evaluate on."""
+    return sources.read_file(path, self._read_row)
+
+  def prompt(self, record: Record) -> str:
+    """Return the row's prompt."""
+    return record["prompt"]
+
+  def demonstration(self, record: Record, rng: np.random.Generator) -> str:
+    """Return the row's answer."""
+    return record["answer"]
+
+  def flawless(self) -> "JsonlTask":
+    """Return this task: its demonstrations are right."""
+    return self
+
+  def reward(self, record: Record, completion: str) -> float:
+    """Return 1 for a right answer, 0 for another; in [0, 1]."""
+    return float(self.grade(record, completion).is_correct)
+
+  def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
+    """Return whether the last answer is the row's."""
+    answer = answers.final_answer(completion)
+    answer = completion.strip() if answer is None else answer
+    return Grade(GRADERS[self.grader](answer, record["answer"]), extracted=answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonTask:
+  """A file that defines
+
+  records(split) -> an iterable of dicts of JSON values, for split "train" and "test"
+  prompt(record) -> the user's turn
+  reward(record, completion) -> a finite number
+  is_correct(record, completion) -> bool        optional; otherwise whether the reward is above 0
+  demonstration(record, rng) -> a completion    optional, for the warm start
+  PREFILL                                       optional, the beginning of every answer
+  """
+
+  path: str
+
+  version: ClassVar[str] = "1.0.0"
+  is_bounded: ClassVar[bool] = False  # nobody knows
+
+  def __post_init__(self) -> None:
+    missing = [name for name in NEEDED if not callable(getattr(self._module, name, None))]
+    if missing:
+      raise ValueError(f"task.name={self.path!r}: the file defines no function {', '.join(missing)}")
+
+  @property
+  def _module(self) -> ModuleType:
+    if self.path not in _MODULES:
+      _MODULES[self.path] = _import(self.path)
+    return _MODULES[self.path]
+
+  @property
+  def prefill(self) -> str:
+    """The beginning of every answer."""
+    return getattr(self._module, "PREFILL", "")
+
+  def records(self, split: Split) -> list[Record]:
+    """Return the file's records of a split; one ValueError lists every record that cannot be used."""
+    records = list(self._module.records(split))
+    problems = [f"record {index}: {why}" for index, record in enumerate(records) if (why := self._problem(record))]
+    sources.refuse_rows(f"task.name={self.path!r}, {split} split", problems)
+    return records
+
+  def _problem(self, record: Any) -> str:
+    if not isinstance(record, Mapping):
+      return f"{record!r:.60} is not a dict"
+    try:
+      json.dumps(record)
+      prompt = self.prompt(record)
+    except Exception as error:  # whatever the file's function raises
+      return f"{type(error).__name__}: {error}"
+    return "" if isinstance(prompt, str) and prompt.strip() else f"its prompt is {prompt!r:.60}"
+
+  def read_published(self, path: epath.PathLike) -> list[Record]:
+    """Refuse: the file itself says what its test split is."""
+    raise ValueError(f"task.eval_path={str(path)!r}: {self.path} gives its own test records; leave eval_path empty")
+
+  def prompt(self, record: Record) -> str:
+    """Return the user's turn."""
+    return self._module.prompt(record)
+
+  def demonstration(self, record: Record, rng: np.random.Generator) -> str:
+    """Return a completion to imitate.
+
+    Raises:
+      ValueError: the file has none.
+    """
+    if not hasattr(self._module, "demonstration"):
+      raise ValueError(f"task.name={self.path!r} defines no demonstration(record, rng): set warm_start.updates to 0")
+    return self._module.demonstration(record, rng)
+
+  def flawless(self) -> "PythonTask":
+    """Return this task: one kind of demonstrations is all it has."""
+    return self
+
+  def reward(self, record: Record, completion: str) -> float:
+    """Return what the file's reward returns."""
+    return self._module.reward(record, completion)
+
+  def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
+    """Return whether the file's is_correct, or a reward above 0, says that a completion is right."""
+    judge = getattr(self._module, "is_correct", self._module.reward)
+    return Grade(bool(judge(record, completion) > 0), extracted=completion)
+
+
+_MODULES: dict[str, ModuleType] = {}  # by path, imported once
+
+
+def _import(path: str) -> ModuleType:
+  spec = importlib.util.spec_from_file_location("user_task_" + hashlib.sha256(path.encode()).hexdigest()[:8], path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise ValueError(f"task.name={path!r}: cannot be imported ({type(error).__name__}: {error})") from error
+  return module
+
+
+def _is_held_out(prompt: str) -> bool:
+  digest = hashlib.blake2b(prompt.encode(), digest_size=4).digest()
+  return int.from_bytes(digest, "big") < TEST_SHARE * 2**32
