@@ -44,13 +44,17 @@ def get_config() -> ConfigDict:
   t.is_chat = False  # prompts are a user's turn in the tokenizer's chat template; False: plain text
 
   c.task = k = ConfigDict()
-  k.name = "sudoku"  # see dmpo_jax.tasks.TASKS
-  k.data_dir = ""  # where generated data is kept; "": `data` beside the workdir
-  k.eval_path = ""  # a published test file to evaluate on; "": the generated test split
-  k.num_train = 8192  # generated prompts
+  k.name = "sudoku"  # see dmpo_jax.tasks.TASKS; or a file of your own, path/to/task.py or path/to/rows.jsonl
+  k.prompt = "default"  # default, published_train, published_eval; bare (puzzle and answer alone: sudoku, countdown)
+  k.rewards = "default"  # default, published (the official code's, oddities included)
+  k.grader = "default"  # what counts as right: default, published
+  k.data_dir = ""  # folder of the published data files (gsm8k, math); "": download them
+  k.records_dir = ""  # where a task's records are kept once generated or read; "": `data` beside the workdir
+  k.eval_path = ""  # a published test file to evaluate on; "": the task's test split
+  k.num_train = 8192  # prompts to generate, or to take of a data set; 0: all that the data set has
   k.num_test = 256
   k.max_prompt_length = 32  # tokens; every prompt is padded to it
-  k.overlong_prompts = "error"  # longer ones: error, skip (counted)
+  k.overlong_prompts = "error"  # longer ones: error, skip (counted), cut_user (the user's turn loses its beginning)
   k.sudoku = ConfigDict(
     dict(
       min_blanks=4,
@@ -66,6 +70,14 @@ def get_config() -> ConfigDict:
       demo_wrong=0.7,  # share of demonstrations whose expression misses the target
     )
   )
+  k.gsm8k = ConfigDict()
+  k.math = ConfigDict()
+  k.user = ConfigDict(dict(grader="exact"))  # of a JSONL file's answers: exact (words), number, math
+
+  c.grading = g = ConfigDict()  # of tasks whose grading may hang or crash: math and a user's own
+  g.workers = 2  # processes of each host
+  g.seconds = 10.0  # that one completion may take; then it is worth 0 and counted
+  g.memory_gb = 4.0  # that one process may address
 
   c.sampler = s = ConfigDict()
   s.name = "llada"  # see dmpo_jax.samplers.SAMPLERS
@@ -165,7 +177,7 @@ def get_config() -> ConfigDict:
 
   c.eval = e = ConfigDict()
   e.every_buffers = 0  # 0: only before the first and after the last
-  e.num_prompts = 256
+  e.num_prompts = 256  # 0: all of the test split
   e.batch_size = 256
   e.temperature = 0.0
   e.early_exit = True  # a completion is finished with its first EOS

@@ -11,6 +11,7 @@ def get_config():
   c.model.mlp_hidden_size = 96
   c.model.rope_theta = 1000.0
   c.model.remat = "full"  # on a CPU computing the layers again is faster than keeping them
+  c.task.prompt = "bare"
   c.task.max_prompt_length = 18
   c.task.sudoku.min_blanks = 5
   c.warm_start.updates = 1500

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import data, models, noise, pretrained, rollout, samplers, sharding, tasks
 from dmpo_jax.checkpoints import identity, load_params
 from dmpo_jax.config import ConfigError
+from dmpo_jax.grading import Grading
 from dmpo_jax.models import llada
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.structs import Prompts
@@ -43,47 +44,59 @@ class Parts:
   mesh: Mesh
   tokenizer: Tokenizer
   task: tasks.Task
+  grading: Grading  # of the task's completions
   model: llada.LLaDA
-  prompts: data.PromptStream  # training prompts
-  flawless: data.PromptStream  # the same with demonstrations that are always right
+  prompts: data.PromptStream | None  # training prompts; None where nothing is trained
+  flawless: data.PromptStream | None  # the same with demonstrations that are always right
   held_out: tuple[Prompts, list[tasks.Record]]  # evaluation prompts and their records
 
 
-def build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
-  """Build what every mode needs; the task's data is generated on first use.
+def build_parts(config: ConfigDict, workdir: epath.Path, *, is_training: bool = True) -> Parts:
+  """Build what every mode needs; the task's data is generated, or read and kept, on first use.
+
+  Args:
+    is_training: whether the training prompts are needed, too.
 
   Raises:
     ConfigError: a file that the configuration names cannot be used, prompts are too long, devices do not fit the mesh.
   """
   try:
-    return _build_parts(config, workdir)
+    return _build_parts(config, workdir, is_training)
   except ValueError as error:
     raise ConfigError(str(error)) from error
 
 
-def _build_parts(config: ConfigDict, workdir: epath.Path) -> Parts:
+def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> Parts:
   tokenizer = make_tokenizer(config)
-  task = tasks.TASKS[config.task.name](**config.task[config.task.name])
+  spec = tasks.spec(config.task.to_dict())
+  task = tasks.make_task(**spec)
   source = data.TaskData(
     task,
     config.task.name,
-    data_dir=epath.Path(config.task.data_dir or workdir.parent / "data"),
+    records_dir=epath.Path(config.task.records_dir or workdir.parent / "data"),
+    data_dir=config.task.data_dir,
     num_train=config.task.num_train,
     num_test=config.task.num_test,
     eval_path=config.task.eval_path,
   )
   limits = dict(max_prompt_length=config.task.max_prompt_length, overlong=config.task.overlong_prompts)
-  held_out = data.PromptStream(source.test()[: config.eval.num_prompts], task, tokenizer, seed=None, **limits)
-  train = source.train()
+  test = source.test()[: config.eval.num_prompts or None]
+  held_out = data.PromptStream(test, task, tokenizer, seed=None, **limits)
+  prompts = flawless = None
+  if is_training:
+    train = source.train()
+    prompts = data.PromptStream(train, task, tokenizer, seed=config.seed, **limits)
+    flawless = data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits)
   mesh, model = sharding.make_mesh(**config.sharding), build_model(config, tokenizer)
   _check_fits(model.config, mesh)
   return Parts(
     mesh=mesh,
     tokenizer=tokenizer,
     task=task,
+    grading=Grading(spec, **config.grading),
     model=model,
-    prompts=data.PromptStream(train, task, tokenizer, seed=config.seed, **limits),
-    flawless=data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits),
+    prompts=prompts,
+    flawless=flawless,
     held_out=held_out.batch(0, len(held_out)),
   )
 

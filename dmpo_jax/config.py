@@ -3,7 +3,6 @@
 `configs/base.py` says what each key means, `rules.py` which values it may have.
 """
 
-import dataclasses
 import difflib
 import hashlib
 import inspect
@@ -16,10 +15,9 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import files
+from dmpo_jax import files, tasks
 from dmpo_jax.rules import RELATIONS, RULES
 from dmpo_jax.samplers import SAMPLERS
-from dmpo_jax.tasks import TASKS
 
 Config = Mapping[str, Any] | ConfigDict
 
@@ -40,6 +38,7 @@ MAY_CHANGE = (
   "eval.every_buffers",
   "model.dtype",
   "model.init_from",
+  "grading.workers",
   "model.loss_chunk",
   "model.param_dtype",
   "model.remat",
@@ -47,6 +46,7 @@ MAY_CHANGE = (
   "rollout.chunk_prompts",
   "sharding.*",
   "task.data_dir",
+  "task.records_dir",
   "train.microbatch_prompts",
   "train.num_buffers",
 )
@@ -68,7 +68,7 @@ def validate(config: ConfigDict) -> None:
     if not relation.holds(value, *others):
       named = (f"{path} = {other!r}" for path, other in zip(relation.others, others, strict=True))
       problems[relation.path] = _line(relation.path, value, relation.allowed.format(*named))
-  if not problems["task.name"]:
+  if not any(problems[f"task.{key}"] for key in ("name", "prompt", "rewards", "grader")):
     problems |= _task_problems(config.task.name, values)
   if not problems["sampler.name"]:
     problems |= _unknown_keywords("sampler", config.sampler.name, SAMPLERS[config.sampler.name], values)
@@ -113,10 +113,11 @@ def did_you_mean(name: Any, names: Collection[str]) -> str:
 
 
 def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
-  """Check the section of the chosen task against the task's own fields, then by making the task."""
-  prefix = f"task.{name}."
+  """Check the section of the chosen task against the task's own options, then by making the task."""
+  section = tasks.section(name)
+  prefix = f"task.{section}."
   own = {path.removeprefix(prefix): value for path, value in values.items() if path.startswith(prefix)}
-  types = {field.name: field.type for field in dataclasses.fields(TASKS[name])}
+  types = tasks.option_types(name)
   problems = {}
   for key, value in own.items():
     if key not in types:
@@ -124,10 +125,16 @@ def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
     elif types[key] in (int, float, str, bool) and type(value) not in (types[key], {float: int}.get(types[key])):
       problems[prefix + key] = _line(prefix + key, value, f"a value of type {types[key].__name__}")
   if not problems:
+    common = {key: values[f"task.{key}"] for key in ("name", "prompt", "rewards", "grader")}
     try:
-      TASKS[name](**own)
-    except (TypeError, ValueError) as error:  # which names its key, as `task.sudoku.min_blanks=...`
-      problems[prefix] = f"config.{error}" if str(error).startswith(prefix) else _line(prefix[:-1], own, str(error))
+      tasks.make_task(**common, options=own)
+    except (TypeError, ValueError) as error:  # which names its keys, as `task.sudoku.min_blanks=...`, one a line
+      message = str(error)
+      problems[prefix] = (
+        message.replace("task.", "config.task.", 1).replace("\ntask.", "\n  config.task.")
+        if message.startswith("task.")
+        else _line(prefix[:-1], own, message)
+      )
   return problems
 
 
@@ -164,6 +171,7 @@ def _deciding(config: Config) -> dict[str, Any]:
   leaves = flatten(config)
   chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
   chosen.add(("objective", leaves.get("objective.likelihood")))
+  chosen.add(("task", tasks.section(str(leaves.get("task.name")))))
   deciding = {}
   for path, value in leaves.items():
     section, *rest = path.split(".")

@@ -1,10 +1,11 @@
 """Records to token arrays: a task's records are written once, read whole, and then taken by position.
 
-`TaskData` keeps generated records as ArrayRecord files (a TFDS builder, nothing is downloaded), `PromptStream` turns
-them into padded prompts and, for the warm start, demonstrations. Neither takes TensorFlow. The position in the stream
+`TaskData` keeps records, generated or published, as ArrayRecord files (a TFDS builder), `PromptStream` turns them
+into padded prompts and, for the warm start, demonstrations. Neither takes TensorFlow. The position in the stream
 is its only state: what stands there is a function of (records, seed, position).
 """
 
+import bisect
 import contextlib
 import dataclasses
 import hashlib
@@ -13,7 +14,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import absl.logging
 import grain
@@ -24,8 +25,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Int
 
+from dmpo_jax.sharding import HostShare
 from dmpo_jax.structs import Prompts
-from dmpo_jax.tasks.base import Record, Split, Task
+from dmpo_jax.tasks import option_types, sources
+from dmpo_jax.tasks.base import GeneratedTask, Record, Split, Task
 from dmpo_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,38 +41,42 @@ class TaskRecordsConfig(tfds.core.BuilderConfig):
   """Everything that the written records depend on."""
 
   task: Task | None = None
+  splits: tuple[Split, ...] = ()
   num_train: int = 0
   num_test: int = 0
   seed: int = 0
+  data_dir: str = ""  # of published files; they are what their checksums say, wherever they come from
 
 
 class TaskRecords(tfds.core.GeneratorBasedBuilder):
-  """Writes what a task generates, one JSON text a record, in the order in which it comes."""
+  """Writes a task's records, generated or published, one JSON text a record, in the order in which they come."""
 
-  url_infos = None  # nothing is downloaded; looking for these, TFDS 4.9 imports a package that it does not install
+  url_infos = None  # `sources.py` downloads; looking for these, TFDS 4.9 imports a package that it does not install
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = tfds.features.FeaturesDict({"record": tfds.features.Text()})
     return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict]]]:
-    config = self.builder_config
-    return {
-      "train": self._generate_examples("train", config.num_train),
-      "test": self._generate_examples("test", config.num_test),
-    }
+    return {split: self._generate_examples(split) for split in self.builder_config.splits}
 
-  def _generate_examples(self, split: Split, num: int) -> Iterator[tuple[int, dict]]:
+  def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict]]:
     config = self.builder_config
-    for index, record in enumerate(config.task.generate(split, num, config.seed)):
+    if isinstance(config.task, GeneratedTask):
+      num = config.num_train if split == "train" else config.num_test
+      records = config.task.generate(split, num, config.seed)
+    else:
+      records = sources.read_source(config.task.SOURCES[split], config.data_dir, config.task.read_row)
+    for index, record in enumerate(records):
       yield index, {"record": json.dumps(record, ensure_ascii=False)}
 
 
 class TaskData:
-  """The records of a task: generated on first use and kept in `data_dir`, or read from a published test file.
+  """The records of a task: generated or read from a published file on first use and kept in `records_dir`.
 
-  The folder's name has the task's version and a hash of all that the records depend on, so records of other options
-  are never taken for these. It is renamed into place when it is whole; an incomplete one is made anew.
+  A folder's name has the task's version and a hash of all that the records depend on, so records of other options are
+  never taken for these. It is renamed into place when it is whole; an incomplete one is made anew. A user's own records
+  are not kept: their file may change.
   """
 
   def __init__(
@@ -77,82 +84,99 @@ class TaskData:
     task: Task,
     name: str,
     *,
-    data_dir: epath.PathLike,
+    records_dir: epath.PathLike,
     num_train: int,
     num_test: int,
+    data_dir: str = "",
     eval_path: epath.PathLike = "",
     seed: int = 0,
   ):
     """Describe the data; nothing is read or written yet.
 
     Args:
-      task: its generator. name: its name in `tasks.TASKS`.
-      data_dir: where generated records are kept, for all runs.
-      num_train, num_test: generated records of each split.
-      eval_path: a published test file that stands in for the generated test split; "" for none.
+      task: where its records come from. name: its name in `tasks.TASKS`, or the path of a user's file.
+      records_dir: where records are kept, for all runs.
+      num_train, num_test: records to generate for each split, or to take of those that there are (0: all).
+      data_dir: where published data files are; "": they are downloaded.
+      eval_path: a published test file that stands in for the test split; "" for none.
       seed: of the generator, not of the run: all runs learn from, and are measured on, the same records.
     """
-    self._task = task
+    self._task, self._name = task, name
     self._eval_path = eval_path
-    self._data_dir = epath.Path(data_dir)
-    depends_on = dict(task=name, num_train=num_train, num_test=num_test, seed=seed, options=dataclasses.asdict(task))
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
-    self._config = TaskRecordsConfig(
-      name=f"{name}_{digest}", version=task.version, task=task, num_train=num_train, num_test=num_test, seed=seed
-    )
-
-  @property
-  def path(self) -> epath.Path:
-    """The folder of the generated records."""
-    return self._data_dir / TaskRecords.name / self._config.name / self._task.version
+    self._records_dir = epath.Path(records_dir)
+    self._nums = {"train": num_train, "test": num_test}
+    self._common = dict(version=task.version, task=task, num_train=num_train, num_test=num_test, seed=seed)
+    self._common["data_dir"] = data_dir
 
   def train(self) -> list[Record]:
     """Return the training records."""
-    return self._read("train")
+    return self._take("train")
 
   def test(self) -> list[Record]:
-    """Return the records to evaluate on: the published file's, or those of the generated test split."""
+    """Return the records to evaluate on: those of the file that `eval_path` names, or of the test split."""
     if self._eval_path:
       return self._task.read_published(self._eval_path)
-    return self._read("test")
+    return self._take("test")
+
+  def path(self, split: Split) -> epath.Path:
+    """The folder of a split's kept records; generated splits stand together."""
+    return self._records_dir / TaskRecords.name / self._config(split).name / self._task.version
+
+  def _config(self, split: Split) -> TaskRecordsConfig:
+    if isinstance(self._task, GeneratedTask):
+      options = {name: getattr(self._task, name) for name in option_types(self._name)}
+      depends_on = dict(task=self._name, seed=self._common["seed"], options=options)
+      depends_on |= {f"num_{part}": num for part, num in self._nums.items()}
+      digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
+      return TaskRecordsConfig(name=f"{self._name}_{digest}", splits=("train", "test"), **self._common)
+    return TaskRecordsConfig(name=f"{self._name}_{split}", splits=(split,), **self._common)
+
+  def _take(self, split: Split) -> list[Record]:
+    if not isinstance(self._task, GeneratedTask):
+      records = self._read(split) if hasattr(self._task, "SOURCES") else self._task.records(split)
+      num = self._nums[split]
+      if num > len(records):
+        raise ValueError(f"task.num_{split}={num}: {self._name} has {len(records)} records in its {split} split")
+      return records[: num or None]
+    return self._read(split)
 
   def _read(self, split: Split) -> list[Record]:
-    """Read a split whole, after generating the records if they are not there.
+    """Read a split whole, after writing its records if they are not there.
 
-    Process 0 goes first. The others then find its records or, where `data_dir` is a disk of their own, write the same.
+    Process 0 goes first. The others then find its records or, where `records_dir` is a disk of their own, write them
+    too.
 
     Raises:
-      ValueError: `data_dir` is no folder of a file system: ArrayRecord cannot write to object stores.
+      ValueError: `records_dir` is no folder of a file system: ArrayRecord cannot write to object stores.
     """
-    if "://" in str(self._data_dir):
+    if "://" in str(self._records_dir):
       raise ValueError(
-        f"task.data_dir={str(self._data_dir)!r}: generated records need a local or mounted folder (every host may have "
-        "its own); set task.data_dir to one, it is beside the workdir by default"
+        f"task.records_dir={str(self._records_dir)!r}: a task's records need a local or mounted folder (every host may "
+        "have its own); set task.records_dir to one, it is beside the workdir by default"
       )
     if jax.process_index() == 0:
-      self._generate()
+      self._write(split)
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"records at {self.path}")
-      self._generate()
+      multihost_utils.sync_global_devices(f"records at {self.path(split)}")
+      self._write(split)
     with _quiet_tfds():
-      source = TaskRecords(data_dir=self._data_dir, config=self._config).as_data_source(split)
+      source = TaskRecords(data_dir=self._records_dir, config=self._config(split)).as_data_source(split)
     return [json.loads(row["record"]) for row in source.__getitems__(list(range(len(source))))]
 
-  def _generate(self) -> None:
-    if _is_complete(self.path):
+  def _write(self, split: Split) -> None:
+    path = self.path(split)
+    if _is_complete(path):
       return
-    if self.path.exists():
-      logger.warning("%s is incomplete and is made anew", self.path)
-      self.path.rmtree()
-    logger.info(
-      "generating %d training and %d test records in %s", self._config.num_train, self._config.num_test, self.path
-    )
+    if path.exists():
+      logger.warning("%s is incomplete and is made anew", path)
+      path.rmtree()
+    logger.info("writing the records of %s to %s", self._name, path)
     try:
       with _quiet_tfds(), tempfile.TemporaryDirectory() as downloads:
-        builder = TaskRecords(data_dir=self._data_dir, config=self._config)
+        builder = TaskRecords(data_dir=self._records_dir, config=self._config(split))
         builder.download_and_prepare(download_dir=downloads, file_format="array_record")
     except OSError:
-      if not _is_complete(self.path):  # if it is, another run has just put the same records there
+      if not _is_complete(path):  # if it is, another run has just put the same records there
         raise
 
 
@@ -181,18 +205,11 @@ def _is_complete(path: epath.Path) -> bool:
   )
 
 
-class _Item(NamedTuple):
-  """What stands at one position of a stream."""
-
-  record: Record
-  tokens: list[int]
-  prompt_id: int
-
-
 class PromptStream:
   """An endless stream of prompts with random access by position; every epoch is another permutation of them."""
 
   num_skipped: int  # prompts of an epoch that were left out because they are too long
+  num_cut: int  # prompts of an epoch that lost their beginning because they are too long
 
   def __init__(
     self,
@@ -202,14 +219,15 @@ class PromptStream:
     *,
     seed: int | None,
     max_prompt_length: int,
-    overlong: Literal["error", "skip"] = "error",
+    overlong: Literal["error", "skip", "cut_user"] = "error",
   ):
     """Tokenise every prompt once to find those that are too long.
 
     Args:
       seed: of the order and of the demonstrations; None: the records' own order in every epoch.
       max_prompt_length: tokens; the length that every prompt is padded to.
-      overlong: what to do with prompts that are longer: refuse them all, or leave them out and count them.
+      overlong: what to do with prompts that are longer: refuse them all, leave them out and count them, or cut the
+        beginning of the user's turn off, inside the chat's own tokens, and count them.
 
     Raises:
       ValueError: some prompts are too long and `overlong` is "error", or no prompt is left.
@@ -217,9 +235,13 @@ class PromptStream:
     self._records, self._task, self._tokenizer = records, task, tokenizer
     self._seed = seed or 0
     self._prompt_length = max_prompt_length
-    lengths = [len(tokenizer.encode_prompt(task.prompt(record), task.prefill)) for record in records]
-    kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
-    self.num_skipped = len(lengths) - len(kept)
+    lengths = [len(self._encode(task.prompt(record))) for record in records]
+    overlong_ones = [index for index, length in enumerate(lengths) if length > max_prompt_length]
+    self._cut = {
+      index: self._cut_to_fit(task.prompt(records[index])) for index in overlong_ones * (overlong == "cut_user")
+    }
+    kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length or index in self._cut]
+    self.num_cut, self.num_skipped = len(self._cut), len(lengths) - len(kept)
     if self.num_skipped and (overlong == "error" or not kept):
       raise ValueError(_describe_overlong(lengths, max_prompt_length))
     if not kept:
@@ -233,50 +255,72 @@ class PromptStream:
     return len(self._kept)
 
   def batch(self, position: int, n: int) -> tuple[Prompts, list[Record]]:
-    """Return the `n` prompts from `position` on, padded on the left (arrays on the host), and their records."""
-    return self._collate(self._take(position, n))
+    """Return the `n` prompts from `position` on, padded on the left (arrays on the host), and their records.
+
+    Each process reads and tokenises its share of them, then all get all: every process has to call this.
+    """
+    indices = [self._kept[self._order[place]] for place in range(position, position + n)]
+    share = HostShare(n)
+    prompts = self._collate(indices[share.mine])
+    return jax.tree.map(share.gather, prompts), [self._records[index] for index in indices]
 
   def demonstrations(
     self, position: int, n: int, completion_length: int
   ) -> tuple[Prompts, Int[np.ndarray, "n c"], list[Record]]:
     """Return prompts as `batch` does, and a demonstration for each, filled with EOS to `completion_length` (int32).
 
-    A demonstration is drawn by (seed, position), so a prompt has another one in every epoch.
+    A demonstration is drawn by (seed, position), so a prompt has another one in every epoch. Those of a data set may be
+    longer, and lose their end.
 
     Raises:
-      ValueError: a demonstration is longer than `completion_length`.
+      ValueError: a generated demonstration is longer than `completion_length`.
     """
-    items = self._take(position, n)
+    prompts, records = self.batch(position, n)
     completion = np.full((n, completion_length), self._tokenizer.eos_token_id, np.int32)
-    for row, item in enumerate(items):
+    for row, record in enumerate(records):
       rng = np.random.Generator(np.random.Philox(key=(self._seed, position + row)))
-      text = self._task.demonstration(item.record, rng)
+      text = self._task.demonstration(record, rng)
       tokens = self._tokenizer.encode(text)
-      if len(tokens) > completion_length:
+      if len(tokens) > completion_length and isinstance(self._task, GeneratedTask):
         raise ValueError(
           f"sampler.completion_length={completion_length}: the demonstration {text!r} has {len(tokens)} tokens"
         )
+      tokens = tokens[:completion_length]
       completion[row, : len(tokens)] = tokens
-    prompts, records = self._collate(items)
     return prompts, completion, records
 
-  def _take(self, position: int, n: int) -> list[_Item]:
-    items = []
-    for place in range(position, position + n):
-      record = self._records[self._kept[self._order[place]]]
-      text, prefill = self._task.prompt(record), self._task.prefill
-      items.append(_Item(record, self._tokenizer.encode_prompt(text, prefill), prompt_id(text + prefill)))
-    return items
+  def _encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode_prompt(text, self._task.prefill)
 
-  def _collate(self, items: Sequence[_Item]) -> tuple[Prompts, list[Record]]:
-    shape = (len(items), self._prompt_length)
+  def _cut_to_fit(self, text: str) -> str:
+    """Drop as few characters from the beginning of the user's turn as make the prompt fit.
+
+    Raises:
+      ValueError: even an empty turn does not fit.
+    """
+
+    def is_fitting(start: int) -> bool:
+      return len(self._encode(text[start:])) <= self._prompt_length
+
+    start = bisect.bisect_left(range(len(text)), True, key=is_fitting)
+    while start <= len(text) and not is_fitting(start):  # a tokenizer need not be monotone
+      start += 1
+    if start > len(text):
+      raise ValueError(f"task.max_prompt_length={self._prompt_length}: the chat's own tokens alone are more")
+    return text[start:]
+
+  def _collate(self, indices: Sequence[int]) -> Prompts:
+    shape = (len(indices), self._prompt_length)
     tokens, is_valid = np.full(shape, self._tokenizer.pad_token_id, np.int32), np.zeros(shape, bool)
-    for row, item in enumerate(items):
-      start = self._prompt_length - len(item.tokens)
-      tokens[row, start:] = item.tokens
+    ids = np.zeros(len(indices), np.uint32)
+    for row, index in enumerate(indices):
+      text = self._task.prompt(self._records[index])
+      encoded = self._encode(self._cut.get(index, text))
+      start = self._prompt_length - len(encoded)
+      tokens[row, start:] = encoded
       is_valid[row, start:] = True
-    ids = np.array([item.prompt_id for item in items], np.uint32)
-    return Prompts(tokens=tokens, is_valid=is_valid, prompt_id=ids), [item.record for item in items]
+      ids[row] = prompt_id(text + self._task.prefill)
+    return Prompts(tokens=tokens, is_valid=is_valid, prompt_id=ids)
 
 
 def prompt_id(text: str) -> int:

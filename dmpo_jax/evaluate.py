@@ -17,6 +17,7 @@ from dmpo_jax import files, noise, rollout
 from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts, make_sample
 from dmpo_jax.checkpoints import load_params
 from dmpo_jax.config import ConfigError
+from dmpo_jax.grading import Grades, Grading, grade
 from dmpo_jax.measure import Policies
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks.base import Task
@@ -68,7 +69,7 @@ def make_evaluate(
       prompts,
       records,
       sample=sample,
-      task=parts.task,
+      grading=parts.grading,
       tokenizer=parts.tokenizer,
       seed=config.seed,
       batch_size=config.eval.batch_size,
@@ -85,7 +86,7 @@ def evaluate(
   records: Sequence[dict],
   *,
   sample: Callable,
-  task: Task,
+  grading: Grading,
   tokenizer: Tokenizer,
   seed: int,
   batch_size: int,
@@ -114,9 +115,9 @@ def evaluate(
     jax.tree.map(lambda array: array[index], prompts),
   )
   rollouts = jax.tree.map(lambda array: array[:num_prompts], rollouts)
-  grades = rollout.grade(task, tokenizer, records, rollouts.completion)
+  grades = grade(grading, tokenizer, records, rollouts.completion)()
   if jax.process_index() == 0:
-    _save_generations(generations_path, records, rollouts.completion, grades, task, tokenizer)
+    _save_generations(generations_path, records, rollouts.completion, grades, grading.task, tokenizer)
   num_solved = int(grades.is_solved.sum())
   interval = stats.binomtest(num_solved, num_prompts).proportion_ci(method="wilson")
   return {
@@ -135,7 +136,7 @@ def _save_generations(
   path: epath.Path,
   records: Sequence[dict],
   completion: np.ndarray,
-  grades: rollout.Grades,
+  grades: Grades,
   task: Task,
   tokenizer: Tokenizer,
 ) -> None:

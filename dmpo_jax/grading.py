@@ -7,6 +7,7 @@ hang, a crash or a lack of memory is worth 0 and counted, and takes nothing with
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -20,11 +21,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Int
 
+from dmpo_jax.sharding import HostShare
 from dmpo_jax.tasks import Record, Task, make_task
 from dmpo_jax.tasks.judge import Verdict, judge
 from dmpo_jax.tokenizer import Tokenizer
@@ -68,13 +68,17 @@ class Grading:
     """Begin to grade completions, each with the record of its prompt; returns at once."""
     items = list(zip(records, completions, map(bool, is_ended), strict=True))
     if self._is_local:
-      return Pending([self._threads.submit(lambda: [judge(self.task, *item) for item in items])], len(items))
-    return Pending([self._threads.submit(self._ask, item) for item in items], len(items))
+      return Pending([self._threads.submit(self._judge, items)], len(items))
+    groups = itertools.groupby(items, key=lambda item: id(item[0]))  # a worker remembers a prompt's other answers
+    return Pending([self._threads.submit(self._ask, list(group)) for _, group in groups], len(items))
 
-  def _ask(self, item: tuple) -> list[Verdict]:
+  def _judge(self, items: list[tuple]) -> list[Verdict]:
+    return [judge(self.task, *item) for item in items]
+
+  def _ask(self, items: list[tuple]) -> list[Verdict]:
     worker = self._idle.get()
     try:
-      return [worker.ask(item, self._seconds)]
+      return [worker.ask(item, self._seconds) for item in items]
     finally:
       self._idle.put(worker)
 
@@ -167,6 +171,20 @@ class Grades:
   num_crashes: int = 0  # and as it crashed or ran out of memory
   per_second: float = math.nan  # completions graded a second, by this host
 
+  @classmethod
+  def join(cls, parts: Sequence["Grades"]) -> "Grades":
+    """Join the grades of a buffer's chunks."""
+    sizes = [part.reward.size for part in parts]
+    seconds = sum(size / part.per_second for size, part in zip(sizes, parts, strict=True))
+    return cls(
+      reward=np.concatenate([part.reward for part in parts]),
+      is_kept=np.concatenate([part.is_kept for part in parts]),
+      is_solved=np.concatenate([part.is_solved for part in parts]),
+      num_timeouts=sum(part.num_timeouts for part in parts),
+      num_crashes=sum(part.num_crashes for part in parts),
+      per_second=sum(sizes) / seconds,
+    )
+
 
 def grade(
   grading: Grading, tokenizer: Tokenizer, records: Sequence[Record], completion: Int[np.ndarray, "p g c"]
@@ -215,20 +233,3 @@ def log_problems(task: Task, verdicts: Sequence[Verdict], texts: Sequence[str]) 
     logger.warning("the reward of task %s %s on completion %.200r: %s", name, verdict.problem, text, lot)
   if len(problems) > _MAX_LOGGED:
     logger.warning("and %d more of %d completions", len(problems) - _MAX_LOGGED, len(verdicts))
-
-
-class HostShare:
-  """The part of `num` rows that this process works on: each row belongs to one process, whatever their number."""
-
-  def __init__(self, num: int):
-    self._num = num
-    self._size = math.ceil(num / jax.process_count())
-    self.mine = slice(self._size * jax.process_index(), min(self._size * (jax.process_index() + 1), num))
-
-  def gather(self, rows: np.ndarray) -> np.ndarray:
-    """Join the rows of all processes, each of which calls this with those of its share."""
-    if jax.process_count() == 1:
-      return rows
-    filled = np.zeros((self._size, *rows.shape[1:]), rows.dtype)
-    filled[: len(rows)] = rows
-    return multihost_utils.process_allgather(filled, tiled=True)[: self._num]

@@ -169,7 +169,7 @@ def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
       records,
       sample=sample,
       measure=measure,
-      task=parts.task,
+      grading=parts.grading,
       tokenizer=parts.tokenizer,
       seed=config.seed,
       buffer=buffer,

@@ -4,9 +4,8 @@ Forward passes only. The jitted programs run on chunks of prompts, so that a buf
 time; what leaves them is small and replicated, for every host to read.
 """
 
-import dataclasses
-import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,22 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from dmpo_jax import noise, samplers
-from dmpo_jax.measure import Measure, Policies, in_chunks
+from dmpo_jax.grading import Grades, Grading, grade
+from dmpo_jax.measure import Measure, Policies
 from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import weights
 from dmpo_jax.sharding import replicated
 from dmpo_jax.structs import Experience, Prompts, Rollouts
-from dmpo_jax.tasks.base import Task
 from dmpo_jax.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 def collect(
@@ -39,7 +35,7 @@ def collect(
   *,
   sample: Callable,
   measure: Measure,
-  task: Task,
+  grading: Grading,
   tokenizer: Tokenizer,
   seed: int,
   buffer: int,
@@ -61,11 +57,18 @@ def collect(
   """
   watch = Stopwatch()
   key = noise.step_key(seed, "rollout", buffer)
-  rollouts = in_chunks(lambda part: sample(policies, part, key), chunk_prompts, prompts)
-  watch.lap("sample")
+  size = chunk_prompts or len(records)
+  slices = [slice(start, start + size) for start in range(0, len(records), size)]
+  chunks = [sample(policies, jax.tree.map(operator.itemgetter(part), prompts), key) for part in slices]
+  waits = [  # a chunk is graded while the accelerator samples the next ones
+    grade(grading, tokenizer, records[part], np.asarray(chunk.completion))
+    for part, chunk in zip(slices, chunks, strict=True)
+  ]
+  rollouts = jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(chunks))
   completion = rollouts.completion
-  grades = grade(task, tokenizer, records, completion)
-  watch.lap("reward")
+  watch.lap("sample")
+  grades = Grades.join([wait() for wait in waits])
+  watch.lap("reward")  # what grading took longer than sampling
   experience = Experience(
     prompts=prompts,
     completion=completion,
@@ -164,46 +167,6 @@ class Stopwatch:
     return seconds | {f"tokens_per_second_{name}": tokens / value for name, value in self.seconds.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Grades:
-  """Rewards of a buffer, on the host."""
-
-  reward: np.ndarray  # float32 [p, g]; 0 where dropped
-  is_kept: np.ndarray  # bool [p, g]; False where the reward raised or was not finite
-  is_solved: np.ndarray  # bool [p, g]
-
-
-def grade(task: Task, tokenizer: Tokenizer, records: Sequence[dict], completion: Int[np.ndarray, "p g c"]) -> Grades:
-  """Grade every rollout; each process takes its share of the prompts and all of them get all rewards.
-
-  A reward that raises or is not finite drops that rollout from its group and is logged, it never stops the run.
-  """
-  num_prompts, group_size = completion.shape[:2]
-  share = math.ceil(num_prompts / jax.process_count())
-  rows = np.zeros((share * jax.process_count(), group_size, 3), np.float32)  # reward, is_kept, is_solved
-  start = share * jax.process_index()
-  for p in range(start, min(start + share, num_prompts)):
-    for g in range(group_size):
-      rows[p, g] = _grade_one(task, records[p], tokenizer.decode(completion[p, g].tolist()))
-  if jax.process_count() > 1:
-    rows = multihost_utils.process_allgather(rows[start : start + share], tiled=True)
-  rows = rows[:num_prompts]
-  return Grades(reward=rows[..., 0], is_kept=rows[..., 1] > 0, is_solved=rows[..., 2] > 0)
-
-
-def _grade_one(task: Task, record: dict, text: str) -> tuple[float, float, float]:
-  try:
-    reward = float(task.reward(record, text))
-    is_solved = float(task.grade(record, text).is_correct)
-  except Exception as error:  # a user's reward may raise anything
-    logger.warning("the reward of task %s raised %r on completion %.200r: dropped", type(task).__name__, error, text)
-    return 0.0, 0.0, 0.0
-  if not math.isfinite(reward):
-    logger.warning("the reward of task %s is %r on completion %.200r: dropped", type(task).__name__, reward, text)
-    return 0.0, 0.0, 0.0
-  return reward, 1.0, is_solved
-
-
 def describe(
   grades: Grades, rollouts: Rollouts, is_until_eos: Bool[np.ndarray, "p g c"], eos_token_id: int
 ) -> dict[str, float]:
@@ -217,6 +180,9 @@ def describe(
     "reward_std": float(reward.std()) if reward.size else math.nan,
     "solve_rate": _mean(grades.is_solved[kept]),
     "rewards_failed": float((~kept).sum()),
+    "grading_timeouts": float(grades.num_timeouts),
+    "grading_crashes": float(grades.num_crashes),
+    "graded_per_second": grades.per_second,
     "groups_without_variance": float(weights.fraction_without_variance(*map(jnp.asarray, (grades.reward, kept)))),
     "unique_rollouts": float(unique.mean()),
     "tokens_per_call": _mean(rollouts.num_tokens) / _mean(rollouts.num_calls),

@@ -18,7 +18,8 @@ from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.objectives.weights import BASELINES, WEIGHTINGS
 from dmpo_jax.samplers import SAMPLERS, llada
 from dmpo_jax.samplers.rules import RULES as PARALLEL_RULES
-from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks import TASKS, user
+from dmpo_jax.tasks.worded import CHOICES
 from dmpo_jax.tokenizer import TOKENIZERS
 
 
@@ -69,6 +70,16 @@ def flag() -> Rule:
 def one_of(*names: str) -> Rule:
   """Allow one of these names."""
   return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
+
+
+def task_name() -> Rule:
+  """Allow a task's name, or a user's file that exists."""
+  allowed = f"one of {', '.join(TASKS)}, or the path of a .py or .jsonl file that exists"
+
+  def holds(value: Any) -> bool:
+    return value in TASKS or (isinstance(value, str) and user.is_file(value) and epath.Path(value).is_file())
+
+  return Rule(allowed, holds, tuple(TASKS))
 
 
 def some_of(*names: str) -> Rule:
@@ -127,13 +138,17 @@ RULES: dict[str, Rule] = {
   "tokenizer.name": one_of(*TOKENIZERS),
   "tokenizer.path": existing("a tokenizer", empty="that of model.init_from"),
   "tokenizer.is_chat": flag(),
-  "task.name": one_of(*TASKS),
+  "task.name": task_name(),
+  "task.prompt": text(),
+  "task.rewards": one_of(*CHOICES),
+  "task.grader": one_of(*CHOICES),
+  "task.records_dir": text(),
   "task.data_dir": text(),
   "task.eval_path": existing("a test file", empty="the generated test split"),
-  "task.num_train": whole(1),
-  "task.num_test": whole(1),
+  "task.num_train": whole(0),
+  "task.num_test": whole(0),
   "task.max_prompt_length": whole(1),
-  "task.overlong_prompts": one_of("error", "skip"),
+  "task.overlong_prompts": one_of("error", "skip", "cut_user"),
   "sampler.name": one_of(*SAMPLERS),
   "sampler.completion_length": whole(1),
   "sampler.block_length": whole(1),
@@ -205,10 +220,13 @@ RULES: dict[str, Rule] = {
   "sharding.fsdp": mesh_size(),
   "sharding.tensor": mesh_size(),
   "eval.every_buffers": whole(0),
-  "eval.num_prompts": whole(1),
+  "eval.num_prompts": whole(0),
   "eval.batch_size": whole(1),
   "eval.temperature": number("[0, inf)"),
   "eval.early_exit": flag(),
+  "grading.workers": whole(1),
+  "grading.seconds": number("(0, inf)"),
+  "grading.memory_gb": number("(0, inf)"),
   "checkpoint.every_updates": whole(1),
   "checkpoint.keep": whole(1),
 }
@@ -311,7 +329,9 @@ RELATIONS = (
     lambda exits, counted: not exits or counted == "until_eos",
     'False unless objective.counted = "until_eos" ({0}): what early exit fills in is not the policy\'s choice',
   ),
-  Relation("rollout.num_prompts", ("task.num_train",), operator.le, "at most {0}"),
+  Relation(
+    "rollout.num_prompts", ("task.num_train",), lambda prompts, train: not train or prompts <= train, "at most {0}"
+  ),
   Relation(
     "train.microbatch_prompts",
     ("rollout.num_prompts",),
@@ -321,7 +341,7 @@ RELATIONS = (
   Relation(
     "eval.num_prompts",
     ("task.num_test", "task.eval_path"),
-    lambda prompts, test, path: bool(path) or prompts <= test,
+    lambda prompts, test, path: bool(path) or not test or prompts <= test,
     "at most {0}",
   ),
   Relation("sharding.fsdp", ("sharding.data",), lambda a, b: (a, b).count(-1) < 2, "a size, as {0}"),

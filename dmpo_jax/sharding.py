@@ -5,12 +5,14 @@ Rows (prompts x rollouts x replicates) are split over `data` and `fsdp`; weights
 is a mesh of one device, so nothing else in the package asks how many devices there are.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -102,3 +104,20 @@ def layout(boxed: Any, mesh: Mesh) -> Any:
 def abstract(tree: Any) -> Any:
   """Describe arrays by shape, dtype and sharding alone: what a checkpoint is restored onto."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class HostShare:
+  """The part of `num` rows that this process works on: each row belongs to one process, whatever their number."""
+
+  def __init__(self, num: int):
+    self._num = num
+    self._size = math.ceil(num / jax.process_count())
+    self.mine = slice(self._size * jax.process_index(), min(self._size * (jax.process_index() + 1), num))
+
+  def gather(self, rows: np.ndarray) -> np.ndarray:
+    """Join the rows of all processes, each of which calls this with those of its share."""
+    if jax.process_count() == 1:
+      return rows
+    filled = np.zeros((self._size, *rows.shape[1:]), rows.dtype)
+    filled[: len(rows)] = rows
+    return multihost_utils.process_allgather(filled, tiled=True)[: self._num]

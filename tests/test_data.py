@@ -44,10 +44,10 @@ def puzzles(stream: PromptStream, position: int, n: int) -> list[str]:
 
 
 def test_records_are_written_as_array_record_and_come_back(tmp_path):
-  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  source = TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES)
   assert source.train() == list(TASK.generate("train", 30, 0))
   assert source.test() == list(TASK.generate("test", 7, 0))
-  files = sorted(path.name for path in source.path.iterdir())
+  files = sorted(path.name for path in source.path("train").iterdir())
   assert [name for name in files if "array_record" in name] == [
     "task_records-test.array_record-00000-of-00001",
     "task_records-train.array_record-00000-of-00001",
@@ -56,19 +56,19 @@ def test_records_are_written_as_array_record_and_come_back(tmp_path):
 
 
 def test_prepared_records_are_used_again(tmp_path, monkeypatch):
-  first = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES).train()
+  first = TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES).train()
   monkeypatch.setattr(Sudoku, "generate", lambda *_: pytest.fail("generated again"))
-  assert TaskData(TASK, "sudoku", data_dir=str(tmp_path), **SIZES).train() == first
+  assert TaskData(TASK, "sudoku", records_dir=str(tmp_path), **SIZES).train() == first
 
 
 def test_nothing_is_said_on_stdout(tmp_path, capsys):
-  TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES).test()
+  TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES).test()
   assert capsys.readouterr().out == ""
 
 
 def test_other_options_sizes_seeds_and_versions_are_other_folders(tmp_path, monkeypatch):
   def path(task=TASK, name="sudoku", **keywords):
-    return TaskData(task, name, data_dir=tmp_path, **(SIZES | keywords)).path
+    return TaskData(task, name, records_dir=tmp_path, **(SIZES | keywords)).path("train")
 
   paths = [
     path(),
@@ -84,18 +84,18 @@ def test_other_options_sizes_seeds_and_versions_are_other_folders(tmp_path, monk
 
 
 def test_an_incomplete_folder_is_made_anew(tmp_path):
-  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  source = TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES)
   expected = source.train()
   for damage in ("task_records-train.array_record-00000-of-00001", "dataset_info.json"):
-    (source.path / damage).unlink()
+    (source.path("train") / damage).unlink()
     assert source.train() == expected
-  (source.path / "dataset_info.json").write_text('{"name": "task_re')
+  (source.path("train") / "dataset_info.json").write_text('{"name": "task_re')
   assert source.train() == expected
 
 
 def test_what_a_killed_run_left_is_not_read(tmp_path):
-  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
-  half = source.path.parent / f"incomplete.ABC123_{source.path.name}"
+  source = TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES)
+  half = source.path("train").parent / f"incomplete.ABC123_{source.path('train').name}"
   half.mkdir(parents=True)
   (half / "task_records-train.array_record-00000-of-00001").write_bytes(b"half")
   assert source.train() == list(TASK.generate("train", 30, 0))
@@ -107,20 +107,20 @@ def test_a_failing_generator_leaves_nothing_to_read(tmp_path, monkeypatch):
     raise ValueError(f"task.num_{split}={num}: too many")
 
   monkeypatch.setattr(Sudoku, "generate", failing)
-  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  source = TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES)
   with pytest.raises(ValueError, match=r"task.num_train=30: too many"):
     source.train()
-  assert not source.path.exists()
-  assert not list(source.path.parent.iterdir())
+  assert not source.path("train").exists()
+  assert not list(source.path("train").parent.iterdir())
 
 
 def test_two_runs_may_prepare_the_same_records(tmp_path, monkeypatch):
-  source = TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES)
+  source = TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES)
   generate = Sudoku.generate
 
   def overtaken(self, split, num, seed):
     monkeypatch.setattr(Sudoku, "generate", generate)
-    TaskData(TASK, "sudoku", data_dir=tmp_path, **SIZES).train()  # another run is done first
+    TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES).train()  # another run is done first
     return generate(self, split, num, seed)
 
   monkeypatch.setattr(Sudoku, "generate", overtaken)
@@ -128,11 +128,13 @@ def test_two_runs_may_prepare_the_same_records(tmp_path, monkeypatch):
 
 
 def test_processes_wait_for_the_first_and_find_its_records(tmp_path, monkeypatch):
-  first = TaskData(TASK, "sudoku", data_dir=tmp_path / "first", **SIZES)
-  second = TaskData(TASK, "sudoku", data_dir=tmp_path / "second", **SIZES)
+  first = TaskData(TASK, "sudoku", records_dir=tmp_path / "first", **SIZES)
+  second = TaskData(TASK, "sudoku", records_dir=tmp_path / "second", **SIZES)
   events = []
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(data.multihost_utils, "sync_global_devices", lambda name: events.append(first.path.exists()))
+  monkeypatch.setattr(
+    data.multihost_utils, "sync_global_devices", lambda name: events.append(first.path("train").exists())
+  )
   monkeypatch.setattr(jax, "process_index", lambda: 0)
   expected = first.train()
   monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -142,15 +144,15 @@ def test_processes_wait_for_the_first_and_find_its_records(tmp_path, monkeypatch
 
 
 def test_object_stores_are_refused():
-  source = TaskData(TASK, "sudoku", data_dir="gs://bucket/data", **SIZES)
-  with pytest.raises(ValueError, match=r"task.data_dir='gs://bucket/data'.*local or mounted"):
+  source = TaskData(TASK, "sudoku", records_dir="gs://bucket/data", **SIZES)
+  with pytest.raises(ValueError, match=r"task.records_dir='gs://bucket/data'.*local or mounted"):
     source.train()
 
 
 def test_a_published_file_stands_in_for_the_test_split(tmp_path):
   path = tmp_path / "puzzles.csv"
   path.write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
-  source = TaskData(TASK, "sudoku", data_dir=tmp_path / "data", eval_path=str(path), **SIZES)
+  source = TaskData(TASK, "sudoku", records_dir=tmp_path / "data", eval_path=str(path), **SIZES)
   assert source.test() == [{"puzzle": "3102200002100320", "solution": "3142243142131324"}]
   assert not (tmp_path / "data").exists()
 
@@ -161,7 +163,7 @@ import sys
 from dmpo_jax import data
 from dmpo_jax.tasks.sudoku import Sudoku
 task = Sudoku(min_blanks=4, max_blanks=6, demo_patience=11.0)
-assert len(data.TaskData(task, "sudoku", data_dir={str(tmp_path)!r}, num_train=9, num_test=3).train()) == 9
+assert len(data.TaskData(task, "sudoku", records_dir={str(tmp_path)!r}, num_train=9, num_test=3).train()) == 9
 assert "tensorflow" not in sys.modules
 """
   subprocess.run([sys.executable, "-c", code], check=True)

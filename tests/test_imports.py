@@ -16,6 +16,7 @@ LEVELS = (
   {
     "chat",
     "data",
+    "grading",
     "tokenizer",
     "optim",
     "checkpoints",
@@ -43,6 +44,7 @@ INSIDE = {
   "measure": {"scoring"},
   "rules": {"tokenizer"},
   "tokenizer": {"chat"},
+  "grading": {"tokenizer"},
   "evaluate": {"build"},
   "phases": {"build", "evaluate"},
   "train": {"build", "evaluate", "phases"},

@@ -7,6 +7,7 @@ import tiny
 from etils import epath
 
 from dmpo_jax import build, rollout, structs
+from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.measure import Policies, make_measure_sampled, make_measure_weights
 from dmpo_jax.objectives.estimators import Elbo
 from dmpo_jax.tasks.sudoku import Sudoku
@@ -56,7 +57,7 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
       records,
       sample=sample,
       measure=measure,
-      task=task or parts.task,
+      grading=Grading(task=task) if task else parts.grading,
       tokenizer=parts.tokenizer,
       seed=config.seed,
       buffer=3,
@@ -142,13 +143,16 @@ def test_what_the_log_says_of_completions():
   rollouts = structs.Rollouts(
     completion, completion * 0, np.full((1, 2, 4), 0.5), np.array([[2, 2]]), np.array([[4, 2]]), np.array([[0, 1]])
   )
-  grades = rollout.Grades(np.array([[1.0, 0.0]]), np.array([[True, False]]), np.array([[True, False]]))
+  grades = Grades(np.array([[1.0, 0.0]]), np.array([[True, False]]), np.array([[True, False]]), per_second=4.0)
   figures = rollout.describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
   assert figures == {
     "reward_mean": 1.0,
     "reward_std": 0.0,
     "solve_rate": 1.0,
     "rewards_failed": 1.0,
+    "grading_timeouts": 0.0,
+    "grading_crashes": 0.0,
+    "graded_per_second": 4.0,
     "groups_without_variance": 1.0,
     "unique_rollouts": 1.0,
     "tokens_per_call": 1.5,

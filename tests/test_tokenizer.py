@@ -46,8 +46,8 @@ def test_encoding_is_a_token_a_character_and_comes_back(text):
 
 def test_all_task_text_is_known(tokenizer):
   rng = np.random.default_rng(0)
-  for name, task_class in TASKS.items():
-    task = task_class(**CONFIG.task[name])
+  for name in ("sudoku", "countdown"):
+    task = TASKS[name](**CONFIG.task[name])
     for record in task.generate("test", 30, 0):
       for text in (task.prompt(record), task.demonstration(record, rng)):
         assert tokenizer.decode(tokenizer.encode(text)) == text

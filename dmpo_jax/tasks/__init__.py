@@ -1,12 +1,14 @@
 """The tasks by name: one file each, with its data, its prompt, its reward and its grading."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from dmpo_jax.tasks import countdown, gsm8k, maths, sudoku, user
 from dmpo_jax.tasks.base import Grade, Record, Split, Task
+from dmpo_jax.tasks.worded import WordedTask
 
-__all__ = ["TASKS", "Grade", "Record", "Split", "Task", "make_task"]
+__all__ = ["TASKS", "Grade", "Record", "Split", "Task", "make_task", "option_types", "section", "spec"]
 
 TASKS: dict[str, type[Task]] = {
   "sudoku": sudoku.Sudoku,
@@ -30,3 +32,22 @@ def make_task(name: str, *, options: Mapping[str, Any], prompt: str, rewards: st
   if user.is_file(name):
     return user.load(name, **options)
   return TASKS[name](**options, prompt_name=prompt, rewards=rewards, grader=grader)
+
+
+def section(name: str) -> str:
+  """Return the section of `config.task` with the options of the task of this name: a user's file has `user`."""
+  return "user" if user.is_file(name) else name
+
+
+def spec(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the arguments of `make_task` that `config.task` gives."""
+  names = {key: config[key] for key in ("name", "prompt", "rewards", "grader")}
+  return names | {"options": dict(config[section(config["name"])])}
+
+
+def option_types(name: str) -> dict[str, type]:
+  """Return the options of a task, `config.task.<name>`, and their types."""
+  if user.is_file(name):
+    return {"grader": str}
+  common = {field.name for field in dataclasses.fields(WordedTask)}
+  return {field.name: field.type for field in dataclasses.fields(TASKS[name]) if field.name not in common}

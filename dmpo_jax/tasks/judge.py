@@ -51,7 +51,7 @@ def judge(task: tasks.Task, record: tasks.Record, completion: str, is_ended: boo
 
 
 def serve(file_descriptor: int, memory_gb: float) -> None:
-  """Answer requests until the other end closes: first `make_task`'s arguments, then (record, completion, ended, limit)."""
+  """Answer requests until the other end closes: `make_task`'s arguments, then (record, completion, ended, limit)."""
   limit = int(memory_gb * 2**30)
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
   with Connection(file_descriptor) as connection:
