@@ -50,9 +50,9 @@ def last_box(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-  """Return the last answer: of the last answer block what is boxed, or all of it; without a block the last box."""
+  """Return the last answer: of the last answer block what is boxed, or all of it; if there is none, the last box."""
   block = last_block(text)
-  box = last_box(text if block is None else block)
+  box = last_box(block or text)
   return block if box is None else box
 
 
