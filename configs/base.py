@@ -180,6 +180,10 @@ def get_config() -> ConfigDict:
   e.num_prompts = 256  # 0: all of the test split
   e.batch_size = 256
   e.temperature = 0.0
+  e.num_samples = 1  # completions of each prompt; with more, at a temperature above 0, pass@k is reported too
+  e.tasks = ()  # what --mode=eval evaluates: tasks, lengths and samplers, all with all; (): as in training
+  e.lengths = ()  # completion lengths, with as many steps a token as in training
+  e.samplers = ()
   e.early_exit = True  # a completion is finished with its first EOS
 
   c.checkpoint = x = ConfigDict()

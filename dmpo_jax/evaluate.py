@@ -1,8 +1,15 @@
-"""A policy's accuracy on held-out prompts: sample, grade, count, and keep every generation."""
+"""A policy's accuracy on held-out prompts: sample, grade, count, and keep every generation.
 
+During training the current policy is evaluated now and then, as it samples in training but greedily (`make_evaluate`).
+`--mode=eval` evaluates the last and the best policy of a workdir on all of `eval.tasks`, `lengths` and `samplers`.
+"""
+
+import copy
+import itertools
 import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,35 +18,300 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
-from dmpo_jax import files, noise, rollout
+from dmpo_jax import files, grading, noise
 from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts, make_sample
 from dmpo_jax.checkpoints import load_params
-from dmpo_jax.config import ConfigError
-from dmpo_jax.grading import Grades, Grading, grade
+from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.measure import Policies
-from dmpo_jax.structs import Prompts
-from dmpo_jax.tasks.base import Task
+from dmpo_jax.sharding import HostShare, gather_texts
+from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
+
+RESULT = "result.json"
+_Z = 1.959964  # of a 95 % interval
 
 
 def main(config: ConfigDict, workdir: epath.Path) -> None:
-  """Evaluate the policy that training left in `workdir`, and print and save the figures."""
-  parts = build_parts(config, workdir)
-  if not (workdir / "policy").exists():
+  """Evaluate the policies that training left in `workdir`, and print and save the figures; done parts are kept."""
+  policies = {name: workdir / folder for name, folder in (("last", "policy"), ("best", "best"))}
+  policies = {name: path for name, path in policies.items() if path.exists()}
+  if "last" not in policies:
     raise ConfigError(
       f"{workdir} holds no finished policy to evaluate: train first, with the same command without --mode"
     )
-  with jax.set_mesh(parts.mesh):
-    collection = "lora" if parts.model.config.lora else "params"
-    policy = load_params(workdir / "policy", abstract_collection(parts.model, parts.mesh, collection))
-    base = base_params(config, workdir, parts)
-    scalars = make_evaluate(config, workdir / "evaluation", parts, base)(policy, config.train.num_buffers)
+  settings = list(vary(config))
+  for setting in settings:
+    validate(setting)
+  folder = workdir / "evaluation"
+  rows = _read_rows(folder / RESULT)
+  for name, group in itertools.groupby(settings, key=lambda setting: setting.task.name):
+    parts = build_parts(config_of_task(config, name), workdir, is_training=False)
+    with jax.set_mesh(parts.mesh):
+      base = base_params(config, workdir, parts)
+      trained = _load(policies, parts)
+      for setting, policy in itertools.product(group, policies):
+        about = describe(setting, config) | {"policy": policy, "buffers": _num_buffers(workdir, config, policy)}
+        if any(row.items() >= about.items() for row in rows):
+          continue  # an earlier start has done it
+        path = folder / f"{_file_name(about)}.jsonl"
+        figures = make_evaluate(setting, folder, parts, base)(trained[policy], about["buffers"], path)
+        rows = [row for row in rows if _file_name(row) != _file_name(about)] + [about | figures]
+        if jax.process_index() == 0:
+          files.write_whole(folder / RESULT, json.dumps(rows, indent=2) + "\n")
   if jax.process_index() == 0:
-    files.write_whole(workdir / "evaluation" / "result.json", json.dumps(scalars, indent=2))
-    Console().print(table({"policy": scalars}))
-    print(f"generations  {workdir / 'evaluation'}")
+    Console().print(grid_table(rows))
+    print(f"generations  {folder}")
+
+
+def vary(config: ConfigDict) -> Iterator[ConfigDict]:
+  """Yield the configuration with every task, sampler and length of `config.eval`, as many steps a token as it has."""
+  own, sampler = config.eval, config.sampler
+  names = (own.tasks or (config.task.name,), own.samplers or (sampler.name,))
+  for task, name, length in itertools.product(*names, own.lengths or (sampler.completion_length,)):
+    varied = config_of_task(config, task)
+    with varied.unlocked():
+      varied.sampler.name, varied.sampler.completion_length = name, length
+      varied.sampler.block_length = min(sampler.block_length, length)
+      varied.sampler.steps = max(round(sampler.steps * length / sampler.completion_length), 1)
+    yield varied
+
+
+def config_of_task(config: ConfigDict, name: str) -> ConfigDict:
+  """Return a copy of the configuration for another task; a test file that is named belongs to the configured one."""
+  varied = copy.deepcopy(config)
+  if name != config.task.name:
+    with varied.unlocked():
+      varied.task.name, varied.task.eval_path = name, ""
+  return varied
+
+
+def describe(setting: ConfigDict, config: ConfigDict) -> dict[str, Any]:
+  """Return what an evaluation depends on besides the policy, and whether it samples as training does."""
+  sampler, trained_with = setting.sampler, config.sampler
+  return {
+    "task": setting.task.name,
+    "prompt": setting.task.prompt,
+    "grader": setting.task.grader,
+    "eval_path": setting.task.eval_path,
+    "prompts": setting.eval.num_prompts,
+    "sampler": sampler.name,
+    "completion_length": sampler.completion_length,
+    "block_length": sampler.block_length,
+    "steps": sampler.steps,
+    "temperature": setting.eval.temperature,
+    "num_samples": setting.eval.num_samples,
+    "is_as_in_training": sampler.to_dict() == trained_with.to_dict() and setting.task.name == config.task.name,
+  }
+
+
+def make_evaluate(config: ConfigDict, folder: epath.Path, parts: Parts, base: Any) -> Callable[..., dict[str, float]]:
+  """Close over the configuration's evaluation: `evaluate(trainable, after so many buffers[, path]) -> figures`."""
+  own = config.eval
+  sample = make_sample(
+    config, parts, group_size=own.num_samples, temperature=own.temperature, early_exit=own.early_exit
+  )
+  prompts, records = parts.held_out
+  about = describe(config, config)
+
+  def evaluate_after(trainable: Any, buffer: int, path: epath.Path | None = None) -> dict[str, float]:
+    return evaluate(
+      lambda part, key: sample(Policies(trainable, base), part, key),
+      prompts,
+      records,
+      grading=parts.grading,
+      tokenizer=parts.tokenizer,
+      seed=config.seed,
+      batch_size=own.batch_size,
+      path=path or folder / f"{buffer:06d}.jsonl",
+      about=about | {"buffers": buffer},
+    )
+
+  return evaluate_after
+
+
+def evaluate(
+  sample: Callable[[Prompts, jax.Array], Rollouts],
+  prompts: Prompts,
+  records: Sequence[dict],
+  *,
+  grading: grading.Grading,
+  tokenizer: Tokenizer,
+  seed: int,
+  batch_size: int,
+  path: epath.Path,
+  about: Mapping[str, Any],
+) -> dict[str, float]:
+  """Decode completions of every prompt, grade them, and save the generations as JSON lines.
+
+  An evaluation that was cut off goes on after its last whole batch. Every prompt's rows are a function of the seed and
+  the prompt, so neither batches nor hosts change them; each host grades and writes down its share of a batch.
+
+  Args:
+    sample: from `rollout.make_sample`, closed over the policy; fields [p, g, ...].
+    batch_size: prompts decoded at one time; the last batch is filled up with copies of the last prompt, dropped again.
+    path: one line a completion, see `_line`. Written by process 0.
+    about: what the evaluation depends on; an unfinished file of another one is begun anew.
+
+  Returns:
+    See `summarize`, and `seconds` and `tokens_per_second` of this start, effective tokens counted.
+  """
+  start, num = time.monotonic(), len(records)
+  key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, num)
+  progress = Unfinished(path, about)
+  lines = progress.read()
+  num_before = len(lines)
+  begin = len({line["index"] for line in lines})
+  starts = range(begin, num, batch_size)
+
+  def dispatch(first: int) -> Rollouts:
+    index = np.minimum(np.arange(first, first + batch_size), num - 1)
+    return sample(jax.tree.map(lambda array: array[index], prompts), key)
+
+  ahead = dispatch(begin) if begin < num else None
+  for first in starts:
+    rollouts = jax.device_get(ahead)
+    rows = range(first, min(first + batch_size, num))
+    finish = _grade_batch(grading, tokenizer, records, rollouts, rows)
+    following = first + batch_size
+    ahead = dispatch(following) if following < num else None  # while the accelerator does this, workers grade
+    batch = finish()
+    lines += batch
+    progress.add(batch)
+  progress.finish(lines)
+  seconds = time.monotonic() - start
+  tokens = sum(line["num_tokens"] for line in lines[num_before:])
+  return summarize(lines) | {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _grade_batch(
+  grader: grading.Grading, tokenizer: Tokenizer, records: Sequence[dict], rollouts: Rollouts, rows: range
+) -> Callable[[], list[dict[str, Any]]]:
+  """Begin to grade a batch, each process its share of prompts; return a function that waits for everyone's lines."""
+  share = HostShare(len(rows))
+  mine, group_size = rows[share.mine], rollouts.completion.shape[1]
+  here = jax.tree.map(lambda array: array[share.mine], rollouts)
+  texts, is_ended = grading.decode(tokenizer, here.completion)
+  record_of = [records[index] for index in mine for _ in range(group_size)]
+  pending = grader.submit(record_of, texts, is_ended)
+
+  def finish() -> list[dict[str, Any]]:
+    verdicts = pending.result()
+    grading.log_problems(grader.task, verdicts, texts)
+    lines = []
+    for row, (verdict, text) in enumerate(zip(verdicts, texts, strict=True)):
+      p, g = divmod(row, group_size)
+      ids = here.completion[p, g]
+      ends = np.flatnonzero(np.isin(ids, [tokenizer.eos_token_id, tokenizer.eot_token_id]))
+      lines.append(
+        {
+          "index": mine[p],
+          "sample": g,
+          "record": record_of[row],
+          "prompt": grader.task.prompt(record_of[row]),
+          "prompt_name": getattr(grader.task, "prompt_name", "default"),
+          "completion": text,
+          "extracted": verdict.grade.extracted,
+          "reward": verdict.reward,
+          "is_solved": verdict.grade.is_correct,
+          "is_formatted": verdict.grade.is_formatted,
+          "parts": verdict.grade.parts,
+          "is_ended": bool(is_ended[row]),
+          "grading": verdict.kind,
+          "num_tokens": int(ends[0]) if len(ends) else len(ids),
+          "num_calls": int(here.num_calls[p, g]),
+          "num_saved": int(here.num_saved[p, g]),
+        }
+      )
+    return [json.loads(text) for text in gather_texts([json.dumps(line, default=str) for line in lines])]
+
+  return finish
+
+
+class Unfinished:
+  """The file of an evaluation that is under way: a line about it, then the lines of whole batches."""
+
+  def __init__(self, path: epath.Path, about: Mapping[str, Any]):
+    self._path = path
+    self._file = path.parent / f".{path.name}.unfinished"
+    self._head = json.dumps(dict(about), sort_keys=True)
+    self._texts: list[str] = []
+
+  def read(self) -> list[dict[str, Any]]:
+    """Return the lines that an earlier start has left for this very evaluation, on every process."""
+    texts = []
+    if jax.process_index() == 0 and self._file.exists():
+      head, *texts = self._file.read_text().split("\n")[:-1] or [""]  # what follows the last newline is not whole
+      texts = texts if head == self._head else []
+    self._texts = gather_texts(texts)
+    return [json.loads(text) for text in self._texts]
+
+  def add(self, lines: Sequence[dict[str, Any]]) -> None:
+    """Keep the lines of a further batch."""
+    self._texts += [json.dumps(line, ensure_ascii=False) for line in lines]
+    if jax.process_index() == 0:
+      files.write_whole(self._file, "\n".join([self._head, *self._texts]) + "\n")
+
+  def finish(self, lines: Sequence[dict[str, Any]]) -> None:
+    """Write the generations and drop the unfinished file."""
+    if jax.process_index() == 0:
+      files.write_whole(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+      self._file.unlink(missing_ok=True)
+
+
+def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Count an evaluation's lines.
+
+  Returns:
+    `solve_rate` in [0, 1] (with several samples their mean) with its 95 % Wilson interval over the prompts
+    (`solve_rate_low`, `solve_rate_high`); `pass_at_<k>` for k = 1, 2, 4, ... up to the samples of a prompt, unbiased
+    (Chen et al., arXiv 2107.03374, eq. 1); `part_rate` where answers count in parts (the published Sudoku grader's
+    cells); `reward_mean`, `format_rate`, `eos_rate`, `effective_tokens` before the first end token, `model_calls`,
+    `calls_saved`, `num_prompts`, and how many completions were not graded and why.
+  """
+  solved: dict[int, list[bool]] = {}
+  for line in lines:
+    solved.setdefault(line["index"], []).append(line["is_solved"])
+  num_prompts, group_size = len(solved), len(lines) // len(solved)
+  rate = _mean(lines, "is_solved")
+  low, high = wilson(rate, num_prompts)
+  figures = {"solve_rate": rate, "solve_rate_low": low, "solve_rate_high": high}
+  if group_size > 1:
+    for k in (2**i for i in range(group_size.bit_length())):
+      figures[f"pass_at_{k}"] = float(np.mean([pass_at_k(len(group), sum(group), k) for group in solved.values()]))
+  parts = [line["parts"] for line in lines if line["parts"]]
+  if parts:
+    figures["part_rate"] = sum(right for right, _ in parts) / max(sum(asked for _, asked in parts), 1)
+  return figures | {
+    "reward_mean": _mean(lines, "reward"),
+    "format_rate": _mean(lines, "is_formatted"),
+    "eos_rate": _mean(lines, "is_ended"),
+    "effective_tokens": _mean(lines, "num_tokens"),
+    "model_calls": _mean(lines, "num_calls"),
+    "calls_saved": _mean(lines, "num_saved"),
+    "num_prompts": num_prompts,
+    "rewards_failed": sum(line["grading"] == "failed" for line in lines),
+    "grading_timeouts": sum(line["grading"] == "timeout" for line in lines),
+    "grading_crashes": sum(line["grading"] == "crash" for line in lines),
+  }
+
+
+def wilson(rate: float, num: int) -> tuple[float, float]:
+  """Return the 95 % Wilson score interval of a rate among `num` independent trials (Wilson, 1927)."""
+  z2 = _Z**2 / num
+  centre, width = rate + z2 / 2, _Z * math.sqrt((rate * (1 - rate) + z2 / 4) / num)
+  return max((centre - width) / (1 + z2), 0.0), min((centre + width) / (1 + z2), 1.0)
+
+
+def pass_at_k(num: int, num_right: int, k: int) -> float:
+  """Return the probability that one of k completions, drawn from `num` of which `num_right` are right, is right."""
+  return 1.0 - math.comb(num - num_right, k) / math.comb(num, k)
+
+
+def best_buffer(evaluations: Mapping[str, Mapping[str, float]]) -> str:
+  """Return the number of finished buffers, above 0, after which most was solved; ties: higher reward, then earlier."""
+  trained = {buffer: row for buffer, row in evaluations.items() if int(buffer)} or evaluations
+  return max(trained, key=lambda buffer: (trained[buffer]["solve_rate"], trained[buffer]["reward_mean"], -int(buffer)))
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
@@ -54,100 +326,52 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
   return layout
 
 
-def make_evaluate(
-  config: ConfigDict, folder: epath.Path, parts: Parts, base: Any
-) -> Callable[[Any, int], dict[str, float]]:
-  """Close over the configuration's evaluation: `evaluate(trainable, after so many buffers) -> figures`."""
-  own = config.eval
-  sample = make_sample(config, parts, group_size=1, temperature=own.temperature, early_exit=own.early_exit)
-  prompts, records = parts.held_out
-
-  def evaluate_after(trainable: Any, buffer: int) -> dict[str, float]:
-    return evaluate(
-      trainable,
-      base,
-      prompts,
-      records,
-      sample=sample,
-      grading=parts.grading,
-      tokenizer=parts.tokenizer,
-      seed=config.seed,
-      batch_size=config.eval.batch_size,
-      generations_path=folder / f"{buffer:06d}.jsonl",
+def grid_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+  """Lay out the evaluations of a workdir; a sampler that training did not use has a star."""
+  layout = Table(title="held-out prompts; * another setting than in training")
+  names = ("policy", "task", "tokens", "sampler", "n", "solved", "95 % interval", "pass@k", "form", "EOS", "effective")
+  for column in (*names, "calls", "tokens/s"):
+    layout.add_column(column, justify="left" if column in ("policy", "task", "sampler") else "right")
+  for row in rows:
+    k = max((int(name.rpartition("_")[2]) for name in row if name.startswith("pass_at_")), default=0)
+    layout.add_row(
+      f"{row['policy']} ({row['buffers']})",
+      epath.Path(row["task"]).name,
+      str(row["completion_length"]),
+      f"{row['sampler']}/{row['steps']}" + "*" * (not row["is_as_in_training"]),
+      str(row["num_prompts"]),
+      f"{row['solve_rate']:.1%}",
+      f"{row['solve_rate_low']:.1%} to {row['solve_rate_high']:.1%}",
+      f"{row[f'pass_at_{k}']:.1%} @{k}" if k else "",
+      f"{row['format_rate']:.1%}",
+      f"{row['eos_rate']:.1%}",
+      f"{row['effective_tokens']:.0f}",
+      f"{row['model_calls']:.0f}",
+      f"{row['tokens_per_second']:,.0f}",
     )
-
-  return evaluate_after
-
-
-def evaluate(
-  trainable: Any,
-  frozen: Any,
-  prompts: Prompts,
-  records: Sequence[dict],
-  *,
-  sample: Callable,
-  grading: Grading,
-  tokenizer: Tokenizer,
-  seed: int,
-  batch_size: int,
-  generations_path: epath.Path,
-) -> dict[str, float]:
-  """Decode one completion for each prompt, grade it, and save the generations as JSON lines.
-
-  Args:
-    sample: from `rollout.make_sample` with group size 1.
-    batch_size: prompts decoded at one time; the last batch is filled up with copies of the last prompt, dropped again.
-    generations_path: one line a prompt: record, prompt, completion, reward, verdict. Written by process 0.
-
-  Returns:
-    `solve_rate` in [0, 1] with its 95 % Wilson interval (`solve_rate_low`, `solve_rate_high`), `reward_mean`,
-    `num_prompts`, `model_calls` a prompt and `calls_saved` by early exit, and `seconds`.
-  """
-  start = time.monotonic()
-  num_prompts = len(records)
-  batch_size = min(batch_size, num_prompts)
-  filled = -(-num_prompts // batch_size) * batch_size
-  index = np.minimum(np.arange(filled), num_prompts - 1)
-  key = noise.step_key(seed, "evaluate", 0)
-  rollouts = rollout.in_chunks(
-    lambda part: sample(Policies(trainable, frozen), part, key),
-    batch_size,
-    jax.tree.map(lambda array: array[index], prompts),
-  )
-  rollouts = jax.tree.map(lambda array: array[:num_prompts], rollouts)
-  grades = grade(grading, tokenizer, records, rollouts.completion)()
-  if jax.process_index() == 0:
-    _save_generations(generations_path, records, rollouts.completion, grades, grading.task, tokenizer)
-  num_solved = int(grades.is_solved.sum())
-  interval = stats.binomtest(num_solved, num_prompts).proportion_ci(method="wilson")
-  return {
-    "solve_rate": num_solved / num_prompts,
-    "solve_rate_low": float(interval.low),
-    "solve_rate_high": float(interval.high),
-    "reward_mean": float(grades.reward.mean()),
-    "num_prompts": num_prompts,
-    "model_calls": float(rollouts.num_calls.mean()),
-    "calls_saved": float(rollouts.num_saved.mean()),
-    "seconds": time.monotonic() - start,
-  }
+  return layout
 
 
-def _save_generations(
-  path: epath.Path,
-  records: Sequence[dict],
-  completion: np.ndarray,
-  grades: Grades,
-  task: Task,
-  tokenizer: Tokenizer,
-) -> None:
-  lines = []
-  for p, record in enumerate(records):
-    line: dict[str, Any] = {
-      "record": record,
-      "prompt": task.prompt(record),
-      "completion": tokenizer.decode(completion[p, 0].tolist()),
-      "reward": float(grades.reward[p, 0]),
-      "is_solved": bool(grades.is_solved[p, 0]),
-    }
-    lines.append(json.dumps(line, ensure_ascii=False))
-  files.write_whole(path, "\n".join(lines) + "\n")
+def _load(policies: Mapping[str, epath.Path], parts: Parts) -> dict[str, Any]:
+  collection = "lora" if parts.model.config.lora else "params"
+  abstract = abstract_collection(parts.model, parts.mesh, collection)
+  return {name: load_params(path, abstract) for name, path in policies.items()}
+
+
+def _num_buffers(workdir: epath.Path, config: ConfigDict, policy: str) -> int:
+  if policy == "last":
+    return config.train.num_buffers
+  return int(best_buffer(json.loads((workdir / "result.json").read_text())["evaluations"]))
+
+
+def _file_name(about: Mapping[str, Any]) -> str:
+  task = epath.Path(about["task"]).stem
+  return "_".join(str(x) for x in (about["policy"], task, about["sampler"], about["completion_length"]))
+
+
+def _read_rows(path: epath.Path) -> list[dict[str, Any]]:
+  return json.loads(path.read_text()) if path.exists() else []
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+  return float(np.mean([line[name] for line in lines]))

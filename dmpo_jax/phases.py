@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import build, optim, rollout, sharding, update
 from dmpo_jax.build import Parts, initial_adapters, initial_params, make_sample
+from dmpo_jax.checkpoints import save_params
 from dmpo_jax.evaluate import make_evaluate
 from dmpo_jax.measure import (
   Measure,
@@ -46,6 +47,7 @@ class Phase:
   update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
   evaluate: Callable[[Any, int], dict[str, float]]  # of what is learned, after so many buffers
   evaluate_after: frozenset[int]  # numbers of finished buffers
+  keep_best: Callable[[Any], None] = lambda trainable: None  # called where an evaluation is the best so far
 
 
 def fresh_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -132,6 +134,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     ),
     evaluate=make_evaluate(config, workdir / "generations", parts, base),
     evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
+    keep_best=lambda trainable: save_params(workdir / "best", trainable),
   )
   return phase, state
 

@@ -82,13 +82,23 @@ def task_name() -> Rule:
   return Rule(allowed, holds, tuple(TASKS))
 
 
-def some_of(*names: str) -> Rule:
-  """Allow a sequence of these names, at least one."""
+def some_of(*names: str, empty: str = "") -> Rule:
+  """Allow a sequence of these names, at least one; none too, where `empty` says what it means."""
 
   def holds(value: Any) -> bool:
-    return isinstance(value, tuple | list) and len(value) > 0 and all(name in names for name in value)
+    is_list = isinstance(value, tuple | list) and (len(value) > 0 or bool(empty))
+    return is_list and all(name in names for name in value)
 
-  return Rule(f"a tuple of {', '.join(names)}", holds, names)
+  return Rule(f"a tuple of {', '.join(names)}" + (f", or () for {empty}" if empty else ""), holds, names)
+
+
+def lengths() -> Rule:
+  """Allow a sequence of whole numbers above 0, or none."""
+
+  def holds(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(type(length) is int and length > 0 for length in value)
+
+  return Rule("a tuple of whole numbers, 1 or more, or () for the configured length", holds)
 
 
 def existing(what: str, empty: str = "") -> Rule:
@@ -223,6 +233,10 @@ RULES: dict[str, Rule] = {
   "eval.num_prompts": whole(0),
   "eval.batch_size": whole(1),
   "eval.temperature": number("[0, inf)"),
+  "eval.num_samples": whole(1),
+  "eval.tasks": some_of(*TASKS, empty="the configured one"),
+  "eval.lengths": lengths(),
+  "eval.samplers": some_of(*SAMPLERS, empty="the configured one"),
   "eval.early_exit": flag(),
   "grading.workers": whole(1),
   "grading.seconds": number("(0, inf)"),

@@ -121,3 +121,19 @@ class HostShare:
     filled = np.zeros((self._size, *rows.shape[1:]), rows.dtype)
     filled[: len(rows)] = rows
     return multihost_utils.process_allgather(filled, tiled=True)[: self._num]
+
+
+def gather_texts(texts: Sequence[str]) -> list[str]:
+  """Join the texts of all processes, in the order of the processes; every process has to call this."""
+  if jax.process_count() == 1:
+    return list(texts)
+  content = "\0".join([*texts, ""]).encode()
+  sizes = multihost_utils.process_allgather(np.array([len(content)]))
+  filled = np.zeros(int(sizes.max()), np.uint8)
+  filled[: len(content)] = np.frombuffer(content, np.uint8)
+  parts = multihost_utils.process_allgather(filled).reshape(jax.process_count(), -1)
+  return [
+    text
+    for part, size in zip(parts, sizes.reshape(-1), strict=True)
+    for text in part[:size].tobytes().decode().split("\0")[:-1]
+  ]

@@ -19,7 +19,7 @@ from dmpo_jax.build import Parts
 from dmpo_jax.checkpoints import Checkpoints, Preempted, check_preemption, save_params
 from dmpo_jax.config import ConfigError
 from dmpo_jax.config import save as save_config
-from dmpo_jax.evaluate import table
+from dmpo_jax.evaluate import best_buffer, table
 from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
 from dmpo_jax.progress import Progress
@@ -55,6 +55,7 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
       "buffers": config.train.num_buffers,
       "base": evaluations["0"],
       "last": evaluations[str(config.train.num_buffers)],
+      "best": evaluations[best_buffer(evaluations)] | {"buffers": int(best_buffer(evaluations))},
       "evaluations": evaluations,
       "seconds": time.monotonic() - start,  # of this start; a run that was resumed took longer
     }
@@ -162,6 +163,8 @@ def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: 
   if position.buffer in phase.evaluate_after:
     scalars = phase.evaluate(state.trainable, position.buffer)
     position.evaluations[str(position.buffer)] = scalars
+    if position.buffer and best_buffer(position.evaluations) == str(position.buffer):
+      phase.keep_best(state.trainable)
     position.scalars |= {f"eval_{name}": value for name, value in scalars.items()}
   if position.scalars:
     metrics.write(phase.name, position.buffer, position.scalars)
@@ -171,7 +174,10 @@ def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: 
 def report(result: dict[str, Any], workdir: epath.Path) -> None:
   """Print the base against the trained policy, and where everything is."""
   console = Console()
-  console.print(table({"base": result["base"], f"after {result['objective']}": result["last"]}))
+  rows = {"base": result["base"], f"after {result['objective']}": result["last"]}
+  if result["best"]["buffers"] != result["buffers"]:
+    rows[f"best, after {result['best']['buffers']} buffers"] = result["best"]
+  console.print(table(rows))
   for what, path in (
     ("policy", "policy"),
     ("checkpoints", "checkpoints"),

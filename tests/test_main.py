@@ -71,6 +71,8 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   assert "config.objective.alpha: 0.05 -> 0.5" in other.stderr
   evaluation = start(*command, "--mode=eval")
   assert evaluation.returncode == 0, evaluation.stderr[-2000:]
-  again = json.loads((workdir / "evaluation" / "result.json").read_text())
-  assert again["solve_rate"] == result["last"]["solve_rate"]
-  assert again["reward_mean"] == result["last"]["reward_mean"]
+  again = {row["policy"]: row for row in json.loads((workdir / "evaluation" / "result.json").read_text())}
+  for policy in ("last", "best"):
+    assert again[policy]["solve_rate"] == result[policy]["solve_rate"]
+    assert again[policy]["reward_mean"] == result[policy]["reward_mean"]
+    assert again[policy]["is_as_in_training"]

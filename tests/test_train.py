@@ -60,7 +60,10 @@ def test_a_run_writes_what_it_promises(left_alone):
   } <= set(rows[-1])
   generations = (left_alone / "generations" / "000003.jsonl").read_text().splitlines()
   assert len(generations) == 16
-  assert set(json.loads(generations[0])) == {"record", "prompt", "completion", "reward", "is_solved"}
+  assert {"index", "record", "prompt", "completion", "extracted", "reward", "is_solved"} <= set(
+    json.loads(generations[0])
+  )
+  assert (left_alone / "best").exists()
   assert "embedding" in (left_alone / "parameters.txt").read_text()
 
 
