@@ -1,13 +1,19 @@
 """Make configs/tokenizers/tiny.model: a character-level sentencepiece model of the tasks' generated text.
 
     python -m launch.train_tokenizer [--output=FILE]
+    python -m launch.train_tokenizer --output=FILE --text=FILE [--vocab_size=2048]
+
+The second form makes one of subwords from a text file or from the strings in JSON lines, as a stand-in for a real
+model's tokenizer: digits one by one, the answer tags whole, and bytes for what it has not seen.
 
 The same command makes the same file, byte for byte. A character model has nothing to learn but the alphabet, so the
 text is reduced to it: ids follow the code points, and a generator that changes its mix of puzzles moves none of them.
 """
 
 import io
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -15,12 +21,16 @@ from absl import app, flags
 from etils import epath
 
 from configs import base
-from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks import TASKS, answers
 from dmpo_jax.tokenizer import MASK_PIECE
 
 TASK_NAMES = ("sudoku", "countdown")  # whose text it is made for
 NUM_RECORDS = 1000  # of each task
 
+TAGS = ("\n", *answers.TAGS)  # pieces of a subword model that are never split
+
+_TEXT = flags.DEFINE_string("text", None, "A text or .jsonl file to make subwords from.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 2048, "Pieces of a subword model.", lower_bound=300)
 _OUTPUT = flags.DEFINE_string("output", base.get_config().tokenizer.path, "The model file to write.")
 
 
@@ -39,13 +49,29 @@ def find_alphabet(num_records: int = NUM_RECORDS) -> str:
 def train_model(alphabet: str) -> bytes:
   """Return a sentencepiece model with one piece a character after <pad>, <s>, </s>, <unk> and <mask>."""
   special_pieces = 5
+  return _train([alphabet], model_type="char", vocab_size=special_pieces + len(alphabet), character_coverage=1.0)
+
+
+def train_subwords(sentences: Sequence[str], vocab_size: int) -> bytes:
+  """Return a sentencepiece model of subwords (BPE) with the same special pieces, the answer tags and all bytes."""
+  own = dict(model_type="bpe", vocab_size=vocab_size, byte_fallback=True, user_defined_symbols=list(TAGS))
+  return _train(sentences, character_coverage=0.9999, **own)
+
+
+def read_sentences(path: epath.PathLike) -> list[str]:
+  """Return the lines of a text file, or the lines of all strings in a file of JSON lines."""
+  lines = epath.Path(path).read_text().split("\n")
+  if str(path).endswith(".jsonl"):
+    rows = [json.loads(line) for line in lines if line.strip()]
+    lines = [line for row in rows for value in row.values() if isinstance(value, str) for line in value.split("\n")]
+  return [line for line in lines if line]
+
+
+def _train(sentences: Sequence[str], **own: Any) -> bytes:
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter([alphabet]),
+    sentence_iterator=iter(sentences),
     model_writer=model,
-    model_type="char",
-    vocab_size=special_pieces + len(alphabet),
-    character_coverage=1.0,
     split_digits=True,
     add_dummy_prefix=False,  # no space before the text, so that decode(encode(text)) == text
     remove_extra_whitespaces=False,
@@ -58,6 +84,7 @@ def train_model(alphabet: str) -> bytes:
     control_symbols=[MASK_PIECE],
     num_threads=1,
     minloglevel=2,
+    **own,
   )
   return model.getvalue()
 
@@ -66,9 +93,13 @@ def main(argv: Sequence[str]) -> None:
   """Write the model file."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  alphabet = find_alphabet()
   path = epath.Path(_OUTPUT.value)
   path.parent.mkdir(parents=True, exist_ok=True)
+  if _TEXT.value:
+    path.write_bytes(train_subwords(read_sentences(_TEXT.value), _VOCAB_SIZE.value))
+    print(f"{path}: {_VOCAB_SIZE.value} pieces of {_TEXT.value}")
+    return
+  alphabet = find_alphabet()
   path.write_bytes(train_model(alphabet))
   print(f"{path}: {len(alphabet)} characters {alphabet}")
 

@@ -4,14 +4,38 @@ math-verify may take arbitrarily long on some input and its own time limits hold
 here, and `grading.py` runs this in worker processes that are killed in time.
 """
 
+import cmath
 import functools
 import logging
+import zlib
 from types import ModuleType
+from typing import Any
 
 from dmpo_jax.tasks import answers
 from dmpo_jax.tasks.published import latex
 
 MAX_LENGTH = 400  # characters of an answer that are read as mathematics
+
+_TYPICAL = (  # forms of answers
+  *(
+    "\\frac{\\sqrt{3}}{2}",
+    "(3, \\frac{\\pi}{2})",
+    "(-\\infty, 2] \\cup [3, 5)",
+    "x^2 - 2x + 1",
+    "x = 5",
+    "2{,}000",
+    "-7i",
+  ),
+  *(
+    "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+    "\\text{no}",
+    "1,2,3",
+    "11\\sqrt{2} + 1",
+    "\\{1, 2\\}",
+    "10^\\circ",
+    "ab",
+  ),
+)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -27,8 +51,9 @@ def are_equal(answer: str, gold: str) -> bool:
 
 
 def warm_up() -> None:
-  """Import and compile what the first comparison would."""
-  _verify("x+1", "x+2")
+  """Import, and let the parser learn, what the first comparisons would."""
+  for text in _TYPICAL:
+    _verify(text, "\\frac{x}{2}")
 
 
 def _form(text: str) -> str:
@@ -39,8 +64,32 @@ def _form(text: str) -> str:
 
 
 def _verify(answer: str, gold: str) -> bool:
-  library = _library()
-  return library.verify(list(_parse(gold)), list(_parse(answer)), timeout_seconds=None)
+  if not any("%" in text for text in (answer, gold)) and _surely_differ(_parse(answer), _parse(gold)):
+    return False
+  return _library().verify(list(_parse(gold)), list(_parse(answer)), timeout_seconds=None)
+
+
+def _surely_differ(answer: tuple, gold: tuple) -> bool:
+  """Whether two expressions have clearly different values, which spares the attempt to simplify their difference.
+
+  Symbols get values by their names, in small letters as the library compares them. Percentages are left to the library.
+  """
+  values = [_value(expression) for expression in (*answer[:1], *gold[:1])]
+  return len(values) == 2 and None not in values and abs(values[0] - values[1]) > 1e-3 * (1 + abs(values[1]))
+
+
+def _value(expression: Any) -> complex | None:
+  """Return an expression's value where its symbols have theirs; None if it is no expression or has no finite value."""
+  import sympy
+
+  if not isinstance(expression, sympy.Expr):
+    return None
+  symbols = {s: sympy.Float(1.1 + zlib.crc32(str(s).lower().encode()) % 997 / 997) for s in expression.free_symbols}
+  try:
+    value = complex(expression.subs(symbols).evalf(15))
+  except (TypeError, ValueError, ArithmeticError):
+    return None
+  return value if cmath.isfinite(value) else None
 
 
 @functools.lru_cache(maxsize=1 << 14)

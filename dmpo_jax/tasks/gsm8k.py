@@ -30,6 +30,7 @@ class GSM8K(WordedTask):
 
   name: ClassVar[str] = "gsm8k"
   version: ClassVar[str] = "1.0.0"
+  own_range: ClassVar[tuple[float, float]] = (0.0, 4.0)
   PROMPTS: ClassVar = {"default": DEFAULT_PROMPT, **prompts.GSM8K}
   SOURCES: ClassVar[dict[Split, sources.Source]] = {
     "train": sources.Source(

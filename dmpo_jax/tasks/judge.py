@@ -57,6 +57,7 @@ def serve(file_descriptor: int, memory_gb: float) -> None:
   with Connection(file_descriptor) as connection:
     try:
       task = tasks.make_task(**connection.recv())
+      getattr(task, "warm_up", lambda: None)()
       connection.send("ready")
       while True:
         record, completion, is_ended, seconds = connection.recv()

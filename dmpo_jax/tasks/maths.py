@@ -35,6 +35,7 @@ class Math(WordedTask):
 
   name: ClassVar[str] = "math"
   version: ClassVar[str] = "1.0.0"
+  own_range: ClassVar[tuple[float, float]] = (0.0, 3.0)
   is_own_bounded: ClassVar[bool] = False  # math-verify promises nothing
   PROMPTS: ClassVar = {"default": DEFAULT_PROMPT, **prompts.MATH}
   SOURCES: ClassVar[dict[Split, sources.Source]] = {
@@ -85,6 +86,11 @@ class Math(WordedTask):
     """Return whether the last answer means the same as the gold one."""
     answer = answers.final_answer(text)
     return Grade(self._is_right(record, answer), extracted=answer)
+
+  @staticmethod
+  def warm_up() -> None:
+    """Do what the first grading would spend time on once."""
+    equivalence.warm_up()
 
   @staticmethod
   def _is_right(record: Record, answer: str | None) -> bool:

@@ -79,6 +79,11 @@ class JsonlTask:
     """Whether grading surely ends soon: not where it is mathematics."""
     return self.grader != "math"
 
+  def warm_up(self) -> None:
+    """Do what the first grading would spend time on once."""
+    if self.grader == "math":
+      equivalence.warm_up()
+
   def records(self, split: Split) -> list[Record]:
     """Return the rows of a split; one ValueError lists every row that cannot be used."""
     records, problems = sources.read_rows(epath.Path(self.path).read_bytes(), self._read_row)

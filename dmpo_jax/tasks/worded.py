@@ -26,6 +26,7 @@ class WordedTask:
 
   name: ClassVar[str]
   PROMPTS: ClassVar[Mapping[str, Prompt]]
+  own_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # that the own reward never leaves
   is_own_bounded: ClassVar[bool] = True  # see Task.is_bounded, for the own reward and grade
 
   prompt_name: str = "default"  # task.prompt

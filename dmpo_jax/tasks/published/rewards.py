@@ -3,6 +3,7 @@
 The gold answer of GSM8K is the text after #### as it stands; that of MATH is a solution with the answer in a box.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -182,6 +183,15 @@ TRAINED_WITH: dict[str, tuple[Reward, ...]] = {
   "sudoku": (sudoku_reward_func,),
 }
 """The set that each task is trained with; they are added up."""
+
+
+RANGES: dict[str, tuple[float, float]] = {
+  "gsm8k": (-math.inf, 3.5),  # text after the answer costs without end; strict and soft format exclude each other
+  "math": (0.25, 3.0),
+  "countdown": (0.0, 1.0),
+  "sudoku": (0.0, 1.0),
+}
+"""What their sum never leaves."""
 
 
 def total(task: str, completion: str, **kwargs: Any) -> float:
