@@ -7,13 +7,21 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format fuzz bench-grade
 
 demo: $(INSTALLED)
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+# 100,000 random and mutated completions through every reward and grader
+fuzz: $(INSTALLED)
+	$(RUN) -m launch.fuzz_grading
+
+# how fast completions are graded
+bench-grade: $(INSTALLED)
+	$(RUN) -m launch.bench_grading
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

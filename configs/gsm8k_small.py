@@ -14,7 +14,7 @@ from configs import base
 def get_config():
   c = base.get_config()
   c.model.d_model = 64
-  c.model.num_layers = 3
+  c.model.num_layers = 2
   c.model.mlp_hidden_size = 192
   c.model.rope_theta = 1000.0
   c.model.remat = "full"
@@ -27,12 +27,12 @@ def get_config():
   c.sampler.block_length = 32
   c.sampler.steps = 24
   c.rollout.num_prompts = 8
-  c.rollout.group_size = 8
-  c.warm_start.updates = 300
-  c.warm_start.batch_size = 32
+  c.rollout.group_size = 4
+  c.warm_start.updates = 150
+  c.warm_start.batch_size = 16
   c.warm_start.min_mask_ratio = 0.2
   c.objective.alpha = 0.5
-  c.train.num_buffers = 8
+  c.train.num_buffers = 6
   c.eval.num_prompts = 64
   c.eval.batch_size = 64
   c.checkpoint.every_updates = 5

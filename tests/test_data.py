@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from configs import base
 from dmpo_jax import data
 from dmpo_jax.data import PromptStream, TaskData, prompt_id
 from dmpo_jax.structs import Prompts
+from dmpo_jax.tasks import sources
 from dmpo_jax.tasks.countdown import Countdown
+from dmpo_jax.tasks.gsm8k import GSM8K
 from dmpo_jax.tasks.sudoku import Sudoku
 from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -299,3 +302,96 @@ def test_demonstrations_too_long_are_refused(stream):
 
 def test_records_stay_json(records):
   assert json.loads(json.dumps(records)) == records
+
+
+# Hosts, overlong prompts that are cut, published files
+
+
+@pytest.mark.parametrize("num_hosts", [2, 3, 5])
+def test_every_host_reads_its_share_and_nothing_is_skipped_or_repeated(stream, monkeypatch, num_hosts):
+  whole, records = stream.batch(17, 13)
+  monkeypatch.setattr(jax, "process_count", lambda: num_hosts)
+  read = []
+  monkeypatch.setattr(data.HostShare, "gather", lambda self, rows: rows)  # what each host has to give
+  for host in range(num_hosts):
+    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+    prompts, again = stream.batch(17, 13)
+    assert again == records
+    read.append(prompts)
+  joined = jax.tree.map(lambda *parts: np.concatenate(parts), *read)
+  jax.tree.map(np.testing.assert_array_equal, joined, whole)
+
+
+class Chat:
+  """A tokenizer of characters with a header and a footer around the user's turn."""
+
+  vocab_size = 256
+  pad_token_id = bos_token_id = 0
+  eos_token_id = eot_token_id = mask_token_id = 4
+
+  def encode(self, text):
+    return list(map(ord, text))
+
+  def encode_prompt(self, text, prefill=""):
+    return [1, 2, *map(ord, text), 3, *map(ord, prefill)]
+
+  def decode(self, ids):
+    return "".join(map(chr, ids))
+
+
+def test_the_users_turn_is_cut_inside_the_chat():
+  records = [{"numbers": "1,2,3", "target": 6}, {"numbers": "75,30,4", "target": 49}]
+  stream = PromptStream(records, COUNTDOWN, Chat(), seed=None, max_prompt_length=10, overlong="cut_user")
+  assert (stream.num_cut, stream.num_skipped, len(stream)) == (1, 0, 2)
+  prompts, _ = stream.batch(0, 2)
+  assert prompts.tokens[0].tolist() == [1, 2, *map(ord, "1,2,3=6"), 3]
+  assert prompts.tokens[1].tolist() == [1, 2, *map(ord, "30,4=49"), 3]
+  assert prompts.prompt_id[1] == prompt_id("75,30,4=49")
+  with pytest.raises(ValueError, match="the chat's own tokens alone"):
+    PromptStream(records, COUNTDOWN, Chat(), seed=None, max_prompt_length=2, overlong="cut_user")
+
+
+@pytest.fixture
+def gsm8k(tmp_path, monkeypatch):
+  """A folder with a published file of three problems, and the task that takes it for the real one."""
+  rows = [{"question": f"What is {n} + 1?", "answer": f"So {n + 1}.\n#### {n + 1}"} for n in range(3)]
+  content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+  folder = tmp_path / "published"
+  folder.mkdir()
+  (folder / "gsm8k_test.jsonl").write_bytes(content)
+  source = sources.Source("gsm8k_test.jsonl", "http://127.0.0.1:9/test.jsonl", (hashlib.sha256(content).hexdigest(),))
+  monkeypatch.setattr(
+    GSM8K, "SOURCES", {"test": source, "train": dataclasses.replace(source, name="gsm8k_train.jsonl")}
+  )
+  return folder
+
+
+def test_a_published_file_becomes_records_once(gsm8k, tmp_path):
+  def read(num_test=0):
+    keywords = dict(records_dir=tmp_path / "records", num_train=0, num_test=num_test, data_dir=str(gsm8k))
+    return TaskData(GSM8K(), "gsm8k", **keywords)
+
+  records = read().test()
+  assert [record["answer"] for record in records] == ["1", "2", "3"]
+  (gsm8k / "gsm8k_test.jsonl").unlink()
+  assert read(2).test() == records[:2]
+  with pytest.raises(ValueError, match=r"task.num_test=4: gsm8k has 3 records"):
+    read(4).test()
+  with pytest.raises(ValueError, match=r"no gsm8k_train.jsonl in it; get http"):
+    read().train()
+
+
+def test_an_altered_published_file_leaves_nothing(gsm8k, tmp_path):
+  path = gsm8k / "gsm8k_test.jsonl"
+  path.write_bytes(path.read_bytes()[:-3])
+  source = TaskData(GSM8K(), "gsm8k", records_dir=tmp_path / "records", num_train=0, num_test=0, data_dir=str(gsm8k))
+  with pytest.raises(ValueError, match="partial or altered"):
+    source.test()
+  assert not source.path("test").exists()
+
+
+def test_a_data_sets_long_demonstrations_lose_their_end(gsm8k, tmp_path, tokenizer):
+  source = TaskData(GSM8K(), "gsm8k", records_dir=tmp_path / "records", num_train=0, num_test=0, data_dir=str(gsm8k))
+  stream = PromptStream(source.test(), GSM8K(), tokenizer, seed=0, max_prompt_length=400)
+  _, completion, _ = stream.demonstrations(0, 3, 8)
+  assert completion.shape == (3, 8)

@@ -32,7 +32,8 @@ NO_NUMBER = ("()", "...")  # to `eval` an empty tuple and Ellipsis; here, as in 
 
 
 def recorded(name):
-  return [json.loads(line) for line in gzip.open(GOLDENS / f"{name}.jsonl.gz", "rt", encoding="utf-8")]
+  text = gzip.decompress((GOLDENS / f"{name}.jsonl.gz").read_bytes()).decode()
+  return [json.loads(line) for line in text.split("\n") if line]
 
 
 def outcome(function, *args, **kwargs):

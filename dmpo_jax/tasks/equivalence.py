@@ -72,19 +72,24 @@ def _verify(answer: str, gold: str) -> bool:
 def _surely_differ(answer: tuple, gold: tuple) -> bool:
   """Whether two expressions have clearly different values, which spares the attempt to simplify their difference.
 
-  Symbols get values by their names, in small letters as the library compares them. Percentages are left to the library.
+  Both must be of the same symbols, or one of none: a word may have been read as a product of letters. Symbols get
+  values by their names, in small letters as the library compares them. Percentages are left to the library.
   """
-  values = [_value(expression) for expression in (*answer[:1], *gold[:1])]
-  return len(values) == 2 and None not in values and abs(values[0] - values[1]) > 1e-3 * (1 + abs(values[1]))
+  import sympy
+
+  pair = [*answer[:1], *gold[:1]]
+  if len(pair) < 2 or not all(isinstance(expression, sympy.Expr) for expression in pair):
+    return False
+  names = [{str(symbol).lower() for symbol in expression.free_symbols} for expression in pair]
+  if names[0] != names[1] and all(names):
+    return False
+  left, right = map(_value, pair)
+  return None not in (left, right) and abs(left - right) > 1e-3 * (1 + abs(right))
 
 
 def _value(expression: Any) -> complex | None:
-  """Return an expression's value where its symbols have theirs; None if it is no expression or has no finite value."""
-  import sympy
-
-  if not isinstance(expression, sympy.Expr):
-    return None
-  symbols = {s: sympy.Float(1.1 + zlib.crc32(str(s).lower().encode()) % 997 / 997) for s in expression.free_symbols}
+  """Return a sympy expression's value where its symbols have theirs; None if that is not finite."""
+  symbols = {s: 1.1 + zlib.crc32(str(s).lower().encode()) % 997 / 997 for s in expression.free_symbols}
   try:
     value = complex(expression.subs(symbols).evalf(15))
   except (TypeError, ValueError, ArithmeticError):

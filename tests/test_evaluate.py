@@ -1,0 +1,161 @@
+"""Evaluation: counted right, the same whatever the batch, the hosts and where it was cut off."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from scipy import stats
+
+from configs import base
+from dmpo_jax import data, evaluate, grading, structs
+from dmpo_jax.tasks.sudoku import Sudoku
+from dmpo_jax.tokenizer import load_tokenizer
+
+TASK = Sudoku(min_blanks=4, max_blanks=6, demo_patience=11.0)
+NUM, LENGTH = 10, 18
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return load_tokenizer("sentencepiece", base.get_config().tokenizer.path, is_chat=False)
+
+
+@pytest.fixture(scope="module")
+def held_out(tokenizer):
+  records = list(TASK.generate("test", NUM, 0))
+  return data.PromptStream(records, TASK, tokenizer, seed=None, max_prompt_length=18).batch(0, NUM)
+
+
+@pytest.fixture
+def run(tokenizer, held_out, tmp_path):
+  """Evaluate a stand-in for a policy, which solves every puzzle whose id is even, in one of its samples."""
+  prompts, records = held_out
+  solutions = {int(p): record["solution"] for p, record in zip(prompts.prompt_id, records, strict=True)}
+
+  def evaluate_with(batch_size=4, group_size=1, path=None, fail_at=None, about=("x", 1)):
+    calls, path = [], path or epath.Path(tmp_path / "a.jsonl")
+
+    def sample(part, key):
+      calls.append(len(part.prompt_id))
+      if len(calls) == fail_at:
+        raise KeyboardInterrupt
+      completion = np.full((len(part.prompt_id), group_size, LENGTH), tokenizer.eos_token_id, np.int32)
+      for p, identity in enumerate(part.prompt_id.tolist()):
+        for g in range(group_size):
+          text = solutions[identity] if identity % 2 == 0 and g == identity % group_size else "0000"
+          completion[p, g, : len(text)] = tokenizer.encode(text)
+      shape = completion.shape
+      count = np.full(shape[:2], 3)
+      return structs.Rollouts(
+        completion, np.zeros(shape, np.int32), np.ones(shape, np.float32), count, count, 0 * count
+      )
+
+    figures = evaluate.evaluate(
+      sample,
+      prompts,
+      records,
+      grading=grading.Grading(task=TASK),
+      tokenizer=tokenizer,
+      seed=0,
+      batch_size=batch_size,
+      path=path,
+      about=dict([about]),
+    )
+    return {name: x for name, x in figures.items() if "second" not in name}, calls, path.read_text()
+
+  return evaluate_with
+
+
+def test_what_is_counted(run, held_out):
+  figures, _, text = run()
+  num_even = int((held_out[0].prompt_id % 2 == 0).sum())
+  assert 0 < num_even < NUM
+  assert figures["solve_rate"] == num_even / NUM
+  interval = stats.binomtest(num_even, NUM).proportion_ci(method="wilson")
+  assert (figures["solve_rate_low"], figures["solve_rate_high"]) == pytest.approx(
+    (interval.low, interval.high), rel=1e-6
+  )
+  assert figures["format_rate"] == num_even / NUM  # of four digits the form is wrong
+  assert figures["eos_rate"] == 1
+  assert figures["effective_tokens"] == pytest.approx((16 * num_even + 4 * (NUM - num_even)) / NUM)
+  assert figures["model_calls"] == 3
+  lines = [json.loads(line) for line in text.splitlines()]
+  assert [line["index"] for line in lines] == list(range(NUM))
+  assert lines[0]["prompt"] == TASK.prompt(held_out[1][0])
+  assert {line["extracted"] for line in lines if not line["is_solved"]} == {"0000"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 99])
+def test_batches_change_nothing(run, batch_size, tmp_path):
+  plain, again = run(4), run(batch_size, path=epath.Path(tmp_path / "b.jsonl"))
+  assert plain[0] == again[0]
+  assert plain[2] == again[2]
+
+
+def test_an_evaluation_that_was_cut_off_goes_on(run, tmp_path):
+  whole = run(3)
+  path = epath.Path(tmp_path / "b.jsonl")
+  with pytest.raises(KeyboardInterrupt):
+    run(3, path=path, fail_at=4)
+  figures, calls, text = run(3, path=path)
+  assert len(calls) < len(whole[1])
+  assert (figures, text) == (whole[0], whole[2])
+  assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_what_another_evaluation_left_unfinished_is_not_taken(run, tmp_path):
+  path = epath.Path(tmp_path / "b.jsonl")
+  with pytest.raises(KeyboardInterrupt):
+    run(3, path=path, fail_at=4)
+  _, calls, _ = run(3, path=path, about=("x", 2))
+  assert len(calls) == 4
+
+
+def test_pass_at_k_is_what_drawing_gives(run, held_out):
+  figures, _, _ = run(4, group_size=4)
+  num_even = int((held_out[0].prompt_id % 2 == 0).sum())
+  assert figures["pass_at_1"] == pytest.approx(num_even / NUM / 4)
+  assert figures["pass_at_4"] == pytest.approx(num_even / NUM)
+  for num_right in range(6):
+    drawn = list(itertools.combinations([True] * num_right + [False] * (5 - num_right), 2))
+    assert evaluate.pass_at_k(5, num_right, 2) == pytest.approx(np.mean([any(two) for two in drawn]))
+
+
+@pytest.mark.parametrize("num_hosts", [2, 3, 4])
+def test_hosts_lose_and_double_nothing(tokenizer, held_out, monkeypatch, num_hosts):
+  _, records = held_out
+  completion = np.arange(7 * 2 * LENGTH, dtype=np.int32).reshape(7, 2, LENGTH) % 7 + 5
+  count = np.ones((7, 2), int)
+  rollouts = structs.Rollouts(completion, completion, np.ones(completion.shape, np.float32), count, count, count)
+  pool = grading.Grading(task=TASK)
+  plain = evaluate._grade_batch(pool, tokenizer, records, rollouts, range(2, 9))()
+  assert [(line["index"], line["sample"]) for line in plain] == [(p, g) for p in range(2, 9) for g in range(2)]
+  monkeypatch.setattr(jax, "process_count", lambda: num_hosts)
+  monkeypatch.setattr(evaluate, "gather_texts", list)  # what each host has to give
+  lines = []
+  for host in range(num_hosts):
+    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+    lines += evaluate._grade_batch(pool, tokenizer, records, rollouts, range(2, 9))()
+  assert lines == plain
+
+
+def test_the_best_is_the_first_of_the_highest():
+  rows = {"0": (0.9, 1.0), "5": (0.5, 0.5), "10": (0.6, 0.5), "15": (0.6, 0.5)}
+  evaluations = {b: {"solve_rate": s, "reward_mean": r} for b, (s, r) in rows.items()}
+  assert evaluate.best_buffer(evaluations) == "10"
+  assert evaluate.best_buffer({"0": evaluations["0"]}) == "0"
+
+
+def test_the_grid_keeps_the_steps_a_token():
+  config = base.get_config()
+  config.eval.lengths = (16, 64)
+  config.eval.tasks = ("sudoku", "countdown")
+  settings = list(evaluate.vary(config))
+  assert [(c.task.name, c.sampler.completion_length, c.sampler.steps) for c in settings] == [
+    ("sudoku", 16, 16), ("sudoku", 64, 64), ("countdown", 16, 16), ("countdown", 64, 64)
+  ]  # fmt: skip
+  flags = [evaluate.describe(setting, config)["is_as_in_training"] for setting in settings]
+  assert flags == [True, False, False, False]

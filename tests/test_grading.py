@@ -1,0 +1,119 @@
+"""Grading in worker processes: what hangs, crashes or needs too much memory is worth 0, and takes nothing with it."""
+
+import time
+
+import numpy as np
+import pytest
+
+from dmpo_jax import grading
+from dmpo_jax.grading import Grades, Grading
+from dmpo_jax.sharding import HostShare
+from dmpo_jax.tasks.judge import judge
+
+TASK = """
+import os, signal, subprocess, time
+
+def records(split):
+  return [{"n": 1}]
+
+def prompt(record):
+  return "x"
+
+def reward(record, completion):
+  if completion == "hang":
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen(["sleep", "600"])
+    while True:
+      pass
+  if completion == "die":
+    os._exit(3)
+  if completion == "memory":
+    return float(len(bytearray(8 << 30)))
+  if completion == "raise":
+    raise KeyError("no such thing")
+  if completion == "nan":
+    return float("nan")
+  if completion == "two":
+    return [1.0, 2.0]
+  print("said on stdout")
+  return float(completion)
+"""
+KINDS = {"hang": "timeout", "die": "crash", "memory": "crash", "raise": "failed", "nan": "failed", "two": "failed"}
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+  path = tmp_path_factory.mktemp("grading") / "task.py"
+  path.write_text(TASK)
+  return dict(name=str(path), options={"grader": "exact"}, prompt="default", rewards="default", grader="default")
+
+
+def test_nothing_that_a_reward_does_takes_the_run_with_it(spec, capfd):
+  pool = Grading(spec, workers=2, seconds=1.0, memory_gb=2.0)
+  texts = ["1", "hang", "2", "die", "3", "memory", "raise", "4", "nan", "two", "5"]
+  start = time.monotonic()
+  verdicts = pool.submit([{"n": 1}] * len(texts), texts, [True] * len(texts)).result()
+  again = pool.submit([{"n": 1}], ["7"], [True]).result()  # the workers stand again
+  assert time.monotonic() - start < 20
+  pool.close()
+  assert [x.kind for x in verdicts] == [KINDS.get(text, "graded") for text in texts]
+  assert [x.reward for x in verdicts if x.kind == "graded"] == [1, 2, 3, 4, 5]
+  assert all(x.reward == 0 and x.problem for x in verdicts if x.kind != "graded")
+  assert again[0].reward == 7
+  assert capfd.readouterr().out == ""
+
+
+def test_close_ends_the_workers_at_once(spec):
+  pool = Grading(spec, workers=1)
+  pool.submit([{"n": 1}], ["1"], [True]).result()
+  worker = pool._idle.get()
+  pool._idle.put(worker)
+  process = worker._process
+  pool.close()
+  assert process.poll() is not None
+
+
+def test_a_worker_does_not_import_jax(tmp_path):
+  path = tmp_path / "task.py"
+  path.write_text(TASK.replace("  return float(completion)", "  import sys\n  return float('jax' in sys.modules)"))
+  spec = dict(name=str(path), options={"grader": "exact"}, prompt="default", rewards="default", grader="default")
+  pool = Grading(spec, workers=1)
+  (verdict,) = pool.submit([{"n": 1}], ["1"], [True]).result()
+  pool.close()
+  assert (verdict.kind, verdict.reward) == ("graded", 0.0)
+
+
+def test_the_reasons_are_given(spec):
+  task = Grading(spec).task
+  assert "no such thing" in judge(task, {"n": 1}, "raise", True).problem
+  assert "nan" in judge(task, {"n": 1}, "nan", True).problem
+  assert "[1.0, 2.0]" in judge(task, {"n": 1}, "two", True).problem
+
+
+def test_grades_of_chunks_are_joined():
+  def part(reward):
+    array = np.full((1, 2), reward)
+    return Grades(array, array > 0, array > 1, num_timeouts=1, num_crashes=2, per_second=10.0)
+
+  joined = Grades.join([part(1.0), part(2.0)])
+  np.testing.assert_array_equal(joined.reward, [[1, 1], [2, 2]])
+  assert (joined.num_timeouts, joined.num_crashes, joined.per_second) == (2, 4, 10.0)
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 3, 7])
+def test_every_row_belongs_to_one_host(monkeypatch, num_hosts):
+  monkeypatch.setattr("jax.process_count", lambda: num_hosts)
+  for num in (1, 5, 16):
+    rows = []
+    for host in range(num_hosts):
+      monkeypatch.setattr("jax.process_index", lambda host=host: host)
+      rows += list(range(num))[HostShare(num).mine]
+    assert rows == list(range(num))
+
+
+def test_a_long_list_of_problems_is_counted_and_not_all_described(spec, caplog):
+  verdicts = [grading.Verdict("failed", problem="gave nan")] * 9
+  grading.log_problems(Grading(spec).task, verdicts, ["text"] * 9)
+  assert len(caplog.records) == 6
+  assert "and 4 more of 9" in caplog.text
