@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
   k.data_dir = ""  # folder of the published data files (gsm8k, math); "": download them
   k.records_dir = ""  # where a task's records are kept once generated or read; "": `data` beside the workdir
   k.eval_path = ""  # a published test file to evaluate on; "": the task's test split
-  k.num_train = 8192  # prompts to generate, or to take of a data set; 0: all that the data set has
+  k.num_train = 8192  # prompts to generate, or the most to take of a data set; 0: all that it has
   k.num_test = 256
   k.max_prompt_length = 32  # tokens; every prompt is padded to it
   k.overlong_prompts = "error"  # longer ones: error, skip (counted), cut_user (the user's turn loses its beginning)

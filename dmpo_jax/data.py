@@ -96,7 +96,7 @@ class TaskData:
     Args:
       task: where its records come from. name: its name in `tasks.TASKS`, or the path of a user's file.
       records_dir: where records are kept, for all runs.
-      num_train, num_test: records to generate for each split, or to take of those that there are (0: all).
+      num_train, num_test: records to generate for each split, or the most to take of those that there are (0: all).
       data_dir: where published data files are; "": they are downloaded.
       eval_path: a published test file that stands in for the test split; "" for none.
       seed: of the generator, not of the run: all runs learn from, and are measured on, the same records.
@@ -134,10 +134,7 @@ class TaskData:
   def _take(self, split: Split) -> list[Record]:
     if not isinstance(self._task, GeneratedTask):
       records = self._read(split) if hasattr(self._task, "SOURCES") else self._task.records(split)
-      num = self._nums[split]
-      if num > len(records):
-        raise ValueError(f"task.num_{split}={num}: {self._name} has {len(records)} records in its {split} split")
-      return records[: num or None]
+      return records[: self._nums[split] or None]
     return self._read(split)
 
   def _read(self, split: Split) -> list[Record]:
