@@ -6,13 +6,17 @@ TEST_WORKERS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# The TPU compiler, for launch/plan.py: the version that belongs to the installed jax, in a folder of its own, since where
+# it is importable every start of JAX looks for a TPU. There is one for Linux on x86-64 alone.
+LIBTPU := $(VENV)/libtpu
+PLANNING := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(LIBTPU))
 
-.PHONY: demo test lint format fuzz bench-grade
+.PHONY: demo test test-torch lint format libtpu fuzz bench-grade
 
 demo: $(INSTALLED)
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(PLANNING)
 	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 # 100,000 random and mutated completions through every reward and grader
@@ -22,6 +26,13 @@ fuzz: $(INSTALLED)
 # how fast completions are graded
 bench-grade: $(INSTALLED)
 	$(RUN) -m launch.bench_grading
+
+# The comparisons with PyTorch, which the other tests skip where it is not installed.
+test-torch: $(INSTALLED)
+	$(RUN) -m pip install --disable-pip-version-check -r requirements-torch.txt
+	$(RUN) -m pytest -m torch
+
+libtpu: $(LIBTPU)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
@@ -36,4 +47,11 @@ $(INSTALLED): requirements.txt
 	  { echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12'; exit 1; }
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(LIBTPU): $(INSTALLED)
+	@rm -rf $@ $@.unfinished
+	$(RUN) -m pip install --disable-pip-version-check --no-deps --target $@.unfinished "$$($(RUN) -c 'import \
+	  importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+	@mv $@.unfinished $@
 	@touch $@

@@ -51,6 +51,14 @@ class Parts:
   held_out: tuple[Prompts, list[tasks.Record]]  # evaluation prompts and their records
 
 
+@runtime_checkable
+class Placed(Protocol):
+  """A model and the devices that it is laid over: all of the parts that compiled programs need."""
+
+  model: llada.LLaDA
+  mesh: Mesh
+
+
 def build_parts(config: ConfigDict, workdir: epath.Path, *, is_training: bool = True) -> Parts:
   """Build what every mode needs; the task's data is generated, or read and kept, on first use.
 
@@ -88,7 +96,7 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     prompts = data.PromptStream(train, task, tokenizer, seed=config.seed, **limits)
     flawless = data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits)
   mesh, model = sharding.make_mesh(**config.sharding), build_model(config, tokenizer)
-  _check_fits(model.config, mesh)
+  check_fits(model.config, mesh)
   return Parts(
     mesh=mesh,
     tokenizer=tokenizer,
@@ -162,7 +170,7 @@ def _round_up(number: int, multiple: int) -> int:
   return -(-number // multiple) * multiple
 
 
-def _check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:
+def check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:
   """Refuse a mesh that does not divide the model's sizes."""
   for logical, path, size in (
     ("embed", "model.d_model", config.d_model),
@@ -177,7 +185,7 @@ def _check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:
 
 def abstract_collection(model: llada.LLaDA, mesh: Mesh, name: str) -> Any:
   """Describe a collection of the model's variables (`params`, `lora`) by shape, dtype and sharding."""
-  boxed = jax.eval_shape(_init_collection(model, name), jax.random.key(0))
+  boxed = jax.eval_shape(lambda: _init_collection(model, name)(jax.random.key(0)))
   shapes, shardings = nn.unbox(boxed), sharding.layout(boxed, mesh)
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 
@@ -225,7 +233,7 @@ def base_identity(config: ConfigDict, workdir: epath.Path) -> str:
 
 def make_sample(
   config: ConfigDict,
-  parts: Parts,
+  parts: Placed,
   *,
   group_size: int,
   temperature: float,

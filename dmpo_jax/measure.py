@@ -65,7 +65,7 @@ def make_measure_weights(
       rounds are one compiled program.
     weighing: keywords of `weights.weigh`.
   """
-  program = _measure_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk)
+  program = measure_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk)
   is_fixed = replicates == "fixed" or max(estimator.draws) < 0  # what draws nothing has no noise to average
 
   def measure(policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int):
@@ -123,7 +123,7 @@ def make_measure_ratios(
 
   Where the estimator draws nothing, all updates share one measurement.
   """
-  program = _token_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk, with_reference=with_reference)
+  program = token_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk, with_reference=with_reference)
   num_measured = updates_per_buffer if max(estimator.draws) >= 0 else 1
 
   def measure(policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int):
@@ -141,7 +141,7 @@ def make_measure_ratios(
   return measure
 
 
-def _measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int) -> Callable:
+def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int) -> Callable:
   """Jit the estimates of both policies under one set of views."""
 
   def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> Measures:
@@ -159,9 +159,7 @@ def _measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chu
   return jax.jit(program, out_shardings=replicated(mesh))
 
 
-def _token_program(
-  model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int, with_reference: bool
-) -> Callable:
+def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int, with_reference: bool) -> Callable:
   """Jit the estimates position by position."""
 
   def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> TokenMeasures:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dmpo_jax import build, optim, rollout, sharding, update
-from dmpo_jax.build import Parts, initial_adapters, initial_params, make_sample
+from dmpo_jax.build import Parts, Placed, initial_adapters, initial_params, make_sample
 from dmpo_jax.checkpoints import save_params
 from dmpo_jax.evaluate import make_evaluate
 from dmpo_jax.measure import (
@@ -27,6 +27,8 @@ from dmpo_jax.measure import (
   make_measure_ratios,
   make_measure_sampled,
   make_measure_weights,
+  measure_program,
+  token_program,
 )
 from dmpo_jax.models import llada
 from dmpo_jax.objectives import OBJECTIVES, weights
@@ -50,21 +52,33 @@ class Phase:
   keep_best: Callable[[Any], None] = lambda trainable: None  # called where an evaluation is the best so far
 
 
-def fresh_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Return the state before the first update, the optimizer's moments laid out as their parameters are."""
+def abstract_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Describe the state by shape, dtype and sharding, the optimizer's moments laid out as their parameters are.
+
+  Args:
+    trainable: arrays, or their descriptions.
+  """
   everywhere = sharding.replicated(mesh)
-  opt_shardings = optax.tree_map_params(
+  shapes = jax.eval_shape(optimizer.init, trainable)
+  opt_state = optax.tree_map_params(
     optimizer,
-    lambda _, param: param.sharding,
-    jax.eval_shape(optimizer.init, trainable),
+    lambda shape, param: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=param.sharding),
+    shapes,
     trainable,
-    transform_non_params=lambda _: everywhere,
+    transform_non_params=lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=everywhere),
   )
+  zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+  return TrainState(zero, sharding.abstract(trainable), opt_state, num_skipped=zero, num_skipped_in_a_row=zero)
+
+
+def fresh_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Return the state before the first update."""
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer, mesh))
 
   def zero() -> jax.Array:
-    return jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    return jax.device_put(jnp.zeros((), jnp.int32), layout.step)
 
-  opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
+  opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(trainable)
   return TrainState(zero(), trainable, opt_state, num_skipped=zero(), num_skipped_in_a_row=zero())
 
 
@@ -104,7 +118,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
 def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: Any) -> tuple[Phase, TrainState]:
   """Build the training proper by `config.objective`, and its first state: the base, or fresh adapters on it."""
   objective, has_adapters = config.objective, parts.model.config.lora is not None
-  optimizer = _make_optimizer(config, optim.warmup_constant(config.optim.learning_rate, config.optim.warmup_updates))
+  optimizer = training_optimizer(config)
   trainable = initial_adapters(config, parts) if has_adapters else jax.tree.map(jnp.copy, base)
   state = fresh_state(trainable, optimizer, parts.mesh)
   is_supervised = OBJECTIVES[objective.name].needs == "demonstrations"
@@ -121,22 +135,64 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
       if is_supervised
       else _collect_rollouts(config, parts, base)
     ),
-    update=update.make_update(
-      parts.model,
-      optimizer,
-      objective=objective.name,
-      seed=config.seed,
-      microbatch_prompts=config.train.microbatch_prompts,
-      loss_chunk=config.model.loss_chunk,
-      sync_reference_every=objective.sync_reference_every,
-      shardings=_shardings(state, parts.mesh),
-      **_loss_keywords(objective),
-    ),
+    update=training_update(config, parts.model, optimizer, _shardings(state, parts.mesh)),
     evaluate=make_evaluate(config, workdir / "generations", parts, base),
     evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
     keep_best=lambda trainable: save_params(workdir / "best", trainable),
   )
   return phase, state
+
+
+def training_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+  """Build the optimizer of the training proper."""
+  return _make_optimizer(config, optim.warmup_constant(config.optim.learning_rate, config.optim.warmup_updates))
+
+
+def training_update(
+  config: ConfigDict,
+  model: llada.LLaDA,
+  optimizer: optax.GradientTransformation,
+  shardings: tuple[TrainState, NamedSharding],
+) -> Callable:
+  """Jit the training proper's gradient step (see `update.make_update`)."""
+  return update.make_update(
+    model,
+    optimizer,
+    objective=config.objective.name,
+    seed=config.seed,
+    microbatch_prompts=config.train.microbatch_prompts,
+    loss_chunk=config.model.loss_chunk,
+    sync_reference_every=config.objective.sync_reference_every,
+    shardings=shardings,
+    **_loss_keywords(config.objective),
+  )
+
+
+def training_sample(config: ConfigDict, parts: Placed) -> Callable:
+  """Jit the sampler of the rollouts."""
+  return make_sample(
+    config,
+    parts,
+    group_size=config.rollout.group_size,
+    temperature=config.sampler.temperature,
+    early_exit=config.rollout.early_exit,
+    with_reference=config.objective.likelihood == "sampler",
+  )
+
+
+def training_scores(config: ConfigDict, model: llada.LLaDA, mesh: Mesh) -> Callable | None:
+  """Jit the forward passes of the objective's measure (see `measure.py`); None: it needs none."""
+  objective, needs = config.objective, OBJECTIVES[config.objective.name].needs
+  if needs in ("rewards", "demonstrations") or objective.likelihood == "sampler":
+    return None
+  num_replicates = objective.num_elbo_replicates if needs == "weights" else objective.num_replicates
+  common = dict(
+    estimator=make_estimator(objective.likelihood, objective.to_dict(), num_replicates),
+    loss_chunk=config.model.loss_chunk,
+  )
+  if needs == "weights":
+    return measure_program(model, mesh, **common)
+  return token_program(model, mesh, with_reference=needs == "ratio_and_reference", **common)
 
 
 def _collect_demonstrations(config: ConfigDict, parts: Parts, batch_size: int, num_flawless: int = 0) -> Callable:
@@ -154,14 +210,7 @@ def _collect_demonstrations(config: ConfigDict, parts: Parts, batch_size: int, n
 
 def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
   objective, num_prompts = config.objective, config.rollout.num_prompts
-  sample = make_sample(
-    config,
-    parts,
-    group_size=config.rollout.group_size,
-    temperature=config.sampler.temperature,
-    early_exit=config.rollout.early_exit,
-    with_reference=objective.likelihood == "sampler",
-  )
+  sample = training_sample(config, parts)
   measure = _make_measure(config, parts)
 
   def collect(state: TrainState, buffer: int) -> tuple[Experience, dict[str, float]]:

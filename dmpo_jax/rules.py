@@ -298,6 +298,12 @@ RELATIONS = (
   ),
   Relation("model.num_kv_heads", ("model.num_heads",), divides, "a divisor of {0}"),
   Relation(
+    "sampler.name",
+    ("model.shift_logits",),
+    lambda name, is_shifted: not (is_shifted and name in ("prefix_cache", "dual_cache", "wino")),
+    "a sampler that runs whole rows (llada, parallel, ...), as {0}",
+  ),
+  Relation(
     "model.embedding_size",
     ("model.vocab_size",),
     lambda rows, ids: rows == 0 or rows >= ids,

@@ -124,9 +124,16 @@ def test_a_position_is_predicted_by_the_one_before_it(dream):
     scores = completion_scores(model, variables, prompt, is_valid, completion, jnp.array([[5, 6, 7]]))
     return denoiser.logits(denoiser.hidden(completion)), scores.log_prob
 
-  logits, log_prob = run(jnp.asarray(prompt), jnp.asarray(is_valid), jnp.asarray(completion))
-  np.testing.assert_allclose(logits[0], raw[1:4], atol=1e-4)
+  (logits, _), log_prob = run(jnp.asarray(prompt), jnp.asarray(is_valid), jnp.asarray(completion))
+  np.testing.assert_allclose(logits[0, :, 0], raw[1:4], atol=1e-4)
   np.testing.assert_allclose(log_prob[0], wanted[[1, 2, 3], [5, 6, 7]], atol=1e-4)
+
+
+def test_caches_are_refused(dream):
+  model, variables, _ = dream
+  denoiser = make_denoiser(model, variables, jnp.array([[3, 9]]), jnp.array([[True, True]]))
+  with pytest.raises(ValueError, match=r"choose a sampler.name that runs whole rows"):
+    denoiser.prefill(jnp.array([[48, 7, 48]]))
 
 
 def test_adapters_have_the_familys_names():

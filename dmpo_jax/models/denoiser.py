@@ -70,6 +70,7 @@ def make_denoiser(
   if not 0 <= guidance < math.inf:
     raise ValueError(f"sampler.guidance={guidance}: must be a number from 0 (none) up")
   config = model.config
+  variables = model.gather_head(variables)  # once, not for every part of the vocabulary in every call
   rows = _Rows(model, variables, prompt_tokens, prompt_is_valid, is_guided=guidance > 0)
   split, num_parts = _split_vocabulary(config.embedding_size)
 
@@ -209,6 +210,11 @@ class _Rows:
     return self._gather(jnp.concatenate([block, hidden[:, length:]], axis=1))
 
   def _run(self, tokens: Int[Array, "z l"], **keywords: Any) -> tuple[jax.Array, Cache | None]:
+    if self._model.config.shift_logits:  # a part of a row lacks the position that predicts its first token
+      raise ValueError(
+        "model.shift_logits=True: samplers with a cache or a shadow block (prefix_cache, dual_cache, wino) read each "
+        "position from itself; choose a sampler.name that runs whole rows, such as llada or parallel"
+      )
     return self._model.apply(self._variables, constrain(tokens, "rows", None), method="hidden", **keywords)
 
   def _spread(self, completion: Int[Array, "z c"]) -> Int[Array, "y c"]:
@@ -250,6 +256,7 @@ def completion_scores(
   if chunk < 0:
     raise ValueError(f"model.loss_chunk={chunk}: must be 0 (all positions at one time) or more")
   hidden = _completion_hidden(model, variables, prompt_tokens, prompt_is_valid, noised, dropout_keys)
+  variables = model.gather_head(variables)  # once, not for every chunk
 
   def score(hidden: Float[Array, "b s d"], targets: Int[Array, "b s"]) -> Scores:
     return _score(model.apply(variables, hidden, method="logits"), targets)

@@ -5,6 +5,7 @@ optional arguments of this one model.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -241,6 +242,12 @@ class LLaDA(nn.Module):
       )
       cache = Cache(keys, values, is_valid)
     return self.final_norm(x), cache
+
+  def gather_head(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Lay out the head for `logits` to be called many times: whole but for the vocabulary, which may stay split."""
+    params = variables["params"]
+    name, axes = ("embedding", ("vocab", None)) if self.config.weight_tying else ("head", (None, "vocab"))
+    return {**variables, "params": {**params, name: constrain(params[name], *axes)}}
 
   def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
     """Give float32 logits over the whole embedding table, unused rows and MASK included."""

@@ -1,0 +1,70 @@
+"""LLaDA-8B on a TPU slice, with the settings that DMPO published (arXiv 2510.08233) for LLaDA-8B-Instruct.
+
+    python -m launch.convert_hf --hf=GSAI-ML/LLaDA-8B-Instruct --out=CHECKPOINT
+    python -m dmpo_jax.main --config=configs/llada_8b.py --config.model.init_from=CHECKPOINT --workdir=RUN
+
+Completions of 128 or 512 tokens: --config=configs/llada_8b.py:512. Another task: --config.task.name=countdown.
+`launch/plan.py` says what fits a slice before there is one. What is not as published says so, and why.
+"""
+
+from configs import base
+
+
+def get_config(completion_length="256"):
+  c = base.get_config()
+  m = c.model
+  m.vocab_size = m.embedding_size = 126464
+  m.d_model = 4096
+  m.num_layers = 32
+  m.num_heads = m.num_kv_heads = 32
+  m.mlp_hidden_size = 12288
+  m.rope_theta = 500_000.0
+  m.dtype = m.param_dtype = "bfloat16"  # published: a base in NF4, which is none of a TPU's formats
+  m.remat = "full"
+  m.loss_chunk = 32
+  m.lora.rank = 128
+  m.lora.alpha = 64.0
+  m.lora.dropout = 0.05
+  m.lora.targets = ("q_proj", "k_proj", "v_proj", "up_proj")  # those of the published names that LLaDA has
+
+  c.tokenizer.name = "huggingface"
+  c.tokenizer.path = ""  # the checkpoint's own
+  c.tokenizer.is_chat = True
+  c.task.name = "gsm8k"  # or math, countdown, sudoku
+  c.task.max_prompt_length = 200
+  c.task.overlong_prompts = "skip"  # published: cut on the left, which takes the chat template's header
+
+  length = c.sampler.completion_length = int(completion_length)
+  c.sampler.block_length = 32
+  c.sampler.steps = length // 2
+  c.sampler.temperature = 0.2
+  c.sampler.name = "prefix_cache"
+  c.sampler.prefix_cache.rule = "count"
+
+  c.rollout.num_prompts = 32  # of a buffer; the published number is that of eight GPUs' local batches
+  c.rollout.group_size = 16
+  c.objective.alpha = 0.04
+  c.objective.num_replicates = 4
+  c.objective.num_elbo_replicates = 4
+  c.objective.min_mask_ratio = 0.1  # published as [0.1, 0.9]; what the official code draws is [0.1, 1]
+  c.objective.max_mask_ratio = 1.0
+
+  c.optim.learning_rate = 1e-6
+  c.optim.warmup_updates = 100
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.99
+  c.optim.weight_decay = 0.1
+  c.optim.clip_norm = 0.2
+  c.train.num_buffers = 500
+  c.train.updates_per_buffer = 8
+  c.train.microbatch_prompts = 8
+
+  c.sharding.data = -1
+  c.sharding.fsdp = 16  # a slice of fewer chips takes as many as it has
+  c.sharding.tensor = 1
+
+  c.eval.every_buffers = 25
+  c.eval.temperature = 0.0
+  c.eval.lengths = (128, 256, 512)
+  c.checkpoint.every_updates = 40
+  return c.lock()

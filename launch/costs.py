@@ -1,0 +1,158 @@
+"""What a compiled program costs: multiplications counted in its jaxpr, communication counted in its HLO.
+
+XLA's own cost analysis counts the body of a loop once, so both are counted here with the loops' trip counts. Loops that
+end by their data have none: they count as often as the caller says.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
+_SHAPE = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
+_OP = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(")
+_CALLED = re.compile(r"(?:calls|to_apply|called_computations|async_execution_thread)=\{?%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)")
+
+
+def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
+  """Count the floating-point operations of all matrix products, 2 for each multiply-add, on all devices together.
+
+  Args:
+    while_trips: how often a loop that ends by its data counts.
+  """
+  total = 0.0
+  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+      total += _dot_flops(eqn)
+    elif name == "scan":
+      total += params["length"] * count_flops(params["jaxpr"], while_trips)
+    elif name == "while":
+      total += while_trips * count_flops(params["body_jaxpr"], while_trips)
+    elif name == "cond":
+      total += max(count_flops(branch, while_trips) for branch in params["branches"])
+    elif name == "shard_map":
+      total += params["mesh"].size * count_flops(params["jaxpr"], while_trips)
+    else:
+      total += sum(count_flops(inner, while_trips) for inner in _inner(params))
+  return total
+
+
+def _dot_flops(eqn: Any) -> float:
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  shape = eqn.invars[0].aval.shape
+  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
+  """The programs that an operation calls once, such as a jitted or recomputed function."""
+  for name, value in params.items():
+    if isinstance(value, ClosedJaxpr | Jaxpr) and name not in ("fwd_jaxpr_thunk", "bwd"):
+      yield value
+
+
+class Collective(NamedTuple):
+  """A communication between devices, as often as a program makes it."""
+
+  kind: str
+  shapes: tuple[tuple[int, ...], ...]  # of what a device has after it (reduce-scatter: before)
+  size: int  # bytes of these, once
+  trips: int
+
+
+class _Computation(NamedTuple):
+  lines: list[str]
+  calls: list[tuple[str, str]]  # computation, and its condition if it is a loop's body
+
+
+def count_collectives(hlo: str, while_trips: int = 1) -> list[Collective]:
+  """List the collectives of a compiled program, with the trip counts of the loops that they are in.
+
+  A collective that XLA has split to run beside other work is counted once.
+
+  Args:
+    hlo: the compiled program's text. while_trips: how often a loop that ends by its data counts.
+  """
+  computations, entry = _parse(hlo)
+  trips = dict.fromkeys(computations, 0)
+
+  def visit(name: str, times: int) -> None:
+    trips[name] = max(trips[name], times)
+    for called, condition in computations[name].calls:
+      if called in computations:
+        visit(called, times * (_trip_count(computations, condition, while_trips) if condition else 1))
+
+  visit(entry, 1)
+  found: dict[str, Collective] = {}
+  for name, computation in computations.items():
+    for number, line in enumerate(computation.lines):
+      collective = _collective(line, trips[name])
+      if collective is not None and trips[name]:
+        channel = re.search(r"channel_id=(\d+)", line)
+        key = channel[1] if channel else f"{name}/{number}"
+        found[key] = max(found.get(key, collective), collective, key=lambda c: (c.trips, c.size))
+  return list(found.values())
+
+
+def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
+  computations: dict[str, _Computation] = {}
+  current, entry = None, ""
+  for line in hlo.splitlines():
+    header = _HEADER.match(line)
+    if header:
+      current = computations[header[2]] = _Computation([], [])
+      entry = header[2] if header[1] else entry
+    elif current is not None:
+      current.lines.append(line)
+      current.calls.extend(_calls(line))
+  return computations, entry
+
+
+def _calls(line: str) -> Iterator[tuple[str, str]]:
+  loop = re.search(r"condition=%?([\w.-]+), body=%?([\w.-]+)", line)
+  if loop:
+    yield loop[2], loop[1]
+  for called in _CALLED.findall(line):
+    yield called, ""
+  for several, yes, no in _BRANCHES.findall(line):
+    for called in several.replace("%", "").split(", ") if several else (yes, no):
+      yield called, ""
+
+
+def _trip_count(computations: dict[str, _Computation], condition: str, otherwise: int) -> int:
+  """Read `i < n` in a loop's condition; anything else ends by its data."""
+  root = _root(computations[condition])
+  bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition].lines))
+  called = [_root(computations[name]) for name, _ in _calls(root) if name in computations]
+  is_counted = len(bounds) == 1 and any("direction=LT" in line for line in (root, *called))
+  return int(bounds[0]) if is_counted else otherwise
+
+
+def _root(computation: _Computation) -> str:
+  return next((line for line in computation.lines if line.lstrip().startswith("ROOT")), "")
+
+
+def _collective(line: str, trips: int) -> Collective | None:
+  match = _OP.match(line)
+  if not match or match[2].removesuffix("-start") not in KINDS:
+    return None
+  result, kind = match[1], match[2].removesuffix("-start")
+  shapes = [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _SHAPE.findall(result)]
+  if match[2].endswith("-start") and result.startswith("("):  # (operands, results)
+    shapes = shapes[len(shapes) // 2 :]
+  if kind == "reduce-scatter":
+    operands = line[match.end() :].split("), ")[0]
+    shapes = [(d, tuple(map(int, filter(None, dims.split(","))))) for d, dims in _SHAPE.findall(operands)] or shapes
+  size = sum(_ITEMSIZE.get(dtype, 4) * math.prod(dims) for dtype, dims in shapes)
+  return Collective(kind, tuple(dims for _, dims in shapes), size, trips)
+
+
+def link_bytes(collectives: list[Collective]) -> float:
+  """Bytes that a device sends, about: once for every collective, twice for an all-reduce."""
+  return float(sum(c.size * c.trips * (2 if c.kind == "all-reduce" else 1) for c in collectives))

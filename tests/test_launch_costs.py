@@ -1,0 +1,121 @@
+"""Costs of programs: matrix products in loops and branches, and collectives by their loops' trip counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from launch import costs
+
+SQUARE = jnp.zeros((8, 8))
+
+
+def flops(function, *args, **keywords):
+  return costs.count_flops(jax.make_jaxpr(function)(*args), **keywords)
+
+
+def test_products_are_counted_by_their_sizes():
+  assert flops(lambda a, b: a @ b, jnp.zeros((2, 3)), jnp.zeros((3, 5))) == 2 * 2 * 3 * 5
+  batched = jnp.zeros((4, 2, 3)), jnp.zeros((4, 3, 5))
+  assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), *batched) == 4 * 2 * 2 * 3 * 5
+
+
+def test_loops_count_every_turn():
+  one = 2 * 8**3
+
+  def scanned(x):
+    return jax.lax.scan(lambda x, _: (jax.jit(jnp.matmul)(x, x), None), x, length=7)[0]
+
+  assert flops(scanned, SQUARE) == 7 * one
+  assert flops(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: scanned(x), x), SQUARE) == 35 * one
+
+  def unknown(x):
+    return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ x, x)
+
+  assert flops(unknown, SQUARE, while_trips=4) == 4 * one
+
+  def branched(x):
+    return jax.lax.cond(x.sum() > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+  assert flops(branched, SQUARE) == 2 * one
+
+
+def test_what_is_recomputed_is_counted_again():
+  def loss(x):
+    return jax.checkpoint(lambda x: jnp.sin(x @ x))(x).sum()
+
+  forward, both = flops(loss, SQUARE), flops(jax.grad(loss), SQUARE)
+  assert both == 4 * forward  # forward, forward again, and a product for each of its two factors
+
+
+def test_collectives_of_a_compiled_program():
+  """A product whose inner axis is split needs a sum over devices in each of five turns."""
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  rows = NamedSharding(mesh, PartitionSpec("x", None))
+
+  def program(x, w):
+    def turn(x, _):
+      x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, "x")))
+      return jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, PartitionSpec())), None
+
+    return jax.lax.scan(turn, x, length=5)[0]
+
+  given = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=rows)
+  found = costs.count_collectives(jax.jit(program).lower(*given).compile().as_text())
+  summed = [c for c in found if c.kind == "all-reduce"]
+  assert [(c.shapes, c.size, c.trips) for c in summed] == [(((16, 16),), 16 * 16 * 4, 5)]
+  others = sum(c.size * c.trips for c in found if c.kind != "all-reduce")
+  assert costs.link_bytes(found) == 2 * 5 * 16 * 16 * 4 + others
+
+
+HLO = """HloModule jit_f
+
+%wide.condition (p: (s32[], bf16[4])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(32)
+  %p = (s32[], bf16[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%data.condition (p: (s32[], bf16[4])) -> pred[] {
+  %p = (s32[], bf16[4]{0}) parameter(0)
+  ROOT %any = pred[] get-tuple-element(%p), index=1
+}
+
+%started (a: bf16[1,4]) -> bf16[8,4] {
+  %a = bf16[1,4]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[8,4]{1,0:T(8,128)} all-gather(%a), channel_id=3, dimensions={0}
+}
+
+%finished (a: bf16[1,4]) -> bf16[8,4] {
+  %a = bf16[1,4]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[8,4]{1,0:T(8,128)} all-gather(%a), channel_id=3, dimensions={0}
+}
+
+%inner (p: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %p = (s32[], bf16[4]{0}) parameter(0)
+  ROOT %reduce-scatter.1 = f32[2]{0} reduce-scatter(f32[16]{0} %x), channel_id=5, dimensions={0}
+}
+
+%body (p: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %p = (s32[], bf16[4]{0}) parameter(0)
+  %f = bf16[8,4]{1,0} fusion(%a), kind=kCustom, calls=%started
+  %g = bf16[8,4]{1,0} fusion(%a), kind=kCustom, calls=%finished
+  ROOT %while.2 = (s32[], bf16[4]{0}) while(%p), condition=%data.condition, body=%inner
+}
+
+ENTRY %main (a: bf16[4]) -> bf16[4] {
+  %ag = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%a), channel_id=7, dimensions={0}
+  %done = bf16[32]{0} all-gather-done(%ag)
+  ROOT %while.1 = (s32[], bf16[4]{0}) while(%t), condition=%wide.condition, body=%body
+}
+"""
+
+
+def test_collectives_in_loops_and_split_in_two():
+  found = {c.shapes: c for c in costs.count_collectives(HLO, while_trips=3)}
+  assert len(found) == 3
+  assert found[((8, 4),)] == ("all-gather", ((8, 4),), 64, 32)
+  assert found[((16,),)] == ("reduce-scatter", ((16,),), 64, 96)  # 32 times at most 3
+  assert found[((32,),)] == ("all-gather", ((32,),), 64, 1)
+  assert np.isclose(costs.link_bytes(list(found.values())), 64 * 32 + 64 * 96 + 64)

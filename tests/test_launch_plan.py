@@ -1,0 +1,135 @@
+"""Planning: LLaDA-8B's gradient step by the real TPU compiler, and the decisions that are made of such figures."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from configs import llada_8b
+from dmpo_jax import sharding
+from launch import plan
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+HAS_COMPILER = (pathlib.Path(sys.prefix) / "libtpu").exists() or "TPU_LIBRARY_PATH" in os.environ
+CHIP = plan.CHIPS["TPU v5 lite"]
+
+
+def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
+  """2 antithetic pairs a chip: a prompt's 16 rollouts of 4 masks each, 456 positions a row."""
+  if not HAS_COMPILER:
+    pytest.skip("the TPU compiler is not installed: make libtpu")
+  out = tmp_path / "plan.json"
+  options = ["--topology=v5e:4x4", "--programs=update", f"--out={out}"]
+  options += ["--config.rollout.num_prompts=1", "--config.train.microbatch_prompts=1"]
+  command = [sys.executable, "-m", "launch.plan", "--config=configs/llada_8b.py", *options]
+  environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr[-3000:]
+  cost = json.loads(out.read_text())["programs"]["update"]
+  assert 0.9 < cost["arguments"] < 1.2  # a sixteenth of 16 GB, and of the adapters and their moments
+  assert cost["peak"] < PEAK
+  assert cost["vocabulary"] == []
+  assert cost["collectives"]["all-gather"]["bytes"] < 60e9  # the weights, three times, not once a chunk of the loss
+  tokens, weights = 64 * 456, 7e9
+  assert 2.5 * 2 * tokens * weights < cost["flops"] < 5 * 2 * tokens * weights  # forward twice, and back
+  assert "update" in done.stdout
+
+
+PEAK = 2.75  # GiB; what has been seen is 2 % below
+
+
+def cost(program="update", peak=5.0, **changes):
+  made = plan.Cost(program, 1.0, peak, False, 1e15, {}, [], 2.0, 1.0, 60.0)
+  return dataclasses.replace(made, **changes)
+
+
+def some_slice(count=8):
+  return plan.Slice("v5e:2x4", jax.devices()[:count], CHIP)
+
+
+def test_a_margin_is_left_free():
+  where = some_slice()
+  assert where.fits(cost(peak=14.0))
+  assert not where.fits(cost(peak=15.0))
+  assert not where.fits(cost(peak=1.0, is_refused=True))
+
+
+def test_the_slower_of_products_and_links_is_the_time():
+  config = tiny.config(rollout__chunk_prompts=2)
+  found = {"update": cost(), "sample": cost("sample", seconds_links=3.0)}
+  assert found["sample"].seconds == 3.0
+  text = plan.describe_iteration(found, config, some_slice())
+  assert f"{config.train.updates_per_buffer} x update 2.00 s + 2 x sample 3.00 s" in text
+  assert "50% of 197 TFLOP/s" in text
+  assert plan.table(list(found.values()), some_slice()).row_count == 2
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [(0, 0), (1, 1), (7, 7), (8, 8), (40, 40)])
+def test_the_sweep_finds_the_largest_that_fits(monkeypatch, limit, wanted):
+  """Whatever the memory's course is, the answer has been compiled, and so has the next larger one."""
+  compiled = []
+
+  def cost_of(name, config, where):
+    assert name == "update"
+    size = config.train.microbatch_prompts
+    assert config.rollout.num_prompts == 2 * size
+    compiled.append(size)
+    return cost(peak=1.0 + 13.0 * size / max(limit, 1) if size <= limit else 30.0)
+
+  monkeypatch.setattr(plan, "cost_of", cost_of)
+  size, found = plan.largest_microbatch(tiny.config(), some_slice(), log=lambda line: None)
+  assert size == wanted
+  assert len(compiled) == len(set(compiled)) <= max(limit, 3)
+  assert wanted + 1 in compiled
+  assert found.peak == (30.0 if wanted == 0 else 14.0)
+
+
+def test_a_slice_smaller_than_the_mesh_is_all_fsdp():
+  config = llada_8b.get_config()
+  assert dict(plan.make_mesh(config, jax.devices()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  config = tiny.config(sharding__fsdp=2)
+  assert dict(plan.make_mesh(config, jax.devices()).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+
+
+def test_the_programs_are_traced_as_training_calls_them():
+  """For every objective's kind of buffer; on a mesh of eight virtual devices."""
+  mesh = sharding.make_mesh(2, 2, 2)
+  for objective in ("wdce", "diffu_grpo"):
+    config = tiny.config(model__lora__rank=2, objective__name=objective, sampler__steps=4)
+    model = plan.plan_model(config)
+    for name in plan.PROGRAMS:
+      assert plan.is_needed(name, config)
+      assert plan.costs.count_flops(plan.trace_program(name, config, model, mesh).jaxpr) > 0
+
+
+def test_scores_that_an_objective_does_not_need_are_left_out():
+  assert not plan.is_needed("measure", tiny.config(objective__name="wd1"))
+  assert plan.is_needed("sample", tiny.config(objective__name="wd1"))
+  assert not plan.is_needed("sample", tiny.config(objective__name="denoise"))
+
+
+def test_a_model_without_a_tokenizer_needs_its_vocabulary():
+  config = llada_8b.get_config()
+  assert plan.plan_model(config).config.vocab_size == 126464
+  config = ConfigDict(config.to_dict())
+  config.model.vocab_size = config.model.embedding_size = 0
+  with pytest.raises(ValueError, match=r"config.model.vocab_size = 0"):
+    plan.plan_model(config)
+
+
+def test_the_compilers_refusal_is_read():
+  message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded by 1.5G."
+  refused = plan._refused("update", message, 1.0, some_slice(), 3.0)
+  assert (refused.peak, refused.is_refused) == (17.25, True)
+
+
+def test_a_wrong_topology_is_one_message():
+  with pytest.raises(ValueError, match="--topology=v5e:4by4"):
+    plan.find_slice("v5e:4by4")

@@ -1,0 +1,224 @@
+"""The models, adapters and tokenizers against `transformers` and PEFT, where these are installed (make test-torch)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import standin_tokenizer as standin
+from etils import epath
+from recorded_models import TINY, compiled, settings, tensors
+from safetensors.numpy import save_file
+from test_models_dream import HF as DREAM
+from test_models_dream import random_tensors
+
+from dmpo_jax import chat, checkpoints
+from dmpo_jax.models import convert
+from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.tokenizer import load_tokenizer
+from launch import export_hf
+
+pytestmark = pytest.mark.torch
+WHY = "PyTorch is not installed: make test-torch"
+torch = pytest.importorskip("torch", reason=WHY)
+transformers = pytest.importorskip("transformers", reason=WHY)
+peft = pytest.importorskip("peft", reason=WHY)
+
+IDS = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 11))
+# LLaDA's modules by the names that transformers' Llama has
+AS_LLAMA = {
+  "model.transformer.wte.": "model.embed_tokens.",
+  "model.transformer.ln_f.": "model.norm.",
+  "model.transformer.ff_out.": "lm_head.",
+  "model.transformer.blocks.": "model.layers.",
+  ".attn_norm.": ".input_layernorm.",
+  ".ff_norm.": ".post_attention_layernorm.",
+  ".q_proj.": ".self_attn.q_proj.",
+  ".k_proj.": ".self_attn.k_proj.",
+  ".v_proj.": ".self_attn.v_proj.",
+  ".attn_out.": ".self_attn.o_proj.",
+  ".ff_proj.": ".mlp.gate_proj.",
+  ".up_proj.": ".mlp.up_proj.",
+  ".ff_out.": ".mlp.down_proj.",
+}
+
+
+def bidirectional_logits(model, ids):
+  """A causal model's logits with attention everywhere: a mask of four axes that adds nothing."""
+  mask = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1])
+  with torch.no_grad():
+    return model.eval()(torch.tensor(ids), attention_mask=mask, use_cache=False).logits.numpy()
+
+
+def test_llada_is_llama_in_both_directions():
+  config = TINY
+  rng = np.random.default_rng(0)
+  places = convert.checkpoint_places(config, "llada")
+  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+  stored = {name: rng.normal(size=shape, scale=0.4).astype(np.float32) for name, shape in shapes.items()}
+  peer = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      hidden_size=config.d_model,
+      num_hidden_layers=config.num_layers,
+      num_attention_heads=config.num_heads,
+      num_key_value_heads=config.num_kv_heads,
+      intermediate_size=config.mlp_hidden_size,
+      vocab_size=config.embedding_size,
+      rope_theta=config.rope_theta,
+      rms_norm_eps=config.rms_norm_eps,
+      tie_word_embeddings=False,
+    )
+  )
+  renamed = {}
+  for name, array in stored.items():
+    for ours, theirs in AS_LLAMA.items():
+      name = name.replace(ours, theirs)
+    renamed[name] = torch.tensor(array)
+  peer.load_state_dict(renamed)
+  params = jax.tree.map(jnp.asarray, convert.params_from_hf(stored, config))
+  logits = compiled(LLaDA(config))({"params": params}, IDS)
+  np.testing.assert_allclose(logits, bidirectional_logits(peer, IDS), rtol=0, atol=5e-4)
+
+
+def test_dream_is_qwen_in_both_directions():
+  config = convert.model_config_from_hf(DREAM)
+  stored = random_tensors(config)
+  own = {key: value for key, value in DREAM.items() if key not in ("model_type", "architectures", "use_mrope")}
+  peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**own))
+  peer.load_state_dict({name: torch.tensor(array) for name, array in stored.items()})
+  params = jax.tree.map(jnp.asarray, convert.params_from_hf(stored, config, "dream"))
+  logits = compiled(LLaDA(config))({"params": params}, IDS)
+  np.testing.assert_allclose(logits, bidirectional_logits(peer, IDS), rtol=0, atol=5e-4)
+
+
+class Named(torch.nn.Module):
+  """LLaDA's modules by their names, without what connects them."""
+
+  def __init__(self, stored):
+    super().__init__()
+    self.config = {"model_type": "llada"}
+    for name, array in stored.items():
+      *path, last, _ = name.split(".")
+      node = self
+      for part in path:
+        if not hasattr(node, part):
+          node.add_module(part, torch.nn.Module())
+        node = getattr(node, part)
+      if array.ndim == 2:
+        linear = torch.nn.Linear(*array.shape[::-1], bias=False)
+        linear.weight.data = torch.tensor(array)
+        node.add_module(last, linear)
+
+  def prepare_inputs_for_generation(self):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj", "up_proj"), ("all",)])
+def test_peft_loads_an_exported_adapter(tmp_path, targets):
+  lora = convert.LoraConfig(3, 6.0, 0.0, targets)
+  config = convert.model_config_from_hf(settings("m2_gqa"), lora=lora)
+  rng = np.random.default_rng(0)
+  adapters = {}
+  for place in convert.adapter_places(config, "llada").values():
+    *_, name, part = place.path
+    adapters.setdefault(name, {})[part] = rng.normal(size=(config.num_layers, *place.shape)).astype(np.float32)
+  folder = epath.Path(tmp_path)
+  checkpoints.save_params(folder / "policy", {"blocks": adapters})
+  source = export_hf.Source(config, "llada", folder / "base", folder / "policy", None)
+  export_hf.export_adapter(source, folder / "out")
+  model = peft.PeftModel.from_pretrained(Named(tensors("m2_gqa")), str(folder / "out"))
+  wrapped = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+  assert len(wrapped) == config.num_layers * len(lora.targets)
+  for name in lora.targets:
+    layer = model.get_submodule(f"base_model.model.model.transformer.blocks.1.{name}")
+    delta = layer.get_delta_weight("default").detach().numpy()
+    ours = lora.scale * adapters[name]["A"][1] @ adapters[name]["B"][1]
+    np.testing.assert_allclose(delta, ours.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_export_is_what_peft_merges(tmp_path):
+  lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
+  config = convert.model_config_from_hf(settings("m2_gqa"), lora=lora)
+  folder = epath.Path(tmp_path)
+  checkpoints.save_params(folder / "base", convert.params_from_hf(tensors("m2_gqa"), config))
+  checkpoints.save_params(folder / "policy", convert.adapters_from_peft(tensors("adapter"), config))
+  source = export_hf.Source(config, "llada", folder / "base", folder / "policy", None)
+  export_hf.export_model(source, folder / "out", dtype="same", shard_bytes=10**9)
+  adapter = tmp_path / "adapter"
+  adapter.mkdir()
+  save_file(tensors("adapter"), adapter / "adapter_model.safetensors")
+  (adapter / "adapter_config.json").write_text(json.dumps(settings("adapter")))
+  merged = peft.PeftModel.from_pretrained(Named(tensors("m2_gqa")), str(adapter)).merge_and_unload()
+  written = dict(export_hf.convert.to_tensors(export_hf._merged(source), convert.checkpoint_places(config, "llada")))
+  for name in ("q_proj", "up_proj", "ff_out"):
+    key = f"model.transformer.blocks.0.{name}"
+    theirs = merged.get_submodule(key).weight.detach().numpy()
+    np.testing.assert_allclose(written[f"{key}.weight"], theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_prompts_are_rendered_as_transformers_renders_them(tmp_path, family):
+  made = {
+    "llada": (standin.LLADA, standin.LLADA_CONFIG, standin.LLADA_TEMPLATE, dict(mask_token_id=126336)),
+    "dream": (standin.DREAM, standin.DREAM_CONFIG, standin.DREAM_TEMPLATE, None),
+  }[family]
+  standin.write(tmp_path, *made)
+  ours = load_tokenizer("huggingface", tmp_path, is_chat=True)
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  for text in ("Solve 2 + 2.", "  spaces and\n\nlines \n", "żółć <|eot_id|> <mask>"):
+    messages = [{"role": "user", "content": text}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    wanted = theirs(rendered + "<reasoning>", add_special_tokens=False)["input_ids"]
+    assert ours.encode_prompt(text, "<reasoning>") == wanted
+    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode(wanted[3:]) == theirs.decode(
+      wanted[3 : first_end(ours, wanted[3:]) + 3], skip_special_tokens=True
+    )
+
+
+def first_end(tokenizer, ids):
+  ends = [ids.index(token) for token in (tokenizer.eos_token_id, tokenizer.eot_token_id) if token in ids]
+  return min(ends, default=len(ids))
+
+
+TEMPLATES = (
+  "{%- for m in messages -%}\n  {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
+  "[{{ m.role }}] {{ m.content | trim }}\n"
+  "{%- endfor %}{% if add_generation_prompt %}\n[assistant]{% endif %}",
+  "{% for m in messages %}\n    {% if loop.first %}{{ bos_token }}{% endif %}\n"
+  "{{ m | tojson(indent=2) }}\n{% endfor %}",
+  "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% generation %}{{ m.content }}"
+  "{% endgeneration %}{% endfor %}{{ ns.n }}{{ strftime_now('%Y') }}",
+)
+
+
+@pytest.mark.parametrize("source", TEMPLATES)
+def test_templates_of_all_kinds_are_rendered_alike(tmp_path, source):
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(standin.write(tmp_path))
+  turns = [("system", "be é <brief>"), ("user", " hi \n"), ("assistant", "yes"), ("user", "and?")]
+  messages = [{"role": role, "content": content} for role, content in turns]
+  for is_answering in (True, False):
+    wanted = theirs.apply_chat_template(
+      messages, chat_template=source, add_generation_prompt=is_answering, tokenize=False
+    )
+    template = chat.Template(source, theirs.special_tokens_map)
+    assert template.render(turns, is_answering=is_answering) == wanted
+
+
+def test_dreams_files_are_read_as_qwens(tmp_path):
+  from tokenizers import pre_tokenizers
+
+  vocab = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+  merges = ["h e", "he l", "Ġ w", "1 2", "Ċ Ċ"]
+  vocab |= {"".join(pair.split(" ")): 256 + i for i, pair in enumerate(merges)}
+  (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+  (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+  properties = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+  added = {str(len(vocab) + i): {"content": token} | properties for i, token in enumerate(standin.DREAM)}
+  about = standin.DREAM_CONFIG | {"added_tokens_decoder": added, "tokenizer_class": "Qwen2Tokenizer"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+  ours = load_tokenizer("huggingface", tmp_path)
+  theirs = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
+  for text in ("hello  world 12\n\n\nIt's 34, you're", "é\u0301 <|im_end|>x", "tabs\t\tand  \n spaces "):
+    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
