@@ -139,7 +139,7 @@ def _spec(name: str, prompt: str) -> dict[str, Any]:
     "demo_wrong": 0.0,
   }
   own = {key: value for key, value in options.items() if key in fields}  # of generated puzzles, which these are not
-  return dict(name=name, options=own, prompt=prompt, rewards="published", grader="default")
+  return dict(name=name, options=own, prompt=prompt, rewards="default", grader="default")
 
 
 def _make_task(name: str, prompt: str) -> Any:

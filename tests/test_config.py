@@ -62,6 +62,11 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("model.embedding_size", -1, "a whole number, 0 or more"),
     ("task.name", "sudoko", "did you mean 'sudoku'?"),
     ("task.overlong_prompts", "skpi", "did you mean 'skip'?"),
+    ("task.name", "no/such/task.py", "or the path of a .py or .jsonl file that exists"),
+    ("task.rewards", "publish", "did you mean 'published'?"),
+    ("grading.seconds", 0.0, "a number in (0, inf)"),
+    ("eval.lengths", (16, 0), "a tuple of whole numbers, 1 or more"),
+    ("eval.tasks", ("gsm",), "did you mean 'gsm8k'?"),
     ("sampler.block_length", 5, "a divisor of sampler.completion_length = 16"),
     ("sampler.temperature", float("nan"), "a number in [0, inf)"),
     ("sampler.llada.remasking", "low_confidense", "did you mean 'low_confidence'?"),
@@ -188,3 +193,23 @@ def test_workdir_of_another_config_is_refused(config, tmp_path):
   assert "num_buffers" not in message
   assert str(tmp_path / "config.json") in message
   assert "--workdir" in message
+
+
+def test_a_users_own_task_is_checked_before_anything_starts(config, tmp_path):
+  path = tmp_path / "task.py"
+  path.write_text("def records(split): return []\ndef prompt(record): return ''\n")
+  config.task.name = str(path)
+  (line,) = problems(config)
+  assert "the file defines no function reward" in line
+  path = tmp_path / "rows.jsonl"
+  path.write_text("")
+  config.task.name = str(path)
+  config.task.user.grader = "maths"
+  (line,) = problems(config)
+  assert line == "config.task.user.grader='maths': must be one of exact, number, math"
+
+
+def test_the_prompts_of_a_task_are_named(config):
+  config.task.prompt = "publishd"
+  (line,) = problems(config)
+  assert line == "config.task.prompt='publishd': must be one of bare, default, published_train, published_eval"

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -91,3 +93,17 @@ def test_unusable_files_are_refused(tmp_path):
 def test_unknown_kind_is_refused():
   with pytest.raises(ValueError, match=r"tokenizer.name='wordpiece'.*sentencepiece"):
     load_tokenizer("wordpiece", "x")
+
+
+def test_subwords_from_text_keep_tags_and_new_lines(tmp_path):
+  rows = [{"question": f"What is {n} plus {n}?\nSay it.", "answer": f"It is {2 * n}."} for n in range(300)]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  model = tmp_path / "subwords.model"
+  model.write_bytes(train_tokenizer.train_subwords(train_tokenizer.read_sentences(path), vocab_size=310))
+  tokenizer = load_tokenizer("sentencepiece", model, is_chat=False)
+  text = "<reasoning>\nWhat is 12?\n</reasoning>\n<answer>\n24 \u20ac\n</answer>"
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert len(ids) < len(text)
+  assert len(tokenizer.encode("<answer>")) == 1

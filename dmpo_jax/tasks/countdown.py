@@ -283,7 +283,7 @@ def _belongs_to(key: tuple[int, ...], split: Split, seed: int) -> bool:
 
 
 def _numbers(record: Record) -> list[int]:
-  return [int(number) for number in record["numbers"].split(",")]
+  return [int(number) for number in record["numbers"].split(",") if number]
 
 
 def _value(record: Record, completion: str) -> Fraction | None:
