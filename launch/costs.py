@@ -1,7 +1,8 @@
 """What a compiled program costs: multiplications counted in its jaxpr, communication counted in its HLO.
 
 XLA's own cost analysis counts the body of a loop once, so both are counted here with the loops' trip counts. Loops that
-end by their data have none: they count as often as the caller says.
+end by their data have none: they count as often as the caller says. Of two branches the dearer one counts; of more, as
+where each block of a completion has its own, each counts its share.
 """
 
 import math
@@ -36,7 +37,8 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
     elif name == "while":
       total += while_trips * count_flops(params["body_jaxpr"], while_trips)
     elif name == "cond":
-      total += max(count_flops(branch, while_trips) for branch in params["branches"])
+      branches = [count_flops(branch, while_trips) for branch in params["branches"]]
+      total += sum(branches) / len(branches) if len(branches) > 2 else max(branches)
     elif name == "shard_map":
       total += params["mesh"].size * count_flops(params["jaxpr"], while_trips)
     else:
@@ -68,7 +70,7 @@ class Collective(NamedTuple):
 
 class _Computation(NamedTuple):
   lines: list[str]
-  calls: list[tuple[str, str]]  # computation, and its condition if it is a loop's body
+  calls: list[tuple[str, str, int]]  # computation, its condition if it is a loop's body, and of how many branches it is
 
 
 def count_collectives(hlo: str, while_trips: int = 1) -> list[Collective]:
@@ -84,9 +86,10 @@ def count_collectives(hlo: str, while_trips: int = 1) -> list[Collective]:
 
   def visit(name: str, times: int) -> None:
     trips[name] = max(trips[name], times)
-    for called, condition in computations[name].calls:
+    for called, condition, branches in computations[name].calls:
       if called in computations:
-        visit(called, times * (_trip_count(computations, condition, while_trips) if condition else 1))
+        turns = _trip_count(computations, condition, while_trips) if condition else 1
+        visit(called, max(1, times * turns // branches) if branches > 2 else times * turns)
 
   visit(entry, 1)
   found: dict[str, Collective] = {}
@@ -114,22 +117,23 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
   return computations, entry
 
 
-def _calls(line: str) -> Iterator[tuple[str, str]]:
+def _calls(line: str) -> Iterator[tuple[str, str, int]]:
   loop = re.search(r"condition=%?([\w.-]+), body=%?([\w.-]+)", line)
   if loop:
-    yield loop[2], loop[1]
+    yield loop[2], loop[1], 1
   for called in _CALLED.findall(line):
-    yield called, ""
+    yield called, "", 1
   for several, yes, no in _BRANCHES.findall(line):
-    for called in several.replace("%", "").split(", ") if several else (yes, no):
-      yield called, ""
+    names = several.replace("%", "").split(", ") if several else [yes, no]
+    for called in names:
+      yield called, "", len(names)
 
 
 def _trip_count(computations: dict[str, _Computation], condition: str, otherwise: int) -> int:
   """Read `i < n` in a loop's condition; anything else ends by its data."""
   root = _root(computations[condition])
   bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition].lines))
-  called = [_root(computations[name]) for name, _ in _calls(root) if name in computations]
+  called = [_root(computations[name]) for name, _, _ in _calls(root) if name in computations]
   is_counted = len(bounds) == 1 and any("direction=LT" in line for line in (root, *called))
   return int(bounds[0]) if is_counted else otherwise
 

@@ -37,7 +37,13 @@ def test_loops_count_every_turn():
   def branched(x):
     return jax.lax.cond(x.sum() > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
-  assert flops(branched, SQUARE) == 2 * one
+  assert flops(branched, SQUARE) == 2 * one  # the dearer of two
+
+  def switched(x):
+    power = [lambda x, n=n: [x := x @ x for _ in range(n)][-1] for n in (1, 2, 3)]
+    return jax.lax.fori_loop(0, 3, lambda i, x: jax.lax.switch(i, power, x), x)
+
+  assert flops(switched, SQUARE) == 6 * one  # each of several its share
 
 
 def test_what_is_recomputed_is_counted_again():
@@ -107,9 +113,30 @@ HLO = """HloModule jit_f
 ENTRY %main (a: bf16[4]) -> bf16[4] {
   %ag = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%a), channel_id=7, dimensions={0}
   %done = bf16[32]{0} all-gather-done(%ag)
+  %c = bf16[8,2]{1,0} conditional(%i, %x, %x, %x), branch_computations={%first, %second, %third}
   ROOT %while.1 = (s32[], bf16[4]{0}) while(%t), condition=%wide.condition, body=%body
 }
 """
+BRANCH = """
+%{0} (a: bf16[4]) -> bf16[8,2] {{
+  ROOT %while.{1} = bf16[8,2] while(%a), condition=%wide.condition, body=%inside.{1}
+}}
+
+%inside.{1} (a: bf16[4]) -> bf16[8,2] {{
+  ROOT %all-to-all.{1} = bf16[8,2]{{1,0}} all-to-all(%a), channel_id=1{1}, dimensions={{0}}
+}}
+"""
+
+
+def test_each_branch_of_several_counts_its_share():
+  """A conditional in a loop of 32: three branches, entered 10 times each, with a collective in a loop of its own."""
+  branches = "".join(BRANCH.format(name, number) for number, name in enumerate(("first", "second", "third")))
+  inside = HLO.replace(
+    "ROOT %while.2",
+    "%c = bf16[8,2] conditional(%i, %x, %x, %x), branch_computations={%first, %second, %third}\n  ROOT %while.2",
+  ).replace("  %c = bf16[8,2]{1,0} conditional", "  %d = bf16[8,2]{1,0} negate")
+  found = [c for c in costs.count_collectives(inside + branches, while_trips=3) if c.kind == "all-to-all"]
+  assert [c.trips for c in found] == [10 * 32] * 3
 
 
 def test_collectives_in_loops_and_split_in_two():
