@@ -42,6 +42,8 @@ GIB = 2**30
 
 # Without it XLA cuts products into many small ones with permutes between: twice the time to compile, and no faster.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+# What libtpu would ask a TPU machine about, and complain of where it gets no answer; no program depends on it.
+NO_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
 # The compiler refuses by an early estimate of what a program takes, and a run holds more than one program's arrays.
 MARGIN = 0.1
 MXU_SHARE = 0.5  # of the peak that matrix products reach: assumed; 0.45 to 0.6 is usual on these chips
@@ -104,11 +106,12 @@ def find_slice(topology: str) -> Slice:
   Raises:
     ValueError: there is no such slice, or no libtpu.
   """
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask about
+  for name, value in NO_MACHINE.items():
+    os.environ.setdefault(name, value)
   library = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make libtpu` puts it
   if library.exists():
     os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
-  from jax.experimental import topologies  # after the variable is set
+  from jax.experimental import topologies  # after the variables are set
 
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
