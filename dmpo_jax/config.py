@@ -51,6 +51,9 @@ MAY_CHANGE = (
   "train.num_buffers",
 )
 
+# What, besides, a finished run may be evaluated with.
+MAY_DIFFER_IN_EVALUATION = ("eval.*", "task.eval_path", "task.grader", "task.num_test")
+
 
 def validate(config: ConfigDict) -> None:
   """Check every key of a configuration, and what the keys must be to each other.
@@ -190,8 +193,11 @@ def save(workdir: epath.PathLike, config: ConfigDict) -> None:
     files.write_whole(epath.Path(workdir) / FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
+def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, is_training: bool = True) -> None:
   """Refuse a workdir that was begun with a configuration of other results; a new workdir passes.
+
+  Args:
+    is_training: if not, what only evaluations depend on may differ, too (MAY_DIFFER_IN_EVALUATION).
 
   Raises:
     ConfigError: naming the keys that differ and what would do.
@@ -199,7 +205,12 @@ def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
   path = epath.Path(workdir) / FILE
   if not path.exists():
     return
-  differing = differences(json.loads(path.read_text()), config)
+  free = () if is_training else MAY_DIFFER_IN_EVALUATION
+  differing = [
+    line
+    for line in differences(json.loads(path.read_text()), config)
+    if not any(fnmatch(line.partition(":")[0], f"config.{key}") for key in free)
+  ]
   if differing:
     listed = "\n  ".join(differing)
     raise ConfigError(

@@ -66,11 +66,12 @@ class Grading:
 
   def submit(self, records: Sequence[Record], completions: Sequence[str], is_ended: Sequence[bool]) -> "Pending":
     """Begin to grade completions, each with the record of its prompt; returns at once."""
+    start = time.monotonic()
     items = list(zip(records, completions, map(bool, is_ended), strict=True))
     if self._is_local:
-      return Pending([self._threads.submit(self._judge, items)], len(items))
+      return Pending([self._threads.submit(self._judge, items)], len(items), start)
     groups = itertools.groupby(items, key=lambda item: id(item[0]))  # a worker remembers a prompt's other answers
-    return Pending([self._threads.submit(self._ask, list(group)) for _, group in groups], len(items))
+    return Pending([self._threads.submit(self._ask, list(group)) for _, group in groups], len(items), start)
 
   def _judge(self, items: list[tuple]) -> list[Verdict]:
     return [judge(self.task, *item) for item in items]
@@ -92,14 +93,14 @@ class Grading:
 class Pending:
   """Grading under way."""
 
-  def __init__(self, futures: list[Future], num: int):
-    self._start, self._end, self._num = time.monotonic(), 0.0, num
+  def __init__(self, futures: list[Future], num: int, start: float):
+    self._start, self._end, self._num = start, start, num
     self._futures = futures
     for future in futures:
       future.add_done_callback(self._note)
 
   def _note(self, _: Future) -> None:
-    self._end = time.monotonic()
+    self._end = max(self._end, time.monotonic())
 
   def result(self) -> list[Verdict]:
     """Wait for the verdicts, in the order of the completions."""

@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
   if not isinstance(config, ConfigDict):  # what the flag holds when loading the file has failed
     raise ConfigError(_why_not_loaded(config))
   validate(config)
-  check_workdir(workdir, config)
+  check_workdir(workdir, config, is_training=_MODE.value == "train")
   _keep_compiled_programs(workdir)
   _join_processes()
   if _MODE.value == "eval":

@@ -213,3 +213,15 @@ def test_the_prompts_of_a_task_are_named(config):
   config.task.prompt = "publishd"
   (line,) = problems(config)
   assert line == "config.task.prompt='publishd': must be one of bare, default, published_train, published_eval"
+
+
+def test_a_finished_run_may_be_evaluated_otherwise(config, tmp_path):
+  config_lib.save(tmp_path, config)
+  config.eval.lengths = (8, 16)
+  config.task.grader = "published"
+  config_lib.check_workdir(tmp_path, config, is_training=False)
+  with pytest.raises(config_lib.ConfigError, match=r"config.eval.lengths"):
+    config_lib.check_workdir(tmp_path, config)
+  config.sampler.steps = 32
+  with pytest.raises(config_lib.ConfigError, match=r"config.sampler.steps"):
+    config_lib.check_workdir(tmp_path, config, is_training=False)
