@@ -41,7 +41,7 @@ INSIDE = {
   "checkpoints": {"pretrained"},
   "data": {"tokenizer"},
   "workdir": {"config"},
-  "measure": {"scoring"},
+  "measure": {"checkpoints", "scoring"},
   "rules": {"tokenizer"},
   "tokenizer": {"chat"},
   "grading": {"tokenizer"},

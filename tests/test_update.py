@@ -16,6 +16,7 @@ def folder(tmp_path_factory):
 
 def begin(config, folder, num_devices, use_devices):
   use_devices(num_devices)
+  config.warm_start.updates = 0  # the base is random here, and saved nowhere
   parts = build.build_parts(config, folder / "run")
   with jax.set_mesh(parts.mesh):
     return parts, *phases.training_phase(config, folder / "run", parts, build.initial_params(config, parts))
