@@ -1,0 +1,26 @@
+"""Dream-7B (arXiv 2508.15487) on a TPU slice, with the settings that were published for LLaDA-8B.
+
+python -m launch.convert_hf --hf=Dream-org/Dream-v0-Instruct-7B --out=CHECKPOINT
+python -m dmpo_jax.main --config=configs/dream_7b.py --config.model.init_from=CHECKPOINT --workdir=RUN
+"""
+
+from configs import llada_8b
+
+
+def get_config(completion_length="256"):
+  c = llada_8b.get_config(completion_length)
+  with c.unlocked():
+    m = c.model
+    m.vocab_size = m.embedding_size = 152064
+    m.d_model = 3584
+    m.num_layers = 28
+    m.num_heads = 28
+    m.num_kv_heads = 4
+    m.mlp_hidden_size = 18944
+    m.rope_theta = 1_000_000.0
+    m.rms_norm_eps = 1e-6
+    m.qkv_bias = True
+    m.shift_logits = True
+    c.sampler.name = "parallel"  # whole rows: a cache would lack the position that predicts a block's first token
+    c.sampler.parallel.rule = "count"
+  return c
