@@ -21,6 +21,7 @@ HAS_COMPILER = (pathlib.Path(sys.prefix) / "libtpu").exists() or "TPU_LIBRARY_PA
 CHIP = plan.CHIPS["TPU v5 lite"]
 
 
+@pytest.mark.slow
 def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
   """2 antithetic pairs a chip: a prompt's 16 rollouts of 4 masks each, 456 positions a row."""
   if not HAS_COMPILER:
