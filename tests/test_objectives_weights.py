@@ -258,13 +258,13 @@ def test_adaptive_kappa_meets_the_threshold_where_it_can():
 
 def test_kappa_and_effective_sample_size_are_of_each_group():
   log_weight = jnp.array([[0.0, 1.0, 2.0, 3.0], [0.0, 3.0, 6.0, 9.0]])
-  both = weights.adaptive_kappa(log_weight, KEPT[:2], 0.5)
-  alone = [weights.adaptive_kappa(row[None], KEPT[:1], 0.5)[0] for row in log_weight]
+  both = weights.adaptive_kappa(log_weight, KEPT[:2], 0.6)
+  alone = [weights.adaptive_kappa(row[None], KEPT[:1], 0.6)[0] for row in log_weight]
   np.testing.assert_allclose(both, alone, rtol=1e-6)
   np.testing.assert_allclose(both[0] / both[1], 3, rtol=1e-2)
   # dropped rollouts have no part in it
   padded = jnp.pad(log_weight, ((0, 0), (0, 2)), constant_values=jnp.nan)
-  np.testing.assert_allclose(weights.adaptive_kappa(padded, jnp.pad(KEPT[:2], ((0, 0), (0, 2))), 0.5), both, rtol=1e-5)
+  np.testing.assert_allclose(weights.adaptive_kappa(padded, jnp.pad(KEPT[:2], ((0, 0), (0, 2))), 0.6), both, rtol=1e-5)
 
 
 def test_the_reward_itself_as_the_weight():
