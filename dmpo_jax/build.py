@@ -38,14 +38,20 @@ class Vocabulary(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-  """What every mode needs: where to compute, with what, and on what."""
+class ModelParts:
+  """Where to compute, and with what."""
 
   mesh: Mesh
   tokenizer: Tokenizer
+  model: llada.LLaDA
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts(ModelParts):
+  """The same, and on what: what training and evaluation need."""
+
   task: tasks.Task
   grading: Grading  # of the task's completions
-  model: llada.LLaDA
   prompts: data.PromptStream | None  # training prompts; None where nothing is trained
   flawless: data.PromptStream | None  # the same with demonstrations that are always right
   held_out: tuple[Prompts, list[tasks.Record]]  # evaluation prompts and their records
@@ -60,7 +66,7 @@ class Placed(Protocol):
 
 
 def build_parts(config: ConfigDict, workdir: epath.Path, *, is_training: bool = True) -> Parts:
-  """Build what every mode needs; the task's data is generated, or read and kept, on first use.
+  """Build what training and evaluation need; the task's data is generated, or read and kept, on first use.
 
   Args:
     is_training: whether the training prompts are needed, too.
@@ -74,8 +80,28 @@ def build_parts(config: ConfigDict, workdir: epath.Path, *, is_training: bool = 
     raise ConfigError(str(error)) from error
 
 
-def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> Parts:
+def build_model_parts(config: ConfigDict) -> ModelParts:
+  """Build what the model needs.
+
+  Raises:
+    ConfigError: a file that the configuration names cannot be used, or devices do not fit the mesh.
+  """
+  try:
+    return _build_model_parts(config)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def _build_model_parts(config: ConfigDict) -> ModelParts:
   tokenizer = make_tokenizer(config)
+  mesh, model = sharding.make_mesh(**config.sharding), build_model(config, tokenizer)
+  check_fits(model.config, mesh)
+  return ModelParts(mesh=mesh, tokenizer=tokenizer, model=model)
+
+
+def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> Parts:
+  model_parts = _build_model_parts(config)
+  tokenizer = model_parts.tokenizer
   spec = tasks.spec(config.task.to_dict())
   task = tasks.make_task(**spec)
   source = data.TaskData(
@@ -95,14 +121,10 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     train = source.train()
     prompts = data.PromptStream(train, task, tokenizer, seed=config.seed, **limits)
     flawless = data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits)
-  mesh, model = sharding.make_mesh(**config.sharding), build_model(config, tokenizer)
-  check_fits(model.config, mesh)
   return Parts(
-    mesh=mesh,
-    tokenizer=tokenizer,
+    **vars(model_parts),
     task=task,
     grading=Grading(spec, **config.grading),
-    model=model,
     prompts=prompts,
     flawless=flawless,
     held_out=held_out.batch(0, len(held_out)),
@@ -200,25 +222,44 @@ def _init_collection(model: llada.LLaDA, name: str) -> Callable[[jax.Array], Any
   return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))[name]
 
 
-def initial_params(config: ConfigDict, parts: Parts) -> Any:
+def initial_params(config: ConfigDict, parts: ModelParts) -> Any:
   """Return the parameters that `model.init_from` names, or random ones from the seed, laid out over the mesh."""
   if config.model.init_from:
     return load_params(epath.Path(config.model.init_from), abstract_collection(parts.model, parts.mesh, "params"))
   return random_collection(parts.model, parts.mesh, "params", noise.step_key(config.seed, "init", 0))
 
 
-def initial_adapters(config: ConfigDict, parts: Parts) -> Any:
+def initial_adapters(config: ConfigDict, parts: ModelParts) -> Any:
   """Return the adapters that `model.lora.init_from` names, or new ones from the seed, laid out over the mesh."""
   if config.model.lora.init_from:
     return load_params(config.model.lora.init_from, abstract_collection(parts.model, parts.mesh, "lora"))
   return random_collection(parts.model, parts.mesh, "lora", noise.step_key(config.seed, "init", 1))
 
 
-def base_params(config: ConfigDict, workdir: epath.Path, parts: Parts) -> Any:
+def base_params(config: ConfigDict, workdir: epath.Path, parts: ModelParts) -> Any:
   """Return the base: what the warm start left in `workdir/base`, or the initial parameters where there is none."""
   if config.warm_start.updates:
     return load_params(workdir / "base", abstract_collection(parts.model, parts.mesh, "params"))
   return initial_params(config, parts)
+
+
+def load_policy(config: ConfigDict, workdir: epath.Path | None, parts: ModelParts) -> tuple[Any, Any]:
+  """Return the policy that training left in `workdir`, or without one the initial model: (trainable, frozen).
+
+  Raises:
+    ConfigError: the workdir holds no finished policy, or there is neither a workdir nor a model to begin with.
+  """
+  has_adapters = parts.model.config.lora is not None
+  if workdir is None:
+    if not config.model.init_from:
+      raise ConfigError("no policy: give --workdir of a finished run, or set config.model.init_from to a model")
+    params = initial_params(config, parts)
+    return (initial_adapters(config, parts), params) if has_adapters else (params, {})
+  if not (workdir / "policy").exists():
+    raise ConfigError(f"{workdir} holds no finished policy: train first, with the same command without --mode")
+  collection = "lora" if has_adapters else "params"
+  policy = load_params(workdir / "policy", abstract_collection(parts.model, parts.mesh, collection))
+  return policy, base_params(config, workdir, parts) if has_adapters else {}
 
 
 def initial_identity(config: ConfigDict) -> str:

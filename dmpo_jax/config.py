@@ -52,7 +52,9 @@ MAY_CHANGE = (
 )
 
 # What, besides, a finished run may be evaluated with.
-MAY_DIFFER_IN_EVALUATION = ("eval.*", "task.eval_path", "task.grader", "task.num_test")
+_OF_EVALUATION = ("eval.*", "task.eval_path", "task.grader", "task.num_test")
+_OF_SAMPLING = ("eval.*", "grading.*", "objective.*", "optim.*", "rollout.*", "sampler.*", "seed", "task.*", "train.*")
+MAY_DIFFER = {"train": (), "eval": _OF_EVALUATION, "sample": _OF_SAMPLING}  # of a mode; the policy is the run's own
 
 
 def validate(config: ConfigDict) -> None:
@@ -193,11 +195,11 @@ def save(workdir: epath.PathLike, config: ConfigDict) -> None:
     files.write_whole(epath.Path(workdir) / FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, is_training: bool = True) -> None:
+def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, mode: str = "train") -> None:
   """Refuse a workdir that was begun with a configuration of other results; a new workdir passes.
 
   Args:
-    is_training: if not, what only evaluations depend on may differ, too (MAY_DIFFER_IN_EVALUATION).
+    mode: what the workdir is for; what the mode has no need of may differ (MAY_DIFFER).
 
   Raises:
     ConfigError: naming the keys that differ and what would do.
@@ -205,11 +207,10 @@ def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, is_training: b
   path = epath.Path(workdir) / FILE
   if not path.exists():
     return
-  free = () if is_training else MAY_DIFFER_IN_EVALUATION
   differing = [
     line
     for line in differences(json.loads(path.read_text()), config)
-    if not any(fnmatch(line.partition(":")[0], f"config.{key}") for key in free)
+    if not any(fnmatch(line.partition(":")[0], f"config.{key}") for key in MAY_DIFFER[mode])
   ]
   if differing:
     listed = "\n  ".join(differing)

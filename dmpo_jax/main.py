@@ -1,7 +1,8 @@
-"""Entry point: flags, devices, then training or evaluation.
+"""Entry point: flags, devices, then training, evaluation or sampling.
 
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=eval
+  python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=sample --prompt="..."
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/other --config.objective.baseline=mean
 
 Running the same command again goes on where the last run stopped, or says that it had finished.
@@ -21,7 +22,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import evaluate, train
+from dmpo_jax import evaluate, sample, train
 from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.config import ConfigError, check_workdir, did_you_mean, validate
 from dmpo_jax.rules import RULES
@@ -31,7 +32,13 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file; override a key with --config.section.key=value.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder (or gs:// path) of checkpoints, logs and results.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate the workdir's final policy.")
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "eval", "sample"], "train, evaluate the workdir's final policy, or decode prompts with it."
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "--mode=sample: a prompt. Prompts may also come by a pipe, one a line.")
+_PROMPTS = flags.DEFINE_string("prompts", None, '--mode=sample: a file of lines {"prompt": ..., "prefill": ...}.')
+_JSON = flags.DEFINE_bool("json", False, "--mode=sample: print one JSON object a prompt: ids, text, calls, ...")
+_WATCH = flags.DEFINE_bool("watch", False, "--mode=sample: show the denoising in the terminal while it happens.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "host:port of process 0. Not needed on TPU pods, Slurm and the like, which are recognised."
 )
@@ -50,7 +57,7 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
-    run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser())
+    run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None)
   except ConfigError as error:
     sys.exit(_complain(error))
   except Preempted as error:
@@ -70,19 +77,37 @@ def main(argv: list[str]) -> None:
     sys.exit(ABANDONED)
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
+def run(config: ConfigDict, workdir: epath.Path | None) -> None:
   """Check everything that can be checked before devices are touched, then dispatch on the mode."""
   if not isinstance(config, ConfigDict):  # what the flag holds when loading the file has failed
     raise ConfigError(_why_not_loaded(config))
+  _check_flags()
   validate(config)
-  check_workdir(workdir, config, is_training=_MODE.value == "train")
-  _keep_compiled_programs(workdir)
+  if workdir is not None:
+    check_workdir(workdir, config, mode=_MODE.value)
+    _keep_compiled_programs(workdir)
+  if _MODE.value == "sample":
+    requests = sample.read_requests(_PROMPT.value, _PROMPTS.value)
+    _join_processes()
+    sample.main(config, workdir, requests, as_json=_JSON.value, watch=_WATCH.value)
+    return
   _join_processes()
   if _MODE.value == "eval":
     evaluate.main(config, workdir)
   else:
     with alone_in(workdir):
       train.main(config, workdir)
+
+
+def _check_flags() -> None:
+  """Check what the modes need of the flags."""
+  is_sample = _MODE.value == "sample"
+  if not _WORKDIR.value and not is_sample:
+    raise ConfigError(f"--workdir is missing: --mode={_MODE.value} reads and writes it")
+  if not is_sample:
+    given = [flag.name for flag in (_PROMPT, _PROMPTS, _JSON, _WATCH) if flag.value]
+    if given:
+      raise ConfigError(f"--{given[0]} belongs to --mode=sample")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -146,6 +171,6 @@ def _join_processes() -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.mark_flag_as_required("config")
   absl.logging.set_verbosity(absl.logging.WARNING)
   app.run(main, flags_parser=parse_flags)

@@ -1,7 +1,7 @@
 """Measure parts of the program against each other in one run, and print a table of ratios.
 
     python -m launch.benchmark sample                # samplers, on random weights
-    python -m launch.benchmark sample --peer=torch   # with a plain PyTorch one beside them: needs requirements-torch.txt
+    python -m launch.benchmark sample --peer=torch   # with a plain PyTorch one too: needs requirements-torch.txt
     python -m launch.benchmark sample --help
 
 A section is one module with `define_flags()` and `run()`, named in SECTIONS.

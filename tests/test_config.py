@@ -219,9 +219,9 @@ def test_a_finished_run_may_be_evaluated_otherwise(config, tmp_path):
   config_lib.save(tmp_path, config)
   config.eval.lengths = (8, 16)
   config.task.grader = "published"
-  config_lib.check_workdir(tmp_path, config, is_training=False)
+  config_lib.check_workdir(tmp_path, config, mode="eval")
   with pytest.raises(config_lib.ConfigError, match=r"config.eval.lengths"):
     config_lib.check_workdir(tmp_path, config)
   config.sampler.steps = 32
   with pytest.raises(config_lib.ConfigError, match=r"config.sampler.steps"):
-    config_lib.check_workdir(tmp_path, config, is_training=False)
+    config_lib.check_workdir(tmp_path, config, mode="eval")

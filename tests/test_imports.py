@@ -32,7 +32,7 @@ LEVELS = (
     "workdir",
   },
   {"rollout", "update"},
-  {"build", "evaluate", "phases", "train"},
+  {"build", "evaluate", "phases", "sample", "train"},
   {"main"},
 )
 # and, of its own level, only what is named here: so the three rooms of the second know nothing of each other
@@ -47,6 +47,7 @@ INSIDE = {
   "grading": {"tokenizer"},
   "evaluate": {"build"},
   "phases": {"build", "evaluate"},
+  "sample": {"build"},
   "train": {"build", "evaluate", "phases"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

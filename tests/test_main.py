@@ -76,3 +76,13 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
     assert again[policy]["solve_rate"] == result[policy]["solve_rate"]
     assert again[policy]["reward_mean"] == result[policy]["reward_mean"]
     assert again[policy]["is_as_in_training"]
+  command += ("--mode=sample", "--config.sampler.name=wino")  # the sampler is none of the run's business
+  (workdir / "prompts.txt").write_text("1234\n4321\n")
+  with (workdir / "prompts.txt").open() as pipe:
+    sampled = start(*command, "--json", stdin=pipe)
+  assert sampled.returncode == 0, sampled.stderr[-2000:]
+  lines = [json.loads(line) for line in sampled.stdout.splitlines()]
+  assert [line["prompt"] for line in lines] == ["1234", "4321"]
+  assert lines[0].keys() == {
+    *("prompt", "ids", "text", "calls", "tokens_per_call", "tokens_per_second", "confidence"),
+  }

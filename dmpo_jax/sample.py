@@ -1,0 +1,217 @@
+"""Completions of a person's own prompts, from a finished run's policy or a converted model: `--mode=sample`.
+
+Prompts of neighbouring lengths share one compiled program. Settings are those of the evaluation.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import operator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from dmpo_jax import noise
+from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_sample
+from dmpo_jax.config import ConfigError
+from dmpo_jax.data import prompt_id
+from dmpo_jax.measure import Policies
+from dmpo_jax.structs import Prompts, Rollouts
+from dmpo_jax.tokenizer import Tokenizer
+
+BUCKET = 64  # prompts are padded to multiples of so many tokens
+MASKED = "\N{LIGHT SHADE}"  # how a position that is still to be decided is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A prompt, and what its answer is to begin with."""
+
+  prompt: str
+  prefill: str = ""
+
+
+def main(
+  config: ConfigDict, workdir: epath.Path | None, requests: Sequence[Request], *, as_json: bool, watch: bool
+) -> None:
+  """Decode the requests and print the completions, in their order.
+
+  Args:
+    workdir: of a finished run; None: the model that `model.init_from` names.
+    as_json: one JSON object a line: prompt, ids, text, calls, tokens_per_call, tokens_per_second, confidence.
+    watch: show the denoising while it happens.
+
+  Raises:
+    ConfigError: there is no policy, or a watched job has several processes.
+  """
+  parts = build_model_parts(config)
+  if watch and jax.process_count() > 1:
+    raise ConfigError("--watch needs a job of one process")
+  with jax.set_mesh(parts.mesh):
+    policies = Policies(*load_policy(config, workdir, parts))
+    for index, (request, found) in enumerate(decode(config, parts, policies, requests, watch=watch)):
+      if jax.process_index() > 0:
+        continue
+      if as_json:
+        print(json.dumps({"prompt": request.prompt, **found}, ensure_ascii=False), flush=True)
+      else:
+        print(f"---\n{found['text']}" if index else found["text"], flush=True)
+
+
+def decode(
+  config: ConfigDict, parts: ModelParts, policies: Policies, requests: Sequence[Request], *, watch: bool = False
+) -> Iterator[tuple[Request, dict[str, Any]]]:
+  """Decode the requests batch by batch, and give each with what was found.
+
+  `tokens_per_second` is of the row's batch, compilation not counted: tokens up to the first EOS over seconds.
+  """
+  watcher = Watcher(parts.tokenizer) if watch else None
+  own = config.eval
+  sample = make_sample(
+    config, parts, group_size=1, temperature=own.temperature, early_exit=own.early_exit, on_call=watcher
+  )
+  key = noise.step_key(config.seed, "sample", 0)
+  size, programs = min(own.batch_size, len(requests)), {}
+  for start in range(0, len(requests), size):
+    batch = requests[start : start + size]
+    prompts = encode(batch, parts.tokenizer, num_rows=size)
+    length = prompts.tokens.shape[1]
+    if length not in programs:
+      programs[length] = sample.lower(policies, prompts, key).compile()
+    rollouts, seconds = _run(functools.partial(programs[length], policies, prompts, key), watcher, len(batch))
+    rollouts = jax.tree.map(operator.itemgetter((slice(len(batch)), 0)), rollouts)
+    yield from zip(batch, describe(rollouts, parts.tokenizer, seconds), strict=True)
+
+
+def _run(program: Callable[[], Rollouts], watcher: "Watcher | None", num_rows: int) -> tuple[Rollouts, float]:
+  """Run a compiled program, watched or not, and time it."""
+  start = time.perf_counter()
+  with watcher.watching(num_rows) if watcher else contextlib.nullcontext():
+    rollouts = jax.device_get(program())
+    jax.effects_barrier()
+  return rollouts, time.perf_counter() - start
+
+
+def encode(requests: Sequence[Request], tokenizer: Tokenizer, *, num_rows: int) -> Prompts:
+  """Encode prompts as one batch, padded on the left to their bucket, and filled up to `num_rows` with the last."""
+  ids = [tokenizer.encode_prompt(request.prompt, request.prefill) for request in requests]
+  length = max(-(-max(map(len, ids)) // BUCKET), 1) * BUCKET
+  tokens = np.full((num_rows, length), tokenizer.pad_token_id, np.int32)
+  is_valid = np.zeros((num_rows, length), bool)
+  index = np.minimum(np.arange(num_rows), len(requests) - 1)
+  for row, i in enumerate(index):
+    tokens[row, length - len(ids[i]) :] = ids[i]
+    is_valid[row, length - len(ids[i]) :] = True
+  numbers = np.array([prompt_id(request.prompt + request.prefill) for request in requests], np.uint32)
+  return Prompts(tokens=tokens, is_valid=is_valid, prompt_id=numbers[index])
+
+
+def describe(rollouts: Rollouts, tokenizer: Tokenizer, seconds: float) -> list[dict[str, Any]]:
+  """Say what each row of [b, c] rollouts holds; ids end with the first EOS."""
+  is_eos = rollouts.completion == tokenizer.eos_token_id
+  num_ids = (np.cumsum(is_eos, axis=1) - is_eos == 0).sum(1)
+  return [
+    {
+      "ids": ids[: num_ids[row]].tolist(),
+      "text": tokenizer.decode(ids.tolist()),
+      "calls": int(rollouts.num_calls[row]),
+      "tokens_per_call": round(float(rollouts.tokens_per_call[row]), 3),
+      "tokens_per_second": round(float(num_ids.sum() / seconds), 1),
+      "confidence": round(float(rollouts.mean_confidence[row]), 4),
+    }
+    for row, ids in enumerate(rollouts.completion)
+  ]
+
+
+class Watcher:
+  """Shows completions on the terminal while they are decoded: called after every model call (`samplers.Plan`)."""
+
+  def __init__(self, tokenizer: Tokenizer, console: Console | None = None):
+    self._tokenizer = tokenizer
+    self._console = console or Console(stderr=True)  # the completions themselves go to standard output
+
+  def watching(self, num_rows: int) -> Live:
+    """Begin a batch, of which the first rows that fit are shown; a context that ends with it."""
+    self._num_rows = min(num_rows, max(self._console.height // 8, 1))
+    self._newest = -1
+    self._live = Live(console=self._console, auto_refresh=False, transient=True)
+    return self._live
+
+  def __call__(self, number: Any, completion: Any, num_calls: Any) -> None:
+    """Draw the rows after model call `number`, unless a newer one has been drawn."""
+    if int(number) <= self._newest:
+      return
+    self._newest = int(number)
+    text = Text()
+    for ids, calls in zip(np.asarray(completion)[: self._num_rows], np.asarray(num_calls), strict=False):
+      text.append(f"{calls} calls ", style="dim")
+      text.append_text(self.picture(ids)).append("\n")
+    self._live.update(text, refresh=True)
+
+  def picture(self, ids: np.ndarray) -> Text:
+    """Draw one row: runs of decided tokens as their text, every MASK as a shade."""
+    text = Text()
+    is_masked = ids == self._tokenizer.mask_token_id
+    edges = [0, *(np.flatnonzero(np.diff(is_masked)) + 1), len(ids)]
+    for start, end in itertools.pairwise(edges):
+      if is_masked[start]:
+        text.append(MASKED * (end - start), style="dim")
+      else:
+        text.append(self._tokenizer.decode(ids[start:end].tolist()))
+    return text
+
+
+def read_requests(prompt: str | None, path: str | None) -> list[Request]:
+  """Return the requests of the command line: one prompt, a JSONL file, or standard input where neither is given.
+
+  Lines of the file are objects {"prompt": ..., "prefill": ...}, the prefill optional. Lines of standard input are
+  prompts, or such objects.
+
+  Raises:
+    ConfigError: both are given or there is nothing to read, no prompt in it, or a line that is not what it must be.
+  """
+  if prompt is not None and path is not None:
+    raise ConfigError("give --prompt or --prompts, not both")
+  if prompt is not None:
+    return [Request(prompt)]
+  if path is not None:
+    if not epath.Path(path).is_file():
+      raise ConfigError(f"--prompts={path}: no such file")
+    where, lines = f"--prompts={path}", epath.Path(path).read_text().splitlines()
+  elif sys.stdin.isatty():
+    raise ConfigError("nothing to sample: give --prompt=TEXT, --prompts=FILE.jsonl, or prompts by a pipe")
+  else:
+    where, lines = "standard input", sys.stdin.read().splitlines()
+  requests = [
+    _read_request(line, f"{where}, line {number}", is_json=path is not None or line.lstrip().startswith("{"))
+    for number, line in enumerate(lines, start=1)
+    if line.strip()
+  ]
+  if not requests:
+    raise ConfigError(f"{where}: holds no prompt")
+  return requests
+
+
+def _read_request(line: str, where: str, *, is_json: bool) -> Request:
+  if not is_json:
+    return Request(line)
+  try:
+    fields = json.loads(line)
+  except ValueError as error:
+    raise ConfigError(f"{where}: not JSON ({error})") from error
+  if not isinstance(fields, Mapping) or not isinstance(fields.get("prompt"), str):
+    raise ConfigError(f'{where}: must be an object with a text "prompt", such as {{"prompt": "1 + 1 ="}}')
+  if not isinstance(fields.get("prefill", ""), str):
+    raise ConfigError(f'{where}: "prefill" must be a text')
+  return Request(fields["prompt"], fields.get("prefill", ""))

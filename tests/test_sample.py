@@ -1,0 +1,131 @@
+"""Completions of a person's own prompts: how prompts are read, decoded, described and watched."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+from rich.console import Console
+
+from dmpo_jax import build, main, sample
+from dmpo_jax.config import ConfigError
+from dmpo_jax.measure import Policies
+from dmpo_jax.sample import Request
+
+
+@pytest.mark.parametrize(
+  ("text", "requests"),
+  [
+    ("1234\n\n  4321\n", [Request("1234"), Request("  4321")]),
+    ('{"prompt": "1", "prefill": "2"}\n3\n', [Request("1", "2"), Request("3")]),
+  ],
+)
+def test_prompts_by_a_pipe(monkeypatch, text, requests):
+  monkeypatch.setattr("sys.stdin", io.StringIO(text))
+  assert sample.read_requests(None, None) == requests
+
+
+def test_prompts_of_a_file_and_of_the_command_line(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text('{"prompt": "1"}\n{"prompt": "2", "other": 3}\n')
+  assert sample.read_requests(None, str(path)) == [Request("1"), Request("2")]
+  assert sample.read_requests("two\nlines", None) == [Request("two\nlines")]
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("", "holds no prompt"),
+    ("plain\n", "line 1: not JSON"),
+    ('{"prompt": "1"}\n\n{"question": "2"}', 'line 3: must be an object with a text "prompt"'),
+    ('{"prompt": "1", "prefill": 2}', '"prefill" must be a text'),
+  ],
+)
+def test_a_bad_file_is_refused_by_its_line(tmp_path, text, message):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text(text)
+  with pytest.raises(ConfigError) as error:
+    sample.read_requests(None, str(path))
+  assert message in str(error.value)
+  assert str(path) in str(error.value)
+
+
+def test_nothing_to_read_is_refused(monkeypatch):
+  monkeypatch.setattr("sys.stdin", io.StringIO())
+  for prompt, path, message in (
+    (None, None, "standard input: holds no prompt"),
+    ("1", "file", "not both"),
+    (None, "absent.jsonl", "--prompts=absent.jsonl: no such file"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      sample.read_requests(prompt, path)
+
+
+@pytest.fixture(scope="module")
+def decoded():
+  """What a random model makes of three prompts of two buckets, in one batch and one by one, and what was shown."""
+  config = tiny.config(eval__temperature=1.0)
+  parts = build.build_model_parts(config)
+  requests = [Request("12341234"), Request("4"), Request("1" * 70, prefill="2")]
+  shown = io.StringIO()
+  with pytest.MonkeyPatch.context() as patch, jax.set_mesh(parts.mesh):
+    policies = Policies(build.initial_params(config, parts), {})
+    together = list(sample.decode(config, parts, policies, requests))
+    console = Console(file=shown, force_terminal=True, width=100, height=40)
+    patch.setattr(sample, "Console", lambda **own: console)
+    config.eval.batch_size = 1
+    apart = list(sample.decode(config, parts, policies, requests, watch=True))
+  return parts.tokenizer, requests, together, apart, shown.getvalue()
+
+
+def test_completions_do_not_depend_on_their_batch_or_bucket(decoded):
+  tokenizer, requests, together, apart, _ = decoded
+  assert [request for request, _ in together] == requests
+  for (_, one), (_, other) in zip(together, apart, strict=True):
+    assert {key: one[key] for key in ("ids", "text", "calls")} == {key: other[key] for key in ("ids", "text", "calls")}
+  assert len({tuple(found["ids"]) for _, found in together}) == 3
+  for _, found in together:
+    assert tokenizer.eos_token_id not in found["ids"][:-1]
+    assert found["text"] == tokenizer.decode(found["ids"])
+    assert 1 <= found["calls"] <= 4
+    assert 0 < found["confidence"] < 1
+    assert found["tokens_per_second"] > 0
+
+
+def test_watching_shows_the_denoising(decoded):
+  *_, apart, shown = decoded
+  assert sample.MASKED in shown
+  assert "1 calls" in shown
+  for _, found in apart:
+    assert found["text"] in shown
+    assert f"{found['calls']} calls" in shown
+
+
+def test_a_picture_has_a_place_for_every_mask(decoded):
+  tokenizer = decoded[0]
+  ids = np.array([*tokenizer.encode("12"), tokenizer.mask_token_id, tokenizer.mask_token_id, *tokenizer.encode("3")])
+  assert sample.Watcher(tokenizer).picture(ids).plain == "12" + 2 * sample.MASKED + "3"
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (dict(mode="train", workdir="run", prompt="1"), "--prompt belongs to --mode=sample"),
+    (dict(mode="eval", workdir="run", watch=True), "--watch belongs to --mode=sample"),
+    (dict(mode="train", workdir=""), "--workdir is missing: --mode=train reads and writes it"),
+  ],
+)
+def test_flags_that_do_not_belong_together(given, message):
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(**given), pytest.raises(ConfigError, match=message):
+    main.run(tiny.config(), None)
+
+
+def test_without_a_policy_there_is_nothing_to_sample_from():
+  config = tiny.config()
+  parts = build.build_model_parts(config)
+  with pytest.raises(ConfigError, match=r"give --workdir of a finished run, or set config.model.init_from"):
+    build.load_policy(config, None, parts)
