@@ -51,10 +51,10 @@ MAY_CHANGE = (
   "train.num_buffers",
 )
 
-# What, besides, a finished run may be evaluated with.
+# What may differ where a finished run is used. A sample needs only the model and how its base was made.
 _OF_EVALUATION = ("eval.*", "task.eval_path", "task.grader", "task.num_test")
 _OF_SAMPLING = ("eval.*", "grading.*", "objective.*", "optim.*", "rollout.*", "sampler.*", "seed", "task.*", "train.*")
-MAY_DIFFER = {"train": (), "eval": _OF_EVALUATION, "sample": _OF_SAMPLING}  # of a mode; the policy is the run's own
+MAY_DIFFER = {"train": (), "eval": _OF_EVALUATION, "sample": _OF_SAMPLING}  # by mode
 
 
 def validate(config: ConfigDict) -> None:
