@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from recorded_models import TINY, compiled, tiny
 
+from dmpo_jax.models import denoiser as denoiser_module
 from dmpo_jax.models.denoiser import completion_scores, make_denoiser
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.samplers import prediction
 
 ROWS, PROMPT, COMPLETION = 3, 4, 5
 
@@ -95,3 +97,124 @@ def test_a_negative_chunk_is_refused():
   model, variables = tiny()
   with pytest.raises(ValueError, match=r"model\.loss_chunk=-1"):
     completion_scores(model, variables, *batch(), chunk=-1)
+
+
+@pytest.fixture(scope="module")
+def looks():
+  """What a guided denoiser gives in each of its ways, for a batch and for a row alone with other padding."""
+  model, variables = tiny()
+  start, size = 2, 2
+  inputs = batch()[:3]
+  alone = [array[1:2] for array in batch(padding=3)[:3]]
+
+  @jax.jit
+  def look(variables, prompt, is_valid, noised):
+    denoiser = make_denoiser(model, variables, prompt, is_valid, guidance=0.5)
+    changed = noised.at[:, start].set(1)
+    first, cache = denoiser.prefill(noised[:, :4])
+    whole = denoiser.hidden(noised[:, :4])
+    return {
+      "whole": whole,
+      "first": first,
+      "block": denoiser.block(noised[:, start:4], jnp.int32(start), cache),
+      "suffix": denoiser.suffix(noised[:, :4], jnp.int32(start), cache, size),
+      "changed block": denoiser.block(changed[:, start:4], jnp.int32(start), cache),
+      "changed suffix": denoiser.suffix(changed[:, :4], jnp.int32(start), cache, size),
+      "shadowed": denoiser.shadowed(noised[:, :4], jnp.int32(start), size),
+      "twice": denoiser.hidden(jnp.repeat(noised[:, :4], 2, axis=0)),
+      "logits": denoiser.logits(whole)[0][:, :, 0],
+      "apart": [
+        make_denoiser(model, variables, p, is_valid).logits(
+          make_denoiser(model, variables, p, is_valid).hidden(noised[:, :4])
+        )[0][:, :, 0]
+        for p in (prompt, jnp.full_like(prompt, TINY.mask_token_id))
+      ],
+    }
+
+  return look(variables, *inputs), look(variables, *alone), (start, size)
+
+
+def test_a_cache_of_the_same_row_changes_nothing(looks):
+  (found, _, (start, size)) = looks
+  np.testing.assert_allclose(found["first"], found["whole"], atol=1e-5)
+  for name in ("block", "suffix"):
+    np.testing.assert_allclose(found[name], found["whole"][:, start : start + size], atol=1e-5)
+  # the block is the end of the row: with the same prefix cached both ways are one
+  np.testing.assert_allclose(found["changed block"], found["changed suffix"], atol=1e-5)
+  assert np.abs(found["changed block"] - found["block"]).max() > 1e-3
+
+
+def test_the_row_does_not_see_the_shadow(looks):
+  (found, _, (start, size)) = looks
+  np.testing.assert_allclose(found["shadowed"][:, :size], found["whole"][:, start : start + size], atol=1e-5)
+  assert found["shadowed"].shape[1] == 2 * size
+
+
+def test_several_rows_for_a_prompt_are_its_rows(looks):
+  (found, *_) = looks
+  np.testing.assert_allclose(found["twice"], np.repeat(found["whole"], 2, axis=0), atol=1e-5)
+
+
+def test_guidance_is_the_published_combination(looks):
+  (found, *_) = looks
+  cond, uncond = (np.asarray(logits)[..., : TINY.vocab_size] for logits in found["apart"])
+  actual = np.asarray(found["logits"])
+  np.testing.assert_allclose(actual[..., : TINY.vocab_size], uncond + 1.5 * (cond - uncond), atol=1e-4)
+  assert np.isneginf(actual[..., TINY.vocab_size :]).all()
+
+
+def test_no_way_depends_on_padding_or_batch(looks):
+  found, alone, _ = looks
+  for name in ("whole", "first", "block", "suffix", "changed block", "changed suffix", "shadowed"):
+    np.testing.assert_allclose(alone[name][0], found[name][1], atol=1e-5, err_msg=name)
+
+
+def test_negative_guidance_is_refused():
+  model, variables = tiny()
+  with pytest.raises(ValueError, match=r"sampler\.guidance=-1\.0: must be a number from 0"):
+    make_denoiser(model, variables, *batch()[:2], guidance=-1.0)
+
+
+def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
+  """Tokens, probabilities, entropy and noise are the same in one part and in several, whatever their width."""
+  model, variables = tiny(vocab_size=1000, embedding_size=1003, mask_token_id=999)
+  prompt, is_valid, _, _ = batch()
+  hidden = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 2, TINY.d_model)), jnp.float32)
+  keys = jax.random.wrap_key_data(jnp.arange(2 * ROWS, dtype=jnp.uint32).reshape(ROWS, 2))
+  given = jnp.array([[0, 998], [127, 128], [500, 640]])
+
+  @jax.jit
+  def whole(variables):
+    denoiser = make_denoiser(model, variables, prompt, is_valid)
+    return denoiser.logits(hidden)[0][:, :, 0]
+
+  def in_parts(part_size, temperature):
+    monkeypatch.setattr(denoiser_module, "PART_SIZE", part_size)
+    denoiser = make_denoiser(model, variables, prompt, is_valid)
+    assert denoiser.num_parts == -(-1003 // part_size)
+    read = jax.jit(
+      lambda hidden: (
+        prediction.predict(denoiser, hidden, keys, jnp.arange(2), temperature),
+        prediction.log_probs(denoiser, hidden, given),
+      )
+    )
+    assert f"f32[{ROWS},2,1003]" not in str(jax.make_jaxpr(read)(hidden))
+    return read(hidden)
+
+  logits = np.asarray(whole(variables), np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  chosen, given_log_p = in_parts(384, 0.0)
+  tokens = np.where(np.arange(1003) == 999, -np.inf, logits).argmax(-1)
+  np.testing.assert_array_equal(chosen.tokens, tokens)
+  picked = np.take_along_axis(log_p, tokens[..., None], -1)[..., 0]
+  np.testing.assert_allclose(chosen.confidence, np.exp(picked), rtol=1e-4)
+  np.testing.assert_allclose(chosen.log_prob, picked, atol=1e-5)
+  finite = log_p[..., :1000]
+  np.testing.assert_allclose(chosen.entropy, -(np.exp(finite) * finite).sum(-1), rtol=1e-4)
+  np.testing.assert_allclose(
+    given_log_p, np.take_along_axis(log_p, np.asarray(given)[..., None], -1)[..., 0], atol=1e-5
+  )
+  wide, narrow = in_parts(640, 2.0)[0], in_parts(128, 2.0)[0]
+  np.testing.assert_array_equal(wide.tokens, narrow.tokens)
+  np.testing.assert_allclose(wide.confidence, narrow.confidence, rtol=1e-4)
+  assert (np.asarray(wide.tokens) != tokens).any(), "the noise has chosen"
