@@ -221,11 +221,24 @@ def _grade_batch(
           "num_tokens": int(ends[0]) if len(ends) else len(ids),
           "num_calls": int(here.num_calls[p, g]),
           "num_saved": int(here.num_saved[p, g]),
+          "denoising": _denoising(tokenizer, ids, here.committed_at[p, g], here.confidence[p, g], here.num_calls[p, g]),
         }
       )
     return [json.loads(text) for text in gather_texts([json.dumps(line, default=str) for line in lines])]
 
   return finish
+
+
+def _denoising(
+  tokenizer: Tokenizer, ids: np.ndarray, committed_at: np.ndarray, confidence: np.ndarray, num_calls: np.integer
+) -> dict[str, list[Any]]:
+  """Say of each position that the model decided what it holds, at which call, and how probable that was."""
+  is_decided = committed_at < num_calls
+  return {
+    "pieces": [tokenizer.piece(int(token)) for token in ids[is_decided]],
+    "committed_at": committed_at[is_decided].tolist(),
+    "confidence": [round(float(value), 4) for value in confidence[is_decided]],
+  }
 
 
 class Unfinished:

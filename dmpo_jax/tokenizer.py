@@ -53,6 +53,10 @@ class Tokenizer(Protocol):
     """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
     ...
 
+  def piece(self, token_id: int) -> str:
+    """Return what one token stands for: its text or a special token's name, U+FFFD for a part of a character."""
+    ...
+
 
 class SentencePieceTokenizer:
   """A sentencepiece model with the special pieces <pad>, <s>, </s> and <mask>, and no conversations."""
@@ -95,6 +99,10 @@ class SentencePieceTokenizer:
     ids = list(ids)
     end = ids.index(self.eos_token_id) if self.eos_token_id in ids else len(ids)
     return self._model.decode([token for token in ids[:end] if token not in self._specials])
+
+  def piece(self, token_id: int) -> str:
+    """Return a token's text, or a special token's name."""
+    return self._model.id_to_piece(token_id).replace("\u2581", " ")  # sentencepiece's sign for a space
 
 
 class HuggingFaceTokenizer:
@@ -200,6 +208,10 @@ class HuggingFaceTokenizer:
     end = min((ids.index(token) for token in (self.eos_token_id, self.eot_token_id) if token in ids), default=len(ids))
     kept = [token for token in ids[:end] if token != self.mask_token_id]
     return self._model.decode(kept, skip_special_tokens=True)
+
+  def piece(self, token_id: int) -> str:
+    """Return a token's text, or a special token's name; nothing for an id that no token has."""
+    return self._model.decode([token_id], skip_special_tokens=False)
 
 
 def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, Any]]) -> tokenizers.Tokenizer:

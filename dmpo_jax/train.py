@@ -6,6 +6,7 @@ the base: the policy that training starts from, and the reference that it is mea
 """
 
 import dataclasses
+import logging
 import time
 from typing import Any
 
@@ -23,8 +24,11 @@ from dmpo_jax.evaluate import best_buffer, table
 from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
 from dmpo_jax.progress import Progress
+from dmpo_jax.report import write as write_report
 from dmpo_jax.structs import TrainState
 from dmpo_jax.workdir import announce_start
+
+logger = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
@@ -185,5 +189,15 @@ def report(result: dict[str, Any], workdir: epath.Path) -> None:
     ("metrics", "metrics.jsonl"),
     ("TensorBoard", "tensorboard"),
     ("result", "result.json"),
+    ("report", write_page(workdir)),
   ):
     console.print(f"{what:12} {workdir / path}", highlight=False, soft_wrap=True)
+
+
+def write_page(workdir: epath.Path) -> str:
+  """Write the workdir's report.html and return its name; a run has finished whether or not that succeeds."""
+  try:
+    return write_report([workdir]).name
+  except Exception as error:  # whatever it is, the policy and the result stand
+    logger.warning("the report could not be written: %r", error)
+    return f"report.html could not be written ({error!r}); python -m launch.report --workdir={workdir} tries again"

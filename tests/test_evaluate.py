@@ -88,6 +88,16 @@ def test_what_is_counted(run, held_out):
   assert {line["extracted"] for line in lines if not line["is_solved"]} == {"0000"}
 
 
+def test_generations_say_when_each_token_was_decided(tokenizer):
+  ids = np.array([*tokenizer.encode("12="), tokenizer.eos_token_id, tokenizer.eos_token_id])
+  committed_at, confidence = np.array([1, 0, 2, 2, 3]), np.array([0.25, 0.5, 0.123456, 1, 0], np.float32)
+  assert evaluate._denoising(tokenizer, ids, committed_at, confidence, np.int32(3)) == {  # the last was filled in
+    "pieces": ["1", "2", "=", "</s>"],
+    "committed_at": [1, 0, 2, 2],
+    "confidence": [0.25, 0.5, 0.1235, 1.0],
+  }
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 99])
 def test_batches_change_nothing(run, batch_size, tmp_path):
   plain, again = run(4), run(batch_size, path=epath.Path(tmp_path / "b.jsonl"))

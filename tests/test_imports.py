@@ -31,7 +31,7 @@ LEVELS = (
     "scoring",
     "workdir",
   },
-  {"rollout", "update"},
+  {"report", "rollout", "update"},
   {"build", "evaluate", "phases", "sample", "train"},
   {"main"},
 )

@@ -33,6 +33,10 @@ def test_the_command_makes_the_file_in_the_repository():
     assert file.read() == train_tokenizer.train_model(ALPHABET)
 
 
+def test_pieces_are_texts_and_names(tokenizer):
+  assert [tokenizer.piece(i) for i in (*tokenizer.encode("(1"), tokenizer.eos_token_id)] == ["(", "1", "</s>"]
+
+
 def test_every_character_is_a_token_in_the_order_of_code_points(tokenizer):
   assert [tokenizer.encode(character) for character in ALPHABET] == [[5 + i] for i in range(len(ALPHABET))]
 

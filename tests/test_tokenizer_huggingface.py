@@ -60,6 +60,14 @@ def test_text_comes_back(tokenizer):
   assert tokenizer.decode([one, 126081, two, 126348, two]) == "1"
 
 
+def test_pieces_are_texts_and_names(tokenizer):
+  text = " one, 12"
+  assert "".join(map(tokenizer.piece, tokenizer.encode(text))) == text
+  assert tokenizer.piece(126348) == "<|eot_id|>"
+  assert "\ufffd" in tokenizer.piece(tokenizer.encode("✓")[0])
+  assert tokenizer.piece(126400) == ""
+
+
 def test_plain_text_where_no_chat_is_asked_for(folder):
   tokenizer = load_tokenizer("huggingface", folder, is_chat=False)
   assert tokenizer.encode_prompt("2 + 2 =", " ") == tokenizer.encode("2 + 2 = ")

@@ -1,0 +1,8 @@
+"""A run as one page: what stands in its workdir -> curves, comparisons and completions in one report.html.
+
+`runs` reads workdirs, `charts` says what is drawn of them, `page` puts all of it into one file without any network.
+"""
+
+from dmpo_jax.report.page import write
+
+__all__ = ["write"]

@@ -1,0 +1,218 @@
+"""The report: what a workdir holds is shown, what it lacks is said, and hostile text stays text."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from etils import epath
+
+from dmpo_jax import report, train
+from dmpo_jax.report import charts, page
+from dmpo_jax.report.runs import read_runs
+
+HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def figures(rate):
+  return {
+    "solve_rate": rate,
+    "solve_rate_low": rate - 0.05,
+    "solve_rate_high": rate + 0.05,
+    "reward_mean": rate + 0.1,
+    "num_prompts": 64.0,
+    "model_calls": 16.0,
+  }
+
+
+def generation(number, buffer):
+  return {
+    "index": number,
+    "prompt": f"{HOSTILE} question {number}",
+    "completion": f"{HOSTILE} answer {number} after {buffer}",
+    "reward": 0.25,
+    "is_solved": number % 2 == 0,
+    "denoising": {"pieces": [HOSTILE, "b", "</s>"], "committed_at": [2, 0, 1], "confidence": [0.5, 0.9, 1.0]},
+  }
+
+
+def write_run(folder, *, num_buffers=8, rate=0.5):
+  """Write what a finished run leaves."""
+  folder.mkdir(parents=True)
+  rows = [{"phase": "warm_start", "step": i, "time": i, "loss": 2 / i, "seconds_update": 0.5} for i in range(1, 1001)]
+  for step in range(num_buffers + 1):
+    row = {"phase": "train", "step": step, "time": 2000.0 + step}
+    if step:
+      row |= {"reward_mean": step / 10, "log_ratio_mean": -step, "log_ratio_error": None, "grad_norm": 1.5}
+      row |= {"seconds_sample": 2.0, "seconds_update": 1.0, "loss": 0.1}
+    if step % 4 == 0:
+      row |= {f"eval_{name}": value for name, value in figures(rate * step / num_buffers).items()}
+      (folder / "generations").mkdir(exist_ok=True)
+      lines = "".join(json.dumps(generation(number, step)) + "\n" for number in range(12))
+      (folder / "generations" / f"{step:06d}.jsonl").write_text(lines)
+    rows.append(row)
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  evaluations = {str(step): figures(rate * step / num_buffers) for step in range(0, num_buffers + 1, 4)}
+  result = {"objective": "wdce", "buffers": num_buffers, "evaluations": evaluations, "seconds": 600.0}
+  (folder / "result.json").write_text(json.dumps(result))
+  config = page.base.get_config()
+  config.objective.alpha, config.train.num_buffers = 0.025, num_buffers
+  config.sampler.wino.threshold = 0.7  # of a sampler that is not chosen
+  (folder / "config.json").write_text(config.to_json())
+  start = {"devices": "4 x tpu", "processes": 1, "revision": "abc1234", "versions": {"jax": "0.10.2"}}
+  (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return write_run(tmp_path_factory.mktemp("report") / "one")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+  return write_run(tmp_path_factory.mktemp("report") / "two", num_buffers=4, rate=0.75)
+
+
+def specs_of(text):
+  return json.loads(re.search(r'<script type="application/json" id="specs">(.*?)</script>', text, re.S)[1])
+
+
+def test_a_finished_run_is_shown(workdir, tmp_path):
+  text = report.write([workdir], tmp_path / "page.html").read_text()
+  for shown in ("50.0%", "45.0% to 55.0%", "4 x tpu", "abc1234", "8 of 8", "objective.alpha", "0.025"):
+    assert shown in text
+  assert "sampler.wino.threshold" not in text
+  assert "answer 7 after 8" in text
+  assert "answer 7 after 4" in text
+  assert "answer 8 after" not in text
+  assert len(specs_of(text)) == text.count('<div class="chart"')
+
+
+def test_the_page_names_no_address_to_load_from(workdir, tmp_path):
+  text = report.write([workdir], tmp_path / "page.html").read_text()
+  assert "default-src 'none'" in text
+  assert not re.search(
+    r"<(script|img|link|iframe)[^>]+(src|href)\s*=", re.sub(r"<script>.*?</script>", "", text, flags=re.S)
+  )
+
+
+def test_hostile_text_stays_text(workdir, tmp_path):
+  text = report.write([workdir], tmp_path / "page.html").read_text()
+  assert "<img src=x" not in text
+  assert text.count("<script") == text.count("</script>") == 4
+
+
+def test_curves_hold_the_figures(workdir, other):
+  runs = read_runs([workdir, other])
+  by_title = {figure["title"]: figure["spec"]["data"]["values"] for figure in page.draw(runs)[0]}
+  kl = [(value["run"], value["x"], value["y"]) for value in by_title["KL to the reference"]]
+  assert kl == [("one", step, step) for step in range(1, 9)] + [("two", step, step) for step in range(1, 5)]
+  assert by_title["Held-out solve rate"][-1] == {
+    "run": "two",
+    "figure": "held-out prompts",
+    "x": 4,
+    "y": 0.75,
+    "low": 0.7,
+    "high": 0.8,
+  }
+  assert "Log-ratio noise" not in by_title  # null where it was not finite
+
+
+def test_long_curves_are_means_of_neighbours(workdir):
+  (run,) = read_runs([workdir])
+  spec = charts.draw_curves(next(c for c in charts.CURVES if c.title == "Warm start: loss"), [run])
+  values = spec["data"]["values"]
+  assert len(values) == 250
+  assert values[0]["x"] == 4
+  assert values[0]["y"] == pytest.approx((2 + 1 + 2 / 3 + 1 / 2) / 4)
+  assert values[-1]["x"] == 1000
+
+
+def test_seconds_add_up_to_the_whole(workdir):
+  (run,) = read_runs([workdir])
+  assert charts.times(run) == {"warm start": 500.0, "sampling": 16.0, "updates": 8.0, "other": 76.0}
+
+
+def test_a_run_that_is_damaged_or_not_finished_is_shown_as_far_as_it_goes(workdir, tmp_path):
+  broken = tmp_path / "broken"
+  shutil.copytree(workdir, broken)
+  (broken / "result.json").unlink()
+  (broken / "config.json").write_text('{"seed": 1')
+  shutil.rmtree(broken / "generations")
+  with (broken / "metrics.jsonl").open("a") as file:
+    file.write('{"epoch": 3, "loss": 1.0}\n{"phase": "train", "step": 9, "rew')
+  text = report.write([broken]).read_text()
+  assert "50.0%" in text  # from the rows
+  for said in (
+    "there is no result.json: the run has not finished",
+    "config.json cannot be read",
+    "metrics.jsonl: the last line cannot be read and is left out",
+    "1 row(s) without phase and step",
+    "there are no generations",
+  ):
+    assert said in text
+
+
+def test_a_workdir_without_metrics(tmp_path):
+  folder = tmp_path / "run"
+  folder.mkdir()
+  (folder / "config.json").write_text("{}")
+  text = report.write([folder]).read_text()
+  assert "there is no metrics.jsonl" in text
+  assert specs_of(text) == {}
+  (folder / "config.json").unlink()
+  with pytest.raises(ValueError, match="nothing of a run is in it"):
+    report.write([folder])
+  with pytest.raises(ValueError, match="no such folder"):
+    report.write([tmp_path / "absent"])
+
+
+@pytest.mark.parametrize(
+  "denoising",
+  [None, {}, {"pieces": ["a"], "committed_at": [0]}, {"pieces": ["a"], "committed_at": [-1], "confidence": [0.5]}],
+)
+def test_generations_that_do_not_say_when_are_no_films(workdir, tmp_path, denoising):
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  line = generation(0, 8) | {"denoising": denoising}
+  (copy / "generations" / "000008.jsonl").write_text(json.dumps(line) + "\n")
+  (run,) = read_runs([copy])
+  assert page.films(run) == []
+  assert 'class="film"' not in page.render([run])
+
+
+def test_runs_get_names_that_tell_them_apart(workdir, tmp_path):
+  twin = tmp_path / "one"
+  shutil.copytree(workdir, twin)
+  names = [run.name for run in read_runs([workdir, twin, twin])]
+  assert names == [f"{workdir.parent.name}/one", f"{tmp_path.name}/one"]
+
+
+def test_a_report_that_fails_does_not_fail_the_run(workdir, monkeypatch):
+  assert train.write_page(epath.Path(workdir)) == "report.html"
+
+  def fail(workdirs):
+    raise RuntimeError("no room")
+
+  monkeypatch.setattr(train, "write_report", fail)
+  assert "no room" in train.write_page(epath.Path(workdir))
+  assert "launch.report" in train.write_page(epath.Path(workdir))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, which draws the page")
+def test_a_browser_draws_every_chart_without_a_word(workdir, other, tmp_path):
+  path = report.write([workdir, other], tmp_path / "page.html")
+  command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+  command += ["--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom", f"file://{path}"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0
+  assert "CONSOLE" not in done.stderr
+  number = len(specs_of(path.read_text()))
+  assert number > 8
+  assert f'data-drawn="{number}"' in done.stdout
+  assert len(re.findall(r'<svg[^>]+class="marks"', done.stdout)) == number
+  assert "Call 3 of 3" in done.stdout  # the slider has its first completion
+  assert "<title>one and two - dmpo_jax</title>" in done.stdout
