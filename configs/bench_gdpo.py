@@ -1,0 +1,15 @@
+"""GDPO (arXiv 2510.08554) on the bench."""
+
+from configs import bench
+
+
+def get_config(task: str = "sudoku"):
+  c = bench.get_config(task)
+  c.objective.name = "gdpo"
+  c.objective.likelihood = "elbo_quadrature"
+  c.objective.elbo_quadrature.num_points = 2
+  c.objective.num_replicates = 2
+  c.objective.clip = 0.5
+  c.objective.kl_weight = 0.04
+  c.train.updates_per_buffer = 8
+  return c

@@ -1,0 +1,15 @@
+"""wd1 (arXiv 2507.08838) on the bench."""
+
+from configs import bench
+
+
+def get_config(task: str = "sudoku"):
+  c = bench.get_config(task)
+  c.objective.name = "wd1"
+  c.objective.likelihood = "one_step"
+  c.objective.one_step.prompt_mask_ratio = 0.15
+  c.objective.num_replicates = 1
+  c.objective.antithetic = False
+  c.objective.sharpness = 1.0
+  c.train.updates_per_buffer = 12
+  return c

@@ -1,0 +1,13 @@
+"""DMPO with its default, the negative baseline, on the bench (arXiv 2510.08233)."""
+
+from configs import bench
+
+
+def get_config(task: str = "sudoku"):
+  c = bench.get_config(task)
+  c.objective.name = "wdce"
+  c.objective.alpha = 0.05  # published: 0.04, for rewards of another range
+  c.objective.num_replicates = 4
+  c.objective.num_elbo_replicates = 8
+  c.train.updates_per_buffer = 8
+  return c
