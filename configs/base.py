@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
       min_blanks=4,
       max_blanks=10,
       demo_patience=16.7,  # demonstrations leave a blank cell blank with probability blanks / demo_patience
-      demo_wrong=0.0,  # share of demonstrations in whose blank cells two digits have changed places
+      demo_wrong=0.0,  # share of demonstrations in whose blank cells 1 and 2 have changed places
     )
   )
   k.countdown = ConfigDict(

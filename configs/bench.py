@@ -34,11 +34,11 @@ def get_config(task: str = "sudoku") -> ConfigDict:
   c.sampler.completion_length = c.sampler.block_length = c.sampler.steps = length
   c.rollout.num_prompts = 16
   c.rollout.group_size = 8
-  c.warm_start.updates = 1200
+  c.warm_start.updates = 1500
   c.warm_start.batch_size = 64
   c.warm_start.learning_rate = 2e-3
   c.warm_start.min_mask_ratio = 0.2
-  c.warm_start.flawless = 0.6
+  c.warm_start.flawless = 0.7
   c.optim.learning_rate = 1e-4
   c.train.num_buffers = 16
   c.eval.every_buffers = 4

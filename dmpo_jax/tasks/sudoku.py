@@ -54,7 +54,7 @@ class Sudoku(WordedTask):
   min_blanks: int  # blank cells of a generated puzzle, drawn uniformly from min_blanks..max_blanks
   max_blanks: int
   demo_patience: float  # a demonstration leaves a blank cell blank with probability blanks / demo_patience
-  demo_wrong: float = 0.0  # share of demonstrations in whose blank cells two digits have changed places
+  demo_wrong: float = 0.0  # share of demonstrations in whose blank cells 1 and 2 have changed places
   prompt_name: str = "bare"
 
   def option_problems(self) -> list[str]:
@@ -96,13 +96,12 @@ class Sudoku(WordedTask):
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are.
 
-    With probability `demo_wrong` two digits, drawn at random, stand in each other's blank cells.
+    With probability `demo_wrong` 1 and 2 stand in each other's blank cells: a habit, not a noise that averages out.
     """
     is_unfilled = rng.random(CELLS) < record["puzzle"].count("0") / self.demo_patience
     solution = record["solution"]
     if self.demo_wrong and rng.random() < self.demo_wrong:
-      first, second = rng.choice(list("1234"), size=2, replace=False).tolist()
-      solution = solution.translate(str.maketrans(first + second, second + first))
+      solution = solution.translate(str.maketrans("12", "21"))
     cells = zip(record["puzzle"], solution, is_unfilled, strict=True)
     answer = "".join("0" if given == "0" and unfilled else right for given, right, unfilled in cells)
     return self.write_answer(answer, "Every row, column and box needs each digit once.")
