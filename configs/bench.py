@@ -23,6 +23,7 @@ def get_config(task: str = "sudoku") -> ConfigDict:
   c.model.rope_theta = 1000.0
   c.model.remat = "full"
   c.task.name = task
+  c.task.prompt = "bare"
   c.task.num_train = 4096
   c.task.max_prompt_length = 18 if task == "sudoku" else 11
   c.task.sudoku.min_blanks = 5

@@ -114,7 +114,8 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   common = dict(_parse(change) for change in _CONFIG.value)
   runs = list(plan())
-  missing = {run.path(out): run for run in runs if not run.path(out).exists()}
+  missing = {run.path(out): run for run in reversed(runs) if not run.path(out).exists()}
+  missing = dict(reversed(missing.items()))  # configurations that are the same go by the first that has them
   start, taken = time.monotonic(), []
   for number, (path, run) in enumerate(missing.items(), start=1):
     left = _MINUTES.value * 60 - (time.monotonic() - start)
@@ -178,7 +179,7 @@ def execute(run: Run, out: pathlib.Path, common: Mapping[str, Any], calls: int) 
     **common,
     **run.changes,
     "seed": run.seed,
-    "task.data_dir": str(out / "data"),
+    "task.records_dir": str(out / "data"),
     "model.init_from": str(base / "base"),
     "warm_start.updates": 0,
     "train.num_buffers": num_buffers,
@@ -211,7 +212,7 @@ def train_base(task: str, seed: int, out: pathlib.Path, common: Mapping[str, Any
   """Train the base of a task and seed on demonstrations, unless it is there; return its run's folder."""
   workdir = out / task / f"seed{seed}" / "base"
   if not (workdir / "policy").exists():
-    changes = {**common, "seed": seed, "task.data_dir": str(out / "data"), "train.num_buffers": 0}
+    changes = {**common, "seed": seed, "task.records_dir": str(out / "data"), "train.num_buffers": 0}
     _train(_with(bench_config("wdce", task), changes), workdir)
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
   return workdir

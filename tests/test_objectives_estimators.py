@@ -1,0 +1,239 @@
+"""Likelihood estimators: by exact enumeration on a three-position, three-token model, by hand, and by their claims."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax.objectives import estimators
+from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory, make_estimator
+from dmpo_jax.objectives.likelihood import Completions, Estimator, elbo
+
+MASK, C = 3, 3
+COMPLETIONS = np.array(list(itertools.product(range(3), repeat=C)))  # all 27
+# log p(token | state of the row) at each position; a position's state is its token, or MASK
+LOGITS = 1.5 * np.random.default_rng(5).standard_normal((4, 4, 4, C, 3))
+TABLE = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
+CASES = {
+  "one_step": OneStep(1, prompt_mask_ratio=0.0),
+  "elbo": Elbo(2, antithetic=True, min_mask_ratio=0.0, max_mask_ratio=1.0, mask_block_length=0),
+  "elbo_quadrature": ElboQuadrature(2, num_points=2),
+  "eubo": Eubo(2, False, 0.0, 1.0, 0, beta=1.0, mixture=1.0),
+  "coupled": Coupled(3, min_mask_ratio=0.2, max_mask_ratio=0.8),
+  "trajectory": Trajectory(3),
+}
+
+
+def token_log_prob(is_masked):
+  """log p(y_l | y with the masked positions hidden), [27, g, r, 3]."""
+  tokens = COMPLETIONS[:, None, None]
+  state = jnp.where(is_masked, MASK, tokens)
+  rows = jnp.asarray(TABLE, jnp.float32)[state[..., 0], state[..., 1], state[..., 2]]
+  return jnp.take_along_axis(rows, jnp.broadcast_to(tokens, is_masked.shape)[..., None], axis=-1)[..., 0]
+
+
+def along(completion, order):
+  """Log-probability of a completion decided one position after the other."""
+  state, total = [MASK] * C, 0.0
+  for position in order:
+    total += TABLE[tuple(state)][position, completion[position]]
+    state[position] = completion[position]
+  return total
+
+
+ORDERS = list(itertools.permutations(range(C)))
+BY_ORDER = np.array([[along(y, order) for order in ORDERS] for y in COMPLETIONS])
+EXACT = np.log(np.exp(BY_ORDER).mean(-1))
+BOUND = BY_ORDER.mean(-1)
+
+
+def completions(group_size, committed_at=None):
+  shape = (len(COMPLETIONS), group_size, C)
+  committed_at = jnp.zeros(shape, jnp.int32) if committed_at is None else committed_at
+  return Completions(jnp.ones(shape, bool), committed_at, jnp.ones((len(COMPLETIONS), 4), bool))
+
+
+@functools.cache
+def drawn(name, group_size=512):
+  """Estimates of all completions from independent keys, [27, g], and their parts by draw and by token."""
+  case = CASES[name]
+  keys = jax.random.split(jax.random.key(0), (len(COMPLETIONS), group_size))
+  committed_at = jnp.broadcast_to(jnp.array([2, 0, 1]), (len(COMPLETIONS), group_size, C))
+
+  @jax.jit
+  def compute(keys):
+    views = case.views(keys, completions(group_size, committed_at))
+    log_prob = token_log_prob(views.is_masked)
+    return case.tokens(log_prob, views), case.estimates(log_prob, views)
+
+  return tuple(map(np.asarray, compute(keys)))
+
+
+def within_noise(estimates, expected, most=4.5):
+  error = estimates.std(-1, ddof=1) / math.sqrt(estimates.shape[-1]) + 1e-5
+  return (np.abs(estimates.mean(-1) - expected) / error).max() < most
+
+
+def test_the_tiny_model_is_a_distribution_and_its_bound_lies_below():
+  assert np.exp(EXACT).sum() == pytest.approx(1, abs=1e-6)
+  assert (BOUND <= EXACT + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_draws_average_to_the_sum_over_tokens(name):
+  tokens, estimates = drawn(name)
+  assert isinstance(CASES[name], Estimator)
+  np.testing.assert_allclose(estimates.mean(-1), tokens.sum(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_one_step_is_the_mean_field_and_the_trajectory_the_sampled_order():
+  tokens, _ = drawn("one_step")
+  mean_field = [sum(TABLE[MASK, MASK, MASK, l, y[l]] for l in range(C)) for y in COMPLETIONS]
+  np.testing.assert_allclose(tokens[:, 0].sum(-1), mean_field, rtol=1e-5)
+  tokens, _ = drawn("trajectory")  # position 1 was decided first, then 2, then 0
+  np.testing.assert_allclose(tokens[:, 0].sum(-1), [along(y, (1, 2, 0)) for y in COMPLETIONS], rtol=1e-5)
+
+
+def test_fewer_chunks_count_neighbours_as_independent():
+  committed_at = jnp.broadcast_to(jnp.array([2, 0, 1]), (len(COMPLETIONS), 1, C))
+  keys = jax.random.split(jax.random.key(0), (len(COMPLETIONS), 1))
+  one = Trajectory(1)
+  views = one.views(keys, completions(1, committed_at))
+  np.testing.assert_allclose(one.tokens(token_log_prob(views.is_masked), views), drawn("one_step")[0][:, :1], rtol=1e-5)
+  views = Trajectory(2).views(keys, completions(1, committed_at))
+  np.testing.assert_array_equal(views.share[0, 0], [[0, 1, 1], [1, 0, 0]])
+  np.testing.assert_array_equal(views.is_masked[0, 0], [[1, 1, 1], [1, 0, 0]])
+
+
+def test_the_elbo_equals_its_plain_form_and_the_bound():
+  keys = jax.random.split(jax.random.key(3), (len(COMPLETIONS), 1))
+  case = CASES["elbo"]
+  views = case.views(keys, completions(1))
+  log_prob = token_log_prob(views.is_masked)
+  plain = elbo(log_prob, views.is_masked, jnp.ones((len(COMPLETIONS), 1, C), bool)).mean(-1)
+  np.testing.assert_allclose(case.tokens(log_prob, views).sum(-1), plain, rtol=1e-5)
+  # every size of mask is as frequent, and the empty one counts as nothing
+  assert within_noise(drawn("elbo")[1].mean(-1), expected_by_size().sum(-1) / (C + 1))
+
+
+def expected_by_size():
+  """E[(n/m) sum_{l in M} log p(y_l | M)] over the masks of each size m = 1..3, [27, 3]."""
+  columns = []
+  for size in range(1, C + 1):
+    masks = list(itertools.combinations(range(C), size))
+    is_masked = np.array([[l in mask for l in range(C)] for mask in masks])
+    log_prob = np.asarray(token_log_prob(jnp.broadcast_to(is_masked, (len(COMPLETIONS), 1, len(masks), C))))[:, 0]
+    columns.append((C / size * np.where(is_masked, log_prob, 0).sum(-1)).mean(-1))
+  return np.stack(columns, axis=-1)
+
+
+def test_the_bound_is_the_mean_over_sizes():
+  np.testing.assert_allclose(expected_by_size().mean(-1), BOUND, rtol=1e-5)
+
+
+def test_two_gauss_points_are_exact_for_three_positions():
+  # the integrand is a polynomial of degree 2; so one point, exact to degree 1, is not enough
+  assert within_noise(drawn("elbo_quadrature")[1].mean(-1), BOUND)
+
+  def expected(num_points):
+    nodes, weights = np.polynomial.legendre.leggauss(num_points)
+    t, w = (nodes + 1) / 2, weights / 2
+    sizes = np.arange(1, C + 1)
+    ways = np.array([math.comb(C, m) for m in sizes])
+    # sum_i w_i / t_i E[sum_{l in M}] = sum_m size_m * (m / n) * sum_i w_i C(n, m) t^(m - 1) (1 - t)^(n - m)
+    share = (w[:, None] * ways * t[:, None] ** (sizes - 1) * (1 - t[:, None]) ** (C - sizes)).sum(0) * sizes / C
+    return expected_by_size() @ share
+
+  np.testing.assert_allclose(expected(2), BOUND, rtol=1e-6)
+  assert np.abs(expected(1) - BOUND).max() > 1e-3
+
+
+def test_the_coupled_estimate_reads_each_position_once_a_pair_and_once_in_full():
+  case = CASES["coupled"]
+  keys = jax.random.split(jax.random.key(1), (len(COMPLETIONS), 8))
+  views = case.views(keys, completions(8))
+  is_read = np.asarray(views.share > 0)
+  assert is_read[:, :, 0].all()
+  np.testing.assert_array_equal(is_read[:, :, 1] ^ is_read[:, :, 2], True)
+  share = np.asarray(views.share)
+  np.testing.assert_allclose(share[:, :, 0], 0.5)
+  pair = [share[:, :, i].max(-1) for i in (1, 2)]
+  both = (pair[0] > 0) & (pair[1] > 0)
+  np.testing.assert_allclose(0.5 / pair[0][both] + 0.5 / pair[1][both], 1, rtol=1e-5)  # lambda and 1 - lambda
+
+
+def test_the_upper_bound_lies_above_the_lower_on_the_same_masks():
+  upper = Eubo(64, False, 0.0, 1.0, 0, beta=1.0, mixture=1.0)
+  half = Eubo(64, False, 0.0, 1.0, 0, beta=1.0, mixture=0.5)
+  keys = jax.random.split(jax.random.key(2), (len(COMPLETIONS), 16))
+  views = upper.views(keys, completions(16))
+  log_prob = token_log_prob(views.is_masked)
+  lower = super(Eubo, upper).tokens(log_prob, views).sum(-1)
+  eubo = upper.tokens(log_prob, views).sum(-1)
+  assert (np.asarray(eubo.mean(-1)) > np.asarray(lower.mean(-1))).all()
+  np.testing.assert_allclose(half.tokens(log_prob, views).sum(-1), (eubo + lower) / 2, rtol=1e-4)
+
+
+def test_the_upper_bound_by_hand():
+  case = Eubo(2, False, 0.0, 1.0, 0, beta=2.0, mixture=1.0)
+  share = jnp.array([[1.5, 0.0, 1.5], [0.0, 0.0, 1.5]])[None, None] / 2
+  views = estimators.Views(share > 0, share)
+  tokens = case.tokens(jnp.log(jnp.array([[0.5, 0.1, 0.2], [0.3, 0.3, 0.4]]))[None, None], views)[0, 0]
+  expected = [math.log(0.75 * 0.25) / 2, 0, math.log(0.75 * 0.04 + 0.75 * 0.16) / 2]
+  np.testing.assert_allclose(tokens, expected, rtol=1e-5)
+
+
+def test_masked_prompt_tokens_belong_to_the_token_not_to_its_padding():
+  case = OneStep(2, prompt_mask_ratio=0.5)
+  keys = jax.random.split(jax.random.key(0), (64, 2))
+  counted = jnp.ones((64, 2, 3), bool)
+
+  def masks(width, padding):
+    is_valid = jnp.broadcast_to(jnp.arange(width) >= padding, (64, width))
+    return np.asarray(case.views(keys, Completions(counted, 0 * counted.astype(jnp.int32), is_valid)).prompt_is_masked)
+
+  short, long = masks(6, 0), masks(9, 3)
+  np.testing.assert_array_equal(long[..., 3:], short)
+  assert not long[..., :3].any()
+  assert 0.4 < short.mean() < 0.6
+  assert case.draws == (0, 1)
+
+
+def test_blocks_hide_what_comes_after():
+  case = Elbo(4, antithetic=True, min_mask_ratio=0.2, max_mask_ratio=0.8, mask_block_length=2)
+  keys = jax.random.split(jax.random.key(0), (16, 2))
+  is_counted = jnp.broadcast_to(jnp.arange(6) < 5, (16, 2, 6))
+  views = case.views(keys, Completions(is_counted, jnp.zeros((16, 2, 6), jnp.int32), jnp.ones((16, 4), bool)))
+  is_read, is_masked = np.asarray(views.share > 0), np.asarray(views.is_masked)
+  block = np.arange(6) // 2
+  seen = set()
+  for row in np.ndindex(16, 2, 4):
+    blocks = set(block[is_read[row]])
+    assert len(blocks) <= 1
+    for chosen in blocks:
+      seen.add(chosen)
+      assert is_masked[row][block > chosen].all()
+      assert not is_masked[row][block < chosen].any()
+      np.testing.assert_array_equal(is_masked[row] & (block == chosen), is_read[row])
+  assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+  ("name", "replicates", "message"),
+  [
+    ("elbo", 3, "must be even"),
+    ("eubo", 3, "must be even"),
+    ("coupled", 4, "must be odd"),
+    ("coupled", 1, "must be odd"),
+    ("elbo_quadrature", 3, "multiple of objective.elbo_quadrature.num_points = 2"),
+    ("elbow", 2, "did you mean 'elbo'"),
+  ],
+)
+def test_what_an_estimator_cannot_have_is_refused(name, replicates, message):
+  settings = dict(antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, elbo_quadrature=dict(num_points=2))
+  with pytest.raises(ValueError, match=message):
+    make_estimator(name, settings, replicates)

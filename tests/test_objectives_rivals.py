@@ -1,0 +1,210 @@
+"""The rivals on a group of two rollouts: the loss by hand, which way its gradient points, and what drops out."""
+
+import functools
+import inspect
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
+from dmpo_jax.objectives.estimators import Coupled, ElboQuadrature, Eubo, OneStep, Trajectory
+from dmpo_jax.objectives.likelihood import Completions, Linear
+from dmpo_jax.structs import Experience, Prompts
+
+LIKELIHOODS = {
+  "diffu_grpo": OneStep(1, prompt_mask_ratio=0.0),
+  "wd1": OneStep(1, prompt_mask_ratio=0.0),
+  "coupled_grpo": Coupled(3, min_mask_ratio=0.2, max_mask_ratio=0.8),
+  "gdpo": ElboQuadrature(2, num_points=2),
+  "tracerl": Trajectory(2),
+  "spg": Eubo(2, False, 0.3, 1.0, 0, beta=1.5, mixture=0.5),
+}
+OWN = dict(clip=0.2, kl_weight=0.1, sharpness=1.0, sets="shared", alpha_ddo=1.0, beta=0.1) | dict(
+  num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0
+)
+OWN |= dict(baseline="negative", baseline_strength=1.0, unlearning="unbounded", min_log_ratio=0.0)
+RIVALS = tuple(LIKELIHOODS)
+LEARNERS = (*RIVALS, "wdce", "wddo")
+C = 2
+OLD = np.log(np.array([[[0.5, 0.25], [0.4, 0.5]]], np.float32))
+
+
+def make_experience(reward=(1.0, 0.0), **changes):
+  """One prompt with two rollouts of two tokens; log p_old as in OLD, p_ref twice as sure."""
+  reward = np.array([reward], np.float32)
+  g = reward.shape[1]
+  zeros = np.zeros((1, g), np.float32)
+  arrays = dict(
+    prompts=Prompts(np.zeros((1, 3), np.int32), np.ones((1, 3), bool), np.zeros(1, np.uint32)),
+    completion=np.arange(g * C, dtype=np.int32).reshape(1, g, C),
+    is_counted=np.ones((1, g, C), bool),
+    reward=reward,
+    is_kept=np.ones((1, g), bool),
+    log_p_old=zeros,
+    log_p_ref=zeros,
+    weight=np.asarray(jax.nn.softmax(jnp.asarray(reward))),
+    negative_weight=np.asarray(jax.nn.softmax(jnp.asarray(-reward))),
+    committed_at=np.broadcast_to(np.arange(C, dtype=np.int32), (1, g, C)).copy(),
+    token_log_p_old=OLD[:, :g],
+    token_log_p_ref=OLD[:, :g] / 2,
+  )
+  return Experience(**arrays | changes)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "kl_weight"))
+def value_and_grad(log_p, experience, *, name, kl_weight=0.1):
+  """The loss of a policy that says log_p [1, g, c] of the tokens whatever it sees, its metrics and gradient."""
+  loss = OBJECTIVES[name].loss
+  own = {key: value for key, value in OWN.items() if key in inspect.signature(loss).parameters}
+  own |= {"likelihood": LIKELIHOODS[name]} if name in LIKELIHOODS else {}
+  own |= {"kl_weight": kl_weight} if "kl_weight" in own else {}
+
+  def compute(log_p):
+    def score(is_masked, prompt_is_masked=None):
+      log_prob = jnp.broadcast_to(log_p[:, :, None], is_masked.shape)
+      return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones_like(log_prob))
+
+    keys = jax.random.split(jax.random.key(1), log_p.shape[:2])
+    return loss(score, experience, keys, num_prompts=1, **own)
+
+  (value, metrics), gradient = jax.value_and_grad(compute, has_aux=True)(log_p)
+  return value, metrics, gradient
+
+
+def run(name, log_p=OLD, experience=None, **keywords):
+  return value_and_grad(jnp.asarray(log_p), experience or make_experience(), name=name, **keywords)
+
+
+def test_diffu_grpo_by_hand():
+  # ratios 1.1 and 1.5 for the better rollout, of which the second is clipped; 0.5 and 1 for the other
+  log_p = OLD + np.log(np.array([[[1.1, 1.5], [0.5, 1.0]]], np.float32))
+  kl = np.asarray(k3(jnp.asarray(OLD / 2), jnp.asarray(log_p)))[0].mean(-1)
+  better = -0.5 * (1.1 + 1.2) / 2 + 0.1 * kl[0]
+  worse = -(-0.5 * 0.8 - 0.5 * 1.0) / 2 + 0.1 * kl[1]
+  loss, metrics, gradient = run("diffu_grpo", log_p)
+  assert loss.item() == pytest.approx((better + worse) / 2, rel=1e-5)
+  assert metrics["loss_clipped"].item() == pytest.approx(0.5)
+  gradient = run("diffu_grpo", log_p, kl_weight=0.0)[2][0]
+  np.testing.assert_allclose(gradient, [[-0.5 * 1.1 / 4, 0], [0, 0.5 / 4]], rtol=1e-5, atol=1e-7)
+
+
+def test_coupled_grpo_by_hand():
+  # the estimate of a token is a sum of its log-probabilities, here all the same: at log p_old = that, ratios are 1
+  estimate = jax.jacobian(lambda log_p: run_tokens("coupled_grpo", log_p))(jnp.zeros((1, 2, C)))
+  share = np.asarray(jnp.einsum("pgcpgc->pgc", estimate))
+  experience = make_experience(token_log_p_old=share * OLD, token_log_p_ref=share * OLD)
+  loss, metrics, gradient = run("coupled_grpo", OLD, experience)
+  # leave-one-out advantages of two rollouts are 1 and -1
+  assert loss.item() == pytest.approx(0, abs=1e-6)
+  assert metrics["loss_kl"].item() == pytest.approx(0, abs=1e-6)
+  np.testing.assert_allclose(gradient[0], [[-1.0] * C, [1.0] * C] * share[0] / (2 * C), rtol=1e-5)
+  assert (share >= 0.5 + 0.5).all()  # once in full, once in the pair, whose share is above a half
+
+
+def run_tokens(name, log_p):
+  e = make_experience()
+  keys = jax.random.split(jax.random.key(1), log_p.shape[:2])
+  views = LIKELIHOODS[name].views(
+    keys, Completions(jnp.asarray(e.is_counted), jnp.asarray(e.committed_at), jnp.ones((1, 3), bool))
+  )
+  return LIKELIHOODS[name].tokens(jnp.broadcast_to(log_p[:, :, None], views.is_masked.shape), views)
+
+
+def test_tracerl_by_hand():
+  log_p = OLD + np.log(np.array([[[1.1, 1.5], [0.5, 1.0]]], np.float32))
+  kl = float(k3(jnp.asarray(OLD), jnp.asarray(log_p)).mean())
+  # standardised advantages of two rollouts are 1 and -1
+  surrogate = ((1.1 + 1.2) / 2 + (-0.8 - 1.0) / 2) / 2
+  loss, metrics, _ = run("tracerl", log_p)
+  assert loss.item() == pytest.approx(-surrogate + 0.1 * kl, rel=1e-5)
+  assert metrics["loss_kl"].item() == pytest.approx(kl, rel=1e-5)
+
+
+def test_gdpo_by_hand():
+  tokens = np.asarray(run_tokens("gdpo", jnp.asarray(OLD)))
+  shift = np.array([[[0.1, 0.3], [-0.5, -0.1]]], np.float32)  # a sequence's ratio is exp of the mean over its tokens
+  experience = make_experience(token_log_p_old=tokens - shift, token_log_p_ref=tokens)
+  loss, metrics, _ = run("gdpo", OLD, experience)
+  first, second = 0.5 * 1.2, -0.5 * 0.8  # exp(0.2) = 1.22 and exp(-0.3) = 0.74, both clipped
+  assert loss.item() == pytest.approx(-(first + second) / 2, rel=1e-5)
+  assert metrics["loss_clipped"].item() == 1.0
+
+
+def test_wd1_by_hand():
+  loss, metrics, gradient = run("wd1")
+  plus = 1 / (1 + math.exp(-1))  # of advantages 0.5 and -0.5
+  share = plus - (1 - plus)
+  assert loss.item() == pytest.approx(-share * OLD[0, 0].sum() + share * OLD[0, 1].sum(), rel=1e-5)
+  np.testing.assert_allclose(gradient[0], [[-share] * C, [share] * C], rtol=1e-5)
+  assert metrics["loss_coefficient"].item() == pytest.approx(2 * share, rel=1e-5)
+
+
+def test_spg_takes_the_lower_bound_of_the_good_and_the_mixture_of_the_bad():
+  likelihood, experience = LIKELIHOODS["spg"], make_experience()
+  keys = jax.random.split(jax.random.key(1), (1, 2))
+  counted = jnp.asarray(experience.is_counted)
+  views = likelihood.views(keys, Completions(counted, jnp.asarray(experience.committed_at), jnp.ones((1, 3), bool)))
+  log_prob = jnp.broadcast_to(jnp.asarray(OLD)[:, :, None], views.is_masked.shape)
+  lower = Linear.tokens(likelihood, log_prob, views).sum(-1)[0]
+  mixed = likelihood.tokens(log_prob, views).sum(-1)[0]
+  loss, _, _ = run("spg")
+  assert loss.item() == pytest.approx(-(0.5 * lower[0] - 0.5 * mixed[1]).item() / C / 2, rel=1e-5)
+
+
+def test_advantages_by_hand():
+  reward, is_kept = jnp.array([[1.0, 0.0, 5.0, 2.0]]), jnp.array([[True, True, False, True]])
+  np.testing.assert_allclose(centred_advantage(reward, is_kept), [[0, -1, 0, 1]])
+  np.testing.assert_allclose(leave_one_out_advantage(reward, is_kept), [[0, -1.5, 0, 1.5]])
+  np.testing.assert_allclose(leave_one_out_advantage(reward[:, :1], is_kept[:, :1]), [[0]])
+
+
+def test_clipping_stops_only_what_went_too_far():
+  log_ratio, advantage = jnp.log(jnp.array([[1.5, 0.5, 1.5, 0.5]])), jnp.array([[1.0, 1.0, -1.0, -1.0]])
+  value, is_clipped = clipped_surrogate(log_ratio, advantage, 0.2)
+  np.testing.assert_allclose(value, [[1.2, 0.5, -1.5, -0.8]], rtol=1e-6)
+  np.testing.assert_array_equal(is_clipped, [[True, False, False, True]])
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_step_down_raises_the_better_rollout(name):
+  keywords = {} if name in ("wdce", "wddo") else {"kl_weight": 0.0}
+  tokens = np.asarray(run_tokens(name, jnp.asarray(OLD))) if name in LIKELIHOODS else OLD  # ratios of 1
+  _, metrics, gradient = run(name, experience=make_experience(token_log_p_old=tokens), **keywords)
+  gradient = np.asarray(gradient[0]).sum(-1)
+  assert gradient[0] < 0 < gradient[1]
+  assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_equal_rewards_and_groups_of_one_teach_nothing(name):
+  np.testing.assert_allclose(run(name, experience=make_experience((0.7, 0.7)), kl_weight=0.0)[2], 0, atol=1e-6)
+  alone = make_experience((0.7,))
+  np.testing.assert_allclose(run(name, OLD[:, :1], alone, kl_weight=0.0)[2], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_constant_reward_and_the_order_change_nothing(name):
+  plain = run(name)
+  shifted = run(name, experience=make_experience((3.0, 2.0)))
+  np.testing.assert_allclose(shifted[2], plain[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_dropped_rollout_poisons_nothing(name):
+  results = []
+  for value in (np.nan, 0.3):
+    e = make_experience((1.0, value), is_kept=np.array([[True, False]]))
+    poisoned = np.array(OLD)
+    poisoned[0, 1] = value
+    e = e.replace(token_log_p_old=poisoned, token_log_p_ref=poisoned, log_p_old=np.array([[-1.0, value]], np.float32))
+    e = e.replace(weight=np.array([[0.9, value]], np.float32), negative_weight=np.array([[0.1, value]], np.float32))
+    results.append(run(name, experience=e))
+  assert np.isfinite(results[0][0])
+  assert np.isfinite(results[0][2]).all()
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *results)
+  np.testing.assert_array_equal(results[0][2][0, 1], 0)
