@@ -88,7 +88,7 @@ class Eubo(Elbo):
   mixture * EUBO + (1 - mixture) * ELBO, on the same masks.
 
   The bound holds for beta >= 1 once the constant is added that depends on the masking alone. From few replicates the
-  logarithm of the mean is biased downwards.
+  logarithm of the mean is biased downwards, and masks that may be empty shift it by about n log(n / (n + 1)).
   """
 
   beta: float
