@@ -1,0 +1,80 @@
+"""What is measured of rollouts: under the updates' own views, until it is quiet, against a reference that may move."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from dmpo_jax import build, phases
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return epath.Path(tmp_path_factory.mktemp("measure"))
+
+
+def begin(config, folder, use_devices):
+  """A phase that starts from parameters at random."""
+  use_devices(1)
+  with config.unlocked():
+    config.warm_start.updates = 0
+  parts = build.build_parts(config, folder / "run")
+  with jax.set_mesh(parts.mesh):
+    return parts, *phases.training_phase(config, folder / "run", parts, build.initial_params(config, parts))
+
+
+@pytest.mark.parametrize(
+  ("name", "likelihood", "replicates"),
+  [("diffu_grpo", "one_step", 2), ("tracerl", "trajectory", 2), ("gdpo", "elbo_quadrature", 2)],
+)
+def test_the_first_update_meets_the_views_that_were_measured(folder, use_devices, name, likelihood, replicates):
+  config = tiny.config(
+    objective__name=name, objective__likelihood=likelihood, objective__num_replicates=replicates, objective__clip=1e-4
+  )
+  parts, phase, state = begin(config, folder, use_devices)
+  with jax.set_mesh(parts.mesh):
+    experience, _ = phase.collect(state, 0)
+    num_measured = 1 if likelihood == "trajectory" else config.train.updates_per_buffer
+    assert experience.token_log_p_old.shape[2] == num_measured
+    state, metrics = phase.update(state, phase.frozen, experience)
+    # ratios are 1 within the clipping of 1e-4, and the policy is still its reference
+    assert metrics["loss_clipped"] == 0
+    assert abs(metrics["loss_kl"]) < 1e-6
+    _, metrics = phase.update(state, phase.frozen, experience)
+    assert metrics["loss_kl"] >= 0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_reference_follows_every_other_update(folder, use_devices, rank):
+  config = tiny.config(
+    objective__sync_reference_every=2, model__lora__rank=rank, optim__learning_rate=0.1, train__updates_per_buffer=2
+  )
+  parts, phase, state = begin(config, folder, use_devices)
+  with jax.set_mesh(parts.mesh):
+    experience, _ = phase.collect(state, 0)
+    np.testing.assert_array_equal(experience.log_p_old, experience.log_p_ref)
+    # rewards of an untrained policy may all be the same: weights that are not
+    weight = np.tile(np.array([0.7, 0.1, 0.1, 0.1], np.float32), (len(experience.reward), 1))
+    experience = experience.replace(weight=weight)
+    before = jax.device_get(state.reference)
+    state, _ = phase.update(state, phase.frozen, experience)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.reference))
+    moved, _ = phase.collect(state, 1)
+    assert np.abs(moved.log_p_old - moved.log_p_ref).max() > 1e-3
+    state, _ = phase.update(state, phase.frozen, experience)
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.trainable, state.reference)))
+    followed, _ = phase.collect(state, 1)
+    np.testing.assert_allclose(followed.log_p_old, followed.log_p_ref, rtol=1e-5)
+
+
+def test_rounds_of_masks_are_added_until_the_noise_is_small(folder, use_devices):
+  adaptive = dict(objective__replicates="adaptive", objective__max_rounds=3, objective__num_elbo_replicates=2)
+  for max_noise, rounds in ((1e-9, 3), (1e9, 2)):  # one pair says nothing of its own noise
+    config = tiny.config(objective__max_noise=max_noise, objective__sync_reference_every=9, **adaptive)
+    parts, phase, state = begin(config, folder, use_devices)
+    state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
+    with jax.set_mesh(parts.mesh):
+      _, figures = phase.collect(state, 0)
+    assert figures["elbo_rounds"] == rounds
+    assert figures["log_ratio_error"] > 0
