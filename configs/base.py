@@ -186,6 +186,14 @@ def get_config() -> ConfigDict:
   e.samplers = ()
   e.early_exit = True  # a completion is finished with its first EOS
 
+  c.serve = v = ConfigDict()  # --mode=serve, which decodes as evaluation does
+  v.host = "127.0.0.1"  # this machine alone; any other needs DMPO_JAX_API_KEY in the environment
+  v.port = 8000  # 0: one that is free
+  v.batch_size = 8  # requests decoded at one time
+  v.max_queue = 64  # requests that may wait; more are refused (429)
+  v.max_prompt_length = 1024  # tokens; longer ones are refused (400)
+  v.max_seconds = 300.0  # from a request's arrival to its answer (504)
+
   c.checkpoint = x = ConfigDict()
   x.every_updates = 20
   x.keep = 2

@@ -44,6 +44,7 @@ MAY_CHANGE = (
   "model.remat",
   "optim.max_skips_in_a_row",
   "rollout.chunk_prompts",
+  "serve.*",
   "sharding.*",
   "task.data_dir",
   "task.records_dir",
@@ -54,7 +55,7 @@ MAY_CHANGE = (
 # What may differ where a finished run is used. A sample needs only the model and how its base was made.
 _OF_EVALUATION = ("eval.*", "task.eval_path", "task.grader", "task.num_test")
 _OF_SAMPLING = ("eval.*", "grading.*", "objective.*", "optim.*", "rollout.*", "sampler.*", "seed", "task.*", "train.*")
-MAY_DIFFER = {"train": (), "eval": _OF_EVALUATION, "sample": _OF_SAMPLING}  # by mode
+MAY_DIFFER = {"train": (), "eval": _OF_EVALUATION, "sample": _OF_SAMPLING, "serve": _OF_SAMPLING}  # by mode
 
 
 def validate(config: ConfigDict) -> None:

@@ -1,8 +1,9 @@
-"""Entry point: flags, devices, then training, evaluation or sampling.
+"""Entry point: flags, devices, then training, evaluation, sampling or serving.
 
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=eval
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=sample --prompt="..."
+  python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=serve
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/other --config.objective.baseline=mean
 
 Running the same command again goes on where the last run stopped, or says that it had finished.
@@ -22,7 +23,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import evaluate, sample, train
+from dmpo_jax import evaluate, sample, serve, train
 from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.config import ConfigError, check_workdir, did_you_mean, validate
 from dmpo_jax.rules import RULES
@@ -33,7 +34,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder (or gs:// path) of checkpoints, logs and results.")
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "sample"], "train, evaluate the workdir's final policy, or decode prompts with it."
+  "mode",
+  "train",
+  ["train", "eval", "sample", "serve"],
+  "train, evaluate the workdir's final policy, decode prompts with it, or serve it over HTTP.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "--mode=sample: a prompt. Prompts may also come by a pipe, one a line.")
 _PROMPTS = flags.DEFINE_string("prompts", None, '--mode=sample: a file of lines {"prompt": ..., "prefill": ...}.')
@@ -92,7 +96,9 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
     sample.main(config, workdir, requests, as_json=_JSON.value, watch=_WATCH.value)
     return
   _join_processes()
-  if _MODE.value == "eval":
+  if _MODE.value == "serve":
+    serve.main(config, workdir)
+  elif _MODE.value == "eval":
     evaluate.main(config, workdir)
   else:
     with alone_in(workdir):
@@ -102,7 +108,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
 def _check_flags() -> None:
   """Check what the modes need of the flags."""
   is_sample = _MODE.value == "sample"
-  if not _WORKDIR.value and not is_sample:
+  if not _WORKDIR.value and _MODE.value not in ("sample", "serve"):
     raise ConfigError(f"--workdir is missing: --mode={_MODE.value} reads and writes it")
   if not is_sample:
     given = [flag.name for flag in (_PROMPT, _PROMPTS, _JSON, _WATCH) if flag.value]

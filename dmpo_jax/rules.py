@@ -241,6 +241,12 @@ RULES: dict[str, Rule] = {
   "grading.workers": whole(1),
   "grading.seconds": number("(0, inf)"),
   "grading.memory_gb": number("(0, inf)"),
+  "serve.host": text(),
+  "serve.port": whole(0, 65535),
+  "serve.batch_size": whole(1),
+  "serve.max_queue": whole(1),
+  "serve.max_prompt_length": whole(1),
+  "serve.max_seconds": number("(0, inf)"),
   "checkpoint.every_updates": whole(1),
   "checkpoint.keep": whole(1),
 }

@@ -106,14 +106,19 @@ def _run(program: Callable[[], Rollouts], watcher: "Watcher | None", num_rows: i
 def encode(requests: Sequence[Request], tokenizer: Tokenizer, *, num_rows: int) -> Prompts:
   """Encode prompts as one batch, padded on the left to their bucket, and filled up to `num_rows` with the last."""
   ids = [tokenizer.encode_prompt(request.prompt, request.prefill) for request in requests]
+  numbers = np.array([prompt_id(request.prompt + request.prefill) for request in requests], np.uint32)
+  return pad(ids, numbers, tokenizer, num_rows=num_rows)
+
+
+def pad(ids: Sequence[list[int]], numbers: np.ndarray, tokenizer: Tokenizer, *, num_rows: int) -> Prompts:
+  """Lay encoded prompts with their ids out as one batch, like `encode`."""
   length = max(-(-max(map(len, ids)) // BUCKET), 1) * BUCKET
   tokens = np.full((num_rows, length), tokenizer.pad_token_id, np.int32)
   is_valid = np.zeros((num_rows, length), bool)
-  index = np.minimum(np.arange(num_rows), len(requests) - 1)
+  index = np.minimum(np.arange(num_rows), len(ids) - 1)
   for row, i in enumerate(index):
     tokens[row, length - len(ids[i]) :] = ids[i]
     is_valid[row, length - len(ids[i]) :] = True
-  numbers = np.array([prompt_id(request.prompt + request.prefill) for request in requests], np.uint32)
   return Prompts(tokens=tokens, is_valid=is_valid, prompt_id=numbers[index])
 
 

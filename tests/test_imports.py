@@ -32,7 +32,7 @@ LEVELS = (
     "workdir",
   },
   {"report", "rollout", "update"},
-  {"build", "evaluate", "phases", "sample", "train"},
+  {"build", "evaluate", "phases", "sample", "serve", "train"},
   {"main"},
 )
 # and, of its own level, only what is named here: so the three rooms of the second know nothing of each other
@@ -48,6 +48,7 @@ INSIDE = {
   "evaluate": {"build"},
   "phases": {"build", "evaluate"},
   "sample": {"build"},
+  "serve": {"build", "sample"},
   "train": {"build", "evaluate", "phases"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

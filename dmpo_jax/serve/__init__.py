@@ -1,0 +1,85 @@
+"""A policy behind an address, `--mode=serve`: OpenAI's completions, decoded in batches, and a page to watch it denoise.
+
+`engine` owns the model and a bounded queue, `api` speaks HTTP, and the two meet in `engine.Job`.
+"""
+
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import jax
+import uvicorn
+from etils import epath
+from ml_collections import ConfigDict
+
+from dmpo_jax.build import build_model_parts, load_policy
+from dmpo_jax.config import ConfigError
+from dmpo_jax.measure import Policies
+from dmpo_jax.serve.api import Limits, make_app
+from dmpo_jax.serve.engine import Engine, make_decode
+
+API_KEY = "DMPO_JAX_API_KEY"  # environment variable; a key on a command line is everyone's to read
+
+
+def main(config: ConfigDict, workdir: epath.Path | None) -> None:
+  """Serve the policy until SIGINT or SIGTERM; requests that have begun are finished first.
+
+  Raises:
+    ConfigError: there is no policy, the address cannot be had, it is open to others without a key, or the job has
+      several processes.
+  """
+  own, api_key = config.serve, os.environ.get(API_KEY, "")
+  if jax.process_count() > 1:
+    raise ConfigError("--mode=serve needs a job of one process")
+  if not _is_loopback(own.host) and not api_key:
+    raise ConfigError(f"config.serve.host = {own.host!r} is open to others: set {API_KEY} in the environment")
+  parts = build_model_parts(config)
+  with _listening(own.host, own.port) as listener:
+    policies = Policies(*load_policy(config, workdir, parts))
+    decode = make_decode(config, parts, policies)
+    engine = Engine(decode, batch_size=own.batch_size, max_queue=own.max_queue)
+    limits = Limits(
+      completion_length=config.sampler.completion_length,
+      block_length=config.sampler.block_length,
+      can_revoke=config.sampler.name == "wino",
+      temperature=config.eval.temperature,
+      max_prompt_length=own.max_prompt_length,
+      max_seconds=own.max_seconds,
+    )
+    name = epath.Path(workdir or config.model.init_from).name
+    app = make_app(
+      engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=own.host in ("localhost", "127.0.0.1")
+    )
+    port = listener.getsockname()[1]
+    print(f"serving {name} on http://{own.host}:{port}/ and http://{own.host}:{port}/v1", flush=True)
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(own.max_seconds) + 1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, lambda *_: None)  # uvicorn hears them, and when it has ended it raises them once more
+    try:
+      uvicorn.Server(settings).run(sockets=[listener])
+    finally:
+      engine.close()
+  print("stopped serving", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+  """Take the address before the model is loaded, so that a mistake costs nothing."""
+  try:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server(address[:2], family=family)
+  except OSError as error:
+    raise ConfigError(f"config.serve.host = {host!r}, port {port}: cannot be listened on ({error})") from error
+  with listener:
+    yield listener
+
+
+def _is_loopback(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == "localhost"

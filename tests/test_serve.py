@@ -1,0 +1,274 @@
+"""Serving a stand-in for the model, asked by the official client: answers, streams, batches, limits, named mistakes."""
+
+import contextlib
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import openai
+import pytest
+import uvicorn
+
+from configs import base
+from dmpo_jax.serve.api import MAX_BODY, Limits, make_app
+from dmpo_jax.serve.engine import Engine, Job
+from dmpo_jax.tokenizer import load_tokenizer
+
+LENGTH = 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return load_tokenizer("sentencepiece", base.get_config().tokenizer.path)
+
+
+class Reverser:
+  """Stands in for the model: completes a prompt with its reverse, two tokens a call from the left, and EOS."""
+
+  def __init__(self, tokenizer):
+    self.tokenizer, self.batches = tokenizer, []
+    self.may_go_on = threading.Event()
+    self.may_go_on.set()
+
+  def __call__(self, jobs, publish):
+    self.batches.append(len(jobs))
+    assert self.may_go_on.wait(timeout=30)
+    if any(job.prompt == self.tokenizer.encode("666") for job in jobs):
+      raise RuntimeError("out of memory")
+    whole = np.full((len(jobs), LENGTH), self.tokenizer.eos_token_id, np.int32)
+    for row, job in zip(whole, jobs, strict=True):
+      ids = job.prompt[::-1][:LENGTH]
+      row[: len(ids)] = ids
+    state = np.full_like(whole, self.tokenizer.mask_token_id)
+    for number in (1, 0, 2, 3):  # late news too
+      state = np.where(np.arange(LENGTH) < 2 * number + 2, whole, self.tokenizer.mask_token_id)
+      publish(number, state)
+    return whole
+
+
+@contextlib.contextmanager
+def serving(tokenizer, *, api_key="", can_revoke=False, max_seconds=20.0, batch_size=4, max_queue=4):
+  decode = Reverser(tokenizer)
+  engine = Engine(decode, batch_size=batch_size, max_queue=max_queue)
+  limits = Limits(
+    completion_length=LENGTH,
+    block_length=4,
+    can_revoke=can_revoke,
+    temperature=0.0,
+    max_prompt_length=10,
+    max_seconds=max_seconds,
+  )
+  app = make_app(engine, tokenizer, limits, model="tiny", api_key=api_key)
+  server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=10))
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  try:
+    while not server.started:
+      assert thread.is_alive()
+      time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    decode.server, decode.address = server, f"http://127.0.0.1:{port}"
+    decode.client = openai.OpenAI(base_url=f"{decode.address}/v1", api_key=api_key or "none", max_retries=0)
+    yield decode
+  finally:
+    decode.may_go_on.set()
+    server.should_exit = True
+    thread.join(timeout=30)
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def decode(tokenizer):
+  with serving(tokenizer) as decode:
+    yield decode
+
+
+def ask(client, text, **options):
+  return client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], **options)
+
+
+def post(address, body, **headers):
+  """Post as no well-behaved client would; return the status and the error."""
+  request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json", **headers})
+  try:
+    with urllib.request.urlopen(request, timeout=20) as answer:
+      return answer.status, answer.read().decode()
+  except urllib.error.HTTPError as error:
+    return error.code, error.read().decode()
+
+
+def test_chat(decode):
+  answer = ask(decode.client, "123")
+  assert answer.choices[0].message.content == "321"
+  assert answer.choices[0].finish_reason == "stop"
+  assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 3)
+  assert [model.id for model in decode.client.models.list()] == ["tiny"]
+
+
+def test_completions_and_their_length(decode):
+  answer = decode.client.completions.create(model="tiny", prompt="12345", max_tokens=2)
+  assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("54", "length")
+  assert answer.usage.completion_tokens == 2
+
+
+def test_a_stream_grows_with_the_decided_prefix(decode):
+  chunks = list(ask(decode.client, "12345", stream=True))
+  assert chunks[0].choices[0].delta.role == "assistant"
+  assert [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content] == ["5432", "1"]
+  assert chunks[-1].choices[0].finish_reason == "stop"
+  pieces = [chunk.choices[0].text for chunk in decode.client.completions.create(model="t", prompt="12", stream=True)]
+  assert "".join(pieces) == "21"
+
+
+def test_tokens_that_may_be_taken_back_are_not_streamed(tokenizer):
+  with serving(tokenizer, can_revoke=True) as decode:
+    pieces = [chunk.choices[0].delta.content for chunk in ask(decode.client, "1234567", stream=True)]
+  assert [piece for piece in pieces if piece] == ["7654", "321"]
+
+
+def test_requests_that_wait_together_are_decoded_together(decode):
+  decode.batches.clear()
+  decode.may_go_on.clear()
+  answers = {}
+
+  def fetch(text):
+    answers[text] = ask(decode.client, text).choices[0].message.content
+
+  threads = [threading.Thread(target=fetch, args=(text,)) for text in ("12", "34", "56", "78")]
+  threads[0].start()
+  deadline = time.monotonic() + 20
+  while not decode.batches and time.monotonic() < deadline:
+    time.sleep(0.01)
+  for thread in threads[1:]:
+    thread.start()
+  time.sleep(0.5)
+  decode.may_go_on.set()
+  for thread in threads:
+    thread.join(timeout=20)
+  assert answers == {"12": "21", "34": "43", "56": "65", "78": "87"}
+  assert decode.batches == [1, 3]
+
+
+@pytest.mark.parametrize(
+  ("options", "param"),
+  [
+    ({"n": 2}, "n"),
+    ({"temperature": 0.7}, "temperature"),
+    ({"top_p": 0.5}, "top_p"),
+    ({"max_tokens": LENGTH + 1}, "max_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"stop": ["x"]}, "stop"),
+    ({"logprobs": True}, "logprobs"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "system", "content": "be brief"}]}, "messages"),
+  ],
+)
+def test_what_is_not_supported_is_named(decode, options, param):
+  asked = {"model": "tiny", "messages": [{"role": "user", "content": "1"}], **options}
+  with pytest.raises(openai.BadRequestError) as caught:
+    decode.client.chat.completions.create(**asked)
+  assert caught.value.param == param
+
+
+def test_prompts_have_a_longest_length(decode):
+  for text in ("1" * 11, ""):
+    with pytest.raises(openai.BadRequestError, match="from 1 to 10 are allowed"):
+      ask(decode.client, text)
+    with pytest.raises(openai.BadRequestError, match="from 1 to 10 are allowed"):
+      ask(decode.client, text, stream=True)
+
+
+@pytest.mark.parametrize(
+  ("body", "headers", "status"),
+  [
+    (b"{", {}, 400),
+    (b"[]", {}, 400),
+    (b"\xff", {}, 400),
+    (b'{"prompt": ["a"]}', {}, 400),
+    (b'{"prompt": "1"}', {"Content-Type": "text/plain"}, 415),
+    (b" " * (MAX_BODY + 1), {}, 413),
+    (b'{"prompt": "1"}', {"Host": "evil.example"}, 400),
+  ],
+)
+def test_bad_bodies_are_client_errors(decode, body, headers, status):
+  found, text = post(f"{decode.address}/v1/completions", body, **headers)
+  assert found == status
+  if "Host" not in headers:
+    assert json.loads(text)["error"]["type"] == "invalid_request_error"
+
+
+def test_unknown_addresses_are_answered_in_the_same_form(decode):
+  status, text = post(f"{decode.address}/v1/embeddings", b"{}")
+  assert status == 404
+  assert "error" in json.loads(text)
+
+
+def test_a_batch_that_fails_is_an_error_and_the_server_goes_on(decode):
+  with pytest.raises(openai.InternalServerError, match="out of memory"):
+    ask(decode.client, "666")
+  assert ask(decode.client, "12").choices[0].message.content == "21"
+
+
+def test_a_key_is_asked_for(tokenizer):
+  with serving(tokenizer, api_key="secret") as decode:
+    assert ask(decode.client, "12").choices[0].message.content == "21"
+    with pytest.raises(openai.AuthenticationError):
+      ask(decode.client.with_options(api_key="wrong"), "12")
+    assert post(f"{decode.address}/watch", b'{"prompt": "1"}')[0] == 401
+
+
+def test_time_and_queue_are_limited(tokenizer):
+  with serving(tokenizer, max_seconds=0.5, batch_size=1, max_queue=1) as decode:
+    decode.may_go_on.clear()
+    outcomes = []
+
+    def fetch():
+      try:
+        outcomes.append(ask(decode.client, "12").choices[0].message.content)
+      except openai.APIStatusError as error:
+        outcomes.append(error.status_code)
+
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+      thread.start()
+      time.sleep(0.05)
+    for thread in threads:
+      thread.join(timeout=20)
+    assert sorted(outcomes) == [429, 429, 504, 504]
+    decode.may_go_on.set()
+
+
+def test_what_has_begun_is_finished_before_the_server_stops(tokenizer):
+  with serving(tokenizer) as decode:
+    decode.may_go_on.clear()
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(ask(decode.client, "12").choices[0].message.content))
+    thread.start()
+    while not decode.batches:
+      time.sleep(0.01)
+    decode.server.should_exit = True
+    time.sleep(0.2)
+    decode.may_go_on.set()
+    thread.join(timeout=20)
+  assert answers == ["21"]
+
+
+def test_the_page_watches(decode):
+  with urllib.request.urlopen(f"{decode.address}/", timeout=20) as answer:
+    assert "Watch it denoise" in answer.read().decode()
+  status, text = post(f"{decode.address}/watch", b'{"prompt": "123"}')
+  events = [json.loads(line) for line in text.splitlines()]
+  assert status == 200
+  assert [event["call"] for event in events] == [1, 2, 3, None]  # call 0 came late
+  assert events[0]["pieces"] == ["3", "2", "1", "</s>", None, None, None, None]
+  assert events[-1]["text"] == "321"
+
+
+def test_a_seed_is_part_of_the_noise():
+  jobs = [Job([5, 6], print, seed) for seed in (None, 1, 2, 1)]
+  assert jobs[1].prompt_id == jobs[3].prompt_id
+  assert len({job.prompt_id for job in jobs}) == 3
+  assert [Job([1] * length, print).bucket for length in (1, 64, 65)] == [1, 1, 2]
