@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 LIBTPU := $(VENV)/libtpu
 PLANNING := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(LIBTPU))
 
-.PHONY: demo test test-torch lint format libtpu fuzz bench-grade
+.PHONY: demo test docs-check test-torch lint format libtpu fuzz bench-grade
 
 demo: $(INSTALLED)
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
@@ -33,6 +33,10 @@ test-torch: $(INSTALLED)
 	$(RUN) -m pytest -m torch
 
 libtpu: $(LIBTPU)
+
+# what the documents name exists, and their commands run, on the smoke configuration
+docs-check: $(INSTALLED)
+	$(RUN) -m launch.docs_check
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
