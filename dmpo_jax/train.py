@@ -30,6 +30,8 @@ from dmpo_jax.workdir import announce_start
 
 logger = logging.getLogger(__name__)
 
+PAGE = "report.html"  # the run to look at, in the workdir
+
 
 class Diverged(RuntimeError):
   """Too many updates in a row were not finite; the last good parameters are in the checkpoint."""
@@ -52,6 +54,7 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
   start, result = time.monotonic(), read_result(workdir)
   if result is not None and result["buffers"] >= config.train.num_buffers:
     print(f"{workdir} has finished its {result['buffers']} buffers: nothing left to do.")
+    is_page_due = not (workdir / PAGE).exists()
   else:
     evaluations = train(config, workdir)
     result = {
@@ -64,8 +67,9 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
       "seconds": time.monotonic() - start,  # of this start; a run that was resumed took longer
     }
     write_result(workdir, result)
+    is_page_due = True
   if jax.process_index() == 0:
-    report(result, workdir)
+    report(result, workdir, write_page(workdir) if is_page_due else PAGE)
 
 
 def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]]:
@@ -175,8 +179,8 @@ def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: 
   position.reported = position.buffer
 
 
-def report(result: dict[str, Any], workdir: epath.Path) -> None:
-  """Print the base against the trained policy, and where everything is."""
+def report(result: dict[str, Any], workdir: epath.Path, page: str) -> None:
+  """Print the base against the trained policy, and where everything is, the page that shows it all last."""
   console = Console()
   rows = {"base": result["base"], f"after {result['objective']}": result["last"]}
   if result["best"]["buffers"] != result["buffers"]:
@@ -189,7 +193,7 @@ def report(result: dict[str, Any], workdir: epath.Path) -> None:
     ("metrics", "metrics.jsonl"),
     ("TensorBoard", "tensorboard"),
     ("result", "result.json"),
-    ("report", write_page(workdir)),
+    ("report", page),
   ):
     console.print(f"{what:12} {workdir / path}", highlight=False, soft_wrap=True)
 
@@ -197,7 +201,7 @@ def report(result: dict[str, Any], workdir: epath.Path) -> None:
 def write_page(workdir: epath.Path) -> str:
   """Write the workdir's report.html and return its name; a run has finished whether or not that succeeds."""
   try:
-    return write_report([workdir]).name
+    return write_report([workdir], workdir / PAGE).name
   except Exception as error:  # whatever it is, the policy and the result stand
     logger.warning("the report could not be written: %r", error)
     return f"report.html could not be written ({error!r}); python -m launch.report --workdir={workdir} tries again"

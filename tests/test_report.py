@@ -194,7 +194,7 @@ def test_runs_get_names_that_tell_them_apart(workdir, tmp_path):
 def test_a_report_that_fails_does_not_fail_the_run(workdir, monkeypatch):
   assert train.write_page(epath.Path(workdir)) == "report.html"
 
-  def fail(workdirs):
+  def fail(workdirs, path):
     raise RuntimeError("no room")
 
   monkeypatch.setattr(train, "write_report", fail)

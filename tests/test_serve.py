@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+import subprocess
 import threading
 import time
 import urllib.error
@@ -13,11 +15,13 @@ import pytest
 import uvicorn
 
 from configs import base
+from dmpo_jax.serve import api
 from dmpo_jax.serve.api import MAX_BODY, Limits, make_app
 from dmpo_jax.serve.engine import Engine, Job
 from dmpo_jax.tokenizer import load_tokenizer
 
 LENGTH = 8
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +269,20 @@ def test_the_page_watches(decode):
   assert [event["call"] for event in events] == [1, 2, 3, None]  # call 0 came late
   assert events[0]["pieces"] == ["3", "2", "1", "</s>", None, None, None, None]
   assert events[-1]["text"] == "321"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, which opens the page")
+def test_a_browser_watches_without_a_word(decode, tmp_path, monkeypatch):
+  typed = "<script>prompt.value = '123'; form.requestSubmit()</script>"
+  (tmp_path / "page.html").write_text(api.PAGE.read_text().replace("</body>", f"{typed}</body>"))
+  monkeypatch.setattr(api, "PAGE", tmp_path / "page.html")
+  command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+  command += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", f"{decode.address}/"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert "CONSOLE" not in done.stderr
+  assert 'role="status">Done.</p>' in done.stdout
+  assert done.stdout.count('class="decided"') == LENGTH
+  assert ">321</pre>" in done.stdout
 
 
 def test_a_seed_is_part_of_the_noise():
