@@ -91,6 +91,22 @@ def test_a_finished_run_is_shown(workdir, tmp_path):
   assert len(specs_of(text)) == text.count('<div class="chart"')
 
 
+def test_what_was_evaluated_later_is_a_table(workdir, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  (copy / "evaluation").mkdir()
+  rows = [
+    {"policy": "best", "task": "sudoku", "sampler": "wino", "solve_rate": 0.6125, "solve_rate_low": 0.6},
+    {"x": 1},
+  ]
+  (copy / "evaluation" / "result.json").write_text(json.dumps(rows))
+  (run,) = read_runs([copy])
+  assert run.grid == rows[:1]
+  assert "<td>61.3%</td><td>60.0% to unknown</td>" in page.render([run])
+  (copy / "evaluation" / "result.json").write_text('{"solve_rate": 0.5}')
+  assert "Evaluated by" not in report.write([copy]).read_text()
+
+
 def test_the_page_names_no_address_to_load_from(workdir, tmp_path):
   text = report.write([workdir], tmp_path / "page.html").read_text()
   assert "default-src 'none'" in text

@@ -46,7 +46,7 @@ def render(runs: Sequence[Run]) -> str:
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
   )
-  environment.filters |= {"percent": lambda value: f"{value:.1%}", "number": _number}
+  environment.filters |= {"percent": lambda value: f"{value:.1%}" if is_number(value) else "unknown", "number": _number}
   figures, absent = draw(runs)
   script = (HERE / "page.js").read_text()
   return environment.get_template("page.html").render(

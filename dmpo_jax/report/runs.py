@@ -30,6 +30,7 @@ class Run:
   evaluations: dict[int, Row]  # figures on the held-out prompts by number of finished buffers
   starts: list[Row]
   generations: dict[int, list[Row]]  # of the first, the middle and the last evaluation, by number of buffers
+  grid: list[Row]  # what --mode=eval has evaluated: tasks, lengths and samplers
   missing: list[str]  # what a person should know is not there
 
   def about(self, path: str, otherwise: Any = "unknown") -> Any:
@@ -72,7 +73,18 @@ def _read_run(workdir: epath.Path, name: str) -> Run:
     missing.append("no evaluation on held-out prompts is recorded")
   generations = _read_generations(workdir / "generations", missing)
   starts = list(_read_lines(workdir / STARTS, missing)) if (workdir / STARTS).exists() else []
-  return Run(name, workdir, flatten(config), rows, result, evaluations, starts, generations, missing)
+  return Run(
+    name,
+    workdir,
+    flatten(config),
+    rows,
+    result,
+    evaluations,
+    starts,
+    generations,
+    _read_grid(workdir, missing),
+    missing,
+  )
 
 
 def _read_object(path: epath.Path, missing: list[str], otherwise: str = "") -> Row:
@@ -123,6 +135,18 @@ def _read_rows(path: epath.Path, missing: list[str]) -> dict[str, list[Row]]:
   if strange:
     missing.append(f"{path.name}: {strange} row(s) without phase and step, as of another version, are left out")
   return {phase: [rows[step] for step in sorted(rows)] for phase, rows in phases.items()}
+
+
+def _read_grid(workdir: epath.Path, missing: list[str]) -> list[Row]:
+  """Read the evaluations of --mode=eval; of another version's they were one object, which is left out."""
+  path = workdir / "evaluation" / RESULT
+  try:
+    rows = json.loads(path.read_text()) if path.exists() else []
+  except (OSError, ValueError) as error:
+    missing.append(f"evaluation/{RESULT} cannot be read ({error})")
+    return []
+  rows = rows if isinstance(rows, list) else []
+  return [row for row in rows if isinstance(row, dict) and is_number(row.get("solve_rate"))]
 
 
 def is_number(value: Any) -> bool:
