@@ -15,6 +15,7 @@ the state is saved: run the same command again. Anything else is a crash, or the
 import os
 import socket
 import sys
+import traceback
 from typing import Any
 
 import absl.logging
@@ -43,6 +44,7 @@ _PROMPT = flags.DEFINE_string("prompt", None, "--mode=sample: a prompt. Prompts 
 _PROMPTS = flags.DEFINE_string("prompts", None, '--mode=sample: a file of lines {"prompt": ..., "prefill": ...}.')
 _JSON = flags.DEFINE_bool("json", False, "--mode=sample: print one JSON object a prompt: ids, text, calls, ...")
 _WATCH = flags.DEFINE_bool("watch", False, "--mode=sample: show the denoising in the terminal while it happens.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a message comes from.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "host:port of process 0. Not needed on TPU pods, Slurm and the like, which are recognised."
 )
@@ -63,11 +65,15 @@ def main(argv: list[str]) -> None:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
     run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None)
   except ConfigError as error:
+    if _TRACEBACK.value:
+      traceback.print_exc()
     sys.exit(_complain(error))
   except Preempted as error:
     print(f"preempted{_which_process()}: {error}", file=sys.stderr)
     sys.exit(PREEMPTED)
   except (train.Diverged, OSError) as error:
+    if _TRACEBACK.value:
+      traceback.print_exc()
     print(f"stopped{_which_process()}: {error}", file=sys.stderr)
     sys.exit(1)
   except jax.errors.JaxRuntimeError as error:

@@ -53,6 +53,13 @@ def test_a_mistake_reads_as_one_message(tmp_path, args, message):
   assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_mistake_shows_where_it_was_found_when_asked(tmp_path):
+  done = start("--config=configs/absent.py", f"--workdir={tmp_path / 'run'}", "--traceback")
+  assert done.returncode == 2
+  assert "Traceback" in done.stderr
+  assert "error: " in done.stderr
+
+
 def test_the_smoke_run_from_beginning_to_end(workdir):
   command = ("--config=configs/smoke.py", f"--workdir={workdir}")
   first = start(*command)
