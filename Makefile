@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
 
 test: $(INSTALLED) $(PLANNING)
-	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # 100,000 random and mutated completions through every reward and grader
 fuzz: $(INSTALLED)
