@@ -29,14 +29,6 @@ from dmpo_jax.tasks.judge import NO_GRADE
 from dmpo_jax.tasks.published import GRADERS
 from dmpo_jax.tasks.worded import END
 
-_TASK = flags.DEFINE_enum("task", None, list(TASKS), "Whose generations they are.", required=True)
-_FILES = flags.DEFINE_multi_string("generations", None, "A file; more may follow it.", required=True)
-_GRADER = flags.DEFINE_enum("grader", "default", ["default", "published"], "What counts as right in the table.")
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object, with every item, instead of a table.")
-_EXAMPLES = flags.DEFINE_integer("examples", 3, "Disagreements to show of each cause.", lower_bound=0)
-_WORKERS = flags.DEFINE_integer("workers", 2, "Processes for grading that may hang.", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 10.0, "Time limit for grading one generation.", lower_bound=0.1)
-
 _STOP = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")
 
 
@@ -151,7 +143,7 @@ def grade_items(task: str, items: Sequence[Item]) -> list[Row]:
   rows = []
   for prompt in dict.fromkeys(item.prompt for item in items):
     part = [item for item in items if item.prompt == prompt]
-    grading = Grading(_spec(task, prompt), workers=_WORKERS.value, seconds=_SECONDS.value)
+    grading = Grading(_spec(task, prompt), workers=flags.FLAGS.workers, seconds=flags.FLAGS.seconds)
     completions, is_ended = [item.completion for item in part], [item.generation != item.completion for item in part]
     verdicts = grading.submit([item.record for item in part], completions, is_ended).result()
     grading.close()
@@ -199,7 +191,7 @@ def _cause(row: Row) -> str:
   num_answers = max(completion.count("\\boxed"), completion.count("<answer>"))
   if row.kind != "graded":
     return row.kind
-  if _TASK.value == "gsm8k" and re.search(r"\d,\d{3}", taken):
+  if flags.FLAGS.task == "gsm8k" and re.search(r"\d,\d{3}", taken):
     return "thousands' commas"
   if row.default.extracted is None:
     return "no answer in tags or a box"
@@ -207,11 +199,11 @@ def _cause(row: Row) -> str:
     return "answer block not closed"
   if num_answers > 1:
     return "several answers, of which the last counts"
-  if _TASK.value == "countdown":
+  if flags.FLAGS.task == "countdown":
     return "signs or an equation's sides"
-  if _TASK.value == "math":
+  if flags.FLAGS.task == "math":
     return "the same mathematics in other text" if row.default.is_correct else "equal text, other mathematics"
-  if _TASK.value == "sudoku":
+  if flags.FLAGS.task == "sudoku":
     return "cells beside the blank ones, or other text in the answer"
   return "number among words" if not answers.is_number(taken) else "number read otherwise"
 
@@ -231,26 +223,37 @@ def _as_json(grade: Grade) -> dict[str, Any]:
   return known
 
 
+def define_flags() -> None:
+  """Declare the command's flags; not on import, as other commands have a --json of their own."""
+  flags.DEFINE_enum("task", None, list(TASKS), "Whose generations they are.", required=True)
+  flags.DEFINE_multi_string("generations", None, "A file; more may follow it.", required=True)
+  flags.DEFINE_enum("grader", "default", ["default", "published"], "What counts as right in the table.")
+  flags.DEFINE_bool("json", False, "Print one JSON object, with every item, instead of a table.")
+  flags.DEFINE_integer("examples", 3, "Disagreements to show of each cause.", lower_bound=0)
+  flags.DEFINE_integer("workers", 2, "Processes for grading that may hang.", lower_bound=1)
+  flags.DEFINE_float("seconds", 10.0, "Time limit for grading one generation.", lower_bound=0.1)
+
+
 def main(argv: Sequence[str]) -> None:
   """Print the table, or the JSON object."""
   try:
-    files = [*_FILES.value, *argv[1:]]
-    items = [item for file in files for item in read_items(file, _TASK.value)]
+    files = [*flags.FLAGS.generations, *argv[1:]]
+    items = [item for file in files for item in read_items(file, flags.FLAGS.task)]
     if not items:
       raise ValueError(f"no generations in {', '.join(files)}")
-    rows = grade_items(_TASK.value, items)
+    rows = grade_items(flags.FLAGS.task, items)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   order = {item: index for index, item in enumerate((item.file, item.index) for item in items)}
   rows.sort(key=lambda row: order[row.item.file, row.item.index])
-  chosen = [getattr(row, _GRADER.value) for row in rows]
+  chosen = [getattr(row, flags.FLAGS.grader) for row in rows]
   groups = collections.defaultdict(list)
   for row, grade in zip(rows, chosen, strict=True):
     groups[setting(row.item.file)].append(grade)
   figures = {name: count(grades) for name, grades in groups.items()}
   disagreements = find_disagreements(rows)
-  if _JSON.value:
+  if flags.FLAGS.json:
     print(json.dumps(_report(rows, chosen, figures, disagreements)))
   else:
     _print_tables(figures, disagreements, rows)
@@ -258,8 +261,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _report(rows: list[Row], chosen: list[Grade], figures: dict, disagreements: dict[str, list[Row]]) -> dict[str, Any]:
   return {
-    "task": _TASK.value,
-    "grader": _GRADER.value,
+    "task": flags.FLAGS.task,
+    "grader": flags.FLAGS.grader,
     "settings": figures,
     "total": count(chosen),
     "not_graded": dict(collections.Counter(row.kind for row in rows if row.kind != "graded")),
@@ -273,7 +276,7 @@ def _report(rows: list[Row], chosen: list[Grade], figures: dict, disagreements: 
 
 def _print_tables(figures: dict[str, dict], disagreements: dict[str, list[Row]], rows: list[Row]) -> None:
   console = Console()
-  table = Table(title=f"{_TASK.value}, {_GRADER.value} grader")
+  table = Table(title=f"{flags.FLAGS.task}, {flags.FLAGS.grader} grader")
   for column in ("setting", "accuracy", "95 % interval", "correct", "of"):
     table.add_column(column, justify="left" if column == "setting" else "right")
   for name, row in figures.items():
@@ -287,7 +290,7 @@ def _print_tables(figures: dict[str, dict], disagreements: dict[str, list[Row]],
   console.print(f"{found} of {len(rows)} items are right to one grader and wrong to the other", highlight=False)
   for cause, examples in disagreements.items():
     console.print(f"{len(examples):5}  {cause}", highlight=False)
-    for row in examples[: _EXAMPLES.value]:
+    for row in examples[: flags.FLAGS.examples]:
       texts = [f"{str(grade.extracted)[:60]!r}" for grade in (row.published, row.default)]
       gold = str(row.item.gold)[:60]
       line = f"       gold {gold!r}: published took {texts[0]}, default {texts[1]}"
@@ -295,4 +298,5 @@ def _print_tables(figures: dict[str, dict], disagreements: dict[str, list[Row]],
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

@@ -338,6 +338,9 @@ class Chat:
   def decode(self, ids):
     return "".join(map(chr, ids))
 
+  def piece(self, token_id):
+    return chr(token_id)
+
 
 def test_the_users_turn_is_cut_inside_the_chat():
   records = [{"numbers": "1,2,3", "target": 6}, {"numbers": "75,30,4", "target": 49}]

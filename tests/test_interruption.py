@@ -80,18 +80,18 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path):
 
 
 def begin_two(*args):
-  """Start a job of two processes with four devices each."""
+  """Start a job of two processes with two devices each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   job = (f"--coordinator={address}", "--num_processes=2", "--heartbeat_seconds=10")
-  return [begin(*args, *job, f"--process_id={process}", devices=4) for process in (0, 1)]
+  return [begin(*args, *job, f"--process_id={process}", devices=2) for process in (0, 1)]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_two_processes_equal_one_and_stop_when_one_of_them_dies(tmp_path):
   workdir = tmp_path / "two"
-  mesh = ("--config.sharding.data=2", "--config.sharding.fsdp=2", "--config.sharding.tensor=2")
+  mesh = ("--config.sharding.data=1", "--config.sharding.fsdp=2", "--config.sharding.tensor=2")
   both = begin_two(TINY, f"--workdir={workdir}", *mesh, ENDLESS)
   wait_for(lambda: len(rows_of(workdir)) > 1, both[0], timeout=300)
   both[1].kill()
@@ -105,7 +105,7 @@ def test_two_processes_equal_one_and_stop_when_one_of_them_dies(tmp_path):
     done = finish(process)
     assert done.returncode == 0, done.stderr[-3000:]
   alone = tmp_path / "one"
-  done = start(TINY, f"--workdir={alone}", *mesh, buffers, devices=8)
+  done = start(TINY, f"--workdir={alone}", *mesh, buffers, devices=4)
   assert done.returncode == 0, done.stderr[-3000:]
   wanted, got = rows_of(alone), rows_of(workdir)
   assert [row["step"] for row in got] == [row["step"] for row in wanted]
