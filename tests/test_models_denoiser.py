@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from recorded_models import TINY, compiled, tiny
 
+from dmpo_jax import sharding
 from dmpo_jax.models import denoiser as denoiser_module
 from dmpo_jax.models.denoiser import completion_scores, make_denoiser
 from dmpo_jax.models.lora import LoraConfig
@@ -218,3 +219,24 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
   np.testing.assert_array_equal(wide.tokens, narrow.tokens)
   np.testing.assert_allclose(wide.confidence, narrow.confidence, rtol=1e-4)
   assert (np.asarray(wide.tokens) != tokens).any(), "the noise has chosen"
+
+
+def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
+  """Each device reads runs of its own share: other parts, the same tokens, noise and probabilities."""
+  monkeypatch.setattr(denoiser_module, "PART_SIZE", 512)
+  model, variables = tiny(vocab_size=1000, embedding_size=1024, mask_token_id=999)
+  prompt, is_valid, _, _ = batch()
+  hidden = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 2, TINY.d_model)), jnp.float32)
+  keys = jax.random.wrap_key_data(jnp.arange(2 * ROWS, dtype=jnp.uint32).reshape(ROWS, 2))
+
+  def read(variables, hidden):
+    denoiser = make_denoiser(model, variables, prompt, is_valid)
+    return prediction.predict(denoiser, hidden, keys, jnp.arange(2), 2.0)
+
+  alone = jax.jit(read)(variables, hidden)
+  with jax.set_mesh(sharding.make_mesh(data=2, tensor=4)):
+    assert denoiser_module._split_vocabulary(1024) == ((4, 256, 128), 2)
+    split = jax.jit(read)(variables, hidden)
+  np.testing.assert_array_equal(split.tokens, alone.tokens)
+  for name in ("confidence", "log_prob", "entropy"):
+    np.testing.assert_allclose(getattr(split, name), getattr(alone, name), rtol=1e-4)
