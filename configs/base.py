@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     dict(
       min_blanks=4,
       max_blanks=10,
-      demo_patience=16.7,  # demonstrations leave a blank cell blank with probability blanks / demo_patience
+      demo_patience=6.4,  # of so many blank cells demonstrations leave half blank, of fewer few, of more up to 65 %
       demo_wrong=0.0,  # share of demonstrations in whose blank cells 1 and 2 have changed places
     )
   )

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 CELLS = 16
 MAX_BLANKS = 12  # no puzzle with fewer than 4 givens has one solution
 TEST_GRIDS = 48  # of 288
+_MOST_UNFILLED = 0.65  # share of the blank cells that a demonstration leaves blank at most
 _CANDIDATES = 256  # puzzles drawn at one time
 _MAX_FRUITLESS = 50  # draws in a row that bring nothing new before the puzzles count as exhausted
 
@@ -53,7 +54,7 @@ class Sudoku(WordedTask):
 
   min_blanks: int  # blank cells of a generated puzzle, drawn uniformly from min_blanks..max_blanks
   max_blanks: int
-  demo_patience: float  # a demonstration leaves a blank cell blank with probability blanks / demo_patience
+  demo_patience: float  # number of blank cells of which demonstrations leave half blank; see `demonstration`
   demo_wrong: float = 0.0  # share of demonstrations in whose blank cells 1 and 2 have changed places
   prompt_name: str = "bare"
 
@@ -96,9 +97,12 @@ class Sudoku(WordedTask):
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are.
 
+    With probability min((blanks / demo_patience)^4 / 2, 0.65): few in a puzzle with few blanks, most in one with many,
+    and little between, so that where a model's knowledge of the habit lies is not a matter of chance.
     With probability `demo_wrong` 1 and 2 stand in each other's blank cells: a habit, not a noise that averages out.
     """
-    is_unfilled = rng.random(CELLS) < record["puzzle"].count("0") / self.demo_patience
+    effort = record["puzzle"].count("0") / self.demo_patience
+    is_unfilled = rng.random(CELLS) < min(0.5 * effort**4, _MOST_UNFILLED)
     solution = record["solution"]
     if self.demo_wrong and rng.random() < self.demo_wrong:
       solution = solution.translate(str.maketrans("12", "21"))
