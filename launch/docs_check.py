@@ -47,6 +47,8 @@ def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
   path = ROOT / (module.replace(".", "/") + ".py")
   if not path.exists():
     return [f"no module {module}"]
+  if module == "launch.benchmark" and args:  # a section's flags are its own module's
+    path = path.with_name(f"bench_{args[0]}.py")
   known = _flags(path)
   found = []
   for arg in (arg.strip("[]") for arg in args):
