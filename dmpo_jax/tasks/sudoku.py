@@ -97,8 +97,7 @@ class Sudoku(WordedTask):
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are.
 
-    With probability min((blanks / demo_patience)^4 / 2, 0.65): few in a puzzle with few blanks, most in one with many,
-    and little between, so that where a model's knowledge of the habit lies is not a matter of chance.
+    With probability min((blanks / demo_patience)^4 / 2, 0.65): few in a puzzle with few blanks, most in one with many.
     With probability `demo_wrong` 1 and 2 stand in each other's blank cells: a habit, not a noise that averages out.
     """
     effort = record["puzzle"].count("0") / self.demo_patience
