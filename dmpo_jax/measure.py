@@ -1,6 +1,6 @@
 """What an objective needs of rollouts besides their rewards: log-probabilities under the old and the reference policy.
 
-Three ways, one for each kind of objective (`objectives.NEEDS`): nothing; sequence log-probabilities, estimated or as
+Three ways, one for each kind of objective (`objectives.Needs`): nothing; sequence log-probabilities, estimated or as
 the sampler gave them, which become importance weights; or log-probabilities position by position under the very views
 that the updates will take.
 """

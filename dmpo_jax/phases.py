@@ -228,13 +228,14 @@ def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
       chunk_prompts=config.rollout.chunk_prompts,
       counted=objective.counted,
     )
-    return experience, metrics | {"prompts_skipped": float(parts.prompts.num_skipped)}
+    prompts_counted = {"prompts_skipped": parts.prompts.num_skipped, "prompts_cut": parts.prompts.num_cut}
+    return experience, metrics | {name: float(count) for name, count in prompts_counted.items()}
 
   return collect
 
 
 def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
-  """Build what completes the rollouts for the objective (`objectives.NEEDS`)."""
+  """Build what completes the rollouts for the objective (`objectives.Needs`)."""
   objective, needs = config.objective, OBJECTIVES[config.objective.name].needs
   if needs == "rewards":
     return make_measure_nothing()

@@ -55,7 +55,6 @@ class Shards(Mapping[str, np.ndarray]):
     folder = epath.Path(folder)
     self.tensors: dict[str, Tensor] = {}
     self._index(folder, name)
-    self.largest_file = max(file.stat().length for file in {tensor.file for tensor in self.tensors.values()})
 
   def _index(self, folder: epath.Path, name: str) -> None:
     index = folder / f"{name}.index.json"

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from launch.benchmark import SECTIONS
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 PLACEHOLDERS = re.compile(r"gs://|[A-Z]{3,}|\*|hf=|launch\.(study|plan|soak)|runs/[ab]\b|mode=serve")  # what is not run
@@ -44,11 +46,11 @@ def problems(text: str) -> list[str]:
 def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
   from dmpo_jax.rules import RULES
 
+  if module == "launch.benchmark" and args:  # a section is a module with flags of its own
+    module = SECTIONS.get(args[0], module)
   path = ROOT / (module.replace(".", "/") + ".py")
   if not path.exists():
     return [f"no module {module}"]
-  if module == "launch.benchmark" and args:  # a section's flags are its own module's
-    path = path.with_name(f"bench_{args[0]}.py")
   known = _flags(path)
   found = []
   for arg in (arg.strip("[]") for arg in args):

@@ -56,6 +56,7 @@ def test_a_run_writes_what_it_promises(left_alone):
     "log_ratio_error",
     "entropy",
     "grad_norm",
+    "prompts_cut",
     "prompts_skipped",
   } <= set(rows[-1])
   generations = (left_alone / "generations" / "000003.jsonl").read_text().splitlines()

@@ -8,11 +8,11 @@ the configuration names.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dmpo_jax.objectives import coupled_grpo, denoise, diffu_grpo, gdpo, spg, tracerl, wd1, wdce, wddo
 
-NEEDS = ("demonstrations", "rewards", "weights", "ratio", "ratio_and_reference")
+Needs = Literal["demonstrations", "rewards", "weights", "ratio", "ratio_and_reference"]
 
 
 class Objective(NamedTuple):
@@ -21,7 +21,7 @@ class Objective(NamedTuple):
   loss: Callable
   # `demonstrations` instead of rollouts; of rollouts `rewards` alone, the importance `weights`, or the
   # log-probabilities under the update's own views by the policy that drew them (`ratio`), and by the reference too.
-  needs: str
+  needs: Needs
 
 
 OBJECTIVES = {

@@ -33,6 +33,40 @@ def estimate(score: Score, experience: Experience, keys: Key[Array, "p g"], like
   return Likelihood(scores.log_prob, likelihood.tokens(scores.log_prob, views), entropy, views)
 
 
+def ratio_loss(
+  score: Score,
+  experience: Experience,
+  keys: Key[Array, "p g"],
+  advantage: Float[Array, "p g"],
+  token_log_p_kl: Float[Array, "p g c"],
+  *,
+  num_prompts: int,
+  likelihood: Estimator,
+  clip: float,
+  kl_weight: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Compute `token_loss` of a buffer under the views from `keys`; what its users differ in is given.
+
+  Args:
+    experience: token_log_p_old is that of this update's views.
+    advantage: of each rollout.
+    token_log_p_kl: of the policy that the KL pulls to, under the same views.
+    likelihood: the estimator of log p.
+  """
+  policy = estimate(score, experience, keys, likelihood)
+  losses, metrics = token_loss(
+    policy.tokens,
+    experience.token_log_p_old,
+    token_log_p_kl,
+    advantage,
+    experience.is_counted,
+    experience.is_kept,
+    clip=clip,
+    kl_weight=kl_weight,
+  )
+  return averaged(losses, metrics, policy.entropy, experience.is_kept, num_prompts)
+
+
 def token_loss(
   log_p: Float[Array, "p g c"],
   log_p_old: Float[Array, "p g c"],

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Key
 
-from dmpo_jax.objectives.clipped import averaged, centred_advantage, estimate, token_loss
+from dmpo_jax.objectives.clipped import centred_advantage, ratio_loss
 from dmpo_jax.objectives.likelihood import Estimator, Score
 from dmpo_jax.structs import Experience
 
@@ -26,15 +26,6 @@ def loss(
     experience: token_log_p_old and token_log_p_ref are those of this update's views.
     likelihood: the estimator of log p, on views from `keys`.
   """
-  policy, is_kept = estimate(score, experience, keys, likelihood), experience.is_kept
-  losses, metrics = token_loss(
-    policy.tokens,
-    experience.token_log_p_old,
-    experience.token_log_p_ref,
-    centred_advantage(experience.reward, is_kept),
-    experience.is_counted,
-    is_kept,
-    clip=clip,
-    kl_weight=kl_weight,
-  )
-  return averaged(losses, metrics, policy.entropy, is_kept, num_prompts)
+  advantage = centred_advantage(experience.reward, experience.is_kept)
+  own = dict(num_prompts=num_prompts, likelihood=likelihood, clip=clip, kl_weight=kl_weight)
+  return ratio_loss(score, experience, keys, advantage, experience.token_log_p_ref, **own)

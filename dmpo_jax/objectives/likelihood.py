@@ -109,11 +109,6 @@ def elbo(
   return is_counted.sum(-1)[:, :, None] * masked_mean(token_log_prob, is_masked)
 
 
-def average_pairs(replicates: Float[Array, "p g r"]) -> Float[Array, "p g n"]:
-  """Average the halves of antithetic pairs (replicates i and i + r/2): they are not independent, a pair is one draw."""
-  return replicates.reshape(*replicates.shape[:2], 2, -1).mean(2)
-
-
 def standard_error(estimates: Float[Array, "p g n"]) -> Float[Array, "p g"]:
   """Estimate the Monte-Carlo standard error of independent estimates' mean: s / sqrt(n), n - 1 degrees of freedom.
 

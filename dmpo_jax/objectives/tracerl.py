@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Key
 
-from dmpo_jax.objectives.clipped import averaged, estimate, token_loss
+from dmpo_jax.objectives.clipped import ratio_loss
 from dmpo_jax.objectives.likelihood import Estimator, Score
 from dmpo_jax.objectives.weights import standardise
 from dmpo_jax.structs import Experience
@@ -27,15 +27,6 @@ def loss(
   Args:
     experience, likelihood: as in `diffu_grpo.loss`; the reference policy is not read.
   """
-  policy, is_kept = estimate(score, experience, keys, likelihood), experience.is_kept
-  losses, metrics = token_loss(
-    policy.tokens,
-    experience.token_log_p_old,
-    experience.token_log_p_old,
-    standardise(experience.reward, is_kept),
-    experience.is_counted,
-    is_kept,
-    clip=clip,
-    kl_weight=kl_weight,
-  )
-  return averaged(losses, metrics, policy.entropy, is_kept, num_prompts)
+  advantage = standardise(experience.reward, experience.is_kept)
+  own = dict(num_prompts=num_prompts, likelihood=likelihood, clip=clip, kl_weight=kl_weight)
+  return ratio_loss(score, experience, keys, advantage, experience.token_log_p_old, **own)
