@@ -1,9 +1,17 @@
-"""Every sampler's frequencies, where it commits one token a call, against exact probabilities."""
+"""Every sampler's frequencies, where it commits one token a call, against exact probabilities; the README's too."""
 
 import collections
+import pathlib
+import textwrap
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from fake_denoiser import contextual, exact, keys, run
+from fake_denoiser import MASK, contextual, exact, keys, run
+
+from dmpo_jax import samplers
+from dmpo_jax.samplers import loop
+from dmpo_jax.samplers.prediction import predict
 
 NUM_ROWS = 30_000
 # sampler, its keywords where it decodes one token a call, and the order in which it then does
@@ -34,3 +42,17 @@ def test_sampled_frequencies_are_the_exact_probabilities(name, own, order, tempe
   # And the order: random positions come first equally often, whatever the confidence.
   if order == "random":
     assert abs((rollouts.committed_at[:, 0] == 0).mean() - 0.5) < 0.012
+
+
+def test_the_sampler_that_the_readme_adds(monkeypatch):
+  readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+  start = readme.index("    def sample(denoiser, keys, plan):")
+  source = textwrap.dedent(readme[start : readme.index("\nKeywords of its own", start)])
+  names = {"jnp": jnp, "predict": predict} | {
+    name: getattr(loop, name) for name in ("Decision", "decode", "take_block")
+  }
+  exec(source, names)  # the README's own text
+  monkeypatch.setitem(samplers.SAMPLERS, "leftmost", names["sample"])
+  rollouts = run("leftmost", contextual(c=3), keys(50), completion_length=3, block_length=3, temperature=1.0)
+  assert (rollouts.completion != MASK).all()
+  assert (rollouts.committed_at == np.arange(3)).all()
