@@ -1,6 +1,7 @@
 """The whole story on a tiny run: resume bit for bit, adapters, supervised training, and stopping when it diverges."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import tiny
 from etils import epath
 
 from dmpo_jax import checkpoints, metrics, train
+from dmpo_jax.config import ConfigError
 from dmpo_jax.objectives import weights
 
 
@@ -94,6 +96,17 @@ def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypa
   train.main(tiny.config(), workdir)
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
   assert rows_of(workdir) == rows_of(left_alone)
+
+
+def test_a_checkpoint_goes_on_from_its_own_base_only(left_alone, tmp_path):
+  workdir = epath.Path(tmp_path / "run")
+  shutil.copytree(left_alone, workdir)
+  base = ocp.StandardCheckpointer().restore((left_alone / "base").resolve())
+  checkpoints.save_params(workdir / "base", jax.tree.map(lambda x: x + 1, base))
+  before = rows_of(workdir)
+  with pytest.raises(ConfigError, match=r"was trained from the base \w+, and this one is \w+: give --workdir a new"):
+    train.main(tiny.config(train__num_buffers=4), workdir)
+  assert rows_of(workdir) == before
 
 
 def test_more_buffers_go_on_from_a_finished_run(left_alone, tmp_path):
