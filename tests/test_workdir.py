@@ -8,9 +8,10 @@ import tempfile
 
 import pytest
 import tiny
+from clu import metric_writers
 from etils import epath
 
-from dmpo_jax import sharding, workdir
+from dmpo_jax import config, metrics, sharding, workdir
 from dmpo_jax.config import ConfigError
 
 
@@ -54,6 +55,35 @@ def test_a_bucket_is_locked_on_this_host():
   path = workdir._lock_path(epath.Path("gs://bucket/run"))
   assert path.startswith(tempfile.gettempdir())
   assert path != workdir._lock_path(epath.Path("gs://bucket/other"))
+
+
+def test_a_bucket_holds_a_run(tmp_path, monkeypatch):
+  """Everything but arrays, which TensorStore writes, on a local stand-in for the bucket."""
+
+  def home(argument):
+    return str(argument).replace("gs://bucket", str(tmp_path)) if "gs://" in str(argument) else argument
+
+  def at_home(original, *args, **keywords):
+    return original(*map(home, args), **{name: home(value) for name, value in keywords.items()})
+
+  moved = ("copy", "exists", "isdir", "listdir", "makedirs", "mkdir", "open", "remove", "rename", "replace", "stat")
+  monkeypatch.setattr(metrics, "_fresh_writer", lambda *args: metric_writers.LoggingWriter())
+  monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)  # its own client passes the stand-in by
+  folder = epath.Path("gs://bucket/run")
+  with epath.testing.mock_epath(**dict.fromkeys(moved, at_home)), workdir.alone_in(folder):
+    config.save(folder, tiny.config())
+    config.check_workdir(folder, tiny.config())
+    with pytest.raises(ConfigError, match="another configuration"):
+      config.check_workdir(folder, tiny.config(seed=1))
+    workdir.announce_start(folder, tiny.config(), sharding.make_mesh(data=8))
+    for step in (1, 2):
+      with metrics.Metrics(folder) as rows:
+        rows.write("train", step, {"loss": 0.5})
+    metrics.write_result(folder, {"buffers": 2})
+    assert metrics.read_result(folder) == {"buffers": 2}
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [1, 2]
+  assert (tmp_path / "run" / workdir.STARTS).exists()
 
 
 def test_every_start_leaves_a_line(tmp_path, capsys):
