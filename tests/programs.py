@@ -11,13 +11,13 @@ from conftest import COMPILE_QUICKLY
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def begin(*args, devices=1, module="dmpo_jax.main", **keywords):
-  """Start a module of the project and return the running process; it may also see several virtual devices."""
+def begin(*args, devices=1, module="dmpo_jax.main", program=None, **keywords):
+  """Start a module of the project, or a program, and return the process; it may also see several virtual devices."""
   flags = f"{COMPILE_QUICKLY} --xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
-    [sys.executable, "-m", module, *args],
+    [*(program or (sys.executable, "-m", module)), *args],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": flags, "COLUMNS": "200"},
+    env={**os.environ, "XLA_FLAGS": flags, "PYTHON": sys.executable, "COLUMNS": "200"},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

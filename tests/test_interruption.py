@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from programs import begin, finish, start, wait_for
+from programs import ROOT, begin, finish, start, wait_for
 
 TINY = "--config=tests/tiny.py"
 ENDLESS = "--config.train.num_buffers=100000"
@@ -100,9 +100,9 @@ def test_two_processes_equal_one_and_stop_when_one_of_them_dies(tmp_path):
   assert time.monotonic() - killed_at < 60
   assert "Task 1 heartbeat timeout" in done.stderr, done.stderr[-3000:]
   buffers = f"--config.train.num_buffers={rows_of(workdir)[-1]['step'] + 1}"
-  for process in begin_two(TINY, f"--workdir={workdir}", *mesh, buffers):
-    done = finish(process)
-    assert done.returncode == 0, done.stderr[-3000:]
+  both = (ROOT / "launch" / "local.sh", "-n", "2", "-r", "0", "--")
+  done = start(TINY, f"--workdir={workdir}", *mesh, buffers, devices=2, program=both)
+  assert done.returncode == 0, done.stderr[-3000:]
   alone = tmp_path / "one"
   done = start(TINY, f"--workdir={alone}", *mesh, buffers, devices=4)
   assert done.returncode == 0, done.stderr[-3000:]
