@@ -46,13 +46,18 @@ class _Handler(type_handlers.NumpyHandler):
   def __init__(self) -> None:
     super().__init__(deepcopy_host_arrays=False)  # there is nothing to copy
     self._turn = asyncio.Lock()
+    self._is_unfinished = False
 
   async def _open_and_write(self, value: PiecewiseArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
     tspec["metadata"]["chunks"] = list(value.chunk)  # Orbax makes one chunk of an array of numpy
     async with self._turn:
+      if self._is_unfinished:  # whoever removes what was written must not meet an array that is only now begun
+        return
+      self._is_unfinished = True
       array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
       for index, piece in value.pieces():
         await array[index].write(piece)
+      self._is_unfinished = False
 
 
 def save_piecewise(path: epath.PathLike, arrays: Any) -> None:

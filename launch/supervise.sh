@@ -16,13 +16,17 @@ shift
 pause=${SUPERVISE_PAUSE:-1}
 
 child=
-forward() { [[ -n $child ]] && kill -TERM "$child" 2>/dev/null; stopping=yes; }
 stopping=
+forward() {
+  stopping=early
+  [[ -n $child ]] && stopping=passed_on && kill -TERM "$child" 2>/dev/null
+}
 trap forward TERM INT
 
 for ((attempt = 0; ; attempt++)); do
   "$@" &
   child=$!
+  [[ $stopping == early ]] && kill -TERM "$child"  # the signal came before the child had a name
   wait "$child"
   code=$?
   while kill -0 "$child" 2>/dev/null; do  # a signal ends `wait` before the command has saved and ended
@@ -33,6 +37,10 @@ for ((attempt = 0; ; attempt++)); do
     exit "$code"
   fi
   echo "ended with exit code $code: restart $((attempt + 1)) of $restarts in $pause s" >&2
-  sleep "$pause"
+  sleep "$pause" &
+  child=$!
+  wait "$child"  # a signal ends it
+  [[ -n $stopping ]] && exit "$code"
+  child=
   pause=$((pause * 2 > 60 ? 60 : pause * 2))
 done

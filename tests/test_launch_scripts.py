@@ -104,6 +104,18 @@ def test_a_signal_is_passed_on_and_ends_the_supervision(tmp_path):
   assert process.wait(timeout=20) == 75
 
 
+def test_a_signal_in_the_pause_ends_it():
+  process = subprocess.Popen(
+    [LAUNCH / "supervise.sh", "9", "bash", "-c", "exit 75"],
+    env={**os.environ, "SUPERVISE_PAUSE": "60"},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert "restart 1 of 9" in process.stderr.readline()
+  process.terminate()
+  assert process.wait(timeout=20) == 75
+
+
 def test_the_job_set_is_one_pod_a_host_and_restarts_only_what_was_interrupted():
   job_set = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
   assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
