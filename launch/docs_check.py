@@ -2,26 +2,31 @@
 
     python -m launch.docs_check
 
-Commands of `dmpo_jax.main` are run in the documents' order on the smoke configuration, in a folder that is thrown away;
-those that serve are left out, as tests/test_serve.py asks them. Commands that need a pod, a bucket, a download or hours
-are only read.
+Commands of `dmpo_jax.main` and of what looks at a run are run in the documents' order on the smoke configuration, in a
+folder that is thrown away; one that serves is asked by the `openai` client and stopped. Commands that need a pod, a
+bucket, a download or hours are only read. Links between the documents must lead somewhere.
 """
 
 import ast
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 
+import openai
+
 from launch.benchmark import SECTIONS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-PLACEHOLDERS = re.compile(r"gs://|[A-Z]{3,}|\*|hf=|launch\.(study|plan|soak)|runs/[ab]\b|mode=serve")  # what is not run
-PATH = re.compile(r"`((?:dmpo_jax|configs|launch|tests)/[\w/.-]+)`")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PLACEHOLDERS = re.compile(r"gs://|[A-Z]{3,}|\*|hf=|runs/[ab]\b")  # what is not run
+RUN = ("dmpo_jax.main", "launch.report", "launch.export_hf", "launch.picture")
+PATH = re.compile(r"`((?:dmpo_jax|configs|launch|tests|docs)/[\w/.-]+)`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
 def commands(text: str) -> list[str]:
@@ -30,9 +35,10 @@ def commands(text: str) -> list[str]:
   return re.findall(r"^    ((?:\.venv/bin/)?(?:python|make) [^\n]*)", joined, re.M)
 
 
-def problems(text: str) -> list[str]:
-  """List what the commands and paths of a document name and what does not exist."""
+def problems(text: str, folder: pathlib.Path = ROOT) -> list[str]:
+  """List what the commands, paths and links of a document in `folder` name and what does not exist."""
   found = [f"{path}: no such file" for path in PATH.findall(text) if not (ROOT / path).exists()]
+  found += [f"{path}: a link to nothing" for path in LINK.findall(text) if not (folder / path).exists()]
   targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
   for command in commands(text):
     program, *args = shlex.split(command, comments=True)
@@ -80,24 +86,52 @@ def runnable(text: str, folder: pathlib.Path) -> list[list[str]]:
   found = []
   for command in commands(text):
     args = shlex.split(command, comments=True)
-    is_ours = args[1:2] == ["-m"] and args[2] in ("dmpo_jax.main", "launch.report", "launch.export_hf")
-    if not is_ours or PLACEHOLDERS.search(" ".join(args)):
+    if args[1:2] != ["-m"] or args[2] not in RUN or PLACEHOLDERS.search(" ".join(args)):
       continue
-    args = [re.sub(r"configs/\w+\.py", "configs/smoke.py", arg).replace("=runs/", f"={folder}/") for arg in args]
-    found.append([sys.executable, *args[1:]])
+    args = [re.sub(r"configs/\w+\.py", "configs/smoke.py", arg) for arg in args]
+    args = [re.sub(r"(^|=)(runs|docs)/", rf"\1{folder}/", arg) for arg in args]
+    if [sys.executable, *args[1:]] not in found:
+      found.append([sys.executable, *args[1:]])
   return found
+
+
+def execute(command: Sequence[str]) -> str:
+  """Run a command to its end, or ask and stop it where it serves; return what went wrong, "" if nothing did."""
+  if "--mode=serve" in command:
+    return _ask([*command, "--config.serve.port=0"])
+  done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+  return f"exit code {done.returncode}\n{done.stderr[-1000:]}" if done.returncode else ""
+
+
+def _ask(command: Sequence[str]) -> str:
+  """Start a server, ask it by the official client, and stop it."""
+  with (
+    tempfile.TemporaryFile("w+") as log,
+    subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+  ):
+    found = re.search(r"(http://\S+/v1)", next((line for line in server.stdout if "/v1" in line), ""))
+    try:
+      client = openai.OpenAI(base_url=found[1] if found else "", api_key="none", max_retries=0)
+      answer = client.chat.completions.create(model="any", messages=[{"role": "user", "content": "12"}])
+      problem = "" if isinstance(answer.choices[0].message.content, str) else "no text in the answer"
+    except openai.OpenAIError as error:
+      problem = repr(error)
+    server.send_signal(signal.SIGINT)
+    server.wait()
+    log.seek(0)
+    return problem and f"{problem}\n{log.read()[-1000:]}"
 
 
 def main() -> None:
   """Check all documents, run their commands, and say what is wrong."""
-  texts = {name: (ROOT / name).read_text() for name in DOCUMENTS if (ROOT / name).exists()}
-  wrong = [f"{name}: {what}" for name, text in texts.items() for what in problems(text)]
+  texts = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+  wrong = [f"{name}: {what}" for name, text in texts.items() for what in problems(text, (ROOT / name).parent)]
   with tempfile.TemporaryDirectory() as folder:
     for command in runnable("\n".join(texts.values()), pathlib.Path(folder)):
-      done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-      print(f"{'ok' if done.returncode == 0 else 'FAILED':8}{' '.join(command[1:])}", flush=True)
-      if done.returncode:
-        wrong.append(f"{' '.join(command[1:])}: exit code {done.returncode}\n{done.stderr[-1000:]}")
+      problem = execute(command)
+      print(f"{'FAILED' if problem else 'ok':8}{' '.join(command[1:])}", flush=True)
+      if problem:
+        wrong.append(f"{' '.join(command[1:])}: {problem}")
   if wrong:
     sys.exit("\n".join(["wrong in the documents:", *wrong]))
 

@@ -5,12 +5,13 @@ import inspect
 import math
 from types import SimpleNamespace
 
+import documents
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, clipped
 from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
 from dmpo_jax.objectives.estimators import Coupled, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions, Linear
@@ -78,6 +79,21 @@ def value_and_grad(log_p, experience, *, name, kl_weight=0.1):
 
 def run(name, log_p=OLD, experience=None, **keywords):
   return value_and_grad(jnp.asarray(log_p), experience or make_experience(), name=name, **keywords)
+
+
+def test_the_objective_that_the_documents_add():
+  names = {"jnp": jnp} | {name: getattr(clipped, name) for name in ("averaged", "centred_advantage", "estimate")}
+  exec(documents.code("extending.md", "def loss("), names)  # the page's own text
+
+  def score(is_masked, prompt_is_masked=None):
+    log_prob = jnp.broadcast_to(jnp.asarray(OLD)[:, :, None], is_masked.shape)
+    return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones_like(log_prob))
+
+  keys = jax.random.split(jax.random.key(1), (1, 2))
+  likelihood = OneStep(1, prompt_mask_ratio=0.0)
+  experience = jax.tree.map(jnp.asarray, make_experience())
+  loss, _ = names["loss"](score, experience, keys, num_prompts=1, likelihood=likelihood)
+  assert loss.item() == pytest.approx(-0.5 * OLD[0, 0].sum() + 0.5 * OLD[0, 1].sum(), rel=1e-5)
 
 
 def test_diffu_grpo_by_hand():

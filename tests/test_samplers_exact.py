@@ -1,9 +1,8 @@
-"""Every sampler's frequencies, where it commits one token a call, against exact probabilities; the README's too."""
+"""Every sampler's frequencies, where it commits one token a call, against exact probabilities; the documents' too."""
 
 import collections
-import pathlib
-import textwrap
 
+import documents
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,14 +43,11 @@ def test_sampled_frequencies_are_the_exact_probabilities(name, own, order, tempe
     assert abs((rollouts.committed_at[:, 0] == 0).mean() - 0.5) < 0.012
 
 
-def test_the_sampler_that_the_readme_adds(monkeypatch):
-  readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-  start = readme.index("    def sample(denoiser, keys, plan):")
-  source = textwrap.dedent(readme[start : readme.index("\nKeywords of its own", start)])
+def test_the_sampler_that_the_documents_add(monkeypatch):
   names = {"jnp": jnp, "predict": predict} | {
     name: getattr(loop, name) for name in ("Decision", "decode", "take_block")
   }
-  exec(source, names)  # the README's own text
+  exec(documents.code("extending.md", "def sample("), names)  # the page's own text
   monkeypatch.setitem(samplers.SAMPLERS, "leftmost", names["sample"])
   rollouts = run("leftmost", contextual(c=3), keys(50), completion_length=3, block_length=3, temperature=1.0)
   assert (rollouts.completion != MASK).all()
