@@ -19,6 +19,7 @@ from dmpo_jax.checkpoints import identity, load_params
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
 from dmpo_jax.models import llada
+from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
@@ -94,9 +95,8 @@ def build_model_parts(config: ConfigDict) -> ModelParts:
 
 def _build_model_parts(config: ConfigDict) -> ModelParts:
   tokenizer = make_tokenizer(config)
-  mesh, model = sharding.make_mesh(**config.sharding), build_model(config, tokenizer)
-  check_fits(model.config, mesh)
-  return ModelParts(mesh=mesh, tokenizer=tokenizer, model=model)
+  mesh = sharding.make_mesh(**config.sharding)
+  return ModelParts(mesh=mesh, tokenizer=tokenizer, model=place_model(build_model(config, tokenizer), config, mesh))
 
 
 def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> Parts:
@@ -190,6 +190,18 @@ def _check_adapters(lora: LoraConfig, where: str) -> None:
 
 def _round_up(number: int, multiple: int) -> int:
   return -(-number // multiple) * multiple
+
+
+def place_model(model: llada.LLaDA, config: ConfigDict, mesh: Mesh) -> llada.LLaDA:
+  """Give the model the attention that `model.attention` means on the mesh's devices.
+
+  Raises:
+    ValueError: the devices cannot run it, or the mesh does not divide the model's sizes.
+  """
+  check_fits(model.config, mesh)
+  own, platform = model.config, sharding.platform(mesh)
+  attention = choose_attention(config.model.attention, platform=platform, head_dim=own.head_dim, dtype=own.dtype)
+  return type(model)(dataclasses.replace(own, attention=attention))
 
 
 def check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:

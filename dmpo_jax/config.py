@@ -36,6 +36,7 @@ MAY_CHANGE = (
   "checkpoint.*",
   "eval.batch_size",
   "eval.every_buffers",
+  "model.attention",
   "model.dtype",
   "model.init_from",
   "grading.workers",

@@ -20,10 +20,9 @@ ADAPTER_FILE = "adapter.json"
 PARAMS = "params"
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")  # that travel along: tokenizer, config, the model's code
 
-# Fields of the model that a checkpoint decides; the others (dtypes, remat, lora) are the run's own.
-FIELDS = tuple(
-  field.name for field in dataclasses.fields(ModelConfig) if field.name not in ("dtype", "param_dtype", "remat", "lora")
-)
+# Fields of the model that a checkpoint decides; the others are the run's own.
+OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "lora")
+FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
 
 
 class Pretrained(NamedTuple):

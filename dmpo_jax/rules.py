@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from dmpo_jax.models import MODELS
+from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.objectives import OBJECTIVES, wddo
 from dmpo_jax.objectives.estimators import ESTIMATORS
@@ -139,6 +140,7 @@ RULES: dict[str, Rule] = {
   "model.dtype": one_of("float32", "bfloat16"),
   "model.param_dtype": one_of("float32", "bfloat16"),
   "model.remat": one_of("none", "dots", "full"),
+  "model.attention": one_of("auto", *ATTENTIONS),
   "model.loss_chunk": whole(0),
   "model.lora.rank": whole(0),
   "model.lora.alpha": number("(0, inf)"),

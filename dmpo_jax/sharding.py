@@ -52,6 +52,14 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def platform(mesh: Mesh) -> str:
+  """Name what the mesh's devices are: cpu, tpu, cuda or rocm."""
+  device = mesh.devices.flat[0]
+  if device.platform != "gpu":
+    return device.platform
+  return "cuda" if "cuda" in device.client.platform_version else "rocm"
+
+
 def check_divides(mesh: Mesh, logical: str, path: str, size: int) -> None:
   """Check that the mesh axes of a logical axis divide it evenly, as JAX asks of every array's dimension.
 

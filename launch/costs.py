@@ -39,6 +39,8 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
     elif name == "cond":
       branches = [count_flops(branch, while_trips) for branch in params["branches"]]
       total += sum(branches) / len(branches) if len(branches) > 2 else max(branches)
+    elif name == "pallas_call":
+      total += math.prod(params["grid_mapping"].grid) * count_flops(params["jaxpr"], while_trips)
     elif name == "shard_map":
       total += params["mesh"].size * count_flops(params["jaxpr"], while_trips)
     else:

@@ -42,8 +42,14 @@ GIB = 2**30
 
 # Without it XLA cuts products into many small ones with permutes between: twice the time to compile, and no faster.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# What libtpu would ask a TPU machine about, and complain of where it gets no answer; no program depends on it.
-NO_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+# What libtpu would ask a TPU machine about, and complain of where it gets no answer; no program depends on it. And it
+# would refuse to be loaded twice on a machine, as two processes cannot share a TPU: none is touched here.
+NO_MACHINE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 # The compiler refuses by an early estimate of what a program takes, and a run holds more than one program's arrays.
 MARGIN = 0.1
 MXU_SHARE = 0.5  # of the peak that matrix products reach: assumed; 0.45 to 0.6 is usual on these chips
@@ -217,8 +223,8 @@ def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
     ValueError: the configuration does not fit the slice's mesh.
   """
   start = time.monotonic()
-  mesh, model = make_mesh(config, where.devices), plan_model(config)
-  build.check_fits(model.config, mesh)
+  mesh = make_mesh(config, where.devices)
+  model = build.place_model(plan_model(config), config, mesh)
   calls = config.sampler.steps * config.sampler.block_length // config.sampler.completion_length
   traced = trace_program(name, config, model, mesh)
   flops = costs.count_flops(traced.jaxpr, while_trips=calls)

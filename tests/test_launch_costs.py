@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dmpo_jax.models.attention import attend
 from launch import costs
 
 SQUARE = jnp.zeros((8, 8))
@@ -44,6 +45,15 @@ def test_loops_count_every_turn():
     return jax.lax.fori_loop(0, 3, lambda i, x: jax.lax.switch(i, power, x), x)
 
   assert flops(switched, SQUARE) == 6 * one  # each of several its share
+
+
+def test_a_kernel_counts_for_every_block():
+  """Attention of 4 heads and 2 rows, whose 130 queries and keys are one block of 256."""
+  arrays = [jnp.zeros((2, 130, 4, 8))] * 3
+  kernel = flops(lambda *arrays: attend(*arrays, None, "splash"), *arrays)
+  assert kernel == 2 * 4 * 2 * (2 * 256 * 256 * 8)
+  plain = flops(lambda *arrays: attend(*arrays, None), *arrays)
+  assert plain == 2 * 4 * 2 * (2 * 130 * 130 * 8)
 
 
 def test_what_is_recomputed_is_counted_again():

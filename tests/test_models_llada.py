@@ -12,7 +12,8 @@ from recorded_models import TINY, compiled, load, recorded, tiny
 
 from dmpo_jax import sharding
 from dmpo_jax.models import MODELS
-from dmpo_jax.models.layers import attend, rotary_table, rotate
+from dmpo_jax.models.attention import attend
+from dmpo_jax.models.layers import rotary_table, rotate
 from dmpo_jax.models.llada import Cache, LLaDA, empty_cache
 
 TOLERANCE = 5e-4  # of recorded float32 logits with a standard deviation of 2-3

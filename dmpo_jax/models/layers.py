@@ -1,4 +1,4 @@
-"""The pieces a transformer block is made of: norm, projections with optional adapters, rotary positions, attention."""
+"""The pieces a transformer block is made of: norm, projections with optional adapters, rotary positions."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax.models.lora import TARGETS, LoraConfig
-from dmpo_jax.sharding import constrain
 
 
 class RMSNorm(nn.Module):
@@ -130,29 +129,3 @@ def rotate(
   cos, sin = table[0][:, :, None], table[1][:, :, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attend(
-  query: Float[Array, "b l n h"],
-  key: Float[Array, "b m k h"],
-  value: Float[Array, "b m k h"],
-  mask: Bool[Array, "b #l m"] | None,
-) -> Float[Array, "b l n*h"]:
-  """Attend from l queries to m keys, n / k query heads sharing a key/value head; scores and softmax in float32.
-
-  Args:
-    mask: True where a query may attend; None: everywhere. A query that may attend nowhere averages over all keys.
-  """
-  b, length, n, h = query.shape
-  k = key.shape[2]
-  query = jnp.moveaxis((query * h**-0.5).reshape(b, length, k, n // k, h), 1, 3).reshape(b, k, -1, h)
-  key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
-  scores = jnp.einsum("bkzh,bkmh->bkzm", query, key, preferred_element_type=jnp.float32)  # z: n / k times l
-  if mask is not None:
-    mask = mask if mask.shape[1] == 1 else jnp.tile(mask, (1, n // k, 1))
-    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-  # The softmax's normalizer divides after the sum over keys, where there are fewer numbers to divide.
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-  mixed = jnp.einsum("bkzm,bkmh->bkzh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-  mixed = (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype).reshape(b, n, length, h)
-  return constrain(jnp.moveaxis(mixed, 2, 1).reshape(b, length, n * h), "rows", None, "heads")

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
-from dmpo_jax.models.layers import Dense, RMSNorm, attend, fold_all, project, rotary_table, rotate
+from dmpo_jax.models.attention import ATTENTIONS, attend
+from dmpo_jax.models.layers import Dense, RMSNorm, fold_all, project, rotary_table, rotate
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
 
@@ -53,6 +54,7 @@ class ModelConfig:
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
+  attention: str = "xla"
   lora: LoraConfig | None = None
 
   @property
@@ -69,7 +71,9 @@ class ModelConfig:
     for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
       if not 0 <= getattr(self, name) < self.vocab_size:
         raise ValueError(f"model.{name}={getattr(self, name)}: must be in [0, vocab_size={self.vocab_size})")
-    for name, known in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", ("none", *REMAT_POLICIES))):
+    remats = ("none", *REMAT_POLICIES)
+    choices = {"dtype": DTYPES, "param_dtype": DTYPES, "remat": remats, "attention": ATTENTIONS}
+    for name, known in choices.items():
       if getattr(self, name) not in known:
         raise ValueError(f"model.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
 
@@ -155,7 +159,7 @@ class Block(nn.Module):
     if inputs.cached is not None:
       start = (0, context.cache_start, 0, 0)
       keys, values = jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, start), inputs.cached, new)
-    mixed = self.attn_out(attend(query, keys, values, context.mask), dropout_keys)
+    mixed = self.attn_out(attend(query, keys, values, context.mask, self.config.attention), dropout_keys)
     return mixed, None if inputs.cached is None else new
 
   def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
