@@ -1,157 +1,91 @@
-"""The samplers against each other, and against a plain PyTorch one, on random weights and prompts."""
+"""The samplers against each other, and against the published ones in PyTorch."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from rich.console import Console
-from rich.table import Table
+from ml_collections import ConfigDict
 
-from dmpo_jax.models.denoiser import make_denoiser
-from dmpo_jax.models.llada import LLaDA, ModelConfig
-from dmpo_jax.samplers import SAMPLERS, Plan
+from dmpo_jax import noise, phases
 from dmpo_jax.structs import Rollouts
-from launch import timing
+from launch import costs, timing, workload
+from launch.bench_report import Options, Result, compare
 
-# name in the table -> sampler and its keywords
+# Factor on the head: how sure random weights are of their predictions. More, and confidences round to 1 and tie.
+SHARPNESS = 10.0
+# name in the table -> what it changes in the configuration
 CONTENDERS = {
-  "llada": ("llada", {}),
-  "prefix cache": ("prefix_cache", dict(rule="count")),
-  "dual cache": ("dual_cache", dict(rule="count")),
-  "threshold 0.9": ("parallel", dict(rule="threshold", threshold=0.9)),
+  "llada": {"sampler.name": "llada"},
+  "prefix_cache": {"sampler.name": "prefix_cache", "sampler.prefix_cache.rule": "count"},
+  "dual_cache": {"sampler.name": "dual_cache", "sampler.dual_cache.rule": "count"},
+  "parallel, threshold 0.9": {
+    "sampler.name": "parallel",
+    "sampler.parallel.rule": "threshold",
+    "sampler.parallel.threshold": 0.9,
+  },
 }
-PEER = "llada, PyTorch"
+PEERS = ("llada", "prefix_cache")
+TOLERANCES = {"tokens": 0.1}  # share of others; a tie that rounding decides changes all that follows in its row
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-  """What all contenders decode."""
-
-  model: LLaDA
-  variables: Mapping[str, Any]
-  prompt: np.ndarray  # int32 [b, q]
-  plan: Plan
-
-
-def define_flags() -> None:
-  """Declare the section's flags."""
-  flags.DEFINE_integer("d_model", 256, "Model width.", lower_bound=1)
-  flags.DEFINE_integer("num_layers", 8, "Layers.", lower_bound=1)
-  flags.DEFINE_integer("num_heads", 4, "Attention heads.", lower_bound=1)
-  flags.DEFINE_integer("mlp_hidden_size", 1024, "Feed-forward width.", lower_bound=1)
-  flags.DEFINE_integer("vocab_size", 32_000, "Vocabulary.", lower_bound=4)
-  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
-  flags.DEFINE_integer("batch", 8, "Rows.", lower_bound=1)
-  flags.DEFINE_integer("prompt", 128, "Prompt tokens.", lower_bound=1)
-  flags.DEFINE_integer("completion", 128, "Completion tokens.", lower_bound=1)
-  flags.DEFINE_integer("block", 32, "Block length.", lower_bound=1)
-  flags.DEFINE_integer("steps", 64, "Model calls of the samplers with a schedule.", lower_bound=1)
-  flags.DEFINE_float("sharpness", 20.0, "Factor on the head: how sure random weights are of their predictions.")
-  flags.DEFINE_integer("repeats", 3, "Runs of each; the median counts.", lower_bound=1)
-  flags.DEFINE_enum("peer", "none", ["none", "torch"], "Also time a plain implementation on transformers' Llama.")
-
-
-def run() -> None:
-  """Time the contenders in turns and print the table."""
-  given = flags.FLAGS
-  work = make_workload(given)
-  counted = {
-    name: count_calls(work, sampler, own) if own.get("rule") == "threshold" else work.plan.steps
-    for name, (sampler, own) in CONTENDERS.items()
+def run(config: ConfigDict, options: Options) -> Result:
+  """Measure rollouts of a buffer by each sampler."""
+  makers: dict[str, timing.Maker] = {
+    name: (make_ours, (workload.changed(config, own),)) for name, own in CONTENDERS.items()
   }
-  programs: dict[str, Callable[[], Any]] = {name: make_program(work, *CONTENDERS[name]) for name in CONTENDERS}
-  if given.peer == "torch":
-    from launch import peer_torch  # here, as PyTorch is an optional extra
-
-    programs[PEER] = peer_torch.make_program(work.model.config, work.variables["params"], work.prompt, work.plan)
-    counted[PEER] = work.plan.steps
-  measured = timing.run_in_turns(programs, given.repeats)
-  Console(width=120).print(make_table(work, measured, counted))
-  ours = np.asarray(measured["llada"].result)
-  if PEER in measured:
-    print(f"tokens on which PyTorch and JAX agree: {(measured[PEER].result == ours).mean():.1%}")
+  pairs = [(name, "llada") for name in CONTENDERS if name != "llada"]
+  for peer, path in options.peers():
+    for sampler in PEERS:
+      makers[f"{peer} {sampler}"] = (make_peer, (config, path, sampler))
+      pairs.append((sampler, f"{peer} {sampler}"))
+  amount = config.rollout.num_prompts * config.rollout.group_size * config.sampler.completion_length
+  return compare("sample", config, makers, options, amount=amount, unit="tokens", tolerances=TOLERANCES, pairs=pairs)
 
 
-def make_workload(given: Any) -> Workload:
-  """Draw weights and prompts."""
-  model = LLaDA(
-    ModelConfig(
-      vocab_size=given.vocab_size,
-      embedding_size=given.vocab_size,
-      d_model=given.d_model,
-      num_layers=given.num_layers,
-      num_heads=given.num_heads,
-      num_kv_heads=given.num_heads,
-      mlp_hidden_size=given.mlp_hidden_size,
-      mask_token_id=given.vocab_size - 1,
-      eos_token_id=given.vocab_size - 2,
-      pad_token_id=given.vocab_size - 3,
-      dtype=given.dtype,
-      param_dtype=given.dtype,
-    )
-  )
-  params = nn.unbox(jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))())["params"]
-  params = params | {"head": params["head"] * given.sharpness}
-  prompt = np.random.default_rng(0).integers(0, given.vocab_size - 3, (given.batch, given.prompt)).astype(np.int32)
-  plan = Plan(completion_length=given.completion, block_length=given.block, steps=given.steps)
-  return Workload(model, {"params": params}, prompt, plan)
+def make_ours(config: ConfigDict) -> timing.Contender:
+  """Compile the sampler as training draws its rollouts."""
+  work = workload.make(config, sharpness=SHARPNESS)
+  compiled = workload.trace("sample", work).lower().compile()
+  key = noise.step_key(config.seed, "rollout", 0)
+  per_call = flops_per_call(work)
+
+  def turn() -> dict[str, float]:
+    rollouts = jax.device_get(compiled(work.policies, work.experience.prompts, key))
+    calls = count_calls(rollouts, config.sampler.block_length)
+    return {"calls": calls, "flops": per_call[0] + per_call[1] * calls}
+
+  def check() -> dict[str, np.ndarray]:
+    quiet = workload.make(workload.without_noise(config), sharpness=SHARPNESS)
+    sample = phases.training_sample(quiet.config, quiet)
+    return {"tokens": np.asarray(sample(quiet.policies, quiet.experience.prompts, key).completion).reshape(-1)}
+
+  return timing.Contender(turn, check, {"planned_bytes": workload.planned_bytes(compiled)})
 
 
-def make_program(work: Workload, sampler: str, own: Mapping[str, Any]) -> Callable[[], jax.Array]:
-  """Jit a sampler on the workload; the program gives the completions."""
-  decode = _jit(work, sampler, own, work.plan)
-  return lambda: jax.block_until_ready(decode(work.variables).completion)
+def flops_per_call(work: workload.Workload) -> tuple[float, float]:
+  """Split a sampler's operations into what it takes once and what each model call takes."""
+  jaxpr = workload.trace("sample", work).jaxpr
+  blocks = work.config.sampler.completion_length // work.config.sampler.block_length
+  none, one = (costs.count_flops(jaxpr, while_trips=trips) for trips in (0, 1))
+  each = (one - none) / blocks
+  first = blocks if work.config.sampler.name in ("prefix_cache", "dual_cache") else 0  # calls that `none` has
+  return none - first * each, each
 
 
-def count_calls(work: Workload, sampler: str, own: Mapping[str, Any]) -> int:
-  """Count the model calls that the batch makes, by watching it once."""
-  numbers = set()
-  plan = dataclasses.replace(work.plan, on_call=lambda number, *_: numbers.add(int(number)))
-  jax.block_until_ready(_jit(work, sampler, own, plan)(work.variables))
-  jax.effects_barrier()
-  return len(numbers)
+def count_calls(rollouts: Rollouts, block_length: int) -> int:
+  """Count the model calls that the batch made: in every block as many as its slowest row; each decides something."""
+  committed_at = rollouts.committed_at.reshape(-1, rollouts.committed_at.shape[-1])
+  last = committed_at.reshape(len(committed_at), -1, block_length).max(-1)
+  return int(np.diff(last, axis=1, prepend=-1).max(0).sum())
 
 
-def _jit(work: Workload, sampler: str, own: Mapping[str, Any], plan: Plan) -> Callable[[Any], Rollouts]:
-  prompt, keys = jnp.asarray(work.prompt), jax.random.split(jax.random.key(0), len(work.prompt))
+def make_peer(config: ConfigDict, official: str, sampler: str) -> timing.Contender:
+  """Build the same sampler in PyTorch."""
+  from launch import peer_torch  # here, as PyTorch is an optional extra
 
-  def decode(variables: Any) -> Rollouts:
-    denoiser = make_denoiser(work.model, variables, prompt, jnp.ones(prompt.shape, bool))
-    return SAMPLERS[sampler](denoiser, keys, plan, **own)
+  peer = peer_torch.make_peer(workload.make(config, sharpness=SHARPNESS), official)
+  calls = {"calls": config.sampler.steps}
 
-  return jax.jit(decode)
+  def turn() -> dict[str, float]:
+    peer.decode(sampler, config.sampler.temperature)
+    return calls
 
-
-def make_table(work: Workload, measured: Mapping[str, timing.Timing], counted: Mapping[str, int]) -> Table:
-  """Lay out calls, tokens/s and memory, and how each compares with what it is measured against."""
-  config, plan = work.model.config, work.plan
-  table = Table(
-    title=f"{timing.describe_machine()}; d_model {config.d_model}, {config.num_layers} layers, vocabulary "
-    f"{config.vocab_size}, {config.dtype}; {len(work.prompt)} rows, prompt {work.prompt.shape[1]}, completion "
-    f"{plan.completion_length}, block {plan.block_length}"
-  )
-  for column in ("sampler", "calls", "seconds", "tokens/s", "memory", "against", "tokens/s", "fewer calls"):
-    table.add_column(column, justify="left" if column in ("sampler", "against") else "right")
-  num_tokens = len(work.prompt) * plan.completion_length
-  for name, own in measured.items():
-    other = "" if name == "llada" else "llada"
-    if name == PEER:
-      ratio = f"llada is {own.median / measured['llada'].median:.2f} x"
-    else:
-      ratio = f"{measured[other].median / own.median:.2f} x" if other else ""
-    table.add_row(
-      name,
-      str(counted[name]),
-      f"{own.median:.2f}",
-      f"{num_tokens / own.median:.1f}",
-      "-" if own.peak_bytes is None else f"{own.peak_bytes / 2**20:.0f} MiB",
-      other,
-      ratio,
-      f"{counted[other] / counted[name]:.2f} x" if other else "",
-    )
-  return table
+  return timing.Contender(turn, lambda: {"tokens": peer.decode(sampler, 0.0).numpy().reshape(-1)})

@@ -1,38 +1,131 @@
-"""Measure parts of the program against each other in one run, and print a table of ratios.
+"""Measure what training does, part by part, and print tables of it: seconds, tokens/s, memory, utilisation.
 
-    python -m launch.benchmark sample                # samplers, on random weights
-    python -m launch.benchmark sample --peer=torch   # with a plain PyTorch one too: needs requirements-torch.txt
-    python -m launch.benchmark sample --help
+    python -m launch.benchmark all                    # every section: what `make bench` does
+    python -m launch.benchmark update                 # one section: sample, score, update
+    python -m launch.benchmark update --peer=torch    # and the same work in PyTorch: needs requirements-torch.txt
+    python -m launch.benchmark update --config=configs/llada_8b.py --config.model.remat=dots
 
-A section is one module with `define_flags()` and `run()`, named in SECTIONS.
+Any configuration can be measured, with random weights; without --config it is one that a laptop bears. With a peer,
+both compute the same numbers first, within a stated tolerance, and then run in turns, each in a process of its own.
 """
 
+import dataclasses
 import importlib
+import importlib.util
+import pathlib
 import sys
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import absl.logging
-from absl import app
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
 
-SECTIONS = {"sample": "launch.bench_sample"}
+from dmpo_jax.config import validate
+from launch import timing
+from launch.bench_report import Disagreement, Options, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A module with `run(config, options)`, what it measures by default, and about how long that takes."""
+
+  module: str
+  config: str
+  seconds: float  # on two cores, with PyTorch
+
+
+SECTIONS = {
+  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 240),
+  "score": Section("launch.bench_score", "configs/throughput.py", 90),
+  "update": Section("launch.bench_update", "configs/throughput.py", 90),
+}
+
+
+def define_flags(section: Section) -> None:
+  """Declare the flags, which all sections share."""
+  config_flags.DEFINE_config_file("config", section.config, "What to measure; any of its keys can be overridden.")
+  flags.DEFINE_enum("peer", "none", ["none", "torch"], "Also do the same work in PyTorch.")
+  flags.DEFINE_string("official", "", "With --peer=torch: a checkout of the official code, which then does that work.")
+  flags.DEFINE_integer("repeats", 3, "Counted turns of each contender; the median counts.", lower_bound=1)
+  flags.DEFINE_list("remat", [], "update: values of model.remat to compare; none: the configuration's.")
+  flags.DEFINE_string("json", "", "A file to write everything to that was measured.")
 
 
 def main(argv: Sequence[str]) -> None:
   """Run the section that the first argument named; a mistake ends in one message and exit code 2."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  given = flags.FLAGS
   try:
-    section.run()
+    if len(argv) > 1:
+      raise ValueError(f"unexpected argument {argv[1]!r}")
+    results = run(argv[0], given.config, given)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except (Disagreement, timing.ContenderFailed) as error:
+    print(f"stopped: {error}", file=sys.stderr)
+    sys.exit(1)
+  machine = timing.describe_machine()
+  show(results, machine)
+  if given.json:
+    write_json(pathlib.Path(given.json), results, machine)
+
+
+def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
+  """Measure the machine's peak and run a section."""
+  check(config, given)
+  start = time.monotonic()
+
+  def say(what: str) -> None:
+    print(f"{name} {time.monotonic() - start:5.0f} s  {what}", file=sys.stderr, flush=True)
+
+  say("a large matrix product")
+  options = Options(
+    repeats=given.repeats,
+    peer=given.peer,
+    official=given.official,
+    remat=tuple(given.remat),
+    say=say,
+    peak_flops=timing.measure_peak(config.model.dtype),
+  )
+  return [importlib.import_module(SECTIONS[name].module).run(config, options)]
+
+
+def check(config: ConfigDict, given: Any) -> None:
+  """Refuse what cannot be measured, before anything is.
+
+  Raises:
+    ValueError: see the message.
+  """
+  if not isinstance(config, ConfigDict):
+    raise ValueError("--config: no such file, or its get_config() gives no ConfigDict")
+  checked = ConfigDict(config.to_dict())
+  if not checked.tokenizer.path and not checked.model.init_from:
+    checked.tokenizer.path = "."  # a checkpoint is needed before training, not here
+  validate(checked)
+  if given.official and given.peer != "torch":
+    raise ValueError("--official: only together with --peer=torch")
+  if given.peer == "torch" and importlib.util.find_spec("torch") is None:
+    raise ValueError("--peer=torch: PyTorch is not installed; pip install -r requirements-torch.txt")
+
+
+def show(results: Sequence[Any], machine: str) -> None:
+  """Print the tables."""
+  console = Console(width=140)
+  for result in results:
+    peak = f"; a large product reaches {result.peak_flops / 1e9:,.0f} GFLOP/s" if result.peak_flops else ""
+    console.print(f"{machine}{peak}", highlight=False)
+    for table in result.tables():
+      console.print(table)
 
 
 if __name__ == "__main__":
   name = sys.argv[1] if len(sys.argv) > 1 else ""
   if name not in SECTIONS:
-    sys.exit(f"{__doc__}\nsections: {', '.join(SECTIONS)}")
-  section = importlib.import_module(SECTIONS[name])
-  section.define_flags()
+    print(f"{__doc__}\nsections: {', '.join(SECTIONS)}", file=sys.stderr)
+    sys.exit(2)
+  define_flags(SECTIONS[name])
   absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main, argv=[sys.argv[0], *sys.argv[2:]])
+  app.run(main, argv=[name, *sys.argv[2:]])

@@ -1,52 +1,132 @@
-"""Seconds and memory of programs that are compared: run in turns, so that what else the machine does hits all alike."""
+"""Contenders, each in a process of its own, run in turns: seconds, memory, and whether their numbers agree.
+
+What else the machine does hits all of them alike, and one contender's memory is never another's.
+"""
 
 import ctypes
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import platform
 import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 STATUS = pathlib.Path("/proc/self/status")
+PEAK_SIZE = 3072  # of the square product that tells what the machine can do at most
+PEAK_REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+  """What one process measures."""
+
+  run: Callable[[], Mapping[str, float] | None]  # one turn, finished when it returns; facts that it found
+  check: Callable[[], Mapping[str, np.ndarray]] = dict  # the same work without noise: numbers that are to agree
+  facts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # known before any run, such as "flops"
+
+
+Maker = tuple[Callable[..., Contender], tuple[Any, ...]]  # a function of some module, and its arguments
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """What one program took."""
+  """What one contender took."""
 
   seconds: tuple[float, ...]
-  peak_bytes: int | None  # resident memory above what was there before the run; None: the system does not tell
-  result: Any  # of the last run
+  peak_bytes: (
+    int | None
+  )  # grown by at the peak, of what was there before the first turn; None: the system does not tell
+  facts: Mapping[str, float]
+  numbers: Mapping[str, np.ndarray]
 
   @property
   def median(self) -> float:
     return statistics.median(self.seconds)
 
 
-def run_in_turns(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
-  """Run every program once unmeasured, then `repeats` times in turns; results must be ready when a call returns."""
-  for program in programs.values():
-    program()
-  seconds: dict[str, list[float]] = {name: [] for name in programs}
-  peaks: dict[str, list[int | None]] = {name: [] for name in programs}
-  results = {}
-  for _ in range(repeats):
-    for name, program in programs.items():
-      before = _start_watching_memory()
-      start = time.perf_counter()
-      results[name] = program()
-      seconds[name].append(time.perf_counter() - start)
-      peaks[name].append(None if before is None else max(_read_status("VmHWM") - before, 0))
+class ContenderFailed(RuntimeError):
+  """A contender's process died or raised."""
+
+
+def run_in_turns(
+  makers: Mapping[str, Maker], repeats: int, *, say: Callable[[str], None] = print, with_checks: bool = False
+) -> dict[str, Timing]:
+  """Build every contender, run it once unmeasured, then `repeats` times in turns.
+
+  Args:
+    say: told what happens next.
+    with_checks: also ask each for its numbers.
+
+  Raises:
+    ValueError: a contender was refused what it was given.
+    ContenderFailed: otherwise.
+  """
+  processes: dict[str, _Process] = {}
+  try:
+    for name, (make, args) in makers.items():
+      say(f"{name}: building")
+      processes[name] = _Process(name, make, args)
+    facts = {name: process.facts for name, process in processes.items()}
+    numbers = {name: {} for name in processes}
+    for name, process in processes.items():
+      say(f"{name}: first turn, not counted")
+      process.ask("run")
+      if with_checks:
+        say(f"{name}: numbers")
+        numbers[name] = process.ask("check")
+    turns: dict[str, list[_Turn]] = {name: [] for name in processes}
+    for turn in range(repeats):
+      for name, process in processes.items():
+        say(f"{name}: turn {turn + 1} of {repeats}")
+        turns[name].append(process.ask("run"))
+  finally:
+    for process in processes.values():
+      process.stop()
   return {
-    name: Timing(tuple(seconds[name]), None if None in peaks[name] else max(peaks[name]), results[name])
-    for name in programs
+    name: Timing(
+      tuple(turn.seconds for turn in rows),
+      None if None in [turn.peak_bytes for turn in rows] else max(turn.peak_bytes for turn in rows),
+      facts[name] | rows[-1].facts,
+      numbers[name],
+    )
+    for name, rows in turns.items()
   }
+
+
+def measure_peak(dtype: str) -> float:
+  """Measure what the machine reaches: floating-point operations a second of a large product, the best of some."""
+  process = _Process("matrix product", _make_product, (dtype,))
+  try:
+    return process.facts["flops"] / min(process.ask("run").seconds for _ in range(PEAK_REPEATS + 1))
+  finally:
+    process.stop()
+
+
+def _make_product(dtype: str) -> Contender:
+  matrix = jnp.ones((PEAK_SIZE, PEAK_SIZE), dtype)
+  product = jax.jit(jnp.matmul)
+
+  def turn() -> None:
+    product(matrix, matrix).block_until_ready()
+
+  return Contender(turn, facts={"flops": 2.0 * PEAK_SIZE**3})
+
+
+def relative_error(numbers: np.ndarray, wanted: np.ndarray) -> float:
+  """Compare arrays: the largest difference over the largest number wanted; whole numbers: the share that differs."""
+  if np.issubdtype(wanted.dtype, np.integer):
+    return float((numbers != wanted).mean())
+  scale = np.abs(wanted).max()
+  return float(np.abs(numbers - wanted).max() / (scale if scale > 0 else 1.0))
 
 
 def describe_machine() -> str:
@@ -60,14 +140,96 @@ def describe_machine() -> str:
   return f"{cores} cores of {found[1] if found else platform.processor()}, jax {jax.__version__}"
 
 
-def _start_watching_memory() -> int | None:
-  """Set the process's memory peak back to what it holds now (Linux), and return that."""
+class _Process:
+  """A contender's process, from here."""
+
+  def __init__(self, name: str, make: Callable[..., Contender], args: tuple[Any, ...]):
+    context = multiprocessing.get_context("spawn")
+    self._name = name
+    self._pipe, other = context.Pipe()
+    self._process = context.Process(target=_serve, args=(other, make, args), daemon=True)
+    self._process.start()
+    other.close()
+    self.facts = self._receive()
+
+  def ask(self, what: str) -> Any:
+    self._pipe.send(what)
+    return self._receive()
+
+  def _receive(self) -> Any:
+    try:
+      answer = self._pipe.recv()
+    except EOFError:
+      self._process.join()
+      code = self._process.exitcode
+      raise ContenderFailed(f"{self._name}: its process died, exit code {code} (-9: perhaps of memory)") from None
+    if isinstance(answer, ValueError):
+      raise answer
+    if isinstance(answer, _Problem):
+      raise ContenderFailed(f"{self._name}: {answer.text}")
+    return answer
+
+  def stop(self) -> None:
+    self._pipe.close()
+    self._process.join(timeout=10)
+    self._process.kill()
+
+
+class _Problem(NamedTuple):
+  text: str
+
+
+class _Turn(NamedTuple):
+  seconds: float
+  peak_bytes: int | None
+  facts: dict[str, float]
+
+
+def _serve(pipe: Any, make: Callable[..., Contender], args: tuple[Any, ...]) -> None:
+  """Build the contender and answer what is asked, until the pipe is closed."""
   try:
-    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the run would find it and seem to need none
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    contender = make(*args)
+    pipe.send(dict(contender.facts))
+    base = _resident()
+    while True:
+      if pipe.recv() == "run":
+        pipe.send(_take_turn(contender.run, base))
+        continue
+      before = _resident()
+      pipe.send({name: np.asarray(value) for name, value in contender.check().items()})
+      if base is not None:
+        base += _resident() - before  # the check's own programs stay
+  except EOFError:
+    pass
+  except ValueError as error:
+    pipe.send(ValueError(str(error)))
+  except Exception:
+    pipe.send(_Problem(traceback.format_exc()))
+
+
+def _take_turn(run: Callable[[], Mapping[str, float] | None], base: int | None) -> _Turn:
+  _resident()  # gives freed memory back: every turn asks the system for its memory, as the first one does
+  _forget_peak()
+  start = time.perf_counter()
+  facts = run()
+  seconds = time.perf_counter() - start
+  return _Turn(seconds, None if base is None else max(_read_status("VmHWM") - base, 0), dict(facts or {}))
+
+
+def _resident() -> int | None:
+  """Give freed memory back and tell what the process holds (Linux; elsewhere None)."""
+  try:
+    ctypes.CDLL(None).malloc_trim(0)
   except (OSError, AttributeError):
     return None
-  return _read_status("VmRSS")
+  return _read_status("VmRSS") if STATUS.exists() else None
+
+
+def _forget_peak() -> None:
+  """Set the process's memory peak back to what it holds now (Linux)."""
+  clear = pathlib.Path("/proc/self/clear_refs")
+  if clear.exists():
+    clear.write_text("5")
 
 
 def _read_status(key: str) -> int:

@@ -1,0 +1,48 @@
+"""What launch/benchmark.py measures unless it is told otherwise: LLaDA's proportions at sizes that two cores bear.
+
+`throughput.py:training` is a gradient step's share of one device in the published run: 4 rollouts, 4 masks of each.
+`throughput.py:sampling` is 16 rows of a narrower model. Weights are random.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+WORKLOADS = ("training", "sampling")
+
+
+def get_config(workload: str = "training") -> ConfigDict:
+  if workload not in WORKLOADS:
+    raise ValueError(f"configs/throughput.py:{workload}: must be one of {', '.join(WORKLOADS)}")
+  c = base.get_config()
+  is_training = workload == "training"
+  m = c.model
+  m.vocab_size = m.embedding_size = 32_000
+  m.d_model = 512 if is_training else 256
+  m.num_layers = 8
+  m.num_heads = m.num_kv_heads = m.d_model // 64
+  m.mlp_hidden_size = 3 * m.d_model
+  m.rope_theta = 500_000.0
+  m.lora.rank = m.d_model // 32
+  m.lora.alpha = m.lora.rank / 2
+  m.lora.dropout = 0.05
+
+  c.task.max_prompt_length = 128
+  c.sampler.name = "prefix_cache"
+  c.sampler.prefix_cache.rule = "count"
+  c.sampler.completion_length = 128
+  c.sampler.block_length = 32
+  # published: 128 calls and 8 updates a buffer
+  c.sampler.steps = 32 if is_training else 64
+  c.sampler.temperature = 0.2
+  c.train.updates_per_buffer = 2
+  c.rollout.num_prompts = 1 if is_training else 4
+  c.rollout.group_size = 4
+
+  c.objective.alpha = 0.04
+  c.objective.num_replicates = 4
+  c.objective.num_elbo_replicates = 4
+  c.optim.weight_decay = 0.1
+  c.optim.clip_norm = 0.2
+  c.optim.learning_rate = 1e-6
+  return c.lock()

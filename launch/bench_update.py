@@ -1,0 +1,105 @@
+"""The gradient step: masks, loss, gradient, clipping and AdamW, against the same step in PyTorch."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from dmpo_jax import noise, phases
+from dmpo_jax.objectives.masking import draw_masks
+from launch import timing, workload
+from launch.bench_report import Options, Result, compare
+
+# largest differences, relative to the largest number: float32 sums of other orders
+TOLERANCES = {"loss": 1e-4, "gradient norm": 1e-4, "gradient": 1e-3}
+
+
+def run(config: ConfigDict, options: Options) -> Result:
+  """Measure the step, with each way of recomputing that was asked for."""
+  makers: dict[str, timing.Maker] = {
+    f"ours, remat {remat}": (make_ours, (workload.changed(config, {"model.remat": remat}),))
+    for remat in options.remat or (config.model.remat,)
+  }
+  for name, path in options.peers():
+    makers[name] = (make_peer, (config, path, False))
+    makers[f"{name}, checkpointing"] = (make_peer, (config, path, True))
+  tokens = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_replicates
+  tokens *= config.task.max_prompt_length + config.sampler.completion_length
+  return compare("update", config, makers, options, amount=tokens, unit="tokens", tolerances=TOLERANCES)
+
+
+def make_ours(config: ConfigDict) -> timing.Contender:
+  """Compile the step that training takes."""
+  work = workload.make(config)
+  compiled = workload.trace("update", work).lower().compile()
+  state = _fresh_state(work)
+
+  def turn() -> None:
+    nonlocal state
+    state, metrics = compiled(state, work.policies.frozen, work.experience)
+    jax.block_until_ready((state, metrics))
+
+  facts = {"flops": workload.count_flops("update", config), "planned_bytes": workload.planned_bytes(compiled)}
+  return timing.Contender(turn, lambda: _check(config), facts)
+
+
+def _fresh_state(work: workload.Workload) -> Any:
+  trainable = jax.tree.map(lambda x: x.copy(), work.policies.trainable)  # the step is given it for good
+  state = phases.fresh_state(trainable, phases.training_optimizer(work.config), work.mesh)
+  return state.replace(reference=work.policies.reference)
+
+
+def _check(config: ConfigDict) -> dict[str, np.ndarray]:
+  """Take one step without dropout; the gradient is read from AdamW's first moment, which the step has moved by it."""
+  work = workload.make(workload.without_noise(config))
+  step = workload.trace("update", work).lower().compile()
+  state, metrics = step(_fresh_state(work), work.policies.frozen, work.experience)
+  moment = optax.tree_utils.tree_get(state.opt_state, "mu")
+  gradient = jax.tree.map(lambda x: np.asarray(x) / (1 - config.optim.b1), moment)
+  return {
+    "loss": np.asarray(metrics["loss"]),
+    "gradient norm": np.asarray(metrics["grad_norm"]),
+    "gradient": flat(gradient),
+  }
+
+
+def flat(tree: Any) -> np.ndarray:
+  """Join a tree's arrays, in the order of their names."""
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def masks_of_step(work: workload.Workload, step: int) -> np.ndarray:
+  """Draw the masks that the update draws in its step, [p, g, r, c]."""
+  config, experience = work.config, work.experience
+  key = noise.step_key(config.seed, "loss", step)
+  own = config.objective
+  is_masked, _ = draw_masks(
+    noise.row_keys(key, experience.prompts.prompt_id, config.rollout.group_size),
+    experience.is_counted,
+    num_replicates=own.num_replicates,
+    antithetic=own.antithetic,
+    min_ratio=own.min_mask_ratio,
+    max_ratio=own.max_mask_ratio,
+  )
+  return np.asarray(is_masked)
+
+
+def make_peer(config: ConfigDict, official: str, is_checkpointing: bool) -> timing.Contender:
+  """Build the same step in PyTorch; `official`: a checkout whose own functions take it, or ""."""
+  from launch import peer_torch  # here, as PyTorch is an optional extra
+
+  work = workload.make(config)
+  peer = peer_torch.make_peer(work, official, is_checkpointing=is_checkpointing)
+  quiet = workload.make(workload.without_noise(config))
+
+  def check() -> dict[str, np.ndarray]:
+    twin = peer_torch.make_peer(quiet, official, is_checkpointing=is_checkpointing)
+    loss, norm, gradient = twin.update(masks_of_step(quiet, 0))
+    return {"loss": loss, "gradient norm": norm, "gradient": flat(gradient)}
+
+  def turn() -> None:
+    peer.update()
+
+  return timing.Contender(turn, check)
