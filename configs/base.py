@@ -195,6 +195,9 @@ def get_config() -> ConfigDict:
   v.max_prompt_length = 1024  # tokens; longer ones are refused (400)
   v.max_seconds = 300.0  # from a request's arrival to its answer (504)
 
+  c.log = l = ConfigDict()
+  l.wandb_project = ""  # of Weights & Biases, if that is installed: gets what TensorBoard gets; "": none
+
   c.checkpoint = x = ConfigDict()
   x.every_updates = 20
   x.keep = 2

@@ -40,6 +40,7 @@ MAY_CHANGE = (
   "model.dtype",
   "model.init_from",
   "grading.workers",
+  "log.*",
   "model.loss_chunk",
   "model.param_dtype",
   "model.remat",

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from dmpo_jax import files, grading, noise
+from dmpo_jax import files, grading, noise, progress
 from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts, make_sample
 from dmpo_jax.checkpoints import load_params
 from dmpo_jax.config import ConfigError, validate
@@ -45,20 +45,21 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
     validate(setting)
   folder = workdir / "evaluation"
   rows = _read_rows(folder / RESULT)
-  for name, group in itertools.groupby(settings, key=lambda setting: setting.task.name):
-    parts = build_parts(config_of_task(config, name), workdir, is_training=False)
-    with jax.set_mesh(parts.mesh):
-      base = base_params(config, workdir, parts)
-      trained = _load(policies, parts)
-      for setting, policy in itertools.product(group, policies):
-        about = describe(setting, config) | {"policy": policy, "buffers": _num_buffers(workdir, config, policy)}
-        if any(row.items() >= about.items() for row in rows):
-          continue  # an earlier start has done it
-        path = folder / f"{_file_name(about)}.jsonl"
-        figures = make_evaluate(setting, folder, parts, base)(trained[policy], about["buffers"], path)
-        rows = [row for row in rows if _file_name(row) != _file_name(about)] + [about | figures]
-        if jax.process_index() == 0:
-          files.write_whole(folder / RESULT, json.dumps(rows, indent=2) + "\n")
+  with progress.Progress("evaluation", len(settings) * len(policies), unit="settings") as shown:
+    for name, group in itertools.groupby(settings, key=lambda setting: setting.task.name):
+      parts = build_parts(config_of_task(config, name), workdir, is_training=False)
+      with jax.set_mesh(parts.mesh):
+        base = base_params(config, workdir, parts)
+        trained = _load(policies, parts)
+        for setting, policy in itertools.product(group, policies):
+          about = describe(setting, config) | {"policy": policy, "buffers": _num_buffers(workdir, config, policy)}
+          if not any(row.items() >= about.items() for row in rows):  # else an earlier start has done it
+            path = folder / f"{_file_name(about)}.jsonl"
+            figures = make_evaluate(setting, folder, parts, base)(trained[policy], about["buffers"], path)
+            rows = [row for row in rows if _file_name(row) != _file_name(about)] + [about | figures]
+            if jax.process_index() == 0:
+              files.write_whole(folder / RESULT, json.dumps(rows, indent=2) + "\n")
+          shown.advance()
   if jax.process_index() == 0:
     Console().print(grid_table(rows))
     print(f"generations  {folder}")
@@ -158,8 +159,8 @@ def evaluate(
   """
   start, num = time.monotonic(), len(records)
   key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, num)
-  progress = Unfinished(path, about)
-  lines = progress.read()
+  unfinished = Unfinished(path, about)
+  lines = unfinished.read()
   num_before = len(lines)
   begin = len({line["index"] for line in lines})
   starts = range(begin, num, batch_size)
@@ -170,6 +171,7 @@ def evaluate(
 
   ahead = dispatch(begin) if begin < num else None
   for first in starts:
+    progress.part("evaluating prompts", first, num)
     rollouts = jax.device_get(ahead)
     rows = range(first, min(first + batch_size, num))
     finish = _grade_batch(grading, tokenizer, records, rollouts, rows)
@@ -177,8 +179,8 @@ def evaluate(
     ahead = dispatch(following) if following < num else None  # while the accelerator does this, workers grade
     batch = finish()
     lines += batch
-    progress.add(batch)
-  progress.finish(lines)
+    unfinished.add(batch)
+  unfinished.finish(lines)
   seconds = time.monotonic() - start
   tokens = sum(line["num_tokens"] for line in lines[num_before:])
   return summarize(lines) | {"seconds": seconds, "tokens_per_second": tokens / seconds}

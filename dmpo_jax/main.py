@@ -24,7 +24,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import evaluate, sample, serve, train
+from dmpo_jax import evaluate, progress, sample, serve, train
 from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.config import ConfigError, check_workdir, did_you_mean, validate
 from dmpo_jax.rules import RULES
@@ -44,6 +44,7 @@ _PROMPT = flags.DEFINE_string("prompt", None, "--mode=sample: a prompt. Prompts 
 _PROMPTS = flags.DEFINE_string("prompts", None, '--mode=sample: a file of lines {"prompt": ..., "prefill": ...}.')
 _JSON = flags.DEFINE_bool("json", False, "--mode=sample: print one JSON object a prompt: ids, text, calls, ...")
 _WATCH = flags.DEFINE_bool("watch", False, "--mode=sample: show the denoising in the terminal while it happens.")
+flags.adopt_module_key_flags(progress)  # --quiet
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a message comes from.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "host:port of process 0. Not needed on TPU pods, Slurm and the like, which are recognised."

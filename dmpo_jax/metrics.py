@@ -1,12 +1,15 @@
 """What a run leaves to read: a row of figures for each buffer, in metrics.jsonl, TensorBoard and the log; its result.
 
-metrics.jsonl is the record; TensorBoard's files are made from it again when a run goes on. Process 0 alone writes.
+metrics.jsonl is the record; TensorBoard's files are made from it again when a run goes on. Weights & Biases get the
+same rows where they are asked for. Process 0 alone writes.
 """
 
 import json
 import math
 import os
+import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +19,8 @@ from clu import parameter_overview
 from etils import epath
 
 from dmpo_jax import files
+from dmpo_jax.config import ConfigError
+from dmpo_jax.rules import NO_WANDB
 
 RESULT = "result.json"
 
@@ -26,14 +31,22 @@ class Metrics:
   Args:
     workdir: gets metrics.jsonl, one JSON object a line: phase, step, time (seconds since 1970) and the figures, null
       where one is not finite; and `tensorboard/`, with tags `<phase>/<figure>`.
+    wandb_project: a project of Weights & Biases that gets the same rows; "": none.
+    config: of the run, for that project.
+
+  Raises:
+    ConfigError: Weights & Biases cannot be used.
   """
 
-  def __init__(self, workdir: epath.PathLike):
+  def __init__(self, workdir: epath.PathLike, *, wandb_project: str = "", config: Mapping[str, Any] | None = None):
     self._workdir = epath.Path(workdir)
     self._path = self._workdir / "metrics.jsonl"
     self._is_writing = jax.process_index() == 0
     self._rows = _read_rows(self._path) if self._is_writing else []
     self._writer = None  # made for the first row, as it imports TensorFlow
+    self._wandb = None
+    if wandb_project and self._is_writing:
+      self._wandb = _begin_wandb(wandb_project, self._workdir, config or {})
 
   def forget(self, phase: str, after: int) -> None:
     """Drop the rows of a phase whose steps come after `after`: a resumed run will write them again."""
@@ -68,18 +81,47 @@ class Metrics:
       with self._path.open("a") as file:
         file.write(_line(row))
     _write_row(self._writer, row)
+    if self._wandb is not None:  # which leaves out the rows of a step that it has from an earlier start
+      figures = {name: x for name, x in row.items() if name not in ("phase", "time")}
+      self._wandb.log({f"{phase}/{name}": x for name, x in figures.items()}, step=len(self._rows) - 1)
 
-  def close(self) -> None:
-    """Wait until everything stands on disk."""
+  def close(self, *, is_failed: bool = False) -> None:
+    """Wait until everything stands on disk, and has been sent; `is_failed`: the run has ended before its end."""
     if self._writer is not None:
       self._writer.close()
       self._writer = None
+    if self._wandb is not None:
+      self._wandb.finish(exit_code=int(is_failed))
+      self._wandb = None
 
   def __enter__(self) -> "Metrics":
     return self
 
-  def __exit__(self, *error: Any) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+    self.close(is_failed=kind is not None)
+
+
+def _begin_wandb(project: str, workdir: epath.Path, config: Mapping[str, Any]) -> Any:
+  """Begin a run of Weights & Biases, or go on with the one that the workdir has."""
+  try:
+    import wandb  # here, as it is no requirement
+  except ImportError as error:
+    raise ConfigError(f"config.log.wandb_project = {project!r}: {NO_WANDB}") from error
+  path = workdir / "wandb_id.txt"
+  if not path.exists():
+    files.write_whole(path, uuid.uuid4().hex[:12] + "\n")
+  folder = tempfile.gettempdir() if "://" in os.fspath(workdir) else os.fspath(workdir)
+  about = dict(project=project, id=path.read_text().strip(), resume="allow", name=workdir.name, dir=folder)
+  try:
+    run = wandb.init(**about, config=dict(config))
+  except wandb.Error as error:
+    raise ConfigError(
+      f"config.log.wandb_project = {project!r}: Weights & Biases refuses it ({error}); WANDB_MODE=offline in the "
+      'environment writes to the workdir alone, and "" does without it'
+    ) from error
+  for phase in ("warm_start", "train"):
+    run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+  return run
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import importlib.util
 import math
 import operator
 from collections.abc import Callable, Collection
@@ -116,6 +117,17 @@ def text() -> Rule:
 def mesh_size() -> Rule:
   """Allow the size of a mesh axis."""
   return Rule("1 or more, or -1 for the devices left", lambda value: type(value) is int and (value >= 1 or value == -1))
+
+
+NO_WANDB = 'Weights & Biases is not installed: `pip install wandb`, or "" to do without it'
+
+
+def wandb_project() -> Rule:
+  """Allow a project's name where Weights & Biases is installed, and the empty one."""
+  return Rule(
+    f"the name of a project; {NO_WANDB}",
+    lambda value: isinstance(value, str) and (not value or importlib.util.find_spec("wandb") is not None),
+  )
 
 
 PARALLEL = ("parallel", "prefix_cache", "dual_cache")  # the samplers with a rule of parallel decoding
@@ -249,6 +261,7 @@ RULES: dict[str, Rule] = {
   "serve.max_queue": whole(1),
   "serve.max_prompt_length": whole(1),
   "serve.max_seconds": number("(0, inf)"),
+  "log.wandb_project": wandb_project(),
   "checkpoint.every_updates": whole(1),
   "checkpoint.keep": whole(1),
 }

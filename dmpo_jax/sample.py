@@ -27,6 +27,7 @@ from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_samp
 from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_id
 from dmpo_jax.measure import Policies
+from dmpo_jax.progress import Progress
 from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 
@@ -60,13 +61,17 @@ def main(
     raise ConfigError("--watch needs a job of one process")
   with jax.set_mesh(parts.mesh):
     policies = Policies(*load_policy(config, workdir, parts))
-    for index, (request, found) in enumerate(decode(config, parts, policies, requests, watch=watch)):
-      if jax.process_index() > 0:
-        continue
-      if as_json:
-        print(json.dumps({"prompt": request.prompt, **found}, ensure_ascii=False), flush=True)
-      else:
-        print(f"---\n{found['text']}" if index else found["text"], flush=True)
+    found = decode(config, parts, policies, requests, watch=watch)
+    with contextlib.nullcontext() if watch else Progress("completions", len(requests)) as shown:
+      for index, (request, about) in enumerate(found):
+        if shown is not None:
+          shown.advance()
+        if jax.process_index() > 0:
+          continue
+        if as_json:
+          print(json.dumps({"prompt": request.prompt, **about}, ensure_ascii=False), flush=True)
+        else:
+          print(f"---\n{about['text']}" if index else about["text"], flush=True)
 
 
 def decode(

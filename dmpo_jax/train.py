@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import build, phases, sharding
+from dmpo_jax import build, phases, progress, sharding
 from dmpo_jax.build import Parts
 from dmpo_jax.checkpoints import Checkpoints, Preempted, check_preemption, save_params
 from dmpo_jax.config import ConfigError
@@ -23,7 +23,7 @@ from dmpo_jax.config import save as save_config
 from dmpo_jax.evaluate import best_buffer, table
 from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
-from dmpo_jax.progress import Progress
+from dmpo_jax.report import summarize
 from dmpo_jax.report import write as write_report
 from dmpo_jax.structs import TrainState
 from dmpo_jax.workdir import announce_start
@@ -81,7 +81,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
   parts = build.build_parts(config, workdir)
   save_config(workdir, config)  # not before: a start that was refused leaves the workdir free for another configuration
   announce_start(workdir, config, parts.mesh)
-  with jax.set_mesh(parts.mesh), Metrics(workdir) as metrics:
+  log = Metrics(workdir, wandb_project=config.log.wandb_project, config=config.to_dict())
+  with jax.set_mesh(parts.mesh), log as metrics:
     base = warm_start(config, workdir, parts, metrics)
     phase, state = phases.training_phase(config, workdir, parts, base)
     state, position = run(phase, state, config, workdir, metrics)
@@ -107,13 +108,13 @@ def run(
   with Checkpoints(workdir / "checkpoints" / phase.name, config.checkpoint.keep) as checkpoints:
     state, experience, position = resume(phase, state, checkpoints)
     metrics.forget(phase.name, after=position.reported)
-    with Progress(phase.name, phase.num_buffers, done=max(position.reported, 0)) as progress:
+    with progress.Progress(phase.name, phase.num_buffers, done=max(position.reported, 0)) as shown:
       try:
         while True:
           if position.reported < position.buffer:
             finish_buffer(phase, state, position, metrics)
             if position.buffer:
-              progress.advance(**position.scalars)
+              shown.advance(**position.scalars)
           step, is_done = int(state.step), position.buffer == phase.num_buffers
           is_diverged = int(state.num_skipped_in_a_row) >= config.optim.max_skips_in_a_row
           if is_done or is_diverged or (step and step % config.checkpoint.every_updates == 0):
@@ -157,6 +158,7 @@ def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> tuple[T
 def update(phase: Phase, state: TrainState, experience: Any, position: Position) -> TrainState:
   """Take one gradient step and add its metrics to the buffer's."""
   start = time.monotonic()
+  progress.part("update", position.update, phase.updates_per_buffer)
   state, scalars = phase.update(state, phase.frozen, experience)
   for name, value in jax.device_get(scalars).items():
     position.scalars[name] = position.scalars.get(name, 0.0) + float(value) / phase.updates_per_buffer
@@ -180,12 +182,14 @@ def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: 
 
 
 def report(result: dict[str, Any], workdir: epath.Path, page: str) -> None:
-  """Print the base against the trained policy, and where everything is, the page that shows it all last."""
+  """Print the run on one screen: base against trained policy, what was done, and where everything is."""
   console = Console()
   rows = {"base": result["base"], f"after {result['objective']}": result["last"]}
   if result["best"]["buffers"] != result["buffers"]:
     rows[f"best, after {result['best']['buffers']} buffers"] = result["best"]
   console.print(table(rows))
+  for line in summarize(workdir):
+    console.print(line, highlight=False)
   for what, path in (
     ("policy", "policy"),
     ("checkpoints", "checkpoints"),

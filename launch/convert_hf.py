@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from etils import epath
-from rich import progress as rich_progress
 
-from dmpo_jax import files, pretrained
+from dmpo_jax import files, pretrained, progress
 from dmpo_jax.models import convert
 from dmpo_jax.models.convert import Place
 from dmpo_jax.piecewise import Index, PiecewiseArray, save_piecewise
@@ -156,19 +155,8 @@ def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None,
   if is_adapter and base is None:
     raise ValueError(f"{source} holds an adapter: give its model's converted folder with --base")
   size = sum(tensor.size for tensor in Shards(source, ADAPTER if is_adapter else WEIGHTS).tensors.values())
-  columns = (
-    rich_progress.TextColumn("{task.description}"),
-    rich_progress.BarColumn(),
-    rich_progress.DownloadColumn(),
-    rich_progress.TransferSpeedColumn(),
-    rich_progress.TimeRemainingColumn(),
-  )
-  with rich_progress.Progress(*columns) as bar:
-    task = bar.add_task("converting", total=size)
-
-    def report(done: int) -> None:
-      bar.advance(task, done)
-
+  with progress.Progress("converting", size, unit="bytes") as shown:
+    report = shown.advance
     count = convert_adapter(source, base, out, report) if is_adapter else convert_model(source, out, dtype, report)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f"{out}: {count:,} parameters, {time.monotonic() - start:.1f} s, at most {peak:.2f} GiB of memory")
@@ -178,6 +166,7 @@ def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None,
 
 def define_flags() -> None:
   """Declare the command's flags; not on import, as every command has an --out of its own."""
+  flags.adopt_module_key_flags(progress)
   flags.DEFINE_string("hf", None, "A folder (or gs:// path) in Hugging Face's layout, or a repository of the hub.")
   flags.DEFINE_string("revision", None, "Branch, tag or commit of the hub's repository.")
   flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")

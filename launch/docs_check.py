@@ -57,7 +57,7 @@ def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
   path = ROOT / (module.replace(".", "/") + ".py")
   if not path.exists():
     return [f"no module {module}"]
-  known = _flags(path)
+  known = _flags(path) | _flags(ROOT / "dmpo_jax/progress.py")
   found = []
   for arg in (arg.strip("[]") for arg in args):
     name, _, value = arg.removeprefix("--").partition("=")

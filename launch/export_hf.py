@@ -9,7 +9,7 @@ Arrays are read one at a time and written shard by shard.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from dmpo_jax import build, config, files, pretrained
+from dmpo_jax import build, config, files, pretrained, progress
 from dmpo_jax.checkpoints import load_leaf
 from dmpo_jax.models import convert
 from dmpo_jax.models.llada import ModelConfig
@@ -88,10 +88,17 @@ def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: in
     return array if target is None else array.astype(target)
 
   order = [name for names in convert.leaves_of(places).values() for name in names]
-  with files.new_folder(out, "--out"):
+  with files.new_folder(out, "--out"), progress.Progress("exporting", sum(sizes.values()), unit="bytes") as shown:
     _write_side_files(source, out, dtype)
-    write_shards(out, {name: sizes[name] for name in order}, convert.to_tensors(leaf, places), shard_bytes)
+    tensors = _counted(convert.to_tensors(leaf, places), shown)
+    write_shards(out, {name: sizes[name] for name in order}, tensors, shard_bytes)
   return sum(sizes.values()) // itemsize
+
+
+def _counted(tensors: Iterable[tuple[str, np.ndarray]], shown: progress.Progress) -> Iterator[tuple[str, np.ndarray]]:
+  for name, array in tensors:
+    shown.advance(array.nbytes)
+    yield name, array
 
 
 def _merged(source: Source) -> Read:
@@ -156,6 +163,7 @@ def run() -> None:
 
 def define_flags() -> None:
   """Declare the command's flags; not on import, as every command has an --out of its own."""
+  flags.adopt_module_key_flags(progress)
   flags.DEFINE_string("run", None, "The workdir of a finished run.")
   flags.DEFINE_string("model", None, "Or: a folder that launch/convert_hf.py wrote.")
   flags.DEFINE_string("out", None, "The folder to write; it must not exist.")

@@ -41,6 +41,7 @@ INSIDE = {
   "checkpoints": {"pretrained"},
   "data": {"tokenizer"},
   "workdir": {"config"},
+  "metrics": {"config", "rules"},
   "measure": {"checkpoints", "scoring"},
   "rules": {"tokenizer"},
   "tokenizer": {"chat"},

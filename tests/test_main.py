@@ -67,9 +67,10 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   result = json.loads((workdir / "result.json").read_text())
   assert "after wdce" in first.stdout
   assert str(workdir / "policy") in first.stdout
-  assert "warm start 20/20" in first.stdout
-  assert "left" in first.stdout
-  second = start(*command)
+  assert "3 buffers of 32 rollouts, 6 updates" in first.stdout
+  assert "warm start 20/20" in first.stderr
+  assert "left" in first.stderr
+  second = start(*command, "--quiet")
   assert second.returncode == 0
   assert "has finished its 3 buffers: nothing left to do" in second.stdout
   assert json.loads((workdir / "result.json").read_text()) == result

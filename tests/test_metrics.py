@@ -1,16 +1,19 @@
-"""The record of a run: every step once, whatever happened between, in metrics.jsonl and in TensorBoard."""
+"""The record of a run: every step once, whatever happened between, in metrics.jsonl, TensorBoard, W&B."""
 
-import io
+import importlib.machinery
+import importlib.util
 import json
 import math
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
+from configs import base
 from dmpo_jax import metrics
-from dmpo_jax import progress as progress_lib
+from dmpo_jax.config import ConfigError, validate
 
 
 def rows(workdir):
@@ -110,42 +113,93 @@ def test_parameter_overview_counts_the_parameters(tmp_path):
   assert (tmp_path / "parameters.txt").read_text() == table + "\n"
 
 
-def line_by_line(monkeypatch, seconds, total=4, done=0, **console):
-  """The output of a Progress whose steps take `seconds` each."""
-  now = [0.0]
-  monkeypatch.setattr(progress_lib.time, "monotonic", lambda: now[0])
-  output = io.StringIO()
-  with progress_lib.Progress("warm_start", total, done=done, console=Console(file=output, width=100, **console)) as bar:
-    for step in range(done, total):
-      now[0] += seconds
-      bar.advance(reward_mean=0.25 * step, tokens_per_second_sample=12345.6, seconds_sample=1.0)
-  return output.getvalue()
+class FakeWandb(types.ModuleType):
+  """Stands in for the package: records what it is asked."""
+
+  class Error(Exception):
+    pass
+
+  def __init__(self, refuses=False):
+    super().__init__("wandb")
+    self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    self.refuses, self.calls = refuses, []
+
+  def __getattr__(self, name):  # what a run is asked for, and `init`, which gives one
+    if name.startswith("__"):
+      raise AttributeError(name)
+
+    def call(*args, **keywords):
+      self.calls.append((name, args, keywords))
+      if name == "init" and self.refuses:
+        raise self.Error("no API key")
+      return self
+
+    return call
 
 
-def test_progress_without_a_terminal_prints_a_line_now_and_then(monkeypatch):
-  lines = line_by_line(monkeypatch, seconds=3, total=9).splitlines()
-  assert lines == [
-    "warm start 1/9  reward 0.000  tokens/s 12,346",
-    "warm start 5/9  reward 1.000  tokens/s 12,346  0:12 left",
-    "warm start 9/9  reward 2.000  tokens/s 12,346  0:00 left",
+@pytest.fixture
+def wandb(monkeypatch):
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  return fake
+
+
+def begin(workdir):
+  return metrics.Metrics(workdir, wandb_project="sums", config={"seed": 3})
+
+
+def test_weights_and_biases_get_every_row_under_one_run(tmp_path, wandb):
+  with begin(tmp_path) as log:
+    log.write("warm_start", 1, {"loss": 9.0})
+    log.write("train", 0, {"eval_solve_rate": 0.25})
+  with begin(tmp_path) as log:
+    log.forget("train", after=0)
+    log.write("train", 1, {"loss": math.nan})
+  inits = [keywords for name, _, keywords in wandb.calls if name == "init"]
+  assert inits[0] == inits[1]
+  assert (inits[0]["project"], inits[0]["config"], inits[0]["resume"]) == ("sums", {"seed": 3}, "allow")
+  assert inits[0]["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
+  logged = [(args[0], keywords) for name, args, keywords in wandb.calls if name == "log"]
+  assert logged[:2] == [
+    ({"warm_start/step": 1, "warm_start/loss": 9.0}, {"step": 0}),
+    ({"train/step": 0, "train/eval_solve_rate": 0.25}, {"step": 1}),
   ]
+  assert logged[2][1] == {"step": 2}
+  assert math.isnan(logged[2][0]["train/loss"])
+  assert ("define_metric", ("train/*",), {"step_metric": "train/step"}) in wandb.calls
+  assert [keywords for name, _, keywords in wandb.calls if name == "finish"] == [{"exit_code": 0}] * 2
 
 
-def test_progress_of_a_resumed_run_counts_on(monkeypatch):
-  first, second, _ = line_by_line(monkeypatch, seconds=3700, total=9, done=6).splitlines()
-  assert first == "warm start 7/9  reward 1.500  tokens/s 12,346"
-  assert second == "warm start 8/9  reward 1.750  tokens/s 12,346  1:01:40 left"
+def test_a_run_that_fails_is_told_as_failed(tmp_path, wandb):
+  with pytest.raises(KeyboardInterrupt), begin(tmp_path):
+    raise KeyboardInterrupt
+  assert wandb.calls[-1] == ("finish", (), {"exit_code": 1})
 
 
-def test_progress_on_a_terminal_is_one_line_redrawn(monkeypatch):
-  text = line_by_line(monkeypatch, seconds=3, force_terminal=True)
-  assert "4/4" in text
-  assert "reward 0.750" in text
-  assert "tokens/s 12,346" in text
-
-
-def test_progress_is_quiet_elsewhere(monkeypatch, capsys):
+def test_weights_and_biases_are_asked_by_process_0_alone_and_only_where_wanted(tmp_path, wandb, monkeypatch):
+  with metrics.Metrics(tmp_path) as log:
+    log.write("train", 0, {"loss": 1.0})
   monkeypatch.setattr("jax.process_index", lambda: 1)
-  with progress_lib.Progress("train", 2) as bar:
-    bar.advance(loss=1.0)
-  assert capsys.readouterr().out == ""
+  with begin(tmp_path) as log:
+    log.write("train", 0, {"loss": 1.0})
+  assert wandb.calls == []
+  assert not (tmp_path / "wandb_id.txt").exists()
+
+
+def test_weights_and_biases_that_cannot_be_used_are_one_clear_error(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refuses=True))
+  with pytest.raises(ConfigError, match=r"(?s)log\.wandb_project = 'sums'.*no API key.*WANDB_MODE=offline"):
+    begin(tmp_path)
+  monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+  with pytest.raises(ConfigError, match=r"log\.wandb_project = 'sums'.*pip install wandb"):
+    begin(tmp_path)
+
+
+def test_weights_and_biases_are_asked_for_only_where_they_are_installed(monkeypatch):
+  config = base.get_config()
+  config.log.wandb_project = "sums"
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ConfigError, match=r"config\.log\.wandb_project = 'sums'.*pip install wandb"):
+    validate(config)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+  validate(config)

@@ -218,6 +218,23 @@ def test_a_report_that_fails_does_not_fail_the_run(workdir, monkeypatch):
   assert "launch.report" in train.write_page(epath.Path(workdir))
 
 
+def test_the_summary_is_short_and_says_what_is_worth_a_look(workdir, tmp_path):
+  assert report.summarize(workdir) == [
+    "8 buffers of 256 rollouts, 16 updates",
+    "time: warm start 500.0 s, sampling 16.0 s, updates 8.0 s, other 76.0 s",
+    "rollouts, first buffer to last: reward 0.100 to 0.800",
+  ]
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  bad = {"updates_skipped": 3.0, "rewards_failed": 2.0, "log_ratio_error": 2.0, "tilt_std": 1.0}
+  rows = [row | bad if row["phase"] == "train" and row["step"] else row for row in rows]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  assert report.summarize(tmp_path)[2:] == [
+    "worth a look: 3 updates skipped, as their loss or gradient was not finite",
+    "worth a look: 16 rollouts dropped, as their reward failed",
+    "worth a look: the log-ratio's noise exceeded the spread of reward / alpha in 8 of 8 buffers",
+  ]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, which draws the page")
 def test_a_browser_draws_every_chart_without_a_word(workdir, other, tmp_path):
   path = report.write([workdir, other], tmp_path / "page.html")

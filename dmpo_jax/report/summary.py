@@ -1,0 +1,63 @@
+"""A run in a few lines, for the end of its output: how much was done, where the time went, what is worth a look."""
+
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+
+from dmpo_jax.report.charts import times
+from dmpo_jax.report.runs import Row, Run, read_runs
+
+# figures that count something that went wrong, and how they are told
+COUNTED = {
+  "updates_skipped": "updates skipped, as their loss or gradient was not finite",
+  "rewards_failed": "rollouts dropped, as their reward failed",
+  "grading_timeouts": "completions worth 0, as grading them took too long",
+  "grading_crashes": "completions worth 0, as grading them crashed",
+  "prompts_skipped": "prompts skipped, as they are too long",
+  "prompts_cut": "prompts cut, as they are too long",
+}
+RUNNING = ("updates_skipped", "prompts_skipped", "prompts_cut")  # of the run so far; the others are of one buffer
+
+
+def summarize(workdir: epath.PathLike) -> list[str]:
+  """Say in a few lines what a run has done; what it has not recorded is left out."""
+  (run,) = read_runs([workdir])
+  rows = [row for row in run.rows.get("train", ()) if row["step"]]
+  return [*_amounts(run, rows), *_first_and_last(rows), *_warnings(rows)]
+
+
+def _amounts(run: Run, rows: Sequence[Row]) -> Iterator[str]:
+  spent = times(run)
+  if rows and isinstance(run.about("rollout.num_prompts"), int):
+    rollouts = run.config["rollout.num_prompts"] * run.config.get("rollout.group_size", 1)
+    updates = len(rows) * run.config.get("train.updates_per_buffer", 1)
+    yield f"{len(rows)} buffers of {rollouts:,} rollouts, {updates:,} updates"
+  if spent:
+    yield "time: " + ", ".join(f"{part} {seconds:,.1f} s" for part, seconds in spent.items() if seconds >= 0.05)
+
+
+def _first_and_last(rows: Sequence[Row]) -> Iterator[str]:
+  shown = (
+    ("reward", "reward_mean", "{:.3f}"),
+    ("solved", "solve_rate", "{:.1%}"),
+    ("effective sample size", "effective_sample_size", "{:.2f}"),
+    ("entropy", "entropy", "{:.3f}"),
+  )
+  told = []
+  for label, name, form in shown:
+    values = [row[name] for row in rows if name in row]
+    if values:
+      told.append(f"{label} {form.format(values[0])} to {form.format(values[-1])}")
+  if told:
+    yield "rollouts, first buffer to last: " + ", ".join(told)
+
+
+def _warnings(rows: Sequence[Row]) -> Iterator[str]:
+  for name, what in COUNTED.items():
+    values = [row[name] for row in rows if name in row]
+    count = (values[-1] if name in RUNNING else sum(values)) if values else 0
+    if count:
+      yield f"worth a look: {count:,.0f} {what}"
+  noisy = sum(row.get("log_ratio_error", 0.0) > row.get("tilt_std", float("inf")) for row in rows)
+  if noisy > len(rows) / 2:  # at the end of a run that succeeds it is so, as rewards no longer differ
+    yield f"worth a look: the log-ratio's noise exceeded the spread of reward / alpha in {noisy} of {len(rows)} buffers"
