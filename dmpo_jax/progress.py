@@ -199,7 +199,8 @@ def _listen_to_the_compiler() -> None:
 
 def _begins_to_compile(event: str, value: float, **about: Any) -> None:
   if event == COMPILING and _open:
-    _open[-1].compiling(str(about.get("fun_name", "a program")).removeprefix("jit_"))
+    name = str(about.get("fun_name", "a program"))  # as jit(update) or jit_update
+    _open[-1].compiling(name.removeprefix("jit").strip("_()"))
 
 
 def _has_compiled(event: str, seconds: float, **about: Any) -> None:

@@ -4,6 +4,7 @@ Forward passes only. The jitted programs run on chunks of prompts, so that a buf
 time; what leaves them is small and replicated, for every host to read.
 """
 
+import dataclasses
 import math
 import operator
 import time
@@ -117,7 +118,9 @@ def make_sample(
   with_reference: bool = False,
   **own: Any,
 ) -> Callable:
-  """Jit `sample(policies, prompts, key) -> Rollouts` with fields [p, g, c] and [p, g].
+  """Jit `sample(policies, prompts, key[, temperature]) -> Rollouts` with fields [p, g, c] and [p, g].
+
+  A temperature [p] of each prompt's rollouts replaces the plan's.
 
   Args:
     sampler: a name in `samplers.SAMPLERS`; `own` are its own keywords.
@@ -127,7 +130,7 @@ def make_sample(
   """
   has_adapters = model.config.lora is not None
 
-  def sample(policies: Policies, prompts: Prompts, key: jax.Array) -> Rollouts:
+  def sample(policies: Policies, prompts: Prompts, key: jax.Array, temperature: jax.Array | None = None) -> Rollouts:
     variables = lora.policy_variables(policies.trainable, policies.frozen, has_adapters)
     reference = None
     if with_reference:
@@ -135,7 +138,10 @@ def make_sample(
     keys = noise.row_keys(key, prompts.prompt_id, group_size).reshape(-1)
     tokens, is_valid = (jnp.repeat(array, group_size, axis=0) for array in (prompts.tokens, prompts.is_valid))
     denoiser = make_denoiser(model, variables, tokens, is_valid, guidance=guidance, reference=reference)
-    rollouts = samplers.SAMPLERS[sampler](denoiser, keys, plan, **own)
+    own_plan = plan
+    if temperature is not None:
+      own_plan = dataclasses.replace(plan, temperature=jnp.repeat(temperature, group_size))
+    rollouts = samplers.SAMPLERS[sampler](denoiser, keys, own_plan, **own)
     return jax.tree.map(lambda array: array.reshape(-1, group_size, *array.shape[1:]), rollouts)
 
   return jax.jit(sample, out_shardings=replicated(mesh))

@@ -49,6 +49,14 @@ class Tokenizer(Protocol):
     """
     ...
 
+  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
+    """Return the ids of a conversation, (role, text) for each turn, that the assistant is to answer.
+
+    Raises:
+      ValueError: the chat template refuses the conversation, or there is none and it is more than a user's turn.
+    """
+    ...
+
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
     ...
@@ -93,6 +101,10 @@ class SentencePieceTokenizer:
   def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
     """Return the ids of the text and what the answer begins with."""
     return self._model.encode(text + prefill)
+
+  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
+    """Return the ids of the one turn that there may be, without a template."""
+    return self._model.encode(_only_turn(turns))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of a completion: what stands before the first EOS, other special tokens left out."""
@@ -202,6 +214,10 @@ class HuggingFaceTokenizer:
       return self.encode(text + prefill)
     return self.encode(self._template.render([("user", text)]) + prefill)
 
+  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
+    """Return the ids of the conversation by the chat template, or of the one turn that there may be without it."""
+    return self.encode(_only_turn(turns) if self._template is None else self._template.render(turns))
+
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
     ids = list(ids)
@@ -212,6 +228,12 @@ class HuggingFaceTokenizer:
   def piece(self, token_id: int) -> str:
     """Return a token's text, or a special token's name; nothing for an id that no token has."""
     return self._model.decode([token_id], skip_special_tokens=False)
+
+
+def _only_turn(turns: Sequence[chat.Turn]) -> str:
+  if [role for role, _ in turns] != ["user"]:
+    raise ValueError("the model has no chat template: a conversation must be one message of the user")
+  return turns[0][1]
 
 
 def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, Any]]) -> tokenizers.Tokenizer:

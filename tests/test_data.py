@@ -335,6 +335,9 @@ class Chat:
   def encode_prompt(self, text, prefill=""):
     return [1, 2, *map(ord, text), 3, *map(ord, prefill)]
 
+  def encode_chat(self, turns):
+    return [1, *(id for _, text in turns for id in (2, *map(ord, text), 3))]
+
   def decode(self, ids):
     return "".join(map(chr, ids))
 

@@ -221,7 +221,7 @@ def test_a_report_that_fails_does_not_fail_the_run(workdir, monkeypatch):
 def test_the_summary_is_short_and_says_what_is_worth_a_look(workdir, tmp_path):
   assert report.summarize(workdir) == [
     "8 buffers of 256 rollouts, 16 updates",
-    "time: warm start 500.0 s, sampling 16.0 s, updates 8.0 s, other 76.0 s",
+    "time: warm start 500 s, sampling 16 s, updates 8.0 s, other 76 s",
     "rollouts, first buffer to last: reward 0.100 to 0.800",
   ]
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

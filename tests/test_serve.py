@@ -12,11 +12,14 @@ import urllib.request
 import numpy as np
 import openai
 import pytest
+import standin_tokenizer
 import uvicorn
 
 from configs import base
 from dmpo_jax.serve import api
-from dmpo_jax.serve.api import MAX_BODY, Limits, make_app
+from dmpo_jax.serve.answers import Reader
+from dmpo_jax.serve.api import MAX_BODY, make_app
+from dmpo_jax.serve.asked import Limits, read_asked
 from dmpo_jax.serve.engine import Engine, Job
 from dmpo_jax.tokenizer import load_tokenizer
 
@@ -33,13 +36,13 @@ class Reverser:
   """Stands in for the model: completes a prompt with its reverse, two tokens a call from the left, and EOS."""
 
   def __init__(self, tokenizer):
-    self.tokenizer, self.batches, self.prompts = tokenizer, [], []
+    self.tokenizer, self.batches, self.jobs = tokenizer, [], []
     self.may_go_on = threading.Event()
     self.may_go_on.set()
 
   def __call__(self, jobs, publish):
     self.batches.append(len(jobs))
-    self.prompts += [job.prompt for job in jobs]
+    self.jobs += jobs
     assert self.may_go_on.wait(timeout=30)
     if any(job.prompt == self.tokenizer.encode("666") for job in jobs):
       raise RuntimeError("out of memory")
@@ -55,7 +58,9 @@ class Reverser:
 
 
 @contextlib.contextmanager
-def serving(tokenizer, *, api_key="", can_revoke=False, max_seconds=20.0, batch_size=4, max_queue=4):
+def serving(
+  tokenizer, *, api_key="", can_revoke=False, max_seconds=20.0, batch_size=4, max_queue=4, max_prompt_length=10
+):
   decode = Reverser(tokenizer)
   engine = Engine(decode, batch_size=batch_size, max_queue=max_queue)
   limits = Limits(
@@ -63,7 +68,8 @@ def serving(tokenizer, *, api_key="", can_revoke=False, max_seconds=20.0, batch_
     block_length=4,
     can_revoke=can_revoke,
     temperature=0.0,
-    max_prompt_length=10,
+    max_choices=4,
+    max_prompt_length=max_prompt_length,
     max_seconds=max_seconds,
   )
   app = make_app(engine, tokenizer, limits, model="tiny", api_key=api_key)
@@ -119,6 +125,61 @@ def test_completions_and_their_length(decode):
   assert answer.usage.completion_tokens == 2
 
 
+def test_a_conversation_goes_through_the_chat_template(tmp_path):
+  tokenizer = load_tokenizer(
+    "huggingface", standin_tokenizer.write(tmp_path, model_config={"mask_token_id": 126336}), is_chat=True
+  )
+  turns = [("system", "be brief"), ("user", "12"), ("assistant", "21"), ("user", "34")]
+  with serving(tokenizer, max_prompt_length=200) as decode:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[0]["role"] = "developer"  # OpenAI's newer name for it
+    messages[3]["content"] = [{"type": "text", "text": "3"}, {"type": "text", "text": "4"}]
+    answer = decode.client.chat.completions.create(model="tiny", messages=messages)
+  whole = "".join(
+    f"{'<|startoftext|>' if i == 0 else ''}<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
+    for i, (role, content) in enumerate(turns)
+  )
+  (job,) = decode.jobs
+  assert job.prompt == tokenizer.encode(whole + "<|start_header_id|>assistant<|end_header_id|>\n\n")
+  assert answer.usage.prompt_tokens == len(job.prompt)
+
+
+def test_stop_strings_end_an_answer_before_them(decode):
+  answer = ask(decode.client, "12345", stop=["9", "32"])
+  assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("54", "stop")
+  assert answer.usage.completion_tokens == 2
+  chunks = list(ask(decode.client, "12345", stop="21", stream=True))
+  pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+  assert "".join(pieces) == "543"
+  assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_what_may_become_a_stop_string_is_not_streamed(tokenizer):
+  limits = Limits(LENGTH, 4, False, 0.0, 4, 10, 20.0)
+  ids = np.array([*tokenizer.encode("4321"), *[tokenizer.mask_token_id] * 4])
+  for stops, shown in (([], "4321"), (["19"], "432"), (["215", "x"], "43"), (["321"], "4"), (["3", "4321"], "")):
+    reader = Reader(tokenizer, limits, read_asked({"stop": stops}, limits))
+    assert reader.decided(ids) == shown, stops
+
+
+def test_choices_temperature_and_seed(decode):
+  decode.jobs.clear()
+  answer = ask(decode.client, "12", n=3, temperature=0.75, seed=5)
+  assert [(choice.index, choice.message.content) for choice in answer.choices] == [(i, "21") for i in range(3)]
+  assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 6)
+  assert {(job.temperature, job.seed) for job in decode.jobs} == {(0.75, 5)}
+  assert len({job.prompt_id for job in decode.jobs}) == 3
+  ask(decode.client, "12")
+  assert (decode.jobs[-1].temperature, decode.jobs[-1].seed) == (0.0, None)
+  chunks = list(ask(decode.client, "12345", n=2, stream=True, stream_options={"include_usage": True}))
+  texts = {0: "", 1: ""}
+  for chunk in chunks[:-1]:
+    (choice,) = chunk.choices
+    texts[choice.index] += choice.delta.content or ""
+  assert texts == {0: "54321", 1: "54321"}
+  assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 15)
+
+
 def test_a_stream_grows_with_the_decided_prefix(decode):
   chunks = list(ask(decode.client, "12345", stream=True))
   assert chunks[0].choices[0].delta.role == "assistant"
@@ -160,15 +221,24 @@ def test_requests_that_wait_together_are_decoded_together(decode):
 @pytest.mark.parametrize(
   ("options", "param"),
   [
-    ({"n": 2}, "n"),
-    ({"temperature": 0.7}, "temperature"),
+    ({"n": 5}, "n"),
+    ({"n": 0}, "n"),
+    ({"temperature": 2.5}, "temperature"),
+    ({"temperature": -0.1}, "temperature"),
     ({"top_p": 0.5}, "top_p"),
     ({"max_tokens": LENGTH + 1}, "max_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"stop": ["x"]}, "stop"),
+    ({"stop": ["x"] * 5}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"seed": 2**64}, "seed"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"logprobs": True}, "logprobs"),
     ({"messages": []}, "messages"),
-    ({"messages": [{"role": "system", "content": "be brief"}]}, "messages"),
+    ({"messages": [{"role": "tool", "content": "1"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]}, "messages"),
+    ({"messages": [{"role": "system", "content": "2"}, {"role": "user", "content": "1"}]}, "messages"),  # no template
   ],
 )
 def test_what_is_not_supported_is_named(decode, options, param):
@@ -286,16 +356,16 @@ const wait = setInterval(() => { if (state.textContent === "Done.") { clearInter
   with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as browser:
     try:
       deadline = time.monotonic() + 60
-      while tokenizer.encode(f"321{LENGTH}") not in decode.prompts:
-        assert time.monotonic() < deadline, decode.prompts
+      while tokenizer.encode(f"321{LENGTH}") not in [job.prompt for job in decode.jobs]:
+        assert time.monotonic() < deadline, decode.jobs
         time.sleep(0.05)
     finally:
       browser.terminate()
   assert "CONSOLE" not in (tmp_path / "log").read_text()
 
 
-def test_a_seed_is_part_of_the_noise():
-  jobs = [Job([5, 6], print, seed) for seed in (None, 1, 2, 1)]
-  assert jobs[1].prompt_id == jobs[3].prompt_id
-  assert len({job.prompt_id for job in jobs}) == 3
+def test_seed_and_choice_are_part_of_the_noise():
+  jobs = [Job([5, 6], print, seed, choice=choice) for seed, choice in ((None, 0), (1, 0), (2, 0), (1, 1), (1, 0))]
+  assert jobs[1].prompt_id == jobs[4].prompt_id
+  assert len({job.prompt_id for job in jobs}) == 4
   assert [Job([1] * length, print).bucket for length in (1, 64, 65)] == [1, 1, 2]

@@ -33,7 +33,9 @@ def _amounts(run: Run, rows: Sequence[Row]) -> Iterator[str]:
     updates = len(rows) * run.config.get("train.updates_per_buffer", 1)
     yield f"{len(rows)} buffers of {rollouts:,} rollouts, {updates:,} updates"
   if spent:
-    yield "time: " + ", ".join(f"{part} {seconds:,.1f} s" for part, seconds in spent.items() if seconds >= 0.05)
+    yield "time: " + ", ".join(
+      f"{part} {seconds:,.{0 if seconds >= 10 else 1}f} s" for part, seconds in spent.items() if seconds >= 0.05
+    )
 
 
 def _first_and_last(rows: Sequence[Row]) -> Iterator[str]:

@@ -62,7 +62,10 @@ def sample(
     b, k = number.shape
     folded = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(view.row_keys, view.number - view.step + number)
     folded = folded.reshape(-1)
-    chosen = predict(denoiser, hidden.reshape(b * k, *hidden.shape[2:]), folded, view.positions, plan.temperature)
+    temperature = plan.temperature
+    if isinstance(temperature, jax.Array):
+      temperature = jnp.repeat(temperature, k)
+    chosen = predict(denoiser, hidden.reshape(b * k, *hidden.shape[2:]), folded, view.positions, temperature)
     score = chosen.confidence if remasking == "low_confidence" else uniform_noise(folded, view.positions)
     return Choice(*(array.reshape(b, k, -1) for array in (chosen.tokens, chosen.confidence, score)))
 
@@ -85,7 +88,7 @@ def sample(
 
     def draft(tokens: Int[Array, "b s"], ahead: Int[Array, ""]) -> tuple[Int[Array, "b s"], Int[Array, "b s"]]:
       number = num_done + ahead
-      if plan.temperature > 0 or remasking == "random":
+      if not plan.is_greedy or remasking == "random":
         new, _, score = (x[:, 0] for x in choose(view, _pick(seen, last)[:, None], number[:, None]))
       else:
         new, score = _pick(choice.tokens, last), _pick(choice.score, last)

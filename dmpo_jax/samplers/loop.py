@@ -44,7 +44,7 @@ class Plan:
   Args:
     completion_length, block_length: positions; blocks are decoded left to right.
     steps: model calls for the whole completion where the rule has a schedule, a multiple of the number of blocks.
-    temperature: of the tokens, at least 0; 0 is greedy.
+    temperature: of the tokens, at least 0; 0 is greedy. One number, which is compiled in, or each row's [b].
     early_exit: a row is finished once an EOS and all before it are decided; EOS fills the rest.
     on_call: called on the host after every model call with the batch's number of that call (from 0), the completions
       [b, c] and the model calls [b] that each row has made. Calls may come out of order.
@@ -56,14 +56,19 @@ class Plan:
   completion_length: int
   block_length: int
   steps: int
-  temperature: float = 0.0
+  temperature: float | Float[Array, "b"] = 0.0
   early_exit: bool = False
   on_call: Callable[[Any, Any, Any], None] | None = None
 
   def __post_init__(self) -> None:
     validate_schedule(self.completion_length, self.block_length, self.steps)
-    if not 0 <= self.temperature < math.inf:
+    if not isinstance(self.temperature, jax.Array) and not 0 <= self.temperature < math.inf:
       raise ValueError(f"sampler.temperature={self.temperature}: must be a number from 0 (greedy) up")
+
+  @property
+  def is_greedy(self) -> bool:
+    """Whether it is known that no row needs noise."""
+    return not isinstance(self.temperature, jax.Array) and self.temperature == 0
 
   @property
   def num_blocks(self) -> int:

@@ -40,7 +40,7 @@ def predict(
   hidden: Float[Array, "b s d"],
   keys: Key[Array, "b"],
   positions: Int[Array, "s"],
-  temperature: float,
+  temperature: float | Float[Array, "b"],
 ) -> Prediction:
   """Sample softmax(logits / temperature) at every position by Gumbel-max; temperature 0 takes the most likely.
 
@@ -50,11 +50,14 @@ def predict(
   Args:
     keys: the rows' keys for this call; unused at temperature 0.
     positions: of the hidden states in the completion, for their noise.
+    temperature: of all rows, or of each.
   """
+  is_of_rows = isinstance(temperature, jax.Array)
+  scale = temperature[:, None, None, None] if is_of_rows else temperature
 
   def score(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Float32[Array, "b s n w"]:
-    if temperature > 0:
-      logits = logits + temperature * gumbel_noise(keys, positions, ids, denoiser.num_parts > 1)
+    if is_of_rows or temperature > 0:
+      logits = logits + scale * gumbel_noise(keys, positions, ids, denoiser.num_parts > 1)
     return jnp.where(ids == denoiser.mask_token_id, -jnp.inf, logits)
 
   found = _read_vocabulary(denoiser, hidden, score)

@@ -1,6 +1,7 @@
 """A policy behind an address, `--mode=serve`: OpenAI's completions, decoded in batches, and a page to watch it denoise.
 
-`engine` owns the model and a bounded queue, `api` speaks HTTP, and the two meet in `engine.Job`.
+`engine` owns the model and a bounded queue, `api` speaks HTTP, and the two meet in `engine.Job`. `asked` reads what a
+request wants, `answers` writes what it gets.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from ml_collections import ConfigDict
 from dmpo_jax.build import build_model_parts, load_policy
 from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
-from dmpo_jax.serve.api import Limits, make_app
+from dmpo_jax.serve.api import make_app
+from dmpo_jax.serve.asked import Limits
 from dmpo_jax.serve.engine import Engine, make_decode
 
 API_KEY = "DMPO_JAX_API_KEY"  # environment variable; a key on a command line is everyone's to read
@@ -47,6 +49,7 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
       block_length=config.sampler.block_length,
       can_revoke=config.sampler.name == "wino",
       temperature=config.eval.temperature,
+      max_choices=own.batch_size,
       max_prompt_length=own.max_prompt_length,
       max_seconds=own.max_seconds,
     )

@@ -1,17 +1,13 @@
-"""The HTTP side of serving: OpenAI's requests -> jobs -> answers, whole or as the decided prefix grows.
-
-What would change the result and is not supported is refused by name rather than left out.
-"""
+"""The HTTP side of serving: OpenAI's requests -> jobs -> answers, whole or as the decided prefix grows."""
 
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import json
 import pathlib
-import time
-import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -23,42 +19,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from dmpo_jax.chat import Turn
+from dmpo_jax.serve.answers import Form, Reader, Text
+from dmpo_jax.serve.asked import Asked, Limits, Refused, read_asked, read_messages
 from dmpo_jax.serve.engine import Engine, Job
 from dmpo_jax.tokenizer import Tokenizer
 
 MAX_BODY = 2**20  # bytes
 PAGE = pathlib.Path(__file__).parent / "page.html"
 POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-LENGTHS = ("max_tokens", "max_completion_tokens")
-IGNORED = {"user", "metadata", "store", "stream_options"}  # say nothing of the result
-FIXED = {"n": 1, "top_p": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "echo": False}
 
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What a request may ask for."""
-
-  completion_length: int  # tokens
-  block_length: int
-  can_revoke: bool  # the sampler may take tokens of its current block back
-  temperature: float  # of the server: the sampler is compiled with it
-  max_prompt_length: int  # tokens
-  max_seconds: float  # from its arrival to its answer
-
-
-class Refused(Exception):
-  """A request that is answered with an error of OpenAI's form."""
-
-  def __init__(self, status: int, message: str, param: str | None = None):
-    super().__init__(message)
-    self.status, self.param = status, param
-
-  def response(self) -> JSONResponse:
-    return JSONResponse({"error": self.body()}, self.status, {"Retry-After": "1"} if self.status == 429 else None)
-
-  def body(self) -> dict[str, Any]:
-    kind = "invalid_request_error" if self.status < 500 else "server_error"
-    return {"message": str(self), "type": kind, "param": self.param, "code": None}
+Event = tuple[int, str, Any]  # number of the choice; state, done; what the engine delivers with it
 
 
 def make_app(
@@ -127,21 +98,21 @@ class Service:
     return await self._answer(self.tokenizer.encode(prompt), asked, is_chat=False)
 
   async def chat(self, request: Request) -> Response:
-    """`/v1/chat/completions`: one user's message by the chat template, if there is one."""
+    """`/v1/chat/completions`: a conversation goes on, by the chat template if there is one."""
     asked = await self._read(request)
-    return await self._answer(self._encode_chat(asked.pop("messages", None)), asked, is_chat=True)
+    return await self._answer(self._encode_chat(read_messages(asked.pop("messages", None))), asked, is_chat=True)
 
   async def watch(self, request: Request) -> Response:
     """What the page listens to: the pieces after each model call, null where a position is not decided."""
     asked = await self._read(request)
     if not isinstance(asked.get("prompt"), str):
       raise Refused(400, "prompt must be one string", "prompt")
-    events = self._events(self._encode_chat([{"role": "user", "content": asked["prompt"]}]), None)
+    events = self._events(self._encode_chat([("user", asked["prompt"])]), read_asked({}, self.limits))
     first = await anext(events)
 
     async def lines() -> AsyncIterator[str]:
       try:
-        async for kind, value in _with_first(first, events):
+        async for _, kind, value in _with_first(first, events):
           number, ids = value if kind == "state" else (None, value)
           yield json.dumps({"call": number, "pieces": self._pieces(ids), "text": self.tokenizer.decode(ids.tolist())})
           yield "\n"
@@ -180,83 +151,48 @@ class Service:
       raise Refused(400, "the body must be a JSON object")
     return asked
 
-  def _encode_chat(self, messages: Any) -> list[int]:
-    fits = isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], Mapping)
-    if not fits or messages[0].get("role") != "user" or not isinstance(messages[0].get("content"), str):
-      raise Refused(400, "messages must be one message of the user, its content a string", "messages")
+  def _encode_chat(self, turns: list[Turn]) -> list[int]:
     try:
-      return self.tokenizer.encode_prompt(messages[0]["content"])
+      return self.tokenizer.encode_chat(turns)
     except ValueError as error:
       raise Refused(400, str(error), "messages") from error
 
-  def _check(self, asked: dict[str, Any]) -> tuple[int, int | None, bool]:
-    """Return the most tokens of the answer, the seed, and whether to stream."""
-    own = self.limits
-    most, seed, stream = own.completion_length, asked.pop("seed", None), asked.pop("stream", None) or False
-    asked.pop("model", None)
-    for name in LENGTHS:
-      value = asked.pop(name, None)
-      if value is not None and (type(value) is not int or not 1 <= value <= own.completion_length):
-        raise Refused(400, f"{name} must be a whole number from 1 to {own.completion_length}", name)
-      most = most if value is None else value
-    if seed is not None and type(seed) is not int:
-      raise Refused(400, "seed must be a whole number", "seed")
-    if type(stream) is not bool:
-      raise Refused(400, "stream must be true or false", "stream")
-    for name, value in (FIXED | {"temperature": own.temperature}).items():
-      if asked.pop(name, None) not in (None, value):
-        raise Refused(400, f"{name} is {value} on this server: leave it out", name)
-    for name, value in asked.items():
-      if name not in IGNORED and value is not None:
-        raise Refused(400, f"{name} is not supported", name)
-    return most, seed, stream
-
-  async def _answer(self, prompt: list[int], asked: dict[str, Any], *, is_chat: bool) -> Response:
-    most, seed, stream = self._check(asked)
-    form = Form(self.model, is_chat)
-    events = self._events(prompt, seed)
-    if not stream:
-      async for kind, ids in events:
-        if kind == "done":
-          text, reason, count = self._finish(ids, most)
-          return JSONResponse(form.whole(text, reason, len(prompt), count))
+  async def _answer(self, prompt: list[int], fields: dict[str, Any], *, is_chat: bool) -> Response:
+    asked = read_asked(fields, self.limits)
+    form, reader = Form(self.model, is_chat), Reader(self.tokenizer, self.limits, asked)
+    events = self._events(prompt, asked)
+    if not asked.is_streamed:
+      texts = {number: reader.finish(value) async for number, kind, value in events if kind == "done"}
+      return JSONResponse(form.whole([texts[number] for number in sorted(texts)], len(prompt)))
     first = await anext(events)  # an error before the first byte is still an error's status
-    return StreamingResponse(self._stream(_with_first(first, events), form, most), media_type="text/event-stream")
+    stream = self._stream(_with_first(first, events), form, reader, len(prompt))
+    return StreamingResponse(stream, media_type="text/event-stream")
 
-  async def _stream(self, events: AsyncIterator[tuple[str, Any]], form: "Form", most: int) -> AsyncIterator[str]:
-    sent = ""
+  async def _stream(
+    self, events: AsyncIterator[Event], form: Form, reader: Reader, num_prompt: int
+  ) -> AsyncIterator[str]:
+    sent = [""] * reader.asked.num_choices
+    num_tokens = 0
     if form.is_chat:
-      yield form.event("", role="assistant")
+      for index in range(len(sent)):
+        yield form.event(index, "", role="assistant")
     try:
-      async for kind, value in events:
-        if kind == "state":
-          text = self._decided(value[1], most)
-        else:
-          text, reason, _ = self._finish(value, most)
-        if text.startswith(sent) and text != sent:
-          yield form.event(text[len(sent) :])
-          sent = text
-      yield form.event("", reason=reason)
+      async for index, kind, value in events:
+        end = reader.finish(value) if kind == "done" else Text(reader.decided(value[1]), "", 0)
+        if end.text.startswith(sent[index]) and end.text != sent[index]:
+          yield form.event(index, end.text[len(sent[index]) :])
+          sent[index] = end.text
+        if kind == "done":
+          num_tokens += end.num_tokens
+          yield form.event(index, "", reason=end.reason)
+      if reader.asked.with_usage:
+        yield form.last_event(num_prompt, num_tokens)
     except Refused as error:
       yield f"data: {json.dumps({'error': error.body()})}\n\n"
     yield "data: [DONE]\n\n"
 
-  def _decided(self, ids: np.ndarray, most: int) -> str:
-    """The text that nothing will change any more: before the first MASK, less a character that is not whole."""
-    is_masked = ids == self.tokenizer.mask_token_id
-    end = int(np.argmax(is_masked)) if is_masked.any() else len(ids)
-    if self.limits.can_revoke:
-      end -= end % self.limits.block_length
-    return self.tokenizer.decode(ids[: min(end, most)].tolist()).rstrip("\ufffd")
-
-  def _finish(self, ids: np.ndarray, most: int) -> tuple[str, str, int]:
-    """Return the text, why it ends, and its number of tokens."""
-    kept = ids[:most].tolist()
-    ends = [i for i, token in enumerate(kept) if token in (self.tokenizer.eos_token_id, self.tokenizer.eot_token_id)]
-    return self.tokenizer.decode(kept), "stop" if ends else "length", ends[0] if ends else len(kept)
-
-  async def _events(self, prompt: list[int], seed: int | None) -> AsyncIterator[tuple[str, Any]]:
-    """Queue a prompt and yield what becomes of it, to its end; who stops listening gives its place up."""
+  async def _events(self, prompt: list[int], asked: Asked) -> AsyncIterator[Event]:
+    """Queue a prompt's choices and yield what becomes of them; who stops listening gives the places up."""
     if not prompt or len(prompt) > self.limits.max_prompt_length:
       raise Refused(400, f"the prompt has {len(prompt)} tokens: from 1 to {self.limits.max_prompt_length} are allowed")
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
@@ -265,58 +201,28 @@ class Service:
       with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
         loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = Job(prompt, deliver, seed)
-    if not self.engine.submit(job):
-      raise Refused(429, "too many requests are waiting: try again later")
-    deadline, kind = loop.time() + self.limits.max_seconds, ""
+    jobs = [
+      Job(prompt, functools.partial(deliver, number), asked.seed, asked.temperature, number)
+      for number in range(asked.num_choices)
+    ]
+    deadline, num_done = loop.time() + self.limits.max_seconds, 0
     try:
-      while kind != "done":
-        kind, value = await asyncio.wait_for(events.get(), deadline - loop.time())
+      if not all(map(self.engine.submit, jobs)):
+        raise Refused(429, "too many requests are waiting: try again later")
+      while num_done < len(jobs):
+        number, kind, value = await asyncio.wait_for(events.get(), deadline - loop.time())
         if kind == "failed":
           raise Refused(500, f"decoding failed: {value}")
-        yield kind, value
+        num_done += kind == "done"
+        yield number, kind, value
     except TimeoutError as error:
       raise Refused(504, f"no answer within {self.limits.max_seconds:g} seconds") from error
     finally:
-      job.is_cancelled = True
+      for job in jobs:
+        job.is_cancelled = True
 
 
-async def _with_first(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _with_first(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[Event]:
   yield first
   async for event in rest:
     yield event
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """The shape of answers: of `/v1/chat/completions`, or of `/v1/completions`."""
-
-  model: str
-  is_chat: bool
-  number: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
-  created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-  def whole(self, text: str, reason: str, num_prompt: int, num_tokens: int) -> dict[str, Any]:
-    """An answer in one piece."""
-    said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-    usage = {
-      "prompt_tokens": num_prompt,
-      "completion_tokens": num_tokens,
-      "total_tokens": num_prompt + num_tokens,
-    }
-    return self._envelope(said, reason, "") | {"usage": usage}
-
-  def event(self, text: str, *, role: str = "", reason: str | None = None) -> str:
-    """A further piece of a streamed answer."""
-    delta = ({"role": role} if role else {}) | ({"content": text} if text or role else {})
-    said = {"delta": delta} if self.is_chat else {"text": text}
-    return f"data: {json.dumps(self._envelope(said, reason, '.chunk'))}\n\n"
-
-  def _envelope(self, said: dict[str, Any], reason: str | None, chunk: str) -> dict[str, Any]:
-    return {
-      "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.number}",
-      "object": f"chat.completion{chunk}" if self.is_chat else "text_completion",
-      "created": self.created,
-      "model": self.model,
-      "choices": [{"index": 0, **said, "finish_reason": reason, "logprobs": None}],
-    }

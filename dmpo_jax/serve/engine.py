@@ -17,6 +17,7 @@ from dmpo_jax import noise
 from dmpo_jax.build import ModelParts, make_sample
 from dmpo_jax.data import prompt_id
 from dmpo_jax.measure import Policies
+from dmpo_jax.progress import Progress
 from dmpo_jax.sample import BUCKET, pad
 
 Publish = Callable[[int, np.ndarray], None]  # number of the model call (from 0), completions [b, c]
@@ -34,6 +35,8 @@ class Job:
   prompt: list[int]
   deliver: Callable[[str, Any], None]
   seed: int | None = None  # None: the server's; the same prompt then gets the same completion
+  temperature: float = 0.0
+  choice: int = 0  # number of this completion among those of one request
   is_cancelled: bool = False
 
   @property
@@ -44,7 +47,7 @@ class Job:
   @property
   def prompt_id(self) -> int:
     """What the noise of its row belongs to."""
-    return prompt_id(f"{self.prompt} {self.seed}")
+    return prompt_id(f"{self.prompt} {self.seed} {self.choice}")
 
 
 class Engine:
@@ -123,7 +126,7 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
     config,
     parts,
     group_size=1,
-    temperature=config.eval.temperature,
+    temperature=0.0,  # each job brings its own
     early_exit=config.eval.early_exit,
     on_call=lambda number, completion, num_calls: current[0](int(number), np.asarray(completion)),
   )
@@ -132,14 +135,18 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
   def decode(jobs: Sequence[Job], publish: Publish) -> np.ndarray:
     numbers = np.array([job.prompt_id for job in jobs], np.uint32)
     prompts = pad([job.prompt for job in jobs], numbers, parts.tokenizer, num_rows=own.batch_size)
-    length = prompts.tokens.shape[1]
+    temperature = np.zeros(own.batch_size, np.float32)
+    temperature[: len(jobs)] = [job.temperature for job in jobs]
+    length, arguments = prompts.tokens.shape[1], (policies, prompts, key, temperature)
     with jax.set_mesh(parts.mesh):
       if length not in programs:
-        programs[length] = sample.lower(policies, prompts, key).compile()
+        programs[length] = sample.lower(*arguments).compile()
       current[0] = publish
-      rollouts = jax.device_get(programs[length](policies, prompts, key))
+      rollouts = jax.device_get(programs[length](*arguments))
       jax.effects_barrier()
     return rollouts.completion[: len(jobs), 0]
 
-  decode([Job([parts.tokenizer.eos_token_id], deliver=lambda kind, value: None)], current[0])
+  with Progress("compiling", 1) as shown:
+    decode([Job([parts.tokenizer.eos_token_id], deliver=lambda kind, value: None)], current[0])
+    shown.advance()
   return decode

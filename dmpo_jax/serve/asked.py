@@ -1,0 +1,158 @@
+"""What a request asks for, read from its body and checked: every mistake is answered by name.
+
+What would change the result and is not supported is refused rather than left out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from dmpo_jax.chat import Turn
+
+MAX_STOPS, MAX_STOP_LENGTH = 4, 256  # strings, characters of one
+MAX_TEMPERATURE = 2.0  # as at OpenAI
+LENGTHS = ("max_tokens", "max_completion_tokens")
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # theirs -> a template's
+IGNORED = {"user", "metadata", "store"}  # say nothing of the result
+FIXED = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "echo": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What a request may ask for."""
+
+  completion_length: int  # tokens
+  block_length: int
+  can_revoke: bool  # the sampler may take tokens of its current block back
+  temperature: float  # where a request names none
+  max_choices: int  # completions of one request
+  max_prompt_length: int  # tokens
+  max_seconds: float  # from its arrival to its answer
+
+
+class Refused(Exception):
+  """A request that is answered with an error of OpenAI's form."""
+
+  def __init__(self, status: int, message: str, param: str | None = None):
+    super().__init__(message)
+    self.status, self.param = status, param
+
+  def response(self) -> JSONResponse:
+    return JSONResponse({"error": self.body()}, self.status, {"Retry-After": "1"} if self.status == 429 else None)
+
+  def body(self) -> dict[str, Any]:
+    kind = "invalid_request_error" if self.status < 500 else "server_error"
+    return {"message": str(self), "type": kind, "param": self.param, "code": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """How a prompt is to be completed."""
+
+  max_tokens: int
+  temperature: float
+  seed: int | None
+  num_choices: int
+  stops: tuple[str, ...]  # the answer ends before the first of them
+  is_streamed: bool
+  with_usage: bool  # a stream ends with the tokens' numbers
+
+
+def read_asked(fields: dict[str, Any], limits: Limits) -> Asked:
+  """Check a body's fields, of which the prompt or the messages have been taken.
+
+  Raises:
+    Refused: a field is not what it may be, or is not supported.
+  """
+  fields = dict(fields)
+  fields.pop("model", None)
+  most = limits.completion_length
+  lengths = [_whole(fields.pop(name, None), name, 1, limits.completion_length) for name in LENGTHS]
+  num_choices = _whole(fields.pop("n", None), "n", 1, limits.max_choices) or 1
+  asked = Asked(
+    max_tokens=min(most if length is None else length for length in lengths),
+    temperature=_temperature(fields.pop("temperature", None), limits.temperature),
+    seed=_whole(fields.pop("seed", None), "seed", -(2**63), 2**63 - 1),
+    num_choices=num_choices,
+    stops=_stops(fields.pop("stop", None)),
+    is_streamed=_flag(fields.pop("stream", None), "stream"),
+    with_usage=_usage(fields.pop("stream_options", None)),
+  )
+  for name, value in (FIXED | {"best_of": num_choices}).items():
+    if fields.pop(name, None) not in (None, value):
+      raise Refused(400, f"{name} is {value} on this server: leave it out", name)
+  for name, value in fields.items():
+    if name not in IGNORED and value is not None:
+      raise Refused(400, f"{name} is not supported", name)
+  return asked
+
+
+def read_messages(messages: Any) -> list[Turn]:
+  """Read a conversation: roles as a chat template knows them, and texts.
+
+  Raises:
+    Refused: it is none, or it ends with the assistant's turn.
+  """
+  if not isinstance(messages, list) or not messages:
+    raise Refused(400, "messages must be a list of at least one message", "messages")
+  turns = [_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
+  if turns[-1][0] == "assistant":
+    raise Refused(400, "the last message must not be the assistant's, who is to answer", "messages")
+  return turns
+
+
+def _turn(message: Any, where: str) -> Turn:
+  if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+    raise Refused(400, f"{where} must have a role, one of {', '.join(ROLES)}", "messages")
+  extra = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
+  if extra:
+    raise Refused(400, f"{where}: {extra[0]} is not supported", "messages")
+  content = message.get("content")
+  if isinstance(content, list):  # in parts, of which there may be texts alone
+    content = "".join(map(_text_of, content)) if all(_text_of(part) is not None for part in content) else None
+  if not isinstance(content, str):
+    raise Refused(400, f"{where} must have a text as its content", "messages")
+  return ROLES[message["role"]], content
+
+
+def _text_of(part: Any) -> str | None:
+  is_text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+  return part["text"] if is_text else None
+
+
+def _whole(value: Any, name: str, low: int, high: int) -> int | None:
+  if value is not None and (type(value) is not int or not low <= value <= high):
+    raise Refused(400, f"{name} must be a whole number from {low} to {high}", name)
+  return value
+
+
+def _temperature(value: Any, otherwise: float) -> float:
+  if value is None:
+    return otherwise
+  if type(value) not in (int, float) or not (math.isfinite(value) and 0 <= value <= MAX_TEMPERATURE):
+    raise Refused(400, f"temperature must be a number from 0 (greedy) to {MAX_TEMPERATURE:g}", "temperature")
+  return float(value)
+
+
+def _flag(value: Any, name: str) -> bool:
+  if value is not None and type(value) is not bool:
+    raise Refused(400, f"{name} must be true or false", name)
+  return bool(value)
+
+
+def _usage(options: Any) -> bool:
+  if options is not None and not isinstance(options, Mapping):
+    raise Refused(400, "stream_options must be an object", "stream_options")
+  return _flag((options or {}).get("include_usage"), "stream_options")
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+  stops: Sequence[Any] = [] if value is None else [value] if isinstance(value, str) else value
+  is_list = isinstance(stops, list) and len(stops) <= MAX_STOPS
+  if not is_list or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+    allowed = f"a string or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters each"
+    raise Refused(400, f"stop must be {allowed}", "stop")
+  return tuple(stops)
