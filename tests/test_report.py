@@ -103,8 +103,11 @@ def test_what_was_evaluated_later_is_a_table(workdir, tmp_path):
   (run,) = read_runs([copy])
   assert run.grid == rows[:1]
   assert "<td>61.3%</td><td>60.0% to unknown</td>" in page.render([run])
-  (copy / "evaluation" / "result.json").write_text('{"solve_rate": 0.5}')
-  assert "Evaluated by" not in report.write([copy]).read_text()
+  assert "evaluation/result.json is of another version" in page.render([run])
+  (copy / "evaluation" / "result.json").write_text('{"solve_rate": 0.5}')  # as an earlier version had it
+  text = report.write([copy]).read_text()
+  assert "Evaluated by" not in text
+  assert "evaluation/result.json is of another version" in text
 
 
 def test_the_page_names_no_address_to_load_from(workdir, tmp_path):
@@ -186,6 +189,25 @@ def test_a_workdir_without_metrics(tmp_path):
     report.write([tmp_path / "absent"])
 
 
+def test_a_run_of_another_version_is_shown_with_what_it_has(workdir, tmp_path):
+  """Keys that are gone or new, a result without evaluations, generations without what is written today, no starts."""
+  old = tmp_path / "old"
+  shutil.copytree(workdir, old)
+  config = json.loads((old / "config.json").read_text())
+  del config["objective"]["baseline"], config["sampler"], config["model"]
+  config["objective"]["kl_beta"] = 0.25
+  (old / "config.json").write_text(json.dumps(config))
+  (old / "result.json").write_text('{"buffers": 8, "accuracy": 0.5}')
+  (old / "generations" / "000008.jsonl").write_text('{"prompt": "2 + 2", "completion": "4"}\n{"text": "5"}\n')
+  (old / "starts.jsonl").unlink()
+  text = report.write([old]).read_text()
+  assert "50.0%" in text  # the solve rate, from the rows
+  assert "unknown" in text
+  assert "<code>objective.kl_beta</code></th><td>absent</td><td>0.25</td>" in text
+  assert '<pre tabindex="0">4</pre>' in text
+  assert len(specs_of(text)) > 8
+
+
 @pytest.mark.parametrize(
   "denoising",
   [None, {}, {"pieces": ["a"], "committed_at": [0]}, {"pieces": ["a"], "committed_at": [-1], "confidence": [0.5]}],
@@ -197,7 +219,10 @@ def test_generations_that_do_not_say_when_are_no_films(workdir, tmp_path, denois
   (copy / "generations" / "000008.jsonl").write_text(json.dumps(line) + "\n")
   (run,) = read_runs([copy])
   assert page.films(run) == []
-  assert 'class="film"' not in page.render([run])
+  text = page.render([run])
+  assert 'class="film"' not in text
+  assert "not recorded, so not drawn:" in text
+  assert "Denoising</li>" in text
 
 
 def test_runs_get_names_that_tell_them_apart(workdir, tmp_path):
@@ -235,14 +260,55 @@ def test_the_summary_is_short_and_says_what_is_worth_a_look(workdir, tmp_path):
   ]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, which draws the page")
-def test_a_browser_draws_every_chart_without_a_word(workdir, other, tmp_path):
-  path = report.write([workdir, other], tmp_path / "page.html")
-  command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+def browse(path, folder):
+  """The page as Chromium has it after ten seconds of its own time, without a word on its console."""
+  command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
   command += ["--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom", f"file://{path}"]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0
   assert "CONSOLE" not in done.stderr
+  return done
+
+
+HAND = """
+const drawn = setInterval(() => {
+  if (!document.documentElement.dataset.drawn) return;
+  clearInterval(drawn);
+  const cell = document.querySelectorAll("#chart-0 .mark-path path")[1];  // what the nearest point is looked for in
+  cell.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX: 9, clientY: 9 }));
+  const slider = document.querySelector(".film input");
+  slider.value = 1;
+  slider.dispatchEvent(new Event("input"));
+  document.querySelector("details summary").click();
+}, 20);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, which draws the page")
+def test_a_hand_finds_values_under_the_pointer_and_the_slider(workdir, other, tmp_path, monkeypatch):
+  for path in page.HERE.iterdir():
+    if path.is_file():
+      (tmp_path / path.name).write_text(path.read_text() + (HAND if path.name == "page.js" else ""))
+  monkeypatch.setattr(page, "HERE", tmp_path)
+  done = browse(report.write([workdir, other], tmp_path / "out.html"), tmp_path)
+  shown = re.search(r'<div id="vg-tooltip-element".*?</div>', done.stdout, re.S)[0]
+  found = re.findall(r'class="value">(.*?)</td>', shown, re.S)
+  assert found == ["one", "held-out prompts", "4", "25.0%", "20.0%", "30.0%"]
+    "one",
+    "held-out prompts",
+    "4",
+    "25.0%",
+    "20.0%",
+    "30.0%",
+  ]
+  assert 'Call 1 of 3: committed "b" (0.900)' in done.stdout
+  assert done.stdout.count("<tr><td>one</td>") >= 3  # the first chart's values as a table
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, which draws the page")
+def test_a_browser_draws_every_chart_without_a_word(workdir, other, tmp_path):
+  path = report.write([workdir, other], tmp_path / "page.html")
+  done = browse(path, tmp_path)
   number = len(specs_of(path.read_text()))
   assert number > 8
   assert f'data-drawn="{number}"' in done.stdout

@@ -27,12 +27,21 @@
     };
   }
 
+  // Where the nearest point is looked for, Vega-Lite reads numbers from the point but names from its cell, which has none.
+  function nameNearest(vega) {
+    for (const mark of vega.marks) {
+      const update = mark.name?.endsWith("voronoi") && mark.encode?.update;
+      if (update?.tooltip) update.tooltip.signal = update.tooltip.signal.replace(/(?<!datum\.)\bdatum\[/g, "datum.datum[");
+    }
+    return vega;
+  }
+
   async function draw() {
     const config = theme();
     for (const [id, spec] of Object.entries(specs)) {
       const shape = { width: "container", height: spec.height || 210, autosize: { type: "fit-x", contains: "padding" } };
       const full = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", ...spec, ...shape };
-      await vegaEmbed(`#${id}`, full, { config, renderer: "svg", actions: false, ast: true });
+      await vegaEmbed(`#${id}`, full, { config, patch: nameNearest, renderer: "svg", actions: false, ast: true });
     }
     document.documentElement.dataset.drawn = Object.keys(specs).length;
   }

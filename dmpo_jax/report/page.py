@@ -48,6 +48,9 @@ def render(runs: Sequence[Run]) -> str:
   )
   environment.filters |= {"percent": lambda value: f"{value:.1%}" if is_number(value) else "unknown", "number": _number}
   figures, absent = draw(runs)
+  reels = {run.name: films(run) for run in runs}
+  if any(run.generations for run in runs) and not any(reels.values()):
+    absent.append("Denoising")
   script = (HERE / "page.js").read_text()
   return environment.get_template("page.html").render(
     runs=runs,
@@ -59,9 +62,9 @@ def render(runs: Sequence[Run]) -> str:
     absent=absent,
     differences=differences(runs),
     completions=[(run, buffers, rows) for run in runs for buffers, rows in [completions(run)] if rows],
-    films={run.name: films(run) for run in runs if films(run)},
+    films={name: reel for name, reel in reels.items() if reel},
     specs=_as_json({figure["id"]: figure["spec"] for figure in figures}),
-    reels=_as_json({run.name: films(run) for run in runs}),
+    reels=_as_json(reels),
     style=Markup((HERE / "page.css").read_text()),
     vega=Markup(_vega()),
     script=Markup(script),
@@ -78,7 +81,7 @@ def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
   ]
   drawn = [(title, caption, charts.draw_held_out(runs, *how)) for title, caption, how in parts]
   drawn += [(curves.title, curves.caption, charts.draw_curves(curves, runs)) for curves in charts.CURVES]
-  drawn.append(("Time by part", "`other` is compiling, saving and waiting.", charts.draw_times(runs)))
+  drawn.append(("Time by part", "Other is compiling, saving and waiting.", charts.draw_times(runs)))
   figures = [
     {"id": f"chart-{number}", "title": title, "caption": caption, "spec": spec}
     for number, (title, caption, spec) in enumerate(drawn)

@@ -138,15 +138,17 @@ def _read_rows(path: epath.Path, missing: list[str]) -> dict[str, list[Row]]:
 
 
 def _read_grid(workdir: epath.Path, missing: list[str]) -> list[Row]:
-  """Read the evaluations of --mode=eval; of another version's they were one object, which is left out."""
+  """Read the evaluations of --mode=eval; those of another version, which were one object, are named and left out."""
   path = workdir / "evaluation" / RESULT
   try:
     rows = json.loads(path.read_text()) if path.exists() else []
   except (OSError, ValueError) as error:
     missing.append(f"evaluation/{RESULT} cannot be read ({error})")
     return []
-  rows = rows if isinstance(rows, list) else []
-  return [row for row in rows if isinstance(row, dict) and is_number(row.get("solve_rate"))]
+  known = [row for row in rows if isinstance(row, dict) and is_number(row.get("solve_rate"))]
+  if not isinstance(rows, list) or len(known) < len(rows):
+    missing.append(f"evaluation/{RESULT} is of another version: what is not understood is left out")
+  return known
 
 
 def is_number(value: Any) -> bool:
