@@ -69,7 +69,7 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   assert str(workdir / "policy") in first.stdout
   assert "3 buffers of 32 rollouts, 6 updates" in first.stdout
   assert "warm start 20/20" in first.stderr
-  assert "left" in first.stderr
+  assert "loss" in first.stderr
   second = start(*command, "--quiet")
   assert second.returncode == 0
   assert "has finished its 3 buffers: nothing left to do" in second.stdout

@@ -294,13 +294,6 @@ def test_a_hand_finds_values_under_the_pointer_and_the_slider(workdir, other, tm
   shown = re.search(r'<div id="vg-tooltip-element".*?</div>', done.stdout, re.S)[0]
   found = re.findall(r'class="value">(.*?)</td>', shown, re.S)
   assert found == ["one", "held-out prompts", "4", "25.0%", "20.0%", "30.0%"]
-    "one",
-    "held-out prompts",
-    "4",
-    "25.0%",
-    "20.0%",
-    "30.0%",
-  ]
   assert 'Call 1 of 3: committed "b" (0.900)' in done.stdout
   assert done.stdout.count("<tr><td>one</td>") >= 3  # the first chart's values as a table
 

@@ -132,3 +132,16 @@ def test_a_bad_plan_is_refused(change, words):
     samplers.Plan(**(dict(completion_length=8, block_length=4, steps=4, temperature=0.0) | change))
   for word in words:
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llada", "freedave"])
+def test_a_row_with_its_own_temperature_is_what_it_is_where_all_have_it(name):
+  temperatures = np.array([0.0, 1.25] * 8, np.float32)
+  mixed = run(name, contextual(c=4), keys(16), completion_length=4, temperature=jnp.asarray(temperatures))
+  for temperature in (0.0, 1.25):
+    alike = run(name, contextual(c=4), keys(16), completion_length=4, temperature=temperature)
+    rows = temperatures == temperature
+    np.testing.assert_array_equal(mixed.completion[rows], alike.completion[rows])
+    np.testing.assert_allclose(mixed.confidence[rows], alike.confidence[rows], rtol=1e-6)
+  assert (mixed.completion[temperatures == 0] == mixed.completion[0]).all()
+  assert len(np.unique(mixed.completion, axis=0)) > 2
