@@ -187,7 +187,7 @@ def get_config() -> ConfigDict:
   e.samplers = ()
   e.early_exit = True  # a completion is finished with its first EOS
 
-  c.serve = v = ConfigDict()  # --mode=serve, which decodes as evaluation does
+  c.serve = v = ConfigDict()  # --mode=serve, which decodes as evaluation does, but for a request's own temperature
   v.host = "127.0.0.1"  # this machine alone; any other needs DMPO_JAX_API_KEY in the environment
   v.port = 8000  # 0: one that is free
   v.batch_size = 8  # requests decoded at one time

@@ -33,7 +33,7 @@ _open: list["Progress"] = []  # the newest last: parts belong to it
 
 
 class Progress:
-  """The progress of one piece of work; nothing on processes other than 0.
+  """The progress of one piece of work; nothing on processes other than 0. Inside another one's it is a part of that.
 
   Args:
     work: what is done, such as `warm_start`.
@@ -60,6 +60,7 @@ class Progress:
     self._printed_at: float | None = None
     self._figures, self._part, self._compiling = "", "", ""
     self._bar: _Bar | None = None
+    self._around: Progress | None = None
 
   def advance(self, by: int = 1, **scalars: float) -> None:
     """Count finished steps; `scalars` are their figures, of which some are shown."""
@@ -77,7 +78,9 @@ class Progress:
   def compiling(self, name: str) -> None:
     """Say that a program is being compiled; "": no longer."""
     self._compiling = name
-    if self._bar is not None:
+    if self._around is not None:
+      self._around.compiling(name)
+    elif self._bar is not None:
       self._redraw()
     elif name:
       timer = threading.Timer(PLAIN_SECONDS, self._print_compiling, [name])
@@ -89,6 +92,9 @@ class Progress:
       self._show()
 
   def _show(self, is_step: bool = False) -> None:
+    if self._around is not None:
+      self._around.part("  ".join([f"{self._work} {self._count()}", *self._said()]))
+      return
     if self._bar is not None:
       self._redraw()
       return
@@ -127,7 +133,9 @@ class Progress:
 
   def __enter__(self) -> "Progress":
     _listen_to_the_compiler()
-    if self._console.is_terminal and not self._is_quiet and not self._console.quiet and not _open:
+    self._around = _open[-1] if _open else None
+    is_drawn = self._console.is_terminal and not self._console.quiet and not self._is_quiet
+    if is_drawn and self._around is None:
       self._bar = _Bar(console=self._console)
       self._task = self._bar.add_task(self._work, total=self._total, completed=self._done, count=self._count(), time="")
       self._bar.start()

@@ -102,6 +102,22 @@ def test_parts_are_said_where_something_is_due(clock):
   ]
 
 
+def test_work_inside_other_work_is_a_part_of_it(clock):
+  output = io.StringIO()
+  console = Console(file=output, width=100)
+  with Progress("study", 2, unit="runs", console=console, is_quiet=False) as whole:
+    with Progress("train", 3, is_quiet=False) as inner:
+      for step in range(3):
+        clock[0] += 6
+        inner.part("sampling", 1, 2)
+        inner.advance(loss=step / 4)
+    whole.advance(2)
+  assert output.getvalue().splitlines() == [
+    "study 0/2 runs  train 1/3  loss 0.000  sampling 1/2",
+    "study 2/2 runs  in 0:18",
+  ]
+
+
 def test_bytes_have_a_speed(clock):
   output = io.StringIO()
   with Progress("converting", 4_000_000_000, unit="bytes", console=Console(file=output), is_quiet=False) as bar:
