@@ -6,7 +6,6 @@ Prompts of neighbouring lengths share one compiled program. Settings are those o
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import operator
 import sys
@@ -18,9 +17,6 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from dmpo_jax import noise
 from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_sample
@@ -30,9 +26,9 @@ from dmpo_jax.measure import Policies
 from dmpo_jax.progress import Progress
 from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
+from dmpo_jax.watch import Watcher
 
 BUCKET = 64  # prompts are padded to multiples of so many tokens
-MASKED = "\N{LIGHT SHADE}"  # how a position that is still to be decided is shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +95,14 @@ def decode(
     yield from zip(batch, describe(rollouts, parts.tokenizer, seconds), strict=True)
 
 
-def _run(program: Callable[[], Rollouts], watcher: "Watcher | None", num_rows: int) -> tuple[Rollouts, float]:
+def _run(program: Callable[[], Rollouts], watcher: Watcher | None, num_rows: int) -> tuple[Rollouts, float]:
   """Run a compiled program, watched or not, and time it."""
   start = time.perf_counter()
   with watcher.watching(num_rows) if watcher else contextlib.nullcontext():
     rollouts = jax.device_get(program())
     jax.effects_barrier()
-  return rollouts, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+  return rollouts, seconds
 
 
 def encode(requests: Sequence[Request], tokenizer: Tokenizer, *, num_rows: int) -> Prompts:
@@ -142,44 +139,6 @@ def describe(rollouts: Rollouts, tokenizer: Tokenizer, seconds: float) -> list[d
     }
     for row, ids in enumerate(rollouts.completion)
   ]
-
-
-class Watcher:
-  """Shows completions on the terminal while they are decoded: called after every model call (`samplers.Plan`)."""
-
-  def __init__(self, tokenizer: Tokenizer, console: Console | None = None):
-    self._tokenizer = tokenizer
-    self._console = console or Console(stderr=True)  # the completions themselves go to standard output
-
-  def watching(self, num_rows: int) -> Live:
-    """Begin a batch, of which the first rows that fit are shown; a context that ends with it."""
-    self._num_rows = min(num_rows, max(self._console.height // 8, 1))
-    self._newest = -1
-    self._live = Live(console=self._console, auto_refresh=False, transient=True)
-    return self._live
-
-  def __call__(self, number: Any, completion: Any, num_calls: Any) -> None:
-    """Draw the rows after model call `number`, unless a newer one has been drawn."""
-    if int(number) <= self._newest:
-      return
-    self._newest = int(number)
-    text = Text()
-    for ids, calls in zip(np.asarray(completion)[: self._num_rows], np.asarray(num_calls), strict=False):
-      text.append(f"{calls} calls ", style="dim")
-      text.append_text(self.picture(ids)).append("\n")
-    self._live.update(text, refresh=True)
-
-  def picture(self, ids: np.ndarray) -> Text:
-    """Draw one row: runs of decided tokens as their text, every MASK as a shade."""
-    text = Text()
-    is_masked = ids == self._tokenizer.mask_token_id
-    edges = [0, *(np.flatnonzero(np.diff(is_masked)) + 1), len(ids)]
-    for start, end in itertools.pairwise(edges):
-      if is_masked[start]:
-        text.append(MASKED * (end - start), style="dim")
-      else:
-        text.append(self._tokenizer.decode(ids[start:end].tolist()))
-    return text
 
 
 def read_requests(prompt: str | None, path: str | None) -> list[Request]:

@@ -1,6 +1,7 @@
 """Completions of a person's own prompts: how prompts are read, decoded, described and watched."""
 
 import io
+import re
 
 import jax
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 import tiny
 from absl import flags
 from absl.testing import flagsaver
-from rich.console import Console
+from rich.console import Console, Group
 
-from dmpo_jax import build, main, sample
+from dmpo_jax import build, main, sample, watch
 from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
 from dmpo_jax.sample import Request
@@ -75,7 +76,8 @@ def decoded():
     policies = Policies(build.initial_params(config, parts), {})
     together = list(sample.decode(config, parts, policies, requests))
     console = Console(file=shown, force_terminal=True, width=100, height=40)
-    patch.setattr(sample, "Console", lambda **own: console)
+    patch.setattr(watch, "Console", lambda **own: console)
+    patch.setattr(watch, "SECONDS_A_CALL", 0.0)
     config.eval.batch_size = 1
     apart = list(sample.decode(config, parts, policies, requests, watch=True))
   return parts.tokenizer, requests, together, apart, shown.getvalue()
@@ -96,18 +98,45 @@ def test_completions_do_not_depend_on_their_batch_or_bucket(decoded):
 
 
 def test_watching_shows_the_denoising(decoded):
-  *_, apart, shown = decoded
-  assert sample.MASKED in shown
-  assert "1 calls" in shown
+  tokenizer, *_, apart, shown = decoded
+  assert watch.MASKED in shown
+  assert "call 1: " in shown
+  plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
   for _, found in apart:
-    assert found["text"] in shown
-    assert f"{found['calls']} calls" in shown
+    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    pieces = [watch.ENDED if token in ends else tokenizer.piece(token) for token in found["ids"]]
+    assert "".join(pieces) in plain
+    assert f"call {found['calls']}: " in plain
 
 
-def test_a_picture_has_a_place_for_every_mask(decoded):
+def test_a_frame_names_the_new_tokens_with_their_confidence(decoded):
   tokenizer = decoded[0]
-  ids = np.array([*tokenizer.encode("12"), tokenizer.mask_token_id, tokenizer.mask_token_id, *tokenizer.encode("3")])
-  assert sample.Watcher(tokenizer).picture(ids).plain == "12" + 2 * sample.MASKED + "3"
+  mask, (one, two, three) = tokenizer.mask_token_id, tokenizer.encode("123")
+  watcher = watch.Watcher(tokenizer, Console(file=io.StringIO(), width=100))
+
+  def draw(ids, num_calls, confidence):
+    frame = watch.Frame(np.array([ids]), np.array([num_calls]), np.array([confidence]))
+    return watcher.draw(frame).renderables
+
+  row, said = draw([one, mask, mask, three], 1, [0.5, 0, 0, 0.25])
+  assert row.plain == "1" + 2 * watch.MASKED + "3"
+  assert said.plain == "call 1: '1' 0.50, '3' 0.25"
+  row, said = draw([one, two, tokenizer.eos_token_id, three], 2, [0.5, 1.0, 0.75, 0.25])
+  assert row.plain == f"12{watch.ENDED}3"
+  assert said.plain == f"call 2: '2' 1.00, '{watch.ENDED}' 0.75"
+  assert [span.style.reverse for span in row.spans] == [False, True, True, False]
+  assert row.spans[0].style.color != row.spans[1].style.color
+
+
+def test_calls_that_come_late_are_not_shown(decoded):
+  tokenizer = decoded[0]
+  watcher = watch.Watcher(tokenizer, Console(file=io.StringIO(), width=100))
+  drawn = []
+  watcher.draw = lambda frame: drawn.append(int(frame.completion[0, 0])) or Group()
+  with watcher.watching(1):
+    for number in (0, 2, 1, 3):
+      watcher(number, np.array([[number]]), np.array([number]), np.array([[1.0]]))
+  assert drawn == [0, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_every_state_and_the_number_of_calls_are_the_official_ones(name):
   case, recorded = CASES[name], RECORDED[f"{name}_states"]
   rollouts, states = sample(case, RECORDED[f"{name}_prompt"])
   assert len(states) == case["num_calls"]
-  for (completion, _), expected in zip(states, recorded[1:], strict=True):
+  for (completion, *_), expected in zip(states, recorded[1:], strict=True):
     np.testing.assert_array_equal(completion, expected)
   np.testing.assert_array_equal(rollouts.completion, recorded[-1])
   assert ((rollouts.confidence > 0) & (rollouts.confidence <= 1)).all()
@@ -76,5 +76,5 @@ def test_with_revocation_too_though_its_rows_were_recorded_one_by_one(name):
   np.testing.assert_array_equal(rollouts.completion, RECORDED[f"{name}_final"])
   np.testing.assert_array_equal(rollouts.num_calls, case["num_calls"])
   for row in range(len(rollouts.completion)):
-    own = {int(calls[row]): completion[row] for completion, calls in states}
+    own = {int(calls[row]): completion[row] for completion, calls, _ in states}
     np.testing.assert_array_equal([own[call] for call in sorted(own)], RECORDED[f"{name}_row{row}"][1:])

@@ -47,7 +47,8 @@ class Plan:
     temperature: of the tokens, at least 0; 0 is greedy. One number, which is compiled in, or each row's [b].
     early_exit: a row is finished once an EOS and all before it are decided; EOS fills the rest.
     on_call: called on the host after every model call with the batch's number of that call (from 0), the completions
-      [b, c] and the model calls [b] that each row has made. Calls may come out of order.
+      [b, c], the model calls [b] that each row has made and the tokens' probabilities [b, c]. Calls may come out of
+      order.
 
   Raises:
     ValueError: the first argument that is wrong, with the configuration's name for it and what would do.
@@ -58,7 +59,7 @@ class Plan:
   steps: int
   temperature: float | Float[Array, "b"] = 0.0
   early_exit: bool = False
-  on_call: Callable[[Any, Any, Any], None] | None = None
+  on_call: Callable[[Any, Any, Any, Any], None] | None = None
 
   def __post_init__(self) -> None:
     validate_schedule(self.completion_length, self.block_length, self.steps)
@@ -175,7 +176,8 @@ def decode(
     if plan.early_exit and not can_revoke:
       carry = end_rows(carry, view, denoiser, most_calls, plan)
     if plan.on_call is not None:
-      jax.debug.callback(plan.on_call, carry.batch_calls - 1, carry.completion, carry.num_calls)
+      shown = carry.completion, carry.num_calls, carry.confidence
+      jax.debug.callback(plan.on_call, carry.batch_calls - 1, *shown)
     return carry
 
   def decode_block(carry: Carry, start: Int[Array, ""]) -> Carry:

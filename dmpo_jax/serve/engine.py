@@ -128,7 +128,7 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
     group_size=1,
     temperature=0.0,  # each job brings its own
     early_exit=config.eval.early_exit,
-    on_call=lambda number, completion, num_calls: current[0](int(number), np.asarray(completion)),
+    on_call=lambda number, completion, *_: current[0](int(number), np.asarray(completion)),
   )
   key = noise.step_key(config.seed, "sample", 0)
 
