@@ -17,13 +17,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.table import Table
 
 from dmpo_jax import files, grading, noise, progress
 from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts, make_sample
 from dmpo_jax.checkpoints import load_params
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.measure import Policies
+from dmpo_jax.report import tables
 from dmpo_jax.sharding import HostShare, gather_texts
 from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
               files.write_whole(folder / RESULT, json.dumps(rows, indent=2) + "\n")
           shown.advance()
   if jax.process_index() == 0:
-    Console().print(grid_table(rows))
+    Console().print(tables.evaluations(rows))
     print(f"generations  {folder}")
 
 
@@ -329,52 +329,6 @@ def best_buffer(evaluations: Mapping[str, Mapping[str, float]]) -> str:
   return max(trained, key=lambda buffer: (trained[buffer]["solve_rate"], trained[buffer]["reward_mean"], -int(buffer)))
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
-  """Lay out the figures of evaluations by name."""
-  num_prompts = int(next(iter(rows.values()))["num_prompts"])
-  layout = Table(title=f"{num_prompts} held-out prompts")
-  for column in ("", "solved", "95 % interval", "reward"):
-    layout.add_column(column, justify="right" if column else "left")
-  for name, row in rows.items():
-    low, high = row["solve_rate_low"], row["solve_rate_high"]
-    layout.add_row(name, f"{row['solve_rate']:.1%}", f"{low:.1%} to {high:.1%}", f"{row['reward_mean']:.3f}")
-  return layout
-
-
-def grid_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-  """Lay out the evaluations of a workdir; a sampler that training did not use has a star.
-
-  What is the same in all rows is said once, below, so that the table fits a narrow terminal.
-  """
-  k = max((int(name.rpartition("_")[2]) for row in rows for name in row if name.startswith("pass_at_")), default=0)
-  columns: dict[str, list[str]] = {
-    "policy": [f"{row['policy']} ({row['buffers']})" for row in rows],
-    "task": [epath.Path(row["task"]).name for row in rows],
-    "tokens": [str(row["completion_length"]) for row in rows],
-    "sampler": [f"{row['sampler']}/{row['steps']}" + "*" * (not row["is_as_in_training"]) for row in rows],
-    "prompts": [str(row["num_prompts"]) for row in rows],
-    "solved": [f"{row['solve_rate']:.1%}" for row in rows],
-    "95 % interval": [f"{row['solve_rate_low']:.1%} to {row['solve_rate_high']:.1%}" for row in rows],
-    f"pass@{k}": [f"{row[f'pass_at_{k}']:.1%}" if f"pass_at_{k}" in row else "" for row in rows],
-    "form": [f"{row['format_rate']:.1%}" for row in rows],
-    "EOS": [f"{row['eos_rate']:.1%}" for row in rows],
-    "effective": [f"{row['effective_tokens']:.0f}" for row in rows],
-    "calls": [f"{row['model_calls']:.0f}" for row in rows],
-    "tokens/s": [f"{row['tokens_per_second']:,.0f}" for row in rows],
-  }
-  always = ("policy", "sampler", "solved", "95 % interval")
-  shared = {name: values[0] for name, values in columns.items() if name not in always and len(set(values)) == 1}
-  said = ", ".join(f"{name} {value}" for name, value in shared.items() if value)
-  layout = Table(title="held-out prompts; * another setting than in training", caption=said and f"everywhere: {said}")
-  kept = {name: values for name, values in columns.items() if name not in shared}
-  for name in kept:
-    is_text = name in ("policy", "task", "sampler")
-    layout.add_column(name, justify="left" if is_text else "right", overflow="fold")
-  for row in zip(*kept.values(), strict=True):
-    layout.add_row(*row)
-  return layout
-
-
 def _load(policies: Mapping[str, epath.Path], parts: Parts) -> dict[str, Any]:
   collection = "lora" if parts.model.config.lora else "params"
   abstract = abstract_collection(parts.model, parts.mesh, collection)
@@ -393,7 +347,17 @@ def _file_name(about: Mapping[str, Any]) -> str:
 
 
 def _read_rows(path: epath.Path) -> list[dict[str, Any]]:
-  return json.loads(path.read_text()) if path.exists() else []
+  """Read what earlier starts have evaluated; a file of another version is set aside."""
+  if not path.exists():
+    return []
+  rows = json.loads(path.read_text())
+  if isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= tables.NEEDED for row in rows):
+    return rows
+  if jax.process_index() == 0:
+    aside = path.with_name(f"{path.stem}.old{path.suffix}")
+    path.rename(aside)
+    print(f"{path} is of another version: set aside as {aside.name}")
+  return []
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:

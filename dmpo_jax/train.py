@@ -20,10 +20,10 @@ from dmpo_jax.build import Parts
 from dmpo_jax.checkpoints import Checkpoints, Preempted, check_preemption, save_params
 from dmpo_jax.config import ConfigError
 from dmpo_jax.config import save as save_config
-from dmpo_jax.evaluate import best_buffer, table
+from dmpo_jax.evaluate import best_buffer
 from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
-from dmpo_jax.report import summarize
+from dmpo_jax.report import summarize, tables
 from dmpo_jax.report import write as write_report
 from dmpo_jax.structs import TrainState
 from dmpo_jax.workdir import announce_start
@@ -188,7 +188,7 @@ def report(result: dict[str, Any], workdir: epath.Path, page: str) -> None:
   rows = {"base": result["base"], f"after {result['objective']}": result["last"]}
   if result["best"]["buffers"] != result["buffers"]:
     rows[f"best, after {result['best']['buffers']} buffers"] = result["best"]
-  console.print(table(rows))
+  console.print(tables.outcome(rows))
   for line in summarize(workdir):
     console.print(line, highlight=False)
   for what, path in (

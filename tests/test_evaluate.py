@@ -169,3 +169,13 @@ def test_the_grid_keeps_the_steps_a_token():
   ]  # fmt: skip
   flags = [evaluate.describe(setting, config)["is_as_in_training"] for setting in settings]
   assert flags == [True, False, False, False]
+
+
+@pytest.mark.parametrize("text", ['{"solve_rate": 0.5}', '[{"policy": "last", "solve_rate": 0.5}]'])
+def test_evaluations_of_another_version_are_set_aside(tmp_path, capsys, text):
+  path = epath.Path(tmp_path / "result.json")
+  path.write_text(text)
+  assert evaluate._read_rows(path) == []
+  assert (tmp_path / "result.old.json").read_text() == text
+  assert "is of another version: set aside as result.old.json" in capsys.readouterr().out
+  assert evaluate._read_rows(path) == []

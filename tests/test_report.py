@@ -1,5 +1,6 @@
 """The report: what a workdir holds is shown, what it lacks is said, and hostile text stays text."""
 
+import io
 import json
 import re
 import shutil
@@ -7,9 +8,10 @@ import subprocess
 
 import pytest
 from etils import epath
+from rich.console import Console
 
 from dmpo_jax import report, train
-from dmpo_jax.report import charts, page
+from dmpo_jax.report import charts, page, tables
 from dmpo_jax.report.runs import read_runs
 
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -206,6 +208,27 @@ def test_a_run_of_another_version_is_shown_with_what_it_has(workdir, tmp_path):
   assert "<code>objective.kl_beta</code></th><td>absent</td><td>0.25</td>" in text
   assert '<pre tabindex="0">4</pre>' in text
   assert len(specs_of(text)) > 8
+
+
+def test_the_table_of_evaluations_fits_a_narrow_terminal():
+  row = dict.fromkeys(tables.NEEDED, 0.5) | {"policy": "last", "buffers": 20, "task": "sudoku", "sampler": "llada"}
+  row |= {
+    "completion_length": 16,
+    "steps": 16,
+    "num_prompts": 256,
+    "is_as_in_training": True,
+    "tokens_per_second": 1500.0,
+  }
+  rows = [row, row | {"sampler": "wino", "is_as_in_training": False, "solve_rate": 0.9375, "model_calls": 2.0}]
+  console = Console(width=80, file=io.StringIO())
+  console.print(tables.evaluations(rows))
+  text = console.file.getvalue()
+  assert "wino/16*" in text
+  assert "93.8%" in text
+  assert "last (20)" in text
+  assert "\u2026" not in text  # nothing is cut
+  said = " ".join(text.split())
+  assert "everywhere: task sudoku, tokens 16, prompts 256, form 50.0%" in said
 
 
 @pytest.mark.parametrize(

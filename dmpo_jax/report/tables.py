@@ -1,0 +1,59 @@
+"""Figures of evaluations as tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from rich.table import Table
+
+NEEDED = {  # what a row of `evaluations` must have
+  *("policy", "buffers", "task", "completion_length", "sampler", "steps", "is_as_in_training", "num_prompts"),
+  *("solve_rate", "solve_rate_low", "solve_rate_high", "format_rate", "eos_rate", "effective_tokens"),
+  *("model_calls", "tokens_per_second"),
+}
+
+
+def outcome(rows: Mapping[str, Mapping[str, float]]) -> Table:
+  """Lay out the figures of evaluations by name."""
+  num_prompts = int(next(iter(rows.values()))["num_prompts"])
+  layout = Table(title=f"{num_prompts} held-out prompts")
+  for column in ("", "solved", "95 % interval", "reward"):
+    layout.add_column(column, justify="right" if column else "left")
+  for name, row in rows.items():
+    low, high = row["solve_rate_low"], row["solve_rate_high"]
+    layout.add_row(name, f"{row['solve_rate']:.1%}", f"{low:.1%} to {high:.1%}", f"{row['reward_mean']:.3f}")
+  return layout
+
+
+def evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
+  """Lay out the evaluations of a workdir; a sampler that training did not use has a star.
+
+  What is the same in all rows is said once, below, so that the table fits a narrow terminal.
+  """
+  k = max((int(name.rpartition("_")[2]) for row in rows for name in row if name.startswith("pass_at_")), default=0)
+  columns: dict[str, list[str]] = {
+    "policy": [f"{row['policy']} ({row['buffers']})" for row in rows],
+    "task": [epath.Path(row["task"]).name for row in rows],
+    "tokens": [str(row["completion_length"]) for row in rows],
+    "sampler": [f"{row['sampler']}/{row['steps']}" + "*" * (not row["is_as_in_training"]) for row in rows],
+    "prompts": [str(row["num_prompts"]) for row in rows],
+    "solved": [f"{row['solve_rate']:.1%}" for row in rows],
+    "95 % interval": [f"{row['solve_rate_low']:.1%} to {row['solve_rate_high']:.1%}" for row in rows],
+    f"pass@{k}": [f"{row[f'pass_at_{k}']:.1%}" if f"pass_at_{k}" in row else "" for row in rows],
+    "form": [f"{row['format_rate']:.1%}" for row in rows],
+    "EOS": [f"{row['eos_rate']:.1%}" for row in rows],
+    "effective": [f"{row['effective_tokens']:.0f}" for row in rows],
+    "calls": [f"{row['model_calls']:.0f}" for row in rows],
+    "tokens/s": [f"{row['tokens_per_second']:,.0f}" for row in rows],
+  }
+  always = ("policy", "sampler", "solved", "95 % interval")
+  shared = {name: values[0] for name, values in columns.items() if name not in always and len(set(values)) == 1}
+  said = ", ".join(f"{name} {value}" for name, value in shared.items() if value)
+  layout = Table(title="held-out prompts; * another setting than in training", caption=said and f"everywhere: {said}")
+  kept = {name: values for name, values in columns.items() if name not in shared}
+  for name in kept:
+    is_text = name in ("policy", "task", "sampler")
+    layout.add_column(name, justify="left" if is_text else "right", overflow="fold")
+  for row in zip(*kept.values(), strict=True):
+    layout.add_row(*row)
+  return layout
