@@ -128,8 +128,11 @@ class Progress:
       return ""
     (first, before), (last, now) = self._finished[0], self._finished[-1]
     pace = (last - first) / max(now - before, 1)
-    speed = f"{1e-6 / pace:,.0f} MB/s, " if self._unit == "bytes" and pace else ""
-    return f"{speed}{_clock(pace * (self._total - self._done))} left"
+    left = f"{_clock(pace * (self._total - self._done))} left"
+    if self._unit != "bytes" or not pace:
+      return left
+    speed = 1e-6 / pace  # of bytes: megabytes a second
+    return f"{speed:,.{0 if speed >= 10 else 1}f} MB/s, {left}"
 
   def __enter__(self) -> "Progress":
     _listen_to_the_compiler()
