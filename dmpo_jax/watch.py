@@ -8,10 +8,12 @@ is shown for a moment at least.
 import colorsys
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from rich.console import Console, Group
 from rich.live import Live
 from rich.style import Style
@@ -93,30 +95,54 @@ class Watcher:
     self._since = np.where(is_new, frame.num_calls[:, None] - 1, self._since)
     self._last = frame.completion
     rows = zip(frame.completion, self._since, is_new, frame.confidence, frame.num_calls, strict=True)
-    return Group(*(text for row in rows for text in self._draw_row(*row)))
+    return Group(*(draw_row([self._piece(token) for token in ids], *rest) for ids, *rest in rows))
 
-  def _draw_row(
-    self, ids: np.ndarray, since: np.ndarray, is_new: np.ndarray, confidence: np.ndarray, num_calls: np.integer
-  ) -> tuple[Text, Text]:
-    named = [f"{self._piece(ids[i])!r} {confidence[i]:.2f}" for i in np.flatnonzero(is_new)]
-    if len(named) > NUM_NAMED:
-      named[NUM_NAMED:] = [f"{len(named) - NUM_NAMED} more"]
-    said = Text(
-      f"call {num_calls}: {', '.join(named) or 'nothing new'}", style="dim", no_wrap=True, overflow="ellipsis"
-    )
-    return self.picture(ids, since, is_new), said
-
-  def picture(self, ids: np.ndarray, since: np.ndarray, is_new: np.ndarray) -> Text:
-    """Draw one row [c]: its tokens in the colours of the calls `since` which they stand there, and its masks."""
-    text = Text()
-    for token, call, stands_out in zip(ids, since, is_new, strict=True):
-      if token == self._tokenizer.mask_token_id:
-        text.append(MASKED, style="dim")
-      else:
-        hue = (265 - 215 * min(call / max(len(ids) - 1, 1), 1.0)) / 360
-        red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.65, 0.65))
-        text.append(self._piece(token), Style(color=f"rgb({red},{green},{blue})", reverse=bool(stands_out)))
-    return text
-
-  def _piece(self, token: Any) -> str:
+  def _piece(self, token: Any) -> str | None:
+    if token == self._tokenizer.mask_token_id:
+      return None
     return ENDED if int(token) in self._ends else self._tokenizer.piece(int(token))
+
+
+def play(
+  pieces: Sequence[str], committed_at: Sequence[int], confidence: Sequence[float], console: Console, seconds: float
+) -> None:
+  """Show a finished completion as it was decided, a model call in so many seconds.
+
+  Args:
+    pieces: its tokens. committed_at: the calls that decided them. confidence: their probabilities.
+  """
+  since, sure = np.array(committed_at), np.array(confidence)
+  with Live(console=console, auto_refresh=False) as live:
+    for call in range(since.max() + 1):
+      shown = [piece if at <= call else None for piece, at in zip(pieces, since, strict=True)]
+      live.update(draw_row(shown, since, since == call, sure, call + 1), refresh=True)
+      if console.is_terminal:
+        time.sleep(seconds)
+
+
+def draw_row(
+  pieces: Sequence[str | None],
+  since: Int[np.ndarray, "c"],
+  is_new: Bool[np.ndarray, "c"],
+  confidence: Float[np.ndarray, "c"],
+  call: int | np.integer,
+) -> Group:
+  """Draw a completion in the colours of the calls `since` which its tokens stand there, and name the new ones below.
+
+  Args:
+    pieces: its tokens; None where a position is still to be decided.
+    call: number of the newest call, from 1.
+  """
+  text = Text()
+  for piece, at, stands_out in zip(pieces, since, is_new, strict=True):
+    if piece is None:
+      text.append(MASKED, style="dim")
+    else:
+      hue = (265 - 215 * min(at / max(len(pieces) - 1, 1), 1.0)) / 360
+      red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.65, 0.65))
+      text.append(piece, Style(color=f"rgb({red},{green},{blue})", reverse=bool(stands_out)))
+  named = [f"{pieces[i]!r} {confidence[i]:.2f}" for i in np.flatnonzero(is_new)]
+  if len(named) > NUM_NAMED:
+    named[NUM_NAMED:] = [f"{len(named) - NUM_NAMED} more"]
+  said = f"call {call}: {', '.join(named) or 'nothing new'}"
+  return Group(text, Text(said, style="dim", no_wrap=True, overflow="ellipsis"))

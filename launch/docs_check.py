@@ -23,7 +23,7 @@ from launch.benchmark import SECTIONS
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 PLACEHOLDERS = re.compile(r"gs://|[A-Z]{3,}|\*|hf=|runs/[ab]\b")  # what is not run
-RUN = ("dmpo_jax.main", "launch.report", "launch.export_hf", "launch.picture")
+RUN = ("dmpo_jax.main", "launch.report", "launch.export_hf", "launch.picture", "launch.replay")
 PATH = re.compile(r"`((?:dmpo_jax|configs|launch|tests|docs)/[\w/.-]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 

@@ -116,7 +116,8 @@ def test_a_frame_names_the_new_tokens_with_their_confidence(decoded):
 
   def draw(ids, num_calls, confidence):
     frame = watch.Frame(np.array([ids]), np.array([num_calls]), np.array([confidence]))
-    return watcher.draw(frame).renderables
+    (group,) = watcher.draw(frame).renderables
+    return group.renderables
 
   row, said = draw([one, mask, mask, three], 1, [0.5, 0, 0, 0.25])
   assert row.plain == "1" + 2 * watch.MASKED + "3"

@@ -182,18 +182,20 @@ def completions(run: Run) -> tuple[list[int], list[tuple[str, list[Row | None]]]
 
 
 def films(run: Run) -> list[dict[str, Any]]:
-  """The generations of the last evaluation that say when each token was committed, and how surely."""
+  """The generations that say when each token was committed, and how surely; those of the last evaluation first."""
   found = []
-  for buffer in [*run.generations][-1:]:
-    for line in run.generations[buffer]:
+  for buffer, lines in reversed(run.generations.items()):
+    for line in lines:
       film = line.get("denoising")
-      if isinstance(film, Mapping) and _is_film(film):
-        about = {"prompt": str(line.get("prompt", "")), "reward": line.get("reward"), "buffer": buffer}
+      if isinstance(film, Mapping) and is_film(film):
+        when = "base" if buffer == 0 else f"after {buffer} buffers"
+        about = {"prompt": str(line.get("prompt", "")), "reward": line.get("reward"), "when": when}
         found.append(about | {name: list(film[name]) for name in ("pieces", "committed_at", "confidence")})
   return found
 
 
-def _is_film(film: Mapping[str, Any]) -> bool:
+def is_film(film: Mapping[str, Any]) -> bool:
+  """Whether what a generation says of its denoising can be shown."""
   pieces, calls, confidence = (film.get(name) for name in ("pieces", "committed_at", "confidence"))
   if not all(isinstance(part, list) and part for part in (pieces, calls, confidence)):
     return False

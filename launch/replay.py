@@ -1,0 +1,88 @@
+"""Play a saved generation in the terminal: which token was decided at which model call, and how surely.
+
+python -m launch.replay --workdir=runs/sudoku_tiny                                # the first of the last evaluation
+python -m launch.replay --workdir=runs/sudoku_tiny --buffers=0 --index=3          # the fourth of the base's
+python -m launch.replay --generations=runs/sudoku_tiny/evaluation/last_sudoku_wino_16.jsonl
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+from etils import epath
+from rich.console import Console
+
+from dmpo_jax import watch
+from dmpo_jax.report.page import is_film
+
+
+def find_file(workdir: epath.Path, buffers: int | None) -> epath.Path:
+  """Return the file of an evaluation; None: the last one.
+
+  Raises:
+    ValueError: there is none.
+  """
+  folder = workdir / "generations"
+  paths = sorted(path for path in folder.iterdir() if path.name[:-6].isdigit()) if folder.is_dir() else []
+  known = {int(path.name[:-6]): path for path in paths}
+  if not known:
+    raise ValueError(f"--workdir={workdir}: there are no generations in it")
+  if buffers is not None and buffers not in known:
+    raise ValueError(f"--buffers={buffers}: there was an evaluation after {', '.join(map(str, known))} buffers")
+  return known[max(known) if buffers is None else buffers]
+
+
+def read_generation(path: epath.Path, index: int, sample: int) -> Mapping[str, Any]:
+  """Read one line of a file of generations.
+
+  Raises:
+    ValueError: there is no such file or line, or it does not say when tokens were decided.
+  """
+  if not path.is_file():
+    raise ValueError(f"{path}: no such file")
+  with path.open() as file:
+    lines = (json.loads(line) for line in file)
+    found = next((line for line in lines if (line["index"], line.get("sample", 0)) == (index, sample)), None)
+  if found is None:
+    raise ValueError(f"--index={index}, --sample={sample}: {path} has no such generation")
+  if not isinstance(found.get("denoising"), Mapping) or not is_film(found["denoising"]):
+    raise ValueError(f"{path} does not say when tokens were decided")
+  return found
+
+
+def main(argv: Sequence[str]) -> None:
+  """Play; a mistake ends in one message and exit code 2."""
+  given = flags.FLAGS
+  try:
+    if len(argv) > 1:
+      raise ValueError(f"unknown argument {argv[1]!r}")
+    if bool(given.workdir) == bool(given.generations):
+      raise ValueError("give either --workdir or --generations")
+    path = epath.Path(given.generations or find_file(epath.Path(given.workdir).expanduser(), given.buffers))
+    line = read_generation(path.expanduser(), given.index, given.sample)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  console = Console()
+  console.print(line["prompt"], style="dim", markup=False, highlight=False)
+  film = line["denoising"]
+  watch.play(film["pieces"], film["committed_at"], film["confidence"], console, given.seconds)
+  verdict = "solved" if line.get("is_solved") else "not solved"
+  console.print(f"reward {line.get('reward', 0.0):.3f}, {verdict}", highlight=False)
+
+
+def define_flags() -> None:
+  """Declare the command's flags; not on import, as other commands have a --workdir of their own."""
+  flags.DEFINE_string("workdir", None, "A run's folder (or gs:// path).")
+  flags.DEFINE_integer("buffers", None, "Of which evaluation: after so many buffers; by default the last.")
+  flags.DEFINE_string("generations", None, "Or: a file of generations, such as --mode=eval writes.")
+  flags.DEFINE_integer("index", 0, "The prompt, by its number in the evaluation.", lower_bound=0)
+  flags.DEFINE_integer("sample", 0, "Which of the prompt's completions, where there are several.", lower_bound=0)
+  flags.DEFINE_float("seconds", 0.3, "Time that a model call is shown.", lower_bound=0.0)
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

@@ -1,0 +1,53 @@
+"""A saved generation is played call by call; what cannot be played is named."""
+
+import io
+import json
+
+import pytest
+from etils import epath
+from rich.console import Console
+
+from dmpo_jax import watch
+from launch import replay
+
+FILM = {"pieces": ["4", "2", "!"], "committed_at": [1, 0, 1], "confidence": [0.5, 0.75, 1.0]}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  folder = tmp_path / "run" / "generations"
+  folder.mkdir(parents=True)
+  line = {"index": 0, "sample": 0, "prompt": "6 * 7", "reward": 1.0, "is_solved": True, "denoising": FILM}
+  for buffers in (0, 20):
+    lines = [line, line | {"index": 1, "prompt": f"after {buffers}"}, line | {"index": 2, "denoising": {}}]
+    (folder / f"{buffers:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return epath.Path(folder.parent)
+
+
+def test_every_call_is_shown():
+  console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+  watch.play(**FILM, console=console, seconds=0.0)
+  shown = console.file.getvalue()
+  assert "call 1: '2' 0.75" in shown
+  assert "call 2: '4' 0.50, '!' 1.00" in shown
+  assert shown.index(f"{watch.MASKED}2{watch.MASKED}") < shown.index("42!")
+
+
+def test_a_generation_is_found_by_evaluation_and_prompt(workdir):
+  assert replay.find_file(workdir, None).name == "000020.jsonl"
+  assert replay.read_generation(replay.find_file(workdir, 0), 1, 0)["prompt"] == "after 0"
+
+
+@pytest.mark.parametrize(
+  ("find", "message"),
+  [
+    (lambda workdir: replay.find_file(workdir, 5), "--buffers=5: there was an evaluation after 0, 20 buffers"),
+    (lambda workdir: replay.find_file(workdir / "absent", None), "there are no generations"),
+    (lambda workdir: replay.read_generation(workdir / "absent.jsonl", 0, 0), "no such file"),
+    (lambda workdir: replay.read_generation(replay.find_file(workdir, 0), 9, 0), "no such generation"),
+    (lambda workdir: replay.read_generation(replay.find_file(workdir, 0), 2, 0), "does not say when"),
+  ],
+)
+def test_what_cannot_be_played_is_named(workdir, find, message):
+  with pytest.raises(ValueError, match=message):
+    find(workdir)
