@@ -102,7 +102,8 @@ def get_config() -> ConfigDict:
   c.rollout = r = ConfigDict()
   r.num_prompts = 32  # prompts in a buffer
   r.group_size = 8  # rollouts of each prompt
-  r.chunk_prompts = 0  # prompts sampled and scored at one time; 0: the whole buffer
+  r.chunk_prompts = 0  # prompts sampled and scored at one time, a divisor of num_prompts; 0: the whole buffer
+  r.pipelined = False  # draw a buffer before the updates on the one before it, and grade it during them
   r.early_exit = False  # a rollout is finished with its first EOS; needs objective.counted = "until_eos"
 
   c.objective = o = ConfigDict()
@@ -175,6 +176,9 @@ def get_config() -> ConfigDict:
   h.data = -1  # rows; weights are copied
   h.fsdp = 1  # rows and weights are split
   h.tensor = 1  # heads, feed-forward and vocabulary are split
+  # the samplers' mesh, in rollouts and evaluation; 0: as above. Where it is another, all parameters, frozen ones too,
+  # are laid out anew for each buffer and each evaluation, need their memory beside the others, and are dropped after it
+  h.rollout = ConfigDict(dict(data=0, fsdp=0, tensor=0))
 
   c.eval = e = ConfigDict()
   e.every_buffers = 0  # 0: only before the first and after the last

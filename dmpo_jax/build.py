@@ -43,6 +43,7 @@ class ModelParts:
   """Where to compute, and with what."""
 
   mesh: Mesh
+  rollout_mesh: Mesh  # where samplers run
   tokenizer: Tokenizer
   model: llada.LLaDA
 
@@ -82,25 +83,28 @@ def build_parts(config: ConfigDict, workdir: epath.Path, *, is_training: bool = 
 
 
 def build_model_parts(config: ConfigDict) -> ModelParts:
-  """Build what the model needs.
+  """Build what the model needs to sample.
 
   Raises:
     ConfigError: a file that the configuration names cannot be used, or devices do not fit the mesh.
   """
   try:
-    return _build_model_parts(config)
+    return _build_model_parts(config, is_training=False)
   except ValueError as error:
     raise ConfigError(str(error)) from error
 
 
-def _build_model_parts(config: ConfigDict) -> ModelParts:
+def _build_model_parts(config: ConfigDict, is_training: bool) -> ModelParts:
+  """Where nothing is trained, parameters are loaded to where samplers want them."""
   tokenizer = make_tokenizer(config)
-  mesh = sharding.make_mesh(**config.sharding)
-  return ModelParts(mesh=mesh, tokenizer=tokenizer, model=place_model(build_model(config, tokenizer), config, mesh))
+  mesh, rollout_mesh = sharding.make_meshes(**config.sharding.to_dict())
+  model = place_model(build_model(config, tokenizer), config, mesh, rollout_mesh)
+  mesh = mesh if is_training else rollout_mesh
+  return ModelParts(mesh=mesh, rollout_mesh=rollout_mesh, tokenizer=tokenizer, model=model)
 
 
 def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> Parts:
-  model_parts = _build_model_parts(config)
+  model_parts = _build_model_parts(config, is_training)
   tokenizer = model_parts.tokenizer
   spec = tasks.spec(config.task.to_dict())
   task = tasks.make_task(**spec)
@@ -192,20 +196,21 @@ def _round_up(number: int, multiple: int) -> int:
   return -(-number // multiple) * multiple
 
 
-def place_model(model: llada.LLaDA, config: ConfigDict, mesh: Mesh) -> llada.LLaDA:
-  """Give the model the attention that `model.attention` means on the mesh's devices.
+def place_model(model: llada.LLaDA, config: ConfigDict, mesh: Mesh, rollout_mesh: Mesh) -> llada.LLaDA:
+  """Give the model the attention that `model.attention` means on the devices of both meshes.
 
   Raises:
-    ValueError: the devices cannot run it, or the mesh does not divide the model's sizes.
+    ValueError: the devices cannot run it, or a mesh does not divide the model's sizes.
   """
-  check_fits(model.config, mesh)
+  check_fits(model.config, mesh, "sharding")
+  check_fits(model.config, rollout_mesh, "sharding.rollout")
   own, platform = model.config, sharding.platform(mesh)
   attention = choose_attention(config.model.attention, platform=platform, head_dim=own.head_dim, dtype=own.dtype)
   return type(model)(dataclasses.replace(own, attention=attention))
 
 
-def check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:
-  """Refuse a mesh that does not divide the model's sizes."""
+def check_fits(config: llada.ModelConfig, mesh: Mesh, section: str) -> None:
+  """Refuse a mesh, whose sizes are those of the configuration's `section`, that does not divide the model's sizes."""
   for logical, path, size in (
     ("embed", "model.d_model", config.d_model),
     ("heads", "model.num_heads", config.num_heads),
@@ -214,7 +219,7 @@ def check_fits(config: llada.ModelConfig, mesh: Mesh) -> None:
     ("vocab", "rows of the embedding table", config.embedding_size),
     ("rank", "model.lora.rank", config.lora.rank if config.lora else 0),
   ):
-    sharding.check_divides(mesh, logical, path, size)
+    sharding.check_divides(mesh, logical, path, size, section)
 
 
 def abstract_collection(model: llada.LLaDA, mesh: Mesh, name: str) -> Any:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from dmpo_jax import pretrained
-from dmpo_jax.structs import Experience, Prompts, TrainState
+from dmpo_jax.structs import Drawn, Experience, Measures, Prompts, Rollouts, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Restored(NamedTuple):
   state: TrainState  # on the shardings asked for
   experience: Experience | None  # the live rollout buffer, a copy on every device
   progress: dict[str, Any]
+  drawn: Drawn | None  # the buffer after the live one, likewise, if it had been drawn
 
 
 class _Manager(ocp.CheckpointManager):
@@ -79,27 +80,38 @@ class Checkpoints:
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
         "experience": ocp.StandardCheckpointHandler(),
+        "drawn": ocp.StandardCheckpointHandler(),
         "progress": ocp.JsonCheckpointHandler(),
       },
       options=ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True),
     )
 
-  def save(self, step: int, state: TrainState, experience: Experience | None, progress: dict[str, Any]) -> None:
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    experience: Experience | None,
+    progress: dict[str, Any],
+    drawn: Drawn | None = None,
+  ) -> None:
     """Save in the background; when this returns the arrays may be donated. A step that is there already is kept.
 
     Args:
       experience: the live rollout buffer, if updates on it are still to come.
       progress: where the run is, as JSON can hold it.
+      drawn: the buffer after it, if it has been drawn.
 
     Raises:
       OSError: this or an earlier save failed.
     """
     if step in self._manager.all_steps():
       return
-    items = {"state": ocp.args.StandardSave(_global(state))}
-    if experience is not None:
-      items["experience"] = ocp.args.StandardSave(_global(experience))
-    items["progress"] = ocp.args.JsonSave({"progress": progress, "has_experience": experience is not None})
+    items, about = {"state": ocp.args.StandardSave(_global(state))}, {"progress": progress}
+    for name, buffer in (("experience", experience), ("drawn", drawn)):
+      about[f"has_{name}"] = buffer is not None
+      if buffer is not None:
+        items[name] = ocp.args.StandardSave(_global(buffer))
+    items["progress"] = ocp.args.JsonSave(about)
     self._storing(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
   def restore_latest(self, abstract_state: TrainState) -> Restored | None:
@@ -134,12 +146,14 @@ class Checkpoints:
 
   def _restore(self, step: int, abstract_state: TrainState) -> Restored:
     about = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-    items = {"state": ocp.args.StandardRestore(abstract_state)}
-    if about["has_experience"]:
-      saved = self._manager.item_metadata(step).experience.tree
-      items["experience"] = ocp.args.StandardRestore(_abstract_experience(saved, abstract_state.step.sharding))
+    items, everywhere = {"state": ocp.args.StandardRestore(abstract_state)}, abstract_state.step.sharding
+    for name, gather in (("experience", _experience), ("drawn", _drawn)):
+      if about.get(f"has_{name}"):
+        saved = self._manager.item_metadata(step)[name].tree
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), saved)
+        items[name] = ocp.args.StandardRestore(gather(abstract))
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return Restored(step, restored.state, restored.get("experience"), about["progress"])
+    return Restored(step, restored.state, restored.get("experience"), about["progress"], restored.get("drawn"))
 
   def _set_aside(self, problems: dict[int, str], taken: int) -> None:
     if not problems:
@@ -256,10 +270,14 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _abstract_experience(saved: dict[str, Any], sharding: jax.sharding.Sharding) -> Experience:
-  """Describe a saved buffer from what the checkpoint says of its arrays."""
-  fields = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
-  return Experience(prompts=Prompts(**fields.pop("prompts")), **fields)
+def _experience(fields: dict[str, Any]) -> Experience:
+  """Make a buffer of the names that a checkpoint has for its arrays."""
+  return Experience(**fields | {"prompts": Prompts(**fields["prompts"])})
+
+
+def _drawn(fields: dict[str, Any]) -> Drawn:
+  measures = fields["measures"] and Measures(**fields["measures"])
+  return Drawn(**fields | {"rollouts": Rollouts(**fields["rollouts"]), "measures": measures})
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

@@ -25,7 +25,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Int
 
-from dmpo_jax.sharding import HostShare
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import option_types, sources
 from dmpo_jax.tasks.base import GeneratedTask, Record, Split, Task
@@ -218,7 +217,7 @@ class PromptStream:
     max_prompt_length: int,
     overlong: Literal["error", "skip", "cut_user"] = "error",
   ):
-    """Tokenise every prompt once to find those that are too long.
+    """Tokenise every prompt, once: what is too long is known before work starts, and no batch waits for a tokenizer.
 
     Args:
       seed: of the order and of the demonstrations; None: the records' own order in every epoch.
@@ -232,13 +231,14 @@ class PromptStream:
     self._records, self._task, self._tokenizer = records, task, tokenizer
     self._seed = seed or 0
     self._prompt_length = max_prompt_length
-    lengths = [len(self._encode(task.prompt(record))) for record in records]
+    self._encoded = [np.array(self._encode(task.prompt(record)), np.int32) for record in records]
+    lengths = [len(ids) for ids in self._encoded]
     overlong_ones = [index for index, length in enumerate(lengths) if length > max_prompt_length]
-    self._cut = {
-      index: self._cut_to_fit(task.prompt(records[index])) for index in overlong_ones * (overlong == "cut_user")
-    }
-    kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length or index in self._cut]
-    self.num_cut, self.num_skipped = len(self._cut), len(lengths) - len(kept)
+    cut = overlong_ones if overlong == "cut_user" else []
+    for index in cut:
+      self._encoded[index] = np.array(self._encode(self._cut_to_fit(task.prompt(records[index]))), np.int32)
+    kept = [index for index, ids in enumerate(self._encoded) if len(ids) <= max_prompt_length]
+    self.num_cut, self.num_skipped = len(cut), len(lengths) - len(kept)
     if self.num_skipped and (overlong == "error" or not kept):
       raise ValueError(_describe_overlong(lengths, max_prompt_length))
     if not kept:
@@ -252,14 +252,9 @@ class PromptStream:
     return len(self._kept)
 
   def batch(self, position: int, n: int) -> tuple[Prompts, list[Record]]:
-    """Return the `n` prompts from `position` on, padded on the left (arrays on the host), and their records.
-
-    Each process reads and tokenises its share of them, then all get all: every process has to call this.
-    """
+    """Return the `n` prompts from `position` on, padded on the left (arrays on the host), and their records."""
     indices = [self._kept[self._order[place]] for place in range(position, position + n)]
-    share = HostShare(n)
-    prompts = self._collate(indices[share.mine])
-    return jax.tree.map(share.gather, prompts), [self._records[index] for index in indices]
+    return self._collate(indices), [self._records[index] for index in indices]
 
   def demonstrations(
     self, position: int, n: int, completion_length: int
@@ -311,12 +306,10 @@ class PromptStream:
     tokens, is_valid = np.full(shape, self._tokenizer.pad_token_id, np.int32), np.zeros(shape, bool)
     ids = np.zeros(len(indices), np.uint32)
     for row, index in enumerate(indices):
-      text = self._task.prompt(self._records[index])
-      encoded = self._encode(self._cut.get(index, text))
-      start = self._prompt_length - len(encoded)
-      tokens[row, start:] = encoded
+      start = self._prompt_length - len(self._encoded[index])
+      tokens[row, start:] = self._encoded[index]
       is_valid[row, start:] = True
-      ids[row] = prompt_id(text + self._task.prefill)
+      ids[row] = prompt_id(self._task.prompt(self._records[index]) + self._task.prefill)
     return Prompts(tokens=tokens, is_valid=is_valid, prompt_id=ids)
 
 

@@ -5,6 +5,7 @@ During training the current policy is evaluated now and then, as it samples in t
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import files, grading, noise, progress
+from dmpo_jax import files, grading, noise, progress, sharding
 from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts, make_sample
 from dmpo_jax.checkpoints import load_params
 from dmpo_jax.config import ConfigError, validate
@@ -109,15 +110,14 @@ def describe(setting: ConfigDict, config: ConfigDict) -> dict[str, Any]:
 def make_evaluate(config: ConfigDict, folder: epath.Path, parts: Parts, base: Any) -> Callable[..., dict[str, float]]:
   """Close over the configuration's evaluation: `evaluate(trainable, after so many buffers[, path]) -> figures`."""
   own = config.eval
-  sample = make_sample(
-    config, parts, group_size=own.num_samples, temperature=own.temperature, early_exit=own.early_exit
-  )
+  settings = dict(group_size=own.num_samples, temperature=own.temperature, early_exit=own.early_exit)
+  sample = sharding.within(parts.rollout_mesh, make_sample(config, parts, **settings))
   prompts, records = parts.held_out
   about = describe(config, config)
 
   def evaluate_after(trainable: Any, buffer: int, path: epath.Path | None = None) -> dict[str, float]:
     return evaluate(
-      lambda part, key: sample(Policies(trainable, base), part, key),
+      functools.partial(sample, sharding.move(Policies(trainable, base), parts.rollout_mesh)),
       prompts,
       records,
       grading=parts.grading,

@@ -5,8 +5,10 @@ the sampler gave them, which become importance weights; or log-probabilities pos
 that the updates will take.
 """
 
+import collections
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,7 @@ from dmpo_jax.objectives import weights
 from dmpo_jax.objectives.likelihood import Completions, Estimator
 from dmpo_jax.scoring import make_score
 from dmpo_jax.sharding import replicated
-from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts, TokenMeasures
+from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts
 
 
 class Policies(NamedTuple):
@@ -33,13 +35,26 @@ class Policies(NamedTuple):
   reference: Any = None  # see `structs.TrainState`
 
 
-# (policies, experience, rollouts, index of the buffer) -> the experience completed, and figures for the log
-Measure = Callable[[Policies, Experience, Rollouts, int], tuple[Experience, dict[str, float]]]
+class Measure(NamedTuple):
+  """How rollouts are measured, in two parts: the model's may run while rewards are graded, the other needs them.
+
+  `score(policies, prompts, completion, is_counted, committed_at, buffer)` dispatches the forward passes on a chunk of
+  prompts, and returns `Measures` that are still on the devices; None: there are no forward passes.
+
+  `finish(policies, experience, rollouts, measures, buffer)` completes an experience that has its rewards, by the
+  measures of all chunks on the host, and returns it with figures for the log. The policies are those that were scored.
+  """
+
+  score: Callable[..., Measures] | None
+  finish: Callable[
+    [Policies, Experience, Rollouts, Measures | None, int],
+    tuple[Experience, dict[str, float]],
+  ]
 
 
 def make_measure_nothing() -> Measure:
   """Leave the experience as it is, for objectives that learn from rewards and the current policy alone."""
-  return lambda policies, experience, rollouts, buffer: (experience, {})
+  return Measure(None, lambda policies, experience, rollouts, measures, buffer: (experience, {}))
 
 
 def make_measure_weights(
@@ -68,23 +83,26 @@ def make_measure_weights(
   program = measure_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk)
   is_fixed = replicates == "fixed" or max(estimator.draws) < 0  # what draws nothing has no noise to average
 
-  def measure(policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int):
+  def score(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, buffer: int, number: int = 0):
     key = noise.step_key(seed, "measure", buffer)
-    rounds: list[Measures] = []
+    key = jax.random.fold_in(key, number) if number else key
+    return program(policies, prompts, completion, is_counted, committed_at, key)
+
+  def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: Measures, buffer: int):
+    rounds = [measures]
     while True:
-      round_key = jax.random.fold_in(key, len(rounds)) if rounds else key
-      rounds.append(_run(program, policies, experience, chunk_prompts, round_key))
-      measures = _join(rounds)
-      weighed, figures = _weigh(experience, measures, **weighing)
+      weighed, figures = _weigh(experience, _join(rounds), **weighing)
       if is_fixed or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
         break
+      again = functools.partial(score, buffer=buffer, number=len(rounds))
+      rounds.append(_in_chunks(again, policies, experience, chunk_prompts))
     is_sampled = experience.is_counted & (rollouts.confidence > 0)  # 0: filled in after an early exit
     sampled = np.log(rollouts.confidence, out=np.zeros_like(rollouts.confidence), where=is_sampled)
     gap = sampled.sum(-1) - weighed.log_p_old
     figures["sampler_gap"] = float(gap[experience.is_kept].mean()) if experience.is_kept.any() else float("nan")
     return weighed, figures | {"elbo_rounds": float(len(rounds))}
 
-  return measure
+  return Measure(score, finish)
 
 
 def make_measure_sampled(**weighing: Any) -> Measure:
@@ -97,7 +115,7 @@ def make_measure_sampled(**weighing: Any) -> Measure:
     weighing: keywords of `weights.weigh`.
   """
 
-  def measure(policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int):
+  def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: None, buffer: int):
     log_p_old, log_p_ref = (
       np.where(experience.is_counted, log_p, 0.0).sum(-1, keepdims=True)
       for log_p in (rollouts.log_p_old, rollouts.log_p_ref)
@@ -105,7 +123,7 @@ def make_measure_sampled(**weighing: Any) -> Measure:
     entropy = -log_p_old[..., 0] / experience.is_counted.sum(-1)
     return _weigh(experience, Measures(log_p_old, log_p_ref, entropy), **weighing)
 
-  return measure
+  return Measure(None, finish)
 
 
 def make_measure_ratios(
@@ -114,7 +132,6 @@ def make_measure_ratios(
   *,
   estimator: Estimator,
   loss_chunk: int,
-  chunk_prompts: int,
   seed: int,
   updates_per_buffer: int,
   with_reference: bool,
@@ -126,19 +143,18 @@ def make_measure_ratios(
   program = token_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk, with_reference=with_reference)
   num_measured = updates_per_buffer if max(estimator.draws) >= 0 else 1
 
-  def measure(policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int):
-    first = buffer * updates_per_buffer
-    measured = [
-      _run(program, policies, experience, chunk_prompts, noise.step_key(seed, "loss", first + update))
-      for update in range(num_measured)
-    ]
-    measured = jax.tree.map(lambda *arrays: np.stack(arrays, axis=2), *measured)
-    experience = experience.replace(
-      token_log_p_old=measured.log_p_old, token_log_p_ref=measured.log_p_ref if with_reference else None
-    )
-    return experience, {"entropy": float(measured.entropy.mean())}
+  def score(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, buffer: int):
+    keys = [noise.step_key(seed, "loss", buffer * updates_per_buffer + update) for update in range(num_measured)]
+    measured = [program(policies, prompts, completion, is_counted, committed_at, key) for key in keys]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=2), *measured)
 
-  return measure
+  def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: Measures, buffer: int):
+    experience = experience.replace(
+      token_log_p_old=measures.log_p_old, token_log_p_ref=measures.log_p_ref if with_reference else None
+    )
+    return experience, {"entropy": float(measures.entropy.mean())}
+
+  return Measure(score, finish)
 
 
 def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int) -> Callable:
@@ -162,13 +178,13 @@ def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chun
 def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int, with_reference: bool) -> Callable:
   """Jit the estimates position by position."""
 
-  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> TokenMeasures:
+  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> Measures:
     views = estimator.views(
       noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
       Completions(is_counted, committed_at, prompts.is_valid),
     )
     old, ref = _score_both(model, policies, prompts, completion, views, loss_chunk, with_reference)
-    return TokenMeasures(
+    return Measures(
       log_p_old=estimator.tokens(old.log_prob, views),
       log_p_ref=estimator.tokens(ref.log_prob, views),
       entropy=_read_entropy(old, views),
@@ -194,15 +210,11 @@ def _read_entropy(scores, views):
   return jnp.where(is_read, scores.entropy, 0).sum((2, 3)) / jnp.maximum(is_read.sum((2, 3)), 1)
 
 
-def _run(program: Callable, policies: Policies, experience: Experience, chunk_prompts: int, key: jax.Array) -> Any:
-  return in_chunks(
-    lambda part, *arrays: program(policies, part, *arrays, key),
-    chunk_prompts,
-    experience.prompts,
-    experience.completion,
-    experience.is_counted,
-    experience.committed_at,
-  )
+def _in_chunks(score: Callable, policies: Policies, experience: Experience, size: int) -> Measures:
+  """Score `size` prompts of the experience at a time (0: all); join the results along the prompt axis."""
+  arrays = experience.prompts, experience.completion, experience.is_counted, experience.committed_at
+  parts = [jax.tree.map(operator.itemgetter(part), arrays) for part in chunks(len(experience.completion), size)]
+  return concatenate(list(fetch_ahead(functools.partial(score, policies, *part) for part in parts)))
 
 
 def _join(rounds: list[Measures]) -> Measures:
@@ -239,19 +251,30 @@ def _weigh(experience: Experience, measures: Measures, **weighing: Any) -> tuple
   return experience, {name: float(value) for name, value in jax.device_get(figures).items()}
 
 
-def in_chunks(function: Callable, size: int, prompts: Prompts, *arrays: np.ndarray) -> Any:
-  """Call `function(prompts, *arrays)` on `size` prompts at a time (0: all); join the results along the prompt axis.
+def chunks(num: int, size: int) -> list[slice]:
+  """Cut `num` prompts into parts of `size`; 0: one part."""
+  size = size or num
+  return [slice(start, start + size) for start in range(0, num, size)]
 
-  The results come back as numpy arrays: between the programs a buffer is small and lives on every host.
+
+def concatenate(parts: list[Any]) -> Any:
+  """Join arrays of several chunks along the prompt axis."""
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def fetch_ahead(calls: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+  """Give what each of the calls computes as numpy arrays; the next call is dispatched before one's result is awaited.
+
+  So the devices have work while the host looks at results. Between the programs a buffer is small and lives on every
+  host.
 
   Raises:
-    Preempted: between two parts; a buffer may take longer than the notice.
+    Preempted: between two calls; a buffer may take longer than the notice.
   """
-  num_prompts = prompts.tokens.shape[0]
-  size = size or num_prompts
-  parts = []
-  for start in range(0, num_prompts, size):
+  dispatched = collections.deque()
+  for call in calls:
     check_preemption()
-    arguments = jax.tree.map(operator.itemgetter(slice(start, start + size)), (prompts, *arrays))
-    parts.append(jax.device_get(function(*arguments)))
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    dispatched.append(call())
+    if len(dispatched) > 1:
+      yield jax.device_get(dispatched.popleft())
+  yield jax.device_get(dispatched.popleft())

@@ -5,8 +5,10 @@ hold rollouts (or demonstrations too, where the objective is supervised).
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,7 +35,7 @@ from dmpo_jax.measure import (
 from dmpo_jax.models import llada
 from dmpo_jax.objectives import OBJECTIVES, weights
 from dmpo_jax.objectives.estimators import make_estimator
-from dmpo_jax.structs import Experience, TrainState
+from dmpo_jax.structs import Drawn, Experience, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,13 @@ class Phase:
   updates_per_buffer: int
   base: str  # identity of the saved parameters that it begins with; "" where they are random
   frozen: Any  # reference parameters; an empty dict where the objective has no reference
-  collect: Callable[[TrainState, int], tuple[Experience, dict[str, float]]]
+  # What takes the policy to make a buffer, and what does not need to have it as it was then: figures for the log too.
+  draw: Callable[[TrainState, int], Drawn | Experience]
+  finish: Callable[[TrainState, Drawn | Experience, int], tuple[Experience, dict[str, float]]]
   update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
   evaluate: Callable[[Any, int], dict[str, float]]  # of what is learned, after so many buffers
   evaluate_after: frozenset[int]  # numbers of finished buffers
+  is_pipelined: bool = False  # a buffer is drawn before the updates on the one before it
   keep_best: Callable[[Any], None] = lambda trainable: None  # called where an evaluation is the best so far
 
 
@@ -88,13 +93,15 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
   schedule = optim.warmup_cosine(warm.learning_rate, num_updates=warm.updates)
   optimizer = _make_optimizer(config, schedule)
   state = fresh_state(initial_params(config, parts), optimizer, parts.mesh)
+  draw, finish = _demonstrations(config, parts, warm.batch_size, num_flawless=round(warm.flawless * warm.updates))
   phase = Phase(
     name="warm_start",
     num_buffers=warm.updates,
     updates_per_buffer=1,
     base=build.initial_identity(config),
     frozen={},
-    collect=_collect_demonstrations(config, parts, warm.batch_size, num_flawless=round(warm.flawless * warm.updates)),
+    draw=draw,
+    finish=finish,
     update=update.make_update(
       llada.LLaDA(dataclasses.replace(parts.model.config, lora=None)),
       optimizer,
@@ -124,20 +131,22 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
   is_supervised = OBJECTIVES[objective.name].needs == "demonstrations"
   if objective.sync_reference_every:
     state = state.replace(reference=jax.tree.map(jnp.copy, trainable))
+  if is_supervised:
+    draw, finish = _demonstrations(config, parts, config.rollout.num_prompts)
+  else:
+    draw, finish = _rollouts(config, parts, base)
   phase = Phase(
     name="train",
     num_buffers=config.train.num_buffers,
     updates_per_buffer=config.train.updates_per_buffer,
     base=build.base_identity(config, workdir),
     frozen=base if has_adapters or not is_supervised else {},
-    collect=(
-      _collect_demonstrations(config, parts, config.rollout.num_prompts)
-      if is_supervised
-      else _collect_rollouts(config, parts, base)
-    ),
+    draw=draw,
+    finish=finish,
     update=training_update(config, parts.model, optimizer, _shardings(state, parts.mesh)),
     evaluate=make_evaluate(config, workdir / "generations", parts, base),
     evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
+    is_pipelined=config.rollout.pipelined and not is_supervised,
     keep_best=lambda trainable: save_params(workdir / "best", trainable),
   )
   return phase, state
@@ -195,43 +204,66 @@ def training_scores(config: ConfigDict, model: llada.LLaDA, mesh: Mesh) -> Calla
   return token_program(model, mesh, with_reference=needs == "ratio_and_reference", **common)
 
 
-def _collect_demonstrations(config: ConfigDict, parts: Parts, batch_size: int, num_flawless: int = 0) -> Callable:
-  """Collect batches of demonstrations, of which the first `num_flawless` are all right."""
+def _demonstrations(
+  config: ConfigDict, parts: Parts, batch_size: int, num_flawless: int = 0
+) -> tuple[Callable, Callable]:
+  """Make buffers of demonstrations, of which the first `num_flawless` are all right: `draw` and `finish`.
 
-  def collect(state: TrainState, buffer: int) -> tuple[Experience, dict[str, float]]:
+  The next one is made while the devices learn from this one, by a thread that leaves them alone.
+  """
+  thread = ThreadPoolExecutor(1, thread_name_prefix="demonstrations")
+  ahead: dict[int, Future[Experience]] = {}
+
+  def make(buffer: int) -> Experience:
     stream = parts.flawless if buffer < num_flawless else parts.prompts
     prompts, completion, _ = stream.demonstrations(
       buffer * batch_size, batch_size, completion_length=config.sampler.completion_length
     )
-    return rollout.demonstrate(prompts, completion), {}
+    return rollout.demonstrate(prompts, completion)
 
-  return collect
+  def draw(state: TrainState, buffer: int) -> Experience:
+    made = ahead.pop(buffer, None) or thread.submit(make, buffer)
+    ahead[buffer + 1] = thread.submit(make, buffer + 1)
+    return made.result()
+
+  return draw, lambda state, experience, buffer: (experience, {})
 
 
-def _collect_rollouts(config: ConfigDict, parts: Parts, base: Any) -> Callable:
-  objective, num_prompts = config.objective, config.rollout.num_prompts
-  sample = training_sample(config, parts)
-  measure = _make_measure(config, parts)
+def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Callable]:
+  """Make buffers of rollouts: `draw` and `finish`."""
+  num_prompts = config.rollout.num_prompts
+  sample = sharding.within(parts.rollout_mesh, training_sample(config, parts))
+  common = dict(
+    measure=_make_measure(config, parts),
+    grading=parts.grading,
+    tokenizer=parts.tokenizer,
+    counted=config.objective.counted,
+  )
 
-  def collect(state: TrainState, buffer: int) -> tuple[Experience, dict[str, float]]:
-    prompts, records = parts.prompts.batch(buffer * num_prompts, num_prompts)
-    experience, metrics = rollout.collect(
-      Policies(state.trainable, base, state.reference),
-      prompts,
-      records,
-      sample=sample,
-      measure=measure,
-      grading=parts.grading,
-      tokenizer=parts.tokenizer,
+  def draw(state: TrainState, buffer: int) -> Drawn:
+    policies = Policies(state.trainable, base, state.reference)
+    return rollout.draw(
+      policies,
+      *parts.prompts.batch(buffer * num_prompts, num_prompts),
+      sample=functools.partial(sample, sharding.move(policies, parts.rollout_mesh)),
       seed=config.seed,
       buffer=buffer,
       chunk_prompts=config.rollout.chunk_prompts,
-      counted=objective.counted,
+      **common,
+    )
+
+  def finish(state: TrainState, drawn: Drawn, buffer: int) -> tuple[Experience, dict[str, float]]:
+    experience, metrics = rollout.finish(
+      drawn,
+      Policies(state.trainable, base, state.reference),
+      *parts.prompts.batch(buffer * num_prompts, num_prompts),
+      buffer=buffer,
+      **common,
     )
     prompts_counted = {"prompts_skipped": parts.prompts.num_skipped, "prompts_cut": parts.prompts.num_cut}
     return experience, metrics | {name: float(count) for name, count in prompts_counted.items()}
 
-  return collect
+  return draw, finish
 
 
 def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
@@ -239,7 +271,7 @@ def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
   objective, needs = config.objective, OBJECTIVES[config.objective.name].needs
   if needs == "rewards":
     return make_measure_nothing()
-  common = dict(loss_chunk=config.model.loss_chunk, chunk_prompts=config.rollout.chunk_prompts, seed=config.seed)
+  common = dict(loss_chunk=config.model.loss_chunk, seed=config.seed)
   if objective.likelihood == "sampler":
     return make_measure_sampled(**_keywords(weights.weigh, objective))
   if needs == "weights":
@@ -247,6 +279,7 @@ def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
       parts.model,
       parts.mesh,
       estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_elbo_replicates),
+      chunk_prompts=config.rollout.chunk_prompts,
       **common,
       **_keywords(make_measure_weights, objective),
       **_keywords(weights.weigh, objective),

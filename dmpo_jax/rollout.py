@@ -1,10 +1,13 @@
 """One buffer: prompts -> completions -> rewards -> what the objective needs of them (`measure.py`) -> Experience.
 
-Forward passes only. The jitted programs run on chunks of prompts, so that a buffer may be larger than what fits at one
-time; what leaves them is small and replicated, for every host to read.
+Forward passes only. `draw` does all that takes the policy, and begins the grading; `finish` waits for the grades and
+makes experience of both. Whatever the devices do between the two, they do while rewards are graded. The jitted programs
+run on chunks of prompts, so that a buffer may be larger than what fits at one time; what leaves them is small and
+replicated, for every host to read.
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import time
@@ -19,17 +22,17 @@ from jaxtyping import Bool, Float, Int
 
 from dmpo_jax import noise, samplers
 from dmpo_jax.grading import Grades, Grading, grade
-from dmpo_jax.measure import Measure, Policies
+from dmpo_jax.measure import Measure, Policies, chunks, concatenate, fetch_ahead
 from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import weights
 from dmpo_jax.sharding import replicated
-from dmpo_jax.structs import Experience, Prompts, Rollouts
+from dmpo_jax.structs import Drawn, Experience, Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 
 
-def collect(
+def draw(
   policies: Policies,
   prompts: Prompts,
   records: Sequence[dict],
@@ -42,34 +45,79 @@ def collect(
   buffer: int,
   chunk_prompts: int,
   counted: str,
-) -> tuple[Experience, dict[str, float]]:
-  """Draw a buffer of rollouts from the current policy, grade it, and measure what the objective needs.
+) -> Drawn:
+  """Draw a buffer of rollouts from the current policy, begin to grade them, and score them meanwhile.
 
   Args:
     policies: the current and the reference policy.
     records: the task's records of the prompts, for grading.
-    sample: from `make_sample`; measure: from one of `measure.make_measure_...`.
+    sample: from `make_sample`, closed over the policies; measure: from one of `measure.make_measure_...`.
     buffer: index of the buffer, part of its noise.
     chunk_prompts: prompts sampled and scored at one time; 0 for all.
     counted: see `count_positions`.
+
+  Raises:
+    Preempted: between two chunks.
+  """
+  watch = Stopwatch()
+  key = noise.step_key(seed, "rollout", buffer)
+  parts = chunks(len(records), chunk_prompts)
+  drawn: list[Rollouts] = []  # on the devices
+
+  def sample_part(part: slice) -> Rollouts:
+    drawn.append(sample(_take(prompts, part), key))
+    return drawn[-1]
+
+  def score_part(part: slice) -> Any:
+    rollouts = drawn.pop(0)
+    is_counted = count_positions(rollouts.completion, tokenizer.eos_token_id, counted)
+    about = rollouts.completion, is_counted, rollouts.committed_at
+    return measure.score(policies, _take(prompts, part), *about, buffer)
+
+  calls = [functools.partial(sample_part, part) for part in parts]
+  calls += [functools.partial(score_part, part) for part in parts if measure.score]
+  results = fetch_ahead(calls)
+  sampled, waits = [], []
+  for part, rollouts in zip(parts, results, strict=False):
+    sampled.append(rollouts)
+    waits.append(grade(grading, tokenizer, records[part], rollouts.completion))
+  watch.lap("sample")
+  del sample  # and with it parameters that were laid out for it
+  scored = list(results)
+  watch.lap("score")
+  return Drawn(
+    rollouts=concatenate(sampled),
+    measures=concatenate(scored) if scored else None,
+    seconds={name: np.array(seconds, np.float32) for name, seconds in watch.seconds.items()},
+    wait=lambda: Grades.join([wait() for wait in waits]),
+  )
+
+
+def finish(
+  drawn: Drawn,
+  policies: Policies,
+  prompts: Prompts,
+  records: Sequence[dict],
+  *,
+  measure: Measure,
+  grading: Grading,
+  tokenizer: Tokenizer,
+  buffer: int,
+  counted: str,
+) -> tuple[Experience, dict[str, float]]:
+  """Wait for the grades of a buffer that was drawn, and complete it for the objective.
+
+  Args:
+    drawn: from `draw` with the same arguments; from a checkpoint it is graded here.
 
   Returns:
     The experience and what the log says of it (seconds and tokens/s by phase among it).
   """
   watch = Stopwatch()
-  key = noise.step_key(seed, "rollout", buffer)
-  size = chunk_prompts or len(records)
-  slices = [slice(start, start + size) for start in range(0, len(records), size)]
-  chunks = [sample(policies, jax.tree.map(operator.itemgetter(part), prompts), key) for part in slices]
-  waits = [  # a chunk is graded while the accelerator samples the next ones
-    grade(grading, tokenizer, records[part], np.asarray(chunk.completion))
-    for part, chunk in zip(slices, chunks, strict=True)
-  ]
-  rollouts = jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(chunks))
+  rollouts, measures = drawn.rollouts, drawn.measures
   completion = rollouts.completion
-  watch.lap("sample")
-  grades = Grades.join([wait() for wait in waits])
-  watch.lap("reward")  # what grading took longer than sampling
+  grades = (drawn.wait or grade(grading, tokenizer, records, completion))()
+  watch.lap("reward")  # what grading took longer than all that was done meanwhile
   experience = Experience(
     prompts=prompts,
     completion=completion,
@@ -82,12 +130,18 @@ def collect(
     negative_weight=0 * grades.reward,
     committed_at=rollouts.committed_at,
   )
-  experience, figures = measure(policies, experience, rollouts, buffer)
+  experience, figures = measure.finish(policies, experience, rollouts, measures, buffer)
   watch.lap("score")
   is_until_eos = count_positions(completion, tokenizer.eos_token_id, "until_eos")
   metrics = describe(grades, rollouts, is_until_eos, tokenizer.eos_token_id) | figures
+  for name, seconds in drawn.seconds.items():
+    watch.add(name, float(seconds))
   metrics |= watch.rates(tokens=completion.size)
   return experience, metrics
+
+
+def _take(prompts: Prompts, part: slice) -> Prompts:
+  return jax.tree.map(operator.itemgetter(part), prompts)
 
 
 def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experience:
@@ -123,6 +177,7 @@ def make_sample(
   A temperature [p] of each prompt's rollouts replaces the plan's.
 
   Args:
+    mesh: where the rollouts are to lie, on every device; the sampler runs on the mesh that is set when it is called.
     sampler: a name in `samplers.SAMPLERS`; `own` are its own keywords.
     group_size: rollouts of each prompt.
     guidance: see `make_denoiser`.
@@ -147,12 +202,14 @@ def make_sample(
   return jax.jit(sample, out_shardings=replicated(mesh))
 
 
-def count_positions(completion: Int[np.ndarray, "*b c"], eos_token_id: int, counted: str) -> Bool[np.ndarray, "*b c"]:
+def count_positions(
+  completion: Int[np.ndarray | jax.Array, "*b c"], eos_token_id: int, counted: str
+) -> Bool[np.ndarray | jax.Array, "*b c"]:
   """Mark the completion positions that the likelihood counts: `all`, or `until_eos` (the first EOS included)."""
   if counted == "all":
     return np.ones(completion.shape, bool)
   is_eos = completion == eos_token_id
-  return np.cumsum(is_eos, -1) - is_eos == 0
+  return is_eos.cumsum(-1) - is_eos == 0
 
 
 class Stopwatch:
@@ -165,7 +222,12 @@ class Stopwatch:
   def lap(self, name: str) -> None:
     """Credit the time since the last lap to `name`."""
     now = time.monotonic()
-    self.seconds[name], self._start = now - self._start, now
+    self.add(name, now - self._start)
+    self._start = now
+
+  def add(self, name: str, seconds: float) -> None:
+    """Credit seconds that were measured elsewhere."""
+    self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
   def rates(self, tokens: int) -> dict[str, float]:
     """The seconds, and the completion tokens a second, of each phase."""

@@ -20,6 +20,7 @@ from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.objectives.weights import BASELINES, WEIGHTINGS
 from dmpo_jax.samplers import SAMPLERS, llada
 from dmpo_jax.samplers.rules import RULES as PARALLEL_RULES
+from dmpo_jax.sharding import MESH_AXES
 from dmpo_jax.tasks import TASKS, user
 from dmpo_jax.tasks.worded import CHOICES
 from dmpo_jax.tokenizer import TOKENIZERS
@@ -114,9 +115,10 @@ def text() -> Rule:
   return Rule("a string", lambda value: isinstance(value, str))
 
 
-def mesh_size() -> Rule:
-  """Allow the size of a mesh axis."""
-  return Rule("1 or more, or -1 for the devices left", lambda value: type(value) is int and (value >= 1 or value == -1))
+def mesh_size(empty: str = "") -> Rule:
+  """Allow the size of a mesh axis; 0 too, where `empty` says what it means."""
+  allowed = "1 or more, or -1 for the devices left" + (f", or 0 for {empty}" if empty else "")
+  return Rule(allowed, lambda value: type(value) is int and (value >= 1 or value == -1 or (value == 0 and bool(empty))))
 
 
 NO_WANDB = 'Weights & Biases is not installed: `pip install wandb`, or "" to do without it'
@@ -190,6 +192,7 @@ RULES: dict[str, Rule] = {
   "rollout.num_prompts": whole(1),
   "rollout.group_size": whole(1),
   "rollout.chunk_prompts": whole(0),
+  "rollout.pipelined": flag(),
   "rollout.early_exit": flag(),
   "objective.name": one_of(*OBJECTIVES),
   "objective.counted": one_of("all", "until_eos"),
@@ -243,6 +246,7 @@ RULES: dict[str, Rule] = {
   "sharding.data": mesh_size(),
   "sharding.fsdp": mesh_size(),
   "sharding.tensor": mesh_size(),
+  **{f"sharding.rollout.{axis}": mesh_size(empty="that of the updates") for axis in MESH_AXES},
   "eval.every_buffers": whole(0),
   "eval.num_prompts": whole(0),
   "eval.batch_size": whole(1),
@@ -365,10 +369,22 @@ RELATIONS = (
     "not sampler, as {0} needs no log-probabilities of whole completions: wdce and wddo do",
   ),
   Relation(
+    "rollout.chunk_prompts",
+    ("rollout.num_prompts",),
+    lambda size, prompts: size == 0 or divides(size, prompts),
+    "0 or a divisor of {0}: a shorter chunk would be another program to compile",
+  ),
+  Relation(
     "rollout.early_exit",
     ("objective.counted",),
     lambda exits, counted: not exits or counted == "until_eos",
     'False unless objective.counted = "until_eos" ({0}): what early exit fills in is not the policy\'s choice',
+  ),
+  Relation(
+    "rollout.pipelined",
+    ("objective.replicates",),
+    lambda pipelined, replicates: not pipelined or replicates == "fixed",
+    "False, as {0} asks for more of the policy once rewards are known, and by then it has moved on",
   ),
   Relation(
     "rollout.num_prompts", ("task.num_train",), lambda prompts, train: not train or prompts <= train, "at most {0}"
@@ -391,5 +407,11 @@ RELATIONS = (
     ("sharding.data", "sharding.fsdp"),
     lambda a, b, c: a != -1 or -1 not in (b, c),
     "a size, as {0} and {1}",
+  ),
+  Relation(
+    "sharding.rollout.data",
+    ("sharding.rollout.fsdp", "sharding.rollout.tensor"),
+    lambda *sizes: sizes.count(-1) < 2,
+    "one of three of which at most one is -1, as {0} and {1}",
   ),
 )

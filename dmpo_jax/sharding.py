@@ -6,7 +6,7 @@ is a mesh of one device, so nothing else in the package asks how many devices th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -40,15 +40,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     ValueError: the sizes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = [data, fsdp, tensor]
-  given = f"sharding.data={data}, sharding.fsdp={fsdp}, sharding.tensor={tensor}"
-  if sizes.count(-1) > 1:
-    raise ValueError(f"{given}: at most one of them may be -1 (the devices that the others leave)")
-  if -1 in sizes:
-    others = int(np.prod([size for size in sizes if size != -1]))
-    sizes[sizes.index(-1)] = max(len(devices) // others, 1)
-  if int(np.prod(sizes)) != len(devices):
-    raise ValueError(f"{given} need {int(np.prod(sizes))} devices, {len(devices)} are there: set one of them to -1")
+  sizes = _fill((data, fsdp, tensor), len(devices), "sharding")
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -60,11 +52,43 @@ def platform(mesh: Mesh) -> str:
   return "cuda" if "cuda" in device.client.platform_version else "rocm"
 
 
-def check_divides(mesh: Mesh, logical: str, path: str, size: int) -> None:
+def make_meshes(
+  data: int, fsdp: int, tensor: int, rollout: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> tuple[Mesh, Mesh]:
+  """Build the mesh of the updates, and that of the samplers over the same devices in the same order.
+
+  Args:
+    data, fsdp, tensor, devices: see `make_mesh`.
+    rollout: sizes of the samplers' mesh by axis, of which 0 stands for what is given for the updates'.
+
+  Raises:
+    ValueError: the sizes of either do not multiply to the number of devices.
+  """
+  mesh, given = make_mesh(data, fsdp, tensor, devices), (data, fsdp, tensor)
+  own = [rollout[axis] or size for axis, size in zip(MESH_AXES, given, strict=True)]
+  own = _fill(own, mesh.size, "sharding.rollout")
+  if own == mesh.axis_sizes:
+    return mesh, mesh
+  return mesh, Mesh(mesh.devices.reshape(own), MESH_AXES, axis_types=mesh.axis_types)
+
+
+def _fill(sizes: Sequence[int], num_devices: int, section: str) -> tuple[int, ...]:
+  """Replace a size of -1 by the devices that the others leave, and check that all are used."""
+  given = ", ".join(f"{section}.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+  if list(sizes).count(-1) > 1:
+    raise ValueError(f"{given}: at most one of them may be -1 (the devices that the others leave)")
+  left = max(num_devices // math.prod(size for size in sizes if size != -1), 1)
+  filled = tuple(left if size == -1 else size for size in sizes)
+  if math.prod(filled) != num_devices:
+    raise ValueError(f"{given} need {math.prod(filled)} devices, {num_devices} are there: set one of them to -1")
+  return filled
+
+
+def check_divides(mesh: Mesh, logical: str, path: str, size: int, section: str = "sharding") -> None:
   """Check that the mesh axes of a logical axis divide it evenly, as JAX asks of every array's dimension.
 
   Args:
-    path: the configuration's name for the size, for the message.
+    path: the configuration's name for the size, for the message; section: of the mesh's sizes.
 
   Raises:
     ValueError: they do not.
@@ -72,7 +96,7 @@ def check_divides(mesh: Mesh, logical: str, path: str, size: int) -> None:
   axes = LOGICAL_AXES[logical]
   parts = int(np.prod([mesh.shape[axis] for axis in axes]))
   if size % parts:
-    names = " * ".join(f"sharding.{axis}" for axis in axes)
+    names = " * ".join(f"{section}.{axis}" for axis in axes)
     raise ValueError(f"{path}={size} cannot be split over {names}={parts}: choose a divisor of {size}")
 
 
@@ -112,6 +136,35 @@ def layout(boxed: Any, mesh: Mesh) -> Any:
 def abstract(tree: Any) -> Any:
   """Describe arrays by shape, dtype and sharding alone: what a checkpoint is restored onto."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def move(tree: Any, mesh: Mesh) -> Any:
+  """Lay arrays out over another mesh of the same devices, along the same axes, by one program that gathers and cuts.
+
+  A tree that lies there already, or on the host, is returned as it is.
+  """
+  is_there = all(not isinstance(x, jax.Array) or x.sharding.mesh == mesh for x in jax.tree.leaves(tree))
+  return tree if is_there else moving(tree, mesh)(tree)
+
+
+def moving(tree: Any, mesh: Mesh) -> jax.stages.Wrapped:
+  """Jit the program of `move` for arrays, or their descriptions."""
+  return jax.jit(_same, out_shardings=jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), tree))
+
+
+def _same(tree: Any) -> Any:
+  return tree
+
+
+def within(mesh: Mesh, program: Callable) -> Callable:
+  """Wrap a jitted program to run with `mesh` set, and its arguments there, whichever mesh is set around it."""
+
+  def call(*args: Any) -> Any:
+    args = [move(arg, mesh) for arg in args]
+    with jax.set_mesh(mesh):
+      return program(*args)
+
+  return call
 
 
 class HostShare:

@@ -13,6 +13,7 @@ Axes, here and in every jaxtyping signature of the package:
 `g` stays an axis of its own wherever a group matters, so that a softmax over a group cannot mix prompts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,20 +55,26 @@ class Rollouts:
 
 @struct.dataclass
 class Measures:
-  """Log-probability estimates of a buffer, one a mask draw, under the sampling and the reference policy."""
+  """Estimates of a buffer's log-probabilities under the sampling and the reference policy, by the same masks for both.
 
-  log_p_old: jax.Array  # float32 [p, g, draws]
-  log_p_ref: jax.Array  # float32 [p, g, draws]; the same masks
-  entropy: jax.Array  # float32 [p, g]; mean over masked positions, nats
+  One a mask draw for the whole completion, [p, g, draws]; or position by position, under the masks of update u of the
+  buffer, [p, g, u, c] (of one update alone: [p, g, c]).
+  """
+
+  log_p_old: jax.Array  # float32
+  log_p_ref: jax.Array  # float32
+  entropy: jax.Array  # float32 [p, g]; mean over masked positions, nats; position by position: [p, g, u]
 
 
 @struct.dataclass
-class TokenMeasures:
-  """Estimates position by position under the masks of one update, and under the same masks of the reference policy."""
+class Drawn:
+  """A buffer of rollouts that has no rewards yet."""
 
-  log_p_old: jax.Array  # float32 [p, g, c]
-  log_p_ref: jax.Array  # float32 [p, g, c]
-  entropy: jax.Array  # float32 [p, g]
+  rollouts: Rollouts  # fields [p, g, c] and [p, g]
+  measures: Measures | None  # None where the objective needs none
+  seconds: dict[str, jax.Array]  # float32 []; what sampling and scoring took
+  # Waits for their grades; None where grading is not under way, as in a buffer that comes from a checkpoint.
+  wait: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

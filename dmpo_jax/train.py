@@ -106,7 +106,7 @@ def run(
 ) -> tuple[TrainState, Position]:
   """Run one phase from where its newest checkpoint stands to its end."""
   with Checkpoints(workdir / "checkpoints" / phase.name, config.checkpoint.keep) as checkpoints:
-    state, experience, position = resume(phase, state, checkpoints)
+    state, experience, drawn, position = resume(phase, state, checkpoints)
     metrics.forget(phase.name, after=position.reported)
     with progress.Progress(phase.name, phase.num_buffers, done=max(position.reported, 0)) as shown:
       try:
@@ -118,7 +118,7 @@ def run(
           step, is_done = int(state.step), position.buffer == phase.num_buffers
           is_diverged = int(state.num_skipped_in_a_row) >= config.optim.max_skips_in_a_row
           if is_done or is_diverged or (step and step % config.checkpoint.every_updates == 0):
-            checkpoints.save(step, state, experience, dataclasses.asdict(position))
+            checkpoints.save(step, state, experience, dataclasses.asdict(position), drawn)
           if is_diverged:
             raise Diverged(
               f"{int(state.num_skipped_in_a_row)} updates in a row had a loss or gradient that was not finite (phase "
@@ -128,31 +128,36 @@ def run(
             return state, position
           check_preemption()
           if experience is None:
-            experience, position.scalars = phase.collect(state, position.buffer)
+            drawn = drawn or phase.draw(state, position.buffer)
+            experience, position.scalars = phase.finish(state, drawn, position.buffer)
+            drawn = None
+          if phase.is_pipelined and drawn is None:  # so by the policy that this buffer's updates begin with
+            drawn = phase.draw(state, position.buffer + 1)
           state = update(phase, state, experience, position)
           if position.update == phase.updates_per_buffer:
             experience, position.buffer, position.update = None, position.buffer + 1, 0
       except Preempted:
-        checkpoints.save(int(state.step), state, experience, dataclasses.asdict(position))
+        checkpoints.save(int(state.step), state, experience, dataclasses.asdict(position), drawn)
         raise
 
 
-def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Any, Position]:
-  """Return the newest checkpoint's state, live buffer and position, or those of the beginning.
+def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Any, Any, Position]:
+  """Return the newest checkpoint's state, live buffer, next buffer and position, or those of the beginning.
 
   Raises:
     ConfigError: the checkpoint was trained from another base.
   """
   restored = checkpoints.restore_latest(sharding.abstract(state))
   if restored is None:
-    return state, None, Position(base=phase.base)
+    return state, None, None, Position(base=phase.base)
   position = Position(**restored.progress)
   if position.base != phase.base:
     raise ConfigError(
       f"{checkpoints.directory} was trained from the base {position.base or 'of random parameters'}, and this one is "
       f"{phase.base or 'random'}: give --workdir a new folder, or set model.init_from back"
     )
-  return restored.state, restored.experience, position
+  # On the host, as buffers are that were never saved: so they are given to the same compiled programs.
+  return restored.state, *jax.device_get((restored.experience, restored.drawn)), position
 
 
 def update(phase: Phase, state: TrainState, experience: Any, position: Position) -> TrainState:

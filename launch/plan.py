@@ -4,6 +4,8 @@
 
 The gradient step, the sampler of the rollouts and the scores that weigh them are compiled by the real TPU compiler,
 which needs no TPU but the package libtpu (`make libtpu`, part of `make test`). A program takes minutes of one core.
+Where samplers have a mesh of their own, so is the program that lays the parameters out for it: its collectives are what
+that costs, its memory beyond the arguments what stays taken while rollouts are sampled.
 
 --sweep finds the largest train.microbatch_prompts whose gradient step fits.
 """
@@ -37,7 +39,7 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.structs import Experience, Prompts
 from launch import costs
 
-PROGRAMS = ("update", "sample", "measure")
+PROGRAMS = ("update", "sample", "measure", "move")
 GIB = 2**30
 
 # Without it XLA cuts products into many small ones with permutes between: twice the time to compile, and no faster.
@@ -130,16 +132,16 @@ def find_slice(topology: str) -> Slice:
   return Slice(topology, devices, CHIPS[kind])
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
-  """Lay the configuration's mesh over the slice; one smaller than sharding.fsdp is all fsdp.
+def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh, Mesh]:
+  """Lay the configuration's meshes over the slice, the samplers' second; one smaller than sharding.fsdp is all fsdp.
 
   Raises:
-    ValueError: the devices do not fit the mesh.
+    ValueError: the devices do not fit a mesh.
   """
   sizes = config.sharding.to_dict()
   if sizes["data"] == -1 and len(devices) < sizes["fsdp"] * sizes["tensor"]:
     sizes |= {"data": 1, "fsdp": -1}
-  return sharding.make_mesh(**sizes, devices=devices)
+  return sharding.make_meshes(**sizes, devices=devices)
 
 
 def plan_model(config: ConfigDict) -> LLaDA:
@@ -163,11 +165,14 @@ def is_needed(name: str, config: ConfigDict) -> bool:
   needs = OBJECTIVES[config.objective.name].needs
   if name == "measure":
     return needs not in ("demonstrations", "rewards") and config.objective.likelihood != "sampler"
+  if name == "move":
+    return needs != "demonstrations" and any(config.sharding.rollout.values())
   return name == "update" or needs != "demonstrations"
 
 
-def trace_program(name: str, config: ConfigDict, model: LLaDA, mesh: Mesh) -> jax.stages.Traced:
+def trace_program(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mesh, Mesh]) -> jax.stages.Traced:
   """Trace one of `PROGRAMS` as training would call it, with descriptions in the place of arrays."""
+  mesh = meshes[1] if name == "sample" else meshes[0]
   params = build.abstract_collection(model, mesh, "params")
   trainable = build.abstract_collection(model, mesh, "lora") if model.config.lora else params
   num_prompts = config.rollout.num_prompts
@@ -183,6 +188,9 @@ def trace_program(name: str, config: ConfigDict, model: LLaDA, mesh: Mesh) -> ja
   elif name == "sample":
     program = phases.training_sample(config, SimpleNamespace(model=model, mesh=mesh))
     args = Policies(trainable, params, reference), experience.prompts, key
+  elif name == "move":
+    args = (Policies(trainable, params, reference),)
+    program = sharding.moving(*args, meshes[1])
   else:
     program = phases.training_scores(config, model, mesh)
     about = experience.completion, experience.is_counted, experience.committed_at
@@ -223,10 +231,10 @@ def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
     ValueError: the configuration does not fit the slice's mesh.
   """
   start = time.monotonic()
-  mesh = make_mesh(config, where.devices)
-  model = build.place_model(plan_model(config), config, mesh)
+  meshes = make_meshes(config, where.devices)
+  model = build.place_model(plan_model(config), config, *meshes)
   calls = config.sampler.steps * config.sampler.block_length // config.sampler.completion_length
-  traced = trace_program(name, config, model, mesh)
+  traced = trace_program(name, config, model, meshes)
   flops = costs.count_flops(traced.jaxpr, while_trips=calls)
   try:
     compiled = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=OPTIONS)
@@ -248,7 +256,7 @@ def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
     is_refused=False,
     flops=flops,
     collectives=by_kind,
-    vocabulary=[list(shape) for each in collectives for shape in each.shapes if _is_of_logits(shape, model, mesh)],
+    vocabulary=[list(shape) for each in collectives for shape in each.shapes if _is_of_logits(shape, model, meshes[0])],
     seconds_compute=flops / (len(where.devices) * where.chip.peak * MXU_SHARE),
     seconds_links=costs.link_bytes(collectives) / (where.chip.links * LINK_SHARE),
     seconds_compiling=time.monotonic() - start,
@@ -276,7 +284,7 @@ def largest_microbatch(config: ConfigDict, where: Slice, log: Callable[[str], No
   Memory grows evenly with the microbatch, so two sizes tell where to look; what is reported has been compiled.
   """
   rows = config.rollout.group_size * config.objective.num_replicates
-  mesh = make_mesh(config, where.devices)
+  mesh, _ = make_meshes(config, where.devices)
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   step = max(1, shards // rows)
   tried: dict[int, Cost] = {}
@@ -326,7 +334,7 @@ def table(costs_of: Sequence[Cost], where: Slice) -> Table:
 def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice) -> str:
   """Say how long a buffer takes by the roofline, and under which assumptions."""
   chunks = -(-config.rollout.num_prompts // (config.rollout.chunk_prompts or config.rollout.num_prompts))
-  times = {"sample": chunks, "measure": chunks, "update": config.train.updates_per_buffer}
+  times = {"sample": chunks, "measure": chunks, "update": config.train.updates_per_buffer, "move": 1}
   seconds = {name: times[name] * cost.seconds for name, cost in found.items()}
   listed = " + ".join(f"{times[name]} x {name} {cost.seconds:.2f} s" for name, cost in found.items())
   return (
@@ -356,7 +364,7 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
   found = {}
   for name in names:
     if not is_needed(name, config):
-      console.print(f"{name}: not needed by {config.objective.name}")
+      console.print(f"{name}: not needed")
       continue
     found[name] = cost_of(name, config, where)
     console.print(f"{name} compiled in {found[name].seconds_compiling:.0f} s", highlight=False)

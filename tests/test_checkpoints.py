@@ -75,8 +75,8 @@ def test_nothing_saved_is_none(mesh, tmp_path):
 def test_the_newest_comes_back_on_any_mesh(saved, mesh):
   assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["2", "3"]
   for other in (mesh, sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(fsdp=8)):
-    step, state, experience, progress = restore(saved, other)
-    assert (step, experience, progress) == (3, None, {"buffer": 3})
+    step, state, experience, progress, drawn = restore(saved, other)
+    assert (step, experience, progress, drawn) == (3, None, {"buffer": 3}, None)
     assert_same(state, make_state(mesh, 3))
     assert state.trainable["block"]["kernel"].sharding.mesh.shape == other.shape
 
@@ -96,7 +96,7 @@ def test_relative_workdirs_work(mesh, tmp_path, monkeypatch):
   checkpoints.wait()
   checkpoints.save(4, make_state(mesh, 1), None, {"is": "not written: step 4 is there"})
   checkpoints.close()
-  step, state, _, progress = restore("runs/one", mesh)
+  step, state, _, progress, _ = restore("runs/one", mesh)
   assert (step, progress) == (4, {})
   assert_same(state, make_state(mesh))
 
@@ -132,7 +132,7 @@ def truncate_progress(folder):
 @pytest.mark.parametrize("damage", [truncate, lose_a_file, truncate_progress])
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(saved, mesh, damage, caplog):
   damage(saved / "3")
-  step, state, experience, progress = restore(saved, mesh)
+  step, state, experience, progress, _ = restore(saved, mesh)
   assert (step, progress) == (2, {"buffer": 2})
   assert_same(state, make_state(mesh, 2))
   assert_same(experience, make_experience(mesh))
@@ -194,7 +194,7 @@ TWO_PROCESSES = """
   mesh = sharding.make_mesh(fsdp=8)
   checkpoints = Checkpoints(sys.argv[3], keep=2)
   buffer = make_experience(mesh)
-  step, restored, _, progress = checkpoints.restore_latest(sharding.abstract(make_state(mesh)))
+  step, restored, _, progress, _ = checkpoints.restore_latest(sharding.abstract(make_state(mesh)))
   assert step == 2 and progress == {"buffer": 2}, (step, progress)
   local = buffer.replace(reward=jax.numpy.asarray(np.asarray(buffer.reward)))  # each process has it whole
   checkpoints.save(5, restored, local, {"by": "two"})
@@ -219,7 +219,7 @@ def test_two_processes_agree_on_damage_and_save_together(saved, mesh, tmp_path):
   errors = [process.communicate(timeout=120)[1] for process in running]
   assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
   assert (saved / "3.damaged").exists()
-  step, state, experience, progress = restore(saved, mesh)
+  step, state, experience, progress, _ = restore(saved, mesh)
   assert (step, progress) == (5, {"by": "two"})
   assert_same(state, make_state(mesh, 2))
   assert_same(experience, make_experience(mesh))

@@ -94,24 +94,28 @@ def test_the_sweep_finds_the_largest_that_fits(monkeypatch, limit, wanted):
 
 def test_a_slice_smaller_than_the_mesh_is_all_fsdp():
   config = llada_8b.get_config()
-  assert dict(plan.make_mesh(config, jax.devices()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-  config = tiny.config(sharding__fsdp=2)
-  assert dict(plan.make_mesh(config, jax.devices()).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+  assert dict(plan.make_meshes(config, jax.devices())[0].shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  config = tiny.config(sharding__fsdp=2, sharding__rollout__tensor=2)
+  mesh, rollout_mesh = plan.make_meshes(config, jax.devices())
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+  assert dict(rollout_mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def test_the_programs_are_traced_as_training_calls_them():
   """For every objective's kind of buffer; on a mesh of eight virtual devices."""
-  mesh = sharding.make_mesh(2, 2, 2)
+  meshes = sharding.make_meshes(2, 2, 2, rollout=dict(data=4, fsdp=1, tensor=0))
   for objective in ("wdce", "diffu_grpo"):
-    config = tiny.config(model__lora__rank=2, objective__name=objective, sampler__steps=4)
+    config = tiny.config(model__lora__rank=2, objective__name=objective, sampler__steps=4, sharding__rollout__fsdp=1)
     model = plan.plan_model(config)
     for name in plan.PROGRAMS:
       assert plan.is_needed(name, config)
-      assert plan.costs.count_flops(plan.trace_program(name, config, model, mesh).jaxpr) > 0
+      traced = plan.trace_program(name, config, model, meshes)
+      assert plan.costs.count_flops(traced.jaxpr) > 0 or name == "move"
 
 
 def test_scores_that_an_objective_does_not_need_are_left_out():
   assert not plan.is_needed("measure", tiny.config(objective__name="wd1"))
+  assert not plan.is_needed("move", tiny.config())
   assert plan.is_needed("sample", tiny.config(objective__name="wd1"))
   assert not plan.is_needed("sample", tiny.config(objective__name="denoise"))
 

@@ -24,6 +24,11 @@ def begin(config, folder, use_devices):
     return parts, *phases.training_phase(config, folder / "run", parts, build.initial_params(config, parts))
 
 
+def collect(phase, state, buffer):
+  """A buffer drawn and finished by the same policy."""
+  return phase.finish(state, phase.draw(state, buffer), buffer)
+
+
 @pytest.mark.parametrize(
   ("name", "likelihood", "replicates"),
   [("diffu_grpo", "one_step", 2), ("tracerl", "trajectory", 2), ("gdpo", "elbo_quadrature", 2)],
@@ -34,7 +39,7 @@ def test_the_first_update_meets_the_views_that_were_measured(folder, use_devices
   )
   parts, phase, state = begin(config, folder, use_devices)
   with jax.set_mesh(parts.mesh):
-    experience, _ = phase.collect(state, 0)
+    experience, _ = collect(phase, state, 0)
     num_measured = 1 if likelihood == "trajectory" else config.train.updates_per_buffer
     assert experience.token_log_p_old.shape[2] == num_measured
     state, metrics = phase.update(state, phase.frozen, experience)
@@ -52,7 +57,7 @@ def test_the_reference_follows_every_other_update(folder, use_devices, rank):
   )
   parts, phase, state = begin(config, folder, use_devices)
   with jax.set_mesh(parts.mesh):
-    experience, _ = phase.collect(state, 0)
+    experience, _ = collect(phase, state, 0)
     np.testing.assert_array_equal(experience.log_p_old, experience.log_p_ref)
     # rewards of an untrained policy may all be the same: weights that are not
     weight = np.tile(np.array([0.7, 0.1, 0.1, 0.1], np.float32), (len(experience.reward), 1))
@@ -60,11 +65,11 @@ def test_the_reference_follows_every_other_update(folder, use_devices, rank):
     before = jax.device_get(state.reference)
     state, _ = phase.update(state, phase.frozen, experience)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.reference))
-    moved, _ = phase.collect(state, 1)
+    moved, _ = collect(phase, state, 1)
     assert np.abs(moved.log_p_old - moved.log_p_ref).max() > 1e-3
     state, _ = phase.update(state, phase.frozen, experience)
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.trainable, state.reference)))
-    followed, _ = phase.collect(state, 1)
+    followed, _ = collect(phase, state, 1)
     np.testing.assert_allclose(followed.log_p_old, followed.log_p_ref, rtol=1e-5)
 
 
@@ -75,6 +80,6 @@ def test_rounds_of_masks_are_added_until_the_noise_is_small(folder, use_devices)
     parts, phase, state = begin(config, folder, use_devices)
     state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
     with jax.set_mesh(parts.mesh):
-      _, figures = phase.collect(state, 0)
+      _, figures = collect(phase, state, 0)
     assert figures["elbo_rounds"] == rounds
     assert figures["log_ratio_error"] > 0

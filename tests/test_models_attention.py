@@ -204,6 +204,6 @@ def test_a_kernel_that_cannot_run_is_refused(asked, platform, head_dim, dtype, m
 
 def test_a_placed_model_has_its_devices_attention():
   model, mesh = tiny(attention="splash")[0], sharding.make_mesh(2, 2, 2)
-  assert build.place_model(model, tiny_configs.config(), mesh).config.attention == "xla"
+  assert build.place_model(model, tiny_configs.config(), mesh, mesh).config.attention == "xla"
   with pytest.raises(ValueError, match="needs a TPU, not cpu"):
-    build.place_model(model, tiny_configs.config(model__attention="splash"), mesh)
+    build.place_model(model, tiny_configs.config(model__attention="splash"), mesh, mesh)

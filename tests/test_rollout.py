@@ -1,12 +1,14 @@
 """A buffer's way: nothing depends on batch, padding or devices; failed rewards drop out and are counted."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, rollout, structs
+from dmpo_jax import build, rollout, sharding, structs
 from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.measure import Policies, make_measure_sampled, make_measure_weights
 from dmpo_jax.objectives.estimators import Elbo
@@ -51,19 +53,18 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
         **weighing,
       )
     prompts, records = parts.prompts.batch(0, config.rollout.num_prompts)
-    return rollout.collect(
-      Policies(params, reference),
-      prompts,
-      records,
-      sample=sample,
+    policies = Policies(params, reference)
+    sample = functools.partial(sharding.within(parts.rollout_mesh, sample), sharding.move(policies, parts.rollout_mesh))
+    of_buffer = (policies, prompts, records)
+    common = dict(
       measure=measure,
       grading=Grading(task=task) if task else parts.grading,
       tokenizer=parts.tokenizer,
-      seed=config.seed,
       buffer=3,
-      chunk_prompts=config.rollout.chunk_prompts,
       counted=objective.counted,
     )
+    own = dict(sample=sample, seed=config.seed, chunk_prompts=config.rollout.chunk_prompts)
+    return rollout.finish(rollout.draw(*of_buffer, **own, **common), *of_buffer, **common)
 
 
 def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
@@ -74,6 +75,7 @@ def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
     (tiny.config(rollout__chunk_prompts=2), 1),
     (tiny.config(task__max_prompt_length=26), 1),
     (tiny.config(sharding__data=2, sharding__fsdp=-1, sharding__tensor=2), 8),
+    (tiny.config(sharding__fsdp=8, sharding__rollout__fsdp=1, sharding__rollout__tensor=2), 8),
   )
   for config, num_devices in others:
     other, _ = collect(config, folder, use_devices, num_devices)

@@ -1,14 +1,36 @@
 """The mesh and the one table of axes: sizes that are left over, and mistakes in words."""
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dmpo_jax import sharding
 
 
 def test_minus_one_takes_the_devices_that_are_left():
   assert dict(sharding.make_mesh(data=-1, tensor=4).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+
+
+def test_samplers_may_have_a_mesh_of_their_own_over_the_same_devices():
+  mesh, same = sharding.make_meshes(-1, 2, 1, rollout=dict(data=0, fsdp=0, tensor=0))
+  assert mesh is same
+  mesh, other = sharding.make_meshes(-1, 8, 1, rollout=dict(data=0, fsdp=1, tensor=2))
+  assert dict(other.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+  assert mesh.devices.flatten().tolist() == other.devices.flatten().tolist()
+  with pytest.raises(ValueError, match=r"sharding.rollout.data=3, sharding.rollout.fsdp=2, .* need 6 devices"):
+    sharding.make_meshes(-1, 2, 1, rollout=dict(data=3, fsdp=0, tensor=0))
+
+
+def test_arrays_move_from_mesh_to_mesh_along_the_same_axes():
+  mesh, other = sharding.make_meshes(1, 8, 1, rollout=dict(data=2, fsdp=1, tensor=4))
+  values = np.arange(64.0).reshape(8, 8)
+  array = jax.device_put(values, NamedSharding(mesh, sharding.spec("embed", "ffn")))
+  moved = sharding.move({"kernel": array}, other)["kernel"]
+  np.testing.assert_array_equal(moved, values)
+  assert array.addressable_shards[0].data.shape == (1, 8)
+  assert moved.addressable_shards[0].data.shape == (8, 2)
+  assert sharding.move(moved, other) is moved
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""Buffers drawn before the updates on the one before: as a plain loop would do it, and interrupted like any run."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from etils import epath
+
+from dmpo_jax import build, checkpoints, measure, phases, train
+
+
+def config(**overrides):
+  """Without a baseline every rollout is learned from: rewards of a policy at random may all be the same."""
+  return tiny.config(rollout__pipelined=True, objective__baseline="none", warm_start__updates=0, **overrides)
+
+
+@pytest.fixture(autouse=True)
+def one_device(use_devices):
+  use_devices(1)
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+  """A pipelined run that nothing interrupts."""
+  devices = jax.devices
+  jax.devices = lambda: devices()[:1]
+  workdir = epath.Path(tmp_path_factory.mktemp("left_alone") / "run")
+  train.main(config(), workdir)
+  jax.devices = devices
+  return workdir
+
+
+def rows_of(workdir):
+  """The metrics of a run, without what is measured in time."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{name: row[name] for name in row if name != "time" and "second" not in name} for row in rows]
+
+
+def policy_of(workdir):
+  """Every parameter of the final policy, as saved."""
+  return ocp.StandardCheckpointer().restore((workdir / "policy").resolve())
+
+
+def test_a_buffer_is_drawn_by_the_policy_that_the_one_before_begins_with(left_alone, tmp_path):
+  """The plain twin, which finishes every buffer before it goes on."""
+  own, workdir = config(), epath.Path(tmp_path / "run")
+  parts = build.build_parts(own, workdir)
+  with jax.set_mesh(parts.mesh):
+    phase, state = phases.training_phase(own, workdir, parts, build.initial_params(own, parts))
+    rewards, (experience, figures) = [], phase.finish(state, phase.draw(state, 0), 0)
+    for buffer in range(own.train.num_buffers):
+      following = phase.finish(state, phase.draw(state, buffer + 1), buffer + 1)
+      for _ in range(own.train.updates_per_buffer):
+        state, _ = phase.update(state, phase.frozen, experience)
+      rewards.append((figures["reward_mean"], figures["log_ratio_std"]))
+      experience, figures = following
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.trainable), policy_of(left_alone))
+  assert rewards == [(row["reward_mean"], row["log_ratio_std"]) for row in rows_of(left_alone)[1:]]
+  assert rewards[1][1] == 0  # the second buffer's policy is the base, as it is the first one's
+  assert rewards[2][1] > 0
+
+
+def stop_at_save(patch, number):
+  """Let the program die when its `number`-th checkpoint stands."""
+  count, save = [0], checkpoints.Checkpoints.save
+
+  def save_and_die(self, *args):
+    save(self, *args)
+    count[0] += 1
+    if count[0] == number:
+      self.wait()
+      raise KeyboardInterrupt
+
+  patch.setattr(checkpoints.Checkpoints, "save", save_and_die)
+
+
+def notice_at_poll(patch, number):
+  """Let a notice of preemption come when programs on a buffer's chunks ask for one for the `number`-th time."""
+  count = [0]
+
+  def listen():
+    count[0] += 1
+    if count[0] == number:
+      raise checkpoints.Preempted
+
+  patch.setattr(measure, "check_preemption", listen)
+
+
+def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypatch):
+  """While the next buffer is drawn, in the middle of one, between two, and at the end of what was asked for first."""
+  workdir = epath.Path(tmp_path / "run")
+  interruptions = (
+    (notice_at_poll, 4, checkpoints.Preempted, {"state", "experience"}),  # two buffers of one chunk, sampled and scored
+    (stop_at_save, 1, KeyboardInterrupt, {"state", "experience", "drawn"}),
+    (stop_at_save, 1, KeyboardInterrupt, {"state", "drawn"}),
+  )
+  for step, (interrupt, number, error, wanted) in enumerate(interruptions):
+    with monkeypatch.context() as patch:
+      interrupt(patch, number)
+      with pytest.raises(error):
+        train.main(config(), workdir)
+    saved = {path.name for path in (workdir / "checkpoints" / "train" / str(step)).iterdir() if path.is_dir()}
+    assert saved - {"progress"} == wanted
+  train.main(config(train__num_buffers=2), workdir)
+  train.main(config(), workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
+  of_buffers = [name for name in rows_of(left_alone)[1] if not name.startswith("eval_")]
+  for row, wanted in zip(rows_of(workdir)[1:], rows_of(left_alone)[1:], strict=True):
+    assert {name: row[name] for name in of_buffers} == {name: wanted[name] for name in of_buffers}
