@@ -64,7 +64,7 @@ def test_a_buffer_is_drawn_by_the_policy_that_the_one_before_begins_with(left_al
 
 
 def stop_at_save(patch, number):
-  """Let the program die when its `number`-th checkpoint stands."""
+  """Let the program die when it has asked for a checkpoint for the `number`-th time, and it stands."""
   count, save = [0], checkpoints.Checkpoints.save
 
   def save_and_die(self, *args):
@@ -95,7 +95,7 @@ def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypa
   interruptions = (
     (notice_at_poll, 4, checkpoints.Preempted, {"state", "experience"}),  # two buffers of one chunk, sampled and scored
     (stop_at_save, 1, KeyboardInterrupt, {"state", "experience", "drawn"}),
-    (stop_at_save, 1, KeyboardInterrupt, {"state", "drawn"}),
+    (stop_at_save, 2, KeyboardInterrupt, {"state", "drawn"}),  # the first is of the step that it begins at
   )
   for step, (interrupt, number, error, wanted) in enumerate(interruptions):
     with monkeypatch.context() as patch:
