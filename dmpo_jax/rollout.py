@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from dmpo_jax import noise, samplers
+from dmpo_jax import noise, progress, samplers
 from dmpo_jax.grading import Grades, Grading, grade
 from dmpo_jax.measure import Measure, Policies, chunks, concatenate, fetch_ahead
 from dmpo_jax.models import lora
@@ -65,10 +65,12 @@ def draw(
   drawn: list[Rollouts] = []  # on the devices
 
   def sample_part(part: slice) -> Rollouts:
+    progress.part("sampling prompts", part.start, len(records))
     drawn.append(sample(_take(prompts, part), key))
     return drawn[-1]
 
   def score_part(part: slice) -> Any:
+    progress.part("scoring prompts", part.start, len(records))
     rollouts = drawn.pop(0)
     is_counted = count_positions(rollouts.completion, tokenizer.eos_token_id, counted)
     about = rollouts.completion, is_counted, rollouts.committed_at
@@ -116,6 +118,7 @@ def finish(
   watch = Stopwatch()
   rollouts, measures = drawn.rollouts, drawn.measures
   completion = rollouts.completion
+  progress.part("waiting for rewards")
   grades = (drawn.wait or grade(grading, tokenizer, records, completion))()
   watch.lap("reward")  # what grading took longer than all that was done meanwhile
   experience = Experience(

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dmpo_jax import build, files, phases, sharding
+from dmpo_jax import build, files, phases, progress, sharding
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.measure import Policies
 from dmpo_jax.models.llada import LLaDA
@@ -362,12 +362,15 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
     rows = size * config.rollout.group_size * config.objective.num_replicates / len(where.devices)
     console.print(f"largest train.microbatch_prompts that fits: {size} ({rows:g} rows a chip, {cost.peak:.2f} GiB)")
   found = {}
-  for name in names:
-    if not is_needed(name, config):
-      console.print(f"{name}: not needed")
-      continue
-    found[name] = cost_of(name, config, where)
-    console.print(f"{name} compiled in {found[name].seconds_compiling:.0f} s", highlight=False)
+  with progress.Progress("compiling", len(names), unit="programs") as shown:
+    for name in names:
+      if is_needed(name, config):
+        shown.part(name)
+        found[name] = cost_of(name, config, where)
+        console.print(f"{name} compiled in {found[name].seconds_compiling:.0f} s", highlight=False)
+      else:
+        console.print(f"{name}: not needed")
+      shown.advance()
   if found:
     console.print(table(list(found.values()), where))
     console.print(describe_iteration(found, config, where), highlight=False, soft_wrap=True)
@@ -382,6 +385,7 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
 def define_flags() -> None:
   """Declare the command's flags; not on import, as every command has its own."""
   config_flags.DEFINE_config_file("config", None, "Configuration file; override a key with --config.section.key=value.")
+  flags.adopt_module_key_flags(progress)
   flags.DEFINE_string("topology", None, "The slice, such as v5e:4x4, v5p:2x2x1 or v6e:4x4.")
   flags.DEFINE_list("programs", list(PROGRAMS), "Which programs to compile.")
   flags.DEFINE_boolean("sweep", False, "Find the largest train.microbatch_prompts that fits.")
