@@ -115,7 +115,7 @@ class Progress:
 
   def _said(self) -> list[str]:
     compiling = f"compiling {self._compiling}" if self._compiling else ""
-    return [text for text in (self._figures, self._part, compiling) if text]
+    return [text for text in (self._part, compiling, self._figures) if text]
 
   def _count(self) -> str:
     if self._unit != "bytes":

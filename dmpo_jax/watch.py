@@ -118,6 +118,8 @@ def play(
       live.update(draw_row(shown, since, since == call, sure, call + 1), refresh=True)
       if console.is_terminal:
         time.sleep(seconds)
+  if not console.is_terminal:
+    console.print()  # to which the last picture alone has been written, without an end of its line
 
 
 def draw_row(

@@ -33,6 +33,12 @@ def test_every_call_is_shown():
   assert shown.index(f"{watch.MASKED}2{watch.MASKED}") < shown.index("42!")
 
 
+def test_where_nobody_looks_it_is_the_end_alone():
+  console = Console(file=io.StringIO(), width=60)
+  watch.play(**FILM, console=console, seconds=9.0)
+  assert console.file.getvalue().splitlines() == ["42!", "call 2: '4' 0.50, '!' 1.00"]
+
+
 def test_a_generation_is_found_by_evaluation_and_prompt(workdir):
   assert replay.find_file(workdir, None).name == "000020.jsonl"
   assert replay.read_generation(replay.find_file(workdir, 0), 1, 0)["prompt"] == "after 0"

@@ -113,7 +113,7 @@ def test_work_inside_other_work_is_a_part_of_it(clock):
         inner.advance(loss=step / 4)
     whole.advance(2)
   assert output.getvalue().splitlines() == [
-    "study 0/2 runs  train 1/3  loss 0.000  sampling 1/2",
+    "study 0/2 runs  train 1/3  sampling 1/2  loss 0.000",
     "study 2/2 runs  in 0:18",
   ]
 
