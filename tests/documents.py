@@ -1,4 +1,4 @@
-"""The code that stands in a page of docs/, to be run as it stands there."""
+"""The code that stands in the documents, to be run as it stands there."""
 
 import pathlib
 import textwrap
@@ -7,7 +7,7 @@ DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 
 
 def code(page: str, begin: str) -> str:
-  """The indented block of a page whose first line begins with `begin`."""
+  """The indented block of a page (from docs/) whose first line begins with `begin`."""
   lines = (DOCS / page).read_text().splitlines()
   start = next(number for number, line in enumerate(lines) if line.startswith(f"    {begin}"))
   block = lines[start:]

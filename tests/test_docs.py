@@ -49,12 +49,19 @@ def test_commands_that_need_no_pod_are_run_on_the_smoke_configuration(tmp_path):
   assert command[1:] == ["-m", "dmpo_jax.main", "--config=configs/smoke.py", f"--workdir={tmp_path}/x"]
 
 
-def test_the_task_that_the_documents_add(tmp_path):
-  path = tmp_path / "divisors.py"
-  path.write_text(documents.code("extending.md", "def records("))
+@pytest.mark.parametrize(
+  ("page", "n", "prompt", "answer"),
+  [
+    ("../README.md", 91, "Which is the smallest prime factor of 91?", "7"),
+    ("extending.md", 12, "How many divisors has 12?", "6"),
+  ],
+)
+def test_the_tasks_that_the_documents_add(tmp_path, page, n, prompt, answer):
+  path = tmp_path / "task.py"
+  path.write_text(documents.code(page, "def records("))
   task = make_task(str(path), options={"grader": "exact"}, prompt="default", rewards="default", grader="default")
-  assert task.prompt({"n": 12}) == "How many divisors has 12?"
-  assert (task.reward({"n": 12}, "6"), task.reward({"n": 12}, "5")) == (1.0, 0.0)
+  assert task.prompt({"n": n}) == prompt
+  assert (task.reward({"n": n}, answer), task.reward({"n": n}, "5")) == (1.0, 0.0)
   assert len(task.records("test")) == 100
 
 
