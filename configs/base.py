@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
   m.param_dtype = "float32"  # of the parameters that are trained; frozen ones too
   m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)
   m.attention = "auto"  # xla, splash (TPU), cudnn (NVIDIA GPU; bfloat16); auto: the devices' kernel, or xla
-  m.loss_chunk = 0  # completion positions of a row whose logits exist at one time; 0: all
 
   m.lora = lora = ConfigDict()
   lora.rank = 0  # 0: train every parameter, with a frozen copy as the reference policy

@@ -21,7 +21,6 @@ def get_config(completion_length="256"):
   m.rope_theta = 500_000.0
   m.dtype = m.param_dtype = "bfloat16"  # published: a base in NF4, which is none of a TPU's formats
   m.remat = "full"
-  m.loss_chunk = 32
   m.lora.rank = 128
   m.lora.alpha = 64.0
   m.lora.dropout = 0.05

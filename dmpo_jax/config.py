@@ -41,7 +41,6 @@ MAY_CHANGE = (
   "model.init_from",
   "grading.workers",
   "log.*",
-  "model.loss_chunk",
   "model.param_dtype",
   "model.remat",
   "optim.max_skips_in_a_row",

@@ -62,7 +62,6 @@ def make_measure_weights(
   mesh: Mesh,
   *,
   estimator: Estimator,
-  loss_chunk: int,
   chunk_prompts: int,
   seed: int,
   replicates: str,
@@ -80,7 +79,7 @@ def make_measure_weights(
       rounds are one compiled program.
     weighing: keywords of `weights.weigh`.
   """
-  program = measure_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk)
+  program = measure_program(model, mesh, estimator=estimator)
   is_fixed = replicates == "fixed" or max(estimator.draws) < 0  # what draws nothing has no noise to average
 
   def score(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, buffer: int, number: int = 0):
@@ -131,7 +130,6 @@ def make_measure_ratios(
   mesh: Mesh,
   *,
   estimator: Estimator,
-  loss_chunk: int,
   seed: int,
   updates_per_buffer: int,
   with_reference: bool,
@@ -140,7 +138,7 @@ def make_measure_ratios(
 
   Where the estimator draws nothing, all updates share one measurement.
   """
-  program = token_program(model, mesh, estimator=estimator, loss_chunk=loss_chunk, with_reference=with_reference)
+  program = token_program(model, mesh, estimator=estimator, with_reference=with_reference)
   num_measured = updates_per_buffer if max(estimator.draws) >= 0 else 1
 
   def score(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, buffer: int):
@@ -157,7 +155,7 @@ def make_measure_ratios(
   return Measure(score, finish)
 
 
-def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int) -> Callable:
+def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator) -> Callable:
   """Jit the estimates of both policies under one set of views."""
 
   def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> Measures:
@@ -165,7 +163,7 @@ def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chun
       noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
       Completions(is_counted, committed_at, prompts.is_valid),
     )
-    old, ref = _score_both(model, policies, prompts, completion, views, loss_chunk)
+    old, ref = _score_both(model, policies, prompts, completion, estimator, views)
     return Measures(
       log_p_old=estimator.estimates(old.log_prob, views),
       log_p_ref=estimator.estimates(ref.log_prob, views),
@@ -175,7 +173,7 @@ def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chun
   return jax.jit(program, out_shardings=replicated(mesh))
 
 
-def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk: int, with_reference: bool) -> Callable:
+def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, with_reference: bool) -> Callable:
   """Jit the estimates position by position."""
 
   def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> Measures:
@@ -183,7 +181,7 @@ def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk:
       noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
       Completions(is_counted, committed_at, prompts.is_valid),
     )
-    old, ref = _score_both(model, policies, prompts, completion, views, loss_chunk, with_reference)
+    old, ref = _score_both(model, policies, prompts, completion, estimator, views, with_reference)
     return Measures(
       log_p_old=estimator.tokens(old.log_prob, views),
       log_p_ref=estimator.tokens(ref.log_prob, views),
@@ -193,13 +191,13 @@ def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, loss_chunk:
   return jax.jit(program, out_shardings=replicated(mesh))
 
 
-def _score_both(model, policies, prompts, completion, views, loss_chunk, with_reference=True):
+def _score_both(model, policies, prompts, completion, estimator, views, with_reference=True):
   has_adapters = model.config.lora is not None
   variables = [lora.policy_variables(policies.trainable, policies.frozen, has_adapters)]
   if with_reference:
     variables.append(lora.reference_variables(policies.frozen, policies.reference, has_adapters))
   scores = [
-    make_score(model, each, prompts, completion, chunk=loss_chunk)(views.is_masked, views.prompt_is_masked)
+    make_score(model, each, prompts, completion)(views.is_masked, views.prompt_is_masked, pairs=estimator.pairs)
     for each in variables
   ]
   return scores[0], scores[-1]

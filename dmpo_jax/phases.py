@@ -108,7 +108,6 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
       objective="denoise",
       seed=config.seed,
       microbatch_prompts=0,
-      loss_chunk=config.model.loss_chunk,
       sync_reference_every=0,
       shardings=_shardings(state, parts.mesh),
       num_replicates=1,
@@ -170,7 +169,6 @@ def training_update(
     objective=config.objective.name,
     seed=config.seed,
     microbatch_prompts=config.train.microbatch_prompts,
-    loss_chunk=config.model.loss_chunk,
     sync_reference_every=config.objective.sync_reference_every,
     shardings=shardings,
     **_loss_keywords(config.objective),
@@ -195,13 +193,10 @@ def training_scores(config: ConfigDict, model: llada.LLaDA, mesh: Mesh) -> Calla
   if needs in ("rewards", "demonstrations") or objective.likelihood == "sampler":
     return None
   num_replicates = objective.num_elbo_replicates if needs == "weights" else objective.num_replicates
-  common = dict(
-    estimator=make_estimator(objective.likelihood, objective.to_dict(), num_replicates),
-    loss_chunk=config.model.loss_chunk,
-  )
+  estimator = make_estimator(objective.likelihood, objective.to_dict(), num_replicates)
   if needs == "weights":
-    return measure_program(model, mesh, **common)
-  return token_program(model, mesh, with_reference=needs == "ratio_and_reference", **common)
+    return measure_program(model, mesh, estimator=estimator)
+  return token_program(model, mesh, estimator=estimator, with_reference=needs == "ratio_and_reference")
 
 
 def _demonstrations(
@@ -271,7 +266,6 @@ def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
   objective, needs = config.objective, OBJECTIVES[config.objective.name].needs
   if needs == "rewards":
     return make_measure_nothing()
-  common = dict(loss_chunk=config.model.loss_chunk, seed=config.seed)
   if objective.likelihood == "sampler":
     return make_measure_sampled(**_keywords(weights.weigh, objective))
   if needs == "weights":
@@ -280,7 +274,7 @@ def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
       parts.mesh,
       estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_elbo_replicates),
       chunk_prompts=config.rollout.chunk_prompts,
-      **common,
+      seed=config.seed,
       **_keywords(make_measure_weights, objective),
       **_keywords(weights.weigh, objective),
     )
@@ -289,8 +283,8 @@ def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
     parts.mesh,
     estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_replicates),
     updates_per_buffer=config.train.updates_per_buffer,
+    seed=config.seed,
     with_reference=needs == "ratio_and_reference",
-    **common,
   )
 
 

@@ -155,7 +155,6 @@ RULES: dict[str, Rule] = {
   "model.param_dtype": one_of("float32", "bfloat16"),
   "model.remat": one_of("none", "dots", "full"),
   "model.attention": one_of("auto", *ATTENTIONS),
-  "model.loss_chunk": whole(0),
   "model.lora.rank": whole(0),
   "model.lora.alpha": number("(0, inf)"),
   "model.lora.dropout": number("[0, 1)"),

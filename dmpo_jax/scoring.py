@@ -5,13 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from dmpo_jax.models.denoiser import Scores, completion_scores
+from dmpo_jax import sharding
+from dmpo_jax.models.denoiser import completion_hidden
+from dmpo_jax.models.head import Scores, token_scores
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.structs import Prompts
 
-Score = Callable[..., Scores]  # of is_masked [p, g, r, c], and prompt_is_masked [p, g, r, q] or None
+Score = Callable[..., Scores]  # of is_masked [p, g, r, c], and prompt_is_masked [p, g, r, q] or None, and pairs
+Pairs = tuple[tuple[int, int], ...]
 
 
 def make_score(
@@ -20,20 +23,23 @@ def make_score(
   prompts: Prompts,
   completion: Int[Array, "p g c"],
   *,
-  chunk: int = 0,
   dropout_keys: Key[Array, "p g"] | None = None,
 ) -> Score:
   """Close over a policy and its completions; the result maps masks to scores.
 
-  `score(is_masked, prompt_is_masked=None)`, [p, g, r, c] and [p, g, r, q], gives log p(y_l | prompt, y with the masked
-  positions hidden) and the entropy of that distribution at *every* completion position, float32 [p, g, r, c].
+  `score(is_masked, prompt_is_masked=None, pairs=())`, [p, g, r, c] and [p, g, r, q], gives log p(y_l | prompt, y with
+  the masked positions hidden) and the entropy of that distribution at every completion position, float32 [p, g, r, c].
+
+  `pairs` names replicates (i, j) that are wanted where i masks a position, and of j at the others, as complementary
+  masks are: both then have the scores of the one that is wanted, and only these go through the head.
 
   Args:
-    chunk: completion positions whose logits exist at one time; 0 for all.
     dropout_keys: keys of the rollouts when the adapters' dropout is on; a replicate folds in its index.
   """
 
-  def score(is_masked: Bool[Array, "p g r c"], prompt_is_masked: Bool[Array, "p g r q"] | None = None) -> Scores:
+  def score(
+    is_masked: Bool[Array, "p g r c"], prompt_is_masked: Bool[Array, "p g r q"] | None = None, pairs: Pairs = ()
+  ) -> Scores:
     p, g, r, c = is_masked.shape
 
     def rows(array: jax.Array) -> jax.Array:
@@ -43,21 +49,37 @@ def make_score(
     if dropout_keys is not None:
       keys = jax.vmap(jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(r))))(dropout_keys)
       keys = keys.reshape(p * g * r)
-    targets = rows(completion[:, :, None])
-    noised = jnp.where(rows(is_masked), model.config.mask_token_id, targets)
     prompt = rows(prompts.tokens[:, None, None])
     if prompt_is_masked is not None:
       prompt = jnp.where(rows(prompt_is_masked), model.config.mask_token_id, prompt)
-    scores = completion_scores(
-      model,
-      variables,
-      prompt,
-      rows(prompts.is_valid[:, None, None]),
-      noised,
-      targets,
-      chunk=chunk,
-      dropout_keys=keys,
-    )
-    return jax.tree.map(lambda array: array.reshape(p, g, r, c), scores)
+    is_valid = rows(prompts.is_valid[:, None, None])
+    noised = jnp.where(rows(is_masked), model.config.mask_token_id, rows(completion[:, :, None]))
+    hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys).reshape(p, g, r, c, -1)
+    if p * g * (r - len(pairs)) * c % sharding.num_shares("rows"):
+      pairs = ()  # what is left cannot be spread over the devices
+    hidden, source = _pack(hidden, is_masked, pairs)
+    targets = jnp.broadcast_to(completion[:, :, None], hidden.shape[:-1])
+    head = model.head_of(variables)
+    scores = token_scores(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
+    return jax.tree.map(lambda array: _stack(array.reshape(targets.shape), source), scores)
 
   return score
+
+
+def _pack(
+  hidden: Float[Array, "p g r c d"], is_masked: Bool[Array, "p g r c"], pairs: Pairs
+) -> tuple[Float[Array, "p g s c d"], list[int]]:
+  """Take one hidden state of each pair at every position; also says where each replicate's is now."""
+  if not pairs:
+    return hidden, list(range(is_masked.shape[2]))
+  chosen = [jnp.where(is_masked[:, :, i, :, None], hidden[:, :, i], hidden[:, :, j]) for i, j in pairs]
+  source = {replicate: number for number, pair in enumerate(pairs) for replicate in pair}
+  for replicate in range(is_masked.shape[2]):
+    if replicate not in source:
+      source[replicate] = len(chosen)
+      chosen.append(hidden[:, :, replicate])
+  return jnp.stack(chosen, axis=2), [source[replicate] for replicate in range(is_masked.shape[2])]
+
+
+def _stack(array: Float[Array, "p g s c"], source: list[int]) -> Float[Array, "p g r c"]:
+  return jnp.stack([array[:, :, index] for index in source], axis=2)

@@ -26,7 +26,6 @@ def make_update(
   objective: str,
   seed: int,
   microbatch_prompts: int,
-  loss_chunk: int,
   sync_reference_every: int,
   shardings: tuple[TrainState, NamedSharding],
   **keywords: Any,
@@ -39,7 +38,6 @@ def make_update(
   Args:
     objective: a name in `objectives.OBJECTIVES`; `keywords` are its own.
     microbatch_prompts: prompts whose gradient is computed at one time; divides their number; 0 for all.
-    loss_chunk: completion positions whose logits exist at one time; 0 for all.
     sync_reference_every: updates after which the state's reference becomes a copy of what is trained; 0: never.
     shardings: of the state and of the metrics.
   """
@@ -56,7 +54,6 @@ def make_update(
       lora.policy_variables(trainable, frozen, lora=model.config.lora is not None),
       experience.prompts,
       experience.completion,
-      chunk=loss_chunk,
       dropout_keys=keys("dropout") if has_dropout else None,
     )
     return OBJECTIVES[objective].loss(score, experience, keys("loss"), num_prompts=num_prompts, **keywords)

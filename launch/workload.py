@@ -107,7 +107,7 @@ def count_flops(name: str, config: ConfigDict) -> float:
 
   A sampler that ends by its data counts as many calls as its schedule has.
   """
-  plain = changed(config, {"model.remat": "none", "model.loss_chunk": 0})
+  plain = changed(config, {"model.remat": "none"})
   traced = plan.trace_program(name, plain, plan.plan_model(plain), plan.make_mesh(plain, jax.devices()))
   return costs.count_flops(traced.jaxpr, while_trips=_loop_calls(config))
 

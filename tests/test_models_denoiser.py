@@ -7,8 +7,9 @@ import pytest
 from recorded_models import TINY, compiled, tiny
 
 from dmpo_jax import sharding
-from dmpo_jax.models import denoiser as denoiser_module
-from dmpo_jax.models.denoiser import completion_scores, make_denoiser
+from dmpo_jax.models import head as head_module
+from dmpo_jax.models.denoiser import completion_hidden, make_denoiser
+from dmpo_jax.models.head import split_vocabulary, token_scores
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.samplers import prediction
 
@@ -53,9 +54,13 @@ def test_denoiser_gives_the_logits_of_completions_and_of_tokens_only():
 
 
 def scores(model, variables, inputs, **own):
-  return jax.jit(lambda variables, inputs, own: completion_scores(model, variables, *inputs, **own))(
-    variables, inputs, own
-  )
+  @jax.jit
+  def run(variables, inputs, own):
+    hidden = completion_hidden(model, variables, *inputs[:3], **own)
+    found = token_scores(hidden.reshape(-1, TINY.d_model), model.head_of(variables), inputs[3].reshape(-1))
+    return jax.tree.map(lambda array: array.reshape(inputs[3].shape), found)
+
+  return run(variables, inputs, own)
 
 
 def test_scores_are_of_the_softmax_over_the_whole_table():
@@ -68,23 +73,6 @@ def test_scores_are_of_the_softmax_over_the_whole_table():
   np.testing.assert_allclose(actual.entropy, -(np.exp(log_p) * log_p).sum(-1), atol=1e-5)
 
 
-def test_chunks_change_no_number_and_hold_few_logits():
-  model, variables = tiny()
-  inputs = batch()
-
-  def loss(params, chunk):
-    result = completion_scores(model, {**variables, "params": params}, *inputs, chunk=chunk)
-    return (result.log_prob * jnp.arange(COMPLETION)).sum() + result.entropy.sum(), result
-
-  gradient = jax.value_and_grad(loss, has_aux=True)
-  whole, chunked = (jax.jit(gradient, static_argnums=1)(variables["params"], chunk) for chunk in (0, 2))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), whole, chunked)
-  all_logits = (f"f32[{ROWS},{COMPLETION},{TINY.embedding_size}]", f"f32[{ROWS * COMPLETION},{TINY.embedding_size}]")
-  for chunk, is_there in ((0, True), (2, False)):
-    program = str(jax.make_jaxpr(lambda params, chunk=chunk: gradient(params, chunk))(variables["params"]))
-    assert any(shape in program for shape in all_logits) == is_there
-
-
 def test_scores_do_not_depend_on_padding_or_batch():
   model, variables = tiny(lora=LoraConfig(rank=2, alpha=4.0, dropout=0.3, targets=("v_proj",)))
   keys = jax.random.split(jax.random.key(3), ROWS)
@@ -92,12 +80,6 @@ def test_scores_do_not_depend_on_padding_or_batch():
   alone = jax.tree.map(lambda array: array[1:2], batch(padding=3))
   actual = scores(model, variables, alone, dropout_keys=keys[1:2])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[1:2], atol=1e-5), actual, wanted)
-
-
-def test_a_negative_chunk_is_refused():
-  model, variables = tiny()
-  with pytest.raises(ValueError, match=r"model\.loss_chunk=-1"):
-    completion_scores(model, variables, *batch(), chunk=-1)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +172,7 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
     return denoiser.logits(hidden)[0][:, :, 0]
 
   def in_parts(part_size, temperature):
-    monkeypatch.setattr(denoiser_module, "PART_SIZE", part_size)
+    monkeypatch.setattr(head_module, "PART_SIZE", part_size)
     denoiser = make_denoiser(model, variables, prompt, is_valid)
     assert denoiser.num_parts == -(-1003 // part_size)
     read = jax.jit(
@@ -223,7 +205,7 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
 
 def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
   """Each device reads runs of its own share: other parts, the same tokens, noise and probabilities."""
-  monkeypatch.setattr(denoiser_module, "PART_SIZE", 512)
+  monkeypatch.setattr(head_module, "PART_SIZE", 512)
   model, variables = tiny(vocab_size=1000, embedding_size=1024, mask_token_id=999)
   prompt, is_valid, _, _ = batch()
   hidden = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 2, TINY.d_model)), jnp.float32)
@@ -235,7 +217,7 @@ def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
 
   alone = jax.jit(read)(variables, hidden)
   with jax.set_mesh(sharding.make_mesh(data=2, tensor=4)):
-    assert denoiser_module._split_vocabulary(1024) == ((4, 256, 128), 2)
+    assert split_vocabulary(1024) == ((4, 256, 128), 2)
     split = jax.jit(read)(variables, hidden)
   np.testing.assert_array_equal(split.tokens, alone.tokens)
   for name in ("confidence", "log_prob", "entropy"):

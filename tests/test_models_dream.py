@@ -7,7 +7,8 @@ import pytest
 from recorded_models import compiled
 
 from dmpo_jax.models import convert
-from dmpo_jax.models.denoiser import completion_scores, make_denoiser
+from dmpo_jax.models.denoiser import completion_hidden, make_denoiser
+from dmpo_jax.models.head import token_scores
 from dmpo_jax.models.llada import LLaDA
 
 HF = dict(
@@ -121,12 +122,13 @@ def test_a_position_is_predicted_by_the_one_before_it(dream):
   @jax.jit
   def run(prompt, is_valid, completion):
     denoiser = make_denoiser(model, variables, prompt, is_valid)
-    scores = completion_scores(model, variables, prompt, is_valid, completion, jnp.array([[5, 6, 7]]))
+    hidden = completion_hidden(model, variables, prompt, is_valid, completion)
+    scores = token_scores(hidden[0], model.head_of(variables), jnp.array([5, 6, 7]))
     return denoiser.logits(denoiser.hidden(completion)), scores.log_prob
 
   (logits, _), log_prob = run(jnp.asarray(prompt), jnp.asarray(is_valid), jnp.asarray(completion))
   np.testing.assert_allclose(logits[0, :, 0], raw[1:4], atol=1e-4)
-  np.testing.assert_allclose(log_prob[0], wanted[[1, 2, 3], [5, 6, 7]], atol=1e-4)
+  np.testing.assert_allclose(log_prob, wanted[[1, 2, 3], [5, 6, 7]], atol=1e-4)
 
 
 def test_caches_are_refused(dream):

@@ -52,7 +52,7 @@ def demonstrations():
 def value_and_grad(theta, experience, *, name, num_prompts):
   own = {key: value for key, value in OWN.items() if key in inspect.signature(OBJECTIVES[name].loss).parameters}
 
-  def score(theta, is_masked):
+  def score(theta, is_masked, pairs=()):
     chosen = theta[jnp.arange(C), experience.completion][:, :, None]
     log_prob = jax.nn.log_sigmoid(jnp.broadcast_to(chosen, is_masked.shape))
     return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones(is_masked.shape))

@@ -13,7 +13,7 @@ import pytest
 
 from dmpo_jax.objectives import OBJECTIVES, clipped
 from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
-from dmpo_jax.objectives.estimators import Coupled, ElboQuadrature, Eubo, OneStep, Trajectory
+from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions, Linear
 from dmpo_jax.structs import Experience, Prompts
 
@@ -66,7 +66,7 @@ def value_and_grad(log_p, experience, *, name, kl_weight=0.1):
   own |= {"kl_weight": kl_weight} if "kl_weight" in own else {}
 
   def compute(log_p):
-    def score(is_masked, prompt_is_masked=None):
+    def score(is_masked, prompt_is_masked=None, pairs=()):
       log_prob = jnp.broadcast_to(log_p[:, :, None], is_masked.shape)
       return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones_like(log_prob))
 
@@ -224,3 +224,43 @@ def test_a_dropped_rollout_poisons_nothing(name):
   assert np.isfinite(results[0][2]).all()
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *results)
   np.testing.assert_array_equal(results[0][2][0, 1], 0)
+
+
+@pytest.mark.parametrize(
+  ("name", "own"),
+  [
+    ("wdce", {}),
+    ("wddo", dict(sets="independent")),
+    ("denoise", {}),
+    ("coupled_grpo", dict(likelihood=Coupled(5, min_mask_ratio=0.2, max_mask_ratio=0.8))),
+    ("wd1", dict(likelihood=Elbo(4, True, 0.0, 1.0, mask_block_length=1))),
+    ("spg", dict(likelihood=Eubo(4, True, 0.2, 0.8, 0, beta=1.5, mixture=0.5))),
+  ],
+)
+def test_a_position_of_a_pair_is_read_in_one_of_the_two(name, own):
+  """What a policy says of the other one may be anything, such as what it says of its partner."""
+  experience = make_experience(is_counted=np.array([[[True, True], [True, False]]]))
+  loss = OBJECTIVES[name].loss
+  keywords = {key: value for key, value in (OWN | own).items() if key in inspect.signature(loss).parameters}
+  named = []
+
+  @functools.partial(jax.jit, static_argnames="is_shared")
+  def compute(sharpness, experience, keys, is_shared):
+    def score(is_masked, prompt_is_masked=None, pairs=()):
+      named.append(pairs)
+      log_prob = sharpness * (jnp.cos(jnp.arange(is_masked.size)).reshape(is_masked.shape) - 1.5)
+      for i, j in pairs if is_shared else ():
+        wanted = jnp.where(is_masked[:, :, i], log_prob[:, :, i], log_prob[:, :, j])
+        log_prob = log_prob.at[:, :, i].set(wanted).at[:, :, j].set(wanted)
+      return SimpleNamespace(log_prob=log_prob, entropy=jnp.exp(log_prob))
+
+    return loss(score, experience, keys, num_prompts=1, **keywords)
+
+  run_both = [
+    jax.value_and_grad(functools.partial(compute, is_shared=shared), has_aux=True) for shared in (False, True)
+  ]
+  keys = jax.random.split(jax.random.key(1), (1, 2))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5), *(run(1.0, experience, keys) for run in run_both)
+  )
+  assert named[0]

@@ -57,7 +57,7 @@ def change(array, where, value):
 def make_score(theta, experience):
   """A policy with a parameter a position and token, in which every further masked position costs confidence."""
 
-  def score(is_masked):
+  def score(is_masked, pairs=()):
     chosen = jnp.asarray(theta)[jnp.arange(is_masked.shape[-1]), experience.completion][:, :, None]
     logit = chosen - 0.1 * is_masked.sum(-1, keepdims=True)
     return SimpleNamespace(log_prob=jax.nn.log_sigmoid(logit), entropy=jnp.exp(-(logit**2)))
@@ -175,7 +175,7 @@ def test_the_loss_is_the_mean_of_its_groups_on_masks_from_the_keys():
   def compute(experience):
     seen = []
 
-    def score(is_masked):
+    def score(is_masked, pairs=()):
       seen.append(is_masked)
       return make_score(THETA, experience)(is_masked)
 

@@ -46,7 +46,6 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
         parts.model,
         parts.mesh,
         estimator=Elbo(2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0),
-        loss_chunk=0,
         chunk_prompts=config.rollout.chunk_prompts,
         seed=config.seed,
         **{name: objective[name] for name in ("replicates", "max_noise", "max_rounds")},

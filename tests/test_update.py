@@ -99,3 +99,27 @@ def test_adapters_learn_and_dropout_is_in_the_gradient_step_alone(folder, use_de
   _, plain = step_of(without, experience)
   np.testing.assert_allclose(metrics["loss"], plain["loss"], rtol=1e-5, err_msg="B = 0: dropout has nothing to drop")
   assert abs(metrics["grad_norm"] - plain["grad_norm"]) > 1e-4, "but the gradient of B sees it"
+
+
+def test_nothing_is_compiled_after_the_first_iteration(folder, use_devices):
+  """Buffers of other prompts and completions run the programs that are there: rollouts, scores, weights, updates."""
+  config = tiny.config(rollout__chunk_prompts=2, sampler__name="parallel", objective__replicates="adaptive")
+  parts, phase, state = begin(config, folder, 1, use_devices)
+  compiled, counts = [], []
+
+  def note(event, *_, **about):
+    if event.endswith("backend_compile_duration"):
+      compiled.append(about)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    with jax.set_mesh(parts.mesh):
+      for buffer in range(3):
+        experience, _ = phase.collect(state, buffer)
+        for _ in range(2):
+          state, _ = phase.update(state, phase.frozen, experience)
+        counts.append(len(compiled))
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+  assert counts[0] >= 3, "the sampler, the scores and the update"
+  assert counts[1:] == [counts[0]] * 2

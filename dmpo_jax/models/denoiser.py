@@ -1,4 +1,4 @@
-"""The model as samplers and objectives see it: closures over parameters and prompts, and scores of completions."""
+"""The model as samplers and objectives see it: closures over parameters and prompts, and rows of completions."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from dmpo_jax import sharding
+from dmpo_jax.models.head import part_logits, split_vocabulary
 from dmpo_jax.models.llada import Cache, empty_cache
 from dmpo_jax.sharding import constrain
-
-PART_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
-RUN_MULTIPLE = 128  # a part's runs of ids begin at multiples of it where the vocabulary is split over devices
 
 
 class Denoiser(NamedTuple):
@@ -34,13 +31,6 @@ class Denoiser(NamedTuple):
   mask_token_id: int
   eos_token_id: int
   reference: Any = None  # a Denoiser of the reference policy with the same prompts; None: there is none
-
-
-class Scores(NamedTuple):
-  """The model's verdict on every completion position, in nats."""
-
-  log_prob: Float32[Array, "b c"]  # of the target
-  entropy: Float32[Array, "b c"]  # of the distribution that the target was scored under
 
 
 def make_denoiser(
@@ -70,12 +60,12 @@ def make_denoiser(
   if not 0 <= guidance < math.inf:
     raise ValueError(f"sampler.guidance={guidance}: must be a number from 0 (none) up")
   config = model.config
-  variables = model.gather_head(variables)  # once, not for every part of the vocabulary in every call
+  head = constrain(model.head_of(variables), None, "vocab")  # gathered once, not for every part in every call
   rows = _Rows(model, variables, prompt_tokens, prompt_is_valid, is_guided=guidance > 0)
-  split, num_parts = _split_vocabulary(config.embedding_size)
+  split, num_parts = split_vocabulary(config.embedding_size)
 
   def logits(hidden: Float[Array, "z s d"], number: Int[Array, ""] | int = 0) -> tuple[jax.Array, jax.Array]:
-    sides = [_part_logits(model, variables, side, split, number) for side in jnp.split(hidden, rows.num_sides, axis=-1)]
+    sides = [part_logits(side, head, split, number) for side in jnp.split(hidden, rows.num_sides, axis=-1)]
     ids, is_new = split.ids(number)
     joined = sides[0] if guidance == 0 else sides[1] + (guidance + 1) * (sides[0] - sides[1])
     return jnp.where(is_new & (ids < config.vocab_size), joined, -jnp.inf), ids
@@ -94,45 +84,6 @@ def make_denoiser(
     if reference is None
     else make_denoiser(model, reference, prompt_tokens, prompt_is_valid, guidance=guidance),
   )
-
-
-class _Split(NamedTuple):
-  """How a vocabulary of n equal shares is read: `width` neighbouring ids of each share at one time."""
-
-  num_shares: int
-  share: int
-  width: int
-
-  def start(self, number: Int[Array, ""] | int) -> Int[Array, ""]:
-    """Where part `number` begins in every share; the last part reaches back where the width does not divide it."""
-    return jnp.minimum(jnp.int32(number) * self.width, self.share - self.width)
-
-  def ids(self, number: Int[Array, ""] | int) -> tuple[Int[Array, "n w"], Bool[Array, "n w"]]:
-    """Give the ids of a part, and which of them no part before it had."""
-    column = self.start(number) + jnp.arange(self.width)
-    ids = jnp.arange(self.num_shares)[:, None] * self.share + column
-    return ids, jnp.broadcast_to(column >= number * self.width, ids.shape)
-
-
-def _split_vocabulary(size: int) -> tuple[_Split, int]:
-  """Choose the parts, and count them: each device's share of the vocabulary is read from its own weights."""
-  if size <= PART_SIZE:
-    return _Split(1, size, size), 1
-  num_shares = sharding.num_shares("vocab")
-  if size % (num_shares * RUN_MULTIPLE):
-    num_shares = 1  # correct, but parts then lie on few devices
-  share = size // num_shares
-  width = min(share, max(PART_SIZE // num_shares // RUN_MULTIPLE, 1) * RUN_MULTIPLE)
-  return _Split(num_shares, share, width), -(-share // width)
-
-
-def _part_logits(
-  model: nn.Module, variables: Mapping[str, Any], hidden: jax.Array, split: _Split, number: Int[Array, ""] | int
-) -> Float32[Array, "z s n w"]:
-  if split.width == split.share and split.num_shares == 1:
-    return model.apply(variables, hidden, method="logits")[:, :, None]
-  own = dict(width=split.width, num_runs=split.num_shares, method="part_logits")
-  return model.apply(variables, hidden, split.start(number), **own)
 
 
 class _Rows:
@@ -163,7 +114,7 @@ class _Rows:
         jnp.repeat(x.reshape(self._num_rows, -1), copies, axis=0).reshape(-1, self._q) for x in (prompt, is_valid)
       )
     tokens = self._spread(completion)
-    return self._gather(_completion_hidden(self._model, self._variables, prompt, is_valid, tokens, None))
+    return self._gather(completion_hidden(self._model, self._variables, prompt, is_valid, tokens))
 
   def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], Cache]:
     tokens = jnp.concatenate([self._prompt, self._spread(completion)], axis=1)
@@ -231,67 +182,21 @@ class _Rows:
     return jnp.concatenate([self._is_valid, jnp.ones((self._is_valid.shape[0], length), bool)], axis=1)
 
 
-def completion_scores(
-  model: nn.Module,
-  variables: Mapping[str, Any],
-  prompt_tokens: Int[Array, "b q"],
-  prompt_is_valid: Bool[Array, "b q"],
-  noised: Int[Array, "b c"],
-  targets: Int[Array, "b c"],
-  *,
-  chunk: int = 0,
-  dropout_keys: Key[Array, "b"] | None = None,
-) -> Scores:
-  """Give log p(targets_l | prompt, noised) and its distribution's entropy at every completion position l.
-
-  The softmax is over all rows of the embedding table. Only completion positions go through the head.
-
-  Args:
-    chunk: positions of each row whose logits exist at one time, recomputed in the backward pass; 0: all, kept.
-    dropout_keys: the rows' keys of the adapters' dropout; None: no dropout.
-
-  Raises:
-    ValueError: chunk is negative.
-  """
-  if chunk < 0:
-    raise ValueError(f"model.loss_chunk={chunk}: must be 0 (all positions at one time) or more")
-  hidden = _completion_hidden(model, variables, prompt_tokens, prompt_is_valid, noised, dropout_keys)
-  variables = model.gather_head(variables)  # once, not for every chunk
-
-  def score(hidden: Float[Array, "b s d"], targets: Int[Array, "b s"]) -> Scores:
-    return _score(model.apply(variables, hidden, method="logits"), targets)
-
-  b, c = targets.shape
-  if not 0 < chunk < c:
-    return score(hidden, targets)
-
-  def split(array: jax.Array) -> jax.Array:
-    padding = [(0, 0), (0, -c % chunk)] + [(0, 0)] * (array.ndim - 2)
-    return jnp.pad(array, padding).reshape(b, -1, chunk, *array.shape[2:]).swapaxes(0, 1)
-
-  parts = jax.lax.map(lambda part: jax.checkpoint(score)(*part), (split(hidden), split(targets)))
-  return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(b, -1)[:, :c], parts)
-
-
-def _completion_hidden(
+def completion_hidden(
   model: nn.Module,
   variables: Mapping[str, Any],
   prompt_tokens: Int[Array, "b q"],
   prompt_is_valid: Bool[Array, "b q"],
   completion: Int[Array, "b c"],
-  dropout_keys: Key[Array, "b"] | None,
+  dropout_keys: Key[Array, "b"] | None = None,
 ) -> Float[Array, "b c d"]:
+  """Run rows [prompt; completion] and give the hidden states that predict the completion's positions.
+
+  Args:
+    dropout_keys: the rows' keys of the adapters' dropout; None: no dropout.
+  """
   rows = constrain(jnp.concatenate([prompt_tokens, completion], axis=1), "rows", None)
   is_valid = jnp.concatenate([prompt_is_valid, jnp.ones(completion.shape, bool)], axis=1)
   hidden, _ = model.apply(variables, rows, is_valid=is_valid, dropout_keys=dropout_keys, method="hidden")
   first = prompt_tokens.shape[1] - model.config.shift_logits  # whose logits predict the completion's first token
   return hidden[:, first : first + completion.shape[1]]
-
-
-def _score(logits: Float32[Array, "b s v"], targets: Int[Array, "b s"]) -> Scores:
-  # Selecting the target by comparison rather than by index keeps a split vocabulary split, in the gradient too.
-  is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-  log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-  log_prob = jnp.where(is_target, logits, 0).sum(-1) - log_normalizer
-  probability = jnp.exp(logits - log_normalizer[..., None])
-  return Scores(log_prob, log_normalizer - (probability * logits).sum(-1))

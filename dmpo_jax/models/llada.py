@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax.models.attention import ATTENTIONS, attend
-from dmpo_jax.models.layers import Dense, RMSNorm, fold_all, project, rotary_table, rotate
+from dmpo_jax.models.layers import PROJECTION, Dense, RMSNorm, fold_all, project, rotary_table, rotate
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # attention is recomputed, projections are kept
+  "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # with their adapters; all else is recomputed
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -247,29 +247,15 @@ class LLaDA(nn.Module):
       cache = Cache(keys, values, is_valid)
     return self.final_norm(x), cache
 
-  def gather_head(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Lay out the head for `logits` to be called many times: whole but for the vocabulary, which may stay split."""
-    params = variables["params"]
-    name, axes = ("embedding", ("vocab", None)) if self.config.weight_tying else ("head", (None, "vocab"))
-    return {**variables, "params": {**params, name: constrain(params[name], *axes)}}
-
   def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
-    """Give float32 logits over the whole embedding table, unused rows and MASK included."""
-    return constrain(project(hidden, self._head(), jnp.float32), "rows", None, "vocab")
+    """Give float32 logits over the whole embedding table, unused rows and MASK included; `head` reads it in parts."""
+    head = self.embedding.T if self.config.weight_tying else self.head
+    return constrain(project(hidden, head, jnp.float32), "rows", None, "vocab")
 
-  def part_logits(
-    self, hidden: Float[Array, "b s d"], start: Int[Array, ""] | int, *, width: int, num_runs: int
-  ) -> Float32[Array, "b s n w"]:
-    """Give float32 logits of columns [start, start + width) of each of `num_runs` equal shares of the table."""
-    split = "vocab" if num_runs > 1 else None
-    head = self._head()
-    shares = constrain(head.reshape(head.shape[0], num_runs, -1), "embed", split, None)
-    part = constrain(jax.lax.dynamic_slice_in_dim(shares, start, width, axis=2), None, split, None)
-    logits = project(hidden, part.reshape(head.shape[0], -1), jnp.float32)
-    return constrain(logits.reshape(*hidden.shape[:2], num_runs, width), "rows", None, split, None)
-
-  def _head(self) -> Float[Array, "d v"]:
-    return self.embedding.T if self.config.weight_tying else self.head
+  def head_of(self, variables: Mapping[str, Any]) -> Float[Array, "d v"]:
+    """Give what `head` makes logits of the hidden states with."""
+    params = variables["params"]
+    return params["embedding"].T if self.config.weight_tying else params["head"]
 
 
 def _count_positions(

@@ -26,7 +26,7 @@ def estimate(score: Score, experience: Experience, keys: Key[Array, "p g"], like
   """Estimate log p(y | x) of every rollout under the views that the estimator takes from the rollouts' keys."""
   completions = Completions(experience.is_counted, experience.committed_at, experience.prompts.is_valid)
   views = likelihood.views(keys, completions)
-  scores = score(views.is_masked, views.prompt_is_masked)
+  scores = score(views.is_masked, views.prompt_is_masked, pairs=likelihood.pairs)
   is_read = views.share > 0
   num_read = jnp.maximum(is_read.sum((2, 3)), 1)
   entropy = jnp.where(is_read, scores.entropy, 0).sum((2, 3)) / num_read

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Score, masked_mean
-from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience
 
@@ -38,7 +38,7 @@ def loss(
     min_ratio=min_mask_ratio,
     max_ratio=max_mask_ratio,
   )
-  scores, is_kept = score(is_masked), experience.is_kept
+  scores, is_kept = score(is_masked, pairs=complementary_pairs(num_replicates, antithetic)), experience.is_kept
   losses = mean_kept(bound(scores.log_prob, is_masked, ratio, experience.is_counted), is_kept)
   entropy = mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept)
   return losses.sum() / num_prompts, {"loss_entropy": entropy.sum() / num_prompts}

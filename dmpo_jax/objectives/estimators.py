@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Linear, Views
-from dmpo_jax.objectives.masking import draw_block_masks, draw_masks, uniform_noise
+from dmpo_jax.objectives.masking import complementary_pairs, draw_block_masks, draw_masks, uniform_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,10 @@ class Elbo(Linear):
   def draws(self) -> tuple[int, ...]:
     count = self.num_replicates
     return tuple(range(count // 2)) * 2 if self.antithetic else tuple(range(count))
+
+  @property
+  def pairs(self) -> tuple[tuple[int, int], ...]:
+    return complementary_pairs(self.num_replicates, self.antithetic)
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
@@ -154,6 +158,10 @@ class Coupled(Linear):
   @property
   def draws(self) -> tuple[int, ...]:
     return (-1, *tuple(range(self.num_replicates // 2)) * 2)
+
+  @property
+  def pairs(self) -> tuple[tuple[int, int], ...]:
+    return complementary_pairs(self.num_replicates - 1, antithetic=True, first=1)
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted

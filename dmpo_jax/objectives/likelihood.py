@@ -17,11 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 class Scores(Protocol):
   """What a policy says of a completion's own tokens, under given masks."""
 
-  log_prob: Float[Array, "p g r c"]  # log p(y_l | prompt, y with the masked positions hidden), at every position
+  log_prob: Float[Array, "p g r c"]  # log p(y_l | prompt, y with the masked positions hidden), where it is to be read
   entropy: Float[Array, "p g r c"]  # of that distribution, nats
 
 
-Score = Callable[..., Scores]  # of is_masked [p, g, r, c], and prompt_is_masked [p, g, r, q] or None
+Score = Callable[..., Scores]  # of is_masked [p, g, r, c], prompt_is_masked [p, g, r, q] or None, and pairs
 
 
 class Views(NamedTuple):
@@ -45,6 +45,7 @@ class Estimator(Protocol):
   """One way to estimate log p(y | x)."""
 
   draws: tuple[int, ...]  # the independent draw that each replicate belongs to; -1: none, it is not random
+  pairs: tuple[tuple[int, int], ...]  # replicates (i, j): what is read of j is not masked in i, and all read of i is
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     """Choose the copies from the rollouts' keys."""
@@ -63,6 +64,7 @@ class Linear:
   """What the estimators have in common that are sums of log-probabilities."""
 
   draws: tuple[int, ...]
+  pairs: tuple[tuple[int, int], ...] = ()
 
   def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
     return _shared(log_prob, views).sum(2)

@@ -77,6 +77,12 @@ def draw_block_masks(
   return is_read, is_read | (block > chosen)
 
 
+def complementary_pairs(num_replicates: int, antithetic: bool, first: int = 0) -> tuple[tuple[int, int], ...]:
+  """Name the replicates (i, j) that `draw_masks` makes complements of each other, counted from `first`."""
+  half = num_replicates // 2 if antithetic else 0
+  return tuple((first + i, first + half + i) for i in range(half))
+
+
 def uniform_noise(keys: Key[Array, "p g"], num_draws: int, width: int) -> Float[Array, "p g {num_draws} {width}"]:
   """Draw numbers in [0, 1) that belong to (rollout, draw, position), whatever the numbers of draws and positions."""
 

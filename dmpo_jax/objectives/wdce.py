@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives import weights
 from dmpo_jax.objectives.likelihood import Score, Scores, elbo, masked_mean
-from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience
 
@@ -55,7 +55,7 @@ def loss(
     max_ratio=max_mask_ratio,
   )
   losses, metrics = group_loss(
-    score(is_masked),
+    score(is_masked, pairs=complementary_pairs(num_replicates, antithetic)),
     is_masked,
     experience,
     baseline=baseline,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Score, elbo, masked_mean
-from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience
 
@@ -52,7 +52,8 @@ def loss(
     for key in _keys_of(keys, sets)
   ]
   is_masked = jnp.concatenate(drawn, axis=2)
-  scores = score(is_masked)
+  pairs = [complementary_pairs(num_replicates, antithetic, number * num_replicates) for number in range(len(drawn))]
+  scores = score(is_masked, pairs=sum(pairs, ()))
   bounds = elbo(scores.log_prob, is_masked, experience.is_counted)
   log_p_real, log_p_fake = bounds[:, :, :num_replicates].mean(-1), bounds[:, :, -num_replicates:].mean(-1)
   real, fake = terms(log_p_real, log_p_fake, experience.log_p_old, experience.weight, experience.is_kept, beta=beta)

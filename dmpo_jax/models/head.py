@@ -1,0 +1,238 @@
+"""The head: from hidden states to logits, part after part of the vocabulary, and to the scores of given tokens.
+
+No array of all tokens' logits over a large vocabulary ever exists, in the backward pass neither.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from dmpo_jax import sharding
+from dmpo_jax.models.layers import project
+from dmpo_jax.sharding import constrain
+
+PART_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
+RUN_MULTIPLE = 128  # a part's runs of ids have a multiple of it, and begin at one where there are several
+
+
+class Split(NamedTuple):
+  """How a vocabulary of n equal shares is read: `width` neighbouring ids of each share at one time."""
+
+  num_shares: int
+  share: int
+  width: int
+
+  def start(self, number: Int[Array, ""] | int) -> Int[Array, ""]:
+    """Where part `number` begins in every share; the last part reaches back where the width does not divide it."""
+    return jnp.minimum(jnp.int32(number) * self.width, self.share - self.width)
+
+  def ids(self, number: Int[Array, ""] | int) -> tuple[Int[Array, "n w"], Bool[Array, "n w"]]:
+    """Give the ids of a part, and which of them no part before it had."""
+    column = self.start(number) + jnp.arange(self.width)
+    ids = jnp.arange(self.num_shares)[:, None] * self.share + column
+    return ids, jnp.broadcast_to(column >= number * self.width, ids.shape)
+
+  @property
+  def axes(self) -> tuple[str | None, str | None]:
+    """The logical axes of a part's two."""
+    is_whole = self.width == self.num_shares * self.share
+    return ("vocab", None) if self.num_shares > 1 else (None, "vocab" if is_whole else None)
+
+
+def split_vocabulary(size: int) -> tuple[Split, int]:
+  """Choose the parts, and count them: each device's share of the vocabulary is read from its own weights."""
+  if size <= PART_SIZE:
+    return Split(1, size, size), 1
+  num_shares = sharding.num_shares("vocab")
+  if size % (num_shares * RUN_MULTIPLE):
+    num_shares = 1  # correct, but parts then lie on few devices
+  share = size // num_shares
+  num_parts = -(-size // PART_SIZE)
+  width = min(share, -(-share // (num_parts * RUN_MULTIPLE)) * RUN_MULTIPLE)  # parts of one size, but for the rounding
+  return Split(num_shares, share, width), -(-share // width)
+
+
+class Scores(NamedTuple):
+  """The model's verdict on tokens, in nats."""
+
+  log_prob: Float32[Array, "*t"]  # of the token
+  entropy: Float32[Array, "*t"]  # of the distribution that it was scored under; carries no gradient
+
+
+def part_logits(
+  hidden: Float[Array, "*t d"], head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int
+) -> Float32[Array, "*t n w"]:
+  """Give the float32 logits of one part of the vocabulary."""
+  return _project(hidden, _take(head, split, number), split)
+
+
+def _take(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int) -> Float[Array, "d n w"]:
+  """Take a part's columns of the head, whole but for the vocabulary, which may stay split."""
+  shares = head.reshape(head.shape[0], split.num_shares, split.share)
+  if split.width < split.share:
+    shares = constrain(shares, "embed", split.axes[0], None)
+    shares = jax.lax.dynamic_slice_in_dim(shares, split.start(number), split.width, axis=2)
+  return constrain(shares, None, *split.axes)
+
+
+def _project(hidden: Float[Array, "*t d"], part: Float[Array, "d n w"], split: Split) -> Float32[Array, "*t n w"]:
+  logits = project(hidden, part.reshape(part.shape[0], -1), jnp.float32)
+  logits = logits.reshape(*hidden.shape[:-1], *part.shape[1:])
+  return constrain(logits, "rows", *(None,) * (hidden.ndim - 2), *split.axes)
+
+
+def token_scores(hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[Array, "t"]) -> Scores:
+  """Score tokens under the softmax over all columns of the head, unused ones and MASK included.
+
+  A large vocabulary is read in parts, under a running log-sum-exp. The gradient by a hidden state does not depend on
+  the one that comes from above but by a factor,
+
+    d log p(y) / d h = W_y - sum_v p(v) W_v,
+
+  so where it is asked for it is summed up beside the logits, as flash attention sums up its output (arXiv 2205.14135):
+  a head that is frozen costs nothing in the backward pass. One that is trained has its logits computed again there.
+  """
+  _, num_parts = split_vocabulary(head.shape[1])
+  score = _score_whole if num_parts == 1 else _score_in_parts
+  log_prob, entropy = score(constrain(hidden, "rows", None), head, targets)
+  return Scores(log_prob, jax.lax.stop_gradient(entropy))
+
+
+def _score_whole(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  split, _ = split_vocabulary(head.shape[1])
+  logits = part_logits(hidden, head, split, 0)[:, 0]
+  # Selecting the target by comparison rather than by index keeps a split vocabulary split, in the gradient too.
+  is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
+  log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+  log_prob = jnp.where(is_target, logits, 0).sum(-1) - log_normalizer
+  probability = jnp.exp(logits - log_normalizer[:, None])
+  return log_prob, log_normalizer - (probability * logits).sum(-1)
+
+
+class _Sums(NamedTuple):
+  """Of tokens' distributions over the ids read so far, each share of the vocabulary for itself."""
+
+  highest: Float32[Array, "t n"]  # logit
+  total: Float32[Array, "t n"]  # sum of exp(logit - highest)
+  weighted: Float32[Array, "t n"]  # sum of exp(logit - highest) * (logit - highest)
+  target: Float32[Array, "t n"]  # logit of the target; 0: it is not among the ids
+  column: (
+    Float32[Array, "t n d"] | None
+  )  # sum of exp(logit - highest) * the id's column of the head; None: not asked for
+
+  def beside(self, highest: Float32[Array, "t #n"]) -> "_Sums":
+    """Give the same, relative to a logit at least as high."""
+    shift = jnp.where(self.total > 0, self.highest - highest, 0)  # nothing read yet: minus infinity
+    shrunk = jnp.exp(self.highest - highest)
+    return _Sums(
+      jnp.broadcast_to(highest, self.highest.shape),
+      self.total * shrunk,
+      (self.weighted + self.total * shift) * shrunk,
+      self.target,
+      None if self.column is None else self.column * shrunk[..., None],
+    )
+
+  def joined(self) -> "_Sums":
+    """Take the shares as one."""
+    level = self.beside(self.highest.max(1, keepdims=True))
+    return _Sums(level.highest[:, :1], *jax.tree.map(lambda array: array.sum(1, keepdims=True), tuple(level[1:])))
+
+  @property
+  def log_normalizer(self) -> Float32[Array, "t n"]:
+    return self.highest + jnp.log(self.total)
+
+
+def _read(hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[Array, "t"], with_column: bool) -> _Sums:
+  """Sum up the whole vocabulary, part after part."""
+  split, num_parts = split_vocabulary(head.shape[1])
+
+  def add(number: Int[Array, ""], before: _Sums) -> _Sums:
+    part, (ids, is_new) = _take(head, split, number), split.ids(number)
+    logits = jnp.where(is_new, _project(hidden, part, split), -jnp.inf)
+    sums = before.beside(jnp.maximum(before.highest, logits.max(-1)))
+    shifted = logits - sums.highest[..., None]
+    share = jnp.exp(shifted)
+    return _Sums(
+      sums.highest,
+      sums.total + share.sum(-1),
+      sums.weighted + jnp.where(share > 0, share * shifted, 0).sum(-1),
+      sums.target + jnp.where(is_new & (ids == targets[:, None, None]), logits, 0).sum(-1),
+      sums.column + _product("tnw,dnw->tnd", share, part, hidden.dtype) if with_column else None,
+    )
+
+  shape = (len(targets), split.num_shares)
+  zero = constrain(jnp.zeros(shape), "rows", split.axes[0])
+  column = constrain(jnp.zeros((*shape, head.shape[0])), "rows", split.axes[0], None) if with_column else None
+  first = _Sums(jnp.full_like(zero, -jnp.inf), zero, zero, zero, column)
+  return jax.lax.fori_loop(0, num_parts, add, first).joined()
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> Float32[Array, "..."]:
+  """Multiply in the activations' dtype, as all products with weights are, and sum in float32."""
+  return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _score_in_parts(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return _verdict(_read(hidden, head, targets, with_column=False))
+
+
+def _verdict(sums: _Sums) -> tuple[Float32[Array, "t"], Float32[Array, "t"]]:
+  """The target's log-probability and the entropy."""
+  log_prob, entropy = sums.target - sums.log_normalizer, jnp.log(sums.total) - sums.weighted / sums.total
+  return log_prob[:, 0], entropy[:, 0]
+
+
+def _score_forward(hidden: Any, head: Any, targets: Any) -> tuple[Any, Any]:
+  """Score, and keep what the gradients need that are asked for."""
+  sums = _read(hidden.value, head.value, targets.value, with_column=hidden.perturbed)
+  slope = again = None
+  if hidden.perturbed:
+    mean = sums.column[:, 0] / sums.total
+    slope = (_columns(head.value, targets.value) - mean).astype(hidden.value.dtype)
+  if head.perturbed:
+    again = (hidden.value, head.value, targets.value, sums.log_normalizer)
+  return _verdict(sums), (slope, again)
+
+
+def _score_backward(saved: tuple[Any, Any], from_above: tuple[Any, Any]) -> tuple[Any, Any, None]:
+  (slope, again), (of_log_prob, _) = saved, from_above
+  if isinstance(of_log_prob, SymbolicZero):
+    return None, None, None
+  by_hidden = None if slope is None else (of_log_prob[:, None] * slope).astype(slope.dtype)
+  return by_hidden, None if again is None else _head_gradient(*again, of_log_prob), None
+
+
+_score_in_parts.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
+
+
+def _columns(head: Float[Array, "d v"], ids: Int[Array, "t"]) -> Float[Array, "t d"]:
+  """Look up columns; each shard its part of the width for all rows, which then part."""
+  found = jnp.take(head, constrain(ids, "gathered_rows"), axis=1, mode="clip")
+  return constrain(constrain(found, "embed", "gathered_rows").T, "rows", None)
+
+
+def _head_gradient(
+  hidden: Float[Array, "t d"],
+  head: Float[Array, "d v"],
+  targets: Int[Array, "t"],
+  log_normalizer: Float32[Array, "t 1"],
+  of_log_prob: Float32[Array, "t"],
+) -> Float[Array, "d v"]:
+  """Sum of_log_prob * h (1(v = y) - p(v)) over the tokens, from logits that are computed again."""
+  split, num_parts = split_vocabulary(head.shape[1])
+
+  def add(number: Int[Array, ""], gradient: Float[Array, "d n s"]) -> Float[Array, "d n s"]:
+    ids, is_new = split.ids(number)
+    probability = jnp.exp(part_logits(hidden, head, split, number) - log_normalizer[..., None])
+    slope = jnp.where(is_new, (ids == targets[:, None, None]) - probability, 0) * of_log_prob[:, None, None]
+    found = constrain(_product("td,tnw->dnw", hidden, slope, hidden.dtype), "embed", split.axes[0], None)
+    start = (0, 0, split.start(number))
+    found += jax.lax.dynamic_slice(gradient, start, found.shape)
+    return jax.lax.dynamic_update_slice(gradient, found.astype(gradient.dtype), start)
+
+  zero = jnp.zeros((head.shape[0], split.num_shares, split.share), head.dtype)
+  return jax.lax.fori_loop(0, num_parts, add, constrain(zero, "embed", split.axes[0], None)).reshape(head.shape)

@@ -1,0 +1,122 @@
+"""Scores through the model: complementary masks share a pass of the head, a part of the vocabulary at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxprs import arrays_of, products_of
+from recorded_models import tiny
+
+from dmpo_jax import sharding
+from dmpo_jax.models import head as head_module
+from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
+from dmpo_jax.scoring import make_score
+from dmpo_jax.structs import Prompts
+
+P, G, R, Q, C = 1, 1, 4, 3, 4
+PAIRS = complementary_pairs(R, antithetic=True)
+WIDE = dict(vocab_size=301, embedding_size=304, mask_token_id=300)  # rows of the table that no token has
+ADAPTERS = LoraConfig(rank=2, alpha=4.0, dropout=0.3, targets=("up_proj",))
+CASES = {
+  "all parameters": {},
+  "tied, shifted by one": dict(weight_tying=True, shift_logits=True),
+  "adapters, dropout": dict(lora=ADAPTERS),
+}
+
+
+def make_inputs():
+  keys = jax.random.split(jax.random.key(0), 4)
+  prompts = Prompts(jax.random.randint(keys[0], (P, Q), 0, 300), jnp.arange(Q)[None] > 0, jnp.arange(P))
+  completion = jax.random.randint(keys[1], (P, G, C), 0, 300)
+  is_counted = (jnp.arange(C) < C - 1)[None, None]
+  masks = dict(num_replicates=R, antithetic=True, min_ratio=0.2, max_ratio=0.8)
+  is_masked, _ = draw_masks(jax.random.split(keys[2], (P, G)), is_counted, **masks)
+  return prompts, completion, is_masked, jax.random.split(keys[3], (P, G))
+
+
+def loss(model, trainable, params, inputs, pairs):
+  """A number that depends on every score that is read."""
+  prompts, completion, is_masked, dropout_keys = inputs
+  has_adapters = model.config.lora is not None
+  variables = {"params": params, "lora": trainable} if has_adapters else {"params": trainable}
+  score = make_score(model, variables, prompts, completion, dropout_keys=dropout_keys if has_adapters else None)
+  scores = score(is_masked, pairs=pairs)
+  read = jax.tree.map(lambda array: jnp.where(is_masked, array, 0), scores)
+  return (read.log_prob * jnp.arange(1, 1 + C)).sum(), read
+
+
+def gradient_of(model, inputs, pairs):
+  return jax.value_and_grad(lambda trainable, params: loss(model, trainable, params, inputs, pairs), has_aux=True)
+
+
+def parts_of(case):
+  model, variables = tiny(**WIDE, **CASES[case])
+  if model.config.lora is None:
+    return model, variables["params"], {}
+  return model, variables["lora"], variables["params"]
+
+
+@functools.cache
+def plainly(case):
+  """Every replicate's own hidden states, and all logits at one time."""
+  model, trainable, params = parts_of(case)
+  return jax.jit(gradient_of(model, make_inputs(), ()))(trainable, params)
+
+
+def assert_close(actual, wanted):
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), actual, wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pairs_and_parts_change_no_number(monkeypatch, case):
+  wanted = plainly(case)
+  monkeypatch.setattr(head_module, "PART_SIZE", 128)
+  model, trainable, params = parts_of(case)
+  assert_close(jax.jit(gradient_of(model, make_inputs(), PAIRS))(trainable, params), wanted)
+
+
+def test_devices_change_no_number(monkeypatch):
+  """Four rows on as many devices leave two for the head: their positions are spread, the vocabulary is split."""
+  wanted = plainly("adapters, dropout")
+  monkeypatch.setattr(head_module, "PART_SIZE", 128)
+  monkeypatch.setattr(head_module, "RUN_MULTIPLE", 8)
+  model, trainable, params = parts_of("adapters, dropout")
+  with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+    assert_close(jax.jit(gradient_of(model, make_inputs(), PAIRS))(trainable, params), wanted)
+
+
+def test_what_a_mesh_cannot_share_evenly_is_not_packed(monkeypatch):
+  monkeypatch.setattr(sharding, "num_shares", lambda logical: 3 if logical == "rows" else 1)
+  model, trainable, params = parts_of("all parameters")
+  program = jax.make_jaxpr(lambda trainable: loss(model, trainable, params, make_inputs(), PAIRS))(trainable)
+  assert rows_of_head(program) == {P * G * R * C}
+
+
+def rows_of_head(program):
+  """How many rows meet a part of the head in the products of a program."""
+  return {left[0] for left, right in products_of(program) if right[-1] > 100 and len(left) == 2}
+
+
+@pytest.mark.parametrize(("pairs", "rows"), [((), P * G * R * C), (PAIRS, P * G * R * C // 2)])
+def test_a_pair_has_one_row_of_the_head_for_each_position(monkeypatch, pairs, rows):
+  monkeypatch.setattr(head_module, "PART_SIZE", 128)
+  model, trainable, params = parts_of("adapters, dropout")
+  program = jax.make_jaxpr(gradient_of(model, make_inputs(), pairs))(trainable, params)
+  assert rows_of_head(program) == {rows}
+  assert not [shape for shape in arrays_of(program) if {301, 304} & set(shape) and 16 not in shape]
+
+
+def test_replicates_without_a_partner_keep_their_own():
+  """As in the coupled estimate: the full mask, then a pair."""
+  model, variables = tiny(**WIDE)
+  prompts, completion, is_masked, _ = make_inputs()
+  everything = (is_masked[:, :, :1] | is_masked[:, :, 2:3]).at[:].set(True)
+  is_masked = jnp.concatenate([everything, is_masked[:, :, ::2]], axis=2)
+  score = make_score(model, {"params": variables["params"]}, prompts, completion)
+  packed, own = jax.jit(lambda masks: (score(masks, pairs=((1, 2),)), score(masks)))(is_masked)
+  for actual, wanted in zip(packed, own, strict=True):
+    np.testing.assert_allclose(actual[:, :, 0], wanted[:, :, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.where(is_masked, actual, 0), np.where(is_masked, wanted, 0), rtol=1e-5, atol=1e-6)
