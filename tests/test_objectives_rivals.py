@@ -85,7 +85,7 @@ def test_the_objective_that_the_documents_add():
   names = {"jnp": jnp} | {name: getattr(clipped, name) for name in ("averaged", "centred_advantage", "estimate")}
   exec(documents.code("extending.md", "def loss("), names)  # the page's own text
 
-  def score(is_masked, prompt_is_masked=None):
+  def score(is_masked, prompt_is_masked=None, pairs=()):
     log_prob = jnp.broadcast_to(jnp.asarray(OLD)[:, :, None], is_masked.shape)
     return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones_like(log_prob))
 
