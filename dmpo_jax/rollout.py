@@ -246,6 +246,7 @@ def describe(
   reward = grades.reward[kept]
   completion = rollouts.completion
   unique = weights.unique_rollouts(jnp.asarray(completion), jnp.asarray(kept))
+  drawn = rollouts.confidence[rollouts.confidence > 0]  # 0: filled in after an early exit
   return {
     "reward_mean": _mean(reward),
     "reward_std": float(reward.std()) if reward.size else math.nan,
@@ -259,6 +260,7 @@ def describe(
     "tokens_per_call": _mean(rollouts.num_tokens) / _mean(rollouts.num_calls),
     "calls_saved": _mean(rollouts.num_saved),
     "confidence": float(rollouts.confidence.sum() / rollouts.num_tokens.sum()),
+    "sampled_nll": -_mean(np.log(drawn)),  # nats a token; unlike `entropy` it is the same measure for every objective
     "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
     "eos_rate": _mean((completion == eos_token_id).any(-1)),
   }

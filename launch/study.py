@@ -2,20 +2,22 @@
 
   python -m launch.study --out=runs/study                       # everything, resumable
   python -m launch.study --out=runs/study --seeds=0 --groups=objectives --minutes=30
+  python -m launch.study --out=runs/study --minutes=0 --docs=docs    # nothing but the pages of what there is
 
-One base a (task, seed) is trained on partly wrong demonstrations (configs/bench.py); every run starts from it. Runs are
-taken in the order of `ARMS`, seed by seed; each that ends leaves one JSON file, and is not run again. The page
-(`study.html`, beside them) is written after every run.
+One base a (task, seed) is trained on partly wrong demonstrations (configs/bench.py); every run starts from it. First
+each objective's learning rate is chosen by runs on a seed that the study does not have (`study_arms.next_rate`); all
+variants of one take its rate. Then runs are taken in the order of `study_arms.plan`; each that ends leaves one JSON
+file and is not run again. The page (`study.html`, beside them) is written after every run. Several processes may share
+the folder if each has tasks of its own (--tasks).
 """
 
-import dataclasses
-import importlib
 import json
 import os
 import pathlib
 import shutil
+import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import absl.logging
@@ -26,79 +28,40 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import files, train
 from dmpo_jax.config import validate
-from dmpo_jax.objectives import OBJECTIVES
-from launch import study_page
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-  """One way to train: a bench configuration with some keys changed."""
-
-  group: str  # the question that it belongs to
-  name: str
-  config: str  # configs/bench_<config>.py
-  changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _baseline(baseline: str, group_size: int) -> Arm:
-  changes = {
-    "objective.baseline": baseline,
-    "rollout.group_size": group_size,
-    "rollout.num_prompts": 128 // group_size,
-  }
-  return Arm("baselines", f"{baseline}, g = {group_size}", "wdce", changes)
-
-
-def _changed(group: str, name: str, **changes: Any) -> Arm:
-  return Arm(group, name, "wdce", {key.replace("__", "."): value for key, value in changes.items()})
-
-
-ARMS = (
-  *(
-    Arm("objectives", name, name)
-    for name in ("wdce", "wddo", "diffu_grpo", "wd1", "coupled_grpo", "spg", "gdpo", "tracerl")
-  ),
-  *(_baseline(name, size) for size in (8, 4, 16) for name in ("none", "mean", "model", "negative")),
-  _changed("alternatives", "none, clipped", objective__baseline="none", objective__max_weight=0.5),
-  _changed("alternatives", "none, standardised", objective__baseline="none", objective__reward_scaling="standardise"),
-  *(_changed("reuse", f"{count} updates", train__updates_per_buffer=count) for count in (1, 4, 8)),
-  *(_changed("alpha", f"alpha = {alpha}", objective__alpha=alpha) for alpha in (0.02, 0.05, 0.2)),
-  *(_changed("replicates", f"{count} replicates", objective__num_replicates=count) for count in (2, 4, 8)),
-)
-GROUPS = tuple(dict.fromkeys(arm.group for arm in ARMS))
-TASKS = ("sudoku", "countdown")
+from launch import study_arms, study_page
+from launch.study_arms import GROUPS, TASKS, TUNING_SEED, Rates, Run, bench_config, with_changes
 
 _OUT = flags.DEFINE_string("out", "runs/study", "Folder of the study's runs, JSON files and page.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, of bases and runs alike.")
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
 _GROUPS = flags.DEFINE_list("groups", list(GROUPS), f"Questions to look at: {', '.join(GROUPS)}.")
 _CALLS = flags.DEFINE_integer(
-  "calls", 1536, "Model calls of a run for each rollout of a buffer; backward counts as two."
+  "calls", 1024, "Model calls of a run for each rollout of a buffer; backward counts as two."
 )
 _MINUTES = flags.DEFINE_float("minutes", 180.0, "Start no run that would probably end after so many minutes.")
 _CONFIG = flags.DEFINE_multi_string(
   "set", [], "key=value (JSON) for all configurations, such as warm_start.updates=600."
 )
+_DOCS = flags.DEFINE_string("docs", "", "Folder in which to write study.md and study.svg, too.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """An arm on a task from one seed's base."""
+class Clock:
+  """Says whether there is time for a further run, and how long those that are left will take."""
 
-  arm: Arm
-  task: str
-  seed: int
+  def __init__(self, minutes: float):
+    self._end, self._taken = time.monotonic() + 60 * minutes, []
 
-  def path(self, out: pathlib.Path) -> pathlib.Path:
-    """Its JSON file; configurations that are the same share it."""
-    changes = [f"{key.split('.')[-1]}={value}" for key, value in sorted(self.changes.items())]
-    return out / self.task / f"seed{self.seed}" / ("-".join([self.arm.config, *changes]) + ".json")
+  def has_time(self) -> bool:
+    """Whether a run would probably end in time."""
+    return time.monotonic() + self.pace() < self._end
 
-  @property
-  def changes(self) -> dict[str, Any]:
-    """What differs from the arm's bench configuration."""
-    config = bench_config(self.arm.config, self.task)
-    return {key: value for key, value in self.arm.changes.items() if get(config, key) != value}
+  def add(self, seconds: float) -> None:
+    """Note what a run took, without the training of its base."""
+    self._taken.append(seconds)
+
+  def pace(self) -> float:
+    """Seconds of a run: the median of the last ones, as the machine's load changes."""
+    return statistics.median(self._taken[-7:]) if self._taken else 0.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -108,97 +71,93 @@ def main(argv: Sequence[str]) -> None:
   for given, known in ((_GROUPS.value, GROUPS), (_TASKS.value, TASKS)):
     if set(given) - set(known):
       raise app.UsageError(f"{', '.join(sorted(set(given) - set(known)))}: must be among {', '.join(known)}")
+  seeds = [int(seed) for seed in _SEEDS.value]
+  if TUNING_SEED in seeds:
+    raise app.UsageError(f"--seeds: {TUNING_SEED} is the seed on which learning rates are chosen")
   out = pathlib.Path(_OUT.value).expanduser().resolve()
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # hundreds of programs, most of them alike
+  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # on a CPU a third of a run was compiling
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # hundreds of programs, many of them the same
     jax.config.update("jax_compilation_cache_dir", str(out / ".jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  common = dict(_parse(change) for change in _CONFIG.value)
-  runs = list(plan())
-  missing = {run.path(out): run for run in reversed(runs) if not run.path(out).exists()}
-  missing = dict(reversed(missing.items()))  # configurations that are the same go by the first that has them
-  start, taken = time.monotonic(), []
-  for number, (path, run) in enumerate(missing.items(), start=1):
-    left = _MINUTES.value * 60 - (time.monotonic() - start)
-    pace = sum(taken) / len(taken) if taken else 0.0
-    if pace > left:
-      print(f"{len(missing) - number + 1} runs left out: {left / 60:.1f} minutes left, a run takes {pace / 60:.1f}")
-      break
-    begun = time.monotonic()
-    result = execute(run, out, common, _CALLS.value)
-    taken.append(time.monotonic() - begun)
-    files.write_whole(epath.Path(path), json.dumps(result, indent=1))
-    _write_page(out, runs)
-    print(_line(number, len(missing), run, result, sum(taken) / number * (len(missing) - number)), flush=True)
-  _write_page(out, runs)
+  clock = Clock(_MINUTES.value)
+  needed = study_arms.needed_rates(_GROUPS.value, _TASKS.value)
+  if tune(needed, out, clock):
+    take(list(study_arms.plan(chosen_rates(needed, out), _GROUPS.value, _TASKS.value, seeds)), out, clock)
+  study_page.write(out, _find_results(out), pathlib.Path(_DOCS.value) if _DOCS.value else None)
   print(f"page: {out / 'study.html'}")
 
 
-def plan() -> Iterator[Run]:
-  """List the runs: the objectives of all seeds first, then the other questions seed by seed."""
-  seeds = [int(seed) for seed in _SEEDS.value]
-  for groups in (("objectives",), GROUPS[1:]):
-    for seed in seeds:
-      for arm in ARMS:
-        if arm.group in groups and arm.group in _GROUPS.value:
-          yield from (Run(arm, task, seed) for task in _TASKS.value)
+def tune(needed: Sequence[tuple[str, str]], out: pathlib.Path, clock: Clock) -> bool:
+  """Run what the choice of learning rates still lacks; return whether all of them are chosen."""
+  while True:
+    rates = {(task, config): study_arms.next_rate(scores(task, config, out)) for task, config in needed}
+    runs = [study_arms.tuning_run(*who, rate) for who, rate in rates.items() if rate is not None]
+    if not runs:
+      return True
+    if not take(runs, out, clock):
+      return False
 
 
-def bench_config(name: str, task: str) -> ConfigDict:
-  """Load configs/bench_<name>.py for a task."""
-  return importlib.import_module(f"configs.bench_{name}").get_config(task)
+def scores(task: str, config: str, out: pathlib.Path) -> dict[float, float]:
+  """Read what the learning rates that were tried came to: held-out reward at the end of the run."""
+  tried = {rate: study_arms.tuning_run(task, config, rate).path(out) for rate in study_arms.RATES}
+  results = {rate: json.loads(path.read_text()) for rate, path in tried.items() if path.exists()}
+  return {rate: result["evaluations"][-1]["reward_mean"] for rate, result in results.items()}
 
 
-def get(config: ConfigDict, path: str) -> Any:
-  """Read a key by its dotted path."""
-  for key in path.split("."):
-    config = config[key]
-  return config
+def chosen_rates(needed: Sequence[tuple[str, str]], out: pathlib.Path) -> Rates:
+  """Choose the learning rates for which all runs are there."""
+  tried = {(task, config): scores(task, config, out) for task, config in needed}
+  return {who: study_arms.best_rate(found) for who, found in tried.items() if study_arms.next_rate(found) is None}
 
 
-def calls_a_buffer(config: ConfigDict) -> float:
-  """Model calls for each rollout of a buffer: sampling, measuring, and three for each replicate of an update."""
-  objective, updates = config.objective, config.train.updates_per_buffer
-  needs = OBJECTIVES[objective.name].needs
-  measured = {
-    "rewards": 0,
-    "weights": 2 * objective.num_elbo_replicates,
-    "ratio": objective.num_replicates * (1 if objective.likelihood == "trajectory" else updates),
-    "ratio_and_reference": 2 * objective.num_replicates * updates,
-  }[needs]
-  sets = 2 if objective.name == "wddo" and objective.wddo.sets == "independent" else 1
-  return config.sampler.steps + measured + 3 * sets * objective.num_replicates * updates
+def take(runs: Sequence[Run], out: pathlib.Path, clock: Clock) -> bool:
+  """Take the runs that are missing while there is time; return whether none is left."""
+  missing = {run.path(out): run for run in reversed(runs) if not run.path(out).exists()}
+  missing = dict(reversed(missing.items()))  # configurations that are the same go by the first that has them
+  common = dict(_parse(change) for change in _CONFIG.value)
+  for number, (path, run) in enumerate(missing.items(), start=1):
+    if not clock.has_time():
+      print(f"{len(missing) - number + 1} runs left out for want of time; a run takes {clock.pace():.0f} s")
+      return False
+    result = execute(run, out, common, _CALLS.value)
+    clock.add(result["seconds"])
+    files.write_whole(epath.Path(path), json.dumps(result, indent=1))
+    study_page.write(out, _find_results(out))
+    print(_line(number, len(missing), run, result, clock.pace() * (len(missing) - number)), flush=True)
+  return True
 
 
 def execute(run: Run, out: pathlib.Path, common: Mapping[str, Any], calls: int) -> dict[str, Any]:
   """Train from the base, which is trained first where it is missing, and gather the run's figures."""
   base = train_base(run.task, run.seed, out, common)
-  config = bench_config(run.arm.config, run.task)
-  cost = calls_a_buffer(_with(config, run.changes))
+  config = with_changes(bench_config(run.arm.config, run.task), run.changes)
+  cost = study_arms.calls_a_buffer(config)
   num_buffers = max(1, round(calls / cost))
   changes = {
     **common,
-    **run.changes,
     "seed": run.seed,
     "task.records_dir": str(out / "data"),
     "model.init_from": str(base / "base"),
     "warm_start.updates": 0,
     "train.num_buffers": num_buffers,
-    "eval.every_buffers": max(1, round(num_buffers / 6)),
+    "eval.every_buffers": max(1, round(num_buffers / 3)),
   }
   workdir = run.path(out).with_suffix("")
   start = time.monotonic()
-  evaluations = _train(_with(config, changes), workdir)
+  evaluations = _train(with_changes(config, changes), workdir)
   seconds = time.monotonic() - start
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-  rollouts_a_buffer = _with(config, run.changes).rollout
+  shutil.rmtree(workdir)  # the figures stay; a hundred policies with their checkpoints do not
   return {
     "arm": run.arm.name,
     "task": run.task,
     "seed": run.seed,
     "changes": dict(run.changes),
+    "learning_rate": config.optim.learning_rate,
     "calls_a_buffer": cost,
-    "rollouts_a_buffer": rollouts_a_buffer.num_prompts * rollouts_a_buffer.group_size,
+    "rollouts_a_buffer": config.rollout.num_prompts * config.rollout.group_size,
+    "updates_a_buffer": config.train.updates_per_buffer,
     "num_buffers": num_buffers,
     "seconds": seconds,
     "evaluations": [
@@ -210,25 +169,17 @@ def execute(run: Run, out: pathlib.Path, common: Mapping[str, Any], calls: int) 
 
 def train_base(task: str, seed: int, out: pathlib.Path, common: Mapping[str, Any]) -> pathlib.Path:
   """Train the base of a task and seed on demonstrations, unless it is there; return its run's folder."""
-  workdir = out / task / f"seed{seed}" / "base"
+  workdir = study_arms.folder(out, task, seed) / "base"
   if not (workdir / "policy").exists():
     changes = {**common, "seed": seed, "task.records_dir": str(out / "data"), "train.num_buffers": 0}
-    _train(_with(bench_config("wdce", task), changes), workdir)
+    _train(with_changes(bench_config("wdce", task), changes), workdir)
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
   return workdir
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, dict[str, float]]:
   validate(config)
-  if workdir.exists() and not (workdir / "checkpoints").exists():
-    shutil.rmtree(workdir)  # what is left of a run whose JSON file was removed
   return train.train(config, epath.Path(workdir))
-
-
-def _with(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-  config = config.copy_and_resolve_references()
-  config.update_from_flattened_dict(dict(changes))
-  return config
 
 
 def _parse(change: str) -> tuple[str, Any]:
@@ -236,15 +187,17 @@ def _parse(change: str) -> tuple[str, Any]:
   return key, json.loads(value)
 
 
-def _write_page(out: pathlib.Path, runs: Sequence[Run]) -> None:
-  results = [
+def _find_results(out: pathlib.Path) -> list[study_page.Result]:
+  """Read what the folder holds, whoever ran it, each run under every question that it answers."""
+  needed = study_arms.needed_rates(GROUPS, TASKS)
+  seeds = sorted({int(path.name.removeprefix("seed")) for path in out.glob("*/seed*")} - {TUNING_SEED})
+  tried = [study_arms.tuning_run(*who, rate) for who in needed for rate in study_arms.RATES]
+  runs = [*tried, *study_arms.plan(chosen_rates(needed, out), GROUPS, TASKS, seeds)]
+  return [
     study_page.Result(run.arm.group, run.arm.name, run.task, run.seed, json.loads(run.path(out).read_text()))
     for run in runs
     if run.path(out).exists()
   ]
-  if results:
-    files.write_whole(epath.Path(out / "study.html"), study_page.page(results))
-    files.write_whole(epath.Path(out / "study.md"), study_page.tables(results))
 
 
 def _line(number: int, total: int, run: Run, result: Mapping[str, Any], seconds_left: float) -> str:

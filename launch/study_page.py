@@ -1,8 +1,9 @@
-"""The study's page: learning curves with bands over the seeds, and tables with intervals, in one HTML file."""
+"""The study's pages: learning curves with bands over the seeds, tables with intervals, and the questions one by one."""
 
 import html
 import io
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -10,31 +11,36 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
+from etils import epath
 from scipy import stats
+
+from dmpo_jax import files
 
 CURVES = (  # what, of which rows, and how the axis reads
   ("evaluations", "solve_rate", "held-out puzzles solved"),
   ("evaluations", "reward_mean", "held-out reward"),
   ("buffers", "reward_mean", "reward of the rollouts"),
-  ("buffers", "entropy", "entropy, nats a token"),
+  ("buffers", "sampled_nll", "-log p of a drawn token, nats"),
   ("buffers", "unique_rollouts", "different rollouts a group"),
 )
 STYLE = """
-body { font: 15px sans-serif; margin: 2em; max-width: 80em }
+body { font: 15px sans-serif; margin: 2em; max-width: 110em }
 table { border-collapse: collapse; margin: 1em 0 }
-td, th { padding: .25em .7em; border-bottom: 1px solid #ccc; text-align: right }
+td, th { padding: .25em .7em; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap }
 td:first-child, th:first-child { text-align: left }
+svg { max-width: 100%; height: auto }
 """
+INTRODUCTION = (
+  "All runs of a task and seed start from one base and meet the same prompts, rewards and budget of model calls (of "
+  "each rollout of a buffer, a backward pass as two). Held-out prompts, greedy decoding. `solved` and `reward` are "
+  "means over the seeds after the last buffer, with 95 % t-intervals over the seeds (of three they are wide), and of "
+  "the best evaluation; `-log p` (nats a token) and `different` (rollouts of a group that differ) are of the rollouts "
+  "in the last quarter of the buffers, at temperature 1. Learning rates were chosen on another seed, by the held-out "
+  "reward at the end: see `rates`."
+)
 COLUMNS = (
-  "",
-  "seeds",
-  "solved, last",
-  "95 % interval",
-  "solved, best",
-  "reward, last",
-  "reward, best",
-  "seconds",
-  "calls",
+  *("", "seeds", "rate", "updates", "solved, last", "of each seed", "solved, best", "reward, last", "reward, best"),
+  *("-log p", "different", "seconds"),
 )
 
 
@@ -48,33 +54,180 @@ class Result(NamedTuple):
   data: dict[str, Any]
 
 
+class Claim(NamedTuple):
+  """A comparison: does `name` do better than `other`, within one group of arms or across two."""
+
+  question: str
+  group: str
+  name: str
+  other_group: str
+  other: str
+
+
+def _claims() -> tuple[Claim, ...]:
+  claims = []
+  for rival in ("wd1", "diffu_grpo", "coupled_grpo", "spg", "gdpo", "tracerl", "wddo"):
+    claims.append(Claim("DMPO (wdce) against its rivals", "objectives", "wdce", "objectives", rival))
+  for size in (4, 8, 16):
+    for name in ("negative", "mean", "model"):
+      arms = (f"{name}, g = {size}", "baselines", f"none, g = {size}")
+      claims.append(Claim("a baseline against none", "baselines", *arms))
+  for size in (4, 8, 16):
+    for name in ("mean", "model"):
+      arms = (f"negative, g = {size}", "baselines", f"{name}, g = {size}")
+      claims.append(Claim("the negative baseline against the others", "baselines", *arms))
+  for name in ("none, clipped", "none, standardised"):
+    claims.append(
+      Claim("plain alternatives against the negative baseline", "alternatives", name, "baselines", "negative, g = 8")
+    )
+    claims.append(Claim("plain alternatives against nothing", "alternatives", name, "baselines", "none, g = 8"))
+  for name, other in (("4 updates", "1 updates"), ("8 updates", "1 updates"), ("8 updates", "4 updates")):
+    claims.append(Claim("updates from one buffer", "reuse", name, "reuse", other))
+  for alpha in (0.02, 0.2):
+    claims.append(Claim("the target's temperature", "alpha", f"alpha = {alpha}", "alpha", "alpha = 0.05"))
+  for count in (2, 8):
+    claims.append(
+      Claim("masks of a rollout in an update", "replicates", f"{count} replicates", "replicates", "4 replicates")
+    )
+  return tuple(claims)
+
+
+CLAIMS = _claims()
+CLAIM_COLUMNS = ("", "against", "task", "seeds", "solved", "reward", "-log p", "different")
+
+
+def write(out: pathlib.Path, results: Sequence[Result], docs: pathlib.Path | None = None) -> None:
+  """Write study.html into the study's folder, and study.md with its picture into the documents' folder, if any."""
+  if not results:
+    return
+  files.write_whole(epath.Path(out / "study.html"), page(results))
+  if docs:
+    files.write_whole(epath.Path(docs / "study.md"), document(results))
+    files.write_whole(epath.Path(docs / "study.svg"), overview(results))
+
+
 def page(results: Sequence[Result]) -> str:
   """Lay everything out as one self-contained HTML page."""
   parts = [f"<!doctype html><meta charset=utf-8><title>Study of objectives</title><style>{STYLE}</style>"]
-  parts.append(
-    "<h1>Objectives on the same bases, prompts, rewards and model calls</h1><p>Lines: means over the seeds; bands: "
-    "from the lowest to the highest seed. Model calls: for each rollout of a buffer, a backward pass as two.</p>"
-  )
+  parts.append(f"<h1>Objectives on equal terms</h1><p>{html.escape(INTRODUCTION)}</p>")
+  parts.append("<h2>questions</h2><p>Differences, paired by task and seed.</p>")
+  for question, rows in claim_rows(results).items():
+    parts.append(f"<h3>{html.escape(question)}</h3>" + _html_table(CLAIM_COLUMNS, rows))
   for group, task, members in _by_question(results):
     parts.append(f"<h2>{html.escape(group)}: {html.escape(task)}</h2>")
-    parts.append(_html_table(_rows(members)))
-    parts.append(_figure(members))
+    parts.append(_html_table(COLUMNS, table_rows(members)))
+    parts.append(_svg(_figure(members, CURVES)))
   return "\n".join(parts)
 
 
-def tables(results: Sequence[Result]) -> str:
-  """Lay the tables out as Markdown."""
-  parts = []
+def document(results: Sequence[Result]) -> str:
+  """Lay the tables out as Markdown, with the picture of `overview` beside it."""
+  parts = ["# The study of objectives", INTRODUCTION, "![learning curves of the objectives](study.svg)"]
+  parts += ["## Questions", "Differences, paired by task and seed: the same base, prompts and evaluation."]
+  for question, rows in claim_rows(results).items():
+    parts += [f"### {question}", _markdown_table(CLAIM_COLUMNS, rows)]
   for group, task, members in _by_question(results):
-    lines = [f"**{group}, {task}**", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in _rows(members)]
-    parts.append("\n".join(lines))
+    parts += [f"## {group}, {task}", _markdown_table(COLUMNS, table_rows(members))]
   return "\n\n".join(parts) + "\n"
+
+
+def overview(results: Sequence[Result]) -> str:
+  """Draw the objectives' curves of all tasks as one SVG picture."""
+  questions = [members for group, _, members in _by_question(results) if group == "objectives"]
+  curves = [CURVES[0], CURVES[3], CURVES[4]]
+  if not questions:
+    questions = [members for _, _, members in _by_question(results)][:1]
+  figure, axes = plt.subplots(len(questions), len(curves), figsize=(13, 3.4 * len(questions)), layout="constrained")
+  for row, members in zip(np.reshape(axes, (len(questions), -1)), questions, strict=True):
+    _draw_curves(row, members, curves)
+    row[0].set_title(members[0].task, loc="left")
+  return _svg(figure)
+
+
+def claim_rows(results: Sequence[Result]) -> dict[str, list[list[str]]]:
+  """Compare arms, a row a comparison and task: mean differences over the seeds that have both, with intervals."""
+  found = {(r.group, r.name, r.task, r.seed): r.data for r in results}
+  places = sorted({(r.task, r.seed) for r in results}, key=lambda place: (place[0] != "sudoku", place))
+  rows: dict[str, list[list[str]]] = {}
+  for claim in CLAIMS:
+    for task in dict.fromkeys(task for task, _ in places):
+      seeds = [seed for of, seed in places if of == task]
+      keys = [((claim.group, claim.name, task, s), (claim.other_group, claim.other, task, s)) for s in seeds]
+      pairs = [(_figures(found[a]), _figures(found[b])) for a, b in keys if a in found and b in found]
+      if pairs:
+        difference = np.array(pairs)[:, 0] - np.array(pairs)[:, 1]
+        cells = [_signed(difference[:, 0], 100, " %"), *(_signed(difference[:, i], 1, "") for i in (1, 2, 3))]
+        rows.setdefault(claim.question, []).append([claim.name, claim.other, task, str(len(pairs)), *cells])
+  return rows
+
+
+def table_rows(results: Sequence[Result]) -> list[list[str]]:
+  """One row an arm, after the bases'."""
+  bases = list({result.seed: result.data["evaluations"][0] for result in results}.values())
+  rows = [_base_row(bases)]
+  for name, members in _by_name(results).items():
+    data = [member.data for member in members]
+    last = np.array([_figures(one) for one in data])
+    later = [one["evaluations"][1:] or one["evaluations"] for one in data]
+    rates = sorted({one["learning_rate"] for one in data})
+    rows.append(
+      [
+        name,
+        str(len(data)),
+        " ".join(f"{rate:g}" for rate in rates),
+        f"{np.mean([one['num_buffers'] * one['updates_a_buffer'] for one in data]):.0f}",
+        _interval(last[:, 0], 100, " %"),
+        " ".join(f"{100 * value:.1f}" for value in last[:, 0]),
+        f"{100 * np.mean([max(row['solve_rate'] for row in rows) for rows in later]):.1f} %",
+        _interval(last[:, 1], 1, ""),
+        f"{np.mean([max(row['reward_mean'] for row in rows) for rows in later]):.3f}",
+        f"{np.mean(last[:, 2]):.3f}",
+        f"{np.mean(last[:, 3]):.2f}",
+        f"{np.mean([one['seconds'] for one in data]):.0f}",
+      ]
+    )
+  return rows
+
+
+def _base_row(bases: Sequence[dict[str, float]]) -> list[str]:
+  solved, reward = (np.array([row[key] for row in bases]) for key in ("solve_rate", "reward_mean"))
+  each = " ".join(f"{100 * value:.1f}" for value in solved)
+  cells = ["base", str(len(bases)), "", "", _interval(solved, 100, " %"), each, "", _interval(reward, 1, "")]
+  return cells + [""] * (len(COLUMNS) - len(cells))
+
+
+def _figures(data: dict[str, Any]) -> tuple[float, float, float, float]:
+  """Solve rate and reward at the end, and -log p and number of different rollouts of the last quarter."""
+  last, buffers = data["evaluations"][-1], data["buffers"]
+  late = buffers[-max(1, len(buffers) // 4) :]
+  drawn = [float(np.mean([row[key] for row in late])) for key in ("sampled_nll", "unique_rollouts")]
+  return (last["solve_rate"], last["reward_mean"], *drawn)
+
+
+def half_width(values: np.ndarray) -> float:
+  """Half of the 95 % t-interval of a mean; NaN of a single value."""
+  if len(values) < 2:
+    return float("nan")
+  return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def _interval(values: np.ndarray, scale: float, unit: str) -> str:
+  digits = 1 if scale > 1 else 3
+  width = f" ± {scale * half_width(values):.{digits}f}" if len(values) > 1 else ""
+  return f"{scale * values.mean():.{digits}f}{width}{unit}"
+
+
+def _signed(values: np.ndarray, scale: float, unit: str) -> str:
+  """A mean difference with its interval; a star where the interval leaves out 0."""
+  text = _interval(values, scale, unit)
+  is_clear = len(values) > 1 and abs(values.mean()) > half_width(values)
+  return ("+" if values.mean() > 0 else "") + text + " *" * is_clear
 
 
 def _by_question(results: Sequence[Result]) -> list[tuple[str, str, list[Result]]]:
   questions = dict.fromkeys((result.group, result.task) for result in results)
-  return [(group, task, [r for r in results if (r.group, r.task) == (group, task)]) for group, task in questions]
+  ordered = sorted(questions, key=lambda question: question[0] == "rates")
+  return [(group, task, [r for r in results if (r.group, r.task) == (group, task)]) for group, task in ordered]
 
 
 def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -82,57 +235,33 @@ def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
   return {name: [result for result in results if result.name == name] for name in names}
 
 
-def _rows(results: Sequence[Result]) -> list[list[str]]:
-  """One row an arm after the bases'. Intervals: Wilson's, 95 %, over the prompts of all seeds together."""
-  first = list({result.seed: result for result in results}.values())
-  rows = [_row("base", first, lambda evaluations: evaluations[:1], is_base=True)]
-  for name, members in _by_name(results).items():
-    rows.append(_row(name, members, lambda evaluations: evaluations[1:] or evaluations, is_base=False))
-  return rows
-
-
-def _row(name: str, members: Sequence[Result], choose: Callable, *, is_base: bool) -> list[str]:
-  chosen = [choose(member.data["evaluations"]) for member in members]
-  last = [evaluations[-1] for evaluations in chosen]
-  num_prompts = sum(int(row["num_prompts"]) for row in last)
-  num_solved = round(sum(row["solve_rate"] * row["num_prompts"] for row in last))
-  interval = stats.binomtest(num_solved, num_prompts).proportion_ci(method="wilson")
-  best_solved = [max(row["solve_rate"] for row in evaluations) for evaluations in chosen]
-  best_reward = [max(row["reward_mean"] for row in evaluations) for evaluations in chosen]
-  cost = [member.data["num_buffers"] * member.data["calls_a_buffer"] for member in members]
-  return [
-    name,
-    str(len(members)),
-    f"{num_solved / num_prompts:.1%}",
-    f"{interval.low:.1%} to {interval.high:.1%}",
-    "" if is_base else f"{np.mean(best_solved):.1%}",
-    f"{np.mean([row['reward_mean'] for row in last]):.3f}",
-    "" if is_base else f"{np.mean(best_reward):.3f}",
-    "" if is_base else f"{np.mean([member.data['seconds'] for member in members]):.0f}",
-    "" if is_base else f"{np.mean(cost):.0f}",
-  ]
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   def line(cells: Sequence[str], tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-  return "<table>" + line(COLUMNS, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+  return "<table>" + line(columns, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
 
-def _figure(results: Sequence[Result]) -> str:
-  figure, axes = plt.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 3.6), layout="constrained")
-  for axis, (rows, key, label) in zip(axes, CURVES, strict=True):
-    for name, members in _by_name(results).items():
-      _draw(axis, name, [_points(member.data[rows], key) for member in members])
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+  return "\n".join(lines + ["| " + " | ".join(row).replace("*", r"\*") + " |" for row in rows])
+
+
+def _figure(results: Sequence[Result], curves: Sequence[tuple[str, str, str]]) -> Any:
+  figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), layout="constrained")
+  _draw_curves(axes, results, curves)
+  return figure
+
+
+def _draw_curves(axes: Sequence[Any], results: Sequence[Result], curves: Sequence[tuple[str, str, str]]) -> None:
+  for axis, (rows, key, label) in zip(axes, curves, strict=True):
+    for index, (name, members) in enumerate(_by_name(results).items()):
+      style = ("-", "--", ":")[index // 10 % 3]
+      _draw(axis, name, style, [_points(member.data[rows], key) for member in members])
     axis.set_xlabel("model calls a rollout")
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
-  axes[0].legend(fontsize="small")
-  buffer = io.StringIO()
-  figure.savefig(buffer, format="svg")
-  plt.close(figure)
-  return buffer.getvalue().split("?>", 1)[-1].split("\n", 1)[-1]
+  axes[0].legend(fontsize="x-small", ncols=2)
 
 
 def _points(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -140,11 +269,18 @@ def _points(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.nd
   return np.array([x for x, _ in present], float), np.array([y for _, y in present], float)
 
 
-def _draw(axis: Any, name: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+def _draw(axis: Any, name: str, style: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
   curves = [(x, y) for x, y in curves if len(x)]
   if not curves:
     return
   grid = curves[0][0]  # the seeds of an arm have the same points
   values = np.stack([np.interp(grid, x, y) for x, y in curves])
-  (line,) = axis.plot(grid, values.mean(0), label=name)
+  (line,) = axis.plot(grid, values.mean(0), style, label=name)
   axis.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+
+
+def _svg(figure: Any) -> str:
+  buffer = io.StringIO()
+  figure.savefig(buffer, format="svg")
+  plt.close(figure)
+  return buffer.getvalue().split("?>", 1)[-1].split("\n", 1)[-1]

@@ -1,0 +1,153 @@
+"""What the study runs: its arms, the learning rates that they may have, and the order in which runs are taken."""
+
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dmpo_jax.objectives import OBJECTIVES
+
+TASKS = ("sudoku", "countdown")
+RATE = "optim.learning_rate"
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+ROLLOUTS = 64  # of a buffer, whatever the group size
+TUNING_SEED = 3  # of the runs that choose the learning rates; no seed of the study
+Rates = Mapping[tuple[str, str], float]  # the learning rate of (task, bench configuration)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One way to train: a bench configuration with some keys changed."""
+
+  group: str  # the question that it belongs to
+  name: str
+  config: str  # configs/bench_<config>.py
+  changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """An arm on a task from one seed's base."""
+
+  arm: Arm
+  task: str
+  seed: int
+
+  @property
+  def changes(self) -> dict[str, Any]:
+    """What differs from the arm's bench configuration."""
+    config = bench_config(self.arm.config, self.task)
+    return {key: value for key, value in self.arm.changes.items() if get(config, key) != value}
+
+  def path(self, out: pathlib.Path) -> pathlib.Path:
+    """Its JSON file; configurations that are the same share it."""
+    changes = [f"{key.split('.')[-1]}={value}" for key, value in sorted(self.changes.items())]
+    return folder(out, self.task, self.seed) / ("-".join([self.arm.config, *changes]) + ".json")
+
+
+def folder(out: pathlib.Path, task: str, seed: int) -> pathlib.Path:
+  """Where the base and the runs of a task and seed are."""
+  return out / task / f"seed{seed}"
+
+
+def _baseline(baseline: str, group_size: int) -> Arm:
+  changes = {
+    "objective.baseline": baseline,
+    "rollout.group_size": group_size,
+    "rollout.num_prompts": ROLLOUTS // group_size,
+  }
+  return Arm("baselines", f"{baseline}, g = {group_size}", "wdce", changes)
+
+
+def _changed(group: str, name: str, **changes: Any) -> Arm:
+  return Arm(group, name, "wdce", {key.replace("__", "."): value for key, value in changes.items()})
+
+
+CONFIGS = ("wdce", "wddo", "diffu_grpo", "wd1", "coupled_grpo", "spg", "gdpo", "tracerl")
+ARMS = (
+  *(Arm("objectives", name, name) for name in CONFIGS),
+  *(_baseline(name, size) for size in (8, 4, 16) for name in ("none", "mean", "model", "negative")),
+  _changed("alternatives", "none, clipped", objective__baseline="none", objective__max_weight=0.5),
+  _changed("alternatives", "none, standardised", objective__baseline="none", objective__reward_scaling="standardise"),
+  *(_changed("reuse", f"{count} updates", train__updates_per_buffer=count) for count in (1, 4, 8)),
+  *(_changed("alpha", f"alpha = {alpha}", objective__alpha=alpha) for alpha in (0.02, 0.05, 0.2)),
+  *(_changed("replicates", f"{count} replicates", objective__num_replicates=count) for count in (2, 4, 8)),
+)
+GROUPS = tuple(dict.fromkeys(arm.group for arm in ARMS))
+
+
+def bench_config(name: str, task: str) -> ConfigDict:
+  """Load configs/bench_<name>.py for a task."""
+  return importlib.import_module(f"configs.bench_{name}").get_config(task)
+
+
+def get(config: ConfigDict, path: str) -> Any:
+  """Read a key by its dotted path."""
+  for key in path.split("."):
+    config = config[key]
+  return config
+
+
+def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  """Return a copy with some keys, by their dotted paths, changed."""
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(dict(changes))
+  return config
+
+
+def calls_a_buffer(config: ConfigDict) -> float:
+  """Model calls for each rollout of a buffer: sampling, measuring, and three for each replicate of an update."""
+  objective, updates = config.objective, config.train.updates_per_buffer
+  needs = OBJECTIVES[objective.name].needs
+  measured = {
+    "rewards": 0,
+    "weights": 2 * objective.num_elbo_replicates,
+    "ratio": objective.num_replicates * (1 if objective.likelihood == "trajectory" else updates),
+    "ratio_and_reference": 2 * objective.num_replicates * updates,
+  }[needs]
+  sets = 2 if objective.name == "wddo" and objective.wddo.sets == "independent" else 1
+  return config.sampler.steps + measured + 3 * sets * objective.num_replicates * updates
+
+
+def needed_rates(groups: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, str]]:
+  """List the (task, bench configuration) whose learning rate the arms of some groups take."""
+  configs = dict.fromkeys(arm.config for arm in ARMS if arm.group in groups)
+  return [(task, config) for config in configs for task in tasks]
+
+
+def tuning_run(task: str, config: str, rate: float) -> Run:
+  """Return the run that tries a learning rate."""
+  return Run(Arm("rates", f"{config}, {rate:g}", config, {RATE: rate}), task, TUNING_SEED)
+
+
+def next_rate(scores: Mapping[float, float]) -> float | None:
+  """Say which learning rate is to be tried next, given what those tried came to; None: no further one.
+
+  The two in the middle of `RATES`, then the neighbour of the better one: three runs, the same rule for every objective.
+  """
+  low, high = RATES[1:3]
+  for rate in (low, high):
+    if rate not in scores:
+      return rate
+  outer = RATES[3] if scores[high] > scores[low] else RATES[0]
+  return None if outer in scores else outer
+
+
+def best_rate(scores: Mapping[float, float]) -> float:
+  """Take the learning rate with the highest score; ties: the smallest."""
+  return max(scores, key=lambda rate: (scores[rate], -rate))
+
+
+def plan(rates: Rates, groups: Iterable[str], tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
+  """List the runs at the rates given: the objectives of all seeds first, then the other questions seed by seed."""
+  for part in (("objectives",), GROUPS[1:]):
+    for seed in seeds:
+      for arm in ARMS:
+        if arm.group in part and arm.group in groups:
+          for task in tasks:
+            if (task, arm.config) in rates:
+              changed = dataclasses.replace(arm, changes={**arm.changes, RATE: rates[task, arm.config]})
+              yield Run(changed, task, seed)
