@@ -221,7 +221,7 @@ def _signed(values: np.ndarray, scale: float, unit: str) -> str:
   """A mean difference with its interval; a star where the interval leaves out 0."""
   text = _interval(values, scale, unit)
   is_clear = len(values) > 1 and abs(values.mean()) > half_width(values)
-  return ("+" if values.mean() > 0 else "") + text + " *" * is_clear
+  return ("+" if values.mean() > 0 else "") + text + (" *" if is_clear else "")
 
 
 def _by_question(results: Sequence[Result]) -> list[tuple[str, str, list[Result]]]:

@@ -16,6 +16,7 @@ from dmpo_jax.objectives import weights
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 RECORDED = json.loads((GOLDENS / "advantages.json").read_text())
+PROXIMAL = json.loads((GOLDENS / "proximal.json").read_text())
 KEPT = jnp.ones((3, 4), bool)
 
 compute = jax.jit(weights.importance_weights, static_argnames=("weighting", "alpha", "kappa"))
@@ -265,6 +266,48 @@ def test_kappa_and_effective_sample_size_are_of_each_group():
   # dropped rollouts have no part in it
   padded = jnp.pad(log_weight, ((0, 0), (0, 2)), constant_values=jnp.nan)
   np.testing.assert_allclose(weights.adaptive_kappa(padded, jnp.pad(KEPT[:2], ((0, 0), (0, 2))), 0.6), both, rtol=1e-5)
+
+
+def weigh_recorded(row, **own):
+  def groups(name):
+    values = np.asarray([np.nan if value is None else value for value in row[name]], np.float32)
+    return values.reshape(-1, row["group_size"])
+
+  reward, log_p_ref, log_p_old = map(groups, ("reward", "log_p_ref", "log_p_old"))
+  common = dict(alpha=row["alpha"] or 1.0, kappa=1.0, min_ess=row["min_ess"], reward_scaling="none", max_weight=1.0)
+  found = weights.weigh(reward, log_p_ref, log_p_old, jnp.asarray(~np.isnan(reward)), **common, **own)
+  return found, groups("weight"), groups("negative_weight")
+
+
+ADAPTIVE = [row for row in PROXIMAL if row["alpha"] >= 0]
+
+
+@pytest.mark.parametrize("row", ADAPTIVE, ids=[row["case"] for row in ADAPTIVE])
+def test_the_recorded_adaptive_steps_and_ours_of_each_group(row):
+  # The official code chooses one kappa for the rollouts of a process, be they a group, a part of one or several.
+  found, weight, negative = weigh_recorded(row, weighting="tilt" if row["alpha"] else "softmax", proximal="adaptive")
+  ess = weights.effective_sample_size(found.weight)
+  is_bound = np.asarray(found.kappa > weights.MAX_KAPPA - 1e-6)
+  np.testing.assert_allclose(ess[~is_bound], row["min_ess"], atol=1e-3)
+  assert (ess[is_bound] >= row["min_ess"]).all()
+  if row["batch"] == row["group_size"]:
+    agree = is_bound | (np.abs(np.array(row["ess"]) - row["min_ess"]) < 1e-3)  # else it stayed where it began, at 0.5
+    np.testing.assert_array_equal(np.array(row["kappa"])[~agree], 0.5)
+    np.testing.assert_allclose(found.weight[agree], weight[agree], atol=1e-3)
+    np.testing.assert_allclose(found.negative_weight[agree], negative[agree], atol=1e-3)
+  else:
+    assert np.abs(ess - np.array(row["ess"])).max() > 0.005
+
+
+REWARDS = [row for row in PROXIMAL if row["alpha"] == -1]
+
+
+@pytest.mark.parametrize("row", REWARDS, ids=[row["case"] for row in REWARDS])
+def test_the_reward_as_weight_is_what_the_official_code_meant(row):
+  # There alpha = -1 ends in an UnboundLocalError; what it would have returned was recorded.
+  found, weight, negative = weigh_recorded(row, weighting="reward", proximal="fixed")
+  np.testing.assert_allclose(found.weight, weight, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(found.negative_weight, negative, rtol=1e-4, atol=1e-6)
 
 
 def test_the_reward_itself_as_the_weight():

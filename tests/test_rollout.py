@@ -1,6 +1,7 @@
 """A buffer's way: nothing depends on batch, padding or devices; failed rewards drop out and are counted."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -159,6 +160,7 @@ def test_what_the_log_says_of_completions():
     "tokens_per_call": 1.5,
     "calls_saved": 0.5,
     "confidence": 2 / 3,
+    "sampled_nll": math.log(2),
     "completion_length": 2.5,
     "eos_rate": 0.5,
   }

@@ -1,0 +1,155 @@
+"""The study: which runs it takes, how a learning rate is chosen, and what its pages say of made-up results."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from dmpo_jax.config import validate
+from launch import study, study_arms, study_page
+from launch.study_arms import ARMS, CONFIGS, GROUPS, RATES, TASKS, TUNING_SEED
+
+OUT = pathlib.Path("runs/study")
+
+
+def made_up(solved, reward=0.5, nll=0.3, unique=4.0, rate=1e-4):
+  """A run's figures: from none solved to `solved` in 4 buffers."""
+  rows = [(0, 0.0), (2, solved / 2), (4, solved)]
+  return {
+    "learning_rate": rate,
+    "calls_a_buffer": 10.0,
+    "updates_a_buffer": 8,
+    "num_buffers": 4,
+    "seconds": 12.0,
+    "evaluations": [{"buffer": b, "calls": 10.0 * b, "solve_rate": s, "reward_mean": reward} for b, s in rows],
+    "buffers": [{"calls": 10.0 * b, "reward_mean": 0.1, "sampled_nll": nll, "unique_rollouts": unique} for b in (1, 4)],
+  }
+
+
+@pytest.fixture(scope="module")
+def all_runs():
+  rates = dict.fromkeys(study_arms.needed_rates(GROUPS, TASKS), 3e-4)
+  return list(study_arms.plan(rates, GROUPS, TASKS, (0, 1, 2)))
+
+
+def test_every_arm_is_a_valid_configuration_of_one_budget(all_runs):
+  of_seed_0 = [run for run in all_runs if run.seed == 0]
+  assert len(of_seed_0) == len(ARMS) * len(TASKS)
+  for run in of_seed_0:
+    config = study_arms.with_changes(study_arms.bench_config(run.arm.config, run.task), run.changes)
+    validate(config)
+    assert config.optim.learning_rate == 3e-4
+    assert config.rollout.num_prompts * config.rollout.group_size == study_arms.ROLLOUTS
+    assert study_arms.get(config, "model.d_model") == config.model.d_model
+
+
+def test_runs_that_are_the_same_are_one_file(all_runs):
+  def path(group, name):
+    (run,) = [r for r in all_runs if (r.arm.group, r.arm.name, r.task, r.seed) == (group, name, "sudoku", 0)]
+    return run.path(OUT)
+
+  same = {("objectives", "wdce"), ("baselines", "negative, g = 8"), ("reuse", "8 updates"), ("alpha", "alpha = 0.05")}
+  assert len({path(*who) for who in same | {("replicates", "4 replicates")}}) == 1
+  paths = {run.path(OUT) for run in all_runs}
+  assert len(paths) == (len(ARMS) - 4) * len(TASKS) * 3
+
+
+def test_objectives_come_first_of_all_seeds(all_runs):
+  groups = [run.arm.group for run in all_runs]
+  assert set(groups[: len(CONFIGS) * len(TASKS) * 3]) == {"objectives"}
+  assert [run.seed for run in all_runs[:: len(CONFIGS) * len(TASKS)]][:3] == [0, 1, 2]
+
+
+def test_an_objective_whose_rate_is_not_chosen_is_left_out():
+  runs = list(study_arms.plan({("sudoku", "wd1"): 1e-4}, GROUPS, TASKS, (0,)))
+  assert [(run.arm.name, run.task, run.changes) for run in runs] == [("wd1", "sudoku", {})]
+
+
+@pytest.mark.parametrize(
+  ("rewards", "tried", "best"),
+  [
+    ((0.1, 0.2, 0.3, 0.4), (1e-4, 3e-4, 1e-3), 1e-3),
+    ((0.1, 0.2, 0.3, 0.2), (1e-4, 3e-4, 1e-3), 3e-4),
+    ((0.4, 0.3, 0.2, 0.9), (1e-4, 3e-4, 3e-5), 3e-5),
+    ((0.1, 0.3, 0.3, 0.9), (1e-4, 3e-4, 3e-5), 1e-4),
+  ],
+)
+def test_every_objective_has_three_learning_rates_to_choose_from(rewards, tried, best):
+  of, scores = dict(zip(RATES, rewards, strict=True)), {}
+  while (rate := study_arms.next_rate(scores)) is not None:
+    scores[rate] = of[rate]
+  assert tuple(scores) == tried
+  assert study_arms.best_rate(scores) == best
+
+
+def test_learning_rates_are_read_from_the_runs_of_their_seed(tmp_path):
+  who = ("countdown", "spg")
+  for rate, reward in ((1e-4, 0.2), (3e-4, 0.4), (1e-3, 0.1)):
+    assert study.chosen_rates([who], tmp_path) == {}
+    path = study_arms.tuning_run(*who, rate).path(tmp_path)
+    assert path.parent == tmp_path / "countdown" / f"seed{TUNING_SEED}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made_up(0.5, reward)))
+  assert study.chosen_rates([who], tmp_path) == {who: 3e-4}
+
+
+def test_model_calls_of_a_buffer_count_a_backward_pass_as_two():
+  def calls(name, **changes):
+    config = study_arms.bench_config(name, "countdown")
+    return study_arms.calls_a_buffer(study_arms.with_changes(config, changes))
+
+  assert calls("wdce") == 12 + 2 * 8 + 8 * 4 * 3
+  assert calls("wd1") == 12 + 12 * 1 * 3
+  assert calls("diffu_grpo") == 12 + 12 * (2 + 3)
+  assert calls("tracerl") == 12 + 3 + 3 * 3
+  assert calls("wddo", **{"objective.wddo.sets": "independent"}) == 12 + 2 * 8 + 8 * 8 * 3
+
+
+def test_the_time_left_is_told_by_the_median_of_the_last_runs():
+  clock = study.Clock(minutes=1)
+  assert clock.has_time()  # of a run's length nothing is known yet
+  for seconds in (500, 20, 20, 20, 20, 30, 30, 30):
+    clock.add(seconds)
+  assert clock.pace() == 20
+  assert clock.has_time()
+  assert not study.Clock(minutes=0).has_time()
+
+
+def test_differences_are_paired_by_seed():
+  def result(name, seed, solved, **others):
+    return study_page.Result("objectives", name, "sudoku", seed, made_up(solved, **others))
+
+  better = [result("wdce", seed, 0.5 + 0.1 * seed, reward=0.6) for seed in range(3)]
+  worse = [result("wd1", seed, 0.4 + 0.1 * seed, reward=0.6) for seed in range(4)]  # a seed more, which has no partner
+  (row,) = study_page.claim_rows([*better, *worse])["DMPO (wdce) against its rivals"]
+  assert row[:4] == ["wdce", "wd1", "sudoku", "3"]
+  assert row[4] == "+10.0 ± 0.0 % *"
+  assert row[5] == "0.000 ± 0.000"
+
+
+def test_an_interval_is_students():
+  values = np.array([0.1, 0.2, 0.6])
+  assert study_page.half_width(values) == pytest.approx(4.302653 * values.std(ddof=1) / np.sqrt(3), rel=1e-6)
+  assert np.isnan(study_page.half_width(values[:1]))
+
+
+def test_pages_show_every_question(tmp_path):
+  results = [
+    study_page.Result(group, name, task, seed, made_up(0.1 * index + 0.05 * seed))
+    for group, names in (("objectives", ("wdce", "<b>")), ("rates", ("wdce, 0.0001",)))
+    for index, name in enumerate(names)
+    for task in TASKS
+    for seed in (0, 1)
+  ]
+  study_page.write(tmp_path, results, tmp_path / "docs")
+  page, text = (tmp_path / "study.html").read_text(), (tmp_path / "docs" / "study.md").read_text()
+  assert page.count("<svg") == 4
+  assert "&lt;b&gt;" in page
+  assert "<b>" not in page
+  assert "\n## objectives, countdown\n" in text
+  assert (
+    "| wdce | 2 | 0.0001 | 32 | 2.5 ± 31.8 % | 0.0 5.0 | 2.5 % | 0.500 ± 0.000 | 0.500 | 0.300 | 4.00 | 12 |" in text
+  )
+  assert text.index("## objectives, sudoku") < text.index("## rates, sudoku")
+  assert (tmp_path / "docs" / "study.svg").read_text().lstrip().startswith(("<!DOCTYPE svg", "<svg"))
