@@ -3,6 +3,7 @@
 import html
 import io
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -109,10 +110,10 @@ def write(out: pathlib.Path, results: Sequence[Result], docs: pathlib.Path | Non
 def page(results: Sequence[Result]) -> str:
   """Lay everything out as one self-contained HTML page."""
   parts = [f"<!doctype html><meta charset=utf-8><title>Study of objectives</title><style>{STYLE}</style>"]
-  parts.append(f"<h1>Objectives on equal terms</h1><p>{html.escape(INTRODUCTION)}</p>")
-  parts.append("<h2>questions</h2><p>Differences, paired by task and seed.</p>")
+  introduction = re.sub("`(.*?)`", "<code>\\1</code>", html.escape(INTRODUCTION))
+  parts.append(f"<h1>Objectives on equal terms</h1><p>{introduction}</p>")
   for question, rows in claim_rows(results).items():
-    parts.append(f"<h3>{html.escape(question)}</h3>" + _html_table(CLAIM_COLUMNS, rows))
+    parts.append(f"<h2>{html.escape(question)}: differences, paired by seed</h2>" + _html_table(CLAIM_COLUMNS, rows))
   for group, task, members in _by_question(results):
     parts.append(f"<h2>{html.escape(group)}: {html.escape(task)}</h2>")
     parts.append(_html_table(COLUMNS, table_rows(members)))
@@ -141,6 +142,7 @@ def overview(results: Sequence[Result]) -> str:
   for row, members in zip(np.reshape(axes, (len(questions), -1)), questions, strict=True):
     _draw_curves(row, members, curves)
     row[0].set_title(members[0].task, loc="left")
+  _add_legend(figure, row[0])
   return _svg(figure)
 
 
@@ -250,6 +252,7 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 def _figure(results: Sequence[Result], curves: Sequence[tuple[str, str, str]]) -> Any:
   figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), layout="constrained")
   _draw_curves(axes, results, curves)
+  _add_legend(figure, axes[0])
   return figure
 
 
@@ -261,7 +264,11 @@ def _draw_curves(axes: Sequence[Any], results: Sequence[Result], curves: Sequenc
     axis.set_xlabel("model calls a rollout")
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
-  axes[0].legend(fontsize="x-small", ncols=2)
+
+
+def _add_legend(figure: Any, axis: Any) -> None:
+  handles, labels = axis.get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), fontsize="small")
 
 
 def _points(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -281,6 +288,7 @@ def _draw(axis: Any, name: str, style: str, curves: Sequence[tuple[np.ndarray, n
 
 def _svg(figure: Any) -> str:
   buffer = io.StringIO()
-  figure.savefig(buffer, format="svg")
+  with matplotlib.rc_context({"svg.hashsalt": "dmpo_jax"}):
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
   plt.close(figure)
   return buffer.getvalue().split("?>", 1)[-1].split("\n", 1)[-1]

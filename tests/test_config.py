@@ -116,6 +116,11 @@ def test_all_problems_stand_in_one_message(config):
   assert lines[1].endswith("did you mean 'negative'?")
 
 
+def test_training_and_evaluation_have_one_dtype_policy(config):
+  # there is no second base in other numbers to evaluate on
+  assert {path for path in config_lib.flatten(config) if "dtype" in path} == {"model.dtype", "model.param_dtype"}
+
+
 def test_steps_are_a_multiple_of_the_blocks(config):
   config.sampler.block_length = 4
   config.sampler.steps = 6

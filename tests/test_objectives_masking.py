@@ -57,6 +57,15 @@ def test_positions_are_masked_where_their_noise_is_below_the_ratio():
   np.testing.assert_array_equal(is_masked[0, 0], expected)
 
 
+def test_ratios_from_0_1_to_1_leave_0_to_0_9_to_their_complements():
+  # what is written 0.1 + 0.9 u is no clamp to [0.1, 0.9]; a complement may mask nothing
+  u_ratio = np.array([[[0.0, np.nextafter(np.float32(1), np.float32(0))]]], np.float32)
+  u_position = np.full((1, 1, 2, 3), 0.95, np.float32)
+  is_masked, ratio = place(u_ratio, u_position, counted(1, 1, 3), antithetic=True, **RANGE)
+  np.testing.assert_allclose(ratio[0, 0], [0.1, 1, 0.9, 0], atol=1e-6)
+  np.testing.assert_array_equal(is_masked[0, 0].any(-1), [False, True, True, False])
+
+
 def test_antithetic_pairs_predict_every_counted_position_once():
   is_counted = np.arange(7) < np.array([[7, 4, 2], [1, 0, 7], [7, 7, 7]])[..., None]
   is_masked, ratio = draw(keys_of([5, 6, 7]), is_counted, num_replicates=4, antithetic=True, **RANGE)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax.objectives import OBJECTIVES, clipped
+from dmpo_jax.objectives import OBJECTIVES, clipped, wddo
 from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions, Linear
@@ -264,3 +264,27 @@ def test_a_position_of_a_pair_is_read_in_one_of_the_two(name, own):
     functools.partial(np.testing.assert_allclose, rtol=1e-5), *(run(1.0, experience, keys) for run in run_both)
   )
   assert named[0]
+
+
+def test_independent_sets_of_wddo_are_no_complements():
+  # there the fake set is the other half of the pairs: every mask the complement of a real one
+  seen = []
+
+  def score(is_masked, prompt_is_masked=None, pairs=()):
+    seen.append(np.asarray(is_masked))
+    return SimpleNamespace(log_prob=jnp.full(is_masked.shape, -1.0), entropy=jnp.zeros(is_masked.shape))
+
+  wide = make_experience(is_counted=np.ones((1, 2, 64), bool), completion=np.zeros((1, 2, 64), np.int32))
+  wide = jax.tree.map(jnp.asarray, wide)
+  keys = jax.random.split(jax.random.key(0), (1, 2))
+  own = dict(num_prompts=1, alpha_ddo=1.0, beta=1.0, num_replicates=2, antithetic=True)
+  for sets in wddo.SETS:
+    wddo.loss(score, wide, keys, sets=sets, min_mask_ratio=0.1, max_mask_ratio=1.0, **own)
+  shared, both = seen
+  real, fake = both[:, :, :2], both[:, :, 2:]
+  np.testing.assert_array_equal(real, shared)
+  for masks in (real, fake):
+    np.testing.assert_array_equal(masks[:, :, 0], ~masks[:, :, 1])
+  for i in range(2):
+    for j in range(2):
+      assert 0 < (real[:, :, i] ^ fake[:, :, j]).mean() < 1

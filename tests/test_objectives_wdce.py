@@ -200,6 +200,13 @@ def test_microbatches_add_up_to_the_full_batch(baseline):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), total, whole)
 
 
+def test_more_of_the_same_prompts_change_neither_loss_nor_gradient():
+  # there the sum over a device's batch is not divided, so that the learning rate's meaning depends on the batch
+  experience = make_experience()
+  once, twice = run(experience), run(jax.tree.map(lambda x: np.concatenate([x, x]), experience))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), twice, once)
+
+
 def test_the_order_of_prompts_and_padding_change_nothing():
   experience = make_experience()
   loss, metrics, gradient = run(experience)

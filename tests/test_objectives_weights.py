@@ -271,11 +271,11 @@ def test_kappa_and_effective_sample_size_are_of_each_group():
 def weigh_recorded(row, **own):
   def groups(name):
     values = np.asarray([np.nan if value is None else value for value in row[name]], np.float32)
-    return values.reshape(-1, row["group_size"])
+    return jnp.asarray(values.reshape(-1, row["group_size"]))
 
   reward, log_p_ref, log_p_old = map(groups, ("reward", "log_p_ref", "log_p_old"))
   common = dict(alpha=row["alpha"] or 1.0, kappa=1.0, min_ess=row["min_ess"], reward_scaling="none", max_weight=1.0)
-  found = weights.weigh(reward, log_p_ref, log_p_old, jnp.asarray(~np.isnan(reward)), **common, **own)
+  found = weights.weigh(reward, log_p_ref, log_p_old, ~jnp.isnan(reward), **common, **own)
   return found, groups("weight"), groups("negative_weight")
 
 

@@ -17,7 +17,7 @@ def loss(
   clip: float,
   kl_weight: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute d1's loss (arXiv 2504.12216, equations 2 and 3): `clipped.token_loss`, KL to the reference policy.
+  """Compute d1's loss (arXiv 2504.12216): `clipped.token_loss`, KL to the reference policy.
 
   The advantage is the reward minus the group's mean, not divided by its deviation. Published: likelihood one_step with
   prompt_mask_ratio 0.15 drawn anew at every update, clip 0.5, kl_weight 0.04, 12 updates a buffer, groups of 6.

@@ -20,7 +20,7 @@ from dmpo_jax.objectives.masking import complementary_pairs, draw_block_masks, d
 
 @dataclasses.dataclass(frozen=True)
 class OneStep(Linear):
-  """sum_l log p(y_l | all positions masked), some of the prompt masked too (d1, arXiv 2504.12216, section 3.1).
+  """sum_l log p(y_l | all positions masked), some of the prompt masked too (d1, arXiv 2504.12216).
 
   Exact only where the positions are independent given the prompt: the mean-field likelihood. Each prompt token is
   masked with probability `prompt_mask_ratio`, which is the only noise.
@@ -52,7 +52,7 @@ class Elbo(Linear):
   Args:
     antithetic, min_mask_ratio, max_mask_ratio: see `masking.draw_masks`.
     mask_block_length: where positive, a replicate masks some of one block of so many positions and everything after it,
-      as a block-wise sampler meets it (SPG, arXiv 2510.09541, section 3.3); 0: anywhere.
+      as a block-wise sampler meets it (SPG, arXiv 2510.09541); 0: anywhere.
   """
 
   num_replicates: int
@@ -86,7 +86,7 @@ class Elbo(Linear):
 
 @dataclasses.dataclass(frozen=True)
 class Eubo(Elbo):
-  """An upper bound up to a constant, mixed with the lower one (SPG, arXiv 2510.09541, equations 6 and 9).
+  """An upper bound up to a constant, mixed with the lower one (SPG, arXiv 2510.09541).
 
   EUBO = (1/beta) sum_l log mean_r [(n/m) 1(l in M_r) p(y_l | M_r)^beta] over the positions that were masked at all, and
   mixture * EUBO + (1 - mixture) * ELBO, on the same masks.
@@ -112,7 +112,7 @@ class Eubo(Elbo):
 class ElboQuadrature(Linear):
   """sum_i w_i mean_k (1/t_i) sum_{l in M_ik} log p(y_l | M_ik): Gauss-Legendre nodes t_i and weights w_i on [0, 1].
 
-  GDPO's semi-deterministic estimator (arXiv 2510.08554, section 3.2): most of the noise of a bound comes from drawing
+  GDPO's semi-deterministic estimator (arXiv 2510.08554): most of the noise of a bound comes from drawing
   the mask ratio, so the integral over it is a quadrature, and only the masks at each ratio are drawn, position by
   position with probability t_i. The integrand is a polynomial of degree n - 1: exact in expectation for
   n <= 2 * num_points.
@@ -141,7 +141,7 @@ class ElboQuadrature(Linear):
 
 @dataclasses.dataclass(frozen=True)
 class Coupled(Linear):
-  """Complementary pairs of masks and the full mask (DiffuCoder, arXiv 2506.20639, section 4.2).
+  """Complementary pairs of masks and the full mask (DiffuCoder, arXiv 2506.20639).
 
   (1/(k+1)) [sum_{k pairs} (L_t + L_{1-t}) + L_1], L_t = (1/t) sum_{l in M_t} log p(y_l | M_t): t drawn from the range
   of mask ratios, M_{1-t} the complement of M_t, so that each pair reads every position once and the full mask reads
@@ -185,7 +185,7 @@ class Trajectory(Linear):
   """sum_k sum_{l in C_k} log p(y_l | C_k and all later chunks masked): along the sampler's own order.
 
   A completion's model calls, in the order in which they decided its positions, form `num_replicates` chunks C_k of
-  neighbouring calls (TraceRL, arXiv 2509.06949, section 4.2, whose shrinkage parameter is the calls of a chunk; d2's
+  neighbouring calls (TraceRL, arXiv 2509.06949, whose shrinkage parameter is the calls of a chunk; d2's
   estimator, arXiv 2509.21474). With as many chunks as calls it is the log-probability of the tokens along the
   trajectory that was sampled; with fewer, tokens of a chunk count as independent. No noise: nothing is drawn.
   """

@@ -19,7 +19,7 @@ def loss(
   clip: float,
   kl_weight: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute GDPO's loss (arXiv 2510.08554, section 3).
+  """Compute GDPO's loss (arXiv 2510.08554).
 
   (1 / num_prompts) sum_prompts mean_i [- min(rho_i A_i, clip(rho_i, 1 - clip, 1 + clip) A_i) + kl_weight * k3_i],
   rho_i = exp((log p(y_i) - log p_old(y_i)) / n_i) over the n_i counted positions, A the reward minus the group's mean,

@@ -18,7 +18,7 @@ def loss(
   num_prompts: int,
   likelihood: Eubo,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute SPG's loss (arXiv 2510.09541, equations 4 and 9).
+  """Compute SPG's loss (arXiv 2510.09541), with its mixture.
 
   - (1 / num_prompts) sum_prompts mean_i A_i L(y_i) / n_i, A the reward minus the group's mean, L the ELBO where A is
   positive and the mixture of EUBO and ELBO where it is not, both on the same masks. Published: block-wise masks, 2

@@ -18,7 +18,7 @@ def loss(
   clip: float,
   kl_weight: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute TraceRL's loss without its value model (arXiv 2509.06949, equation 5): `clipped.token_loss`, KL to p_old.
+  """Compute TraceRL's loss without its value model (arXiv 2509.06949): `clipped.token_loss`, KL to p_old.
 
   The advantage is the reward standardised within the group. Published: likelihood trajectory with chunks of 8 calls of
   LLaDA's sampler, clip 0.2, kl_weight 0.01 on the k3 estimate to the policy that sampled, 1 update a buffer, groups of

@@ -18,7 +18,7 @@ def loss(
   likelihood: Estimator,
   sharpness: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute wd1's loss (arXiv 2507.08838, equation 6).
+  """Compute wd1's loss (arXiv 2507.08838).
 
   (1 / num_prompts) sum_prompts sum_i - (w_i^+ - w_i^-) log p(y_i), w^+- = softmax_g(+- sharpness * A), A the reward
   minus the group's mean. Published: likelihood one_step with prompt_mask_ratio 0.15, sharpness 1, no reference policy,
