@@ -113,8 +113,7 @@ def chosen_rates(needed: Sequence[tuple[str, str]], out: pathlib.Path) -> Rates:
 
 def take(runs: Sequence[Run], out: pathlib.Path, clock: Clock) -> bool:
   """Take the runs that are missing while there is time; return whether none is left."""
-  missing = {run.path(out): run for run in reversed(runs) if not run.path(out).exists()}
-  missing = dict(reversed(missing.items()))  # configurations that are the same go by the first that has them
+  missing = missing_runs(runs, out)
   common = dict(_parse(change) for change in _CONFIG.value)
   for number, (path, run) in enumerate(missing.items(), start=1):
     if not clock.has_time():
@@ -126,6 +125,15 @@ def take(runs: Sequence[Run], out: pathlib.Path, clock: Clock) -> bool:
     study_page.write(out, _find_results(out))
     print(_line(number, len(missing), run, result, clock.pace() * (len(missing) - number)), flush=True)
   return True
+
+
+def missing_runs(runs: Sequence[Run], out: pathlib.Path) -> dict[pathlib.Path, Run]:
+  """List the runs without a JSON file in their order; what several arms ask for goes by the first of them."""
+  missing: dict[pathlib.Path, Run] = {}
+  for run in runs:
+    if not run.path(out).exists():
+      missing.setdefault(run.path(out), run)
+  return missing
 
 
 def execute(run: Run, out: pathlib.Path, common: Mapping[str, Any], calls: int) -> dict[str, Any]:

@@ -61,6 +61,17 @@ def test_objectives_come_first_of_all_seeds(all_runs):
   assert [run.seed for run in all_runs[:: len(CONFIGS) * len(TASKS)]][:3] == [0, 1, 2]
 
 
+def test_what_several_questions_ask_for_is_run_for_the_first(all_runs, tmp_path):
+  missing = study.missing_runs(all_runs, tmp_path)
+  assert len(missing) == (len(ARMS) - 4) * len(TASKS) * 3
+  first = list(missing.values())[: len(CONFIGS) * len(TASKS) : len(TASKS)]
+  assert [run.arm.name for run in first] == list(CONFIGS)
+  done = next(iter(missing))
+  done.parent.mkdir(parents=True)
+  done.write_text("{}")
+  assert list(study.missing_runs(all_runs, tmp_path)) == list(missing)[1:]
+
+
 def test_an_objective_whose_rate_is_not_chosen_is_left_out():
   runs = list(study_arms.plan({("sudoku", "wd1"): 1e-4}, GROUPS, TASKS, (0,)))
   assert [(run.arm.name, run.task, run.changes) for run in runs] == [("wd1", "sudoku", {})]
