@@ -124,6 +124,7 @@ def page(results: Sequence[Result]) -> str:
 def document(results: Sequence[Result]) -> str:
   """Lay the tables out as Markdown, with the picture of `overview` beside it."""
   parts = ["# The study of objectives", INTRODUCTION, "![learning curves of the objectives](study.svg)"]
+  parts += [summary(results)]
   parts += ["## Questions", "Differences, paired by task and seed: the same base, prompts and evaluation."]
   for question, rows in claim_rows(results).items():
     parts += [f"### {question}", _markdown_table(CLAIM_COLUMNS, rows)]
@@ -144,6 +145,27 @@ def overview(results: Sequence[Result]) -> str:
     row[0].set_title(members[0].task, loc="left")
   _add_legend(figure, row[0])
   return _svg(figure)
+
+
+def summary(results: Sequence[Result]) -> str:
+  """Lay the objectives' outcome on all tasks out as one Markdown table, the highest rewards first."""
+  members = [result for result in results if result.group == "objectives"]
+  tasks = list(dict.fromkeys(result.task for result in members))
+  of_task = {task: table_rows([result for result in members if result.task == task]) for task in tasks}
+  found = {(task, row[0]): dict(zip(COLUMNS, row, strict=True)) for task, rows in of_task.items() for row in rows}
+  columns = ["", *(f"{task}: {what}" for task in tasks for what in ("solved", "reward", "rate, updates"))]
+
+  def order(name: str) -> float:
+    return sum(float(found[task, name]["reward, last"].split()[0]) for task in tasks if (task, name) in found)
+
+  rows = []
+  for name in sorted({name for _, name in found} - {"base"}, key=order, reverse=True) + ["base"] * bool(found):
+    cells = [name]
+    for task in tasks:
+      row = found.get((task, name), dict.fromkeys(COLUMNS, ""))
+      cells += [row["solved, last"], row["reward, last"], ", ".join(filter(None, (row["rate"], row["updates"])))]
+    rows.append(cells)
+  return _markdown_table(columns, rows)
 
 
 def claim_rows(results: Sequence[Result]) -> dict[str, list[list[str]]]:

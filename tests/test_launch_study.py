@@ -162,5 +162,7 @@ def test_pages_show_every_question(tmp_path):
   assert (
     "| wdce | 2 | 0.0001 | 32 | 2.5 ± 31.8 % | 0.0 5.0 | 2.5 % | 0.500 ± 0.000 | 0.500 | 0.300 | 4.00 | 12 |" in text
   )
+  rate = "0.0001, 32"
+  assert f"| <b> | 12.5 ± 31.8 % | 0.500 ± 0.000 | {rate} | 12.5 ± 31.8 % | 0.500 ± 0.000 | {rate} |" in text
   assert text.index("## objectives, sudoku") < text.index("## rates, sudoku")
   assert (tmp_path / "docs" / "study.svg").read_text().lstrip().startswith(("<!DOCTYPE svg", "<svg"))
