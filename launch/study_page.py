@@ -39,6 +39,7 @@ INTRODUCTION = (
   "in the last quarter of the buffers, at temperature 1. Learning rates were chosen on another seed, by the held-out "
   "reward at the end: see `rates`."
 )
+FEWEST = 3  # seeds for an interval; of two it says nothing
 COLUMNS = (
   *("", "seeds", "rate", "updates", "solved, last", "of each seed", "solved, best", "reward, last", "reward, best"),
   *("-log p", "different", "seconds"),
@@ -229,29 +230,29 @@ def _figures(data: dict[str, Any]) -> tuple[float, float, float, float]:
 
 
 def half_width(values: np.ndarray) -> float:
-  """Half of the 95 % t-interval of a mean; NaN of a single value."""
-  if len(values) < 2:
-    return float("nan")
+  """Half of the 95 % t-interval of a mean, of two values or more."""
   return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _interval(values: np.ndarray, scale: float, unit: str) -> str:
   digits = 1 if scale > 1 else 3
-  width = f" ± {scale * half_width(values):.{digits}f}" if len(values) > 1 else ""
+  width = f" ± {scale * half_width(values):.{digits}f}" if len(values) >= FEWEST else ""
   return f"{scale * values.mean():.{digits}f}{width}{unit}"
 
 
 def _signed(values: np.ndarray, scale: float, unit: str) -> str:
   """A mean difference with its interval; a star where the interval leaves out 0."""
   text = _interval(values, scale, unit)
-  is_clear = len(values) > 1 and abs(values.mean()) > half_width(values)
+  is_clear = len(values) >= FEWEST and abs(values.mean()) > half_width(values)
   return ("+" if values.mean() > 0 else "") + text + (" *" if is_clear else "")
 
 
 def _by_question(results: Sequence[Result]) -> list[tuple[str, str, list[Result]]]:
+  """Gather the runs of each group of arms and task that has something to compare; the learning rates come last."""
   questions = dict.fromkeys((result.group, result.task) for result in results)
   ordered = sorted(questions, key=lambda question: question[0] == "rates")
-  return [(group, task, [r for r in results if (r.group, r.task) == (group, task)]) for group, task in ordered]
+  found = [(group, task, [r for r in results if (r.group, r.task) == (group, task)]) for group, task in ordered]
+  return [question for question in found if len(_by_name(question[2])) > 1]
 
 
 def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
