@@ -145,7 +145,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     update=training_update(config, parts.model, optimizer, _shardings(state, parts.mesh)),
     evaluate=make_evaluate(config, workdir / "generations", parts, base),
     evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
-    is_pipelined=config.rollout.pipelined and not is_supervised,
+    is_pipelined=config.rollout.pipelined,
     keep_best=lambda trainable: save_params(workdir / "best", trainable),
   )
   return phase, state

@@ -386,6 +386,12 @@ RELATIONS = (
     "False, as {0} asks for more of the policy once rewards are known, and by then it has moved on",
   ),
   Relation(
+    "rollout.pipelined",
+    ("objective.name",),
+    lambda pipelined, name: not pipelined or OBJECTIVES[name].needs != "demonstrations",
+    "False, as {0} learns from demonstrations",
+  ),
+  Relation(
     "rollout.num_prompts", ("task.num_train",), lambda prompts, train: not train or prompts <= train, "at most {0}"
   ),
   Relation(

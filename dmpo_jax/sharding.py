@@ -5,6 +5,8 @@ Rows (prompts x rollouts x replicates) are split over `data` and `fsdp`; weights
 is a mesh of one device, so nothing else in the package asks how many devices there are.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -148,12 +150,60 @@ def move(tree: Any, mesh: Mesh) -> Any:
 
 
 def moving(tree: Any, mesh: Mesh) -> jax.stages.Wrapped:
-  """Jit the program of `move` for arrays, or their descriptions."""
-  return jax.jit(_same, out_shardings=jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), tree))
+  """Jit the program of `move` for arrays, or their descriptions.
+
+  Left to itself the compiler gathers an array whole on every device before it cuts it along another dimension. So it is
+  told to go halfway first: devices exchange what is to be cut otherwise, and then gather what is to be copied.
+  """
+  leaves, structure = jax.tree.flatten(abstract(tree))
+  return _moving(structure, tuple(leaves), mesh)
 
 
-def _same(tree: Any) -> Any:
-  return tree
+@functools.cache
+def _moving(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], mesh: Mesh) -> jax.stages.Wrapped:
+  """Jit it once: a function of its own for every call would be compiled for every call."""
+  tree = structure.unflatten(leaves)
+  halfway = jax.tree.map(lambda x: _halfway(x, mesh), tree)
+
+  def program(tree: Any) -> Any:
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, halfway)
+
+  return jax.jit(program, out_shardings=jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), tree))
+
+
+def _halfway(array: Any, mesh: Mesh) -> NamedSharding:
+  """Split an array over the devices that it is split over now, along the dimensions that it is to be split along."""
+  before, after = array.sharding, NamedSharding(mesh, array.sharding.spec)
+  cuts = sorted({*_strides(before.mesh), *_strides(mesh)})
+  if any(high % low for low, high in itertools.pairwise(cuts)):
+    return before
+  # Both meshes are one finer mesh, of whose neighbouring axes, named by their strides, each of their axes is a product.
+  sizes = {str(low): high // low for low, high in itertools.pairwise(cuts)}
+  fine = Mesh(mesh.devices.reshape([*sizes.values()][::-1]), [*sizes][::-1], axis_types=(AxisType.Auto,) * len(sizes))
+
+  def parts(sharding: NamedSharding) -> list[list[str]]:
+    bounds = dict(zip(MESH_AXES, itertools.pairwise(_strides(sharding.mesh)), strict=True))
+    return [
+      [str(cut) for axis in axes for cut in cuts[::-1] if bounds[axis][1] <= cut < bounds[axis][0]]
+      for axes in ((entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec)
+    ]
+
+  old, new = parts(before), parts(after)
+  of_old, of_new = ({part for entry in entries for part in entry} for entries in (old, new))
+  entries = [
+    [part for part in was if part in becomes or part not in of_new]
+    + [part for part in becomes if part in of_old and part not in was]
+    for was, becomes in zip(old, new, strict=True)
+  ]
+  is_even = all(
+    size % math.prod(sizes[part] for part in entry) == 0 for size, entry in zip(array.shape, entries, strict=False)
+  )
+  return NamedSharding(fine, PartitionSpec(*(tuple(entry) or None for entry in entries))) if is_even else before
+
+
+def _strides(mesh: Mesh) -> list[int]:
+  """Give the number of devices, then how far apart neighbours along each axis lie in their order."""
+  return [math.prod(mesh.axis_sizes[index:]) for index in range(len(MESH_AXES) + 1)]
 
 
 def within(mesh: Mesh, program: Callable) -> Callable:

@@ -74,6 +74,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("sampler.guidance", -1.0, "a number in [0, inf)"),
     ("sampler.dual_cache.rule", "treshold", "one of count, threshold, factor; did you mean 'threshold'?"),
     ("sampler.freedave.draft_length", 0, "a whole number, 1 or more"),
+    ("rollout.chunk_prompts", 5, "0 or a divisor of rollout.num_prompts = 32"),
     ("rollout.early_exit", True, 'False unless objective.counted = "until_eos"'),
     ("objective.likelihood", "sampler", "not sampler, as sampler.name = 'llada' gives no log-probabilities"),
     ("objective.kappa", 0.0, "a number in (0, 1]"),
@@ -88,6 +89,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("train.microbatch_prompts", 64, "0 or a divisor of rollout.num_prompts = 32"),
     ("eval.num_prompts", 257, "at most task.num_test = 256"),
     ("sharding.fsdp", 0, "1 or more, or -1"),
+    ("sharding.rollout.tensor", -2, "1 or more, or -1 for the devices left, or 0 for that of the updates"),
     ("sharding.fsdp", -1, "a size, as sharding.data = -1"),
     ("checkpoint.keep", 0, "a whole number, 1 or more"),
   ],
@@ -119,6 +121,21 @@ def test_all_problems_stand_in_one_message(config):
 def test_training_and_evaluation_have_one_dtype_policy(config):
   # there is no second base in other numbers to evaluate on
   assert {path for path in config_lib.flatten(config) if "dtype" in path} == {"model.dtype", "model.param_dtype"}
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "reason"),
+  [
+    ("objective.replicates", "adaptive", "asks for more of the policy once rewards are known"),
+    ("objective.name", "denoise", "learns from demonstrations"),
+  ],
+)
+def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
+  config.rollout.pipelined = True
+  config_lib.validate(config)
+  config.update_from_flattened_dict({path: value})
+  (line,) = problems(config)
+  assert line.startswith(f"config.rollout.pipelined = True: False, as {path} = {value!r} {reason}")
 
 
 def test_steps_are_a_multiple_of_the_blocks(config):

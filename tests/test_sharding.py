@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dmpo_jax import sharding
+from launch import costs
 
 
 def test_minus_one_takes_the_devices_that_are_left():
@@ -31,6 +32,28 @@ def test_arrays_move_from_mesh_to_mesh_along_the_same_axes():
   assert array.addressable_shards[0].data.shape == (1, 8)
   assert moved.addressable_shards[0].data.shape == (8, 2)
   assert sharding.move(moved, other) is moved
+  assert sharding.moving(moved, mesh) is sharding.moving(moved + 1, mesh)  # compiled once
+
+
+@pytest.mark.parametrize(
+  ("sizes", "rollout", "most"),  # most that a device receives by one collective, of the array's 8 x 16 numbers
+  [
+    ((1, 8, 1), (2, 1, 4), 32),  # what is split over fsdp goes over to tensor, then two groups copy it
+    ((2, 4, 1), (2, 1, 4), 32),
+    ((1, 4, 2), (1, 2, 4), 16),
+    ((1, 8, 1), (8, 1, 1), 128),  # every device has all of it in the end
+  ],
+)
+def test_no_array_is_gathered_whole_where_it_stays_split(sizes, rollout, most):
+  mesh, other = sharding.make_meshes(*sizes, rollout=dict(zip(sharding.MESH_AXES, rollout, strict=True)))
+  values = np.arange(128.0, dtype=np.float32).reshape(8, 16)
+  array = jax.device_put(values, NamedSharding(mesh, sharding.spec("embed", "ffn")))
+  with jax.set_mesh(mesh):
+    moving = sharding.moving(array, other)
+    np.testing.assert_array_equal(moving(array), values)
+    text = moving.lower(array).compile().as_text()
+  collectives = costs.count_collectives(text)
+  assert 0 < max(each.size for each in collectives) <= 4 * most
 
 
 @pytest.mark.parametrize(
