@@ -157,7 +157,7 @@ def _keep_compiled_programs(workdir: epath.Path) -> None:
   """Turn JAX's persistent compilation cache on, beside the workdir, unless the environment has set it."""
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", os.fspath(workdir.parent / ".jax_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # dozens of small ones cost seconds too
 
 
 def _join_processes() -> None:

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jaxprs import arrays_of, products_of
 
 from dmpo_jax import sharding
 from dmpo_jax.models import head as head_module
 from dmpo_jax.models.head import Split, split_vocabulary, token_scores
+from launch.costs import count_collectives
 
 TOKENS, WIDTH, SIZE = 6, 5, 1000
 RNG = np.random.default_rng(0)
@@ -100,9 +102,16 @@ def test_a_head_split_over_devices_is_the_whole_one(monkeypatch, size):
     return jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, head)
 
   alone = jax.jit(compute)(hidden, head)
-  with jax.set_mesh(sharding.make_mesh(data=1, fsdp=2, tensor=4)):
-    assert split_vocabulary(1024) == (Split(4, 256, 128), 2)
-    split = jax.jit(compute)(hidden, head)
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(head, NamedSharding(mesh, sharding.spec("embed", "vocab")))
+    program = jax.jit(compute).lower(hidden, placed).compile()
+    split = program(hidden, placed)
+    if size == 1024:
+      assert split_vocabulary(size) == (Split(4, 256, 128), 2)
+      gathered = [c.shapes for c in count_collectives(program.as_text()) if c.kind == "all-gather"]
+      assert ((4, 1, 128),) in gathered
+      assert not [shapes for shapes in gathered if (4, 1, 256) in shapes], "a part at a time, not the whole share"
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), split, alone)
 
 

@@ -65,17 +65,22 @@ class Scores(NamedTuple):
 def part_logits(
   hidden: Float[Array, "*t d"], head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int
 ) -> Float32[Array, "*t n w"]:
-  """Give the float32 logits of one part of the vocabulary."""
-  return _project(hidden, _take(head, split, number), split)
+  """Give the float32 logits of one part of the vocabulary; the head is best whole on every device, or split by it."""
+  return _project(hidden, constrain(_slice(head, split, number), None, *split.axes), split)
 
 
-def _take(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int) -> Float[Array, "d n w"]:
-  """Take a part's columns of the head, whole but for the vocabulary, which may stay split."""
+def _slice(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int) -> Float[Array, "d n w"]:
   shares = head.reshape(head.shape[0], split.num_shares, split.share)
-  if split.width < split.share:
-    shares = constrain(shares, "embed", split.axes[0], None)
-    shares = jax.lax.dynamic_slice_in_dim(shares, split.start(number), split.width, axis=2)
-  return constrain(shares, None, *split.axes)
+  if split.width == split.share:
+    return shares
+  return jax.lax.dynamic_slice_in_dim(shares, split.start(number), split.width, axis=2)
+
+
+def _gather(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int) -> Float[Array, "d n w"]:
+  """Take a part's columns from where the weights are, whole but for the vocabulary, which may stay split."""
+  # Without the barrier XLA gathers the whole head, before the loop over its parts.
+  part = jax.lax.optimization_barrier(constrain(_slice(head, split, number), "embed", split.axes[0], None))
+  return constrain(part, None, *split.axes)
 
 
 def _project(hidden: Float[Array, "*t d"], part: Float[Array, "d n w"], split: Split) -> Float32[Array, "*t n w"]:
@@ -150,7 +155,7 @@ def _read(hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[A
   split, num_parts = split_vocabulary(head.shape[1])
 
   def add(number: Int[Array, ""], before: _Sums) -> _Sums:
-    part, (ids, is_new) = _take(head, split, number), split.ids(number)
+    part, (ids, is_new) = _gather(head, split, number), split.ids(number)
     logits = jnp.where(is_new, _project(hidden, part, split), -jnp.inf)
     sums = before.beside(jnp.maximum(before.highest, logits.max(-1)))
     shifted = logits - sums.highest[..., None]
@@ -226,8 +231,8 @@ def _head_gradient(
   split, num_parts = split_vocabulary(head.shape[1])
 
   def add(number: Int[Array, ""], gradient: Float[Array, "d n s"]) -> Float[Array, "d n s"]:
-    ids, is_new = split.ids(number)
-    probability = jnp.exp(part_logits(hidden, head, split, number) - log_normalizer[..., None])
+    part, (ids, is_new) = _gather(head, split, number), split.ids(number)
+    probability = jnp.exp(_project(hidden, part, split) - log_normalizer[..., None])
     slope = jnp.where(is_new, (ids == targets[:, None, None]) - probability, 0) * of_log_prob[:, None, None]
     found = constrain(_product("td,tnw->dnw", hidden, slope, hidden.dtype), "embed", split.axes[0], None)
     start = (0, 0, split.start(number))
