@@ -1,14 +1,14 @@
 """What launch/benchmark.py measures unless it is told otherwise: LLaDA's proportions at sizes that two cores bear.
 
 `throughput.py:training` is a gradient step's share of one device in the published run: 4 rollouts, 4 masks of each.
-`throughput.py:sampling` is 16 rows of a narrower model. Weights are random.
+`throughput.py:sampling` is 16 rows of a narrower model, `throughput.py:growth` what grows from. Weights are random.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-WORKLOADS = ("training", "sampling")
+WORKLOADS = ("training", "sampling", "growth")
 
 
 def get_config(workload: str = "training") -> ConfigDict:
@@ -18,7 +18,7 @@ def get_config(workload: str = "training") -> ConfigDict:
   is_training = workload == "training"
   m = c.model
   m.vocab_size = m.embedding_size = 32_000
-  m.d_model = 512 if is_training else 256
+  m.d_model = {"training": 512, "sampling": 256, "growth": 64}[workload]
   m.num_layers = 8
   m.num_heads = m.num_kv_heads = m.d_model // 64
   m.mlp_hidden_size = 3 * m.d_model
@@ -27,13 +27,13 @@ def get_config(workload: str = "training") -> ConfigDict:
   m.lora.alpha = m.lora.rank / 2
   m.lora.dropout = 0.05
 
-  c.task.max_prompt_length = 128
+  length = 64 if workload == "sampling" else 128
+  c.task.max_prompt_length = length
   c.sampler.name = "prefix_cache"
   c.sampler.prefix_cache.rule = "count"
-  c.sampler.completion_length = 128
+  c.sampler.completion_length = length
   c.sampler.block_length = 32
-  # published: 128 calls and 8 updates a buffer
-  c.sampler.steps = 32 if is_training else 64
+  c.sampler.steps = 32  # published: 128, and 8 updates a buffer
   c.sampler.temperature = 0.2
   c.train.updates_per_buffer = 2
   c.rollout.num_prompts = 1 if is_training else 4
@@ -45,4 +45,14 @@ def get_config(workload: str = "training") -> ConfigDict:
   c.optim.weight_decay = 0.1
   c.optim.clip_norm = 0.2
   c.optim.learning_rate = 1e-6
+  if workload == "growth":
+    m.vocab_size = m.embedding_size = 4096
+    m.num_layers = 2
+    m.num_heads = m.num_kv_heads = 2
+    m.remat = "full"
+    c.task.max_prompt_length = 64
+    c.sampler.completion_length = 64
+    c.sampler.steps = 32
+    c.rollout.num_prompts = 1
+    c.objective.num_replicates = 2
   return c.lock()

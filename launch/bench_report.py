@@ -1,6 +1,7 @@
 """What the benchmark's sections have in common: options, comparisons, and results as tables and JSON."""
 
 import dataclasses
+import json
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ class Options:
   peer: str = "none"  # or torch
   official: str = ""  # a checkout of the official code, which takes the place of ours in PyTorch
   remat: tuple[str, ...] = ()  # values of model.remat; (): the configuration's
+  picture: str = ""  # growth: a file to draw to
   say: Callable[[str], None] = print
   peak_flops: float | None = None  # of the machine; None: nobody has asked for a utilisation
 
@@ -245,7 +247,5 @@ def shown_bytes(value: int | None) -> str:
 
 def write_json(path: pathlib.Path, results: list[Any], machine: str) -> None:
   """Write what was found beside the table."""
-  import json
-
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps({"machine": machine, "sections": [each.as_json() for each in results]}, indent=2) + "\n")

@@ -111,6 +111,13 @@ def measure_peak(dtype: str) -> float:
     process.stop()
 
 
+def facts_of(make: Callable[..., Contender], args: tuple[Any, ...]) -> dict[str, float]:
+  """Build a contender in a process of its own for its facts alone."""
+  process = _Process(make.__name__, make, args)
+  process.stop()
+  return process.facts
+
+
 def _make_product(dtype: str) -> Contender:
   matrix = jnp.ones((PEAK_SIZE, PEAK_SIZE), dtype)
   product = jax.jit(jnp.matmul)
