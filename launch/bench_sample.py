@@ -1,5 +1,7 @@
 """The samplers against each other, and against the published ones in PyTorch."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -52,7 +54,7 @@ def make_ours(config: ConfigDict) -> timing.Contender:
 
   def check() -> dict[str, np.ndarray]:
     quiet = workload.make(workload.without_noise(config), sharpness=workload.SHARPNESS)
-    sample = phases.training_sample(quiet.config, quiet)
+    sample = phases.training_sample(quiet.config, SimpleNamespace(model=quiet.model, mesh=quiet.meshes[1]))
     return {"tokens": np.asarray(sample(quiet.policies, quiet.experience.prompts, key).completion).reshape(-1)}
 
   return timing.Contender(turn, check, {"planned_bytes": workload.planned_bytes(compiled)})

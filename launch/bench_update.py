@@ -25,7 +25,7 @@ def run(config: ConfigDict, options: Options) -> Result:
   }
   for name, path in options.peers():
     makers[name] = (make_peer, (config, path, False))
-    if not path:  # the official model does not checkpoint as it is configured
+    if options.checkpointing:
       makers[f"{name}, checkpointing"] = (make_peer, (config, path, True))
   tokens = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_replicates
   tokens *= config.task.max_prompt_length + config.sampler.completion_length

@@ -41,10 +41,10 @@ class Section:
 
 
 SECTIONS = {
-  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 240),
-  "score": Section("launch.bench_score", "configs/throughput.py", 90),
-  "update": Section("launch.bench_update", "configs/throughput.py", 100),
-  "iteration": Section("launch.bench_iteration", "configs/throughput.py", 120),
+  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 190),
+  "score": Section("launch.bench_score", "configs/throughput.py", 110),
+  "update": Section("launch.bench_update", "configs/throughput.py", 150),
+  "iteration": Section("launch.bench_iteration", "configs/throughput.py:iteration", 190),
   "convert": Section("launch.bench_convert", "configs/throughput.py", 20),
   "grade": Section("launch.bench_grade", "configs/throughput.py", 30),
   "compile": Section("launch.bench_compile", "configs/throughput.py", 90),
@@ -59,6 +59,7 @@ def define_flags(section: Section) -> None:
   flags.DEFINE_string("official", "", "With --peer=torch: a checkout of the official code, which then does that work.")
   flags.DEFINE_integer("repeats", 3, "Counted turns of each contender; the median counts.", lower_bound=1)
   flags.DEFINE_list("remat", [], "update: values of model.remat to compare; none: the configuration's.")
+  flags.DEFINE_bool("checkpointing", False, "update, --peer=torch: also PyTorch with its layers computed again.")
   flags.DEFINE_string("picture", "", "growth: a file for its picture, such as docs/growth.svg.")
   flags.DEFINE_string("json", "", "A file to write everything to that was measured.")
 
@@ -95,6 +96,7 @@ def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
     repeats=given.repeats,
     peer=given.peer,
     official=given.official,
+    checkpointing=given.checkpointing,
     remat=tuple(given.remat),
     picture=given.picture,
     say=say,

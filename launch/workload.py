@@ -24,19 +24,14 @@ class Workload(NamedTuple):
 
   config: ConfigDict
   model: LLaDA
-  mesh: Mesh
+  meshes: tuple[Mesh, Mesh]  # training's, and the samplers'
   policies: Policies  # parameters, and adapters that change something
   experience: Experience
 
   @property
-  def num_rows(self) -> int:
-    """Rollouts of a buffer."""
-    return self.config.rollout.num_prompts * self.config.rollout.group_size
-
-  @property
-  def length(self) -> int:
-    """Positions of a row."""
-    return self.config.task.max_prompt_length + self.config.sampler.completion_length
+  def mesh(self) -> Mesh:
+    """Training's."""
+    return self.meshes[0]
 
 
 def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
@@ -45,8 +40,8 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
   Args:
     sharpness: factor on the head's weights.
   """
-  mesh, model = plan.make_mesh(config, jax.devices()), plan.plan_model(config)
-  build.check_fits(model.config, mesh)
+  meshes = plan.make_meshes(config, jax.devices())
+  mesh, model = meshes[0], build.place_model(plan.plan_model(config), config, *meshes)
   params = build.random_collection(model, mesh, "params", jax.random.key(0))
   if not model.config.weight_tying:  # the published samplers cannot bear that MASK is the most likely token
     params = params | {"head": params["head"].at[:, model.config.mask_token_id].set(0) * sharpness}
@@ -56,7 +51,7 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
     trainable = jax.tree.map_with_path(_fill_b, trainable)
   reference = jax.tree.map(jnp.copy, trainable) if config.objective.sync_reference_every else None
   frozen = params if model.config.lora is not None else jax.tree.map(jnp.copy, params)
-  return Workload(config, model, mesh, Policies(trainable, frozen, reference), _experience(config, model))
+  return Workload(config, model, meshes, Policies(trainable, frozen, reference), _experience(config, model))
 
 
 def _fill_b(path: Any, array: jax.Array) -> jax.Array:
@@ -107,12 +102,13 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
 
 def trace(name: str, work: Workload) -> jax.stages.Traced:
   """Trace one of `plan.PROGRAMS` for the workload's sizes."""
-  return plan.trace_program(name, work.config, work.model, work.mesh)
+  return plan.trace_program(name, work.config, work.model, work.meshes)
 
 
 def trace_on(name: str, config: ConfigDict, devices: Sequence[jax.Device]) -> jax.stages.Traced:
   """Trace a program for a mesh of these devices; nothing is drawn."""
-  return plan.trace_program(name, config, plan.plan_model(config), plan.make_mesh(config, devices))
+  meshes = plan.make_meshes(config, devices)
+  return plan.trace_program(name, config, build.place_model(plan.plan_model(config), config, *meshes), meshes)
 
 
 def count_flops(name: str, config: ConfigDict) -> float:
