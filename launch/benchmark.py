@@ -158,9 +158,9 @@ def run_all(args: Sequence[str]) -> int:
       done += section.seconds
   if json_flag and found:
     sections = [each for part in found for each in part["sections"]]
-    pathlib.Path(json_flag.partition("=")[2]).write_text(
-      json.dumps({"machine": found[0]["machine"], "sections": sections}, indent=2) + "\n"
-    )
+    path = pathlib.Path(json_flag.partition("=")[2])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": found[0]["machine"], "sections": sections}, indent=2) + "\n")
   print(f"{(time.monotonic() - start) / 60:.1f} min{f'; failed: {failed}' if failed else ''}", file=sys.stderr)
   return 1 if failed else 0
 

@@ -68,7 +68,7 @@ def _experience(config: ConfigDict, model: LLaDA) -> Experience:
   prompt = rng.choice(ordinary, (p, config.task.max_prompt_length))
   completion = rng.choice(ordinary, (p, g, config.sampler.completion_length))
   weight, negative_weight = rng.dirichlet(np.ones(g), (2, p)).astype(np.float32)
-  return Experience(
+  drawn = Experience(
     prompts=Prompts(prompt, np.ones(prompt.shape, bool), np.arange(p, dtype=np.uint32)),
     completion=completion,
     is_counted=np.ones(completion.shape, bool),
@@ -80,6 +80,7 @@ def _experience(config: ConfigDict, model: LLaDA) -> Experience:
     negative_weight=negative_weight,
     committed_at=np.zeros(completion.shape, np.int32),
   )
+  return jax.tree.map(jnp.asarray, drawn)
 
 
 def ordinary_ids(config: ModelConfig) -> np.ndarray:

@@ -154,15 +154,6 @@ def test_growth_is_fitted_and_drawn(tmp_path):
   assert len(growth.tables()[0].rows) == len(growth.as_json()["points"]) == len(points)
 
 
-def test_growth_measures_a_point():
-  config = bench_tiny.config()
-  found = bench_growth.measure(bench_growth.AXES[1], "update", 2, config, repeats=1)
-  assert found.seconds > 0
-  assert found.working_bytes > 0
-  traced = workload.trace_on("update", config, jax.devices())
-  assert found.flops == costs.count_flops(traced.jaxpr)
-
-
 def timed(seconds, peak, **numbers):
   return timing.Timing(tuple(seconds), peak, {"flops": 12.0}, {name: np.array(x) for name, x in numbers.items()})
 
