@@ -24,6 +24,7 @@ def get_config(workload: str = "training") -> ConfigDict:
   m.num_heads = m.num_kv_heads = m.d_model // 64
   m.mlp_hidden_size = 3 * m.d_model
   m.rope_theta = 500_000.0
+  m.remat = "dots"
   m.lora.rank = m.d_model // 32
   m.lora.alpha = m.lora.rank / 2
   m.lora.dropout = 0.05
@@ -50,7 +51,6 @@ def get_config(workload: str = "training") -> ConfigDict:
     m.vocab_size = m.embedding_size = 4096
     m.num_layers = 2
     m.num_heads = m.num_kv_heads = 2
-    m.remat = "full"
     c.task.max_prompt_length = 64
     c.sampler.completion_length = 64
     c.sampler.steps = 32

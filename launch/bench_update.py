@@ -100,7 +100,7 @@ def make_peer(config: ConfigDict, official: str, is_checkpointing: bool) -> timi
   def check() -> dict[str, np.ndarray]:
     twin = peer_torch.make_peer(quiet, official, is_checkpointing=is_checkpointing)
     loss, norm, gradient = twin.update(masks_of_step(quiet, 0))
-    return {"loss": loss, "gradient norm": norm, "gradient": flat(gradient)}
+    return {"loss": np.array(loss), "gradient norm": np.array(norm), "gradient": flat(gradient)}
 
   def turn() -> None:
     peer.update()

@@ -164,7 +164,7 @@ def test_ratios_are_of_neighbouring_turns(monkeypatch):
   result = bench_report.compare(
     "score",
     bench_tiny.config(),
-    {},
+    measured,
     options(peer="torch", peak_flops=6.0),
     amount=8,
     unit="tokens",
