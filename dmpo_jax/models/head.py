@@ -15,7 +15,7 @@ from dmpo_jax.models.layers import project
 from dmpo_jax.sharding import constrain
 
 PART_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
-RUN_MULTIPLE = 128  # a part's runs of ids have a multiple of it, and begin at one where there are several
+RUN_MULTIPLE = 128  # a part's runs of ids have a multiple of it, and begin at one, but for the last part's
 
 
 class Split(NamedTuple):
@@ -47,7 +47,7 @@ def split_vocabulary(size: int) -> tuple[Split, int]:
   if size <= PART_SIZE:
     return Split(1, size, size), 1
   num_shares = sharding.num_shares("vocab")
-  if size % (num_shares * RUN_MULTIPLE):
+  if size % num_shares:
     num_shares = 1  # correct, but parts then lie on few devices
   share = size // num_shares
   num_parts = -(-size // PART_SIZE)
