@@ -354,7 +354,9 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
     validate(checked)
   else:
     validate(config)
-  result: dict[str, Any] = {"topology": topology}
+  attention = build.place_model(plan_model(config), config, *make_meshes(config, where.devices)).config.attention
+  console.print(f"attention: {attention}", highlight=False)
+  result: dict[str, Any] = {"topology": topology, "attention": attention}
   if is_sweep:
     size, cost = largest_microbatch(config, where, log=console.print)
     result["largest_microbatch_prompts"] = size

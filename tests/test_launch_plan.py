@@ -33,7 +33,9 @@ def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
   environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
   assert done.returncode == 0, done.stderr[-3000:]
-  cost = json.loads(out.read_text())["programs"]["update"]
+  found = json.loads(out.read_text())
+  cost = found["programs"]["update"]
+  assert found["attention"] == "splash"
   assert 0.9 < cost["arguments"] < 1.2  # a sixteenth of 16 GB, and of the adapters and their moments
   assert cost["peak"] < PEAK
   assert cost["vocabulary"] == []
