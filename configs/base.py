@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
   m.dtype = "float32"  # of activations: float32, bfloat16
   m.param_dtype = "float32"  # of the parameters that are trained; frozen ones too
   m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)
+  m.layer_rows = 0  # rows of a device that a layer computes at one time, to hold less for the gradient; 0: all
   m.attention = "auto"  # xla, splash (TPU), cudnn (NVIDIA GPU; bfloat16); auto: the devices' kernel, or xla
 
   m.lora = lora = ConfigDict()

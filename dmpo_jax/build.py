@@ -163,7 +163,9 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> llada.LLaDA:
   if fields["vocab_size"] < vocabulary.vocab_size:
     raise ValueError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {vocabulary.vocab_size} ids")
   return models.MODELS[own.name](
-    llada.ModelConfig(**fields, dtype=own.dtype, param_dtype=own.param_dtype, remat=own.remat, lora=lora)
+    llada.ModelConfig(
+      **fields, dtype=own.dtype, param_dtype=own.param_dtype, remat=own.remat, layer_rows=own.layer_rows, lora=lora
+    )
   )
 
 

@@ -39,6 +39,7 @@ MAY_CHANGE = (
   "model.attention",
   "model.dtype",
   "model.init_from",
+  "model.layer_rows",
   "grading.workers",
   "log.*",
   "model.param_dtype",

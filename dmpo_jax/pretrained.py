@@ -21,7 +21,7 @@ PARAMS = "params"
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")  # that travel along: tokenizer, config, the model's code
 
 # Fields of the model that a checkpoint decides; the others are the run's own.
-OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "lora")
+OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora")
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
 
 

@@ -154,6 +154,7 @@ RULES: dict[str, Rule] = {
   "model.dtype": one_of("float32", "bfloat16"),
   "model.param_dtype": one_of("float32", "bfloat16"),
   "model.remat": one_of("none", "dots", "full"),
+  "model.layer_rows": whole(0),
   "model.attention": one_of("auto", *ATTENTIONS),
   "model.lora.rank": whole(0),
   "model.lora.alpha": number("(0, inf)"),

@@ -123,6 +123,19 @@ def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(array, spec(*logical))
 
 
+def split_rows(array: jax.Array, num_groups: int) -> jax.Array:
+  """Split rows [b, ...] into groups [groups, b / groups, ...], each with as many rows of every device."""
+  parts = array.reshape(num_shares("rows"), num_groups, -1, *array.shape[1:]).swapaxes(0, 1)
+  return constrain(parts.reshape(num_groups, -1, *array.shape[1:]), None, "rows", *(None,) * (array.ndim - 1))
+
+
+def join_rows(groups: jax.Array) -> jax.Array:
+  """Undo `split_rows`."""
+  num_groups, rows, *rest = groups.shape
+  parts = groups.reshape(num_groups, num_shares("rows"), -1, *rest).swapaxes(0, 1)
+  return constrain(parts.reshape(num_groups * rows, *rest), "rows", *(None,) * len(rest))
+
+
 def num_shares(logical: str) -> int:
   """Count the parts that a logical axis is split into on the mesh that is set; 1 where none is."""
   mesh = jax.sharding.get_abstract_mesh()

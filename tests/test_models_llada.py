@@ -1,6 +1,7 @@
 """The model against the official PyTorch code, and what its results must not depend on."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -8,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from jaxprs import arrays_of
 from recorded_models import TINY, compiled, load, recorded, tiny
 
-from dmpo_jax import sharding
+from dmpo_jax import build, sharding
 from dmpo_jax.models import MODELS
 from dmpo_jax.models.attention import attend
 from dmpo_jax.models.layers import rotary_table, rotate
-from dmpo_jax.models.llada import Cache, LLaDA, empty_cache
+from dmpo_jax.models.llada import Cache, LLaDA, count_groups, empty_cache
+from dmpo_jax.models.lora import LoraConfig
+from launch import costs
 
 TOLERANCE = 5e-4  # of recorded float32 logits with a standard deviation of 2-3
 
@@ -189,6 +193,62 @@ def test_remat_policies_give_equal_gradients():
   for other in results[1:]:
     jax.tree.map(lambda a, b: close(a, b, 1e-6), results[0], other)
   assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0][1]))
+
+
+def test_rows_in_groups_change_no_number():
+  """On one device and on eight, each with its own rows; padding, and dropout that belongs to a row wherever it is."""
+  adapters = LoraConfig(2, 4.0, 0.1, ("q_proj", "up_proj", "ff_out"))
+  model, variables = tiny(remat="full", num_layers=2, lora=adapters)
+  tokens, keys = rows(7, 16, 6), jax.random.split(jax.random.key(1), 16)
+  is_valid = jnp.arange(6) >= jnp.arange(16)[:, None] % 3
+
+  def loss(layer_rows, variables):
+    own = LLaDA(dataclasses.replace(model.config, layer_rows=layer_rows))
+    logits = own.apply(variables, tokens, is_valid=is_valid, dropout_keys=keys)
+    return (jax.nn.log_softmax(logits)[..., 3] * is_valid).mean()
+
+  def run(layer_rows, variables):
+    return jax.jit(jax.value_and_grad(functools.partial(loss, layer_rows)))(variables)
+
+  wanted = run(0, variables)
+  mesh = sharding.make_mesh(2, 2, 2)
+  split = jax.device_put(variables, sharding.layout(jax.eval_shape(model.init, jax.random.key(0), tokens), mesh))
+  with jax.set_mesh(mesh):
+    on_eight = run(2, split)
+  for found in (run(4, variables), on_eight):
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), found, wanted)
+
+  programs = [jax.make_jaxpr(jax.grad(functools.partial(loss, layer_rows)))(variables) for layer_rows in (0, 4)]
+  assert costs.count_flops(programs[0]) == costs.count_flops(programs[1])
+  hidden = [
+    {shape for shape in arrays_of(program) if shape[-1:] == (24,) and shape[1:2] == (6,)} for program in programs
+  ]
+  assert hidden == [{(16, 6, 24)}, {(4, 6, 24)}]  # of the feed-forward
+
+
+@pytest.mark.parametrize(
+  ("num_rows", "layer_rows", "groups"), [(32, 0, 1), (32, 4, 8), (6, 4, 2), (5, 4, 5), (3, 4, 1)]
+)
+def test_groups_are_equal_and_no_larger_than_asked_for(num_rows, layer_rows, groups):
+  assert count_groups(num_rows, layer_rows) == groups
+
+
+def test_groups_of_rows_share_the_weights_that_were_gathered():
+  """Over fsdp 4, in two groups: each layer's weights once forward and once back, and nothing that has all rows."""
+  model, _ = tiny(remat="full", num_layers=5, layer_rows=2, lora=LoraConfig(4, 4.0, 0.0, ("q_proj", "up_proj")))
+  tokens, mesh = rows(8, 16, 6), sharding.make_mesh(1, 4, 1, devices=jax.devices()[:4])
+  given = {name: build.abstract_collection(model, mesh, name) for name in ("params", "lora")}
+
+  def loss(lora, params):
+    return model.apply({"params": params, "lora": lora}, tokens, method="hidden")[0].sum()
+
+  with jax.set_mesh(mesh):
+    program = jax.jit(jax.grad(loss)).lower(given["lora"], given["params"]).compile()
+  gathered = [found for found in costs.count_collectives(program.as_text()) if found.kind == "all-gather"]
+  assert {found.trips for found in gathered} == {model.config.num_layers}
+  ffn = [found for found in gathered if found.shapes[0][-2:] == (TINY.mlp_hidden_size, TINY.d_model)]
+  assert len(ffn) == 2
+  assert not any(6 in shape for found in gathered for shape in found.shapes)
 
 
 def test_layers_are_stacked():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
+from dmpo_jax import sharding
 from dmpo_jax.models.attention import ATTENTIONS, attend
 from dmpo_jax.models.layers import PROJECTION, Dense, RMSNorm, fold_all, project, rotary_table, rotate
 from dmpo_jax.models.lora import LoraConfig
@@ -55,6 +56,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   remat: str = "none"
   attention: str = "xla"
+  layer_rows: int = 0
   lora: LoraConfig | None = None
 
   @property
@@ -112,6 +114,17 @@ class LayerInput(NamedTuple):
 KeysValues = tuple[Float[Array, "b l k h"], Float[Array, "b l k h"]]
 
 
+PROJECTIONS = {  # of a layer, with the logical axes of their kernels
+  "q_proj": ("embed", "heads"),
+  "k_proj": ("embed", "kv_heads"),
+  "v_proj": ("embed", "kv_heads"),
+  "attn_out": ("heads", "embed"),
+  "ff_proj": ("embed", "ffn"),
+  "up_proj": ("embed", "ffn"),
+  "ff_out": ("ffn", "embed"),
+}
+
+
 class Block(nn.Module):
   """x += attention(norm(x)); x += SwiGLU(norm(x)). Also returns the tokens' keys and values, to be cached."""
 
@@ -121,24 +134,51 @@ class Block(nn.Module):
     c = self.config
     residual = (2 * c.num_layers) ** -0.5  # what is added to the stream starts small
     self.attn_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-    self.q_proj = self._dense("q_proj", c.d_model, ("embed", "heads"), has_bias=c.qkv_bias)
-    self.k_proj = self._dense("k_proj", c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), has_bias=c.qkv_bias)
-    self.v_proj = self._dense("v_proj", c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), has_bias=c.qkv_bias)
-    self.attn_out = self._dense("attn_out", c.d_model, ("heads", "embed"), gain=residual)
+    self.q_proj = self._dense("q_proj", c.d_model, has_bias=c.qkv_bias)
+    self.k_proj = self._dense("k_proj", c.num_kv_heads * c.head_dim, has_bias=c.qkv_bias)
+    self.v_proj = self._dense("v_proj", c.num_kv_heads * c.head_dim, has_bias=c.qkv_bias)
+    self.attn_out = self._dense("attn_out", c.d_model, gain=residual)
     self.ff_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-    self.ff_proj = self._dense("ff_proj", c.mlp_hidden_size, ("embed", "ffn"))
-    self.up_proj = self._dense("up_proj", c.mlp_hidden_size, ("embed", "ffn"))
-    self.ff_out = self._dense("ff_out", c.d_model, ("ffn", "embed"), gain=residual)
+    self.ff_proj = self._dense("ff_proj", c.mlp_hidden_size)
+    self.up_proj = self._dense("up_proj", c.mlp_hidden_size)
+    self.ff_out = self._dense("ff_out", c.d_model, gain=residual)
 
-  def _dense(self, name: str, features: int, axes: tuple[str, str], gain: float = 1.0, has_bias: bool = False) -> Dense:
-    adapted = self.config.lora is not None and name in self.config.lora.targets
-    return Dense(features, axes, self.config.param_dtype, gain, has_bias, self.config.lora if adapted else None)
+  def _dense(self, name: str, features: int, gain: float = 1.0, has_bias: bool = False) -> Dense:
+    adapters = self.config.lora if self.config.lora is not None and name in self.config.lora.targets else None
+    return Dense(features, PROJECTIONS[name], self.config.param_dtype, gain, has_bias, adapters)
 
   def __call__(
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
     if context.dropout_keys is not None:
       context = context._replace(dropout_keys=fold_all(context.dropout_keys, inputs.layer))
+    num_groups = count_groups(x.shape[0], self.config.layer_rows)
+    if num_groups > 1 and inputs.cached is None and not self.is_initializing():
+      return self._run_groups(num_groups, x, context), None
+    return self._run(x, inputs, context)
+
+  def _run_groups(self, num_groups: int, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
+    """Compute groups of rows one after the other: what a layer holds for its gradient then has the size of a group.
+
+    The weights are gathered once for all of them.
+    """
+    layer, variables = Block(self.config, parent=None), _gather_layer(self.variables)
+
+    def run(x: jax.Array, context: Context) -> jax.Array:
+      return layer.apply(variables, x, context, method="run_rows")
+
+    if self.config.remat != "none":
+      run = jax.checkpoint(run, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
+    parts = jax.tree.map(lambda array: sharding.split_rows(array, num_groups), (x, context))
+    return sharding.join_rows(jax.lax.map(lambda part: run(*part), parts))
+
+  def run_rows(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
+    """Run the layer on rows that have no cache and dropout keys of this layer."""
+    return self._run(x, LayerInput(jnp.int32(0), None), context)[0]
+
+  def _run(
+    self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
+  ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
     mixed, keys_values = self._attention(self.attn_norm(x), inputs, context)
     x = constrain(x + mixed, "rows", None, None)
     x = constrain(x + self._mlp(self.ff_norm(x), context.dropout_keys), "rows", None, None)
@@ -165,6 +205,25 @@ class Block(nn.Module):
   def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
     gate, up = self.ff_proj(x, dropout_keys), self.up_proj(x, dropout_keys)
     return self.ff_out(constrain(nn.silu(gate) * up, "rows", None, "ffn"), dropout_keys)
+
+
+def count_groups(num_rows: int, layer_rows: int) -> int:
+  """Count the equal groups of at most `layer_rows` rows of each device that rows are computed in; 0: one group."""
+  own = max(num_rows // sharding.num_shares("rows"), 1)
+  return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= (layer_rows or own))
+
+
+def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Lay out a layer's weights as its products read them: whole, but for heads and feed-forward, that may be split."""
+
+  def gather(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
+    projection, kind = path[-2].key, path[-1].key
+    if projection not in PROJECTIONS or kind == "bias":
+      return array
+    first, last = (axis if axis != "embed" else None for axis in PROJECTIONS[projection])
+    return constrain(array, *{"kernel": (first, last), "A": (first, None), "B": (None, last)}[kind])
+
+  return jax.tree_util.tree_map_with_path(gather, variables)
 
 
 class LLaDA(nn.Module):
