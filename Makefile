@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 LIBTPU := $(VENV)/libtpu
 PLANNING := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(LIBTPU))
 
-.PHONY: demo test docs-check test-torch lint format libtpu fuzz bench-grade
+.PHONY: demo test docs-check test-torch lint format libtpu fuzz bench
 
 demo: $(INSTALLED)
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
@@ -23,9 +23,11 @@ test: $(INSTALLED) $(PLANNING)
 fuzz: $(INSTALLED)
 	$(RUN) -m launch.fuzz_grading
 
-# how fast completions are graded
-bench-grade: $(INSTALLED)
-	$(RUN) -m launch.bench_grading
+# every part of training timed, and against PyTorch where it is installed (pip install -r requirements-torch.txt): 15 minutes
+bench: $(INSTALLED)
+	@if $(RUN) -c 'import torch, transformers, peft' 2>/dev/null; then peer=torch; else peer=none; \
+	  echo 'PyTorch is not installed (requirements-torch.txt): nothing is compared with it'; fi; \
+	$(RUN) -m launch.benchmark all --peer=$$peer --repeats=2 --json=runs/benchmark.json
 
 # The comparisons with PyTorch, which the other tests skip where it is not installed.
 test-torch: $(INSTALLED)

@@ -1,42 +1,44 @@
 """What launch/benchmark.py measures unless it is told otherwise: LLaDA's proportions at sizes that two cores bear.
 
 `throughput.py:training` is a gradient step's share of one device in the published run: 4 rollouts, 4 masks of each.
-`throughput.py:sampling` is 16 rows of a narrower model. Weights are random.
+`throughput.py:iteration` is the same, half as wide; `throughput.py:sampling` is 16 rows to decode, and
+`throughput.py:growth` what sizes grow from. Weights are random.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-WORKLOADS = ("training", "sampling")
+WIDTHS = {"training": 512, "iteration": 256, "sampling": 256, "growth": 64}
 
 
 def get_config(workload: str = "training") -> ConfigDict:
-  if workload not in WORKLOADS:
-    raise ValueError(f"configs/throughput.py:{workload}: must be one of {', '.join(WORKLOADS)}")
+  if workload not in WIDTHS:
+    raise ValueError(f"configs/throughput.py:{workload}: must be one of {', '.join(WIDTHS)}")
   c = base.get_config()
-  is_training = workload == "training"
+  is_sampling = workload == "sampling"
   m = c.model
   m.vocab_size = m.embedding_size = 32_000
-  m.d_model = 512 if is_training else 256
+  m.d_model = WIDTHS[workload]
   m.num_layers = 8
   m.num_heads = m.num_kv_heads = m.d_model // 64
   m.mlp_hidden_size = 3 * m.d_model
   m.rope_theta = 500_000.0
+  m.remat = "dots"
   m.lora.rank = m.d_model // 32
   m.lora.alpha = m.lora.rank / 2
   m.lora.dropout = 0.05
 
-  c.task.max_prompt_length = 128
+  length = 64 if is_sampling else 128
+  c.task.max_prompt_length = length
   c.sampler.name = "prefix_cache"
   c.sampler.prefix_cache.rule = "count"
-  c.sampler.completion_length = 128
+  c.sampler.completion_length = length
   c.sampler.block_length = 32
-  # published: 128 calls and 8 updates a buffer
-  c.sampler.steps = 32 if is_training else 64
+  c.sampler.steps = length // 4  # published: 128 for 256 tokens, and 8 updates a buffer
   c.sampler.temperature = 0.2
   c.train.updates_per_buffer = 2
-  c.rollout.num_prompts = 1 if is_training else 4
+  c.rollout.num_prompts = 4 if is_sampling else 1
   c.rollout.group_size = 4
 
   c.objective.alpha = 0.04
@@ -45,4 +47,13 @@ def get_config(workload: str = "training") -> ConfigDict:
   c.optim.weight_decay = 0.1
   c.optim.clip_norm = 0.2
   c.optim.learning_rate = 1e-6
+  if workload == "growth":
+    m.vocab_size = m.embedding_size = 4096
+    m.num_layers = 2
+    m.num_heads = m.num_kv_heads = 2
+    c.task.max_prompt_length = 64
+    c.sampler.completion_length = 64
+    c.sampler.steps = 32
+    c.rollout.num_prompts = 1
+    c.objective.num_replicates = 2
   return c.lock()

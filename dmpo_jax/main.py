@@ -96,7 +96,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
   validate(config)
   if workdir is not None:
     check_workdir(workdir, config, mode=_MODE.value)
-    _keep_compiled_programs(workdir)
+    keep_compiled_programs(workdir)
   if _MODE.value == "sample":
     requests = sample.read_requests(_PROMPT.value, _PROMPTS.value)
     _join_processes()
@@ -153,7 +153,7 @@ def _which_process() -> str:
   return f" in process {jax.process_index()}" if is_one_of_several else ""
 
 
-def _keep_compiled_programs(workdir: epath.Path) -> None:
+def keep_compiled_programs(workdir: epath.Path) -> None:
   """Turn JAX's persistent compilation cache on, beside the workdir, unless the environment has set it."""
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", os.fspath(workdir.parent / ".jax_cache"))

@@ -1,6 +1,7 @@
 """What the benchmark's sections have in common: options, comparisons, and results as tables and JSON."""
 
 import dataclasses
+import json
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,9 @@ class Options:
   repeats: int = 3
   peer: str = "none"  # or torch
   official: str = ""  # a checkout of the official code, which takes the place of ours in PyTorch
+  checkpointing: bool = False  # update: also PyTorch with its layers computed again
   remat: tuple[str, ...] = ()  # values of model.remat; (): the configuration's
+  picture: str = ""  # growth: a file to draw to
   say: Callable[[str], None] = print
   peak_flops: float | None = None  # of the machine; None: nobody has asked for a utilisation
 
@@ -177,11 +180,12 @@ def compare(
   Raises:
     Disagreement: a peer's numbers are not ours.
   """
-  measured = timing.run_in_turns(makers, options.repeats, say=options.say, with_checks=bool(options.peers()))
-  peers = [name for name in measured if name.startswith(tuple(peer for peer, _ in options.peers()) or "\0")]
-  ours = [name for name in measured if name not in peers]
+  peers = [name for name in makers if name.startswith(tuple(peer for peer, _ in options.peers()) or "\0")]
+  ours = [name for name in makers if name not in peers]
   if pairs is None:
     pairs = [(name, peer) for name in ours for peer in peers]
+  checked = {name for pair in pairs if tolerances and pair[1] in peers for name in pair}
+  measured = timing.run_in_turns(makers, options.repeats, say=options.say, checked=checked)
   agreements = [each for a, b in pairs if b in peers for each in agree(a, b, measured, tolerances)]
   twins = {peer: name for name, peer in reversed(pairs) if peer in peers}  # a peer does the same work
   rows = [
@@ -245,7 +249,5 @@ def shown_bytes(value: int | None) -> str:
 
 def write_json(path: pathlib.Path, results: list[Any], machine: str) -> None:
   """Write what was found beside the table."""
-  import json
-
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps({"machine": machine, "sections": [each.as_json() for each in results]}, indent=2) + "\n")

@@ -1,5 +1,7 @@
 """The samplers against each other, and against the published ones in PyTorch."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -9,8 +11,6 @@ from dmpo_jax.structs import Rollouts
 from launch import costs, timing, workload
 from launch.bench_report import Options, Result, compare
 
-# Factor on the head: how sure random weights are of their predictions. More, and confidences round to 1 and tie.
-SHARPNESS = 10.0
 # name in the table -> what it changes in the configuration
 CONTENDERS = {
   "llada": {"sampler.name": "llada"},
@@ -22,7 +22,7 @@ CONTENDERS = {
     "sampler.parallel.threshold": 0.9,
   },
 }
-PEERS = ("llada", "prefix_cache")
+PEERS = ("prefix_cache",)  # the published rollouts
 TOLERANCES = {"tokens": 0.1}  # share of others; a tie that rounding decides changes all that follows in its row
 
 
@@ -42,7 +42,7 @@ def run(config: ConfigDict, options: Options) -> Result:
 
 def make_ours(config: ConfigDict) -> timing.Contender:
   """Compile the sampler as training draws its rollouts."""
-  work = workload.make(config, sharpness=SHARPNESS)
+  work = workload.make(config, sharpness=workload.SHARPNESS)
   compiled = workload.trace("sample", work).lower().compile()
   key = noise.step_key(config.seed, "rollout", 0)
   per_call = flops_per_call(work)
@@ -53,8 +53,8 @@ def make_ours(config: ConfigDict) -> timing.Contender:
     return {"calls": calls, "flops": per_call[0] + per_call[1] * calls}
 
   def check() -> dict[str, np.ndarray]:
-    quiet = workload.make(workload.without_noise(config), sharpness=SHARPNESS)
-    sample = phases.training_sample(quiet.config, quiet)
+    quiet = workload.make(workload.without_noise(config), sharpness=workload.SHARPNESS)
+    sample = phases.training_sample(quiet.config, SimpleNamespace(model=quiet.model, mesh=quiet.meshes[1]))
     return {"tokens": np.asarray(sample(quiet.policies, quiet.experience.prompts, key).completion).reshape(-1)}
 
   return timing.Contender(turn, check, {"planned_bytes": workload.planned_bytes(compiled)})
@@ -81,7 +81,7 @@ def make_peer(config: ConfigDict, official: str, sampler: str) -> timing.Contend
   """Build the same sampler in PyTorch."""
   from launch import peer_torch  # here, as PyTorch is an optional extra
 
-  peer = peer_torch.make_peer(workload.make(config, sharpness=SHARPNESS), official)
+  peer = peer_torch.make_peer(workload.make(config, sharpness=workload.SHARPNESS), official)
   calls = {"calls": config.sampler.steps}
 
   def turn() -> dict[str, float]:

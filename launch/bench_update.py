@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import noise, phases
 from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.structs import TrainState
 from launch import timing, workload
 from launch.bench_report import Options, Result, compare
 
@@ -24,7 +25,8 @@ def run(config: ConfigDict, options: Options) -> Result:
   }
   for name, path in options.peers():
     makers[name] = (make_peer, (config, path, False))
-    makers[f"{name}, checkpointing"] = (make_peer, (config, path, True))
+    if options.checkpointing:
+      makers[f"{name}, checkpointing"] = (make_peer, (config, path, True))
   tokens = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_replicates
   tokens *= config.task.max_prompt_length + config.sampler.completion_length
   return compare("update", config, makers, options, amount=tokens, unit="tokens", tolerances=TOLERANCES)
@@ -34,7 +36,7 @@ def make_ours(config: ConfigDict) -> timing.Contender:
   """Compile the step that training takes."""
   work = workload.make(config)
   compiled = workload.trace("update", work).lower().compile()
-  state = _fresh_state(work)
+  state = fresh_state(work)
 
   def turn() -> None:
     nonlocal state
@@ -45,8 +47,9 @@ def make_ours(config: ConfigDict) -> timing.Contender:
   return timing.Contender(turn, lambda: _check(config), facts)
 
 
-def _fresh_state(work: workload.Workload) -> Any:
-  trainable = jax.tree.map(lambda x: x.copy(), work.policies.trainable)  # the step is given it for good
+def fresh_state(work: workload.Workload) -> TrainState:
+  """Begin with a copy of what is trained, as a step is given its state for good."""
+  trainable = jax.tree.map(lambda x: x.copy(), work.policies.trainable)
   state = phases.fresh_state(trainable, phases.training_optimizer(work.config), work.mesh)
   return state.replace(reference=work.policies.reference)
 
@@ -55,7 +58,7 @@ def _check(config: ConfigDict) -> dict[str, np.ndarray]:
   """Take one step without dropout; the gradient is read from AdamW's first moment, which the step has moved by it."""
   work = workload.make(workload.without_noise(config))
   step = workload.trace("update", work).lower().compile()
-  state, metrics = step(_fresh_state(work), work.policies.frozen, work.experience)
+  state, metrics = step(fresh_state(work), work.policies.frozen, work.experience)
   moment = optax.tree_utils.tree_get(state.opt_state, "mu")
   gradient = jax.tree.map(lambda x: np.asarray(x) / (1 - config.optim.b1), moment)
   return {
@@ -97,7 +100,7 @@ def make_peer(config: ConfigDict, official: str, is_checkpointing: bool) -> timi
   def check() -> dict[str, np.ndarray]:
     twin = peer_torch.make_peer(quiet, official, is_checkpointing=is_checkpointing)
     loss, norm, gradient = twin.update(masks_of_step(quiet, 0))
-    return {"loss": loss, "gradient norm": norm, "gradient": flat(gradient)}
+    return {"loss": np.array(loss), "gradient norm": np.array(norm), "gradient": flat(gradient)}
 
   def turn() -> None:
     peer.update()

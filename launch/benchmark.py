@@ -1,7 +1,7 @@
 """Measure what training does, part by part, and print tables of it: seconds, tokens/s, memory, utilisation.
 
     python -m launch.benchmark all                    # every section: what `make bench` does
-    python -m launch.benchmark update                 # one section: sample, score, update
+    python -m launch.benchmark update                 # one section
     python -m launch.benchmark update --peer=torch    # and the same work in PyTorch: needs requirements-torch.txt
     python -m launch.benchmark update --config=configs/llada_8b.py --config.model.remat=dots
 
@@ -12,8 +12,11 @@ both compute the same numbers first, within a stated tolerance, and then run in 
 import dataclasses
 import importlib
 import importlib.util
+import json
 import pathlib
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -38,9 +41,14 @@ class Section:
 
 
 SECTIONS = {
-  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 240),
-  "score": Section("launch.bench_score", "configs/throughput.py", 90),
-  "update": Section("launch.bench_update", "configs/throughput.py", 90),
+  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 190),
+  "score": Section("launch.bench_score", "configs/throughput.py", 110),
+  "update": Section("launch.bench_update", "configs/throughput.py", 150),
+  "iteration": Section("launch.bench_iteration", "configs/throughput.py:iteration", 190),
+  "convert": Section("launch.bench_convert", "configs/throughput.py", 20),
+  "grade": Section("launch.bench_grade", "configs/throughput.py", 30),
+  "compile": Section("launch.bench_compile", "configs/throughput.py", 90),
+  "growth": Section("launch.bench_growth", "configs/throughput.py:growth", 150),
 }
 
 
@@ -51,6 +59,8 @@ def define_flags(section: Section) -> None:
   flags.DEFINE_string("official", "", "With --peer=torch: a checkout of the official code, which then does that work.")
   flags.DEFINE_integer("repeats", 3, "Counted turns of each contender; the median counts.", lower_bound=1)
   flags.DEFINE_list("remat", [], "update: values of model.remat to compare; none: the configuration's.")
+  flags.DEFINE_bool("checkpointing", False, "update, --peer=torch: also PyTorch with its layers computed again.")
+  flags.DEFINE_string("picture", "", "growth: a file for its picture, such as docs/growth.svg.")
   flags.DEFINE_string("json", "", "A file to write everything to that was measured.")
 
 
@@ -86,7 +96,9 @@ def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
     repeats=given.repeats,
     peer=given.peer,
     official=given.official,
+    checkpointing=given.checkpointing,
     remat=tuple(given.remat),
+    picture=given.picture,
     say=say,
     peak_flops=timing.measure_peak(config.model.dtype),
   )
@@ -121,10 +133,44 @@ def show(results: Sequence[Any], machine: str) -> None:
       console.print(table)
 
 
+def run_all(args: Sequence[str]) -> int:
+  """Run all sections, each as a command of its own with the same flags; return how many failed."""
+  json_flag = next((arg for arg in args if arg.startswith("--json=")), "")
+  others = [arg for arg in args if arg != json_flag]
+  if any(arg.startswith("--config") for arg in others):
+    print("error: --config belongs to one section, and `all` runs each on its own", file=sys.stderr)
+    return 2
+  start, found, failed = time.monotonic(), [], []
+  expected = sum(section.seconds for section in SECTIONS.values())
+  done = 0.0
+  with tempfile.TemporaryDirectory() as folder:
+    for number, (name, section) in enumerate(SECTIONS.items()):
+      passed = time.monotonic() - start
+      pace = passed / done if done else 1.0
+      left = round(pace * (expected - done) / 60)
+      print(f"\n[{number + 1}/{len(SECTIONS)}] {name}: about {left} min left", file=sys.stderr, flush=True)
+      path = pathlib.Path(folder) / f"{name}.json"
+      command = [sys.executable, "-m", "launch.benchmark", name, *others, f"--json={path}"]
+      if subprocess.run(command).returncode:
+        failed.append(name)
+      else:
+        found.append(json.loads(path.read_text()))
+      done += section.seconds
+  if json_flag and found:
+    sections = [each for part in found for each in part["sections"]]
+    path = pathlib.Path(json_flag.partition("=")[2])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": found[0]["machine"], "sections": sections}, indent=2) + "\n")
+  print(f"{(time.monotonic() - start) / 60:.1f} min{f'; failed: {failed}' if failed else ''}", file=sys.stderr)
+  return 1 if failed else 0
+
+
 if __name__ == "__main__":
   name = sys.argv[1] if len(sys.argv) > 1 else ""
+  if name == "all":
+    sys.exit(run_all(sys.argv[2:]))
   if name not in SECTIONS:
-    print(f"{__doc__}\nsections: {', '.join(SECTIONS)}", file=sys.stderr)
+    print(f"{__doc__}\nsections: all, {', '.join(SECTIONS)}", file=sys.stderr)
     sys.exit(2)
   define_flags(SECTIONS[name])
   absl.logging.set_verbosity(absl.logging.WARNING)

@@ -5,7 +5,8 @@ the published trainer computes them.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,10 +107,12 @@ class Peer:
 
   def _adapt(self, lora: LoraConfig, adapters: Mapping[str, Any]) -> torch.nn.Module:
     """Wrap the model in PEFT's adapters, and give them our values."""
-    targets = [self.layer_names[name].split(".")[-1] for name in lora.targets]
+    names = "|".join(re.escape(self.layer_names[name]) for name in lora.targets)
     wrapped = peft.get_peft_model(
       self.model,
-      peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets),
+      peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=rf".*\.\d+\.({names})"
+      ),
     )
     with torch.no_grad():
       for name, module, layer in self._adapted(wrapped, lora):
@@ -205,7 +208,22 @@ class Peer:
       found.append(bound.view(replicates, len(self.prompt), -1).mean(0).sum(-1).numpy())
     return found[0], found[1]
 
-  # rollouts
+  # rollouts, and the whole iteration
+
+  def iterate(self, sampler: str, reward: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Draw a buffer, weigh it by `reward` (completions [b, c] -> [b]) and both policies' scores, and learn from it."""
+    config = self.config
+    self.completion = self.decode(sampler, config.sampler.temperature)
+    rewards = tensor(reward(self.completion.numpy())) / config.objective.alpha
+    log_p_old, log_p_ref = map(tensor, self.elbo())
+
+    def weigh(exponent: torch.Tensor) -> torch.Tensor:
+      return torch.softmax(exponent.view(-1, self.group_size), dim=-1).flatten()
+
+    self.weight = weigh(log_p_ref - log_p_old + rewards)
+    self.negative_weight = weigh(log_p_ref - log_p_old - rewards)
+    for _ in range(config.train.updates_per_buffer):
+      self.update()
 
   @torch.no_grad()
   def decode(self, sampler: str, temperature: float) -> torch.Tensor:

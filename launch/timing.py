@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -58,13 +58,13 @@ class ContenderFailed(RuntimeError):
 
 
 def run_in_turns(
-  makers: Mapping[str, Maker], repeats: int, *, say: Callable[[str], None] = print, with_checks: bool = False
+  makers: Mapping[str, Maker], repeats: int, *, say: Callable[[str], None] = print, checked: Collection[str] = ()
 ) -> dict[str, Timing]:
   """Build every contender, run it once unmeasured, then `repeats` times in turns.
 
   Args:
     say: told what happens next.
-    with_checks: also ask each for its numbers.
+    checked: those that are also asked for their numbers.
 
   Raises:
     ValueError: a contender was refused what it was given.
@@ -80,7 +80,7 @@ def run_in_turns(
     for name, process in processes.items():
       say(f"{name}: first turn, not counted")
       process.ask("run")
-      if with_checks:
+      if name in checked:
         say(f"{name}: numbers")
         numbers[name] = process.ask("check")
     turns: dict[str, list[_Turn]] = {name: [] for name in processes}
@@ -109,6 +109,13 @@ def measure_peak(dtype: str) -> float:
     return process.facts["flops"] / min(process.ask("run").seconds for _ in range(PEAK_REPEATS + 1))
   finally:
     process.stop()
+
+
+def facts_of(make: Callable[..., Contender], args: tuple[Any, ...]) -> dict[str, float]:
+  """Build a contender in a process of its own for its facts alone."""
+  process = _Process(make.__name__, make, args)
+  process.stop()
+  return process.facts
 
 
 def _make_product(dtype: str) -> Contender:

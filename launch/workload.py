@@ -1,8 +1,8 @@
 """What the benchmark measures of a configuration: training's own programs, on random weights, prompts and rollouts."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +11,12 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import build
 from dmpo_jax.measure import Policies
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.llada import LLaDA, ModelConfig
 from dmpo_jax.structs import Experience, Prompts
 from launch import costs, plan
+
+# Factor on the head where tokens are drawn: how sure random weights are of them. More, and confidences round to 1.
+SHARPNESS = 10.0
 
 
 class Workload(NamedTuple):
@@ -21,19 +24,14 @@ class Workload(NamedTuple):
 
   config: ConfigDict
   model: LLaDA
-  mesh: Mesh
+  meshes: tuple[Mesh, Mesh]  # training's, and the samplers'
   policies: Policies  # parameters, and adapters that change something
   experience: Experience
 
   @property
-  def num_rows(self) -> int:
-    """Rollouts of a buffer."""
-    return self.config.rollout.num_prompts * self.config.rollout.group_size
-
-  @property
-  def length(self) -> int:
-    """Positions of a row."""
-    return self.config.task.max_prompt_length + self.config.sampler.completion_length
+  def mesh(self) -> Mesh:
+    """Training's."""
+    return self.meshes[0]
 
 
 def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
@@ -42,18 +40,18 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
   Args:
     sharpness: factor on the head's weights.
   """
-  mesh, model = plan.make_mesh(config, jax.devices()), plan.plan_model(config)
-  build.check_fits(model.config, mesh)
+  meshes = plan.make_meshes(config, jax.devices())
+  mesh, model = meshes[0], build.place_model(plan.plan_model(config), config, *meshes)
   params = build.random_collection(model, mesh, "params", jax.random.key(0))
-  if sharpness != 1:
-    params = params | {"head": params["head"] * sharpness}
+  if not model.config.weight_tying:  # the published samplers cannot bear that MASK is the most likely token
+    params = params | {"head": params["head"].at[:, model.config.mask_token_id].set(0) * sharpness}
   trainable = params
   if model.config.lora is not None:  # new adapters' B is 0, and with it their output and A's gradient
     trainable = build.random_collection(model, mesh, "lora", jax.random.key(1))
     trainable = jax.tree.map_with_path(_fill_b, trainable)
   reference = jax.tree.map(jnp.copy, trainable) if config.objective.sync_reference_every else None
   frozen = params if model.config.lora is not None else jax.tree.map(jnp.copy, params)
-  return Workload(config, model, mesh, Policies(trainable, frozen, reference), _experience(config, model))
+  return Workload(config, model, meshes, Policies(trainable, frozen, reference), _experience(config, model))
 
 
 def _fill_b(path: Any, array: jax.Array) -> jax.Array:
@@ -66,12 +64,11 @@ def _fill_b(path: Any, array: jax.Array) -> jax.Array:
 def _experience(config: ConfigDict, model: LLaDA) -> Experience:
   """Draw a buffer of rollouts: ordinary tokens, prompts without padding, some rewards and log-probabilities."""
   rng, p, g = np.random.default_rng(0), config.rollout.num_prompts, config.rollout.group_size
-  special = [getattr(model.config, name) for name in build.SPECIAL_IDS]
-  ordinary = np.setdiff1d(np.arange(model.config.vocab_size), special).astype(np.int32)
+  ordinary = ordinary_ids(model.config)
   prompt = rng.choice(ordinary, (p, config.task.max_prompt_length))
   completion = rng.choice(ordinary, (p, g, config.sampler.completion_length))
   weight, negative_weight = rng.dirichlet(np.ones(g), (2, p)).astype(np.float32)
-  return Experience(
+  drawn = Experience(
     prompts=Prompts(prompt, np.ones(prompt.shape, bool), np.arange(p, dtype=np.uint32)),
     completion=completion,
     is_counted=np.ones(completion.shape, bool),
@@ -83,6 +80,13 @@ def _experience(config: ConfigDict, model: LLaDA) -> Experience:
     negative_weight=negative_weight,
     committed_at=np.zeros(completion.shape, np.int32),
   )
+  return jax.tree.map(jnp.asarray, drawn)
+
+
+def ordinary_ids(config: ModelConfig) -> np.ndarray:
+  """List the ids that are no special token's."""
+  special = [getattr(config, name) for name in build.SPECIAL_IDS]
+  return np.setdiff1d(np.arange(config.vocab_size), special).astype(np.int32)
 
 
 def without_noise(config: ConfigDict) -> ConfigDict:
@@ -99,7 +103,13 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
 
 def trace(name: str, work: Workload) -> jax.stages.Traced:
   """Trace one of `plan.PROGRAMS` for the workload's sizes."""
-  return plan.trace_program(name, work.config, work.model, work.mesh)
+  return plan.trace_program(name, work.config, work.model, work.meshes)
+
+
+def trace_on(name: str, config: ConfigDict, devices: Sequence[jax.Device]) -> jax.stages.Traced:
+  """Trace a program for a mesh of these devices; nothing is drawn."""
+  meshes = plan.make_meshes(config, devices)
+  return plan.trace_program(name, config, build.place_model(plan.plan_model(config), config, *meshes), meshes)
 
 
 def count_flops(name: str, config: ConfigDict) -> float:
@@ -108,11 +118,10 @@ def count_flops(name: str, config: ConfigDict) -> float:
   A sampler that ends by its data counts as many calls as its schedule has.
   """
   plain = changed(config, {"model.remat": "none"})
-  traced = plan.trace_program(name, plain, plan.plan_model(plain), plan.make_mesh(plain, jax.devices()))
-  return costs.count_flops(traced.jaxpr, while_trips=_loop_calls(config))
+  return costs.count_flops(trace_on(name, plain, jax.devices()).jaxpr, while_trips=loop_calls(config))
 
 
-def _loop_calls(config: ConfigDict) -> int:
+def loop_calls(config: ConfigDict) -> int:
   """The model calls that a sampler makes in a block's loop, by its schedule."""
   own = config.sampler
   calls = own.steps * own.block_length // own.completion_length
@@ -135,8 +144,3 @@ def settings_line(config: ConfigDict) -> str:
     f"{model.vocab_size:,}, {model.dtype}, {lora}; {rollout.num_prompts} prompts x {rollout.group_size} rollouts, "
     f"{config.task.max_prompt_length} prompt and {sampler.completion_length} completion tokens"
   )
-
-
-def num_params(variables: Any) -> int:
-  """Count parameters."""
-  return sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(variables)))

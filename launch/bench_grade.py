@@ -1,28 +1,49 @@
-"""Measure how fast completions are graded: seconds and rate of each task and set of rewards.
-
-    python -m launch.bench_grading [--num=2048] [--workers=2]
+"""How fast completions are graded, by each task and set of rewards.
 
 The completions are made up: about 256 tokens each, 16 to a prompt, of a few different answers each, as a buffer of
 rollouts has them.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from ml_collections import ConfigDict
 
 from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS, answers
 from dmpo_jax.tasks.worded import CHOICES
+from launch.bench_report import Options, Result, Row
 from launch.grading_cases import RECORDS, spec
 
+NUM = 2048  # completions of each task
 GROUP = 16  # completions of one prompt
 WORDS = 190  # of reasoning, about 240 tokens
 
-_NUM = flags.DEFINE_integer("num", 2048, "Completions of each task.", lower_bound=1)
-_WORKERS = flags.DEFINE_integer("workers", 2, "Worker processes.", lower_bound=1)
+
+def run(config: ConfigDict, options: Options) -> Result:
+  """Grade a batch of every task by every set, with the configuration's worker processes."""
+  rows = [measure(name, choice, config, options) for name in TASKS for choice in CHOICES]
+  settings = f"{NUM} completions of each task, {config.grading.workers} worker processes where a task needs them"
+  return Result("grade", settings, rows)
+
+
+def measure(name: str, choice: str, config: ConfigDict, options: Options) -> Row:
+  """Grade one task's batch several times, by workers that have started."""
+  records, completions = make_batch(name, NUM)
+  grading = Grading(spec(name, choice), **config.grading)
+  try:
+    for _ in range(2 * config.grading.workers):  # a prompt goes to one worker
+      grading.submit([{**records[0]} for _ in range(8)], completions[:8], [True] * 8).result()
+    seconds = []
+    for turn in range(options.repeats):
+      options.say(f"{name}, {choice}: turn {turn + 1} of {options.repeats}")
+      start = time.perf_counter()
+      grading.submit(records, completions, [True] * len(completions)).result()
+      seconds.append(time.perf_counter() - start)
+  finally:
+    grading.close()
+  return Row(f"{name}, {choice}", tuple(seconds), len(completions), "completions")
 
 
 def make_batch(name: str, num: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -60,30 +81,3 @@ def _puzzle(name: str, prompt: int) -> tuple[dict[str, Any], str]:
     numbers = [prompt % 50 + 1, 30, 4]
     return {"numbers": ",".join(map(str, numbers)), "target": numbers[0] + 120}, f"{numbers[0]}+30*4"
   return RECORDS[name], RECORDS[name]["solution"]
-
-
-def main(argv: Sequence[str]) -> None:
-  """Print one line a task and set."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  for name in TASKS:
-    records, completions = make_batch(name, _NUM.value)
-    for choice in CHOICES:
-      grading = Grading(spec(name, choice), workers=_WORKERS.value)
-      starting = time.monotonic()
-      ready = [grading.submit([{**records[0]} for _ in range(8)], completions[:8], [True] * 8)]
-      ready[0].result()
-      start = time.monotonic()
-      verdicts = grading.submit(records, completions, [True] * len(completions)).result()
-      seconds = time.monotonic() - start
-      grading.close()
-      right = sum(verdict.grade.is_correct for verdict in verdicts)
-      print(
-        f"{name:10} {choice:10} {len(verdicts)} completions in {seconds:6.3f} s, "
-        f"{len(verdicts) / seconds:8,.0f} a second, {right} right; {start - starting:.2f} s to start",
-        flush=True,
-      )
-
-
-if __name__ == "__main__":
-  app.run(main)

@@ -1,0 +1,65 @@
+"""The benchmark's peer in PyTorch: it computes our numbers, on our masks (make test-torch)."""
+
+import bench_tiny
+import numpy as np
+import pytest
+
+from launch import bench_iteration, bench_report, bench_sample, bench_score, bench_update, timing
+
+pytestmark = pytest.mark.torch
+WHY = "PyTorch is not installed: make test-torch"
+torch = pytest.importorskip("torch", reason=WHY)
+pytest.importorskip("transformers", reason=WHY)
+pytest.importorskip("peft", reason=WHY)
+
+
+@pytest.fixture(autouse=True)
+def _one_device(use_devices):
+  use_devices(1)
+
+
+def compare(ours, peer, tolerances):
+  measured = {
+    name: timing.Timing((1.0,), None, {}, contender.check()) for name, contender in (("ours", ours), ("PyTorch", peer))
+  }
+  return bench_report.agree("ours", "PyTorch", measured, tolerances)
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True])
+def test_loss_and_gradient(is_checkpointing):
+  config = bench_tiny.config()
+  peer = bench_update.make_peer(config, "", is_checkpointing)
+  compare(bench_update.make_ours(config), peer, bench_update.TOLERANCES)
+  peer.run()
+
+
+def test_scores():
+  config = bench_tiny.config()
+  peer = bench_score.make_peer(config, "")
+  compare(bench_score.make_ours(config), peer, bench_score.TOLERANCES)
+  peer.run()
+
+
+@pytest.mark.parametrize("sampler", ["llada", "prefix_cache"])
+def test_tokens(sampler):
+  config = bench_tiny.config(sampler__name=sampler)
+  peer = bench_sample.make_peer(config, "", sampler)
+  compare(bench_sample.make_ours(config), peer, bench_sample.TOLERANCES)
+  assert peer.run()["calls"] == config.sampler.steps
+
+
+def test_an_iteration_changes_the_adapters():
+  from launch import peer_torch, workload
+
+  config = bench_tiny.config(optim__learning_rate=1e-2)
+  bench_iteration.make_peer(config, "").run()
+  peer = peer_torch.make_peer(workload.make(config, sharpness=workload.SHARPNESS))
+  before = [weight.detach().clone() for weight in peer.trained]
+  peer.iterate("prefix_cache", lambda completion: np.arange(len(completion), dtype=np.float32))
+  assert all((a != b).any() for a, b in zip(before, peer.trained, strict=True))
+  assert torch.allclose(peer.weight.view(2, 2).sum(-1), torch.ones(2))
+
+
+def test_no_checkout_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="give a checkout of the official DMPO repository"):
+    bench_score.make_peer(bench_tiny.config(), str(tmp_path))
