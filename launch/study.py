@@ -26,7 +26,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import files, train
+from dmpo_jax import files, progress, train
 from dmpo_jax.config import validate
 from launch import study_arms, study_page
 from launch.study_arms import GROUPS, TASKS, TUNING_SEED, Rates, Run, bench_config, with_changes
@@ -39,6 +39,7 @@ _CALLS = flags.DEFINE_integer(
   "calls", 1024, "Model calls of a run for each rollout of a buffer; backward counts as two."
 )
 _MINUTES = flags.DEFINE_float("minutes", 180.0, "Start no run that would probably end after so many minutes.")
+flags.adopt_module_key_flags(progress)  # --quiet
 _CONFIG = flags.DEFINE_multi_string(
   "set", [], "key=value (JSON) for all configurations, such as warm_start.updates=600."
 )
@@ -115,15 +116,17 @@ def take(runs: Sequence[Run], out: pathlib.Path, clock: Clock) -> bool:
   """Take the runs that are missing while there is time; return whether none is left."""
   missing = missing_runs(runs, out)
   common = dict(_parse(change) for change in _CONFIG.value)
-  for number, (path, run) in enumerate(missing.items(), start=1):
-    if not clock.has_time():
-      print(f"{len(missing) - number + 1} runs left out for want of time; a run takes {clock.pace():.0f} s")
-      return False
-    result = execute(run, out, common, _CALLS.value)
-    clock.add(result["seconds"])
-    files.write_whole(epath.Path(path), json.dumps(result, indent=1))
-    study_page.write(out, _find_results(out))
-    print(_line(number, len(missing), run, result, clock.pace() * (len(missing) - number)), flush=True)
+  with progress.Progress("study", len(missing), unit="runs") as shown:
+    for number, (path, run) in enumerate(missing.items(), start=1):
+      if not clock.has_time():
+        print(f"{len(missing) - number + 1} runs left out for want of time; a run takes {clock.pace():.0f} s")
+        return False
+      result = execute(run, out, common, _CALLS.value)
+      clock.add(result["seconds"])
+      files.write_whole(epath.Path(path), json.dumps(result, indent=1))
+      study_page.write(out, _find_results(out))
+      print(_line(number, len(missing), run, result, clock.pace() * (len(missing) - number)), flush=True)
+      shown.advance()
   return True
 
 
