@@ -8,11 +8,13 @@
 
 Running the same command again goes on where the last run stopped, or says that it had finished.
 
-Exit codes: 0 finished; 1 stopped, the message says why; 2 a mistake in the command, nothing was started; 75 preempted,
-the state is saved: run the same command again. Anything else is a crash, or the death of another process of the job.
+Exit codes: 0 finished; 1 stopped, the message says why; 2 a mistake in the command, nothing was started; 75 preempted
+(SIGTERM, or Ctrl+C), the state is saved: run the same command again; 130 interrupted at once. Anything else is a crash,
+or the death of another process of the job.
 """
 
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -55,6 +57,7 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
   "heartbeat_seconds", 30, "A process that was silent for so long is taken for dead, and the others stop."
 )
 
+INTERRUPTED = 130  # by Ctrl+C, at once
 PREEMPTED = 75  # sysexits' "temporary failure": running the same command again goes on
 ABANDONED = 76  # another process of the job does not answer
 
@@ -72,6 +75,9 @@ def main(argv: list[str]) -> None:
   except Preempted as error:
     print(f"preempted{_which_process()}: {error}", file=sys.stderr)
     sys.exit(PREEMPTED)
+  except KeyboardInterrupt:
+    print(f"interrupted{_which_process()}", file=sys.stderr)
+    sys.exit(INTERRUPTED)
   except (train.Diverged, OSError) as error:
     if _TRACEBACK.value:
       traceback.print_exc()
@@ -108,6 +114,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
   elif _MODE.value == "eval":
     evaluate.main(config, workdir)
   else:
+    _save_when_interrupted()
     with alone_in(workdir):
       train.main(config, workdir)
 
@@ -181,6 +188,17 @@ def _join_processes() -> None:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
     jax.distributed.initialize(address, num_processes=1, process_id=0, **timeouts)
+
+
+def _save_when_interrupted() -> None:
+  """Let the first Ctrl+C end training as a preemption does, with everything saved; a second one ends it at once."""
+
+  def interrupt(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("interrupted: saving at the next update; Ctrl+C once more stops at once", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  signal.signal(signal.SIGINT, interrupt)
 
 
 if __name__ == "__main__":

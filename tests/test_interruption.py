@@ -43,7 +43,8 @@ def test_killed_runs_end_bit_for_bit_as_if_left_alone(tmp_path):
   assert "5 kills survived" in done.stdout
 
 
-def test_a_workdir_has_one_run_and_sigterm_saves_it(tmp_path):
+def test_a_workdir_has_one_run_and_an_interrupt_saves_it(tmp_path):
+  """Ctrl+C becomes the SIGTERM by which clusters give notice."""
   workdir = tmp_path / "run"
   command = (TINY, f"--workdir={workdir}")
   process = begin(*command, ENDLESS)
@@ -51,9 +52,10 @@ def test_a_workdir_has_one_run_and_sigterm_saves_it(tmp_path):
   second = start(*command, ENDLESS)
   assert second.returncode == 2
   assert re.search(rf"in use by another run, process {process.pid} on ", second.stderr)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.SIGINT)
   done = finish(process, timeout=60)
   assert done.returncode == 75, done.stderr[-2000:]
+  assert "interrupted: saving at the next update" in done.stderr
   assert "everything is saved; run the same command again" in done.stderr
   buffers = rows_of(workdir)[-1]["step"]
   assert max(saved_steps(workdir)) in (2 * buffers, 2 * buffers + 1)  # not an update was lost
