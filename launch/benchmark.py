@@ -26,6 +26,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
+from dmpo_jax import progress
 from dmpo_jax.config import validate
 from launch import timing
 from launch.bench_report import Disagreement, Options, write_json
@@ -61,6 +62,7 @@ def define_flags(section: Section) -> None:
   flags.DEFINE_list("remat", [], "update: values of model.remat to compare; none: the configuration's.")
   flags.DEFINE_bool("checkpointing", False, "update, --peer=torch: also PyTorch with its layers computed again.")
   flags.DEFINE_string("picture", "", "growth: a file for its picture, such as docs/growth.svg.")
+  flags.adopt_module_key_flags(progress)
   flags.DEFINE_string("json", "", "A file to write everything to that was measured.")
 
 
@@ -88,8 +90,9 @@ def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
   check(config, given)
   start = time.monotonic()
 
-  def say(what: str) -> None:
-    print(f"{name} {time.monotonic() - start:5.0f} s  {what}", file=sys.stderr, flush=True)
+  def say(what: str) -> None:  # in lines, as redrawing one would take from what is measured
+    if not progress.asked_for_quiet():
+      print(f"{name} {time.monotonic() - start:5.0f} s  {what}", file=sys.stderr, flush=True)
 
   say("a large matrix product")
   options = Options(
