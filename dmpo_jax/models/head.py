@@ -78,7 +78,7 @@ def _slice(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int
 
 def _gather(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int) -> Float[Array, "d n w"]:
   """Take a part's columns from where the weights are, whole but for the vocabulary, which may stay split."""
-  # Without the barrier XLA gathers the whole head, before the loop over its parts.
+  # Without the barrier XLA may gather the whole head, before the loop over its parts; on a CPU it does.
   part = jax.lax.optimization_barrier(constrain(_slice(head, split, number), "embed", split.axes[0], None))
   return constrain(part, None, *split.axes)
 
