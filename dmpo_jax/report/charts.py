@@ -38,6 +38,11 @@ CURVES = (
   ),
   Curves("Entropy", {"entropy": "nats"}, "Of the policy at masked positions, mean."),
   Curves(
+    "Surprise of drawn tokens",
+    {"sampled_nll": "nats"},
+    "-log p as they were drawn, the same measure for every objective.",
+  ),
+  Curves(
     "Log-ratio noise",
     {"log_ratio_error": "noise", "tilt_std": "tilt, reward / alpha", "log_ratio_std": "log-ratio"},
     "Standard error of log p_ref - log p_old against the spreads inside a group: above the tilt the signal drowns.",
