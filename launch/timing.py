@@ -5,6 +5,7 @@ What else the machine does hits all of them alike, and one contender's memory is
 
 import ctypes
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -23,6 +24,7 @@ import numpy as np
 STATUS = pathlib.Path("/proc/self/status")
 PEAK_SIZE = 3072  # of the square product that tells what the machine can do at most
 PEAK_REPEATS = 5
+SETTLE_SECONDS = 0.3  # a program's results are ready a little before its memory is free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +227,8 @@ def _take_turn(run: Callable[[], Mapping[str, float] | None], base: int | None) 
 
 def _resident() -> int | None:
   """Give freed memory back and tell what the process holds (Linux; elsewhere None)."""
+  gc.collect()
+  time.sleep(SETTLE_SECONDS)
   try:
     ctypes.CDLL(None).malloc_trim(0)
   except (OSError, AttributeError):
