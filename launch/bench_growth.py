@@ -53,7 +53,7 @@ AXES = (
   Axis("completion", (64, 128, 256, 512, 1024), ("update", "sample"), "1 to 2; sampling one more", "1 to 2"),
   Axis("group", (2, 4, 8, 16), ("update", "sample"), "1", "1"),
   Axis("replicates", (2, 4, 8, 16), ("update",), "1", "1"),
-  Axis("vocabulary", (1024, 4096, 16384, 65536, 126464), ("update", "sample"), "0 to 1", "0 to 1"),
+  Axis("vocabulary", (1024, 4096, 16384, 65536, 126464), ("update", "sample"), "0 to 1", "0 above 8192"),
 )
 DEVICES = Axis("devices", (1, 2, 4, 8), ("update", "sample"), "-1", "-1")
 
