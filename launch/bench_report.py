@@ -185,8 +185,14 @@ def compare(
   if pairs is None:
     pairs = [(name, peer) for name in ours for peer in peers]
   checked = {name for pair in pairs if tolerances and pair[1] in peers for name in pair}
-  measured = timing.run_in_turns(makers, options.repeats, say=options.say, checked=checked)
-  agreements = [each for a, b in pairs if b in peers for each in agree(a, b, measured, tolerances)]
+  agreements: list[Agreement] = []
+
+  def judge(numbers: Mapping[str, timing.Numbers]) -> None:
+    for name, peer in pairs:
+      if peer in peers:
+        agreements.extend(agree(name, peer, numbers, tolerances))
+
+  measured = timing.run_in_turns(makers, options.repeats, say=options.say, checked=checked, judge=judge)
   twins = {peer: name for name, peer in reversed(pairs) if peer in peers}  # a peer does the same work
   rows = [
     Row(
@@ -212,7 +218,7 @@ def compare(
 
 
 def agree(
-  ours: str, peer: str, measured: Mapping[str, timing.Timing], tolerances: Mapping[str, float]
+  ours: str, peer: str, numbers: Mapping[str, timing.Numbers], tolerances: Mapping[str, float]
 ) -> list[Agreement]:
   """Compare what two contenders' checks gave.
 
@@ -221,7 +227,7 @@ def agree(
   """
   found = []
   for what, tolerance in tolerances.items():
-    mine, other = (measured[name].numbers[what] for name in (ours, peer))
+    mine, other = (numbers[name][what] for name in (ours, peer))
     error = timing.relative_error(mine, other)
     if not error <= tolerance:
       raise Disagreement(f"{what}: {ours} and {peer} differ by {error:.1e}, more than {tolerance:.0e}")

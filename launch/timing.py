@@ -36,6 +36,7 @@ class Contender:
   facts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # known before any run, such as "flops"
 
 
+Numbers = Mapping[str, np.ndarray]
 Maker = tuple[Callable[..., Contender], tuple[Any, ...]]  # a function of some module, and its arguments
 
 
@@ -44,11 +45,8 @@ class Timing:
   """What one contender took."""
 
   seconds: tuple[float, ...]
-  peak_bytes: (
-    int | None
-  )  # grown by at the peak, of what was there before the first turn; None: the system does not tell
+  peak_bytes: int | None  # at the peak, above what was there before the first turn; None: the system does not tell
   facts: Mapping[str, float]
-  numbers: Mapping[str, np.ndarray]
 
   @property
   def median(self) -> float:
@@ -60,13 +58,19 @@ class ContenderFailed(RuntimeError):
 
 
 def run_in_turns(
-  makers: Mapping[str, Maker], repeats: int, *, say: Callable[[str], None] = print, checked: Collection[str] = ()
+  makers: Mapping[str, Maker],
+  repeats: int,
+  *,
+  say: Callable[[str], None] = print,
+  checked: Collection[str] = (),
+  judge: Callable[[Mapping[str, Numbers]], None] = lambda numbers: None,
 ) -> dict[str, Timing]:
   """Build every contender, run it once unmeasured, then `repeats` times in turns.
 
   Args:
     say: told what happens next.
     checked: those that are also asked for their numbers.
+    judge: given the numbers before anything is timed; what it raises ends the run.
 
   Raises:
     ValueError: a contender was refused what it was given.
@@ -85,6 +89,7 @@ def run_in_turns(
       if name in checked:
         say(f"{name}: numbers")
         numbers[name] = process.ask("check")
+    judge(numbers)
     turns: dict[str, list[_Turn]] = {name: [] for name in processes}
     for turn in range(repeats):
       for name, process in processes.items():
@@ -98,7 +103,6 @@ def run_in_turns(
       tuple(turn.seconds for turn in rows),
       None if None in [turn.peak_bytes for turn in rows] else max(turn.peak_bytes for turn in rows),
       facts[name] | rows[-1].facts,
-      numbers[name],
     )
     for name, rows in turns.items()
   }
