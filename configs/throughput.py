@@ -51,6 +51,7 @@ def get_config(workload: str = "training") -> ConfigDict:
     m.vocab_size = m.embedding_size = 4096
     m.num_layers = 2
     m.num_heads = m.num_kv_heads = 2
+    m.lora.rank = 8  # which eight devices divide
     c.task.max_prompt_length = 64
     c.sampler.completion_length = 64
     c.sampler.steps = 32

@@ -55,7 +55,7 @@ AXES = (
   Axis("replicates", (2, 4, 8, 16), ("update",), "1", "1"),
   Axis("vocabulary", (1024, 4096, 16384, 65536, 126464), ("update", "sample"), "0 to 1", "0 above 8192"),
 )
-DEVICES = Axis("devices", (1, 2, 4, 8), ("update", "sample"), "-1", "-1")
+DEVICES = Axis("devices", (1, 2, 4, 8), ("update",), "-1", "-1")
 
 
 class Point(NamedTuple):

@@ -145,7 +145,7 @@ def test_growth_is_fitted_and_drawn(tmp_path):
       points.append(own._replace(collectives=n, collective_bytes=1000 * n))
   growth = bench_growth.Growth("as made up", points)
   fits = {(fit.axis, fit.program): fit for fit in growth.fits()}
-  completion, devices = fits["completion", "update"], fits["devices", "sample"]
+  completion, devices = fits["completion", "update"], fits["devices", "update"]
   assert np.allclose([completion.time, completion.flops, completion.memory], [2, 1, 1])
   assert devices.time is None
   assert np.allclose([devices.flops, devices.memory], -1)
