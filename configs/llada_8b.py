@@ -21,6 +21,7 @@ def get_config(completion_length="256"):
   m.rope_theta = 500_000.0
   m.dtype = m.param_dtype = "bfloat16"  # published: a base in NF4, which is none of a TPU's formats
   m.remat = "full"  # dots would keep 2.5 MiB a token, 36 GiB on each of 16 chips at this microbatch
+  m.layer_rows = 4  # 36 antithetic pairs of 512-token rows a v5e chip fit by it, and do not without (docs/pod.md)
   m.lora.rank = 128
   m.lora.alpha = 64.0
   m.lora.dropout = 0.05
