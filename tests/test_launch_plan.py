@@ -39,13 +39,13 @@ def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
   assert 0.9 < cost["arguments"] < 1.2  # a sixteenth of 16 GB, and of the adapters and their moments
   assert cost["peak"] < PEAK
   assert cost["vocabulary"] == []
-  assert cost["collectives"]["all-gather"]["bytes"] < 60e9  # the weights, three times, not once a chunk of the loss
+  assert cost["collectives"]["all-gather"]["bytes"] < 40e9  # the weights, twice, and the head once
   tokens, weights = 64 * 456, 7e9
   assert 2.5 * 2 * tokens * weights < cost["flops"] < 5 * 2 * tokens * weights  # forward twice, and back
   assert "update" in done.stdout
 
 
-PEAK = 2.75  # GiB; what has been seen is 2 % below
+PEAK = 2.25  # GiB; what has been seen is 2 % below
 
 
 def cost(program="update", peak=5.0, **changes):
