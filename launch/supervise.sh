@@ -23,7 +23,7 @@ forward() {
 }
 trap forward TERM INT
 
-for ((attempt = 0; ; attempt++)); do
+run() {  # to its end, whatever signal comes when
   "$@" &
   child=$!
   [[ $stopping == early ]] && kill -TERM "$child"  # the signal came before the child had a name
@@ -33,14 +33,17 @@ for ((attempt = 0; ; attempt++)); do
     wait "$child"
     code=$?
   done
-  if [[ $code -le 2 || -n $stopping || $attempt -ge $restarts ]]; then
-    exit "$code"
-  fi
-  echo "ended with exit code $code: restart $((attempt + 1)) of $restarts in $pause s" >&2
-  sleep "$pause" &
-  child=$!
-  wait "$child"  # a signal ends it
-  [[ -n $stopping ]] && exit "$code"
   child=
+}
+
+for ((attempt = 0; ; attempt++)); do
+  run "$@"
+  ended=$code
+  if [[ $ended -le 2 || -n $stopping || $attempt -ge $restarts ]]; then
+    exit "$ended"
+  fi
+  echo "ended with exit code $ended: restart $((attempt + 1)) of $restarts in $pause s" >&2
+  run sleep "$pause"
+  [[ -n $stopping ]] && exit "$ended"
   pause=$((pause * 2 > 60 ? 60 : pause * 2))
 done
