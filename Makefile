@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 LIBTPU := $(VENV)/libtpu
 PLANNING := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(LIBTPU))
 
-.PHONY: demo test docs-check test-torch lint format libtpu fuzz bench
+.PHONY: demo test docs-check test-torch lint format libtpu fuzz bench bench-grade
 
 demo: $(INSTALLED)
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
@@ -28,6 +28,10 @@ bench: $(INSTALLED)
 	@if $(RUN) -c 'import torch, transformers, peft' 2>/dev/null; then peer=torch; else peer=none; \
 	  echo 'PyTorch is not installed (requirements-torch.txt): nothing is compared with it'; fi; \
 	$(RUN) -m launch.benchmark all --peer=$$peer --repeats=2 --json=runs/benchmark.json
+
+# how fast completions are graded, alone
+bench-grade: $(INSTALLED)
+	$(RUN) -m launch.benchmark grade
 
 # The comparisons with PyTorch, which the other tests skip where it is not installed.
 test-torch: $(INSTALLED)

@@ -77,12 +77,7 @@ class Checkpoints:
     self.directory = _absolute(directory)
     self._manager = _Manager(
       self.directory,
-      item_handlers={
-        "state": ocp.StandardCheckpointHandler(),
-        "experience": ocp.StandardCheckpointHandler(),
-        "drawn": ocp.StandardCheckpointHandler(),
-        "progress": ocp.JsonCheckpointHandler(),
-      },
+      item_handlers=_item_handlers(),
       options=ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True),
     )
 
@@ -145,14 +140,18 @@ class Checkpoints:
     return None
 
   def _restore(self, step: int, abstract_state: TrainState) -> Restored:
-    about = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+    """Read a checkpoint, every process for itself: one that cannot leaves no other waiting for it."""
+    path, own = self.directory / str(step), jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_item_handlers()), multiprocessing_options=alone)
+    about = reader.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
     items, everywhere = {"state": ocp.args.StandardRestore(abstract_state)}, abstract_state.step.sharding
     for name, gather in (("experience", _experience), ("drawn", _drawn)):
       if about.get(f"has_{name}"):
         saved = self._manager.item_metadata(step)[name].tree
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), saved)
         items[name] = ocp.args.StandardRestore(gather(abstract))
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    restored = reader.restore(path, args=ocp.args.Composite(**items))
     return Restored(step, restored.state, restored.get("experience"), about["progress"], restored.get("drawn"))
 
   def _set_aside(self, problems: dict[int, str], taken: int) -> None:
@@ -237,6 +236,12 @@ def identity(path: epath.PathLike) -> str:
   path = _absolute(pretrained.params_path(path))
   index = [file for file in sorted(path.iterdir()) if file.name in _INDEX_FILES]
   return hashlib.sha256(b"".join(file.read_bytes() for file in index)).hexdigest()[:16]
+
+
+def _item_handlers() -> dict[str, ocp.CheckpointHandler]:
+  """Say how each part of a checkpoint is written and read."""
+  arrays = ("state", "experience", "drawn")
+  return {**{name: ocp.StandardCheckpointHandler() for name in arrays}, "progress": ocp.JsonCheckpointHandler()}
 
 
 def _first_line(error: Exception) -> str:

@@ -16,8 +16,13 @@ CONTENDERS = {
   "llada": {"sampler.name": "llada"},
   "prefix_cache": {"sampler.name": "prefix_cache", "sampler.prefix_cache.rule": "count"},
   "dual_cache": {"sampler.name": "dual_cache", "sampler.dual_cache.rule": "count"},
+  "threshold": {
+    "sampler.name": "parallel",
+    "sampler.parallel.rule": "threshold",
+    "sampler.parallel.threshold": 0.9,
+  },
 }
-PEERS = ("prefix_cache",)  # the published rollouts
+PEERS = ("llada", "prefix_cache")  # plain decoding, and the published rollouts
 TOLERANCES = {"tokens": 0.1}  # share of others; a tie that rounding decides changes all that follows in its row
 
 

@@ -9,9 +9,9 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from programs import ROOT, begin, finish, start, wait_for
+from remains import policy_of
 
 TINY = "--config=tests/tiny.py"
 ENDLESS = "--config.train.num_buffers=100000"
@@ -28,13 +28,6 @@ def rows_of(workdir, phase="train"):
 def saved_steps(workdir):
   """Steps of the whole checkpoints of the training proper."""
   return [int(path.name) for path in (workdir / "checkpoints" / "train").iterdir() if path.name.isdigit()]
-
-
-def policy_of(workdir):
-  """Every parameter of the final policy, on the host, whatever devices it was saved from."""
-  path, checkpointer = (workdir / "policy").resolve(), ocp.StandardCheckpointer()
-  saved = checkpointer.metadata(path).item_metadata.tree
-  return checkpointer.restore(path, jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), saved))
 
 
 def test_killed_runs_end_bit_for_bit_as_if_left_alone(tmp_path):

@@ -1,13 +1,11 @@
 """Buffers drawn before the updates on the one before: as a plain loop would do it, and interrupted like any run."""
 
-import json
-
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 from etils import epath
+from remains import leave_alone, policy_of, rows_of
 
 from dmpo_jax import build, checkpoints, measure, phases, train
 
@@ -25,23 +23,7 @@ def one_device(use_devices):
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory):
   """A pipelined run that nothing interrupts."""
-  devices = jax.devices
-  jax.devices = lambda: devices()[:1]
-  workdir = epath.Path(tmp_path_factory.mktemp("left_alone") / "run")
-  train.main(config(), workdir)
-  jax.devices = devices
-  return workdir
-
-
-def rows_of(workdir):
-  """The metrics of a run, without what is measured in time."""
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{name: row[name] for name in row if name != "time" and "second" not in name} for row in rows]
-
-
-def policy_of(workdir):
-  """Every parameter of the final policy, as saved."""
-  return ocp.StandardCheckpointer().restore((workdir / "policy").resolve())
+  return leave_alone(config(), tmp_path_factory.mktemp("left_alone"))
 
 
 def test_a_buffer_is_drawn_by_the_policy_that_the_one_before_begins_with(left_alone, tmp_path):
