@@ -42,7 +42,7 @@ class Section:
 
 
 SECTIONS = {
-  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 190),
+  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 300),
   "score": Section("launch.bench_score", "configs/throughput.py", 110),
   "update": Section("launch.bench_update", "configs/throughput.py", 150),
   "iteration": Section("launch.bench_iteration", "configs/throughput.py:iteration", 190),
