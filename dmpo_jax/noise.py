@@ -11,9 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, UInt32
 
 
-def step_key(seed: int, purpose: str, step: int | Int[Array, ""]) -> Key[Array, ""]:
-  """Key of one step of one purpose, such as ("rollout", buffer) or ("loss", update)."""
-  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode())), step)
+def step_key(seed: int | Key[Array, ""], purpose: str, step: int | Int[Array, ""]) -> Key[Array, ""]:
+  """Key of one step of one purpose, such as ("rollout", buffer) or ("loss", update).
+
+  Args:
+    seed: or `jax.random.key(seed)`, the argument of a compiled program that serves every seed.
+  """
+  root = jax.random.key(seed) if isinstance(seed, int) else seed
+  return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(purpose.encode())), step)
 
 
 def row_keys(key: Key[Array, ""], prompt_id: UInt32[Array, "p"], group_size: int) -> Key[Array, "p g"]:

@@ -102,18 +102,20 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
     frozen={},
     draw=draw,
     finish=finish,
-    update=update.make_update(
-      llada.LLaDA(dataclasses.replace(parts.model.config, lora=None)),
-      optimizer,
-      objective="denoise",
-      seed=config.seed,
-      microbatch_prompts=0,
-      sync_reference_every=0,
-      shardings=_shardings(state, parts.mesh),
-      num_replicates=1,
-      antithetic=False,
-      min_mask_ratio=warm.min_mask_ratio,
-      max_mask_ratio=1.0,
+    update=_of_seed(
+      config.seed,
+      update.make_update(
+        llada.LLaDA(dataclasses.replace(parts.model.config, lora=None)),
+        optimizer,
+        objective="denoise",
+        microbatch_prompts=0,
+        sync_reference_every=0,
+        shardings=_shardings(state, parts.mesh),
+        num_replicates=1,
+        antithetic=False,
+        min_mask_ratio=warm.min_mask_ratio,
+        max_mask_ratio=1.0,
+      ),
     ),
     evaluate=lambda trainable, buffer: {},
     evaluate_after=frozenset(),
@@ -142,7 +144,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     frozen=base if has_adapters or not is_supervised else {},
     draw=draw,
     finish=finish,
-    update=training_update(config, parts.model, optimizer, _shardings(state, parts.mesh)),
+    update=_of_seed(config.seed, training_update(config, parts.model, optimizer, _shardings(state, parts.mesh))),
     evaluate=make_evaluate(config, workdir / "generations", parts, base),
     evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
     is_pipelined=config.rollout.pipelined,
@@ -167,7 +169,6 @@ def training_update(
     model,
     optimizer,
     objective=config.objective.name,
-    seed=config.seed,
     microbatch_prompts=config.train.microbatch_prompts,
     sync_reference_every=config.objective.sync_reference_every,
     shardings=shardings,
@@ -286,6 +287,12 @@ def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
     seed=config.seed,
     with_reference=needs == "ratio_and_reference",
   )
+
+
+def _of_seed(seed: int, update: Callable) -> Callable:
+  """Give a gradient step the run's seed, as its last argument."""
+  key = jax.random.key(seed)
+  return lambda state, frozen, experience: update(state, frozen, experience, key)
 
 
 def _evaluate_after(every: int, num_buffers: int) -> frozenset[int]:

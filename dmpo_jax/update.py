@@ -24,16 +24,16 @@ def make_update(
   optimizer: optax.GradientTransformation,
   *,
   objective: str,
-  seed: int,
   microbatch_prompts: int,
   sync_reference_every: int,
   shardings: tuple[TrainState, NamedSharding],
   **keywords: Any,
-) -> Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]:
-  """Jit `update(state, frozen, experience) -> (state, metrics)`; the state given is donated.
+) -> Callable[[TrainState, Any, Experience, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+  """Jit `update(state, frozen, experience, seed) -> (state, metrics)`; the state given is donated.
 
   The gradient is of the mean over the experience's prompts, accumulated in float32 over microbatches of whole groups.
-  A row's masks and dropout belong to (seed, step, prompt, rollout), so the split changes no number beyond rounding.
+  A row's masks and dropout belong to (seed, step, prompt, rollout), so the split changes no number beyond rounding. The
+  seed is given as its key, `jax.random.key(seed)`: runs that differ by it alone share one compiled program.
 
   Args:
     objective: a name in `objectives.OBJECTIVES`; `keywords` are its own.
@@ -43,8 +43,8 @@ def make_update(
   """
   has_dropout = model.config.lora is not None and model.config.lora.dropout > 0
 
-  def loss_and_metrics(trainable: Any, frozen: Any, experience: Experience, step: jax.Array, num_prompts: int):
-    group_size = experience.reward.shape[1]
+  def loss_and_metrics(trainable: Any, frozen: Any, experience: Experience, at: tuple, num_prompts: int):
+    group_size, (seed, step) = experience.reward.shape[1], at
 
     def keys(purpose: str) -> jax.Array:
       return noise.row_keys(noise.step_key(seed, purpose, step), experience.prompts.prompt_id, group_size)
@@ -58,14 +58,14 @@ def make_update(
     )
     return OBJECTIVES[objective].loss(score, experience, keys("loss"), num_prompts=num_prompts, **keywords)
 
-  def accumulate(state: TrainState, frozen: Any, experience: Experience):
-    num_prompts = experience.reward.shape[0]
+  def accumulate(state: TrainState, frozen: Any, experience: Experience, seed: jax.Array):
+    num_prompts, at = experience.reward.shape[0], (seed, state.step)
     gradient_of = jax.value_and_grad(loss_and_metrics, has_aux=True)
     if microbatch_prompts in (0, num_prompts):
-      return gradient_of(state.trainable, frozen, experience, state.step, num_prompts)
+      return gradient_of(state.trainable, frozen, experience, at, num_prompts)
 
     def part(microbatch: Experience):
-      result = gradient_of(state.trainable, frozen, microbatch, state.step, num_prompts)
+      result = gradient_of(state.trainable, frozen, microbatch, at, num_prompts)
       return jax.tree.map(lambda x: x.astype(jnp.float32), result)
 
     def add(total: Any, microbatch: Experience):
@@ -75,9 +75,9 @@ def make_update(
     shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], microbatches))
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), microbatches)[0]
 
-  def update(state: TrainState, frozen: Any, experience: Experience):
+  def update(state: TrainState, frozen: Any, experience: Experience, seed: jax.Array):
     experience = of_update(experience, state.step)
-    (loss, metrics), gradient = accumulate(state, frozen, experience)
+    (loss, metrics), gradient = accumulate(state, frozen, experience, seed)
     grad_norm = optax.global_norm(gradient)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)

@@ -184,7 +184,7 @@ def trace_program(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mes
     state = phases.abstract_state(trainable, optimizer, mesh).replace(reference=reference)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
     program = phases.training_update(config, model, optimizer, layout)
-    args = state, params, _experience(config, num_prompts)
+    args = state, params, _experience(config, num_prompts), key
   elif name == "sample":
     program = phases.training_sample(config, SimpleNamespace(model=model, mesh=mesh))
     args = Policies(trainable, params, reference), experience.prompts, key
