@@ -194,14 +194,7 @@ def make_turn(program: str, work: workload.Workload, compiled: jax.stages.Compil
   if program == "sample":
     key = noise.step_key(work.config.seed, "rollout", 0)
     return lambda: jax.block_until_ready(compiled(work.policies, work.experience.prompts, key))
-  state = bench_update.fresh_state(work)
-
-  def turn() -> None:
-    nonlocal state
-    state, metrics = compiled(state, work.policies.frozen, work.experience)
-    jax.block_until_ready((state, metrics))
-
-  return turn
+  return bench_update.make_turn(work, compiled)
 
 
 def point_of(

@@ -1,5 +1,6 @@
 """The gradient step: masks, loss, gradient, clipping and AdamW, against the same step in PyTorch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,15 +37,20 @@ def make_ours(config: ConfigDict) -> timing.Contender:
   """Compile the step that training takes."""
   work = workload.make(config)
   compiled = workload.trace("update", work).lower().compile()
+  facts = {"flops": workload.count_flops("update", config), "planned_bytes": workload.planned_bytes(compiled)}
+  return timing.Contender(make_turn(work, compiled), lambda: _check(config), facts)
+
+
+def make_turn(work: workload.Workload, compiled: jax.stages.Compiled) -> Callable[[], None]:
+  """Take one gradient step after another."""
   state = fresh_state(work)
 
   def turn() -> None:
     nonlocal state
-    state, metrics = compiled(state, work.policies.frozen, work.experience)
+    state, metrics = compiled(state, *work.beside_state)
     jax.block_until_ready((state, metrics))
 
-  facts = {"flops": workload.count_flops("update", config), "planned_bytes": workload.planned_bytes(compiled)}
-  return timing.Contender(turn, lambda: _check(config), facts)
+  return turn
 
 
 def fresh_state(work: workload.Workload) -> TrainState:
@@ -58,7 +64,7 @@ def _check(config: ConfigDict) -> dict[str, np.ndarray]:
   """Take one step without dropout; the gradient is read from AdamW's first moment, which the step has moved by it."""
   work = workload.make(workload.without_noise(config))
   step = workload.trace("update", work).lower().compile()
-  state, metrics = step(fresh_state(work), work.policies.frozen, work.experience)
+  state, metrics = step(fresh_state(work), *work.beside_state)
   moment = optax.tree_utils.tree_get(state.opt_state, "mu")
   gradient = jax.tree.map(lambda x: np.asarray(x) / (1 - config.optim.b1), moment)
   return {

@@ -33,6 +33,11 @@ class Workload(NamedTuple):
     """Training's."""
     return self.meshes[0]
 
+  @property
+  def beside_state(self) -> tuple[Any, Experience, jax.Array]:
+    """What the gradient step takes beside its state."""
+    return self.policies.frozen, self.experience, jax.random.key(self.config.seed)
+
 
 def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
   """Draw weights and a buffer; every process that draws them from one configuration has the same.
