@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from dmpo_jax.models import convert
-from launch import convert_hf, plan, timing, workload
+from launch import convert_hf, programs, timing, workload
 from launch.bench_report import Options, Result, Row
 
 MB = 1e6
@@ -34,7 +34,7 @@ def run(config: ConfigDict, options: Options) -> Result:
 
 def write_checkpoint(config: ConfigDict, folder: str) -> timing.Contender:
   """Write random weights in one file, and tell its size."""
-  source, model = pathlib.Path(folder), plan.plan_model(workload.changed(config, {"model.lora.rank": 0}))
+  source, model = pathlib.Path(folder), programs.make_model(workload.changed(config, {"model.lora.rank": 0}))
   source.mkdir(parents=True)
   name = convert.natural_family(model.config)
   (source / "config.json").write_text(json.dumps(convert.model_config_to_hf(model.config, name)))

@@ -18,12 +18,10 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from etils import epath
 from jax.sharding import Mesh
@@ -31,15 +29,12 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dmpo_jax import build, files, phases, progress, sharding
+from dmpo_jax import files, progress
 from dmpo_jax.config import ConfigError, validate
-from dmpo_jax.measure import Policies
 from dmpo_jax.models.llada import LLaDA
-from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.structs import Experience, Prompts
-from launch import costs
+from launch import costs, programs
+from launch.programs import PROGRAMS
 
-PROGRAMS = ("update", "sample", "measure", "move")
 GIB = 2**30
 
 # Without it XLA cuts products into many small ones with permutes between: twice the time to compile, and no faster.
@@ -132,98 +127,6 @@ def find_slice(topology: str) -> Slice:
   return Slice(topology, devices, CHIPS[kind])
 
 
-def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh, Mesh]:
-  """Lay the configuration's meshes over the slice, the samplers' second; one smaller than sharding.fsdp is all fsdp.
-
-  Raises:
-    ValueError: the devices do not fit a mesh.
-  """
-  sizes = config.sharding.to_dict()
-  if sizes["data"] == -1 and len(devices) < sizes["fsdp"] * sizes["tensor"]:
-    sizes |= {"data": 1, "fsdp": -1}
-  return sharding.make_meshes(**sizes, devices=devices)
-
-
-def plan_model(config: ConfigDict) -> LLaDA:
-  """Build the configuration's model; where its checkpoint is not at hand, special ids are any: no program depends on
-  which they are.
-
-  Raises:
-    ValueError: neither a checkpoint nor model.vocab_size says how large the vocabulary is.
-  """
-  if config.tokenizer.path or config.model.init_from:
-    return build.build_model(config, build.make_tokenizer(config))
-  size = config.model.vocab_size
-  if not size:
-    raise ValueError("config.model.vocab_size = 0: without a tokenizer the plan needs the size of the vocabulary")
-  vocabulary = SimpleNamespace(vocab_size=size, mask_token_id=size - 1, eos_token_id=size - 2, pad_token_id=size - 2)
-  return build.build_model(config, vocabulary)
-
-
-def is_needed(name: str, config: ConfigDict) -> bool:
-  """Whether the configuration's objective runs a program."""
-  needs = OBJECTIVES[config.objective.name].needs
-  if name == "measure":
-    return needs not in ("demonstrations", "rewards") and config.objective.likelihood != "sampler"
-  if name == "move":
-    return needs != "demonstrations" and any(config.sharding.rollout.values())
-  return name == "update" or needs != "demonstrations"
-
-
-def trace_program(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mesh, Mesh]) -> jax.stages.Traced:
-  """Trace one of `PROGRAMS` as training would call it, with descriptions in the place of arrays."""
-  mesh = meshes[1] if name == "sample" else meshes[0]
-  params = build.abstract_collection(model, mesh, "params")
-  trainable = build.abstract_collection(model, mesh, "lora") if model.config.lora else params
-  num_prompts = config.rollout.num_prompts
-  experience = _experience(config, config.rollout.chunk_prompts or num_prompts)
-  reference = trainable if config.objective.sync_reference_every else None
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  if name == "update":
-    optimizer = phases.training_optimizer(config)
-    state = phases.abstract_state(trainable, optimizer, mesh).replace(reference=reference)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
-    program = phases.training_update(config, model, optimizer, layout)
-    args = state, params, _experience(config, num_prompts), key
-  elif name == "sample":
-    program = phases.training_sample(config, SimpleNamespace(model=model, mesh=mesh))
-    args = Policies(trainable, params, reference), experience.prompts, key
-  elif name == "move":
-    args = (Policies(trainable, params, reference),)
-    program = sharding.moving(*args, meshes[1])
-  else:
-    program = phases.training_scores(config, model, mesh)
-    about = experience.completion, experience.is_counted, experience.committed_at
-    args = Policies(trainable, params, reference), experience.prompts, *about, key
-  with jax.set_mesh(mesh):  # from here on nothing may be computed: the devices are not there
-    return program.trace(*args)
-
-
-def _experience(config: ConfigDict, num_prompts: int) -> Experience:
-  """Describe a buffer of rollouts."""
-  p, g = num_prompts, config.rollout.group_size
-  needs, num_updates = OBJECTIVES[config.objective.name].needs, config.train.updates_per_buffer
-  names = {"ratio": ["token_log_p_old"], "ratio_and_reference": ["token_log_p_old", "token_log_p_ref"]}.get(needs, [])
-  q, c = config.task.max_prompt_length, config.sampler.completion_length
-
-  def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-  return Experience(
-    prompts=Prompts(array(jnp.int32, p, q), array(bool, p, q), array(jnp.uint32, p)),
-    completion=array(jnp.int32, p, g, c),
-    is_counted=array(bool, p, g, c),
-    reward=array(jnp.float32, p, g),
-    is_kept=array(bool, p, g),
-    log_p_old=array(jnp.float32, p, g),
-    log_p_ref=array(jnp.float32, p, g),
-    weight=array(jnp.float32, p, g),
-    negative_weight=array(jnp.float32, p, g),
-    committed_at=array(jnp.int32, p, g, c),
-    **dict.fromkeys(names, array(jnp.float32, p, g, num_updates, c)),
-  )
-
-
 def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
   """Compile one program for a slice and count what it takes.
 
@@ -231,10 +134,9 @@ def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
     ValueError: the configuration does not fit the slice's mesh.
   """
   start = time.monotonic()
-  meshes = make_meshes(config, where.devices)
-  model = build.place_model(plan_model(config), config, *meshes)
+  model, meshes = programs.place(config, where.devices)
   calls = config.sampler.steps * config.sampler.block_length // config.sampler.completion_length
-  traced = trace_program(name, config, model, meshes)
+  traced = programs.trace(name, config, model, meshes)
   flops = costs.count_flops(traced.jaxpr, while_trips=calls)
   try:
     compiled = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=OPTIONS)
@@ -284,7 +186,7 @@ def largest_microbatch(config: ConfigDict, where: Slice, log: Callable[[str], No
   Memory grows evenly with the microbatch, so two sizes tell where to look; what is reported has been compiled.
   """
   rows = config.rollout.group_size * config.objective.num_replicates
-  mesh, _ = make_meshes(config, where.devices)
+  mesh, _ = programs.make_meshes(config, where.devices)
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   step = max(1, shards // rows)
   tried: dict[int, Cost] = {}
@@ -354,7 +256,7 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
     validate(checked)
   else:
     validate(config)
-  attention = build.place_model(plan_model(config), config, *make_meshes(config, where.devices)).config.attention
+  attention = programs.place(config, where.devices)[0].config.attention
   console.print(f"attention: {attention}", highlight=False)
   result: dict[str, Any] = {"topology": topology, "attention": attention}
   if is_sweep:
@@ -366,7 +268,7 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
   found = {}
   with progress.Progress("compiling", len(names), unit="programs") as shown:
     for name in names:
-      if is_needed(name, config):
+      if programs.is_needed(name, config):
         shown.part(name)
         found[name] = cost_of(name, config, where)
         console.print(f"{name} compiled in {found[name].seconds_compiling:.0f} s", highlight=False)

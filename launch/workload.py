@@ -13,7 +13,7 @@ from dmpo_jax import build
 from dmpo_jax.measure import Policies
 from dmpo_jax.models.llada import LLaDA, ModelConfig
 from dmpo_jax.structs import Experience, Prompts
-from launch import costs, plan
+from launch import costs, programs
 
 # Factor on the head where tokens are drawn: how sure random weights are of them. More, and confidences round to 1.
 SHARPNESS = 10.0
@@ -45,8 +45,8 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
   Args:
     sharpness: factor on the head's weights.
   """
-  meshes = plan.make_meshes(config, jax.devices())
-  mesh, model = meshes[0], build.place_model(plan.plan_model(config), config, *meshes)
+  model, meshes = programs.place(config, jax.devices())
+  mesh = meshes[0]
   params = build.random_collection(model, mesh, "params", jax.random.key(0))
   if not model.config.weight_tying:  # the published samplers cannot bear that MASK is the most likely token
     params = params | {"head": params["head"].at[:, model.config.mask_token_id].set(0) * sharpness}
@@ -107,14 +107,13 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
 
 
 def trace(name: str, work: Workload) -> jax.stages.Traced:
-  """Trace one of `plan.PROGRAMS` for the workload's sizes."""
-  return plan.trace_program(name, work.config, work.model, work.meshes)
+  """Trace one of `programs.PROGRAMS` for the workload's sizes."""
+  return programs.trace(name, work.config, work.model, work.meshes)
 
 
 def trace_on(name: str, config: ConfigDict, devices: Sequence[jax.Device]) -> jax.stages.Traced:
   """Trace a program for a mesh of these devices; nothing is drawn."""
-  meshes = plan.make_meshes(config, devices)
-  return plan.trace_program(name, config, build.place_model(plan.plan_model(config), config, *meshes), meshes)
+  return programs.trace(name, config, *programs.place(config, devices))
 
 
 def count_flops(name: str, config: ConfigDict) -> float:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import llada_8b
 from dmpo_jax import sharding
-from launch import plan
+from launch import plan, programs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HAS_COMPILER = (pathlib.Path(sys.prefix) / "libtpu").exists() or "TPU_LIBRARY_PATH" in os.environ
@@ -97,9 +97,9 @@ def test_the_sweep_finds_the_largest_that_fits(monkeypatch, limit, wanted):
 
 def test_a_slice_smaller_than_the_mesh_is_all_fsdp():
   config = llada_8b.get_config()
-  assert dict(plan.make_meshes(config, jax.devices())[0].shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  assert dict(programs.make_meshes(config, jax.devices())[0].shape) == {"data": 1, "fsdp": 8, "tensor": 1}
   config = tiny.config(sharding__fsdp=2, sharding__rollout__tensor=2)
-  mesh, rollout_mesh = plan.make_meshes(config, jax.devices())
+  mesh, rollout_mesh = programs.make_meshes(config, jax.devices())
   assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
   assert dict(rollout_mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -109,27 +109,27 @@ def test_the_programs_are_traced_as_training_calls_them():
   meshes = sharding.make_meshes(2, 2, 2, rollout=dict(data=4, fsdp=1, tensor=0))
   for objective in ("wdce", "diffu_grpo"):
     config = tiny.config(model__lora__rank=2, objective__name=objective, sampler__steps=4, sharding__rollout__fsdp=1)
-    model = plan.plan_model(config)
-    for name in plan.PROGRAMS:
-      assert plan.is_needed(name, config)
-      traced = plan.trace_program(name, config, model, meshes)
+    model = programs.make_model(config)
+    for name in programs.PROGRAMS:
+      assert programs.is_needed(name, config)
+      traced = programs.trace(name, config, model, meshes)
       assert plan.costs.count_flops(traced.jaxpr) > 0 or name == "move"
 
 
 def test_scores_that_an_objective_does_not_need_are_left_out():
-  assert not plan.is_needed("measure", tiny.config(objective__name="wd1"))
-  assert not plan.is_needed("move", tiny.config())
-  assert plan.is_needed("sample", tiny.config(objective__name="wd1"))
-  assert not plan.is_needed("sample", tiny.config(objective__name="denoise"))
+  assert not programs.is_needed("measure", tiny.config(objective__name="wd1"))
+  assert not programs.is_needed("move", tiny.config())
+  assert programs.is_needed("sample", tiny.config(objective__name="wd1"))
+  assert not programs.is_needed("sample", tiny.config(objective__name="denoise"))
 
 
 def test_a_model_without_a_tokenizer_needs_its_vocabulary():
   config = llada_8b.get_config()
-  assert plan.plan_model(config).config.vocab_size == 126464
+  assert programs.make_model(config).config.vocab_size == 126464
   config = ConfigDict(config.to_dict())
   config.model.vocab_size = config.model.embedding_size = 0
   with pytest.raises(ValueError, match=r"config.model.vocab_size = 0"):
-    plan.plan_model(config)
+    programs.make_model(config)
 
 
 def test_the_compilers_refusal_is_read():

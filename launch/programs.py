@@ -1,0 +1,119 @@
+"""Training's programs, traced as a run would call them, with descriptions in the place of arrays.
+
+What plans a slice that is not there (`plan.py`) and what measures a machine (`benchmark.py`) take them from here.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dmpo_jax import build, phases, sharding
+from dmpo_jax.measure import Policies
+from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.structs import Experience, Prompts
+
+PROGRAMS = ("update", "sample", "measure", "move")
+
+
+def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh, Mesh]:
+  """Lay the configuration's meshes over the slice, the samplers' second; one smaller than sharding.fsdp is all fsdp.
+
+  Raises:
+    ValueError: the devices do not fit a mesh.
+  """
+  sizes = config.sharding.to_dict()
+  if sizes["data"] == -1 and len(devices) < sizes["fsdp"] * sizes["tensor"]:
+    sizes |= {"data": 1, "fsdp": -1}
+  return sharding.make_meshes(**sizes, devices=devices)
+
+
+def make_model(config: ConfigDict) -> LLaDA:
+  """Build the configuration's model; where its checkpoint is not at hand, special ids are any: no program depends on
+  which they are.
+
+  Raises:
+    ValueError: neither a checkpoint nor model.vocab_size says how large the vocabulary is.
+  """
+  if config.tokenizer.path or config.model.init_from:
+    return build.build_model(config, build.make_tokenizer(config))
+  size = config.model.vocab_size
+  if not size:
+    raise ValueError("config.model.vocab_size = 0: without a tokenizer the size of the vocabulary is needed")
+  vocabulary = SimpleNamespace(vocab_size=size, mask_token_id=size - 1, eos_token_id=size - 2, pad_token_id=size - 2)
+  return build.build_model(config, vocabulary)
+
+
+def place(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[LLaDA, tuple[Mesh, Mesh]]:
+  """Build the configuration's model for its meshes over the devices, and those."""
+  meshes = make_meshes(config, devices)
+  return build.place_model(make_model(config), config, *meshes), meshes
+
+
+def is_needed(name: str, config: ConfigDict) -> bool:
+  """Whether the configuration's objective runs a program."""
+  needs = OBJECTIVES[config.objective.name].needs
+  if name == "measure":
+    return needs not in ("demonstrations", "rewards") and config.objective.likelihood != "sampler"
+  if name == "move":
+    return needs != "demonstrations" and any(config.sharding.rollout.values())
+  return name == "update" or needs != "demonstrations"
+
+
+def trace(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mesh, Mesh]) -> jax.stages.Traced:
+  """Trace one of `PROGRAMS` as training would call it, with descriptions in the place of arrays."""
+  mesh = meshes[1] if name == "sample" else meshes[0]
+  params = build.abstract_collection(model, mesh, "params")
+  trainable = build.abstract_collection(model, mesh, "lora") if model.config.lora else params
+  num_prompts = config.rollout.num_prompts
+  experience = _experience(config, config.rollout.chunk_prompts or num_prompts)
+  reference = trainable if config.objective.sync_reference_every else None
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  if name == "update":
+    optimizer = phases.training_optimizer(config)
+    state = phases.abstract_state(trainable, optimizer, mesh).replace(reference=reference)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
+    program = phases.training_update(config, model, optimizer, layout)
+    args = state, params, _experience(config, num_prompts), key
+  elif name == "sample":
+    program = phases.training_sample(config, SimpleNamespace(model=model, mesh=mesh))
+    args = Policies(trainable, params, reference), experience.prompts, key
+  elif name == "move":
+    args = (Policies(trainable, params, reference),)
+    program = sharding.moving(*args, meshes[1])
+  else:
+    program = phases.training_scores(config, model, mesh)
+    about = experience.completion, experience.is_counted, experience.committed_at
+    args = Policies(trainable, params, reference), experience.prompts, *about, key
+  with jax.set_mesh(mesh):  # from here on nothing may be computed: the devices are not there
+    return program.trace(*args)
+
+
+def _experience(config: ConfigDict, num_prompts: int) -> Experience:
+  """Describe a buffer of rollouts."""
+  p, g = num_prompts, config.rollout.group_size
+  needs, num_updates = OBJECTIVES[config.objective.name].needs, config.train.updates_per_buffer
+  names = {"ratio": ["token_log_p_old"], "ratio_and_reference": ["token_log_p_old", "token_log_p_ref"]}.get(needs, [])
+  q, c = config.task.max_prompt_length, config.sampler.completion_length
+
+  def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  return Experience(
+    prompts=Prompts(array(jnp.int32, p, q), array(bool, p, q), array(jnp.uint32, p)),
+    completion=array(jnp.int32, p, g, c),
+    is_counted=array(bool, p, g, c),
+    reward=array(jnp.float32, p, g),
+    is_kept=array(bool, p, g),
+    log_p_old=array(jnp.float32, p, g),
+    log_p_ref=array(jnp.float32, p, g),
+    weight=array(jnp.float32, p, g),
+    negative_weight=array(jnp.float32, p, g),
+    committed_at=array(jnp.int32, p, g, c),
+    **dict.fromkeys(names, array(jnp.float32, p, g, num_updates, c)),
+  )
