@@ -148,6 +148,8 @@ def get_config() -> ConfigDict:
   o.clip = 0.5  # ratios are clipped to 1 - clip, 1 + clip (diffu_grpo, coupled_grpo, gdpo, tracerl)
   o.kl_weight = 0.04  # of the KL to the reference (tracerl: to the policy that sampled)
   o.sharpness = 1.0  # wd1: of the softmax of advantages
+  # of the reward, once a buffer; multiple of the old policy's distribution that the target has
+  o.dtm = ConfigDict(dict(tilt=1.0, control_variate=1.0))
 
   c.warm_start = w = ConfigDict()  # masked-diffusion training on demonstrations, before anything else
   w.updates = 0  # gradient steps; 0: none

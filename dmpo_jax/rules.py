@@ -228,6 +228,8 @@ RULES: dict[str, Rule] = {
   "objective.clip": number("(0, inf)"),
   "objective.kl_weight": number("[0, inf)"),
   "objective.sharpness": number("(0, inf)"),
+  "objective.dtm.tilt": number("(0, inf)"),
+  "objective.dtm.control_variate": number("[0, inf)"),
   "warm_start.updates": whole(0),
   "warm_start.batch_size": whole(1),
   "warm_start.learning_rate": number("(0, inf)"),
@@ -355,6 +357,12 @@ RELATIONS = (
     lambda likelihood, name: name != "spg" or likelihood == "eubo",
     "eubo, as {0} sets an upper bound against a lower one",
   ),
+  Relation(
+    "objective.sync_reference_every",
+    ("train.updates_per_buffer", "objective.name"),
+    lambda every, updates, name: not OBJECTIVES[name].has_teacher or every == updates,
+    "as many as {0}, as {1} takes the policy that drew the buffer for its reference",
+  ),
   Relation("objective.min_mask_ratio", ("objective.max_mask_ratio",), operator.lt, "below {0}"),
   Relation(
     "objective.likelihood",
@@ -391,6 +399,12 @@ RELATIONS = (
     ("objective.name",),
     lambda pipelined, name: not pipelined or OBJECTIVES[name].needs != "demonstrations",
     "False, as {0} learns from demonstrations",
+  ),
+  Relation(
+    "rollout.pipelined",
+    ("objective.name",),
+    lambda pipelined, name: not pipelined or not OBJECTIVES[name].has_teacher,
+    "False, as {0} takes the policy that drew the buffer for its reference",
   ),
   Relation(
     "rollout.num_prompts", ("task.num_train",), lambda prompts, train: not train or prompts <= train, "at most {0}"

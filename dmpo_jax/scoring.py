@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dmpo_jax import sharding
 from dmpo_jax.models.denoiser import completion_hidden
-from dmpo_jax.models.head import Scores, token_scores
+from dmpo_jax.models.head import Scores, divergence, token_scores
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.structs import Prompts
 
@@ -24,6 +24,7 @@ def make_score(
   completion: Int[Array, "p g c"],
   *,
   dropout_keys: Key[Array, "p g"] | None = None,
+  teacher: Mapping[str, Any] | None = None,
 ) -> Score:
   """Close over a policy and its completions; the result maps masks to scores.
 
@@ -35,6 +36,7 @@ def make_score(
 
   Args:
     dropout_keys: keys of the rollouts when the adapters' dropout is on; a replicate folds in its index.
+    teacher: variables of another policy; the scores then have the divergence from it, too.
   """
 
   def score(
@@ -54,13 +56,21 @@ def make_score(
       prompt = jnp.where(rows(prompt_is_masked), model.config.mask_token_id, prompt)
     is_valid = rows(prompts.is_valid[:, None, None])
     noised = jnp.where(rows(is_masked), model.config.mask_token_id, rows(completion[:, :, None]))
-    hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys).reshape(p, g, r, c, -1)
     if p * g * (r - len(pairs)) * c % sharding.num_shares("rows"):
       pairs = ()  # what is left cannot be spread over the devices
-    hidden, source = _pack(hidden, is_masked, pairs)
-    targets = jnp.broadcast_to(completion[:, :, None], hidden.shape[:-1])
+
+    def states(variables: Mapping[str, Any], keys: Key[Array, "rows"] | None) -> tuple[Float[Array, "t d"], list[int]]:
+      hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys).reshape(p, g, r, c, -1)
+      packed, source = _pack(hidden, is_masked, pairs)
+      return packed.reshape(-1, hidden.shape[-1]), source
+
+    hidden, source = states(variables, keys)
+    targets = jnp.broadcast_to(completion[:, :, None], (p, g, max(source) + 1, c))
     head = model.head_of(variables)
-    scores = token_scores(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
+    scores = token_scores(hidden, head, targets.reshape(-1))
+    if teacher is not None:
+      taught, _ = states(teacher, None)
+      scores = scores._replace(divergence=divergence(hidden, head, taught, model.head_of(teacher)))
     return jax.tree.map(lambda array: _stack(array.reshape(targets.shape), source), scores)
 
   return score

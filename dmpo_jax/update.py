@@ -41,31 +41,36 @@ def make_update(
     sync_reference_every: updates after which the state's reference becomes a copy of what is trained; 0: never.
     shardings: of the state and of the metrics.
   """
-  has_dropout = model.config.lora is not None and model.config.lora.dropout > 0
+  has_adapters = model.config.lora is not None
+  has_dropout = has_adapters and model.config.lora.dropout > 0
+  loss, _, has_teacher = OBJECTIVES[objective]
 
-  def loss_and_metrics(trainable: Any, frozen: Any, experience: Experience, at: tuple, num_prompts: int):
-    group_size, (seed, step) = experience.reward.shape[1], at
+  def loss_and_metrics(
+    trainable: Any, state: TrainState, frozen: Any, experience: Experience, seed: jax.Array, num_prompts: int
+  ):
+    group_size = experience.reward.shape[1]
 
     def keys(purpose: str) -> jax.Array:
-      return noise.row_keys(noise.step_key(seed, purpose, step), experience.prompts.prompt_id, group_size)
+      return noise.row_keys(noise.step_key(seed, purpose, state.step), experience.prompts.prompt_id, group_size)
 
     score = make_score(
       model,
-      lora.policy_variables(trainable, frozen, lora=model.config.lora is not None),
+      lora.policy_variables(trainable, frozen, has_adapters),
       experience.prompts,
       experience.completion,
       dropout_keys=keys("dropout") if has_dropout else None,
+      teacher=lora.reference_variables(frozen, state.reference, has_adapters) if has_teacher else None,
     )
-    return OBJECTIVES[objective].loss(score, experience, keys("loss"), num_prompts=num_prompts, **keywords)
+    return loss(score, experience, keys("loss"), num_prompts=num_prompts, **keywords)
 
   def accumulate(state: TrainState, frozen: Any, experience: Experience, seed: jax.Array):
-    num_prompts, at = experience.reward.shape[0], (seed, state.step)
+    num_prompts = experience.reward.shape[0]
     gradient_of = jax.value_and_grad(loss_and_metrics, has_aux=True)
     if microbatch_prompts in (0, num_prompts):
-      return gradient_of(state.trainable, frozen, experience, at, num_prompts)
+      return gradient_of(state.trainable, state, frozen, experience, seed, num_prompts)
 
     def part(microbatch: Experience):
-      result = gradient_of(state.trainable, frozen, microbatch, at, num_prompts)
+      result = gradient_of(state.trainable, state, frozen, microbatch, seed, num_prompts)
       return jax.tree.map(lambda x: x.astype(jnp.float32), result)
 
     def add(total: Any, microbatch: Experience):

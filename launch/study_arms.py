@@ -66,7 +66,7 @@ def _changed(group: str, name: str, **changes: Any) -> Arm:
   return Arm(group, name, "wdce", {key.replace("__", "."): value for key, value in changes.items()})
 
 
-CONFIGS = ("wdce", "wddo", "diffu_grpo", "wd1", "coupled_grpo", "spg", "gdpo", "tracerl")
+CONFIGS = ("wdce", "wddo", "diffu_grpo", "wd1", "coupled_grpo", "spg", "gdpo", "tracerl", "dtm")
 ARMS = (
   *(Arm("objectives", name, name) for name in CONFIGS),
   *(_baseline(name, size) for size in (8, 4, 16) for name in ("none", "mean", "model", "negative")),
@@ -99,9 +99,12 @@ def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def calls_a_buffer(config: ConfigDict) -> float:
-  """Model calls for each rollout of a buffer: sampling, measuring, and three for each replicate of an update."""
+  """Model calls for each rollout of a buffer: sampling, measuring, and three for each replicate of an update.
+
+  A teacher is called once more.
+  """
   objective, updates = config.objective, config.train.updates_per_buffer
-  needs = OBJECTIVES[objective.name].needs
+  _, needs, has_teacher = OBJECTIVES[objective.name]
   measured = {
     "rewards": 0,
     "weights": 2 * objective.num_elbo_replicates,
@@ -109,7 +112,7 @@ def calls_a_buffer(config: ConfigDict) -> float:
     "ratio_and_reference": 2 * objective.num_replicates * updates,
   }[needs]
   sets = 2 if objective.name == "wddo" and objective.wddo.sets == "independent" else 1
-  return config.sampler.steps + measured + 3 * sets * objective.num_replicates * updates
+  return config.sampler.steps + measured + (3 + has_teacher) * sets * objective.num_replicates * updates
 
 
 def needed_rates(groups: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, str]]:

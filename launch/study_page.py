@@ -68,7 +68,7 @@ class Claim(NamedTuple):
 
 def _claims() -> tuple[Claim, ...]:
   claims = []
-  for rival in ("wd1", "diffu_grpo", "coupled_grpo", "spg", "gdpo", "tracerl", "wddo"):
+  for rival in ("wd1", "diffu_grpo", "coupled_grpo", "spg", "gdpo", "tracerl", "dtm", "wddo"):
     claims.append(Claim("DMPO (wdce) against its rivals", "objectives", "wdce", "objectives", rival))
   for size in (4, 8, 16):
     for name in ("negative", "mean", "model"):

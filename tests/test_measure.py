@@ -73,6 +73,28 @@ def test_the_reference_follows_every_other_update(folder, use_devices, rank):
     np.testing.assert_allclose(followed.log_p_old, followed.log_p_ref, rtol=1e-5)
 
 
+def test_a_teacher_is_the_policy_that_drew_the_buffer(folder, use_devices):
+  config = tiny.config(
+    objective__name="dtm",
+    objective__sync_reference_every=2,
+    model__lora__rank=2,
+    model__lora__dropout=0.0,
+    optim__learning_rate=0.1,
+    train__updates_per_buffer=2,
+  )
+  parts, phase, state = begin(config, folder, use_devices)
+  distances = []
+  with jax.set_mesh(parts.mesh):
+    experience, _ = collect(phase, state, 0)
+    reward = np.tile(np.array([1, 0, 0, 0], np.float32), (len(experience.reward), 1))
+    for _ in range(3):
+      state, metrics = phase.update(state, phase.frozen, experience.replace(reward=reward))
+      distances.append(metrics["loss_kl"].item())
+  assert distances[0] == pytest.approx(0, abs=1e-6)
+  assert distances[1] > 1e-3
+  assert distances[2] == pytest.approx(0, abs=1e-6), "the third update is of the next buffer"
+
+
 def test_rounds_of_masks_are_added_until_the_noise_is_small(folder, use_devices):
   adaptive = dict(objective__replicates="adaptive", objective__max_rounds=3, objective__num_elbo_replicates=2)
   for max_noise, rounds in ((1e-9, 3), (1e9, 2)):  # one pair says nothing of its own noise

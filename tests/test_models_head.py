@@ -9,7 +9,7 @@ from jaxprs import arrays_of, products_of
 
 from dmpo_jax import sharding
 from dmpo_jax.models import head as head_module
-from dmpo_jax.models.head import Split, split_vocabulary, token_scores
+from dmpo_jax.models.head import Split, divergence, split_vocabulary, token_scores
 from launch.costs import count_collectives
 
 TOKENS, WIDTH, SIZE = 6, 5, 1000
@@ -45,8 +45,28 @@ def test_parts_are_the_whole(monkeypatch, part_size):
   monkeypatch.setattr(head_module, "PART_SIZE", part_size)
   (_, scores), gradients = jax.jit(gradient_of(token_scores))(HIDDEN, HEAD)
   (_, wanted), wanted_gradients = gradient_of(plain)(HIDDEN, HEAD)
-  assert_close(scores, wanted, rtol=1e-5, atol=1e-6)
+  assert_close(scores[:2], wanted, rtol=1e-5, atol=1e-6)
   assert_close(gradients, wanted_gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part_size", [128, 384, SIZE])
+def test_the_divergence_from_a_teacher(monkeypatch, part_size):
+  monkeypatch.setattr(head_module, "PART_SIZE", part_size)
+  teacher, teacher_head = HIDDEN[::-1], 1.5 * HEAD + 0.1
+
+  def total(score):
+    return jax.value_and_grad(lambda *arrays: (FACTOR * score(*arrays)).sum(), argnums=(0, 1, 2, 3))
+
+  def plainly(hidden, head, teacher, teacher_head):
+    taught = jax.lax.stop_gradient(jax.nn.softmax(teacher @ teacher_head))
+    return (taught * (jnp.log(taught) - jax.nn.log_softmax(hidden @ head))).sum(-1)
+
+  found = jax.jit(total(divergence))(HIDDEN, HEAD, teacher, teacher_head)
+  wanted = total(plainly)(HIDDEN, HEAD, teacher, teacher_head)
+  assert_close(jax.tree.leaves(found), jax.tree.leaves(wanted), rtol=2e-5, atol=2e-5)
+  if part_size < SIZE:
+    jaxpr = jax.make_jaxpr(total(divergence))(HIDDEN, HEAD, teacher, teacher_head)
+    assert not [shape for shape in arrays_of(jaxpr) if shape[:1] == (TOKENS,) and SIZE in shape]
 
 
 def test_one_gradient_alone_and_none_are_the_same_numbers(monkeypatch):
@@ -55,7 +75,7 @@ def test_one_gradient_alone_and_none_are_the_same_numbers(monkeypatch):
   for argnum in (0, 1):
     gradient = jax.jit(gradient_of(token_scores, argnum))(HIDDEN, HEAD)[1]
     np.testing.assert_allclose(gradient, wanted[argnum], rtol=1e-5, atol=1e-6)
-  assert_close(jax.jit(token_scores)(HIDDEN, HEAD, TARGETS), plain(HIDDEN, HEAD, TARGETS), rtol=1e-5, atol=1e-6)
+  assert_close(jax.jit(token_scores)(HIDDEN, HEAD, TARGETS)[:2], plain(HIDDEN, HEAD, TARGETS), rtol=1e-5, atol=1e-6)
 
 
 def test_extreme_logits_stay_finite(monkeypatch):
@@ -74,7 +94,7 @@ def test_bfloat16_is_summed_in_float32(monkeypatch):
   hidden, head = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
   (_, scores), gradients = jax.jit(gradient_of(token_scores))(hidden, head)
   (_, wanted), wanted_gradients = gradient_of(plain)(hidden.astype(jnp.float32), head.astype(jnp.float32))
-  assert_close(scores, wanted, rtol=1e-5, atol=1e-5)  # products of bfloat16 numbers are exact in float32
+  assert_close(scores[:2], wanted, rtol=1e-5, atol=1e-5)  # products of bfloat16 numbers are exact in float32
   assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16] * 2
   for gradient, other in zip(gradients, wanted_gradients, strict=True):
     np.testing.assert_allclose(gradient.astype(jnp.float32), other, atol=0.01 * np.abs(other).max())

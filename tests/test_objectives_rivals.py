@@ -28,8 +28,9 @@ LIKELIHOODS = {
 OWN = dict(clip=0.2, kl_weight=0.1, sharpness=1.0, sets="shared", alpha_ddo=1.0, beta=0.1) | dict(
   num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0
 )
+OWN |= dict(tilt=2.0, control_variate=1.0)
 OWN |= dict(baseline="negative", baseline_strength=1.0, unlearning="unbounded", min_log_ratio=0.0)
-RIVALS = tuple(LIKELIHOODS)
+RIVALS = (*LIKELIHOODS, "dtm")
 LEARNERS = (*RIVALS, "wdce", "wddo")
 C = 2
 OLD = np.log(np.array([[[0.5, 0.25], [0.4, 0.5]]], np.float32))
@@ -68,7 +69,10 @@ def value_and_grad(log_p, experience, *, name, kl_weight=0.1):
   def compute(log_p):
     def score(is_masked, prompt_is_masked=None, pairs=()):
       log_prob = jnp.broadcast_to(log_p[:, :, None], is_masked.shape)
-      return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones_like(log_prob))
+      old = jnp.asarray(OLD)[:, : log_p.shape[1], None]  # of two tokens, by the policy that drew the completions
+      log_ratios = old - log_prob, jnp.log1p(-jnp.exp(old)) - jnp.log1p(-jnp.exp(log_prob))
+      divergence = jnp.exp(old) * log_ratios[0] + (1 - jnp.exp(old)) * log_ratios[1]
+      return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones_like(log_prob), divergence=divergence)
 
     keys = jax.random.split(jax.random.key(1), log_p.shape[:2])
     return loss(score, experience, keys, num_prompts=1, **own)
@@ -172,6 +176,59 @@ def test_spg_takes_the_lower_bound_of_the_good_and_the_mixture_of_the_bad():
   assert loss.item() == pytest.approx(-(0.5 * lower[0] - 0.5 * mixed[1]).item() / C / 2, rel=1e-5)
 
 
+def test_dtm_by_hand():
+  loss, metrics, gradient = run("dtm")
+  better, worse = math.exp(1) - 1, math.exp(-1) - 1  # of rewards 0.5 and -0.5 at a tilt of 2; the divergence is 0
+  per_mask = -np.array([better, worse]) / 2  # a mean over two rollouts
+  assert loss.item() == pytest.approx((np.asarray(gradient) * OLD).sum(), rel=1e-5)
+  assert metrics["loss_coefficient"].item() == pytest.approx((better - worse) / 2, rel=1e-5)
+  assert metrics["loss_kl"].item() == pytest.approx(0, abs=1e-6)
+  share = np.asarray(gradient)[0] / per_mask[:, None]
+  assert (share > 0).all()  # each position is masked in one of a pair's halves,
+  assert set(share.sum(-1).round(5)) <= {0.5, 1.0}  # of which one may be empty
+
+
+@pytest.mark.parametrize("control_variate", [0.0, 0.5, 1.0])
+def test_dtm_is_least_where_the_old_policy_is_tilted(control_variate):
+  """All completions of two tokens, as often as the old policy draws them, in every state that they are masked to."""
+  counts, reward, tilt = np.array([[3, 1], [2, 4]]), np.array([[0.0, 1.0], [0.5, -1.0]]), 1.5
+  drawn = [(a, b) for a in range(2) for b in range(2) for _ in range(counts[a, b])]
+  completion = np.array([drawn], np.int32)
+
+  def conditionals(weight):
+    """[position, state of the other one: 0, 1 or masked, token]"""
+    first, second = weight / weight.sum(0), weight / weight.sum(1, keepdims=True)
+    alone = weight.sum(1) / weight.sum(), weight.sum(0) / weight.sum()
+    return np.log([[*first.T, alone[0]], [*second, alone[1]]])
+
+  old, new = conditionals(counts), conditionals(counts * np.exp(tilt * reward))
+  experience = jax.tree.map(
+    jnp.asarray,
+    make_experience([reward[a, b] for a, b in drawn]).replace(completion=completion, is_counted=completion >= 0),
+  )
+
+  def compute(table, is_all):
+    def score(is_masked, prompt_is_masked=None, pairs=()):
+      is_masked = jnp.broadcast_to(is_all, is_masked.shape)
+      y = jnp.broadcast_to(experience.completion[:, :, None], is_masked.shape)
+      state = jnp.where(is_masked, 2, y)[..., ::-1]
+      log_p, log_old = (
+        jax.nn.log_softmax(jnp.asarray(each, jnp.float32))[jnp.arange(2), state] for each in (table, old)
+      )
+      log_prob = jnp.take_along_axis(log_p, y[..., None], -1)[..., 0]
+      divergence = (jnp.exp(log_old) * (log_old - log_p)).sum(-1)
+      return SimpleNamespace(log_prob=log_prob, entropy=log_prob, divergence=divergence)
+
+    keys = jnp.broadcast_to(jax.random.key(0), completion.shape[:2])
+    own = dict(num_replicates=1, antithetic=False, min_mask_ratio=1.0, max_mask_ratio=1.0, tilt=tilt)
+    return OBJECTIVES["dtm"].loss(score, experience, keys, num_prompts=1, control_variate=control_variate, **own)[0]
+
+  slope = jax.jit(jax.grad(compute))
+  for is_all in (True, False):  # both positions hidden, or each with the other one in sight
+    np.testing.assert_allclose(slope(new, is_all), 0, atol=1e-6)
+    assert np.abs(slope(old, is_all)).max() > 0.05
+
+
 def test_advantages_by_hand():
   reward, is_kept = jnp.array([[1.0, 0.0, 5.0, 2.0]]), jnp.array([[True, True, False, True]])
   np.testing.assert_allclose(centred_advantage(reward, is_kept), [[0, -1, 0, 1]])
@@ -234,6 +291,7 @@ def test_a_dropped_rollout_poisons_nothing(name):
     ("denoise", {}),
     ("coupled_grpo", dict(likelihood=Coupled(5, min_mask_ratio=0.2, max_mask_ratio=0.8))),
     ("wd1", dict(likelihood=Elbo(4, True, 0.0, 1.0, mask_block_length=1))),
+    ("dtm", {}),
     ("spg", dict(likelihood=Eubo(4, True, 0.2, 0.8, 0, beta=1.5, mixture=0.5))),
   ],
 )
@@ -252,7 +310,7 @@ def test_a_position_of_a_pair_is_read_in_one_of_the_two(name, own):
       for i, j in pairs if is_shared else ():
         wanted = jnp.where(is_masked[:, :, i], log_prob[:, :, i], log_prob[:, :, j])
         log_prob = log_prob.at[:, :, i].set(wanted).at[:, :, j].set(wanted)
-      return SimpleNamespace(log_prob=log_prob, entropy=jnp.exp(log_prob))
+      return SimpleNamespace(log_prob=log_prob, entropy=jnp.exp(log_prob), divergence=log_prob**2)
 
     return loss(score, experience, keys, num_prompts=1, **keywords)
 

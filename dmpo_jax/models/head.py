@@ -60,6 +60,7 @@ class Scores(NamedTuple):
 
   log_prob: Float32[Array, "*t"]  # of the token
   entropy: Float32[Array, "*t"]  # of the distribution that it was scored under; carries no gradient
+  divergence: Float32[Array, "*t"] | None = None  # KL(teacher || that distribution), where there is a teacher
 
 
 def part_logits(
@@ -104,6 +105,60 @@ def token_scores(hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets
   score = _score_whole if num_parts == 1 else _score_in_parts
   log_prob, entropy = score(constrain(hidden, "rows", None), head, targets)
   return Scores(log_prob, jax.lax.stop_gradient(entropy))
+
+
+class _Pair(NamedTuple):
+  """Of tokens' two distributions over the ids read so far."""
+
+  highest: Float32[Array, "t"]  # logit
+  teacher_highest: Float32[Array, "t"]
+  total: Float32[Array, "t"]  # sum of exp(logit - highest)
+  teacher_total: Float32[Array, "t"]
+  weighted: Float32[Array, "t"]  # sum of exp(teacher's logit - teacher_highest) * (teacher's logit - logit)
+
+
+def divergence(
+  hidden: Float[Array, "t d"],
+  head: Float[Array, "d v"],
+  teacher: Float[Array, "t d"],
+  teacher_head: Float[Array, "d v"],
+) -> Float32[Array, "t"]:
+  """Give KL(p_teacher || p) of the softmaxes over all columns of two heads, in nats.
+
+  The teacher's distribution carries no gradient. The vocabulary is read in parts, whose logits are computed again in
+  the backward pass.
+  """
+  split, num_parts = split_vocabulary(head.shape[1])
+  hidden, teacher = constrain(hidden, "rows", None), constrain(jax.lax.stop_gradient(teacher), "rows", None)
+
+  @jax.checkpoint
+  def read(before: _Pair, number: Int[Array, ""]) -> tuple[_Pair, None]:
+    _, is_new = split.ids(number)
+    own, taught = (
+      _project(states, _gather(weights, split, number), split)
+      for states, weights in ((hidden, head), (teacher, jax.lax.stop_gradient(teacher_head)))
+    )
+    kept = jnp.where(is_new, own, -jnp.inf), jnp.where(is_new, taught, -jnp.inf)
+    highest = [
+      jnp.maximum(level, jax.lax.stop_gradient(logits.max((-2, -1))))
+      for level, logits in zip((before.highest, before.teacher_highest), kept, strict=True)
+    ]
+    share, taught_share = (jnp.exp(logits - level[:, None, None]) for logits, level in zip(kept, highest, strict=True))
+    shrunk, taught_shrunk = jnp.exp(before.highest - highest[0]), jnp.exp(before.teacher_highest - highest[1])
+    return _Pair(
+      *highest,
+      before.total * shrunk + share.sum((-2, -1)),
+      before.teacher_total * taught_shrunk + taught_share.sum((-2, -1)),
+      before.weighted * taught_shrunk + (taught_share * (taught - own)).sum((-2, -1)),
+    ), None
+
+  zero = jnp.zeros(len(hidden))
+  least = jnp.full_like(zero, -jnp.inf)
+  sums, _ = jax.lax.scan(read, _Pair(least, least, zero, zero, zero), jnp.arange(num_parts))
+  log_normalizer, taught_normalizer = (
+    level + jnp.log(total) for level, total in ((sums.highest, sums.total), (sums.teacher_highest, sums.teacher_total))
+  )
+  return sums.weighted / sums.teacher_total + log_normalizer - taught_normalizer
 
 
 def _score_whole(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

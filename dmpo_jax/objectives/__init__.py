@@ -10,7 +10,7 @@ the configuration names.
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from dmpo_jax.objectives import coupled_grpo, denoise, diffu_grpo, gdpo, spg, tracerl, wd1, wdce, wddo
+from dmpo_jax.objectives import coupled_grpo, denoise, diffu_grpo, dtm, gdpo, spg, tracerl, wd1, wdce, wddo
 
 Needs = Literal["demonstrations", "rewards", "weights", "ratio", "ratio_and_reference"]
 
@@ -22,6 +22,7 @@ class Objective(NamedTuple):
   # `demonstrations` instead of rollouts; of rollouts `rewards` alone, the importance `weights`, or the
   # log-probabilities under the update's own views by the policy that drew them (`ratio`), and by the reference too.
   needs: Needs
+  has_teacher: bool = False  # its scores have the divergence from the reference policy
 
 
 OBJECTIVES = {
@@ -34,4 +35,5 @@ OBJECTIVES = {
   "tracerl": Objective(tracerl.loss, "ratio"),
   "wd1": Objective(wd1.loss, "rewards"),
   "spg": Objective(spg.loss, "rewards"),
+  "dtm": Objective(dtm.loss, "rewards", has_teacher=True),
 }
