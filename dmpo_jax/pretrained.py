@@ -28,7 +28,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.
 class Pretrained(NamedTuple):
   """What a converted folder says of its model."""
 
-  family: str  # a name in `convert.FAMILIES`
+  family: str  # a name in `families.FAMILIES`
   fields: dict[str, Any]  # values of `FIELDS`
 
   def model_config(self, **own: Any) -> ModelConfig:

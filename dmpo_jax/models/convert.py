@@ -4,7 +4,6 @@ Pure mappings on the host; reading and writing files is the caller's. Torch keep
 layer, we keep [layers, in, out]. A `Place` says for one tensor where it belongs; everything else follows from these.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,84 +12,35 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from dmpo_jax.models.entries import ANYTHING, FLAG, ID, POSITIVE, SHARE, SIZE, check_entries
+from dmpo_jax.models.families import FAMILIES, Family
 from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.models.lora import TARGETS, LoraConfig
 
 PEFT_ROOT = "base_model.model."
 BIASED = ("q_proj", "k_proj", "v_proj")
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """What one family of checkpoints calls things: of the whole model, and of a layer by our names."""
-
-  embedding: str
-  final_norm: str
-  head: str
-  block: str  # {} stands for the layer's number
-  modules: Mapping[str, str]  # ours -> theirs
-  sizes: Mapping[str, str]  # our fields -> keys of config.json
-  fixed: Mapping[str, Any]  # options of which the model has one value only
-  shift_logits: bool = False
-
-
-FAMILIES = {
-  "llada": Family(  # arXiv 2502.09992
-    embedding="model.transformer.wte",
-    final_norm="model.transformer.ln_f",
-    head="model.transformer.ff_out",
-    block="model.transformer.blocks.{}.",
-    modules={name: name for name in ("attn_norm", "ff_norm", *TARGETS)},
-    sizes=dict(
-      d_model="d_model",
-      num_layers="n_layers",
-      num_heads="n_heads",
-      mlp_hidden_size="mlp_hidden_size",
-      weight_tying="weight_tying",
-    ),
-    fixed=dict(
-      activation_type="silu",
-      alibi=False,
-      attention_layer_norm=False,
-      bias_for_layer_norm=False,
-      block_group_size=1,
-      block_type="llama",
-      include_bias=False,
-      include_qkv_bias=False,
-      input_emb_norm=False,
-      layer_norm_type="rms",
-      layer_norm_with_affine=True,
-      rope=True,
-      scale_logits=False,
-    ),
-  ),
-  "dream": Family(  # arXiv 2508.15487; the architecture of Qwen2.5
-    embedding="model.embed_tokens",
-    final_norm="model.norm",
-    head="lm_head",
-    block="model.layers.{}.",
-    modules=dict(
-      attn_norm="input_layernorm",
-      ff_norm="post_attention_layernorm",
-      q_proj="self_attn.q_proj",
-      k_proj="self_attn.k_proj",
-      v_proj="self_attn.v_proj",
-      attn_out="self_attn.o_proj",
-      ff_proj="mlp.gate_proj",
-      up_proj="mlp.up_proj",
-      ff_out="mlp.down_proj",
-    ),
-    sizes=dict(
-      d_model="hidden_size",
-      num_layers="num_hidden_layers",
-      num_heads="num_attention_heads",
-      mlp_hidden_size="intermediate_size",
-      weight_tying="tie_word_embeddings",
-    ),
-    fixed=dict(hidden_act="silu", rope_scaling=None, use_mrope=False, use_sliding_window=False),
-    shift_logits=True,
-  ),
-}
+# PEFT's ways to begin an adapter that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA) change them when the adapter is loaded: its numbers hold for that other model.
+INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+OTHER_ADAPTERS = (  # PEFT's options under which an adapter computes something else than plain LoRA, or on other modules
+  "alora_invocation_tokens",
+  "alpha_pattern",
+  "arrow_config",
+  "fan_in_fan_out",
+  "kasa_config",
+  "layer_replication",
+  "lora_bias",
+  "modules_to_save",
+  "monteclora_config",
+  "rank_pattern",
+  "target_parameters",
+  "trainable_token_indices",
+  "use_bdlora",
+  "use_dora",
+  "use_qalora",
+  "use_rslora",
+)
 
 
 class Place(NamedTuple):
@@ -120,35 +70,73 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   """Translate a checkpoint's config.json; `own` are our fields that it does not have (dtype, remat, lora, ...).
 
   Raises:
-    ValueError: the checkpoint lacks an entry, or uses options that the model does not have.
+    ValueError: the checkpoint lacks an entry, has one of another kind, or uses options that the model does not have.
   """
   family = FAMILIES[family_of(config)]
+  _check_config(config, family)
+  fields = {ours: config.get(theirs) for ours, theirs in family.sizes.items()}
+  eos_token_id, vocab_size = config["eos_token_id"], config["vocab_size"]
+  return ModelConfig(
+    **fields | {"mlp_hidden_size": _mlp_hidden_size(config, family)},
+    num_kv_heads=_num_kv_heads(config, family),
+    vocab_size=_or(config.get(family.vocab_size), vocab_size),
+    embedding_size=_or(config.get(family.embedding_size), vocab_size),
+    mask_token_id=config["mask_token_id"],
+    eos_token_id=eos_token_id,
+    pad_token_id=_or(config.get("pad_token_id"), eos_token_id),
+    rope_theta=float(config["rope_theta"]),
+    rms_norm_eps=float(config["rms_norm_eps"]),
+    qkv_bias=_or(config.get(family.qkv_bias), family.has_qkv_bias),
+    shift_logits=family.shift_logits,
+    **own,
+  )
+
+
+def _or(value: Any, default: Any) -> Any:
+  """Return the value, which is null where the default is meant; 0 and false are values."""
+  return default if value is None else value
+
+
+def _check_config(config: Mapping[str, Any], family: Family) -> None:
+  kinds = dict.fromkeys(("d_model", "num_layers", "num_heads", "mlp_hidden_size"), SIZE) | {"weight_tying": FLAG}
+  needed = {theirs: kinds[ours] for ours, theirs in family.sizes.items()}
+  width = family.sizes["mlp_hidden_size"]
+  if config.get(width) is None and family.mlp_ratio in config:
+    del needed[width]
+    needed[family.mlp_ratio] = POSITIVE
+  needed |= dict.fromkeys(family.stated, ANYTHING) | {"vocab_size": SIZE, "mask_token_id": ID, "eos_token_id": ID}
+  needed |= dict.fromkeys(("rope_theta", "rms_norm_eps"), POSITIVE)
+  optional = dict.fromkeys((family.num_kv_heads, family.vocab_size, family.embedding_size), SIZE)
+  optional |= {family.qkv_bias: FLAG, "multi_query_attention": FLAG, "pad_token_id": ID}
+  check_entries(config, "config.json of the checkpoint", needed=needed, optional=optional)
   other = {key: config[key] for key, value in family.fixed.items() if config.get(key, value) not in (value, None)}
   if other:
     wanted = {key: family.fixed[key] for key in other}
     raise ValueError(f"config.json of the checkpoint: {other} is not supported; this model has {wanted}")
-  needed = [*family.sizes.values(), "vocab_size", "mask_token_id", "eos_token_id", "rope_theta", "rms_norm_eps"]
-  missing = [key for key in needed if key not in config and key != "mlp_hidden_size"]
-  if missing:
-    raise ValueError(f"config.json of the checkpoint has no {', '.join(missing)}")
-  fields = {ours: config.get(theirs) for ours, theirs in family.sizes.items()}
-  fields["mlp_hidden_size"] = fields["mlp_hidden_size"] or config["mlp_ratio"] * fields["d_model"]
-  num_kv_heads = config.get("n_kv_heads") or config.get("num_key_value_heads")
-  pad_token_id = config.get("pad_token_id")
-  return ModelConfig(
-    **fields,
-    num_kv_heads=num_kv_heads or (1 if config.get("multi_query_attention") else fields["num_heads"]),
-    vocab_size=config["vocab_size"],
-    embedding_size=config.get("embedding_size") or config["vocab_size"],
-    mask_token_id=config["mask_token_id"],
-    eos_token_id=config["eos_token_id"],
-    pad_token_id=config["eos_token_id"] if pad_token_id is None else pad_token_id,
-    rope_theta=float(config["rope_theta"]),
-    rms_norm_eps=float(config["rms_norm_eps"]),
-    qkv_bias=config.get("attention_bias", True) if family.shift_logits else False,
-    shift_logits=family.shift_logits,
-    **own,
-  )
+
+
+def _mlp_hidden_size(config: Mapping[str, Any], family: Family) -> int:
+  key, ratio, width = family.sizes["mlp_hidden_size"], family.mlp_ratio, config[family.sizes["d_model"]]
+  if config.get(key) is not None:
+    return config[key]
+  size = config[ratio] * width
+  if size != int(size):
+    raise ValueError(
+      f"config.json of the checkpoint has {ratio}={config[ratio]}, of {width} no whole number: give {key}"
+    )
+  return int(size)
+
+
+def _num_kv_heads(config: Mapping[str, Any], family: Family) -> int:
+  stated = config.get(family.num_kv_heads)
+  if not config.get("multi_query_attention"):
+    return _or(stated, config[family.sizes["num_heads"]])
+  if stated not in (None, 1):
+    raise ValueError(
+      f"config.json of the checkpoint has {family.num_kv_heads}={stated} and multi_query_attention, which means 1: "
+      "set that to null where the checkpoint's keys have several heads"
+    )
+  return 1
 
 
 def natural_family(config: ModelConfig) -> str:
@@ -162,7 +150,6 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   common = dict(
     model_type={"dream": "Dream"}.get(name, name),
     architectures=[{"dream": "DreamModel"}.get(name, "LLaDAModelLM")],
-    vocab_size=config.vocab_size,
     mask_token_id=config.mask_token_id,
     eos_token_id=config.eos_token_id,
     pad_token_id=config.pad_token_id,
@@ -171,10 +158,9 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
     use_cache=False,
   )
   sizes = {theirs: getattr(config, ours) for ours, theirs in family.sizes.items()}
-  own = dict(num_key_value_heads=config.num_kv_heads, attention_bias=config.qkv_bias)
-  if name == "llada":
-    own = dict(n_kv_heads=config.num_kv_heads, embedding_size=config.embedding_size)
-  return common | dict(family.fixed) | sizes | own
+  sizes |= {family.vocab_size: config.vocab_size, family.embedding_size: config.embedding_size}
+  own = {family.num_kv_heads: config.num_kv_heads, family.qkv_bias: config.qkv_bias}
+  return common | dict(family.fixed) | dict(family.written) | sizes | own
 
 
 def checkpoint_places(config: ModelConfig, family: str) -> dict[str, Place]:
@@ -311,18 +297,15 @@ def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], famil
   Raises:
     ValueError: the adapters are of a kind that the model does not have, or on modules that it does not have.
   """
-  fixed = {
-    "peft_type": "LORA",
-    "use_dora": False,
-    "use_rslora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-  }
-  other = {name: config[name] for name, value in fixed.items() if config.get(name, value) not in (value, None)}
+  check_entries(
+    config,
+    "adapter_config.json",
+    needed={"r": SIZE, "lora_alpha": POSITIVE},
+    optional={"lora_dropout": SHARE},
+  )
+  plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": INITIALISATIONS}
+  other = {key: config[key] for key, known in plain.items() if config.get(key) not in (None, *known)}
+  other |= {key: config[key] for key in OTHER_ADAPTERS if config.get(key)}
   if other:
     raise ValueError(f"adapter_config.json: {other} is not supported; adapters here are plain LoRA")
   ours = {theirs.split(".")[-1]: name for name, theirs in FAMILIES[family].modules.items()}
@@ -331,7 +314,7 @@ def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], famil
   if unknown or not modules:
     raise ValueError(f"the adapter is on {unknown or 'nothing'}; the model has {', '.join(ours)}")
   targets = tuple(name for name in TARGETS if name in {ours[module] for module in modules})
-  return LoraConfig(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout") or 0), targets)
+  return LoraConfig(config["r"], float(config["lora_alpha"]), float(_or(config.get("lora_dropout"), 0)), targets)
 
 
 def lora_config_to_peft(lora: LoraConfig, family: str, base: str) -> dict[str, Any]:
