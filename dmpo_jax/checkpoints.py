@@ -270,6 +270,14 @@ def load_leaf(path: epath.PathLike, keys: Sequence[str]) -> np.ndarray:
   return restored
 
 
+def saved_dtypes(path: epath.PathLike) -> dict[tuple[str, ...], np.dtype]:
+  """Read the dtype of every array of saved parameters by its keys; the arrays stay on disk."""
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    saved = checkpointer.metadata(_absolute(pretrained.params_path(path))).item_metadata.tree
+  leaves, _ = jax.tree.flatten_with_path(saved)
+  return {tuple(key.key for key in keys): np.dtype(leaf.dtype) for keys, leaf in leaves}
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   leaves, _ = jax.tree.flatten_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

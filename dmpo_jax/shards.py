@@ -49,31 +49,28 @@ class Shards(Mapping[str, np.ndarray]):
     """Open `folder`, local or gs://.
 
     Raises:
-      ValueError: there are no weights, a shard is missing, cut off or no safetensors file, the index and the shards
-        disagree, or a dtype is not a float.
+      ValueError: there are no weights, a shard is missing, cut off or no safetensors file, there are files or tensors
+        that the index does not list or tensors in two files, or a dtype is not a float.
     """
     folder = epath.Path(folder)
-    self.tensors: dict[str, Tensor] = {}
-    self._index(folder, name)
-
-  def _index(self, folder: epath.Path, name: str) -> None:
     index = folder / f"{name}.index.json"
-    if (folder / name).is_file():
-      self.tensors = read_header(folder / name)
-    elif index.is_file():
+    if index.is_file():
       places = _read_index(index)
-      missing = sorted({file for file in places.values() if not (folder / file).is_file()})
-      if missing:
-        raise ValueError(f"{index} lists shards that are not there: {', '.join(missing)}")
-      for file in sorted(set(places.values())):
-        self.tensors |= read_header(folder / file)
-      lost = sorted(
-        name for name, file in places.items() if name not in self.tensors or self.tensors[name].file.name != file
-      )
-      if lost:
-        raise ValueError(f"{index} places {lost[0]} in {places[lost[0]]}, which does not hold it ({len(lost)} such)")
+    elif (folder / name).is_file():
+      places = None
     else:
       raise ValueError(f"{folder} holds neither {name} nor {index.name}: give a folder in Hugging Face's layout")
+    files = {name} if places is None else set(places.values())
+    _check_files(folder, files, name)
+    self.tensors: dict[str, Tensor] = {}
+    for file in sorted(files):
+      tensors = read_header(folder / file)
+      if twice := sorted(tensors.keys() & self.tensors.keys()):
+        where = self.tensors[twice[0]].file.name
+        raise ValueError(f"{folder}: {twice[0]} is in {where} and in {file} ({len(twice)} such); which one is meant?")
+      self.tensors |= tensors
+    if places is not None:
+      _check_index(index, places, self.tensors)
     if not self.tensors:
       raise ValueError(f"{folder}: its safetensors files are empty")
 
@@ -122,7 +119,11 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
   except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is no safetensors file: its header cannot be read ({error!r})") from error
-  end = max((tensor.start + tensor.size for tensor in tensors.values()), default=8 + length)
+  end = 8 + length
+  for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+    if tensor.start != end:  # the format leaves no gaps and shares no bytes
+      raise ValueError(f"{path} is damaged: {name} begins at byte {tensor.start}, what stands before it ends at {end}")
+    end += tensor.size
   if end != size:
     raise ValueError(f"{path} is cut off or damaged: its header speaks of {end} bytes, the file has {size}")
   return tensors
@@ -131,18 +132,49 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
 def _tensor(path: epath.Path, name: str, entry: Mapping[str, Any], data: int) -> Tensor:
   if entry["dtype"] not in DTYPES:
     raise ValueError(f"{path}: {name} has the dtype {entry['dtype']}; there must be one of {', '.join(DTYPES)}")
-  start, end = entry["data_offsets"]
-  tensor = Tensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + start)
-  if end - start != tensor.size:
-    raise ValueError(f"{path} is damaged: {name} has {end - start} bytes for the shape {entry['shape']}")
+  shape, offsets = entry["shape"], entry["data_offsets"]
+  if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    raise ValueError(f"{path} is damaged: {name} has the shape {shape} and the data_offsets {offsets}")
+  tensor = Tensor(path, DTYPES[entry["dtype"]], tuple(shape), data + offsets[0])
+  if offsets[1] - offsets[0] != tensor.size:
+    raise ValueError(f"{path} is damaged: {name} has {offsets[1] - offsets[0]} bytes for the shape {shape}")
   return tensor
+
+
+def _are_counts(values: Any) -> bool:
+  return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _read_index(path: epath.Path) -> dict[str, str]:
   try:
-    return dict(json.loads(path.read_text())["weight_map"])
+    places = dict(json.loads(path.read_text())["weight_map"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is no index of shards ({error!r})") from error
+  for name, file in places.items():
+    if not isinstance(file, str):
+      raise ValueError(f"{path} is no index of shards: it places {name} in {file!r}, which names no file")
+  return places
+
+
+def _check_files(folder: epath.Path, files: set[str], name: str) -> None:
+  """Compare the files that belong to the weights called `name` with those that there are."""
+  index = folder / f"{name}.index.json"
+  if missing := sorted(file for file in files if not (folder / file).is_file()):
+    raise ValueError(f"{index} lists shards that are not there: {', '.join(missing)}")
+  stem, suffix = name.split(".")
+  if unlisted := sorted({path.name for path in folder.glob(f"{stem}*.{suffix}")} - files):
+    what = "does not list" if index.is_file() else "is not there to list"
+    raise ValueError(f"{index} {what} {', '.join(unlisted)}: remove what does not belong to the model")
+
+
+def _check_index(index: epath.Path, places: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+  """Compare where the index says that tensors are with where they are."""
+  lost = sorted(name for name, file in places.items() if name not in tensors or tensors[name].file.name != file)
+  if lost:
+    raise ValueError(f"{index} places {lost[0]} in {places[lost[0]]}, which does not hold it ({len(lost)} such)")
+  if unlisted := sorted(tensors.keys() - places.keys()):
+    file = tensors[unlisted[0]].file.name
+    raise ValueError(f"{index} does not list {unlisted[0]}, which is in {file} ({len(unlisted)} such)")
 
 
 def write_shards(

@@ -138,7 +138,7 @@ class HuggingFaceTokenizer:
     folder = epath.Path(path)
     config = _read_json(folder / FILES[2], self._where) | _read_json(folder / FILES[1], self._where)
     self._model = self._load(folder, config)
-    names = {key: _content(value) for key, value in config.items() if key.endswith("_token") and value}
+    names = {key: text for key, value in config.items() if key.endswith("_token") and (text := _content(value))}
     self._template = None
     if is_chat:
       self._template = self._compile(chat.find_template(folder / FILES[3], config), names)
@@ -170,7 +170,9 @@ class HuggingFaceTokenizer:
     def find(kind: str, token: str | None, is_needed: bool = True) -> int | None:
       own = None if token is None else self._model.token_to_id(token)
       wanted = model.get(f"{kind}_token_id")
-      if token is not None and own is None:
+      if wanted is not None and type(wanted) is not int:
+        problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted!r}, where one id is needed")
+      elif token is not None and own is None:
         problems.append(f"the {kind} token {token!r} has no id")
       elif own is None and wanted is None and is_needed:
         problems.append(f"there is no {kind} token, neither in {FILES[1]} nor as {kind}_token_id in {MODEL_FILE}")
@@ -188,8 +190,9 @@ class HuggingFaceTokenizer:
     self.bos_token_id = find("bos", names.get("bos_token"), is_needed=False)
     eot_token_id = find("eot", names.get("eot_token") or self._end_of_turn(), is_needed=False)
     self.eot_token_id = self.eos_token_id if eot_token_id is None else eot_token_id
-    if model.get("vocab_size", self.vocab_size) < self.vocab_size:
-      problems.append(f"{MODEL_FILE} has vocab_size={model['vocab_size']}, but there are {self.vocab_size} tokens")
+    size = model.get("vocab_size")
+    if isinstance(size, int) and size < self.vocab_size:  # another kind of size is for the model's conversion to refuse
+      problems.append(f"{MODEL_FILE} has vocab_size={size}, but there are {self.vocab_size} tokens")
     if problems:
       raise ValueError(f"{self._where}: " + "; ".join(problems))
 
@@ -252,9 +255,10 @@ def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, An
   return tokenizer
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
-  """The text of a special token, which may be given with its properties."""
-  return token if isinstance(token, str) else token["content"]
+def _content(value: Any) -> str | None:
+  """The text of a special token, which may be given with its properties; None for a setting such as add_bos_token."""
+  text = value.get("content") if isinstance(value, Mapping) else value
+  return text if isinstance(text, str) else None
 
 
 def _read_json(path: epath.Path, where: str) -> dict[str, Any]:

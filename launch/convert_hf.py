@@ -39,10 +39,13 @@ def find_folder(hf: str, revision: str | None = None) -> epath.Path:
   """Return the folder of a checkpoint; what is no folder is taken for the hub's and downloaded.
 
   Raises:
-    ValueError: there is no such folder, and the hub does not have it or cannot be reached.
+    ValueError: there is no such folder, and the hub does not have it or cannot be reached; or there is one, which has
+      no revisions.
   """
   folder = epath.Path(hf).expanduser()
   if folder.is_dir():
+    if revision is not None:
+      raise ValueError(f"--revision={revision}: --hf={hf} is a folder, and the hub alone has revisions; leave it out")
     return folder
   if not HUB_ID.fullmatch(hf):
     raise ValueError(f"--hf={hf}: no such folder, and no name of a repository such as GSAI-ML/LLaDA-8B-Instruct")
@@ -154,6 +157,10 @@ def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None,
   is_adapter = (source / "adapter_config.json").exists()
   if is_adapter and base is None:
     raise ValueError(f"{source} holds an adapter: give its model's converted folder with --base")
+  if is_adapter and dtype != "same":
+    raise ValueError(f"--dtype={dtype}: {source} holds an adapter, and adapters are kept in float32; leave it out")
+  if base is not None and not is_adapter:
+    raise ValueError(f"--base={base}: {source} holds a model and no adapter_config.json; leave it out")
   size = sum(tensor.size for tensor in Shards(source, ADAPTER if is_adapter else WEIGHTS).tensors.values())
   with progress.Progress("converting", size, unit="bytes") as shown:
     report = shown.advance

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from dmpo_jax import build, config, files, pretrained, progress
-from dmpo_jax.checkpoints import load_leaf
+from dmpo_jax.checkpoints import load_leaf, saved_dtypes
 from dmpo_jax.models import convert
 from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.shards import ADAPTER, write_shards
@@ -78,21 +78,21 @@ def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: in
     ValueError: `out` is there already.
   """
   places = convert.checkpoint_places(source.config, source.family)
-  read = _merged(source) if source.config.lora else lambda path: load_leaf(source.policy or source.base, path)
-  target = None if dtype == "same" else jnp.dtype(dtype)
-  itemsize = (target or np.dtype(read(("embedding",)).dtype)).itemsize
-  sizes = {name: int(np.prod(place.shape)) * itemsize for name, place in places.items()}
+  weights = source.base if source.config.lora else source.policy or source.base
+  read = _merged(source) if source.config.lora else lambda path: load_leaf(weights, path)
+  dtypes = {path: saved if dtype == "same" else jnp.dtype(dtype) for path, saved in saved_dtypes(weights).items()}
+  counts = {name: int(np.prod(place.shape)) for name, place in places.items()}
+  sizes = {name: counts[name] * dtypes[place.path].itemsize for name, place in places.items()}
 
   def leaf(path: tuple[str, ...]) -> np.ndarray:
-    array = read(path)
-    return array if target is None else array.astype(target)
+    return read(path).astype(dtypes[path], copy=False)
 
   order = [name for names in convert.leaves_of(places).values() for name in names]
   with files.new_folder(out, "--out"), progress.Progress("exporting", sum(sizes.values()), unit="bytes") as shown:
-    _write_side_files(source, out, dtype)
+    _write_side_files(source, out, jnp.result_type(*dtypes.values()).name)
     tensors = _counted(convert.to_tensors(leaf, places), shown)
     write_shards(out, {name: sizes[name] for name in order}, tensors, shard_bytes)
-  return sum(sizes.values()) // itemsize
+  return sum(counts.values())
 
 
 def _counted(tensors: Iterable[tuple[str, np.ndarray]], shown: progress.Progress) -> Iterator[tuple[str, np.ndarray]]:
@@ -137,20 +137,21 @@ def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
 
 
 def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
+  """Write config.json, the original's where there is one, and what travels along; `dtype` holds every weight."""
   about: dict[str, Any] = convert.model_config_to_hf(source.config, source.family)
   if source.side is not None:
     pretrained.copy_side_files(source.side, out)
     about = json.loads((out / "config.json").read_text())
-  if dtype != "same":
-    about["torch_dtype"] = dtype
+  about["torch_dtype"] = dtype
+  if "dtype" in about:  # the key's name in later releases of transformers
+    about["dtype"] = dtype
   (out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def run() -> None:
   """Export what the flags name, and say what came out."""
   given = flags.FLAGS
-  if bool(given.run) == bool(given.model):
-    raise ValueError("give either --run or --model")
+  check_flags(given)
   out = epath.Path(given.out).expanduser()
   where = epath.Path(given.run or given.model).expanduser()
   source = find_run(where) if given.run else find_model(where)
@@ -159,6 +160,22 @@ def run() -> None:
   else:
     count = export_model(source, out, dtype=given.dtype, shard_bytes=round(given.shard_gb * 1e9))
   print(f"{out}: {count:,} parameters in {', '.join(sorted(path.name for path in out.glob('*.safetensors')))}")
+
+
+def check_flags(given: flags.FlagValues) -> None:
+  """Refuse flags that would do nothing."""
+  if bool(given.run) == bool(given.model):
+    raise ValueError("give either --run or --model")
+  if given.model and given.adapter:
+    raise ValueError(
+      "--adapter: adapters are what a run has trained, and --model has none; give --run, or leave it out"
+    )
+  if given.adapter:
+    for name in ("dtype", "shard_gb"):
+      if given[name].present:
+        raise ValueError(f"--{name}: adapters are written as they were trained, in one file; leave it out")
+  elif given["base_name"].present:
+    raise ValueError("--base_name: it is written into an adapter; give --adapter, or leave it out")
 
 
 def define_flags() -> None:

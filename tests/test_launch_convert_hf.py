@@ -136,6 +136,18 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
     convert_hf.convert_model(epath.Path(tmp_path), epath.Path(tmp_path / "out"))
 
 
+def test_flags_that_would_do_nothing(tmp_path):
+  source, out = checkpoint(tmp_path / "hf", "m3_tied"), epath.Path(tmp_path / "out")
+  with pytest.raises(ValueError, match=r"--base=.* holds a model and no adapter_config.json"):
+    convert_hf.run(str(source), None, out, source, "same")
+  with pytest.raises(ValueError, match=r"--revision=main: .* is a folder"):
+    convert_hf.run(str(source), "main", out, None, "same")
+  (source / "adapter_config.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"--dtype=bfloat16: .* holds an adapter"):
+    convert_hf.run(str(source), None, out, source, "bfloat16")
+  assert not out.exists()
+
+
 def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch, tmp_path):
   import huggingface_hub
 

@@ -1,19 +1,23 @@
 """Back to Hugging Face's layout: untouched checkpoints bit for bit, merged adapters, adapters for PEFT."""
 
+import dataclasses
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 import standin_tokenizer
 import tiny
+from absl import flags
 from etils import epath
-from recorded_models import compiled, recorded, settings, tensors
+from recorded_models import TINY, compiled, recorded, settings, tensors
 from safetensors.numpy import load_file
 from test_launch_convert_hf import checkpoint, load
 
 from dmpo_jax import build, checkpoints, config
 from dmpo_jax.models import convert
+from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.shards import Shards
 from launch import convert_hf, export_hf
 
@@ -35,6 +39,59 @@ def test_there_and_back(tmp_path, name):
 
 
 SPECIAL = {"<s>": 253, "</s>": settings("m2_gqa")["eos_token_id"], "<mask>": settings("m2_gqa")["mask_token_id"]}
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_biases_and_padded_ids_of_either_family(tmp_path, family):
+  """There and back without the original's config.json, as for a run from random parameters."""
+  config = dataclasses.replace(TINY, qkv_bias=True, shift_logits=family == "dream")
+  shapes = jax.eval_shape(LLaDA(config).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+  draw = np.random.default_rng(0).normal
+  params = jax.tree.map(lambda x: draw(size=x.shape).astype(x.dtype), nn.unbox(shapes))
+  policy, out, again = (epath.Path(tmp_path / part) for part in ("policy", "out", "again"))
+  checkpoints.save_params(policy, params)
+  export_hf.export_model(export_hf.Source(config, family, None, policy, None), out, dtype="same", shard_bytes=10**9)
+  about = json.loads((out / "config.json").read_text())
+  assert (about["torch_dtype"], about.get("attention_dropout", 0.0)) == ("float32", 0.0)
+  assert family == "dream" or about["residual_dropout"] == about["embedding_dropout"] == 0.0
+  convert_hf.convert_model(out, again)
+  model, variables = load(again)
+  assert model.config == config
+  jax.tree.map(np.testing.assert_array_equal, variables["params"], params)
+
+
+def test_the_config_says_what_dtype_is_written(tmp_path):
+  """Also where the conversion, not the export, has changed it, and where leaves differ."""
+  source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
+  norm = "model.transformer.ln_f.weight"
+  checkpoint(source, "m4_bf16", **{norm: tensors("m4_bf16")[norm].astype(np.float32)})
+  for dtype, wanted in (("same", "float32"), ("bfloat16", "bfloat16")):
+    convert_hf.convert_model(source, middle / dtype, dtype)
+    export_hf.export_model(export_hf.find_model(middle / dtype), out / dtype, dtype="same", shard_bytes=30_000)
+    assert json.loads((out / dtype / "config.json").read_text())["torch_dtype"] == wanted
+    index = json.loads((out / dtype / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in Shards(out / dtype).values())
+    assert Shards(out / dtype)[norm].dtype == wanted
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--model=x", "--adapter"], "--adapter: adapters are what a run has trained"),
+    (["--run=x", "--adapter", "--dtype=bfloat16"], "--dtype: adapters are written as they were trained"),
+    (["--run=x", "--adapter", "--shard_gb=5"], "--shard_gb: adapters are"),
+    (["--run=x", "--base_name=me"], "--base_name: it is written into an adapter"),
+    ([], "give either --run or --model"),
+  ],
+)
+def test_flags_that_would_do_nothing(arguments, message):
+  given = flags.FlagValues()
+  flags.DEFINE_boolean("adapter", False, "", flag_values=given)
+  for name in ("run", "model", "base_name", "dtype", "shard_gb"):
+    flags.DEFINE_string(name, "", "", flag_values=given)
+  given(["export_hf", *arguments])
+  with pytest.raises(ValueError, match=message):
+    export_hf.check_flags(given)
 
 
 @pytest.fixture(scope="module")

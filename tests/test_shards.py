@@ -101,6 +101,70 @@ def test_an_index_that_the_shards_contradict(folder):
     Shards(folder)
 
 
+def rewrite(path, change):
+  """Change the header of a file."""
+  data = path.read_bytes()
+  length = int.from_bytes(data[:8], "little")
+  header = json.loads(data[8 : 8 + length])
+  change(header)
+  text = json.dumps(header).encode()
+  path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def test_files_that_the_index_does_not_list(folder, tensors):
+  save_file({"foreign": tensors["one"]}, folder / "model-00004-of-00003.safetensors")
+  with pytest.raises(ValueError, match=r"index.json does not list model-00004-of-00003.safetensors"):
+    Shards(folder)
+  (folder / "model.safetensors.index.json").unlink()
+  save_file({"foreign": tensors["one"]}, folder / "model.safetensors")
+  with pytest.raises(ValueError, match=r"is not there to list model-00001-of-00003.safetensors, model-00002"):
+    Shards(folder)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (1, 3), (2, 3)])
+def test_tensors_in_two_shards(folder, first, second):
+  files = [folder / f"model-0000{number}-of-00003.safetensors" for number in (first, second)]
+  one, other = (load_file(file) for file in files)
+  name = next(iter(one))
+  save_file(other | {name: one[name]}, files[1])
+  with pytest.raises(ValueError, match=rf"{name} is in {files[0].name} and in {files[1].name} \(1 such\)"):
+    Shards(folder)
+
+
+def test_tensors_that_the_index_does_not_list(folder, tensors):
+  path = folder / "model-00003-of-00003.safetensors"
+  save_file(load_file(path) | {"foreign": tensors["one"]}, path)
+  with pytest.raises(ValueError, match=r"does not list foreign, which is in model-00003-of-00003.safetensors"):
+    Shards(folder)
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"foreign": 3}}))
+  with pytest.raises(ValueError, match="is no index of shards: it places foreign in 3, which names no file"):
+    Shards(folder)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda header: header["b"].update(data_offsets=header["a"]["data_offsets"]), "b begins at byte"),
+    (lambda header: header["a"].update(data_offsets=[8, 24]), "b begins at byte|a begins at byte"),
+    (lambda header: header["a"].update(data_offsets=[-8, 8]), r"a has the shape \[4\] and the data_offsets \[-8, 8\]"),
+    (lambda header: header["a"].update(data_offsets=[0]), r"a has the shape \[4\] and the data_offsets \[0\]"),
+    (lambda header: header["a"].update(shape=[-2, -2]), r"a has the shape \[-2, -2\]"),
+    (lambda header: header["a"].update(shape=4), "a has the shape 4"),
+    (lambda header: header.pop("b"), "its header speaks of"),
+    (lambda header: header.pop("a"), "b begins at byte"),
+    (lambda header: header.update(a=3), "its header cannot be read"),
+  ],
+)
+def test_headers_that_would_give_other_numbers(tmp_path, change, message):
+  path = tmp_path / "model.safetensors"
+  save_file({"a": np.arange(4, dtype=np.float32), "b": np.ones(4, np.float32)}, path)
+  rewrite(path, lambda header: None)
+  assert set(Shards(tmp_path)) == {"a", "b"}
+  rewrite(path, change)
+  with pytest.raises(ValueError, match=rf"model.safetensors.*{message}"):
+    Shards(tmp_path)
+
+
 def test_integers_are_no_weights(tmp_path):
   save_file({"codes": np.arange(4, dtype=np.int8)}, tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match="codes has the dtype I8"):

@@ -93,6 +93,8 @@ def test_the_second_family(tmp_path):
     (dict(eot_token_id=5), r"eot_token_id=5, but the eot token '<\|eot_id\|>' is 126348"),
     (dict(mask_token_id=126400), "mask_token_id=126400, which is no token"),
     (dict(mask_token_id=None), "there is no mask token"),
+    (dict(eos_token_id=[126081, 126348]), r"eos_token_id=\[126081, 126348\], where one id is needed"),
+    (dict(mask_token_id=126335, vocab_size=None), None),  # nothing either
     (dict(vocab_size=126000), "vocab_size=126000, but there are 126349 tokens"),
   ],
 )
@@ -103,6 +105,14 @@ def test_special_ids_are_checked_against_the_model(folder, tmp_path, change, mes
     return
   with pytest.raises(ValueError, match=message):
     HuggingFaceTokenizer(path, is_chat=True)
+
+
+def test_settings_and_properties_of_tokens(folder, tmp_path):
+  """add_bos_token ends like a token's name and is none; a token may come with its properties."""
+  settings = standin.LLADA_CONFIG | {"add_bos_token": True, "add_eos_token": 3, "sep_token": {"content": None}}
+  settings["bos_token"] = {"content": settings["bos_token"], "lstrip": False}
+  path = copy(folder, tmp_path / "settings", settings=settings | {"chat_template": standin.LLADA_TEMPLATE})
+  assert HuggingFaceTokenizer(path, is_chat=True).encode_prompt("x")[0] == 126080
 
 
 def test_unusable_folders_are_refused(folder, tmp_path):
