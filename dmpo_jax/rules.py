@@ -421,6 +421,9 @@ RELATIONS = (
     lambda prompts, test, path: bool(path) or not test or prompts <= test,
     "at most {0}",
   ),
+  Relation(
+    "serve.max_queue", ("serve.batch_size",), operator.ge, "at least {0}, as one request may ask for so many choices"
+  ),
   Relation("sharding.fsdp", ("sharding.data",), lambda a, b: (a, b).count(-1) < 2, "a size, as {0}"),
   Relation(
     "sharding.tensor",

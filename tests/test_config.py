@@ -50,6 +50,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("model.num_layers", 0, "a whole number, 1 or more"),
     ("model.num_layers", True, "a whole number, 1 or more"),
     ("model.d_model", 66, "a multiple of model.num_heads = 4"),
+    ("serve.max_queue", 7, "at least serve.batch_size = 8"),
     ("model.d_model", 60, "an even multiple of model.num_heads = 4"),
     ("model.num_kv_heads", 3, "a divisor of model.num_heads = 4"),
     ("model.name", "lada", "one of llada; did you mean 'llada'?"),

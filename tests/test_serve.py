@@ -1,8 +1,10 @@
 """Serving a stand-in for the model, asked by the official client: answers, streams, batches, limits, named mistakes."""
 
 import contextlib
+import http.client
 import json
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -16,6 +18,7 @@ import standin_tokenizer
 import uvicorn
 
 from configs import base
+from dmpo_jax import serve
 from dmpo_jax.serve import api
 from dmpo_jax.serve.answers import Reader
 from dmpo_jax.serve.api import MAX_BODY, make_app
@@ -81,7 +84,8 @@ def serving(
       assert thread.is_alive()
       time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    decode.server, decode.address = server, f"http://127.0.0.1:{port}"
+    decode.server, decode.engine, decode.port = server, engine, port
+    decode.address = f"http://127.0.0.1:{port}"
     decode.client = openai.OpenAI(base_url=f"{decode.address}/v1", api_key=api_key or "none", max_retries=0)
     yield decode
   finally:
@@ -225,7 +229,13 @@ def test_requests_that_wait_together_are_decoded_together(decode):
     ({"n": 0}, "n"),
     ({"temperature": 2.5}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 10**400}, "temperature"),
     ({"top_p": 0.5}, "top_p"),
+    ({"top_p": True}, "top_p"),
+    ({"frequency_penalty": False}, "frequency_penalty"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usages": True}}, "stream_options"),
     ({"max_tokens": LENGTH + 1}, "max_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"stop": ["x"] * 5}, "stop"),
@@ -235,6 +245,8 @@ def test_requests_that_wait_together_are_decoded_together(decode):
     ({"logprobs": True}, "logprobs"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "tool", "content": "1"}]}, "messages"),
+    ({"messages": [{"role": ["user"], "content": "1"}]}, "messages"),
+    ({"messages": [{"role": {"user": 1}, "content": "1"}]}, "messages"),
     ({"messages": [{"role": "user", "content": None}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]}, "messages"),
@@ -248,6 +260,11 @@ def test_what_is_not_supported_is_named(decode, options, param):
   assert caught.value.param == param
 
 
+def test_what_is_so_anyway_may_be_said(decode):
+  said = {"logprobs": False, "tools": [], "response_format": {"type": "text"}, "top_p": 1.0, "logit_bias": {}, "n": 1}
+  assert ask(decode.client, "12", stream_options=None, **said).choices[0].message.content == "21"
+
+
 def test_prompts_have_a_longest_length(decode):
   for text in ("1" * 11, ""):
     with pytest.raises(openai.BadRequestError, match="from 1 to 10 are allowed"):
@@ -256,29 +273,51 @@ def test_prompts_have_a_longest_length(decode):
       ask(decode.client, text, stream=True)
 
 
+@pytest.mark.parametrize("path", ["v1/completions", "v1/chat/completions", "watch"])
 @pytest.mark.parametrize(
   ("body", "headers", "status"),
   [
     (b"{", {}, 400),
+    (rb'{"prompt": "\ud800"}', {}, 400),
+    (rb'{"messages": [{"role": "user", "content": "\ud800"}]}', {}, 400),
+    (b'{"prompt": "1", "unknown": 1}', {}, 400),
+    (b'{"prompt": "1", "temperature": 1' + b"0" * 400 + b"}", {}, 400),
     (b"[]", {}, 400),
     (b"\xff", {}, 400),
     (b'{"prompt": ["a"]}', {}, 400),
     (b'{"prompt": "1"}', {"Content-Type": "text/plain"}, 415),
     (b" " * (MAX_BODY + 1), {}, 413),
     (b'{"prompt": "1"}', {"Host": "evil.example"}, 400),
+    (b'{"prompt": "1"}', {"Host": "[::1"}, 400),
   ],
 )
-def test_bad_bodies_are_client_errors(decode, body, headers, status):
-  found, text = post(f"{decode.address}/v1/completions", body, **headers)
+def test_bad_bodies_are_client_errors(decode, path, body, headers, status):
+  found, text = post(f"{decode.address}/{path}", body, **headers)
   assert found == status
-  if "Host" not in headers:
-    assert json.loads(text)["error"]["type"] == "invalid_request_error"
+  assert json.loads(text)["error"]["type"] == "invalid_request_error"
 
 
-def test_unknown_addresses_are_answered_in_the_same_form(decode):
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2:80", "[::1]:8000", "LOCALHOST:1"])
+def test_a_host_is_this_machine_by_any_of_its_names(decode, host):
+  body, headers = b'{"prompt": "12"}', {"Host": host, "Content-Type": "Application/JSON; charset=utf-8"}
+  assert post(f"{decode.address}/v1/completions", body, **headers)[0] == 200
+
+
+def test_what_is_not_there_is_answered_in_the_same_form(decode):
   status, text = post(f"{decode.address}/v1/embeddings", b"{}")
   assert status == 404
   assert "error" in json.loads(text)
+  connection = http.client.HTTPConnection("127.0.0.1", decode.port, timeout=20)
+  connection.request("GET", "/v1/completions")
+  answer = connection.getresponse()
+  assert (answer.status, answer.headers["Allow"]) == (405, "POST")
+  assert "error" in json.load(answer)
+
+
+def test_a_mistake_of_the_server_is_answered_in_the_same_form(decode, monkeypatch):
+  monkeypatch.setattr(api, "read_messages", lambda messages: 1 / 0)
+  status, text = post(f"{decode.address}/v1/chat/completions", b"{}")
+  assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")
 
 
 def test_a_batch_that_fails_is_an_error_and_the_server_goes_on(decode):
@@ -292,7 +331,37 @@ def test_a_key_is_asked_for(tokenizer):
     assert ask(decode.client, "12").choices[0].message.content == "21"
     with pytest.raises(openai.AuthenticationError):
       ask(decode.client.with_options(api_key="wrong"), "12")
-    assert post(f"{decode.address}/watch", b'{"prompt": "1"}')[0] == 401
+    for given, status in (("", 401), ("secret", 401), ("Basic secret", 401), ("bearer  secret", 200)):
+      assert post(f"{decode.address}/watch", b'{"prompt": "1"}', Authorization=given)[0] == status, given
+
+
+def test_clients_who_leave_give_their_places_up(tokenizer):
+  with serving(tokenizer) as decode:
+    decode.may_go_on.clear()
+    threading.Thread(target=post, args=(f"{decode.address}/v1/completions", b'{"prompt": "1"}')).start()
+    while not decode.batches:
+      time.sleep(0.01)
+    clients = []
+    for path, body in (
+      *[("v1/completions", b'{"prompt": "2"}'), ("v1/completions", b'{"prompt": "2", "stream": true}')],
+      *[("v1/completions", b'{"prompt": "2", "n": 1}'), ("watch", b'{"prompt": "2"}')],
+    ):
+      clients.append(socket.create_connection(("127.0.0.1", decode.port)))
+      head = f"POST /{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+      clients[-1].sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    deadline = time.monotonic() + 20
+    while len(decode.engine._waiting) < 4:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    assert post(f"{decode.address}/v1/completions", b'{"prompt": "3"}')[0] == 429
+    for client in clients:
+      client.close()
+    others = [Job(tokenizer.encode("4"), print) for _ in range(4)]
+    while not decode.engine.submit(others):  # which takes the whole queue
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    decode.may_go_on.set()
+  assert [job.prompt for job in decode.jobs] == [tokenizer.encode(text) for text in "14444"]
 
 
 def test_time_and_queue_are_limited(tokenizer):
@@ -362,6 +431,21 @@ const wait = setInterval(() => { if (state.textContent === "Done.") { clearInter
     finally:
       browser.terminate()
   assert "CONSOLE" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+  ("host", "is_own", "url"),
+  [
+    ("127.0.0.2", True, "http://127.0.0.2:80"),
+    ("::1", True, "http://[::1]:80"),
+    ("localhost", True, "http://localhost:80"),
+    ("0.0.0.0", False, "http://0.0.0.0:80"),
+    ("evil.example", False, "http://evil.example:80"),
+  ],
+)
+def test_addresses_of_this_machine(host, is_own, url):
+  assert api.is_loopback(host) == is_own
+  assert serve._url(host, 80) == url
 
 
 def test_seed_and_choice_are_part_of_the_noise():

@@ -5,7 +5,6 @@ request wants, `answers` writes what it gets.
 """
 
 import contextlib
-import ipaddress
 import os
 import signal
 import socket
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 from dmpo_jax.build import build_model_parts, load_policy
 from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
-from dmpo_jax.serve.api import make_app
+from dmpo_jax.serve.api import is_loopback, make_app
 from dmpo_jax.serve.asked import Limits
 from dmpo_jax.serve.engine import Engine, make_decode
 
@@ -37,7 +36,7 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
   own, api_key = config.serve, os.environ.get(API_KEY, "")
   if jax.process_count() > 1:
     raise ConfigError("--mode=serve needs a job of one process")
-  if not _is_loopback(own.host) and not api_key:
+  if not is_loopback(own.host) and not api_key:
     raise ConfigError(f"config.serve.host = {own.host!r} is open to others: set {API_KEY} in the environment")
   parts = build_model_parts(config)
   with _listening(own.host, own.port) as listener:
@@ -54,11 +53,9 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
       max_seconds=own.max_seconds,
     )
     name = epath.Path(workdir or config.model.init_from).name
-    app = make_app(
-      engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=own.host in ("localhost", "127.0.0.1")
-    )
-    port = listener.getsockname()[1]
-    print(f"serving {name} on http://{own.host}:{port}/ and http://{own.host}:{port}/v1", flush=True)
+    app = make_app(engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=is_loopback(own.host))
+    url = _url(own.host, listener.getsockname()[1])
+    print(f"serving {name} on {url}/ and {url}/v1", flush=True)
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(own.max_seconds) + 1)
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, lambda *_: None)  # uvicorn hears them, and when it has ended it raises them once more
@@ -81,8 +78,5 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
     yield listener
 
 
-def _is_loopback(host: str) -> bool:
-  try:
-    return ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return host == "localhost"
+def _url(host: str, port: int) -> str:
+  return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

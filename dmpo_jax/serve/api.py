@@ -5,19 +5,22 @@ import contextlib
 import dataclasses
 import functools
 import hmac
+import ipaddress
 import json
 import pathlib
+import urllib.parse
 from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dmpo_jax.chat import Turn
 from dmpo_jax.serve.answers import Form, Reader, Text
@@ -51,11 +54,39 @@ def make_app(
     Route("/v1/chat/completions", service.chat, methods=["POST"]),
     Route("/watch", service.watch, methods=["POST"]),
   ]
-  hosts = ["localhost", "127.0.0.1"]
-  middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)] if is_local else []
   return Starlette(
-    routes=routes, middleware=middleware, exception_handlers={Refused: _answer_refused, HTTPException: _answer_http}
+    routes=routes,
+    middleware=[Middleware(OwnHostOnly)] if is_local else [],
+    exception_handlers={Refused: _answer_refused, HTTPException: _answer_http, Exception: _answer_unexpected},
   )
+
+
+def is_loopback(host: str) -> bool:
+  """Whether a name or an address is this machine's own, whoever resolves it."""
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == "localhost"
+
+
+class OwnHostOnly:
+  """Refuses requests in the name of a host that is not this machine: a name may lead a browser here all the same."""
+
+  def __init__(self, app: ASGIApp):
+    self.app = app
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else "localhost"
+    is_own = is_loopback(_without_port(host))
+    answer = self.app if is_own else Refused(400, f"Host: {host} is not served here: ask localhost").response()
+    await answer(scope, receive, send)
+
+
+def _without_port(host: str) -> str:
+  try:
+    return urllib.parse.urlsplit(f"//{host}").hostname or ""
+  except ValueError:  # brackets of an IPv6 address that are none
+    return ""
 
 
 def _answer_refused(request: Request, error: Exception) -> Response:
@@ -66,7 +97,14 @@ def _answer_refused(request: Request, error: Exception) -> Response:
 def _answer_http(request: Request, error: Exception) -> Response:
   """An address or a method that there is none of."""
   assert isinstance(error, HTTPException)
-  return Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+  answer = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+  answer.headers.update(error.headers or {})
+  return answer
+
+
+def _answer_unexpected(request: Request, error: Exception) -> Response:
+  """A mistake of this program, of which the server's log has the traceback."""
+  return Refused(500, f"unexpected: {type(error).__name__}").response()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +133,22 @@ class Service:
     prompt = asked.pop("prompt", None)
     if not isinstance(prompt, str):
       raise Refused(400, "prompt must be one string", "prompt")
-    return await self._answer(self.tokenizer.encode(prompt), asked, is_chat=False)
+    return await self._answer(request, self.tokenizer.encode(prompt), asked, is_chat=False)
 
   async def chat(self, request: Request) -> Response:
     """`/v1/chat/completions`: a conversation goes on, by the chat template if there is one."""
     asked = await self._read(request)
-    return await self._answer(self._encode_chat(read_messages(asked.pop("messages", None))), asked, is_chat=True)
+    prompt = self._encode_chat(read_messages(asked.pop("messages", None)))
+    return await self._answer(request, prompt, asked, is_chat=True)
 
   async def watch(self, request: Request) -> Response:
     """What the page listens to: the pieces after each model call, null where a position is not decided."""
     asked = await self._read(request)
     if not isinstance(asked.get("prompt"), str):
       raise Refused(400, "prompt must be one string", "prompt")
-    events = self._events(self._encode_chat([("user", asked["prompt"])]), read_asked({}, self.limits))
+    if len(asked) > 1:
+      raise Refused(400, f"only a prompt is read here, not {', '.join(sorted(asked.keys() - {'prompt'}))}")
+    events = self._events(request, self._encode_chat([("user", asked["prompt"])]), read_asked({}, self.limits))
     first = await anext(events)
 
     async def lines() -> AsyncIterator[str]:
@@ -126,14 +167,15 @@ class Service:
     return [None if token == mask else self.tokenizer.piece(int(token)) for token in ids]
 
   def _check_key(self, request: Request) -> None:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    is_right = scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+    if self.api_key and not is_right:
       raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
 
   async def _read(self, request: Request) -> dict[str, Any]:
     """Read the body, an object of JSON that is not too long."""
     self._check_key(request)
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
       raise Refused(415, "the body must be JSON, with Content-Type: application/json")
     body = bytearray()
     try:
@@ -143,6 +185,7 @@ class Service:
           if len(body) > MAX_BODY:
             raise Refused(413, f"the body has more than {MAX_BODY} bytes")
       asked = json.loads(body)
+      json.dumps(asked, ensure_ascii=False).encode()  # JSON can write half a character, which is no text
     except TimeoutError as error:
       raise Refused(408, f"the body did not come within {self.limits.max_seconds:g} seconds") from error
     except (ClientDisconnect, ValueError, RecursionError) as error:
@@ -157,10 +200,10 @@ class Service:
     except ValueError as error:
       raise Refused(400, str(error), "messages") from error
 
-  async def _answer(self, prompt: list[int], fields: dict[str, Any], *, is_chat: bool) -> Response:
+  async def _answer(self, request: Request, prompt: list[int], fields: dict[str, Any], *, is_chat: bool) -> Response:
     asked = read_asked(fields, self.limits)
     form, reader = Form(self.model, is_chat), Reader(self.tokenizer, self.limits, asked)
-    events = self._events(prompt, asked)
+    events = self._events(request, prompt, asked)
     if not asked.is_streamed:
       texts = {number: reader.finish(value) async for number, kind, value in events if kind == "done"}
       return JSONResponse(form.whole([texts[number] for number in sorted(texts)], len(prompt)))
@@ -191,8 +234,8 @@ class Service:
       yield f"data: {json.dumps({'error': error.body()})}\n\n"
     yield "data: [DONE]\n\n"
 
-  async def _events(self, prompt: list[int], asked: Asked) -> AsyncIterator[Event]:
-    """Queue a prompt's choices and yield what becomes of them; who stops listening gives the places up."""
+  async def _events(self, request: Request, prompt: list[int], asked: Asked) -> AsyncIterator[Event]:
+    """Queue a prompt's choices and yield what becomes of them; a client who leaves gives the places up."""
     if not prompt or len(prompt) > self.limits.max_prompt_length:
       raise Refused(400, f"the prompt has {len(prompt)} tokens: from 1 to {self.limits.max_prompt_length} are allowed")
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
@@ -205,21 +248,31 @@ class Service:
       Job(prompt, functools.partial(deliver, number), asked.seed, asked.temperature, number)
       for number in range(asked.num_choices)
     ]
+
+    async def watch_client() -> None:
+      while (await request.receive())["type"] != "http.disconnect":
+        pass
+      self.engine.withdraw(jobs)
+      events.put_nowait((0, "left", None))
+
     deadline, num_done = loop.time() + self.limits.max_seconds, 0
+    watching = asyncio.create_task(watch_client())
     try:
-      if not all(map(self.engine.submit, jobs)):
+      if not self.engine.submit(jobs):
         raise Refused(429, "too many requests are waiting: try again later")
       while num_done < len(jobs):
         number, kind, value = await asyncio.wait_for(events.get(), deadline - loop.time())
         if kind == "failed":
           raise Refused(500, f"decoding failed: {value}")
+        if kind == "left":
+          raise Refused(499, "the client has left")  # which nobody reads
         num_done += kind == "done"
         yield number, kind, value
     except TimeoutError as error:
       raise Refused(504, f"no answer within {self.limits.max_seconds:g} seconds") from error
     finally:
-      for job in jobs:
-        job.is_cancelled = True
+      watching.cancel()
+      self.engine.withdraw(jobs)
 
 
 async def _with_first(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[Event]:

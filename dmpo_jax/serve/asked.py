@@ -4,7 +4,7 @@ What would change the result and is not supported is refused rather than left ou
 """
 
 import dataclasses
-import math
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,20 @@ MAX_TEMPERATURE = 2.0  # as at OpenAI
 LENGTHS = ("max_tokens", "max_completion_tokens")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # theirs -> a template's
 IGNORED = {"user", "metadata", "store"}  # say nothing of the result
-FIXED = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "echo": False}
+FIXED = {  # OpenAI's defaults, which may be said as well
+  "top_p": 1,
+  "frequency_penalty": 0,
+  "presence_penalty": 0,
+  "echo": False,
+  "logit_bias": {},
+  "logprobs": False,
+  "top_logprobs": 0,
+  "tools": [],
+  "parallel_tool_calls": True,
+  "response_format": {"type": "text"},
+  "modalities": ["text"],
+}
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # of answers with errors, by status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Refused(Exception):
     self.status, self.param = status, param
 
   def response(self) -> JSONResponse:
-    return JSONResponse({"error": self.body()}, self.status, {"Retry-After": "1"} if self.status == 429 else None)
+    return JSONResponse({"error": self.body()}, self.status, HEADERS.get(self.status))
 
   def body(self) -> dict[str, Any]:
     kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -72,18 +85,21 @@ def read_asked(fields: dict[str, Any], limits: Limits) -> Asked:
   most = limits.completion_length
   lengths = [_whole(fields.pop(name, None), name, 1, limits.completion_length) for name in LENGTHS]
   num_choices = _whole(fields.pop("n", None), "n", 1, limits.max_choices) or 1
+  is_streamed = _flag(fields.pop("stream", None), "stream")
   asked = Asked(
     max_tokens=min(most if length is None else length for length in lengths),
     temperature=_temperature(fields.pop("temperature", None), limits.temperature),
     seed=_whole(fields.pop("seed", None), "seed", -(2**63), 2**63 - 1),
     num_choices=num_choices,
     stops=_stops(fields.pop("stop", None)),
-    is_streamed=_flag(fields.pop("stream", None), "stream"),
-    with_usage=_usage(fields.pop("stream_options", None)),
+    is_streamed=is_streamed,
+    with_usage=_usage(fields.pop("stream_options", None), is_streamed),
   )
-  for name, value in (FIXED | {"best_of": num_choices}).items():
-    if fields.pop(name, None) not in (None, value):
-      raise Refused(400, f"{name} is {value} on this server: leave it out", name)
+  for name, only in (FIXED | {"best_of": num_choices}).items():
+    value = fields.pop(name, None)
+    is_same = value == only and (type(value) is bool) == (type(only) is bool)  # to Python true is 1
+    if value is not None and not is_same:
+      raise Refused(400, f"{name} is {json.dumps(only)} on this server: leave it out", name)
   for name, value in fields.items():
     if name not in IGNORED and value is not None:
       raise Refused(400, f"{name} is not supported", name)
@@ -105,7 +121,7 @@ def read_messages(messages: Any) -> list[Turn]:
 
 
 def _turn(message: Any, where: str) -> Turn:
-  if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+  if not isinstance(message, Mapping) or message.get("role") not in list(ROLES):  # not even hashable, perhaps
     raise Refused(400, f"{where} must have a role, one of {', '.join(ROLES)}", "messages")
   extra = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
   if extra:
@@ -132,7 +148,7 @@ def _whole(value: Any, name: str, low: int, high: int) -> int | None:
 def _temperature(value: Any, otherwise: float) -> float:
   if value is None:
     return otherwise
-  if type(value) not in (int, float) or not (math.isfinite(value) and 0 <= value <= MAX_TEMPERATURE):
+  if type(value) not in (int, float) or not 0 <= value <= MAX_TEMPERATURE:
     raise Refused(400, f"temperature must be a number from 0 (greedy) to {MAX_TEMPERATURE:g}", "temperature")
   return float(value)
 
@@ -143,10 +159,15 @@ def _flag(value: Any, name: str) -> bool:
   return bool(value)
 
 
-def _usage(options: Any) -> bool:
-  if options is not None and not isinstance(options, Mapping):
-    raise Refused(400, "stream_options must be an object", "stream_options")
-  return _flag((options or {}).get("include_usage"), "stream_options")
+def _usage(options: Any, is_streamed: bool) -> bool:
+  if options is None:
+    return False
+  if not isinstance(options, Mapping) or not is_streamed:
+    raise Refused(400, "stream_options must be an object, and needs stream: true", "stream_options")
+  unknown = [name for name, value in options.items() if name != "include_usage" and value is not None]
+  if unknown:
+    raise Refused(400, f"stream_options: {unknown[0]} is not supported", "stream_options")
+  return _flag(options.get("include_usage"), "stream_options")
 
 
 def _stops(value: Any) -> tuple[str, ...]:

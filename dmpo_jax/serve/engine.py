@@ -4,7 +4,6 @@ One thread has the device. Jobs that wait together are decoded together, so a ba
 """
 
 import dataclasses
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +36,6 @@ class Job:
   seed: int | None = None  # None: the server's; the same prompt then gets the same completion
   temperature: float = 0.0
   choice: int = 0  # number of this completion among those of one request
-  is_cancelled: bool = False
 
   @property
   def bucket(self) -> int:
@@ -59,42 +57,45 @@ class Engine:
   """
 
   def __init__(self, decode: Decode, *, batch_size: int, max_queue: int):
-    self._decode, self._batch_size = decode, batch_size
-    self._queue: queue.Queue[Job | None] = queue.Queue(max_queue)
+    self._decode, self._batch_size, self._max_queue = decode, batch_size, max_queue
+    self._waiting: list[Job] = []  # the oldest first
     self._is_closed = False
+    self._news = threading.Condition()  # guards both
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
     self._thread.start()
 
-  def submit(self, job: Job) -> bool:
-    """Queue a job; False: there is no room, or the engine is closed."""
-    try:
-      if not self._is_closed:
-        self._queue.put_nowait(job)
-        return True
-    except queue.Full:
-      pass
-    return False
+  def submit(self, jobs: Sequence[Job]) -> bool:
+    """Queue all of a request's jobs; False: there is no room for them, or the engine is closed."""
+    with self._news:
+      if self._is_closed or len(self._waiting) + len(jobs) > self._max_queue:
+        return False
+      self._waiting += jobs
+      self._news.notify()
+      return True
+
+  def withdraw(self, jobs: Sequence[Job]) -> None:
+    """Give the places of jobs that nobody waits for any more to others; a batch that has begun is finished."""
+    with self._news:
+      self._waiting = [job for job in self._waiting if job not in jobs]
 
   def close(self) -> None:
     """Finish what is queued, and stop."""
-    self._is_closed = True
-    self._queue.put(None)
+    with self._news:
+      self._is_closed = True
+      self._news.notify()
     self._thread.join()
 
   def _run(self) -> None:
-    left: list[Job] = []  # of another bucket than the batch that went before
-    while True:
-      waiting = left or [self._queue.get()]
-      while len(waiting) < self._batch_size and not self._queue.empty():
-        waiting.append(self._queue.get())
-      is_last = None in waiting
-      jobs = [job for job in waiting if job is not None and not job.is_cancelled]
-      batch = [job for job in jobs if job.bucket == jobs[0].bucket][: self._batch_size]
-      left = [job for job in jobs if job not in batch] + [None] * is_last
-      if batch:
-        self._decode_batch(batch)
-      elif is_last:
-        return
+    while batch := self._take():
+      self._decode_batch(batch)
+
+  def _take(self) -> list[Job]:
+    """Wait for jobs and take the oldest with others of its bucket; none are left where the engine has been closed."""
+    with self._news:
+      self._news.wait_for(lambda: self._waiting or self._is_closed)
+      batch = [job for job in self._waiting if job.bucket == self._waiting[0].bucket][: self._batch_size]
+      self._waiting = [job for job in self._waiting if job not in batch]
+      return batch
 
   def _decode_batch(self, batch: Sequence[Job]) -> None:
     newest = -1
