@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -62,7 +63,8 @@ class _Handler(type_handlers.NumpyHandler):
 
 def save_piecewise(path: epath.PathLike, arrays: Any) -> None:
   """Save a tree of `PiecewiseArray`s to a folder of its own, whole or not at all."""
-  registry = type_handlers.create_type_handler_registry((PiecewiseArray, _Handler()))
+  unused = type_handlers.ArrayHandler(array_metadata_store=None)  # without one Orbax warns that it stores less
+  registry = type_handlers.create_type_handler_registry((PiecewiseArray, _Handler()), (jax.Array, unused))
   handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=False)
   path = epath.Path(path)
   with ocp.Checkpointer(handler) as checkpointer:
