@@ -10,6 +10,6 @@ def get_config(task: str = "sudoku"):
   c.objective.elbo_quadrature.num_points = 2
   c.objective.num_replicates = 2
   c.objective.clip = 0.5
-  c.objective.kl_weight = 0.04
-  c.train.updates_per_buffer = 8
+  c.objective.kl_weight = 0.0
+  c.train.updates_per_buffer = 12
   return c

@@ -80,7 +80,6 @@ def make_measure_weights(
     weighing: keywords of `weights.weigh`.
   """
   program = measure_program(model, mesh, estimator=estimator)
-  is_fixed = replicates == "fixed" or max(estimator.draws) < 0  # what draws nothing has no noise to average
 
   def score(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, buffer: int, number: int = 0):
     key = noise.step_key(seed, "measure", buffer)
@@ -91,7 +90,7 @@ def make_measure_weights(
     rounds = [measures]
     while True:
       weighed, figures = _weigh(experience, _join(rounds), **weighing)
-      if is_fixed or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
+      if replicates == "fixed" or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
         break
       again = functools.partial(score, buffer=buffer, number=len(rounds))
       rounds.append(_in_chunks(again, policies, experience, chunk_prompts))
@@ -234,7 +233,6 @@ def _weigh(experience: Experience, measures: Measures, **weighing: Any) -> tuple
   )
   ratio = weights.log_ratio_figures(*map(jnp.asarray, (measures.log_p_ref, measures.log_p_old)), is_kept)
   figures = {
-    "effective_sample_size": weights.effective_sample_size(weighed.weight).mean(),
     "weight_difference": jnp.abs(weighed.weight - weighed.negative_weight).sum(-1).mean(),
     "kappa": weighed.kappa.mean(),
     "tilt_std": tilt_std,
@@ -242,6 +240,8 @@ def _weigh(experience: Experience, measures: Measures, **weighing: Any) -> tuple
     "log_ratio_noise": ratio["log_ratio_error"] / jnp.maximum(tilt_std, 1e-6),
     **ratio,
   }
+  if weighing["weighting"] != "reward":  # rewards are no shares of a group
+    figures["effective_sample_size"] = weights.effective_sample_size(weighed.weight).mean()
   weight, negative_weight = jax.device_get((weighed.weight, weighed.negative_weight))
   experience = experience.replace(
     log_p_old=log_p_old, log_p_ref=log_p_ref, weight=weight, negative_weight=negative_weight

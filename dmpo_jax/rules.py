@@ -318,6 +318,18 @@ def replicate_relations(key: str) -> tuple[Relation, ...]:
   )
 
 
+def compares_bounds(name: str, baseline: str, unlearning: str) -> bool:
+  """Whether a loss sets the policy's own bound, drawn anywhere in the completion, against log p_old."""
+  return name == "wddo" or (name == "wdce" and (baseline == "model" or unlearning == "bounded"))
+
+
+def has_no_noise(likelihood: str, prompt_mask_ratio: float) -> bool:
+  """Whether a likelihood is the same however often it is taken."""
+  return likelihood in ("sampler", "trajectory") or (likelihood == "one_step" and prompt_mask_ratio == 0)
+
+
+COMPARED = ("objective.name", "objective.baseline", "objective.unlearning")
+
 RELATIONS = (
   Relation("model.d_model", ("model.num_heads",), is_multiple, "a multiple of {0}"),
   Relation(
@@ -362,6 +374,36 @@ RELATIONS = (
     ("train.updates_per_buffer", "objective.name"),
     lambda every, updates, name: not OBJECTIVES[name].has_teacher or every == updates,
     "as many as {0}, as {1} takes the policy that drew the buffer for its reference",
+  ),
+  Relation(
+    "objective.likelihood",
+    COMPARED,
+    lambda likelihood, *own: likelihood in ("elbo", "sampler") or not compares_bounds(*own),
+    "elbo or sampler, as {0} with {1} and {2} compares log p_old with the policy's elbo",
+  ),
+  Relation(
+    "objective.mask_block_length",
+    COMPARED,
+    lambda length, *own: length == 0 or not compares_bounds(*own),
+    "0, as {0} with {1} and {2} compares log p_old with an elbo of masks anywhere",
+  ),
+  Relation(
+    "objective.proximal",
+    ("objective.weighting",),
+    lambda proximal, weighting: proximal == "fixed" or weighting != "reward",
+    "fixed, as {0} takes no proximal step",
+  ),
+  Relation(
+    "objective.max_weight",
+    ("objective.weighting",),
+    lambda most, weighting: most == 1 or weighting != "reward",
+    "1.0, as {0} leaves no share of a group to cut",
+  ),
+  Relation(
+    "objective.replicates",
+    ("objective.likelihood", "objective.one_step.prompt_mask_ratio"),
+    lambda replicates, likelihood, ratio: replicates == "fixed" or not has_no_noise(likelihood, ratio),
+    "fixed, as {0} (one_step: with {1}) has no noise to average",
   ),
   Relation("objective.min_mask_ratio", ("objective.max_mask_ratio",), operator.lt, "below {0}"),
   Relation(

@@ -139,6 +139,33 @@ def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
   assert line.startswith(f"config.rollout.pipelined = True: False, as {path} = {value!r} {reason}")
 
 
+@pytest.mark.parametrize(
+  ("changes", "path", "allowed"),
+  [
+    (dict(name="wddo", likelihood="trajectory"), "likelihood", "elbo or sampler, as objective.name = 'wddo'"),
+    (dict(baseline="model", likelihood="one_step"), "likelihood", "with objective.baseline = 'model'"),
+    (dict(unlearning="bounded", likelihood="eubo"), "likelihood", "objective.unlearning = 'bounded'"),
+    (dict(unlearning="bounded", mask_block_length=4), "mask_block_length", "0, as objective.name = 'wdce'"),
+    (dict(weighting="reward", proximal="adaptive"), "proximal", "fixed, as objective.weighting = 'reward'"),
+    (dict(weighting="reward", max_weight=0.5), "max_weight", "1.0, as objective.weighting = 'reward'"),
+    (dict(replicates="adaptive", likelihood="trajectory"), "replicates", "as objective.likelihood = 'trajectory'"),
+  ],
+)
+def test_what_would_be_compared_wrongly_or_not_be_read_is_refused(config, changes, path, allowed):
+  config.objective.update(changes)
+  (line,) = problems(config)
+  assert line.startswith(f"config.objective.{path} = ")
+  assert allowed in line
+
+
+def test_an_estimate_without_noise_has_no_rounds(config):
+  config.objective.update(dict(replicates="adaptive", likelihood="one_step"))
+  assert problems(config) == []
+  config.objective.one_step.prompt_mask_ratio = 0.0
+  (line,) = problems(config)
+  assert "objective.one_step.prompt_mask_ratio = 0.0" in line
+
+
 def test_steps_are_a_multiple_of_the_blocks(config):
   config.sampler.block_length = 4
   config.sampler.steps = 6

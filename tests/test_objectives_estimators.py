@@ -109,6 +109,16 @@ def test_fewer_chunks_count_neighbours_as_independent():
   np.testing.assert_array_equal(views.is_masked[0, 0], [[1, 1, 1], [1, 0, 0]])
 
 
+def test_a_chunk_sees_what_was_decided_before_it_counted_or_not():
+  # position 2 was decided first and position 3 filled in after 3 calls; neither counts
+  about = Completions(
+    jnp.array([[[True, True, False, False]]]), jnp.array([[[1, 2, 0, 3]]], jnp.int32), jnp.ones((1, 4), bool)
+  )
+  views = Trajectory(3).views(jax.random.split(jax.random.key(0), (1, 1)), about)
+  np.testing.assert_array_equal(views.is_masked[0, 0], [[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 0, 1]])
+  np.testing.assert_array_equal(views.share[0, 0], [[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]])
+
+
 def test_the_elbo_equals_its_plain_form_and_the_bound():
   keys = jax.random.split(jax.random.key(3), (len(COMPLETIONS), 1))
   case = CASES["elbo"]

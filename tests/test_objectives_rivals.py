@@ -14,7 +14,7 @@ import pytest
 from dmpo_jax.objectives import OBJECTIVES, clipped, wddo
 from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
-from dmpo_jax.objectives.likelihood import Completions, Linear
+from dmpo_jax.objectives.likelihood import Completions
 from dmpo_jax.structs import Experience, Prompts
 
 LIKELIHOODS = {
@@ -145,6 +145,23 @@ def test_tracerl_by_hand():
   assert metrics["loss_kl"].item() == pytest.approx(kl, rel=1e-5)
 
 
+def test_tracerl_takes_a_chunks_mean_of_the_surrogate_and_its_sum_of_the_kl():
+  ratio = np.array([[[1.1, 1.15, 0.9], [1.0, 1.0, 1.0]]])
+  old = np.log(np.full((1, 2, 3), 0.5))
+  kl = 1 / ratio - 1 + np.log(ratio)
+  changes = dict(
+    completion=np.zeros((1, 2, 3), np.int32),
+    is_counted=np.ones((1, 2, 3), bool),
+    committed_at=np.array([[[0, 0, 1], [0, 1, 1]]], np.int32),
+    token_log_p_old=old.astype(np.float32),
+  )
+  loss, metrics, gradient = run("tracerl", (old + np.log(ratio)).astype(np.float32), make_experience(**changes))
+  surrogate = ((1.1 + 1.15) / 2 + 0.9) / 2 - 1  # of advantages 1 and -1
+  assert loss.item() == pytest.approx((-surrogate + 0.1 * kl.sum() / 2) / 2, rel=1e-4)
+  assert metrics["loss_kl"].item() == pytest.approx(((kl[0, 0, :2].mean() + kl[0, 0, 2]) / 2) / 2, rel=1e-3)
+  np.testing.assert_allclose(gradient[0, 1], [0.5 / 2, 0.25 / 2, 0.25 / 2], rtol=1e-5)
+
+
 def test_gdpo_by_hand():
   tokens = np.asarray(run_tokens("gdpo", jnp.asarray(OLD)))
   shift = np.array([[[0.1, 0.3], [-0.5, -0.1]]], np.float32)  # a sequence's ratio is exp of the mean over its tokens
@@ -169,11 +186,17 @@ def test_spg_takes_the_lower_bound_of_the_good_and_the_mixture_of_the_bad():
   keys = jax.random.split(jax.random.key(1), (1, 2))
   counted = jnp.asarray(experience.is_counted)
   views = likelihood.views(keys, Completions(counted, jnp.asarray(experience.committed_at), jnp.ones((1, 3), bool)))
-  log_prob = jnp.broadcast_to(jnp.asarray(OLD)[:, :, None], views.is_masked.shape)
-  lower = Linear.tokens(likelihood, log_prob, views).sum(-1)[0]
-  mixed = likelihood.tokens(log_prob, views).sum(-1)[0]
-  loss, _, _ = run("spg")
-  assert loss.item() == pytest.approx(-(0.5 * lower[0] - 0.5 * mixed[1]).item() / C / 2, rel=1e-5)
+  is_read = np.asarray(views.share[0] > 0)
+  lower = (OLD[0] * np.asarray(views.share[0]).sum(1)).sum(-1) / C
+  # the published mean: over the positions that some mask hid, whose number is another than C
+  powers = (np.asarray(views.share[0]) * np.exp(1.5 * OLD[0])[:, None]).sum(1)
+  num_read = is_read.any(1).sum(-1)
+  upper = np.log(powers, out=np.zeros_like(powers), where=powers > 0).sum(-1) / 1.5 / np.maximum(num_read, 1)
+  assert num_read[1] == 1
+  loss, metrics, _ = run("spg")
+  mixed = (lower + upper) / 2
+  assert loss.item() == pytest.approx(-(0.5 * lower[0] - 0.5 * mixed[1]).item() / 2, rel=1e-5)
+  assert metrics["loss_gap"].item() == pytest.approx((mixed - lower).mean(), rel=1e-4)
 
 
 def test_dtm_by_hand():

@@ -181,11 +181,11 @@ def test_baselines_by_hand(name, expected):
   log_p_theta = jnp.array([[-1.0, jnp.nan, -2.0], [0.0, 0.0, 0.0]])
   log_p_old = log_p_theta - jnp.log(jnp.array([3.0, 1.0, 1.0]))
   negative = jnp.array([[0.1, jnp.nan, 0.9], [jnp.nan, 0.0, 0.0]])
+  weight = jnp.array([[0.3, jnp.nan, 0.7], [jnp.nan, 0.0, 0.0]])
 
   def compute_baseline(log_p_theta):
-    return weights.baseline(
-      name, negative_weight=negative, log_p_theta=log_p_theta, log_p_old=log_p_old, is_kept=is_kept
-    )
+    own = dict(weight=weight, negative_weight=negative, log_p_old=log_p_old, is_kept=is_kept)
+    return weights.baseline(name, log_p_theta=log_p_theta, **own)
 
   np.testing.assert_allclose(compute_baseline(log_p_theta), expected, rtol=1e-6)
   gradient = jax.grad(lambda log_p: compute_baseline(log_p)[0, 0])(log_p_theta)
@@ -193,7 +193,8 @@ def test_baselines_by_hand(name, expected):
 
 
 def test_an_unknown_baseline_is_refused_with_a_hint():
-  arrays = dict(negative_weight=jnp.zeros((3, 4)), log_p_theta=jnp.zeros((3, 4)), log_p_old=jnp.zeros((3, 4)))
+  names = ("weight", "negative_weight", "log_p_theta", "log_p_old")
+  arrays = {name: jnp.zeros((3, 4)) for name in names}
   with pytest.raises(ValueError, match=r"objective.baseline='negativ'.*did you mean 'negative'"):
     weights.baseline("negativ", **arrays, is_kept=KEPT)
 
@@ -333,6 +334,30 @@ def test_standardised_rewards_and_clipped_weights():
   cut = weights.weigh(reward, zeros, zeros, is_kept, max_weight=0.3, **own)
   np.testing.assert_allclose(cut.weight, jnp.minimum(free.weight, 0.3))
   np.testing.assert_allclose(cut.negative_weight, jnp.minimum(free.negative_weight, 0.3))
+
+
+@pytest.mark.parametrize(
+  ("changed", "expected"),
+  [
+    (dict(weighting="reward"), [[0, 0, 0, 0], [-1, 0, 1, 0], [0, 0, 0, 0]]),
+    (dict(max_weight=0.2), [[0, 0, 0, 0], [-0.0733, 0.0367, 0.0367, 0], [0, 0, 0, 0]]),
+  ],
+)
+def test_the_mean_baseline_leaves_nothing_of_equal_rewards_where_weights_do_not_sum_to_one(changed, expected):
+  reward = jnp.array([[2.0, 2.0, 2.0, 2.0], [1.0, 2.0, 3.0, jnp.nan], [5.0, 9.0, 9.0, 9.0]])
+  is_kept = jnp.array([[True] * 4, [True, True, True, False], [True, False, False, False]])
+  own = dict(weighting="tilt", alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="none")
+  zeros = jnp.zeros((3, 4))
+  found = weights.weigh(reward, zeros, zeros, is_kept, **own | dict(max_weight=1.0) | changed)
+  subtracted = weights.baseline(
+    "mean",
+    weight=found.weight,
+    negative_weight=found.negative_weight,
+    log_p_theta=zeros,
+    log_p_old=zeros,
+    is_kept=is_kept,
+  )
+  np.testing.assert_allclose(found.weight - subtracted, expected, atol=1e-4)
 
 
 def test_unique_rollouts_by_hand():

@@ -45,7 +45,7 @@ def ratio_loss(
   clip: float,
   kl_weight: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute `token_loss` of a buffer under the views from `keys`; what its users differ in is given.
+  """Compute `token_loss` of a buffer under the views from `keys`, a rollout's counted tokens all alike.
 
   Args:
     experience: token_log_p_old is that of this update's views.
@@ -59,7 +59,7 @@ def ratio_loss(
     experience.token_log_p_old,
     token_log_p_kl,
     advantage,
-    experience.is_counted,
+    experience.is_counted / jnp.maximum(experience.is_counted.sum(-1, keepdims=True), 1),
     experience.is_kept,
     clip=clip,
     kl_weight=kl_weight,
@@ -72,28 +72,31 @@ def token_loss(
   log_p_old: Float[Array, "p g c"],
   log_p_kl: Float[Array, "p g c"],
   advantage: Float[Array, "p g"],
-  is_counted: Bool[Array, "p g c"],
+  share: Float[Array, "p g c"],
   is_kept: Bool[Array, "p g"],
   *,
   clip: float,
-  kl_weight: float,
+  kl_weight: float | Float[Array, "p g c"],
 ) -> tuple[Float[Array, "p"], dict[str, Float[Array, "p"]]]:
   """Compute each group's GRPO loss with a ratio a token.
 
-  mean_i (1/n_i) sum_l [- min(rho_il A_i, clip(rho_il, 1 - clip, 1 + clip) A_i) + kl_weight * k3_il],
+  mean_i sum_l share_il [- min(rho_il A_i, clip(rho_il, 1 - clip, 1 + clip) A_i) + kl_weight * k3_il],
   rho = exp(log p - log p_old), k3 = exp(d) - d - 1 with d = log p_kl - log p: an estimate of KL(p || p_kl).
+
+  Args:
+    share: of each token in its rollout's mean; a token with none is not read. 1/n_i is the plain mean.
+    kl_weight: of all tokens, or of each.
 
   Returns:
     The losses, and `loss_clipped` (share of the tokens whose gradient the clipping stops) and `loss_kl` (nats a token).
   """
-  is_read = is_counted & is_kept[:, :, None]
+  is_read = (share > 0) & is_kept[:, :, None]
   log_ratio = jnp.where(is_read, log_p - jnp.where(is_read, log_p_old, 0), 0)
   surrogate, is_clipped = clipped_surrogate(log_ratio, advantage[:, :, None], clip)
   kl = k3(jnp.where(is_read, log_p_kl, 0), jnp.where(is_read, log_p, 0))
 
   def per_token(values: Float[Array, "p g c"]) -> Float[Array, "p"]:
-    rollout = jnp.where(is_read, values, 0).sum(-1) / jnp.maximum(is_counted.sum(-1), 1)
-    return mean_kept(rollout, is_kept)
+    return mean_kept(jnp.where(is_read, share * values, 0).sum(-1), is_kept)
 
   metrics = {"loss_clipped": per_token(is_clipped.astype(jnp.float32)), "loss_kl": per_token(kl)}
   return per_token(kl_weight * kl - surrogate), metrics

@@ -99,10 +99,17 @@ class Eubo(Elbo):
   mixture: float
 
   def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
+    return self.mixture * self.upper(log_prob, views) + (1 - self.mixture) * self.lower(log_prob, views)
+
+  def lower(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
+    """Add up each position's part of the ELBO."""
+    return super().tokens(log_prob, views)
+
+  def upper(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
+    """Compute each position's part of the EUBO; 0 where no replicate masked it."""
     is_read = views.share > 0
     powers = jnp.where(is_read, views.share * jnp.exp(self.beta * jnp.where(is_read, log_prob, 0)), 0).sum(2)
-    upper = jnp.where(powers > 0, jnp.log(jnp.where(powers > 0, powers, 1)) / self.beta, 0)
-    return self.mixture * upper + (1 - self.mixture) * super().tokens(log_prob, views)
+    return jnp.where(powers > 0, jnp.log(jnp.where(powers > 0, powers, 1)) / self.beta, 0)
 
   def estimates(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g n"]:
     return self.tokens(log_prob, views).sum(-1, keepdims=True)  # not a mean of single draws
@@ -200,7 +207,7 @@ class Trajectory(Linear):
     last = jnp.where(completions.is_counted, completions.committed_at, 0).max(-1, keepdims=True)
     chunk = completions.committed_at * self.num_replicates // (last + 1)
     number = jnp.arange(self.num_replicates)[:, None]
-    is_masked = (chunk[:, :, None] >= number) | ~completions.is_counted[:, :, None]
+    is_masked = chunk[:, :, None] >= number
     is_read = (chunk[:, :, None] == number) & completions.is_counted[:, :, None]
     return Views(is_masked, is_read.astype(jnp.float32))
 

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Key
 
 from dmpo_jax.objectives.clipped import averaged, centred_advantage, estimate
 from dmpo_jax.objectives.estimators import Eubo
-from dmpo_jax.objectives.likelihood import Linear, Score
+from dmpo_jax.objectives.likelihood import Score
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience
 
@@ -20,9 +20,14 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Compute SPG's loss (arXiv 2510.09541), with its mixture.
 
-  - (1 / num_prompts) sum_prompts mean_i A_i L(y_i) / n_i, A the reward minus the group's mean, L the ELBO where A is
-  positive and the mixture of EUBO and ELBO where it is not, both on the same masks. Published: block-wise masks, 2
-  replicates, beta 1.5 (1 for Sudoku), mixture 0.5, 4 updates a buffer, groups of 6, no clipping and no KL.
+  - (1 / num_prompts) sum_prompts mean_i A_i L(y_i), A the reward minus the group's mean, L the ELBO / n_i where A is
+  positive, and where it is not mixture * EUBO / u_i + (1 - mixture) * ELBO / n_i on the same masks: n_i counted
+  positions, of which u_i were masked by some replicate. Published: block-wise masks, 2 replicates, beta 1.5 (1 for
+  Sudoku), mixture 0.5, 4 updates a buffer, groups of 6, no clipping and no KL.
+
+  The published code also masks prompt tokens with probability 0.15, draws the number of masked positions uniformly from
+  1 to n (here a ratio, of which each position makes its own draw, so that a mask may be empty), takes the two replicates
+  from different blocks where there are as many, hides what follows the first EOS, and weighs rollouts by their length.
 
   Args:
     likelihood: must be `eubo`, whose mixture is what bad rollouts get.
@@ -30,9 +35,11 @@ def loss(
   if not isinstance(likelihood, Eubo):
     raise ValueError("objective.likelihood: must be 'eubo' for objective.name = 'spg', whose bad rollouts it is for")
   policy, is_kept = estimate(score, experience, keys, likelihood), experience.is_kept
-  lower = Linear.tokens(likelihood, policy.log_prob, policy.views)
+  num_read = (policy.views.share > 0).any(2).sum(-1)
+  lower = likelihood.lower(policy.log_prob, policy.views).sum(-1) / jnp.maximum(experience.is_counted.sum(-1), 1)
+  upper = likelihood.upper(policy.log_prob, policy.views).sum(-1) / jnp.maximum(num_read, 1)
+  mixed = likelihood.mixture * upper + (1 - likelihood.mixture) * lower
   advantage = centred_advantage(experience.reward, is_kept)
-  log_p = jnp.where((advantage > 0)[:, :, None], lower, policy.tokens).sum(-1)
-  log_p = jnp.where(is_kept, log_p, 0) / jnp.maximum(experience.is_counted.sum(-1), 1)
-  metrics = {"loss_gap": mean_kept(jnp.where(is_kept, (policy.tokens - lower).sum(-1), 0), is_kept)}
+  log_p = jnp.where(is_kept, jnp.where(advantage > 0, lower, mixed), 0)
+  metrics = {"loss_gap": mean_kept(mixed - lower, is_kept)}
   return averaged(-mean_kept(advantage * log_p, is_kept), metrics, policy.entropy, is_kept, num_prompts)

@@ -85,6 +85,7 @@ def group_loss(
   log_p_theta = elbo(scores.log_prob, is_masked, experience.is_counted).mean(-1)
   subtracted = weights.baseline(
     baseline,
+    weight=experience.weight,
     negative_weight=experience.negative_weight,
     log_p_theta=log_p_theta,
     log_p_old=log_p_old,

@@ -156,6 +156,7 @@ def standardise(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Flo
 def baseline(
   name: str,
   *,
+  weight: Float[Array, "p g"],
   negative_weight: Float[Array, "p g"],
   log_p_theta: Float[Array, "p g"],
   log_p_old: Float[Array, "p g"],
@@ -163,7 +164,8 @@ def baseline(
 ) -> Float[Array, "p g"]:
   """Compute what is subtracted from the weights; no gradient goes through it. Dropped rollouts get 0.
 
-  none: 0. mean: 1 / (rollouts kept), the mean weight of the group. model: softmax_g(log p_theta - log p_old), which
+  none: 0. mean: the mean weight of the group's kept rollouts, which is 1 / (their number) unless the weights are rewards
+  or were cut. model: softmax_g(log p_theta - log p_old), which
   leaves the gradient unbiased since E_{p_theta} grad log p_theta = 0. negative: `negative_weight`.
 
   Args:
@@ -175,7 +177,7 @@ def baseline(
   if name == "none":
     return jnp.zeros_like(negative_weight)
   if name == "mean":
-    return softmax_kept(jnp.zeros_like(negative_weight), is_kept)
+    return jnp.where(is_kept, mean_kept(weight, is_kept)[:, None], 0)
   if name == "model":
     return softmax_kept(jax.lax.stop_gradient(log_p_theta) - log_p_old, is_kept)
   if name == "negative":
