@@ -33,7 +33,7 @@ from dmpo_jax.measure import (
   token_program,
 )
 from dmpo_jax.models import llada
-from dmpo_jax.objectives import OBJECTIVES, weights
+from dmpo_jax.objectives import OBJECTIVES, needs_of, weights
 from dmpo_jax.objectives.estimators import make_estimator
 from dmpo_jax.structs import Drawn, Experience, TrainState
 
@@ -190,7 +190,7 @@ def training_sample(config: ConfigDict, parts: Placed) -> Callable:
 
 def training_scores(config: ConfigDict, model: llada.LLaDA, mesh: Mesh) -> Callable | None:
   """Jit the forward passes of the objective's measure (see `measure.py`); None: it needs none."""
-  objective, needs = config.objective, OBJECTIVES[config.objective.name].needs
+  objective, needs = config.objective, needs_of(config.objective.name, config.objective.kl_weight)
   if needs in ("rewards", "demonstrations") or objective.likelihood == "sampler":
     return None
   num_replicates = objective.num_elbo_replicates if needs == "weights" else objective.num_replicates
@@ -264,7 +264,7 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
 
 def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
   """Build what completes the rollouts for the objective (`objectives.Needs`)."""
-  objective, needs = config.objective, OBJECTIVES[config.objective.name].needs
+  objective, needs = config.objective, needs_of(config.objective.name, config.objective.kl_weight)
   if needs == "rewards":
     return make_measure_nothing()
   if objective.likelihood == "sampler":

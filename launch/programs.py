@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import build, phases, sharding
 from dmpo_jax.measure import Policies
 from dmpo_jax.models.llada import LLaDA
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, needs_of
 from dmpo_jax.structs import Experience, Prompts
 
 PROGRAMS = ("update", "sample", "measure", "move")
@@ -97,7 +97,7 @@ def trace(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mesh, Mesh]
 def _experience(config: ConfigDict, num_prompts: int) -> Experience:
   """Describe a buffer of rollouts."""
   p, g = num_prompts, config.rollout.group_size
-  needs, num_updates = OBJECTIVES[config.objective.name].needs, config.train.updates_per_buffer
+  needs, num_updates = needs_of(config.objective.name, config.objective.kl_weight), config.train.updates_per_buffer
   names = {"ratio": ["token_log_p_old"], "ratio_and_reference": ["token_log_p_old", "token_log_p_ref"]}.get(needs, [])
   q, c = config.task.max_prompt_length, config.sampler.completion_length
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, needs_of
 
 TASKS = ("sudoku", "countdown")
 RATE = "optim.learning_rate"
@@ -104,13 +104,13 @@ def calls_a_buffer(config: ConfigDict) -> float:
   A teacher is called once more.
   """
   objective, updates = config.objective, config.train.updates_per_buffer
-  _, needs, has_teacher = OBJECTIVES[objective.name]
   measured = {
     "rewards": 0,
     "weights": 2 * objective.num_elbo_replicates,
     "ratio": objective.num_replicates * (1 if objective.likelihood == "trajectory" else updates),
     "ratio_and_reference": 2 * objective.num_replicates * updates,
-  }[needs]
+  }[needs_of(objective.name, objective.kl_weight)]
+  has_teacher = OBJECTIVES[objective.name].has_teacher
   sets = 2 if objective.name == "wddo" and objective.wddo.sets == "independent" else 1
   return config.sampler.steps + measured + (3 + has_teacher) * sets * objective.num_replicates * updates
 

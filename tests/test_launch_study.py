@@ -114,6 +114,7 @@ def test_model_calls_of_a_buffer_count_a_backward_pass_as_two():
   assert calls("wd1") == 12 + 12 * 1 * 3
   assert calls("diffu_grpo") == 12 + 8 * (2 + 3)
   assert calls("tracerl") == 12 + 3 + 4 * 3 * 3
+  assert calls("gdpo") == 12 + 12 * 2 * (1 + 3)  # without a KL nothing is asked of a reference
   assert calls("dtm") == 12 + 8 * 2 * (3 + 1)
   assert calls("wddo", **{"objective.wddo.sets": "independent"}) == 12 + 2 * 8 + 8 * 8 * 3
 

@@ -30,12 +30,23 @@ def collect(phase, state, buffer):
 
 
 @pytest.mark.parametrize(
-  ("name", "likelihood", "replicates"),
-  [("diffu_grpo", "one_step", 2), ("tracerl", "trajectory", 2), ("gdpo", "elbo_quadrature", 2)],
+  ("name", "likelihood", "replicates", "kl_weight"),
+  [
+    ("diffu_grpo", "one_step", 2, 0.04),
+    ("tracerl", "trajectory", 2, 0.04),
+    ("gdpo", "elbo_quadrature", 2, 0.04),
+    ("gdpo", "elbo_quadrature", 2, 0.0),
+  ],
 )
-def test_the_first_update_meets_the_views_that_were_measured(folder, use_devices, name, likelihood, replicates):
+def test_the_first_update_meets_the_views_that_were_measured(
+  folder, use_devices, name, likelihood, replicates, kl_weight
+):
   config = tiny.config(
-    objective__name=name, objective__likelihood=likelihood, objective__num_replicates=replicates, objective__clip=1e-4
+    objective__name=name,
+    objective__likelihood=likelihood,
+    objective__num_replicates=replicates,
+    objective__kl_weight=kl_weight,
+    objective__clip=1e-4,
   )
   parts, phase, state = begin(config, folder, use_devices)
   with jax.set_mesh(parts.mesh):
@@ -45,6 +56,10 @@ def test_the_first_update_meets_the_views_that_were_measured(folder, use_devices
     state, metrics = phase.update(state, phase.frozen, experience)
     # ratios are 1 within the clipping of 1e-4, and the policy is still its reference
     assert metrics["loss_clipped"] == 0
+    if kl_weight == 0:
+      assert experience.token_log_p_ref is None, "nobody reads the reference"
+      assert "loss_kl" not in metrics
+      return
     assert abs(metrics["loss_kl"]) < 1e-6
     _, metrics = phase.update(state, phase.frozen, experience)
     assert metrics["loss_kl"] >= 0

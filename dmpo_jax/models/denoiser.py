@@ -49,9 +49,9 @@ def make_denoiser(
   sees everything but the token of its own position and that the row does not see (WINO, arXiv 2507.18578).
 
   Args:
-    guidance: w of classifier-free guidance, logits = (1 + w) * with prompt - w * without (arXiv 2502.09992, section
-      2.4, where 1 + w is the scale); the prompt's tokens are MASK in the rows without, computed beside the others.
-      0: none.
+    guidance: w of classifier-free guidance, logits = (1 + w) * with prompt - w * without (arXiv 2502.09992, appendix
+      A.2, eq. 16; w is the scale of LLaDA's code); the prompt's tokens are MASK in the rows without, computed beside
+      the others. 0: none.
     reference: variables of the reference policy.
 
   Raises:

@@ -37,3 +37,9 @@ OBJECTIVES = {
   "spg": Objective(spg.loss, "rewards"),
   "dtm": Objective(dtm.loss, "rewards", has_teacher=True),
 }
+
+
+def needs_of(name: str, kl_weight: float) -> Needs:
+  """Say what a buffer must hold for an objective whose KL has this weight: without one, nothing of a reference."""
+  needs = OBJECTIVES[name].needs
+  return "ratio" if needs == "ratio_and_reference" and kl_weight == 0 else needs

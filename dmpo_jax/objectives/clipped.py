@@ -38,7 +38,7 @@ def ratio_loss(
   experience: Experience,
   keys: Key[Array, "p g"],
   advantage: Float[Array, "p g"],
-  token_log_p_kl: Float[Array, "p g c"],
+  token_log_p_kl: Float[Array, "p g c"] | None,
   *,
   num_prompts: int,
   likelihood: Estimator,
@@ -50,7 +50,7 @@ def ratio_loss(
   Args:
     experience: token_log_p_old is that of this update's views.
     advantage: of each rollout.
-    token_log_p_kl: of the policy that the KL pulls to, under the same views.
+    token_log_p_kl: of the policy that the KL pulls to, under the same views; None: there is no KL.
     likelihood: the estimator of log p.
   """
   policy = estimate(score, experience, keys, likelihood)
@@ -70,7 +70,7 @@ def ratio_loss(
 def token_loss(
   log_p: Float[Array, "p g c"],
   log_p_old: Float[Array, "p g c"],
-  log_p_kl: Float[Array, "p g c"],
+  log_p_kl: Float[Array, "p g c"] | None,
   advantage: Float[Array, "p g"],
   share: Float[Array, "p g c"],
   is_kept: Bool[Array, "p g"],
@@ -85,21 +85,24 @@ def token_loss(
 
   Args:
     share: of each token in its rollout's mean; a token with none is not read. 1/n_i is the plain mean.
-    kl_weight: of all tokens, or of each.
+    log_p_kl: None: there is no KL. kl_weight: of all tokens, or of each.
 
   Returns:
-    The losses, and `loss_clipped` (share of the tokens whose gradient the clipping stops) and `loss_kl` (nats a token).
+    The losses, and `loss_clipped` (share of the tokens whose gradient the clipping stops) and, where there is a policy
+    for it, `loss_kl` (nats a token).
   """
   is_read = (share > 0) & is_kept[:, :, None]
   log_ratio = jnp.where(is_read, log_p - jnp.where(is_read, log_p_old, 0), 0)
   surrogate, is_clipped = clipped_surrogate(log_ratio, advantage[:, :, None], clip)
-  kl = k3(jnp.where(is_read, log_p_kl, 0), jnp.where(is_read, log_p, 0))
 
   def per_token(values: Float[Array, "p g c"]) -> Float[Array, "p"]:
     return mean_kept(jnp.where(is_read, share * values, 0).sum(-1), is_kept)
 
-  metrics = {"loss_clipped": per_token(is_clipped.astype(jnp.float32)), "loss_kl": per_token(kl)}
-  return per_token(kl_weight * kl - surrogate), metrics
+  metrics = {"loss_clipped": per_token(is_clipped.astype(jnp.float32))}
+  if log_p_kl is None:
+    return per_token(-surrogate), metrics
+  kl = k3(jnp.where(is_read, log_p_kl, 0), jnp.where(is_read, log_p, 0))
+  return per_token(kl_weight * kl - surrogate), metrics | {"loss_kl": per_token(kl)}
 
 
 def clipped_surrogate(

@@ -20,7 +20,7 @@ def loss(
   min_mask_ratio: float,
   max_mask_ratio: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute LLaDA's supervised loss (arXiv 2502.09992, eq. 5): (1 / num_prompts) sum_prompts mean_g `bound`.
+  """Compute LLaDA's loss: (1 / num_prompts) sum_prompts mean_g `bound` (arXiv 2502.09992, eq. 5, algorithm 2).
 
   Groups usually hold one completion, the prompt's demonstration; dropped ones are left out, weights are not used.
 

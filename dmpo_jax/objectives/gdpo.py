@@ -23,11 +23,13 @@ def loss(
 
   (1 / num_prompts) sum_prompts mean_i [- min(rho_i A_i, clip(rho_i, 1 - clip, 1 + clip) A_i) + kl_weight * k3_i],
   rho_i = exp((log p(y_i) - log p_old(y_i)) / n_i) over the n_i counted positions, A the reward minus the group's mean,
-  k3 of the same length-normalised bounds to the reference policy. Published: likelihood elbo_quadrature with 2 or 3
-  points.
+  k3 of the same length-normalised bounds to the reference policy. The length is inside the exponential, as in the
+  published code. Published: likelihood elbo_quadrature with 2 points (3 in one of the Countdown scripts), kl_weight 0,
+  12 updates a buffer. There a point t masks exactly int(t n) positions; here each with probability t, which keeps the
+  quadrature exact in expectation and adds the noise of their number.
 
   Args:
-    experience, likelihood: as in `diffu_grpo.loss`.
+    experience, likelihood: as in `diffu_grpo.loss`; with a kl_weight of 0 the reference policy is not read.
   """
   policy, is_kept, is_counted = estimate(score, experience, keys, likelihood), experience.is_kept, experience.is_counted
 
@@ -38,9 +40,8 @@ def loss(
   log_p = per_token(policy.tokens)
   advantage = centred_advantage(experience.reward, is_kept)
   surrogate, is_clipped = clipped_surrogate(log_p - per_token(experience.token_log_p_old), advantage, clip)
-  kl = k3(per_token(experience.token_log_p_ref), log_p)
-  metrics = {
-    "loss_clipped": mean_kept(is_clipped.astype(jnp.float32), is_kept),
-    "loss_kl": mean_kept(kl, is_kept),
-  }
-  return averaged(mean_kept(kl_weight * kl - surrogate, is_kept), metrics, policy.entropy, is_kept, num_prompts)
+  losses, metrics = mean_kept(-surrogate, is_kept), {"loss_clipped": mean_kept(is_clipped.astype(jnp.float32), is_kept)}
+  if experience.token_log_p_ref is not None:
+    kl = mean_kept(k3(per_token(experience.token_log_p_ref), log_p), is_kept)
+    losses, metrics = losses + kl_weight * kl, metrics | {"loss_kl": kl}
+  return averaged(losses, metrics, policy.entropy, is_kept, num_prompts)

@@ -26,8 +26,8 @@ def loss(
   Sudoku), mixture 0.5, 4 updates a buffer, groups of 6, no clipping and no KL.
 
   The published code also masks prompt tokens with probability 0.15, draws the number of masked positions uniformly from
-  1 to n (here a ratio, of which each position makes its own draw, so that a mask may be empty), takes the two replicates
-  from different blocks where there are as many, hides what follows the first EOS, and weighs rollouts by their length.
+  1 to n (here a ratio is drawn, and each position masked with it: a mask may be empty), takes the two replicates from
+  different blocks where there are as many, hides what follows the first EOS, and weighs rollouts by their length.
 
   Args:
     likelihood: must be `eubo`, whose mixture is what bad rollouts get.

@@ -164,9 +164,9 @@ def baseline(
 ) -> Float[Array, "p g"]:
   """Compute what is subtracted from the weights; no gradient goes through it. Dropped rollouts get 0.
 
-  none: 0. mean: the mean weight of the group's kept rollouts, which is 1 / (their number) unless the weights are rewards
-  or were cut. model: softmax_g(log p_theta - log p_old), which
-  leaves the gradient unbiased since E_{p_theta} grad log p_theta = 0. negative: `negative_weight`.
+  none: 0. mean: the mean weight of the group's kept rollouts, which is 1 / (their number) unless weights are rewards or
+  were cut. model: softmax_g(log p_theta - log p_old), which leaves the gradient unbiased since
+  E_{p_theta} grad log p_theta = 0. negative: `negative_weight`.
 
   Args:
     log_p_theta: of the policy that is being updated; log_p_old: when the rollouts were drawn. Read by `model` only.
