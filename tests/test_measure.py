@@ -31,12 +31,7 @@ def collect(phase, state, buffer):
 
 @pytest.mark.parametrize(
   ("name", "likelihood", "replicates", "kl_weight"),
-  [
-    ("diffu_grpo", "one_step", 2, 0.04),
-    ("tracerl", "trajectory", 2, 0.04),
-    ("gdpo", "elbo_quadrature", 2, 0.04),
-    ("gdpo", "elbo_quadrature", 2, 0.0),
-  ],
+  [("diffu_grpo", "one_step", 2, 0.04), ("tracerl", "trajectory", 2, 0.04), ("gdpo", "elbo_quadrature", 2, 0.0)],
 )
 def test_the_first_update_meets_the_views_that_were_measured(
   folder, use_devices, name, likelihood, replicates, kl_weight
