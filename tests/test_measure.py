@@ -1,5 +1,7 @@
 """What is measured of rollouts: under the updates' own views, until it is quiet, against a reference that may move."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import tiny
 from etils import epath
 
 from dmpo_jax import build, phases
+from dmpo_jax.measure import make_measure_sampled
+from dmpo_jax.structs import Experience, Prompts
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +119,25 @@ def test_rounds_of_masks_are_added_until_the_noise_is_small(folder, use_devices)
       _, figures = collect(phase, state, 0)
     assert figures["elbo_rounds"] == rounds
     assert figures["log_ratio_error"] > 0
+
+
+@pytest.mark.parametrize("weighting", ["tilt", "reward"])
+def test_an_effective_sample_size_is_of_shares_not_of_rewards(weighting):
+  zeros = np.zeros((1, 4), np.float32)
+  experience = Experience(
+    prompts=Prompts(np.zeros((1, 3), np.int32), np.ones((1, 3), bool), np.zeros(1, np.uint32)),
+    completion=np.zeros((1, 4, 2), np.int32),
+    is_counted=np.ones((1, 4, 2), bool),
+    reward=zeros + 2,
+    is_kept=np.ones((1, 4), bool),
+    log_p_old=zeros,
+    log_p_ref=zeros,
+    weight=zeros,
+    negative_weight=zeros,
+    committed_at=np.zeros((1, 4, 2), np.int32),
+  )
+  own = dict(alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="none", max_weight=1.0)
+  rollouts = SimpleNamespace(log_p_old=np.zeros((1, 4, 2), np.float32), log_p_ref=np.zeros((1, 4, 2), np.float32))
+  finish = make_measure_sampled(weighting=weighting, **own).finish
+  _, figures = finish(None, experience, rollouts, None, 0)
+  assert figures.get("effective_sample_size") == (1 if weighting == "tilt" else None)
