@@ -1,7 +1,5 @@
 """What is measured of rollouts: under the updates' own views, until it is quiet, against a reference that may move."""
 
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 import pytest
@@ -9,8 +7,8 @@ import tiny
 from etils import epath
 
 from dmpo_jax import build, phases
-from dmpo_jax.measure import make_measure_sampled
-from dmpo_jax.structs import Experience, Prompts
+from dmpo_jax.measure import Policies, make_measure_sampled
+from dmpo_jax.structs import Experience, Prompts, Rollouts
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +135,8 @@ def test_an_effective_sample_size_is_of_shares_not_of_rewards(weighting):
     committed_at=np.zeros((1, 4, 2), np.int32),
   )
   own = dict(alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="none", max_weight=1.0)
-  rollouts = SimpleNamespace(log_p_old=np.zeros((1, 4, 2), np.float32), log_p_ref=np.zeros((1, 4, 2), np.float32))
+  tokens, counts, log_p = np.zeros((1, 4, 2), np.int32), np.full((1, 4), 2, np.int32), np.zeros((1, 4, 2), np.float32)
+  rollouts = Rollouts(tokens, tokens, log_p, counts, counts, counts, log_p_old=log_p, log_p_ref=log_p)
   finish = make_measure_sampled(weighting=weighting, **own).finish
-  _, figures = finish(None, experience, rollouts, None, 0)
+  _, figures = finish(Policies(None, None), experience, rollouts, None, 0)
   assert figures.get("effective_sample_size") == (1 if weighting == "tilt" else None)
