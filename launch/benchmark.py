@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ class Section:
   seconds: float  # on two cores, with PyTorch
 
 
+PEERED = ("sample", "score", "update", "iteration")
 SECTIONS = {
   "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 300),
   "score": Section("launch.bench_score", "configs/throughput.py", 110),
@@ -51,6 +53,23 @@ SECTIONS = {
   "compile": Section("launch.bench_compile", "configs/throughput.py", 90),
   "growth": Section("launch.bench_growth", "configs/throughput.py:growth", 150),
 }
+# The sections that read a flag; any other flag is read by all of them.
+READ_BY = {
+  "peer": PEERED,
+  "official": PEERED,
+  "remat": ("update",),
+  "checkpointing": ("update",),
+  "picture": ("growth",),
+  "repeats": tuple(name for name in SECTIONS if name != "compile"),  # compile and its configurations are as they are
+  "config": tuple(name for name in SECTIONS if name != "compile"),
+}
+
+
+def unread(name: str, args: Sequence[str]) -> dict[str, tuple[str, ...]]:
+  """Find the arguments (`--flag=value`, `--flag`) that a section would not look at, and the sections that would."""
+  flags_of = {arg: re.match(r"--?(?:no)?(\w+)", arg) for arg in args}
+  readers = {arg: READ_BY.get(flag[1], tuple(SECTIONS)) for arg, flag in flags_of.items() if flag}
+  return {arg: sections for arg, sections in readers.items() if name not in sections}
 
 
 def define_flags(section: Section) -> None:
@@ -122,6 +141,8 @@ def check(config: ConfigDict, given: Any) -> None:
   validate(checked)
   if given.official and given.peer != "torch":
     raise ValueError("--official: only together with --peer=torch")
+  if given.checkpointing and given.peer != "torch":
+    raise ValueError("--checkpointing: only together with --peer=torch, whose layers it is about")
   if given.peer == "torch" and importlib.util.find_spec("torch") is None:
     raise ValueError("--peer=torch: PyTorch is not installed; pip install -r requirements-torch.txt")
 
@@ -137,11 +158,18 @@ def show(results: Sequence[Any], machine: str) -> None:
 
 
 def run_all(args: Sequence[str]) -> int:
-  """Run all sections, each as a command of its own with the same flags; return how many failed."""
+  """Run all sections, each as a command of its own with those of the flags that it reads.
+
+  Returns:
+    The exit code: 0; 1 where a section failed; 2 for a mistake in the flags.
+  """
   json_flag = next((arg for arg in args if arg.startswith("--json=")), "")
   others = [arg for arg in args if arg != json_flag]
   if any(arg.startswith("--config") for arg in others):
     print("error: --config belongs to one section, and `all` runs each on its own", file=sys.stderr)
+    return 2
+  if any(not arg.startswith("-") for arg in others):
+    print("error: `all` takes flags in one piece, such as --json=FILE", file=sys.stderr)
     return 2
   start, found, failed = time.monotonic(), [], []
   expected = sum(section.seconds for section in SECTIONS.values())
@@ -153,7 +181,8 @@ def run_all(args: Sequence[str]) -> int:
       left = round(pace * (expected - done) / 60)
       print(f"\n[{number + 1}/{len(SECTIONS)}] {name}: about {left} min left", file=sys.stderr, flush=True)
       path = pathlib.Path(folder) / f"{name}.json"
-      command = [sys.executable, "-m", "launch.benchmark", name, *others, f"--json={path}"]
+      own = [arg for arg in others if arg not in unread(name, others)]
+      command = [sys.executable, "-m", "launch.benchmark", name, *own, f"--json={path}"]
       if subprocess.run(command).returncode:
         failed.append(name)
       else:
@@ -168,13 +197,21 @@ def run_all(args: Sequence[str]) -> int:
   return 1 if failed else 0
 
 
-if __name__ == "__main__":
-  name = sys.argv[1] if len(sys.argv) > 1 else ""
+def start(name: str = "", *args: str) -> None:
+  """Run what the command line names; exit code 2: it names nothing that there is."""
   if name == "all":
-    sys.exit(run_all(sys.argv[2:]))
+    sys.exit(run_all(args))
   if name not in SECTIONS:
     print(f"{__doc__}\nsections: all, {', '.join(SECTIONS)}", file=sys.stderr)
     sys.exit(2)
+  for arg, sections in unread(name, args).items():
+    print(f"error: {arg} would do nothing in {name}: it belongs to {', '.join(sections)}", file=sys.stderr)
+  if unread(name, args):
+    sys.exit(2)
   define_flags(SECTIONS[name])
   absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main, argv=[name, *sys.argv[2:]])
+  app.run(main, argv=[name, *args])
+
+
+if __name__ == "__main__":
+  start(*sys.argv[1:])

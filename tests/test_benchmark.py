@@ -197,21 +197,57 @@ def test_other_numbers_stop_the_benchmark():
   ("given", "keys", "message"),
   [
     (dict(official="x"), {}, "--official: only together with --peer=torch"),
+    (dict(checkpointing=True), {}, "--checkpointing: only together with --peer=torch"),
     ({}, {"rollout.group_size": 0}, "rollout.group_size"),
     ({}, {"sampler.name": "win"}, "did you mean 'wino'"),
   ],
 )
 def test_mistakes_are_refused_before_anything_runs(given, keys, message):
-  flags = types.SimpleNamespace(**(dict(peer="none", official="") | given))
+  flags = types.SimpleNamespace(**(dict(peer="none", official="", checkpointing=False) | given))
   with pytest.raises(ValueError, match=message):
     benchmark.check(workload.changed(bench_tiny.config(), keys), flags)
 
 
-def test_an_unknown_section_is_named_and_ends_in_2():
-  done = programs.start("nothing", module="launch.benchmark")
-  assert done.returncode == 2
-  assert all(name in done.stderr for name in benchmark.SECTIONS)
-  assert benchmark.run_all(["--config=configs/smoke.py"]) == 2
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (("nothing",), f"sections: all, {', '.join(benchmark.SECTIONS)}"),
+    (("score", "--remat=none,full"), "--remat=none,full would do nothing in score: it belongs to update"),
+    (("sample", "--checkpointing"), "--checkpointing would do nothing in sample"),
+    (("update", "--picture=x.svg"), "--picture=x.svg would do nothing in update: it belongs to growth"),
+    (("grade", "--peer=torch"), "--peer=torch would do nothing in grade: it belongs to sample, score, update"),
+    (("compile", "--config.model.d_model=8"), "--config.model.d_model=8 would do nothing in compile"),
+    (("all", "--config=configs/smoke.py"), "--config belongs to one section"),
+    (("all", "--peer", "torch"), "flags in one piece"),
+  ],
+)
+def test_a_command_that_would_do_nothing_is_refused(capsys, args, message):
+  with pytest.raises(SystemExit, match="2"):
+    benchmark.start(*args)
+  assert message in capsys.readouterr().err
+
+
+def test_each_of_all_sections_gets_the_flags_that_it_reads(monkeypatch):
+  given = ("--peer=none", "--nocheckpointing", "--remat=dots", "--picture=x.svg", "--repeats=2", "--quiet")
+  commands = {}
+
+  def run(command):
+    commands[command[3]] = tuple(command[4:-1])
+    return types.SimpleNamespace(returncode=1)
+
+  monkeypatch.setattr(benchmark.subprocess, "run", run)
+  assert benchmark.run_all(given) == 1
+  peer, repeats = "--peer=none", ("--repeats=2", "--quiet")
+  assert commands == {
+    "sample": (peer, *repeats),
+    "score": (peer, *repeats),
+    "update": (peer, "--nocheckpointing", "--remat=dots", *repeats),
+    "iteration": (peer, *repeats),
+    "convert": repeats,
+    "grade": repeats,
+    "compile": ("--quiet",),
+    "growth": ("--picture=x.svg", *repeats),
+  }
 
 
 def test_options_name_the_peers():

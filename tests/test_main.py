@@ -1,9 +1,14 @@
 """The program as a user starts it: help, mistakes in one message, and the smoke run from beginning to end."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import tiny
+from etils import epath
 from programs import start
+
+from dmpo_jax import main
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,27 @@ def test_a_mistake_shows_where_it_was_found_when_asked(tmp_path):
   assert done.returncode == 2
   assert "Traceback" in done.stderr
   assert "error: " in done.stderr
+
+
+@pytest.mark.parametrize("from_environment", [False, True])
+def test_compiled_programs_are_kept_beside_the_workdir(tmp_path, monkeypatch, from_environment):
+  """Without being asked to, and elsewhere only where the environment says so."""
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+  if not from_environment:
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+  changed, settings = {}, []
+  monkeypatch.setattr(main.jax.config, "update", changed.__setitem__)
+  monkeypatch.setattr(main, "_MODE", SimpleNamespace(value="eval"))
+  monkeypatch.setattr(main, "_check_flags", lambda: None)
+  monkeypatch.setattr(main, "check_workdir", lambda *_, **__: None)
+  monkeypatch.setattr(main, "_join_processes", lambda: None)
+  monkeypatch.setattr(main.evaluate, "main", lambda *_: settings.append(dict(changed)))
+  main.run(tiny.config(), epath.Path(tmp_path / "run"))
+  wanted = {
+    "jax_compilation_cache_dir": str(tmp_path / ".jax_cache"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+  }
+  assert settings == [{} if from_environment else wanted]
 
 
 def test_the_smoke_run_from_beginning_to_end(workdir):

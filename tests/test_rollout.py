@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 
 import jax
 import numpy as np
@@ -11,9 +12,10 @@ from etils import epath
 
 from dmpo_jax import build, rollout, sharding, structs
 from dmpo_jax.grading import Grades, Grading
-from dmpo_jax.measure import Policies, make_measure_sampled, make_measure_weights
+from dmpo_jax.measure import Policies, make_measure_nothing, make_measure_sampled, make_measure_weights
 from dmpo_jax.objectives.estimators import Elbo
 from dmpo_jax.tasks.sudoku import Sudoku
+from dmpo_jax.tokenizer import load_tokenizer
 
 WEIGHING = ("weighting", "alpha", "proximal", "kappa", "min_ess", "reward_scaling", "max_weight")
 
@@ -131,6 +133,38 @@ def test_failed_rewards_drop_out_of_their_group(folder, use_devices, caplog):
   assert metrics["reward_mean"] >= 0.03
   assert "the grader broke" in caplog.text
   assert "nan" in caplog.text
+
+
+def test_chunks_are_drawn_while_earlier_ones_are_graded():
+  """A grader that goes on once all chunks are there, and says so if that took too long."""
+  p, g, c, is_drawn, in_time = 4, 2, 16, threading.Event(), []
+
+  class Patient(Sudoku):
+    def reward(self, record, completion):
+      in_time.append(is_drawn.wait(timeout=2))
+      is_drawn.set()  # a draw that waits for rewards is not to wait for every one of them
+      return 1.0
+
+  def sample(prompts, key):
+    shape = (len(prompts.prompt_id), g, c)
+    count = np.ones(shape[:2], np.int32)
+    return structs.Rollouts(np.full(shape, 12, np.int32), np.zeros(shape, np.int32), np.ones(shape), count, count, count)
+
+  task = Patient(min_blanks=4, max_blanks=10, demo_patience=11.0)
+  prompts = structs.Prompts(np.zeros((p, 3), np.int32), np.ones((p, 3), bool), np.arange(p))
+  of_buffer = (Policies(None, None), prompts, list(task.generate("test", p, 0)))
+  common = dict(
+    measure=make_measure_nothing(),
+    grading=Grading(task=task),
+    tokenizer=load_tokenizer("sentencepiece", tiny.config().tokenizer.path, is_chat=False),
+    buffer=0,
+    counted="all",
+  )
+  drawn = rollout.draw(*of_buffer, sample=sample, seed=0, chunk_prompts=1, **common)
+  is_drawn.set()
+  experience, _ = rollout.finish(drawn, *of_buffer, **common)
+  assert in_time == [True] * p * g
+  assert (experience.reward == 1).all()
 
 
 def test_counted_positions_end_with_the_first_eos():

@@ -61,27 +61,6 @@ def test_ties_go_to_the_lowest_token_and_the_leftmost_position():
   np.testing.assert_array_equal(rollouts.committed_at, [[0, 0, 1, 1, 2]])
 
 
-def test_only_the_current_block_goes_through_the_head_and_has_noise():
-  shapes = []
-
-  class Recording(Fake):
-    def logits(self, hidden, number=0):
-      shapes.append(hidden.shape)
-      return super().logits(hidden)
-
-  denoiser = Recording(contextual(c=8).hidden)
-
-  def trace(temperature):
-    plan = samplers.Plan(completion_length=8, block_length=2, steps=8, temperature=temperature)
-    return str(jax.make_jaxpr(functools.partial(llada.sample, denoiser, plan=plan))(keys(5)))
-
-  assert "random_bits" not in trace(0.0)
-  bits = [line for line in trace(0.5).splitlines() if "random_bits" in line]
-  assert bits
-  assert all("[5,8" not in line for line in bits)
-  assert set(shapes) == {(5, 2, MASK + 1)}
-
-
 def test_transfer_counts_recorded_from_the_official_code():
   goldens = np.load(GOLDENS / "functions.npz")
   for i in range(4):

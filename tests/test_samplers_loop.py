@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_denoiser import MASK, contextual, fixed, keys, run
+from fake_denoiser import MASK, Fake, contextual, fixed, keys, run
+from jaxprs import equations
 
 from dmpo_jax import samplers
 from dmpo_jax.samplers.loop import Decision, decode
@@ -87,6 +88,31 @@ def test_early_exit_changes_nothing_up_to_the_eos_and_saves_calls(name):
   assert (plain.num_saved == 0).all()
   if name == "llada":  # its schedule is known
     np.testing.assert_array_equal(early.num_calls + early.num_saved, plain.num_calls)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_only_the_current_block_goes_through_the_head_and_has_noise(name):
+  """And greedy decoding draws no noise of tokens at all."""
+  b, c, size, seen = 5, 8, 2, set()
+
+  class Recording(Fake):
+    def logits(self, hidden, number=0):
+      seen.add(hidden.shape[1])
+      return super().logits(hidden)
+
+  def draws(temperature):
+    plan = samplers.Plan(completion_length=c, block_length=size, steps=8, temperature=temperature)
+    sample = functools.partial(samplers.SAMPLERS[name], Recording(contextual(c=c).hidden), plan=plan, **OWN[name])
+    program = jax.make_jaxpr(sample)(keys(b))
+    return {x.outvars[0].aval.shape for x in equations(program) if x.primitive.name == "random_bits"}
+
+  def of_tokens(shapes):
+    return {shape for shape in shapes if shape[-1] == MASK + 1}
+
+  assert not of_tokens(draws(0.0))
+  drawn = draws(0.5)
+  assert of_tokens(drawn)
+  assert {shape[1] for shape in drawn} == seen == {size}
 
 
 @pytest.mark.parametrize("name", OWN)

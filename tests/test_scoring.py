@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxprs import arrays_of, products_of
+from jaxprs import arrays_of, equations, products_of
 from recorded_models import tiny
 
-from dmpo_jax import sharding
+from dmpo_jax import measure, sharding
 from dmpo_jax.models import head as head_module
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.objectives.estimators import Elbo
+from dmpo_jax.objectives.likelihood import Completions
 from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
 from dmpo_jax.scoring import make_score
 from dmpo_jax.structs import Prompts
@@ -29,7 +31,7 @@ CASES = {
 
 def make_inputs():
   keys = jax.random.split(jax.random.key(0), 4)
-  prompts = Prompts(jax.random.randint(keys[0], (P, Q), 0, 300), jnp.arange(Q)[None] > 0, jnp.arange(P))
+  prompts = Prompts(jax.random.randint(keys[0], (P, Q), 0, 300), jnp.arange(Q)[None] > 0, jnp.arange(P, dtype=jnp.uint32))
   completion = jax.random.randint(keys[1], (P, G, C), 0, 300)
   is_counted = (jnp.arange(C) < C - 1)[None, None]
   masks = dict(num_replicates=R, antithetic=True, min_ratio=0.2, max_ratio=0.8)
@@ -109,6 +111,30 @@ def test_a_pair_has_one_row_of_the_head_for_each_position(monkeypatch, pairs, ro
   program = jax.make_jaxpr(gradient_of(model, make_inputs(), pairs))(trainable, params)
   assert rows_of_head(program) == {rows}
   assert not [shape for shape in arrays_of(program) if {301, 304} & set(shape) and 16 not in shape]
+
+
+@pytest.mark.parametrize(
+  "make", [measure.measure_program, functools.partial(measure.token_program, with_reference=True)]
+)
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_both_policies_are_scored_under_masks_that_are_drawn_once(monkeypatch, make, antithetic):
+  """One program draws them as often as the estimator alone, and pairs share the head's rows for each policy."""
+  monkeypatch.setattr(head_module, "PART_SIZE", 128)
+  estimator = Elbo(R, antithetic, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0)
+  model, trainable, params = parts_of("adapters, dropout")
+  prompts, completion, is_masked, keys = make_inputs()
+  is_counted, committed_at = is_masked[:, :, 0], jnp.zeros_like(completion)
+  program = make(model, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), estimator=estimator)
+  about = prompts, completion, is_counted, committed_at, jax.random.key(0)
+  traced = program.trace(measure.Policies(trainable, params), *about).jaxpr
+  alone = jax.make_jaxpr(lambda keys: estimator.views(keys, Completions(is_counted, committed_at, prompts.is_valid)))
+  assert num_draws(traced) == num_draws(alone(keys)) > 0
+  assert rows_of_head(traced) == {P * G * R * C // (2 if antithetic else 1)}
+
+
+def num_draws(program):
+  """How often a program draws random bits."""
+  return sum(equation.primitive.name == "random_bits" for equation in equations(program))
 
 
 def test_replicates_without_a_partner_keep_their_own():

@@ -77,8 +77,9 @@ def test_what_is_not_finite_changes_only_the_counters(folder, use_devices):
   bad = experience.replace(weight=np.full_like(experience.weight, np.nan))
   before = jax.device_get((state.trainable, state.opt_state))
   with jax.set_mesh(parts.mesh):
-    state, _ = phase.update(state, phase.frozen, bad)
-    state, _ = phase.update(state, phase.frozen, bad)
+    given, _ = phase.update(state, phase.frozen, bad)
+    state, _ = phase.update(given, phase.frozen, bad)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given)), "its memory is the new state's"
     assert (int(state.step), int(state.num_skipped), int(state.num_skipped_in_a_row)) == (2, 2, 2)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.trainable, state.opt_state)))
     state, metrics = phase.update(state, phase.frozen, experience)
