@@ -148,23 +148,28 @@ def test_chunks_are_drawn_while_earlier_ones_are_graded():
   def sample(prompts, key):
     shape = (len(prompts.prompt_id), g, c)
     count = np.ones(shape[:2], np.int32)
-    return structs.Rollouts(np.full(shape, 12, np.int32), np.zeros(shape, np.int32), np.ones(shape), count, count, count)
+    return structs.Rollouts(
+      np.full(shape, 12, np.int32), np.zeros(shape, np.int32), np.ones(shape), count, count, count
+    )
 
   task = Patient(min_blanks=4, max_blanks=10, demo_patience=11.0)
   prompts = structs.Prompts(np.zeros((p, 3), np.int32), np.ones((p, 3), bool), np.arange(p))
-  of_buffer = (Policies(None, None), prompts, list(task.generate("test", p, 0)))
-  common = dict(
+  drawn = rollout.draw(
+    Policies(None, None),
+    prompts,
+    list(task.generate("test", p, 0)),
+    sample=sample,
     measure=make_measure_nothing(),
     grading=Grading(task=task),
     tokenizer=load_tokenizer("sentencepiece", tiny.config().tokenizer.path, is_chat=False),
+    seed=0,
     buffer=0,
+    chunk_prompts=1,
     counted="all",
   )
-  drawn = rollout.draw(*of_buffer, sample=sample, seed=0, chunk_prompts=1, **common)
   is_drawn.set()
-  experience, _ = rollout.finish(drawn, *of_buffer, **common)
+  assert (drawn.wait().reward == np.ones((p, g))).all()
   assert in_time == [True] * p * g
-  assert (experience.reward == 1).all()
 
 
 def test_counted_positions_end_with_the_first_eos():

@@ -1,6 +1,5 @@
-"""LLaDA's decoding against cases worked out by hand and recorded ones, and what it computes."""
+"""LLaDA's decoding against cases worked out by hand and recorded ones."""
 
-import functools
 import pathlib
 
 import jax

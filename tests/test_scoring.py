@@ -31,7 +31,9 @@ CASES = {
 
 def make_inputs():
   keys = jax.random.split(jax.random.key(0), 4)
-  prompts = Prompts(jax.random.randint(keys[0], (P, Q), 0, 300), jnp.arange(Q)[None] > 0, jnp.arange(P, dtype=jnp.uint32))
+  prompts = Prompts(
+    jax.random.randint(keys[0], (P, Q), 0, 300), jnp.arange(Q)[None] > 0, jnp.arange(P, dtype=jnp.uint32)
+  )
   completion = jax.random.randint(keys[1], (P, G, C), 0, 300)
   is_counted = (jnp.arange(C) < C - 1)[None, None]
   masks = dict(num_replicates=R, antithetic=True, min_ratio=0.2, max_ratio=0.8)
