@@ -5,23 +5,23 @@
 The puzzle is the first held-out one (`--index` names another). A cell's colour is the model call that decided it.
 """
 
-import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import absl.logging
 import matplotlib
 from absl import app, flags
 from etils import epath
 
-from dmpo_jax.report.runs import Run, read_runs
+from dmpo_jax.report.page import is_film
+from dmpo_jax.report.runs import Row, Run, find_generation, list_generations, read_runs
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 SIDE, NUM_FRAMES = 4, 5
+ENDS = ("low", "high")  # of an interval, which a run of another version may not have
 INK, SOFT, LINE, WRONG, ACCENT = "#1d2125", "#5c656d", "#c9d0d5", "#b3200b", "#0b63b0"
 COLOURS = matplotlib.colormaps["YlGnBu"]
 
@@ -49,7 +49,7 @@ def draw(workdir: epath.Path, out: pathlib.Path, index: int = 0) -> None:
   buffers = sorted(run.evaluations)
   if len(buffers) < 2:
     raise ValueError(f"--workdir={workdir}: a picture needs a run that has finished")
-  first, last = (_generation(workdir, buffer, index) for buffer in (buffers[0], buffers[-1]))
+  first, last = (_generation(run.workdir, buffer, index) for buffer in (buffers[0], buffers[-1]))
   with matplotlib.rc_context({"svg.hashsalt": "dmpo_jax", "font.size": 9, "text.color": INK}):
     figure = plt.figure(figsize=(10.4, 3.2), facecolor="white")
     edges = dict(left=0.085, right=0.985, top=0.9, bottom=0.15, wspace=0.1, hspace=0.08)
@@ -63,21 +63,22 @@ def draw(workdir: epath.Path, out: pathlib.Path, index: int = 0) -> None:
     plt.close(figure)
 
 
-def _generation(workdir: epath.Path, buffer: int, index: int) -> Mapping[str, Any]:
+def _generation(workdir: epath.Path, buffer: int, index: int) -> Row:
   """Read one prompt's line of an evaluation."""
-  path = workdir / "generations" / f"{buffer:06d}.jsonl"
-  if not path.exists():
-    raise ValueError(f"--workdir={workdir}: there is no generations/{path.name}")
-  for text in path.read_text().splitlines():
-    line = json.loads(text)
-    if line["index"] == index:
-      if len(line["record"].get("puzzle", "")) != SIDE**2 or len(line["denoising"]["pieces"]) < SIDE**2:
-        raise ValueError(f"--workdir={workdir}: only Sudoku can be drawn, and this run is of another task")
-      return line
-  raise ValueError(f"--index={index}: the evaluation has no such prompt")
+  name = list_generations(workdir).get(buffer)
+  if name is None:
+    raise ValueError(f"--workdir={workdir}: there are no generations of the evaluation after {buffer} buffers")
+  line = find_generation(workdir / name, index)
+  record, film = line.get("record"), line.get("denoising")
+  grids = [record.get(key) for key in ("puzzle", "solution")] if isinstance(record, dict) else []
+  if not grids or not all(isinstance(grid, str) and len(grid) == SIDE**2 for grid in grids):
+    raise ValueError(f"--workdir={workdir}: only {SIDE}x{SIDE} Sudoku can be drawn, and {name} is of another task")
+  if not is_film(film) or len(film["pieces"]) < SIDE**2 or type(line.get("num_calls")) is not int:
+    raise ValueError(f"--workdir={workdir}: {name} does not say when cells were decided")
+  return line
 
 
-def _draw_frame(axes: plt.Axes, line: Mapping[str, Any], column: int, label: str, *, is_top: bool) -> None:
+def _draw_frame(axes: plt.Axes, line: Row, column: int, label: str, *, is_top: bool) -> None:
   """Draw the grid after some of the model calls."""
   film, num_calls = line["denoising"], line["num_calls"]
   call = round(column * num_calls / (NUM_FRAMES - 1))
@@ -107,8 +108,8 @@ def _draw_curve(axes: plt.Axes, run: Run) -> None:
   rows = [row for row in run.rows.get("train", ()) if "solve_rate" in row]
   axes.plot([row["step"] for row in rows], [row["solve_rate"] for row in rows], color=ACCENT, label="rollouts")
   rates = [row["solve_rate"] for row in run.evaluations.values()]
-  errors = [[row["solve_rate"] - row["solve_rate_low"] for row in run.evaluations.values()]]
-  errors += [[row["solve_rate_high"] - row["solve_rate"] for row in run.evaluations.values()]]
+  ends = [[row.get(f"solve_rate_{end}", row["solve_rate"]) for row in run.evaluations.values()] for end in ENDS]
+  errors = [[abs(end - rate) for end, rate in zip(side, rates, strict=True)] for side in ends]
   held_out = dict(fmt="o", color=INK, markersize=4, capsize=3, label="held out, greedy, 95 %")
   axes.errorbar(list(run.evaluations), rates, yerr=errors, **held_out)
   axes.set(ylim=(-0.03, 1.03), xlabel="buffers of rollouts")

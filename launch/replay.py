@@ -5,10 +5,8 @@ python -m launch.replay --workdir=runs/sudoku_tiny --buffers=0 --index=3        
 python -m launch.replay --generations=runs/sudoku_tiny/evaluation/last_sudoku_wino_16.jsonl
 """
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from absl import app, flags
 from etils import epath
@@ -16,6 +14,7 @@ from rich.console import Console
 
 from dmpo_jax import watch
 from dmpo_jax.report.page import is_film
+from dmpo_jax.report.runs import Row, find_generation, is_number, list_generations
 
 
 def find_file(workdir: epath.Path, buffers: int | None) -> epath.Path:
@@ -24,30 +23,22 @@ def find_file(workdir: epath.Path, buffers: int | None) -> epath.Path:
   Raises:
     ValueError: there is none.
   """
-  folder = workdir / "generations"
-  paths = sorted(path for path in folder.iterdir() if path.name[:-6].isdigit()) if folder.is_dir() else []
-  known = {int(path.name[:-6]): path for path in paths}
+  known = list_generations(workdir)
   if not known:
     raise ValueError(f"--workdir={workdir}: there are no generations in it")
   if buffers is not None and buffers not in known:
     raise ValueError(f"--buffers={buffers}: there was an evaluation after {', '.join(map(str, known))} buffers")
-  return known[max(known) if buffers is None else buffers]
+  return workdir / known[max(known) if buffers is None else buffers]
 
 
-def read_generation(path: epath.Path, index: int, sample: int) -> Mapping[str, Any]:
+def read_film(path: epath.Path, index: int, sample: int) -> Row:
   """Read one line of a file of generations.
 
   Raises:
     ValueError: there is no such file or line, or it does not say when tokens were decided.
   """
-  if not path.is_file():
-    raise ValueError(f"{path}: no such file")
-  with path.open() as file:
-    lines = (json.loads(line) for line in file)
-    found = next((line for line in lines if (line["index"], line.get("sample", 0)) == (index, sample)), None)
-  if found is None:
-    raise ValueError(f"--index={index}, --sample={sample}: {path} has no such generation")
-  if not isinstance(found.get("denoising"), Mapping) or not is_film(found["denoising"]):
+  found = find_generation(path, index, sample)
+  if not is_film(found.get("denoising")):
     raise ValueError(f"{path} does not say when tokens were decided")
   return found
 
@@ -61,16 +52,17 @@ def main(argv: Sequence[str]) -> None:
     if bool(given.workdir) == bool(given.generations):
       raise ValueError("give either --workdir or --generations")
     path = epath.Path(given.generations or find_file(epath.Path(given.workdir).expanduser(), given.buffers))
-    line = read_generation(path.expanduser(), given.index, given.sample)
+    line = read_film(path.expanduser(), given.index, given.sample)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   console = Console()
-  console.print(line["prompt"], style="dim", markup=False, highlight=False)
+  console.print(str(line.get("prompt", "")), style="dim", markup=False, highlight=False)
   film = line["denoising"]
   watch.play(film["pieces"], film["committed_at"], film["confidence"], console, given.seconds)
   verdict = "solved" if line.get("is_solved") else "not solved"
-  console.print(f"reward {line.get('reward', 0.0):.3f}, {verdict}", highlight=False)
+  reward = line.get("reward")
+  console.print(f"reward {f'{reward:.3f}' if is_number(reward) else 'unknown'}, {verdict}", highlight=False)
 
 
 def define_flags() -> None:

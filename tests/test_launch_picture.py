@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from dmpo_jax.report.runs import read_runs
 from launch import picture
 
 SOLUTION = "1234341221434321"
@@ -50,8 +51,13 @@ def test_a_run_is_drawn_the_same_every_time(workdir, tmp_path):
   ("damage", "message"),
   [
     (lambda folder: (folder / "result.json").unlink(), "that has finished"),
-    (lambda folder: (folder / "generations" / "000002.jsonl").unlink(), "there is no generations/000002.jsonl"),
-    (lambda folder: (folder / "generations" / "000000.jsonl").write_text(""), "no such prompt"),
+    (lambda folder: (folder / "generations" / "000002.jsonl").unlink(), "no generations of .* after 2 buffers"),
+    (lambda folder: (folder / "generations" / "000000.jsonl").write_text(""), "no such generation"),
+    (lambda folder: (folder / "generations" / "000000.jsonl").write_text('{"prompt": "4"}\n{'), "the last line cannot"),
+    (lambda folder: rewrite(folder, record={"n": 1}), "only 4x4 Sudoku"),
+    (lambda folder: rewrite(folder, record=None), "000000.jsonl is of another task"),
+    (lambda folder: rewrite(folder, denoising=None), "000000.jsonl does not say when"),
+    (lambda folder: rewrite(folder, num_calls=None), "000000.jsonl does not say when"),
   ],
 )
 def test_what_cannot_be_drawn_is_named(workdir, tmp_path, damage, message):
@@ -60,8 +66,15 @@ def test_what_cannot_be_drawn_is_named(workdir, tmp_path, damage, message):
     picture.draw(workdir, tmp_path / "a.svg")
 
 
-def test_other_tasks_are_refused(workdir, tmp_path):
-  line = generation(SOLUTION, list(range(16))) | {"record": {"n": 1}}
-  (workdir / "generations" / "000000.jsonl").write_text(json.dumps(line) + "\n")
-  with pytest.raises(ValueError, match="only Sudoku"):
-    picture.draw(workdir, tmp_path / "a.svg")
+def rewrite(folder, **keys):
+  line = generation(SOLUTION, list(range(16))) | keys
+  (folder / "generations" / "000000.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_a_curve_without_intervals_is_drawn(workdir):
+  rate = {"solve_rate": 0.5, "solve_rate_low": 0.4}
+  (workdir / "result.json").write_text(json.dumps({"evaluations": {"0": rate, "2": rate}}))
+  figure, axes = picture.plt.subplots()
+  picture._draw_curve(axes, *read_runs([workdir]))
+  picture.plt.close(figure)
+  assert len(axes.containers) == 1

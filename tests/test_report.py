@@ -170,7 +170,7 @@ def test_a_run_that_is_damaged_or_not_finished_is_shown_as_far_as_it_goes(workdi
   for said in (
     "there is no result.json: the run has not finished",
     "config.json cannot be read",
-    "metrics.jsonl: the last line cannot be read and is left out",
+    "metrics.jsonl: the last line cannot be read; the rest is shown",
     "1 row(s) without phase and step",
     "there are no generations",
   ):
@@ -208,6 +208,61 @@ def test_a_run_of_another_version_is_shown_with_what_it_has(workdir, tmp_path):
   assert "<code>objective.kl_beta</code></th><td>absent</td><td>0.25</td>" in text
   assert '<pre tabindex="0">4</pre>' in text
   assert len(specs_of(text)) > 8
+
+
+@pytest.mark.parametrize(
+  ("line", "said"),
+  [(1, "1 line(s) cannot be read, first line 2"), (11, "the last line cannot be read")],
+)
+def test_damaged_generations_are_named(workdir, tmp_path, line, said):
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  path = copy / "generations" / "000008.jsonl"
+  lines = path.read_bytes().splitlines(keepends=True)
+  lines[line] = lines[line][:40] + b"\xff\n"
+  path.write_bytes(b"".join(lines))
+  (run,) = read_runs([copy])
+  assert run.missing == [f"generations/000008.jsonl: {said}; the rest is shown"]
+  assert [row["index"] for row in run.generations[8]] == [i for i in range(9) if i != line][:8]
+
+
+@pytest.mark.parametrize(
+  ("name", "changed", "said"),
+  [
+    ("evaluation/result.json", None, "evaluation/result.json is of another version"),
+    ("evaluation/result.json", 3, "evaluation/result.json is of another version"),
+    ("result.json", {"seconds": None}, "result.json: seconds = None is no number"),
+    ("result.json", {"seconds": "12"}, "is no number"),
+    ("result.json", {"evaluations": {"8": {"solve_rate": 0.5, "solve_rate_low": 0.4}}}, ""),
+    ("result.json", {"evaluations": {"8": figures(0.5), "\u00b2": figures(0.5)}}, ""),
+    ("config.json", {"rollout": {"num_prompts": 4, "group_size": None}}, ""),
+    ("config.json", {"objective": {"name": ["wdce"], "wddo": {"beta": 2.0}}}, ""),
+  ],
+)
+def test_values_of_another_type_do_not_end_the_report(workdir, tmp_path, monkeypatch, name, changed, said):
+  monkeypatch.setattr(page, "_vega", lambda: "")  # which takes long to write
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  (copy / name).parent.mkdir(exist_ok=True)
+  old = json.loads((copy / name).read_text()) if (copy / name).exists() else None
+  (copy / name).write_text(json.dumps({**old, **changed} if isinstance(changed, dict) else changed))
+  text = report.write([copy]).read_text()
+  assert "50.0%" in text
+  assert said in text.replace("&#39;", "'")
+  assert report.summarize(copy)[-1].startswith("rollouts, first buffer to last")
+
+
+def test_whatever_a_loss_says_of_itself_is_drawn():
+  sources = (page.HERE.parent / "objectives").glob("*.py")
+  said = {name for path in sources for name in re.findall(r'"(loss_\w+)"', path.read_text())}
+  assert "loss_kl" in said
+  assert said <= {name for curves in charts.CURVES for name in curves.figures}
+
+
+def test_what_only_some_objectives_have_is_not_missed_in_others(workdir):
+  _, absent = page.draw(read_runs([workdir]))
+  assert "Entropy" in absent
+  assert "KL in the updates" not in absent
 
 
 def test_the_table_of_evaluations_fits_a_narrow_terminal():

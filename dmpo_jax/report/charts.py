@@ -24,6 +24,7 @@ class Curves:
   caption: str
   form: str = ".3~g"  # of the values, in d3's language
   phase: str = "train"
+  is_always: bool = True  # a run without it lacks something; else some objectives or settings have it
 
 
 CURVES = (
@@ -34,9 +35,16 @@ CURVES = (
     "Different rollouts", {"unique_rollouts": "rollouts"}, "Effective number of different completions in a group."
   ),
   Curves(
-    "Effective sample size", {"effective_sample_size": "ESS"}, "Of the importance weights, as a share of the group."
+    "Effective sample size",
+    {"effective_sample_size": "ESS"},
+    "Of the importance weights, as a share of the group.",
+    is_always=False,
   ),
-  Curves("Entropy", {"entropy": "nats"}, "Of the policy at masked positions, mean."),
+  Curves(
+    "Entropy",
+    {"entropy": "as the buffer is scored", "loss_entropy": "in its updates"},
+    "Of the policy at masked positions, mean, nats.",
+  ),
   Curves(
     "Surprise of drawn tokens",
     {"sampled_nll": "nats"},
@@ -46,17 +54,45 @@ CURVES = (
     "Log-ratio noise",
     {"log_ratio_error": "noise", "tilt_std": "tilt, reward / alpha", "log_ratio_std": "log-ratio"},
     "Standard error of log p_ref - log p_old against the spreads inside a group: above the tilt the signal drowns.",
+    is_always=False,
   ),
   Curves(
     "KL to the reference",
     {"kl_to_reference": "nats"},
     "Estimate of E[log p_old - log p_ref] over the rollouts, nats a completion.",
+    is_always=False,
   ),
   Curves("Gradient norm", {"grad_norm": "norm"}, "Before clipping, mean over a buffer's updates."),
   Curves(
     "Loss",
-    {"loss": "loss", "loss_cross_entropy": "cross-entropy", "loss_log_ratio": "log-ratio"},
+    {
+      "loss": "loss",
+      "loss_cross_entropy": "cross-entropy",
+      "loss_log_ratio": "log-ratio",
+      "loss_real": "real term",
+      "loss_fake": "fake term",
+      "loss_gap": "gap of the bounds",
+    },
     "Mean over a buffer's updates.",
+  ),
+  Curves(
+    "KL in the updates",
+    {"loss_kl": "nats"},
+    "To the policy that the objective keeps to, nats a token, mean over a buffer's updates.",
+    is_always=False,
+  ),
+  Curves(
+    "Weight less baseline",
+    {"loss_coefficient": "sum"},
+    "Absolute, summed over a group; 0 where both pick the same rollout.",
+    is_always=False,
+  ),
+  Curves(
+    "Held back",
+    {"loss_clipped": "clipped tokens", "loss_stopped": "stopped rollouts"},
+    "Share without a gradient, by clipping or at the bound of unlearning.",
+    ".1%",
+    is_always=False,
   ),
   Curves("Tokens per model call", {"tokens_per_call": "tokens"}, "That the sampler commits."),
   Curves("Completion length", {"completion_length": "tokens"}, "Before EOS."),
@@ -67,8 +103,8 @@ CURVES = (
     "Completion tokens a second.",
     ",.0f",
   ),
-  Curves("Warm start: loss", {"loss": "loss"}, "On demonstrations.", phase="warm_start"),
-  Curves("Warm start: gradient norm", {"grad_norm": "norm"}, "Before clipping.", phase="warm_start"),
+  Curves("Warm start: loss", {"loss": "loss"}, "On demonstrations.", phase="warm_start", is_always=False),
+  Curves("Warm start: gradient norm", {"grad_norm": "norm"}, "Before clipping.", phase="warm_start", is_always=False),
 )
 TIMES = {  # where the seconds of a run go
   "warm_start/seconds_update": "warm start",

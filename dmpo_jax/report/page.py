@@ -37,7 +37,7 @@ def write(workdirs: Sequence[epath.PathLike], path: epath.PathLike | None = None
   """
   runs = read_runs(workdirs)
   path = epath.Path(path) if path is not None else runs[0].workdir / "report.html"
-  files.write_whole(path, render(runs))
+  files.write_whole(path, render(runs).encode(errors="replace").decode())  # JSON can hold halves of characters
   return path
 
 
@@ -73,7 +73,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-  """Return the figures that there are values for, and the titles of those that there are none for."""
+  """Return the figures that there are values for, and the titles of those that every run should have and none has."""
   parts = [
     ("Held-out solve rate", "Policy on prompts that it is not trained on, 95 % interval.", ("solve_rate", ".1%")),
     ("Held-out reward", "Mean over the same prompts.", ("reward_mean", ".3~g")),
@@ -87,7 +87,8 @@ def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
     for number, (title, caption, spec) in enumerate(drawn)
     if spec
   ]
-  return figures, [title for title, _, spec in drawn if not spec]
+  special = {curves.title for curves in charts.CURVES if not curves.is_always}
+  return figures, [title for title, _, spec in drawn if not spec and title not in special]
 
 
 def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -155,7 +156,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
 
 def _counts(path: str, run: Run) -> bool:
   section, *rest = path.split(".")
-  names = {run.about(f"{section}.name"), run.about(f"{section}.likelihood")}
+  names = (run.about(f"{section}.name"), run.about(f"{section}.likelihood"))
   return not (section in CHOICES and len(rest) > 1 and rest[0] not in names)
 
 
@@ -187,15 +188,17 @@ def films(run: Run) -> list[dict[str, Any]]:
   for buffer, lines in reversed(run.generations.items()):
     for line in lines:
       film = line.get("denoising")
-      if isinstance(film, Mapping) and is_film(film):
+      if is_film(film):
         when = "base" if buffer == 0 else f"after {buffer} buffers"
         about = {"prompt": str(line.get("prompt", "")), "reward": line.get("reward"), "when": when}
         found.append(about | {name: list(film[name]) for name in ("pieces", "committed_at", "confidence")})
   return found
 
 
-def is_film(film: Mapping[str, Any]) -> bool:
+def is_film(film: Any) -> bool:
   """Whether what a generation says of its denoising can be shown."""
+  if not isinstance(film, Mapping):
+    return False
   pieces, calls, confidence = (film.get(name) for name in ("pieces", "committed_at", "confidence"))
   if not all(isinstance(part, list) and part for part in (pieces, calls, confidence)):
     return False

@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -13,6 +14,7 @@ from dmpo_jax.config import flatten
 from dmpo_jax.metrics import RESULT
 from dmpo_jax.workdir import STARTS
 
+METRICS, GENERATIONS = "metrics.jsonl", "generations"
 NUM_SAMPLES = 8  # completions of an evaluation that the page shows: those of the first prompts, not chosen ones
 
 Row = dict[str, Any]
@@ -37,6 +39,11 @@ class Run:
     """The configuration's value of a key, which a run of another version may not have."""
     return self.config.get(path, otherwise)
 
+  def count(self, path: str) -> int | None:
+    """The configuration's value of a key that counts something; None where it says no number."""
+    value = self.config.get(path)
+    return value if type(value) is int else None
+
 
 def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
   """Read workdirs; each gets a name of its own.
@@ -49,7 +56,7 @@ def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
   for folder in folders:
     if not folder.is_dir():
       raise ValueError(f"--workdir={folder}: no such folder")
-    if not any((folder / name).exists() for name in (CONFIG, "metrics.jsonl", RESULT)):
+    if not any((folder / name).exists() for name in (CONFIG, METRICS, RESULT)):
       raise ValueError(f"--workdir={folder}: nothing of a run is in it; give the folder that training wrote to")
   return [_read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
@@ -66,13 +73,13 @@ def _names(folders: Sequence[epath.Path]) -> list[str]:
 def _read_run(workdir: epath.Path, name: str) -> Run:
   missing: list[str] = []
   config = _read_object(workdir / CONFIG, missing)
-  result = _read_object(workdir / RESULT, missing, otherwise="the run has not finished")
-  rows = _read_rows(workdir / "metrics.jsonl", missing)
+  result = _read_result(workdir / RESULT, missing)
+  rows = _read_rows(workdir, missing)
   evaluations = _evaluations(result, rows)
   if not evaluations:
     missing.append("no evaluation on held-out prompts is recorded")
-  generations = _read_generations(workdir / "generations", missing)
-  starts = list(_read_lines(workdir / STARTS, missing)) if (workdir / STARTS).exists() else []
+  generations = _read_generations(workdir, missing)
+  starts = _rows_of(workdir, STARTS, missing) if (workdir / STARTS).exists() else []
   return Run(
     name,
     workdir,
@@ -95,45 +102,66 @@ def _read_object(path: epath.Path, missing: list[str], otherwise: str = "") -> R
     missing.append(f"{path.name} is not a JSON object")
   except FileNotFoundError:
     missing.append(f"there is no {path.name}" + (f": {otherwise}" if otherwise else ""))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     missing.append(f"{path.name} cannot be read ({error})")
   return {}
 
 
-def _read_lines(path: epath.Path, missing: list[str]) -> Iterator[Row]:
-  """Yield the JSON objects of a file's lines; what is none of them is counted."""
-  damaged, is_last = 0, False
+def _read_result(path: epath.Path, missing: list[str]) -> Row:
+  result = _read_object(path, missing, otherwise="the run has not finished")
+  if not is_number(result.get("seconds", 0.0)):
+    missing.append(f"{path.name}: seconds = {result.pop('seconds')!r} is no number")
+  return result
+
+
+def read_lines(path: epath.Path) -> tuple[list[Row], str]:
+  """Read the JSON objects of a file's lines; also say which lines are none, "" if there are no such.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  rows, damaged, lines = [], [], path.read_bytes().splitlines()
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError):
+      row = None
+    if isinstance(row, dict):
+      rows.append(row)
+    else:
+      damaged.append(number)
+  if not damaged:
+    return rows, ""
+  if damaged == [len(lines)]:
+    return rows, "the last line cannot be read"
+  return rows, f"{len(damaged)} line(s) cannot be read, first line {damaged[0]}"
+
+
+def _rows_of(workdir: epath.Path, name: str, missing: list[str]) -> list[Row]:
   try:
-    with path.open() as file:
-      for line in file:
-        try:
-          row = json.loads(line)
-          is_last = not isinstance(row, dict)
-        except ValueError:
-          is_last = True
-        damaged += is_last
-        if not is_last:
-          yield row
+    rows, damage = read_lines(workdir / name)
   except FileNotFoundError:
-    missing.append(f"there is no {path.name}")
-  except (OSError, ValueError) as error:
-    missing.append(f"{path.name} cannot be read ({error})")
-  if damaged:
-    what = "the last line" if damaged == 1 and is_last else f"{damaged} line(s)"
-    missing.append(f"{path.name}: {what} cannot be read and is left out")
+    missing.append(f"there is no {name}")
+    return []
+  except OSError as error:
+    missing.append(f"{name} cannot be read ({error})")
+    return []
+  if damage:
+    missing.append(f"{name}: {damage}; the rest is shown")
+  return rows
 
 
-def _read_rows(path: epath.Path, missing: list[str]) -> dict[str, list[Row]]:
+def _read_rows(workdir: epath.Path, missing: list[str]) -> dict[str, list[Row]]:
   phases: dict[str, dict[int, Row]] = {}
   strange = 0
-  for row in _read_lines(path, missing):
+  for row in _rows_of(workdir, METRICS, missing):
     phase, step = row.get("phase"), row.get("step")
     if isinstance(phase, str) and type(step) is int:
       phases.setdefault(phase, {})[step] = {key: value for key, value in row.items() if is_number(value)}
     else:
       strange += 1
   if strange:
-    missing.append(f"{path.name}: {strange} row(s) without phase and step, as of another version, are left out")
+    missing.append(f"{METRICS}: {strange} row(s) without phase and step, as of another version, are left out")
   return {phase: [rows[step] for step in sorted(rows)] for phase, rows in phases.items()}
 
 
@@ -142,10 +170,11 @@ def _read_grid(workdir: epath.Path, missing: list[str]) -> list[Row]:
   path = workdir / "evaluation" / RESULT
   try:
     rows = json.loads(path.read_text()) if path.exists() else []
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     missing.append(f"evaluation/{RESULT} cannot be read ({error})")
     return []
-  known = [row for row in rows if isinstance(row, dict) and is_number(row.get("solve_rate"))]
+  listed = rows if isinstance(rows, list) else []
+  known = [row for row in listed if isinstance(row, dict) and is_number(row.get("solve_rate"))]
   if not isinstance(rows, list) or len(known) < len(rows):
     missing.append(f"evaluation/{RESULT} is of another version: what is not understood is left out")
   return known
@@ -153,7 +182,7 @@ def _read_grid(workdir: epath.Path, missing: list[str]) -> list[Row]:
 
 def is_number(value: Any) -> bool:
   """Whether it is a number that can be drawn; JSON's NaN and Infinity, which the record does not have, are none."""
-  return type(value) in (int, float) and abs(value) < float("inf")
+  return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _evaluations(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> dict[int, Row]:
@@ -162,24 +191,58 @@ def _evaluations(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -
   for row in rows.get("train", ()):
     figures = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
     if "solve_rate" in figures:
-      found[row["step"]] = figures
+      found[row["step"]] = _figures(figures)
   stored = result.get("evaluations")
   for buffer, figures in stored.items() if isinstance(stored, dict) else ():
-    if buffer.isdigit() and isinstance(figures, dict) and is_number(figures.get("solve_rate")):
-      found[int(buffer)] = {name: value for name, value in figures.items() if is_number(value)}
+    if buffer.isdecimal() and isinstance(figures, dict) and is_number(figures.get("solve_rate")):
+      found[int(buffer)] = _figures(figures)
   return dict(sorted(found.items()))
 
 
-def _read_generations(folder: epath.Path, missing: list[str]) -> dict[int, list[Row]]:
+def _figures(row: Mapping[str, Any]) -> Row:
+  """The numbers of a row, but of an interval both ends or none."""
+  figures = {name: value for name, value in row.items() if is_number(value)}
+  for name in [name for name in figures if name.endswith(("_low", "_high"))]:
+    interval = name.rpartition("_")[0]
+    if f"{interval}_low" not in figures or f"{interval}_high" not in figures:
+      del figures[name]
+  return figures
+
+
+def list_generations(workdir: epath.Path) -> dict[int, str]:
+  """The files of a run's evaluations, as paths in the workdir, by the number of finished buffers."""
+  folder = workdir / GENERATIONS
+  names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+  numbers = {name: name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")}
+  return {int(number): f"{GENERATIONS}/{name}" for name, number in numbers.items() if number.isdecimal()}
+
+
+def find_generation(path: epath.Path, index: int, sample: int = 0) -> Row:
+  """Find one of a prompt's completions in a file of generations.
+
+  Raises:
+    ValueError: it is not there; lines that cannot be read are named.
+  """
+  try:
+    lines, damage = read_lines(path)
+  except OSError as error:
+    raise ValueError(f"{path}: no such file, or it cannot be read ({error})") from error
+  for line in lines:
+    if (line.get("index"), line.get("sample", 0)) == (index, sample):
+      return line
+  raise ValueError(f"--index={index}, --sample={sample}: {path} has no such generation" + (damage and f" ({damage})"))
+
+
+def _read_generations(workdir: epath.Path, missing: list[str]) -> dict[int, list[Row]]:
   """Read the first completions of the first, the middle and the last evaluation."""
-  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-  buffers = sorted(int(name[:-6]) for name in names if name.endswith(".jsonl") and name[:-6].isdigit())
+  names = dict(sorted(list_generations(workdir).items()))
+  buffers = list(names)
   if not buffers:
     missing.append("there are no generations")
   shown = sorted({buffers[i] for i in (0, len(buffers) // 2, -1)}) if buffers else []
   generations = {}
   for buffer in shown:
-    lines = _read_lines(folder / f"{buffer:06d}.jsonl", missing)
-    first = (line for line in lines if isinstance(line.get("completion"), str) and line.get("sample", 0) == 0)
-    generations[buffer] = list(itertools.islice(first, NUM_SAMPLES))
+    lines = _rows_of(workdir, names[buffer], missing)
+    first = [line for line in lines if isinstance(line.get("completion"), str) and line.get("sample", 0) == 0]
+    generations[buffer] = first[:NUM_SAMPLES]
   return generations

@@ -28,10 +28,9 @@ def summarize(workdir: epath.PathLike) -> list[str]:
 
 def _amounts(run: Run, rows: Sequence[Row]) -> Iterator[str]:
   spent = times(run)
-  if rows and isinstance(run.about("rollout.num_prompts"), int):
-    rollouts = run.config["rollout.num_prompts"] * run.config.get("rollout.group_size", 1)
-    updates = len(rows) * run.config.get("train.updates_per_buffer", 1)
-    yield f"{len(rows)} buffers of {rollouts:,} rollouts, {updates:,} updates"
+  prompts, group, updates = map(run.count, ("rollout.num_prompts", "rollout.group_size", "train.updates_per_buffer"))
+  if rows and None not in (prompts, group, updates):
+    yield f"{len(rows)} buffers of {prompts * group:,} rollouts, {len(rows) * updates:,} updates"
   if spent:
     yield "time: " + ", ".join(
       f"{part} {seconds:,.{0 if seconds >= 10 else 1}f} s" for part, seconds in spent.items() if seconds >= 0.05
@@ -40,14 +39,15 @@ def _amounts(run: Run, rows: Sequence[Row]) -> Iterator[str]:
 
 def _first_and_last(rows: Sequence[Row]) -> Iterator[str]:
   shown = (
-    ("reward", "reward_mean", "{:.3f}"),
-    ("solved", "solve_rate", "{:.1%}"),
-    ("effective sample size", "effective_sample_size", "{:.2f}"),
-    ("entropy", "entropy", "{:.3f}"),
+    ("reward", ("reward_mean",), "{:.3f}"),
+    ("solved", ("solve_rate",), "{:.1%}"),
+    ("effective sample size", ("effective_sample_size",), "{:.2f}"),
+    ("entropy", ("entropy", "loss_entropy"), "{:.3f}"),  # where nothing is measured before the updates, theirs
   )
   told = []
-  for label, name, form in shown:
-    values = [row[name] for row in rows if name in row]
+  for label, names, form in shown:
+    found = ([row[name] for row in rows if name in row] for name in names)
+    values = next(filter(None, found), [])
     if values:
       told.append(f"{label} {form.format(values[0])} to {form.format(values[-1])}")
   if told:
