@@ -1,6 +1,7 @@
 """The configuration, checked whole before any device work, and compared with the one a workdir was begun with.
 
-`configs/base.py` says what each key means, `rules.py` which values it may have.
+`configs/base.py` says what each key means, `rules.py` which values it may have, `relations.py` what keys must be to
+each other.
 """
 
 import difflib
@@ -16,7 +17,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dmpo_jax import files, tasks
-from dmpo_jax.rules import RELATIONS, RULES
+from dmpo_jax.relations import RELATIONS
+from dmpo_jax.rules import RULES
 from dmpo_jax.samplers import SAMPLERS
 
 Config = Mapping[str, Any] | ConfigDict

@@ -25,6 +25,7 @@ LEVELS = (
     "piecewise",
     "pretrained",
     "progress",
+    "relations",
     "rules",
     "shards",
     "config",
@@ -38,7 +39,7 @@ LEVELS = (
 )
 # and, of its own level, only what is named here: so the three rooms of the second know nothing of each other
 INSIDE = {
-  "config": {"rules"},
+  "config": {"relations", "rules"},
   "checkpoints": {"pretrained"},
   "data": {"tokenizer"},
   "watch": {"tokenizer"},
