@@ -20,16 +20,14 @@ import sys
 import traceback
 from typing import Any
 
-import absl.logging
 import jax
-from absl import app, flags
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import evaluate, progress, sample, serve, train
+from dmpo_jax import command, evaluate, progress, sample, serve, train
 from dmpo_jax.checkpoints import Preempted
-from dmpo_jax.config import ConfigError, check_workdir, did_you_mean, validate
-from dmpo_jax.rules import RULES
+from dmpo_jax.config import ConfigError, check_workdir, validate
 from dmpo_jax.workdir import alone_in
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -71,7 +69,8 @@ def main(argv: list[str]) -> None:
   except ConfigError as error:
     if _TRACEBACK.value:
       traceback.print_exc()
-    sys.exit(_complain(error))
+    print(f"error{_which_process()}: {error}", file=sys.stderr)
+    sys.exit(command.MISTAKE)
   except Preempted as error:
     print(f"preempted{_which_process()}: {error}", file=sys.stderr)
     sys.exit(PREEMPTED)
@@ -96,8 +95,6 @@ def main(argv: list[str]) -> None:
 
 def run(config: ConfigDict, workdir: epath.Path | None) -> None:
   """Check everything that can be checked before devices are touched, then dispatch on the mode."""
-  if not isinstance(config, ConfigDict):  # what the flag holds when loading the file has failed
-    raise ConfigError(_why_not_loaded(config))
   _check_flags()
   validate(config)
   if workdir is not None:
@@ -113,6 +110,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
     serve.main(config, workdir)
   elif _MODE.value == "eval":
     evaluate.main(config, workdir)
+    _renew_page(workdir)
   else:
     _save_when_interrupted()
     with alone_in(workdir):
@@ -130,28 +128,10 @@ def _check_flags() -> None:
       raise ConfigError(f"--{given[0]} belongs to --mode=sample")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parse the command line; an override of a key that does not exist ends in one message and exit code 2."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except AttributeError as error:  # what config_flags raises for an unknown key
-    overrides = [arg[len("--config.") :].split("=")[0] for arg in argv if arg.startswith("--config.")]
-    unknown = [path for path in overrides if path not in RULES and path.split(".")[-1] in str(error)]
-    lines = [f"--config.{path}: no such key{did_you_mean(path, RULES)}" for path in unknown]
-    sys.exit(_complain("\n".join(lines) or error))
-
-
-def _why_not_loaded(config: Any) -> str:
-  try:
-    config.items()
-  except OSError as error:
-    return str(error)
-  return "the configuration's get_config() must return a ConfigDict"
-
-
-def _complain(problem: Any) -> int:
-  print(f"error{_which_process()}: {problem}", file=sys.stderr)
-  return 2
+def _renew_page(workdir: epath.Path) -> None:
+  """Write the report again, if there is one: it shows what has been evaluated."""
+  if jax.process_index() == 0 and (workdir / train.PAGE).exists():
+    print(f"report       {workdir / train.write_page(workdir)}")
 
 
 def _which_process() -> str:
@@ -203,5 +183,4 @@ def _save_when_interrupted() -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main, flags_parser=parse_flags)
+  command.run(main)

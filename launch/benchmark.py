@@ -22,12 +22,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import absl.logging
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from dmpo_jax import progress
+from dmpo_jax import command, progress
 from dmpo_jax.config import validate
 from launch import timing
 from launch.bench_report import Disagreement, Options, write_json
@@ -133,8 +132,6 @@ def check(config: ConfigDict, given: Any) -> None:
   Raises:
     ValueError: see the message.
   """
-  if not isinstance(config, ConfigDict):
-    raise ValueError("--config: no such file, or its get_config() gives no ConfigDict")
   checked = ConfigDict(config.to_dict())
   if not checked.tokenizer.path and not checked.model.init_from:
     checked.tokenizer.path = "."  # a checkpoint is needed before training, not here
@@ -209,8 +206,7 @@ def start(name: str = "", *args: str) -> None:
   if unread(name, args):
     sys.exit(2)
   define_flags(SECTIONS[name])
-  absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main, argv=[name, *args])
+  command.run(main, argv=[name, *args])
 
 
 if __name__ == "__main__":

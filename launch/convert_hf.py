@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import absl.logging
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from etils import epath
 
-from dmpo_jax import files, pretrained, progress
+from dmpo_jax import command, files, pretrained, progress
 from dmpo_jax.models import convert
 from dmpo_jax.models.convert import Place
 from dmpo_jax.piecewise import Index, PiecewiseArray, save_piecewise
@@ -197,5 +196,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main)
+  command.run(main)

@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from dmpo_jax import files
+from dmpo_jax import command, files
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions, Estimator
 
@@ -142,4 +142,4 @@ def draw(figures: Sequence[Figures], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

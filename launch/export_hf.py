@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
@@ -20,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from dmpo_jax import build, config, files, pretrained, progress
+from dmpo_jax import build, command, config, files, pretrained, progress
 from dmpo_jax.checkpoints import load_leaf, saved_dtypes
 from dmpo_jax.models import convert
 from dmpo_jax.models.llada import ModelConfig
@@ -204,5 +203,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main)
+  command.run(main)

@@ -14,6 +14,7 @@ import hypothesis
 from absl import app, flags
 from hypothesis import strategies as st
 
+from dmpo_jax import command
 from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.tasks.published import RANGES
@@ -148,4 +149,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

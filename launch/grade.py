@@ -17,12 +17,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from dmpo_jax import command
 from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS, Grade, answers
 from dmpo_jax.tasks.judge import NO_GRADE
@@ -299,4 +300,4 @@ def _print_tables(figures: dict[str, dict], disagreements: dict[str, list[Row]],
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  command.run(main)

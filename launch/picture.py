@@ -9,11 +9,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import absl.logging
 import matplotlib
-from absl import app, flags
+from absl import flags
 from etils import epath
 
+from dmpo_jax import command
 from dmpo_jax.report.page import is_film
 from dmpo_jax.report.runs import Row, Run, find_generation, list_generations, read_runs
 
@@ -129,5 +129,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main)
+  command.run(main)

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 from absl import app, flags
 from etils import epath
@@ -29,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dmpo_jax import files, progress
+from dmpo_jax import command, files, progress
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.models.llada import LLaDA
 from launch import costs, programs
@@ -315,5 +314,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")  # a TPU that is there is not needed, and stays free
   define_flags()
-  absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main)
+  command.run(main)

@@ -8,11 +8,11 @@ python -m launch.replay --generations=runs/sudoku_tiny/evaluation/last_sudoku_wi
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 from rich.console import Console
 
-from dmpo_jax import watch
+from dmpo_jax import command, watch
 from dmpo_jax.report.page import is_film
 from dmpo_jax.report.runs import Row, find_generation, is_number, list_generations
 
@@ -77,4 +77,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  command.run(main)

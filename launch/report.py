@@ -9,11 +9,10 @@ Every training run ends with a report of its own. Unfinished and damaged runs ar
 import sys
 from collections.abc import Sequence
 
-import absl.logging
-from absl import app, flags
+from absl import flags
 from etils import epath
 
-from dmpo_jax import report
+from dmpo_jax import command, report
 
 
 def define_flags() -> None:
@@ -35,5 +34,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main)
+  command.run(main)

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags
+from absl import flags
 from etils import epath
 
+from dmpo_jax import command
 from dmpo_jax.progress import Progress
 
 _KILLS = flags.DEFINE_integer("kills", 100, "How many times to kill.", lower_bound=1)
@@ -114,4 +115,4 @@ def compare(wanted: dict[str, Any], got: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

@@ -20,13 +20,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import absl.logging
 import jax
 from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import files, progress, train
+from dmpo_jax import command, files, progress, train
 from dmpo_jax.config import validate
 from launch import study_arms, study_page
 from launch.study_arms import GROUPS, TASKS, TUNING_SEED, Rates, Run, bench_config, with_changes
@@ -222,5 +221,4 @@ def _line(number: int, total: int, run: Run, result: Mapping[str, Any], seconds_
 
 
 if __name__ == "__main__":
-  absl.logging.set_verbosity(absl.logging.WARNING)
-  app.run(main)
+  command.run(main)

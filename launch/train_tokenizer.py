@@ -21,6 +21,7 @@ from absl import app, flags
 from etils import epath
 
 from configs import base
+from dmpo_jax import command
 from dmpo_jax.tasks import TASKS, answers
 from dmpo_jax.tokenizer import MASK_PIECE
 
@@ -105,4 +106,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

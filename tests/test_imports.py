@@ -15,6 +15,7 @@ LEVELS = (
   {"models", "objectives", "samplers"},
   {
     "chat",
+    "command",
     "data",
     "grading",
     "tokenizer",
@@ -39,6 +40,7 @@ LEVELS = (
 )
 # and, of its own level, only what is named here: so the three rooms of the second know nothing of each other
 INSIDE = {
+  "command": {"config", "rules"},
   "config": {"relations", "rules"},
   "checkpoints": {"pretrained"},
   "data": {"tokenizer"},

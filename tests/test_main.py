@@ -44,8 +44,7 @@ def test_every_mistake_is_listed_before_anything_starts(workdir):
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    (("--config=configs/smoke.py", "--config.train.num_bufers=3"), "did you mean 'train.num_buffers'?"),
-    (("--config=configs/absent.py",), "configs/absent.py"),
+    (("--config=configs/bench.py:foo",), "configs/bench*.py:foo: must be one of sudoku, countdown"),
     (("--config=configs/smoke.py", "--config.task.max_prompt_length=5"), "task.max_prompt_length=5"),
     (("--config=configs/smoke.py", "--mode=eval"), "holds no finished policy"),
   ],
@@ -105,6 +104,7 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   assert "config.objective.alpha: 0.05 -> 0.5" in other.stderr
   evaluation = start(*command, "--mode=eval")
   assert evaluation.returncode == 0, evaluation.stderr[-2000:]
+  assert "Evaluated by --mode=eval" in (workdir / "report.html").read_text()
   again = {row["policy"]: row for row in json.loads((workdir / "evaluation" / "result.json").read_text())}
   for policy in ("last", "best"):
     assert again[policy]["solve_rate"] == result[policy]["solve_rate"]
