@@ -4,7 +4,8 @@
 
 Commands of `dmpo_jax.main` and of what looks at a run are run in the documents' order on the smoke configuration, in a
 folder that is thrown away; one that serves is asked by the `openai` client and stopped. Commands that need a pod, a
-bucket, a download or hours are only read. Links between the documents must lead somewhere.
+bucket, a download or hours are only read. Links between the documents must lead somewhere, and the keys of a
+configuration that stand in backticks must exist.
 """
 
 import ast
@@ -18,6 +19,9 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 
+from configs import base
+from dmpo_jax.config import flatten
+from dmpo_jax.rules import RULES
 from launch.benchmark import SECTIONS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -26,6 +30,10 @@ PLACEHOLDERS = re.compile(r"gs://|[A-Z]{3,}|\*|hf=|runs/[ab]\b")  # what is not 
 RUN = ("dmpo_jax.main", "launch.report", "launch.export_hf", "launch.picture", "launch.replay")
 PATH = re.compile(r"`((?:dmpo_jax|configs|launch|tests|docs)/[\w/.-]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+KEYS = {*RULES, *flatten(base.get_config())}  # with the own keywords of choices, which have no rules
+KEY = re.compile(
+  rf"`(?:--config\.)?((?:{'|'.join(sorted({key.partition('.')[0] for key in KEYS}))})\.(?!json`)[\w.]+)[^`]*`"
+)
 
 
 def commands(text: str) -> list[str]:
@@ -38,6 +46,7 @@ def problems(text: str, folder: pathlib.Path = ROOT) -> list[str]:
   """List what the commands, paths and links of a document in `folder` name and what does not exist."""
   found = [f"{path}: no such file" for path in PATH.findall(text) if not (ROOT / path).exists()]
   found += [f"{path}: a link to nothing" for path in LINK.findall(text) if not (folder / path).exists()]
+  found += [f"{key}: no such key" for key in KEY.findall(text) if not _is_key(key)]
   targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
   for command in commands(text):
     program, *args = shlex.split(command, comments=True)
@@ -48,9 +57,12 @@ def problems(text: str, folder: pathlib.Path = ROOT) -> list[str]:
   return found
 
 
-def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
-  from dmpo_jax.rules import RULES
+def _is_key(path: str) -> bool:
+  """Whether it is a key, or a section of keys."""
+  return path in KEYS or any(key.startswith(f"{path}.") for key in KEYS)
 
+
+def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
   if module == "launch.benchmark" and args and args[0] not in SECTIONS:
     return [f"no section {args[0]}"]
   path = ROOT / (module.replace(".", "/") + ".py")
@@ -63,8 +75,7 @@ def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
     if not arg.startswith("--"):
       continue
     if name.startswith("config."):
-      is_own = name.count(".") == 3  # a choice's own keyword
-      found += [] if is_own or name.removeprefix("config.") in RULES else [f"no key {name}"]
+      found += [] if name.removeprefix("config.") in KEYS else [f"no key {name}"]
     elif name not in known:
       found.append(f"no flag --{name}")
     elif name == "config" and not (ROOT / value).exists():

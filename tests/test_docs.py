@@ -1,12 +1,16 @@
 """The documents: what their commands and paths name exists."""
 
 import importlib.util
+import re
 
 import documents
 import pytest
 
 from dmpo_jax.config import validate
-from dmpo_jax.tasks import make_task
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.estimators import ESTIMATORS
+from dmpo_jax.samplers import SAMPLERS
+from dmpo_jax.tasks import TASKS, make_task
 from launch import docs_check
 
 
@@ -22,6 +26,27 @@ def test_the_readme_is_short_and_has_commands():
   assert text.count("\n") <= 400
 
 
+CONFIGS = [path.stem for path in (docs_check.ROOT / "configs").glob("*.py")]
+
+
+@pytest.mark.parametrize(
+  ("head", "names"),
+  [
+    ("configuration", CONFIGS),
+    ("`sampler.name`", SAMPLERS),
+    ("`objective.name`", OBJECTIVES),
+    ("`objective.likelihood`", [*ESTIMATORS, "sampler"]),
+    ("task", TASKS),
+  ],
+)
+def test_the_readmes_tables_have_every_name_once(head, names):
+  text = (docs_check.ROOT / "README.md").read_text()
+  table = re.search(rf"^\| {re.escape(head)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)[1]
+  cells = [row.split("|")[1] for row in table.splitlines()]
+  found = [re.sub(r"^configs/|\.py|:.*", "", name) for cell in cells for name in re.findall(r"`(.+?)`", cell)]
+  assert sorted(found) == sorted(names)
+
+
 @pytest.mark.parametrize(
   ("line", "problem"),
   [
@@ -30,6 +55,12 @@ def test_the_readme_is_short_and_has_commands():
     ("    python -m dmpo_jax.main --confg=configs/smoke.py", "no flag --confg"),
     ("    python -m dmpo_jax.main --config=configs/absent.py", "no file configs/absent.py"),
     ("    python -m dmpo_jax.main --config=configs/smoke.py \\\n      --config.optim.learning_rat=1", "no key"),
+    ("    python -m dmpo_jax.main --config=configs/smoke.py --config.model.lora.rnk=0", "no key"),
+    ("    python -m dmpo_jax.main --config=configs/smoke.py --config.sharding.rollout.fdsp=1", "no key"),
+    ("    python -m dmpo_jax.main --config=configs/smoke.py --config.sampler.wino.treshold=1", "no key"),
+    ("more with `optim.learning_rat`", "optim.learning_rat: no such key"),
+    ('with `objective.likelyhood = "elbo"`', "objective.likelyhood: no such key"),
+    ("by `--config.task.sudoku.min_blank=3`", "task.sudoku.min_blank: no such key"),
     ("see `dmpo_jax/absent.py`", "no such file"),
     ("see [there](docs/absent.md)", "a link to nothing"),
   ],
@@ -37,6 +68,11 @@ def test_the_readme_is_short_and_has_commands():
 def test_what_does_not_exist_is_found(line, problem):
   (found,) = docs_check.problems(line)
   assert problem in found
+
+
+def test_keys_and_sections_of_keys_are_known():
+  text = "`model.lora.rank`, `model.lora`, `sampler.wino.threshold = 0.5`, `sampler.<name>`, `model.json`, `a.b`"
+  assert docs_check.problems(text) == []
 
 
 def test_commands_that_need_no_pod_are_run_on_the_smoke_configuration(tmp_path):

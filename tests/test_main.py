@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 from etils import epath
-from programs import start
+from programs import ROOT, start
 
 from dmpo_jax import main
 
@@ -105,6 +105,8 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   evaluation = start(*command, "--mode=eval")
   assert evaluation.returncode == 0, evaluation.stderr[-2000:]
   assert "Evaluated by --mode=eval" in (workdir / "report.html").read_text()
+  left = {path.name + "/" * path.is_dir() for path in workdir.iterdir()}
+  assert {name for name in left if f"`{name}`" not in (ROOT / "docs" / "runs.md").read_text()} == set()
   again = {row["policy"]: row for row in json.loads((workdir / "evaluation" / "result.json").read_text())}
   for policy in ("last", "best"):
     assert again[policy]["solve_rate"] == result[policy]["solve_rate"]
