@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 
 RESULT = "result.json"
+SHORTEST = 64  # tokens that the shortest prompts are padded to
 _Z = 1.959964  # of a 95 % interval
 
 
@@ -145,8 +147,9 @@ def evaluate(
 ) -> dict[str, float]:
   """Decode completions of every prompt, grade them, and save the generations as JSON lines.
 
-  An evaluation that was cut off goes on after its last whole batch. Every prompt's rows are a function of the seed and
-  the prompt, so neither batches nor hosts change them; each host grades and writes down its share of a batch.
+  Prompts are decoded the longest first, and each batch is padded to one of few lengths (`cut_padding`). An evaluation
+  that was cut off goes on after its last whole batch. Every prompt's rows are a function of the seed and the prompt, so
+  neither order, batches, padding nor hosts change them; each host grades and writes down its share of a batch.
 
   Args:
     sample: from `rollout.make_sample`, closed over the policy; fields [p, g, ...].
@@ -161,33 +164,44 @@ def evaluate(
   key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, num)
   unfinished = Unfinished(path, about)
   lines = unfinished.read()
-  num_before = len(lines)
-  begin = len({line["index"] for line in lines})
-  starts = range(begin, num, batch_size)
+  is_done = np.isin(np.arange(num), [line["index"] for line in lines])
+  longest_first = np.argsort(-prompts.is_valid.sum(1), kind="stable")
+  left = longest_first[~is_done[longest_first]].tolist()
+  batches = [left[first : first + batch_size] for first in range(0, len(left), batch_size)]
 
-  def dispatch(first: int) -> Rollouts:
-    index = np.minimum(np.arange(first, first + batch_size), num - 1)
-    return sample(jax.tree.map(lambda array: array[index], prompts), key)
+  def dispatch(batch: Sequence[int]) -> Rollouts:
+    index = np.array([*batch, *batch[-1:] * (batch_size - len(batch))])
+    return sample(cut_padding(jax.tree.map(lambda array: array[index], prompts)), key)
 
-  ahead = dispatch(begin) if begin < num else None
-  for first in starts:
-    progress.part("evaluating prompts", first, num)
+  ahead = dispatch(batches[0]) if batches else None
+  for batch, following in itertools.zip_longest(batches, batches[1:]):
+    progress.part("evaluating prompts", len({line["index"] for line in lines}), num)
     rollouts = jax.device_get(ahead)
-    rows = range(first, min(first + batch_size, num))
-    finish = _grade_batch(grading, tokenizer, records, rollouts, rows)
-    following = first + batch_size
-    ahead = dispatch(following) if following < num else None  # while the accelerator does this, workers grade
-    batch = finish()
-    lines += batch
-    unfinished.add(batch)
+    finish = _grade_batch(grading, tokenizer, records, rollouts, batch)
+    ahead = dispatch(following) if following else None  # while the accelerator does this, workers grade
+    found = finish()
+    lines += found
+    unfinished.add(found)
+  lines.sort(key=operator.itemgetter("index", "sample"))
   unfinished.finish(lines)
   seconds = time.monotonic() - start
-  tokens = sum(line["num_tokens"] for line in lines[num_before:])
+  tokens = sum(line["num_tokens"] for line in lines if not is_done[line["index"]])
   return summarize(lines) | {"seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
+def cut_padding(prompts: Prompts) -> Prompts:
+  """Drop padding that all prompts have, so that `SHORTEST` tokens are left, or twice as many, or four times.
+
+  So a sampler is compiled a few times at most. Prompts that were no longer padded than this stay as they are.
+  """
+  longest, length = prompts.is_valid.sum(1).max(), SHORTEST
+  while length < longest:
+    length *= 2
+  return prompts.replace(tokens=prompts.tokens[:, -length:], is_valid=prompts.is_valid[:, -length:])
+
+
 def _grade_batch(
-  grader: grading.Grading, tokenizer: Tokenizer, records: Sequence[dict], rollouts: Rollouts, rows: range
+  grader: grading.Grading, tokenizer: Tokenizer, records: Sequence[dict], rollouts: Rollouts, rows: Sequence[int]
 ) -> Callable[[], list[dict[str, Any]]]:
   """Begin to grade a batch, each process its share of prompts; return a function that waits for everyone's lines."""
   share = HostShare(len(rows))

@@ -6,11 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny
 from etils import epath
 from scipy import stats
 
 from configs import base
-from dmpo_jax import data, evaluate, grading, structs
+from dmpo_jax import build, data, evaluate, grading, structs
 from dmpo_jax.tasks.sudoku import Sudoku
 from dmpo_jax.tokenizer import load_tokenizer
 
@@ -103,6 +104,33 @@ def test_batches_change_nothing(run, batch_size, tmp_path):
   plain, again = run(4), run(batch_size, path=epath.Path(tmp_path / "b.jsonl"))
   assert plain[0] == again[0]
   assert plain[2] == again[2]
+
+
+def test_the_longest_prompts_come_first_and_short_ones_are_padded_less(use_devices, tmp_path, monkeypatch):
+  """A policy at random on prompts of 9 to 11 tokens: lengths 5, 10 and 12 give what one length gives."""
+  use_devices(1)
+  config, folder = (
+    tiny.config(task__name="countdown", task__max_prompt_length=12, eval__batch_size=4),
+    epath.Path(tmp_path),
+  )
+  parts = build.build_parts(config, folder / "run")
+  sample = build.make_sample(config, parts, group_size=1, temperature=0.0, early_exit=False)
+  lengths, texts = [], []
+
+  def record(policies, prompts, key):
+    lengths.append(prompts.tokens.shape[1])
+    return sample(policies, prompts, key)
+
+  monkeypatch.setattr(evaluate, "make_sample", lambda *_, **__: record)
+  with jax.set_mesh(parts.mesh):
+    params = build.initial_params(config, parts)
+    for shortest in (64, 5):
+      monkeypatch.setattr(evaluate, "SHORTEST", shortest)
+      evaluate.make_evaluate(config, folder, parts, {})(params, 0, folder / "a.jsonl")
+      texts.append((folder / "a.jsonl").read_text())
+  assert lengths == [12, 12, 12, 12, 12, 12, 12, 10], "one program more"
+  assert texts[0] == texts[1]
+  assert [json.loads(line)["index"] for line in texts[1].splitlines()] == list(range(16))
 
 
 def test_an_evaluation_that_was_cut_off_goes_on(run, tmp_path):
