@@ -47,7 +47,13 @@ def write_run(folder, *, num_buffers=8, rate=0.5):
   for step in range(num_buffers + 1):
     row = {"phase": "train", "step": step, "time": 2000.0 + step}
     if step:
-      row |= {"reward_mean": step / 10, "log_ratio_mean": -step, "log_ratio_error": None, "grad_norm": 1.5}
+      row |= {
+        "reward_mean": step / 10,
+        "reward_std": 0.1,
+        "log_ratio_mean": -step,
+        "log_ratio_error": None,
+        "grad_norm": 1.5,
+      }
       row |= {"seconds_sample": 2.0, "seconds_update": 1.0, "loss": 0.1}
     if step % 4 == 0:
       row |= {f"eval_{name}": value for name, value in figures(rate * step / num_buffers).items()}
@@ -385,5 +391,12 @@ def test_a_browser_draws_every_chart_without_a_word(workdir, other, tmp_path):
   assert number > 8
   assert f'data-drawn="{number}"' in done.stdout
   assert len(re.findall(r'<svg[^>]+class="marks"', done.stdout)) == number
+  symbols = re.findall(r'role-legend-symbol"[^>]*><path ([^>]*)>', done.stdout)
+  assert {opacity for symbol in symbols for opacity in re.findall(r'(?:fill-|stroke-)?opacity="(.*?)"', symbol)} == {
+    "1"
+  }
+  dashes = [symbol for symbol in symbols if 'd="M-' in symbol and "L" in symbol]
+  assert dashes
+  assert not any('stroke="transparent"' in dash for dash in dashes)
   assert "Call 3 of 3" in done.stdout  # the slider has its first completion
   assert "<title>one and two - dmpo_jax</title>" in done.stdout

@@ -114,6 +114,7 @@ TIMES = {  # where the seconds of a run go
   "train/seconds_update": "updates",
   "train/eval_seconds": "evaluation",
 }
+SYMBOLS = {"symbolOpacity": 1, "symbolStrokeWidth": 2}  # a legend's: else those of the faintest layer
 STEPS = {"train": "buffers", "warm_start": "updates"}
 
 
@@ -191,15 +192,16 @@ def _lines(values: list[Row], steps: str, form: str, runs: Sequence[Run]) -> Spe
   """Lines over steps: a run has its colour and a figure its dashes; with one run, figures have colours."""
   is_single, labels = len(runs) == 1, list(dict.fromkeys(value["figure"] for value in values))
   names, field = (labels, "figure") if is_single else ([run.name for run in runs], "run")
-  legend = None if len(names) == 1 else {"orient": "bottom", "title": None, "columns": 3, "labelLimit": 160}
+  below = {"orient": "bottom", "title": None, "columns": 3, "labelLimit": 160} | SYMBOLS
+  legend = None if len(names) == 1 else below
   shared: Spec = {
     "x": {"field": "x", "type": "quantitative", "title": steps, "axis": {"tickMinStep": 1, "grid": False}},
     "y": {"field": "y", "type": "quantitative", "title": None, "axis": {"format": form}, "scale": {"zero": False}},
     "color": {"field": field, "type": "nominal", "scale": {"domain": names}, "legend": legend},
   }
   if not is_single and len(labels) > 1:
-    dashes = {"orient": "bottom", "title": None, "symbolType": "stroke", "columns": 3}
-    shared["strokeDash"] = {"field": "figure", "type": "nominal", "scale": {"domain": labels}, "legend": dashes}
+    dashes = {"symbolType": "stroke", "symbolSize": 400}
+    shared["strokeDash"] = {"field": "figure", "type": "nominal", "scale": {"domain": labels}, "legend": below | dashes}
   hover = {
     "params": [
       {"name": "near", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}
@@ -216,8 +218,14 @@ def _lines(values: list[Row], steps: str, form: str, runs: Sequence[Run]) -> Spe
       ],
     },
   }
-  line = {"mark": {"type": "line", "strokeWidth": 2, "point": len(values) < 12 * len(labels) * len(runs)}}
-  return {"data": {"values": values}, "encoding": shared, "layer": [line, hover]}
+  line = {"mark": {"type": "line", "strokeWidth": 2}}
+  is_sparse = len(values) < 12 * len(labels) * len(runs)
+  # points of a layer of their own: the legend of dashes is the lines'
+  points = {
+    "mark": {"type": "point", "filled": True, "size": 30, "opacity": 1},
+    "encoding": {"strokeDash": {"value": [1, 0]}},
+  }
+  return {"data": {"values": values}, "encoding": shared, "layer": [line, *([points] if is_sparse else []), hover]}
 
 
 def _tooltip(*fields: tuple[str, str, str]) -> list[Spec]:
