@@ -75,6 +75,15 @@ def test_every_field_survives_the_way_there_and_back(family, changes):
   assert hf["vocab_size" if family == "dream" else "embedding_size"] == table[0]
 
 
+def test_a_family_is_one_entry(monkeypatch):
+  own = dataclasses.replace(convert.FAMILIES["llada"], model_type="Other-MDM", architecture="OtherModel")
+  monkeypatch.setitem(convert.FAMILIES, "other", own)
+  hf = convert.model_config_to_hf(TINY, "other")
+  assert (hf["model_type"], hf["architectures"]) == ("Other-MDM", ["OtherModel"])
+  assert convert.family_of(hf) == "other"
+  assert convert.model_config_from_hf(hf) == TINY
+
+
 def test_biases_of_either_family():
   hf = settings("m2_gqa")
   config = convert.model_config_from_hf(hf | {"include_qkv_bias": True})

@@ -58,11 +58,10 @@ def family_of(config: Mapping[str, Any]) -> str:
   Raises:
     ValueError: the model is of no family that we know.
   """
-  name = str(config.get("model_type")).lower()
-  if name not in FAMILIES:
-    raise ValueError(
-      f"config.json of the checkpoint: model_type={config.get('model_type')!r} is not of {list(FAMILIES)}"
-    )
+  known = {family.model_type.lower(): name for name, family in FAMILIES.items()}
+  name = known.get(str(config.get("model_type")).lower())
+  if name is None:
+    raise ValueError(f"config.json of the checkpoint: model_type={config.get('model_type')!r} is not of {list(known)}")
   return name
 
 
@@ -141,15 +140,15 @@ def _num_kv_heads(config: Mapping[str, Any], family: Family) -> int:
 
 def natural_family(config: ModelConfig) -> str:
   """Name the family whose layout fits a model that came from no checkpoint."""
-  return "dream" if config.shift_logits else "llada"
+  return next(name for name, family in FAMILIES.items() if family.shift_logits == config.shift_logits)
 
 
 def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   """Write a config.json for a model of ours, in the layout of the family `name`."""
   family = FAMILIES[name]
   common = dict(
-    model_type={"dream": "Dream"}.get(name, name),
-    architectures=[{"dream": "DreamModel"}.get(name, "LLaDAModelLM")],
+    model_type=family.model_type,
+    architectures=[family.architecture],
     mask_token_id=config.mask_token_id,
     eos_token_id=config.eos_token_id,
     pad_token_id=config.pad_token_id,

@@ -14,6 +14,8 @@ from dmpo_jax.models.lora import TARGETS
 class Family:
   """What one family of checkpoints calls things: of the whole model, and of a layer by our names."""
 
+  model_type: str  # by which a config.json is known, in whatever case
+  architecture: str  # the class that a config.json names
   embedding: str
   final_norm: str
   head: str
@@ -34,6 +36,8 @@ class Family:
 
 FAMILIES = {
   "llada": Family(  # arXiv 2502.09992
+    model_type="llada",
+    architecture="LLaDAModelLM",
     embedding="model.transformer.wte",
     final_norm="model.transformer.ln_f",
     head="model.transformer.ff_out",
@@ -71,6 +75,8 @@ FAMILIES = {
     mlp_ratio="mlp_ratio",
   ),
   "dream": Family(  # arXiv 2508.15487; the architecture of Qwen2.5
+    model_type="Dream",
+    architecture="DreamModel",
     embedding="model.embed_tokens",
     final_norm="model.norm",
     head="lm_head",
