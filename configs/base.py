@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
   k.eval_path = ""  # a published test file to evaluate on; "": the task's test split
   k.num_train = 8192  # prompts to generate, or the most to take of a data set; 0: all that it has
   k.num_test = 256
-  k.max_prompt_length = 32  # tokens; every prompt is padded to it
+  k.max_prompt_length = 32  # tokens; in training every prompt is padded to it
   k.overlong_prompts = "error"  # longer ones: error, skip (counted), cut_user (the user's turn loses its beginning)
   k.sudoku = ConfigDict(
     dict(
