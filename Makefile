@@ -23,11 +23,12 @@ test: $(INSTALLED) $(PLANNING)
 fuzz: $(INSTALLED)
 	$(RUN) -m launch.fuzz_grading
 
-# every part of training timed, and against PyTorch where it is installed (pip install -r requirements-torch.txt): 15 minutes
+# every part of training timed, and against PyTorch where it is installed (pip install -r requirements-torch.txt): 15 minutes,
+# with one counted turn of each contender; a section alone takes three
 bench: $(INSTALLED)
 	@if $(RUN) -c 'import torch, transformers, peft' 2>/dev/null; then peer=torch; else peer=none; \
 	  echo 'PyTorch is not installed (requirements-torch.txt): nothing is compared with it'; fi; \
-	$(RUN) -m launch.benchmark all --peer=$$peer --repeats=2 --json=runs/benchmark.json
+	$(RUN) -m launch.benchmark all --peer=$$peer --repeats=1 --json=runs/benchmark.json
 
 # how fast completions are graded, alone
 bench-grade: $(INSTALLED)

@@ -219,6 +219,7 @@ def test_mistakes_are_refused_before_anything_runs(given, keys, message):
     (("compile", "--config.model.d_model=8"), "--config.model.d_model=8 would do nothing in compile"),
     (("all", "--config=configs/smoke.py"), "--config belongs to one section"),
     (("all", "--peer", "torch"), "flags in one piece"),
+    (("all", "--picture=x.svg"), "--picture belongs to growth"),
   ],
 )
 def test_a_command_that_would_do_nothing_is_refused(capsys, args, message):
@@ -228,7 +229,7 @@ def test_a_command_that_would_do_nothing_is_refused(capsys, args, message):
 
 
 def test_each_of_all_sections_gets_the_flags_that_it_reads(monkeypatch):
-  given = ("--peer=none", "--nocheckpointing", "--remat=dots", "--picture=x.svg", "--repeats=2", "--quiet")
+  given = ("--peer=none", "--nocheckpointing", "--remat=dots", "--repeats=2", "--quiet")
   commands = {}
 
   def run(command):
@@ -246,7 +247,6 @@ def test_each_of_all_sections_gets_the_flags_that_it_reads(monkeypatch):
     "convert": repeats,
     "grade": repeats,
     "compile": ("--quiet",),
-    "growth": ("--picture=x.svg", *repeats),
   }
 
 

@@ -25,7 +25,7 @@ ADAPTERS = LoraConfig(rank=2, alpha=4.0, dropout=0.3, targets=("up_proj",))
 CASES = {
   "all parameters": {},
   "tied, shifted by one": dict(weight_tying=True, shift_logits=True),
-  "adapters, dropout": dict(lora=ADAPTERS),
+  "adapters, dropout": dict(lora=ADAPTERS),  # and a teacher
 }
 
 
@@ -47,11 +47,12 @@ def loss(model, trainable, params, inputs, pairs):
   has_adapters = model.config.lora is not None
   variables = {"params": params, "lora": trainable} if has_adapters else {"params": trainable}
   keys = dropout_keys if has_adapters else None
-  teacher = jax.lax.stop_gradient(jax.tree.map(lambda array: 1.2 * array, variables))
+  teacher = jax.lax.stop_gradient(jax.tree.map(lambda array: 1.2 * array, variables)) if has_adapters else None
   score = make_score(model, variables, prompts, completion, dropout_keys=keys, teacher=teacher)
   scores = score(is_masked, pairs=pairs)
   read = jax.tree.map(lambda array: jnp.where(is_masked, array, 0), scores)
-  return ((read.log_prob - read.divergence) * jnp.arange(1, 1 + C)).sum(), read
+  total = read.log_prob if read.divergence is None else read.log_prob - read.divergence
+  return (total * jnp.arange(1, 1 + C)).sum(), read
 
 
 def gradient_of(model, inputs, pairs):
