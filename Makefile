@@ -23,7 +23,7 @@ test: $(INSTALLED) $(PLANNING)
 fuzz: $(INSTALLED)
 	$(RUN) -m launch.fuzz_grading
 
-# every part of training timed, and against PyTorch where it is installed (pip install -r requirements-torch.txt): 15 minutes,
+# every part of training timed, and against PyTorch where it is installed (pip install -r requirements-torch.txt): about a quarter of an hour,
 # with one counted turn of each contender; a section alone takes three
 bench: $(INSTALLED)
 	@if $(RUN) -c 'import torch, transformers, peft' 2>/dev/null; then peer=torch; else peer=none; \
