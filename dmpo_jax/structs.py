@@ -19,6 +19,8 @@ from typing import Any
 import jax
 from flax import struct
 
+VOCAB_GROUP = 32  # ids, from a multiple of it on, that no part of a large vocabulary divides: one is drawn among them
+
 
 @struct.dataclass
 class Prompts:

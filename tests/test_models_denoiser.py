@@ -204,9 +204,9 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
 
 
 def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
-  """Each device reads runs of its own share: other parts, the same tokens, noise and probabilities."""
+  """Each device reads runs of its own share, 9 groups of ids: other parts, the same tokens, noise and probabilities."""
   monkeypatch.setattr(head_module, "PART_SIZE", 512)
-  model, variables = tiny(vocab_size=1000, embedding_size=1024, mask_token_id=999)
+  model, variables = tiny(vocab_size=1000, embedding_size=1152, mask_token_id=999)
   prompt, is_valid, _, _ = batch()
   hidden = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 2, TINY.d_model)), jnp.float32)
   keys = jax.random.wrap_key_data(jnp.arange(2 * ROWS, dtype=jnp.uint32).reshape(ROWS, 2))
@@ -217,7 +217,7 @@ def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
 
   alone = jax.jit(read)(variables, hidden)
   with jax.set_mesh(sharding.make_mesh(data=2, tensor=4)):
-    assert split_vocabulary(1024) == ((4, 256, 128), 2)
+    assert split_vocabulary(1152) == ((4, 288, 128), 3)
     split = jax.jit(read)(variables, hidden)
   np.testing.assert_array_equal(split.tokens, alone.tokens)
   for name in ("confidence", "log_prob", "entropy"):

@@ -10,6 +10,7 @@ from jaxprs import arrays_of, products_of
 from dmpo_jax import sharding
 from dmpo_jax.models import head as head_module
 from dmpo_jax.models.head import Split, divergence, split_vocabulary, token_scores
+from dmpo_jax.structs import VOCAB_GROUP
 from launch.costs import count_collectives
 
 TOKENS, WIDTH, SIZE = 6, 5, 1000
@@ -107,9 +108,9 @@ def test_entropy_has_no_gradient(monkeypatch):
     np.testing.assert_array_equal(slope, 0)
 
 
-@pytest.mark.parametrize("size", [1024, 1000])
+@pytest.mark.parametrize("size", [1024, 1152])
 def test_a_head_split_over_devices_is_the_whole_one(monkeypatch, size):
-  """Each device's columns are read from its own share, be it a number of runs (1024) or not (1000)."""
+  """Each device's columns are read from its own share, be it a number of runs (1024) or not (1152)."""
   monkeypatch.setattr(head_module, "PART_SIZE", 512)
   hidden = jnp.asarray(RNG.normal(size=(8, 4)), jnp.float32)
   head, targets = jnp.asarray(RNG.normal(size=(4, size)), jnp.float32), jnp.arange(8) * (size // 8)
@@ -127,7 +128,7 @@ def test_a_head_split_over_devices_is_the_whole_one(monkeypatch, size):
     placed = jax.device_put(head, NamedSharding(mesh, sharding.spec("embed", "vocab")))
     program = jax.jit(compute).lower(hidden, placed).compile()
     split = program(hidden, placed)
-    assert split_vocabulary(size) == (Split(4, size // 4, 128), 2)
+    assert split_vocabulary(size) == (Split(4, size // 4, 128), -(-size // 512))
     gathered = [c.shapes for c in count_collectives(program.as_text()) if c.kind == "all-gather"]
     assert ((4, 1, 128),) in gathered
     assert not [shapes for shapes in gathered if (4, 1, size // 4) in shapes], "a part at a time, not the whole share"
@@ -135,13 +136,21 @@ def test_a_head_split_over_devices_is_the_whole_one(monkeypatch, size):
 
 
 def test_parts_have_one_size_and_cover_the_vocabulary():
-  for size in (8193, 32_000, 126_464, 152_064):
+  for size in (8193, 32_000, 50_257, 126_464, 152_064):
     split, num_parts = split_vocabulary(size)
     assert num_parts == -(-size // head_module.PART_SIZE)
-    assert split.width <= head_module.PART_SIZE
-    assert num_parts * split.width - size < num_parts * head_module.RUN_MULTIPLE
-    seen = np.concatenate([np.asarray(ids)[np.asarray(is_new)] for ids, is_new in map(split.ids, range(num_parts))])
-    np.testing.assert_array_equal(seen, np.arange(size))
+    assert split.step <= head_module.PART_SIZE
+    assert num_parts * split.step - size < num_parts * head_module.RUN_MULTIPLE
+    parts = [(np.asarray(ids), np.asarray(is_new)) for ids, is_new in map(split.ids, range(num_parts))]
+    np.testing.assert_array_equal(np.concatenate([ids[is_new] for ids, is_new in parts]), np.arange(size))
+    for ids, is_new in parts:
+      assert ids[0, 0] % VOCAB_GROUP == ids[is_new][0] % VOCAB_GROUP == 0, "no part divides a group"
+
+
+def test_a_vocabulary_whose_shares_would_divide_a_group_is_not_split():
+  with jax.set_mesh(sharding.make_mesh(data=1, fsdp=2, tensor=4)):
+    assert split_vocabulary(10_240)[0].num_shares == 4
+    assert split_vocabulary(10_244)[0].num_shares == 1
 
 
 @pytest.mark.parametrize(("argnums", "products"), [(None, 1), (0, 2), ((0, 1), 4)])
@@ -152,4 +161,5 @@ def test_a_part_at_a_time_and_no_product_too_many(monkeypatch, argnums, products
   program = jax.make_jaxpr(score)(HIDDEN, HEAD)
   assert len(products_of(program)) == products
   logits = {shape for shape in arrays_of(program) if len(shape) > 1 and shape[0] == TOKENS and shape[-1] > WIDTH}
-  assert logits == {(TOKENS, 384), (TOKENS, 1, 384)}
+  width = split_vocabulary(SIZE)[0].width
+  assert logits == {(TOKENS, width), (TOKENS, 1, width)}

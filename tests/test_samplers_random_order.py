@@ -37,9 +37,9 @@ def test_tokens_and_log_probabilities_recorded_from_the_official_code(monkeypatc
   def fold(keys, number):
     return jax.random.wrap_key_data(jnp.tile(jnp.stack([jnp.uint32(0), number.astype(jnp.uint32)]), (len(prompt), 1)))
 
-  def gumbel(keys, positions, ids, is_part):
+  def gumbel(keys, positions, num_ids):
     noise = jnp.asarray(RECORDED[f"{name}_gumbel"])[jax.random.key_data(keys)[0, 1]]
-    return jnp.broadcast_to(noise[:, None, None], (len(prompt), len(positions), 1, noise.shape[-1]))
+    return jnp.broadcast_to(noise[:, None], (len(prompt), len(positions), num_ids))
 
   for module in (loop, random_order):
     monkeypatch.setattr(module, "fold_calls", fold)

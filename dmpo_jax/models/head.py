@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dmpo_jax import sharding
 from dmpo_jax.models.layers import project
 from dmpo_jax.sharding import constrain
+from dmpo_jax.structs import VOCAB_GROUP
 
 PART_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
-RUN_MULTIPLE = 128  # a part's runs of ids have a multiple of it, and begin at one, but for the last part's
+RUN_MULTIPLE = 128  # parts have one width, about a multiple of it
 
 
 class Split(NamedTuple):
@@ -25,15 +26,20 @@ class Split(NamedTuple):
   share: int
   width: int
 
+  @property
+  def step(self) -> int:
+    """From one part to the next: the width, but for the odd ids of a share that is no whole number of groups."""
+    return self.width if self.width == self.share else self.width - self.share % VOCAB_GROUP
+
   def start(self, number: Int[Array, ""] | int) -> Int[Array, ""]:
-    """Where part `number` begins in every share; the last part reaches back where the width does not divide it."""
-    return jnp.minimum(jnp.int32(number) * self.width, self.share - self.width)
+    """Where part `number` begins in every share; the last part reaches back where the step does not divide it."""
+    return jnp.minimum(jnp.int32(number) * self.step, self.share - self.width)
 
   def ids(self, number: Int[Array, ""] | int) -> tuple[Int[Array, "n w"], Bool[Array, "n w"]]:
-    """Give the ids of a part, and which of them no part before it had."""
+    """Give the ids of a part, each run from a multiple of VOCAB_GROUP on, and which of them are this part's own."""
     column = self.start(number) + jnp.arange(self.width)
     ids = jnp.arange(self.num_shares)[:, None] * self.share + column
-    return ids, jnp.broadcast_to(column >= number * self.width, ids.shape)
+    return ids, jnp.broadcast_to(column // self.step == number, ids.shape)
 
   @property
   def axes(self) -> tuple[str | None, str | None]:
@@ -47,12 +53,13 @@ def split_vocabulary(size: int) -> tuple[Split, int]:
   if size <= PART_SIZE:
     return Split(1, size, size), 1
   num_shares = sharding.num_shares("vocab")
-  if size % num_shares:
+  if size % (num_shares * VOCAB_GROUP):
     num_shares = 1  # correct, but parts then lie on few devices
   share = size // num_shares
   num_parts = -(-size // PART_SIZE)
-  width = min(share, -(-share // (num_parts * RUN_MULTIPLE)) * RUN_MULTIPLE)  # parts of one size, but for the rounding
-  return Split(num_shares, share, width), -(-share // width)
+  width = -(-share // (num_parts * RUN_MULTIPLE)) * RUN_MULTIPLE  # parts of one size, but for the rounding
+  split = Split(num_shares, share, min(share, width + share % VOCAB_GROUP))
+  return split, -(-share // split.step)
 
 
 class Scores(NamedTuple):

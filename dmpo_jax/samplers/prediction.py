@@ -3,16 +3,16 @@
 The vocabulary is read part after part, so that no array of all rows' logits over all of it ever exists.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Integer, Key
 
 from dmpo_jax.samplers.loop import Denoiser
-
-NOISE_GROUP = 128  # ids of a large vocabulary whose noise is drawn with one key
+from dmpo_jax.structs import VOCAB_GROUP
 
 
 class Prediction(NamedTuple):
@@ -24,15 +24,23 @@ class Prediction(NamedTuple):
   entropy: Float32[Array, "b s"]  # of the position's distribution, nats
 
 
-class Running(NamedTuple):
-  """What is known of every position after some parts of the vocabulary."""
+class Sums(NamedTuple):
+  """What is known of every position's distribution after some parts of the vocabulary."""
 
   highest: Float32[Array, "b s"]  # logit
   total: Float32[Array, "b s"]  # sum of exp(logit - highest)
   weighted: Float32[Array, "b s"]  # sum of exp(logit - highest) * (logit - highest)
-  best: Float32[Array, "b s"]  # highest score: the logit, with noise
-  token: Int[Array, "b s"]  # of the best score
-  logit: Float32[Array, "b s"]  # of that token
+
+
+class Choice(NamedTuple):
+  """The best among the ids so far, or among their groups."""
+
+  score: Float32[Array, "b s"]  # the logit, or that of a group, with noise
+  place: Int[Array, "b s"]  # the id, or the group's number
+  logits: Float32[Array, "b s k"]  # of the id, or of the group's ids
+
+
+Choose = Callable[[Float32[Array, "b s n w"], Int[Array, "n w"]], Choice]
 
 
 def predict(
@@ -44,6 +52,10 @@ def predict(
 ) -> Prediction:
   """Sample softmax(logits / temperature) at every position by Gumbel-max; temperature 0 takes the most likely.
 
+  Of a large vocabulary, read in parts, a group of ids is drawn first, then one of its ids: the highest of a group's
+  logits / temperature with Gumbel noise is its log-sum-exp with Gumbel noise (arXiv 1411.0030), so that the
+  distribution is the same for a VOCAB_GROUPth of the noise.
+
   MASK is never chosen. Confidence and entropy are those of softmax(logits): without the noise and at temperature 1, as
   LLaDA has it (arXiv 2502.09992, algorithm 5). All in float32.
 
@@ -53,109 +65,157 @@ def predict(
     temperature: of all rows, or of each.
   """
   is_of_rows = isinstance(temperature, jax.Array)
-  scale = temperature[:, None, None, None] if is_of_rows else temperature
+  is_noisy = is_of_rows or temperature > 0
+  scale = jnp.asarray(temperature, jnp.float32)[..., None, None]  # beside [b, s, n]
+  in_groups = is_noisy and denoiser.num_parts > 1
 
-  def score(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Float32[Array, "b s n w"]:
-    if is_of_rows or temperature > 0:
-      logits = logits + scale * gumbel_noise(keys, positions, ids, denoiser.num_parts > 1)
-    return jnp.where(ids == denoiser.mask_token_id, -jnp.inf, logits)
+  def choose(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Choice:
+    logits = jnp.where(ids == denoiser.mask_token_id, -jnp.inf, logits)
+    if in_groups:
+      return _best_group(logits, ids, keys, positions, scale)
+    if is_noisy:
+      noise = gumbel_noise(keys, positions, ids.size)[:, :, None]
+      return _first_best(logits + scale[..., None] * noise, logits, ids)
+    return _first_best(logits, logits, ids)
 
-  found = _read_vocabulary(denoiser, hidden, score)
-  log_total = jnp.log(found.total)
-  confidence = jnp.exp(found.logit - found.highest) / found.total
-  log_prob = found.logit - found.highest - log_total
-  return Prediction(found.token, confidence, log_prob, log_total - found.weighted / found.total)
+  sums, found = _read_vocabulary(denoiser, hidden, choose, VOCAB_GROUP if in_groups else 1)
+  if in_groups:
+    found = _best_of_group(found, keys, positions, scale)
+  logit, log_total = found.logits[..., 0], jnp.log(sums.total)
+  confidence = jnp.exp(logit - sums.highest) / sums.total
+  return Prediction(found.place, confidence, logit - sums.highest - log_total, log_total - sums.weighted / sums.total)
 
 
 def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Array, "b s"]) -> Float32[Array, "b s"]:
   """Give the log-probabilities of tokens under softmax(logits), in float32 nats."""
 
-  def score(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Float32[Array, "b s n w"]:
-    return jnp.where(ids == tokens[..., None, None], logits, -jnp.inf)
+  def choose(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Choice:
+    return _first_best(jnp.where(ids == tokens[..., None, None], logits, -jnp.inf), logits, ids)
 
-  found = _read_vocabulary(denoiser, hidden, score)
-  return found.best - found.highest - jnp.log(found.total)
+  sums, found = _read_vocabulary(denoiser, hidden, choose, 1)
+  return found.score - sums.highest - jnp.log(sums.total)
 
 
-def _read_vocabulary(denoiser: Denoiser, hidden: Float[Array, "b s d"], score: Callable[..., Any]) -> Running:
-  """Reduce the logits over the vocabulary's parts: their log-sum-exp and entropy, and the first best by `score`."""
+def _read_vocabulary(
+  denoiser: Denoiser, hidden: Float[Array, "b s d"], choose: Choose, num_kept: int
+) -> tuple[Sums, Choice]:
+  """Reduce the logits over the vocabulary's parts: their log-sum-exp and entropy, and the first best by `choose`.
 
-  def read(number: Int[Array, ""] | int, before: Running) -> Running:
+  Args:
+    num_kept: logits in a choice.
+  """
+
+  def read(number: Int[Array, ""] | int, before: tuple[Sums, Choice]) -> tuple[Sums, Choice]:
+    sums, best = before
     logits, ids = denoiser.logits(hidden, number)
     logits = logits.astype(jnp.float32)
-    highest = jnp.maximum(before.highest, logits.max((-2, -1)))
+    highest = jnp.maximum(sums.highest, logits.max((-2, -1)))
     shifted = logits - highest[..., None, None]
     share = jnp.exp(shifted)
-    shrunk, shift = jnp.exp(before.highest - highest), jnp.where(before.total > 0, before.highest - highest, 0.0)
-    best, token, logit = _first_best(score(logits, ids), logits, ids)
-    is_new = ~(best < before.best) & ((best != before.best) | (token < before.token))
-    return Running(
+    shrunk, shift = jnp.exp(sums.highest - highest), jnp.where(sums.total > 0, sums.highest - highest, 0.0)
+    choice = choose(logits, ids)
+    is_new = ~(choice.score < best.score) & ((choice.score != best.score) | (choice.place < best.place))
+    return Sums(
       highest=highest,
-      total=before.total * shrunk + share.sum((-2, -1)),
-      weighted=(before.weighted + before.total * shift) * shrunk
-      + jnp.where(share > 0, share * shifted, 0.0).sum((-2, -1)),
-      best=jnp.where(is_new, best, before.best),
-      token=jnp.where(is_new, token, before.token),
-      logit=jnp.where(is_new, logit, before.logit),
+      total=sums.total * shrunk + share.sum((-2, -1)),
+      weighted=(sums.weighted + sums.total * shift) * shrunk + jnp.where(share > 0, share * shifted, 0.0).sum((-2, -1)),
+    ), Choice(
+      score=jnp.where(is_new, choice.score, best.score),
+      place=jnp.where(is_new, choice.place, best.place),
+      logits=jnp.where(is_new[..., None], choice.logits, best.logits),
     )
 
   shape = hidden.shape[:2]
   least, zero = jnp.full(shape, -jnp.inf), jnp.zeros(shape)
-  first = Running(least, zero, zero, least, jnp.full(shape, jnp.iinfo(jnp.int32).max), least)
+  first = (
+    Sums(least, zero, zero),
+    Choice(least, jnp.full(shape, jnp.iinfo(jnp.int32).max), jnp.full((*shape, num_kept), -jnp.inf)),
+  )
   if denoiser.num_parts == 1:
     return read(0, first)
   return jax.lax.fori_loop(0, denoiser.num_parts, read, first)
 
 
 def _first_best(
-  scores: Float32[Array, "b s n w"], logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]
-) -> tuple[Float32[Array, "b s"], Int[Array, "b s"], Float32[Array, "b s"]]:
-  """Give the highest score, the lowest id that has it and that id's logit.
+  scores: Float32[Array, "b s n w"], logits: Float32[Array, "b s n w *k"], places: Int[Array, "*z n w"]
+) -> Choice:
+  """Give the highest score, the lowest place that has it and that place's logits.
 
   Plain reductions instead of an argmax of the scores: XLA would draw the noise into it, away from vector code, and on
-  CPU the noise would take three times as long.
+  CPU the noise would take three times as long. A split vocabulary stays split in them, too.
   """
   best = scores.max((-2, -1))
-  is_best = (scores != -jnp.inf) & ~(scores < best[..., None, None])  # where scores are not numbers, still some id
-  token = jnp.where(is_best, ids, jnp.iinfo(jnp.int32).max).min((-2, -1))
-  logit = jnp.where(ids == token[..., None, None], logits, -jnp.inf).max((-2, -1))
-  return best, token, logit
+  is_best = (scores != -jnp.inf) & ~(scores < best[..., None, None])  # where scores are not numbers, still some place
+  place = jnp.where(is_best, places, jnp.iinfo(jnp.int32).max).min((-2, -1))
+  is_place = places == place[..., None, None]
+  logits = logits.reshape(*scores.shape, -1)
+  return Choice(best, place, jnp.where(is_place[..., None], logits, -jnp.inf).max((-3, -2)))
 
 
-def gumbel_noise(
-  keys: Key[Array, "b"], positions: Int[Array, "s"], ids: Int[Array, "n w"], is_part: bool
-) -> Float32[Array, "b s n w"]:
-  """Draw Gumbel noise that belongs to (row, call, position, id), whatever block, batch or part it is drawn for.
+def _best_group(
+  logits: Float32[Array, "b s n w"],
+  ids: Int[Array, "n w"],
+  keys: Key[Array, "b"],
+  positions: Int[Array, "s"],
+  scale: Float32[Array, "*b"],
+) -> Choice:
+  """Draw a group of ids by what its members have together."""
+  surplus = -logits.shape[-1] % VOCAB_GROUP  # of a vocabulary that is no whole number of groups
+  logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (0, surplus)), constant_values=-jnp.inf)
+  logits = logits.reshape(*logits.shape[:3], -1, VOCAB_GROUP)
+  groups = ids[:, ::VOCAB_GROUP] // VOCAB_GROUP
+  together = jax.nn.logsumexp(logits / jnp.where(scale > 0, scale, 1.0)[..., None, None], axis=-1)
+  noisy = scale[..., None] * (together + group_noise(keys, positions, groups))
+  return _first_best(jnp.where(scale[..., None] > 0, noisy, logits.max(-1)), logits, groups)
 
-  Args:
-    ids: n runs of w neighbours. Where n > 1 each run begins at a multiple of NOISE_GROUP.
-    is_part: the ids are a part of the vocabulary: noise is drawn in groups of NOISE_GROUP ids, each by its own key.
-      False: they are all of it, and one key draws them.
-  """
-  n, w = ids.shape
 
-  def draw(key: jax.Array, position: jax.Array) -> jax.Array:
-    key = jax.random.fold_in(key, position)
-    if not is_part:
-      return jax.random.gumbel(key, (n, w), jnp.float32, mode="high")
-    num_groups = -(-w // NOISE_GROUP) + (n == 1)  # a single run may begin anywhere in its first group
-    groups = ids[:, :1] // NOISE_GROUP + jnp.arange(num_groups)
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, groups)
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (NOISE_GROUP,), jnp.float32, mode="high")))(keys)
-    noise = noise.reshape(n, -1)
-    return noise[:, :w] if n > 1 else jax.lax.dynamic_slice_in_dim(noise, ids[0, 0] % NOISE_GROUP, w, axis=1)
+def _best_of_group(
+  group: Choice, keys: Key[Array, "b"], positions: Int[Array, "s"], scale: Float32[Array, "*b"]
+) -> Choice:
+  """Draw one of a group's ids."""
+  logits = group.logits[:, :, None]
+  noise = member_noise(keys, positions, group.place)[:, :, None]
+  ids = group.place[..., None, None] * VOCAB_GROUP + jnp.arange(VOCAB_GROUP)
+  return _first_best(logits + scale[..., None] * noise, logits, ids)
 
-  return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys, positions)
+
+def gumbel_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], num_ids: int) -> Float32[Array, "b s v"]:
+  """Draw Gumbel noise that belongs to (row, call, position, id), whatever block or batch it is drawn for."""
+  return _draw(position_keys(keys, positions), num_ids)
+
+
+def group_noise(
+  keys: Key[Array, "b"], positions: Int[Array, "s"], groups: Int[Array, "n m"]
+) -> Float32[Array, "b s n m"]:
+  """Draw Gumbel noise that belongs to (row, call, position, group of ids), whatever part of the vocabulary has it."""
+  return _draw(_fold(_fold(position_keys(keys, positions), 0)[..., None, None], groups))
+
+
+def member_noise(
+  keys: Key[Array, "b"], positions: Int[Array, "s"], group: Int[Array, "b s"]
+) -> Float32[Array, "b s w"]:
+  """Draw Gumbel noise for the ids of each position's group, independent of `group_noise`."""
+  return _draw(_fold(_fold(position_keys(keys, positions), 1), group), VOCAB_GROUP)
 
 
 def uniform_noise(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Float32[Array, "b s"]:
-  """Draw one number in [0, 1) for each (row, call, position), independent of `gumbel_noise`."""
+  """Draw one number in [0, 1) for each (row, call, position), independent of the Gumbel noise."""
+  other = _fold(keys, jnp.uint32(2**32 - 1))  # no position has this number
+  return jnp.vectorize(jax.random.uniform)(position_keys(other, positions))
 
-  def draw(key: jax.Array, position: jax.Array) -> jax.Array:
-    return jax.random.uniform(jax.random.fold_in(key, position))
 
-  other = jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(2**32 - 1))  # no position has this number
-  return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(other, positions)
+def position_keys(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Key[Array, "b s"]:
+  """Derive the keys of positions from those of their rows."""
+  return _fold(keys[:, None], positions)
+
+
+def _fold(keys: Key[Array, "..."], numbers: Integer[Array, "..."] | int) -> Key[Array, "..."]:
+  return jnp.vectorize(jax.random.fold_in)(keys, numbers)
+
+
+def _draw(keys: Key[Array, "..."], *shape: int) -> Float32[Array, "..."]:
+  draw = functools.partial(jax.random.gumbel, shape=shape, dtype=jnp.float32, mode="high")
+  return jnp.vectorize(draw, signature="()->(v)" if shape else "()->()")(keys)
 
 
 def comes_before(score: Float[Array, "b s"], is_masked: Bool[Array, "b s"]) -> Bool[Array, "b s s"]:

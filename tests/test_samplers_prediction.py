@@ -1,0 +1,76 @@
+"""A token of a large vocabulary, drawn from a group of ids that is drawn first, is a draw from the whole of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_denoiser import Fake, keys
+from jaxprs import equations
+
+from dmpo_jax.samplers.prediction import group_noise, member_noise, predict
+from dmpo_jax.structs import VOCAB_GROUP
+
+SIZE, NUM_PARTS, MASK = 150, 3, 149  # parts of 64, 64 and 22 ids; the last group has 22
+POSITIONS = jnp.arange(3, 5)
+
+
+class Parted(Fake):
+  """Hidden states are logits, read in parts of 64 ids, of which the last is filled up."""
+
+  def logits(self, hidden, number=0):
+    ids = number * 64 + jnp.arange(64)
+    return jnp.where(ids < SIZE, jnp.take(hidden, ids, axis=-1, mode="clip"), -jnp.inf)[:, :, None], ids[None]
+
+
+PARTED = Parted(len, mask_token_id=MASK, num_parts=NUM_PARTS)
+
+
+def logits_of(rows, scale=1.5):
+  return scale * jax.random.normal(jax.random.key(5), (rows, len(POSITIONS), SIZE))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0, [0.0, 0.5, 1.0, 0.0]])
+def test_tokens_are_those_of_both_draws_written_out(temperature):
+  """Of rows with a temperature of their own too, also where it is 0."""
+  logits, rows = logits_of(4), keys(4)
+  given = jnp.array(temperature) if isinstance(temperature, list) else temperature
+  found = jax.jit(lambda hidden: predict(PARTED, hidden, rows, POSITIONS, given))(logits)
+  num_groups = -(-SIZE // VOCAB_GROUP)
+  of_groups = np.asarray(group_noise(rows, POSITIONS, jnp.arange(num_groups)[None]), np.float64)[:, :, 0]
+  log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+  for row, position in np.ndindex(4, len(POSITIONS)):
+    t = temperature[row] if isinstance(temperature, list) else temperature
+    own = np.asarray(logits[row, position], np.float64)
+    allowed = np.where(np.arange(SIZE) == MASK, -np.inf, own)
+    token = allowed.argmax()
+    if t > 0:
+      padded = np.pad(allowed, (0, -SIZE % VOCAB_GROUP), constant_values=-np.inf).reshape(num_groups, VOCAB_GROUP)
+      group = (np.log(np.exp(padded / t).sum(1)) + of_groups[row, position]).argmax()
+      of_members = member_noise(rows[row : row + 1], POSITIONS[position : position + 1], jnp.array([[group]]))[0, 0]
+      token = group * VOCAB_GROUP + (padded[group] / t + np.asarray(of_members)).argmax()
+    assert found.tokens[row, position] == token
+    np.testing.assert_allclose(found.log_prob[row, position], log_p[row, position, token], atol=1e-5)
+
+
+def test_frequencies_are_the_probabilities():
+  rows, temperature = 40_000, 0.7
+  hidden = jnp.broadcast_to(logits_of(1, scale=0.7)[0], (rows, len(POSITIONS), SIZE))
+  tokens = np.asarray(
+    jax.jit(lambda hidden: predict(PARTED, hidden, keys(rows), POSITIONS, temperature))(hidden).tokens
+  )
+  for position in range(len(POSITIONS)):
+    weights = np.exp(np.asarray(hidden[0, position, :MASK], np.float64) / temperature)
+    expected = rows * weights / weights.sum()
+    assert expected.min() > 5
+    counts = np.bincount(tokens[:, position], minlength=MASK)
+    assert ((counts - expected) ** 2 / expected).sum() < 207  # 0.999 quantile of chi-square with 149 - 1
+  together = np.bincount(tokens[:, 0] // VOCAB_GROUP * 5 + tokens[:, 1] // VOCAB_GROUP, minlength=25).reshape(5, 5)
+  apart = np.outer(together.sum(1), together.sum(0)) / rows
+  assert ((together - apart) ** 2 / apart).sum() < 39.3, "positions are independent: 0.999 quantile with 16 degrees"
+
+
+def test_noise_is_drawn_for_groups_and_for_the_ids_of_one():
+  program = jax.make_jaxpr(lambda hidden: predict(PARTED, hidden, keys(4), POSITIONS, 1.0))(logits_of(4))
+  drawn = {x.outvars[0].aval.size for x in equations(program) if x.primitive.name == "random_bits"}
+  two_words = 2 * 4 * len(POSITIONS)  # of random bits, for a number of each row and position
+  assert drawn == {two_words * 64 // VOCAB_GROUP, two_words * VOCAB_GROUP}
