@@ -4,6 +4,7 @@ Below this module everything takes explicit keyword arguments.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -226,9 +227,14 @@ def check_fits(config: llada.ModelConfig, mesh: Mesh, section: str) -> None:
 
 def abstract_collection(model: llada.LLaDA, mesh: Mesh, name: str) -> Any:
   """Describe a collection of the model's variables (`params`, `lora`) by shape, dtype and sharding."""
-  boxed = jax.eval_shape(lambda: _init_collection(model, name)(jax.random.key(0)))
+  boxed = _boxed_shapes(model, name)
   shapes, shardings = nn.unbox(boxed), sharding.layout(boxed, mesh)
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
+@functools.cache  # a run asks for them several times
+def _boxed_shapes(model: llada.LLaDA, name: str) -> Any:
+  return jax.eval_shape(lambda: _init_collection(model, name)(jax.random.key(0)))
 
 
 def random_collection(model: llada.LLaDA, mesh: Mesh, name: str, key: jax.Array) -> Any:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
 
 from dmpo_jax import noise
 from dmpo_jax.checkpoints import check_preemption
@@ -79,7 +80,7 @@ def make_measure_weights(
       rounds are one compiled program.
     weighing: keywords of `weights.weigh`.
   """
-  program = measure_program(model, mesh, estimator=estimator)
+  program, weigh = measure_program(model, mesh, estimator=estimator), _make_weigh(**weighing)
 
   def score(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, buffer: int, number: int = 0):
     key = noise.step_key(seed, "measure", buffer)
@@ -89,7 +90,7 @@ def make_measure_weights(
   def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: Measures, buffer: int):
     rounds = [measures]
     while True:
-      weighed, figures = _weigh(experience, _join(rounds), **weighing)
+      weighed, figures = weigh(experience, _join(rounds))
       if replicates == "fixed" or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
         break
       again = functools.partial(score, buffer=buffer, number=len(rounds))
@@ -112,6 +113,7 @@ def make_measure_sampled(**weighing: Any) -> Measure:
   Args:
     weighing: keywords of `weights.weigh`.
   """
+  weigh = _make_weigh(**weighing)
 
   def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: None, buffer: int):
     log_p_old, log_p_ref = (
@@ -119,7 +121,7 @@ def make_measure_sampled(**weighing: Any) -> Measure:
       for log_p in (rollouts.log_p_old, rollouts.log_p_ref)
     )
     entropy = -log_p_old[..., 0] / experience.is_counted.sum(-1)
-    return _weigh(experience, Measures(log_p_old, log_p_ref, entropy), **weighing)
+    return weigh(experience, Measures(log_p_old, log_p_ref, entropy))
 
   return Measure(None, finish)
 
@@ -222,31 +224,49 @@ def _join(rounds: list[Measures]) -> Measures:
   )
 
 
-def _weigh(experience: Experience, measures: Measures, **weighing: Any) -> tuple[Experience, dict[str, float]]:
-  """Add the weights to the experience, and say how far they are spread and how much of that is noise."""
-  reward, is_kept = jnp.asarray(experience.reward), jnp.asarray(experience.is_kept)
-  log_p_old, log_p_ref = (np.asarray(x).mean(-1) for x in (measures.log_p_old, measures.log_p_ref))
-  weighed = weights.weigh(reward, jnp.asarray(log_p_ref), jnp.asarray(log_p_old), is_kept, **weighing)
+def _make_weigh(**weighing: Any) -> Callable[[Experience, Measures], tuple[Experience, dict[str, float]]]:
+  """Close over the weighing of an experience, which also says how far weights are spread and how much is noise."""
+  program = jax.jit(functools.partial(_weigh, **weighing))  # one, where each of its operations would be one
+
+  def weigh(experience: Experience, measures: Measures) -> tuple[Experience, dict[str, float]]:
+    weighed, figures = jax.device_get(
+      program(experience.reward, experience.is_kept, measures.log_p_ref, measures.log_p_old)
+    )
+    experience = experience.replace(
+      log_p_old=measures.log_p_old.mean(-1),
+      log_p_ref=measures.log_p_ref.mean(-1),
+      weight=weighed.weight,
+      negative_weight=weighed.negative_weight,
+    )
+    figures["entropy"] = measures.entropy.mean()
+    return experience, {name: float(value) for name, value in figures.items()}
+
+  return weigh
+
+
+def _weigh(
+  reward: Float[Array, "p g"],
+  is_kept: Bool[Array, "p g"],
+  log_p_ref: Float[Array, "p g m"],
+  log_p_old: Float[Array, "p g m"],
+  **weighing: Any,
+) -> tuple[weights.Weights, dict[str, Float[Array, ""]]]:
+  weighed = weights.weigh(reward, log_p_ref.mean(-1), log_p_old.mean(-1), is_kept, **weighing)
   tilt = weights.standardise(reward, is_kept) if weighing["reward_scaling"] == "standardise" else reward
   tilt_std = weights.spread_within_groups(
     tilt / weighing["alpha"] if weighing["weighting"] == "tilt" else tilt, is_kept
   )
-  ratio = weights.log_ratio_figures(*map(jnp.asarray, (measures.log_p_ref, measures.log_p_old)), is_kept)
+  ratio = weights.log_ratio_figures(log_p_ref, log_p_old, is_kept)
   figures = {
     "weight_difference": jnp.abs(weighed.weight - weighed.negative_weight).sum(-1).mean(),
     "kappa": weighed.kappa.mean(),
     "tilt_std": tilt_std,
-    "entropy": measures.entropy.mean(),
     "log_ratio_noise": ratio["log_ratio_error"] / jnp.maximum(tilt_std, 1e-6),
     **ratio,
   }
   if weighing["weighting"] != "reward":  # rewards are no shares of a group
     figures["effective_sample_size"] = weights.effective_sample_size(weighed.weight).mean()
-  weight, negative_weight = jax.device_get((weighed.weight, weighed.negative_weight))
-  experience = experience.replace(
-    log_p_old=log_p_old, log_p_ref=log_p_ref, weight=weight, negative_weight=negative_weight
-  )
-  return experience, {name: float(value) for name, value in jax.device_get(figures).items()}
+  return weighed, figures
 
 
 def chunks(num: int, size: int) -> list[slice]:
