@@ -179,10 +179,13 @@ def _refused(name: str, message: str, flops: float, where: Slice, seconds: float
   return Cost(name, float("nan"), peak, True, flops, {}, [], float("nan"), float("nan"), seconds)
 
 
-def largest_microbatch(config: ConfigDict, where: Slice, log: Callable[[str], None] = print) -> tuple[int, Cost | None]:
+def largest_microbatch(
+  config: ConfigDict, where: Slice, log: Callable[[str], None], begin: Callable[[str], None]
+) -> tuple[int, Cost]:
   """Find the largest train.microbatch_prompts whose gradient step leaves the margin; 0 if none does.
 
-  Memory grows evenly with the microbatch, so two sizes tell where to look; what is reported has been compiled.
+  Memory grows evenly with the microbatch, so two sizes tell where to look; what is reported has been compiled. `begin`
+  is told what is compiled next, `log` what came out.
   """
   rows = config.rollout.group_size * config.objective.num_replicates
   mesh, _ = programs.make_meshes(config, where.devices)
@@ -194,6 +197,7 @@ def largest_microbatch(config: ConfigDict, where: Slice, log: Callable[[str], No
     if size not in tried:
       own = ConfigDict(config.to_dict())
       own.rollout.num_prompts, own.train.microbatch_prompts = 2 * size, size  # two, so that gradients are accumulated
+      begin(f"microbatch_prompts {size}")
       tried[size] = cost_of("update", own, where)
       log(f"microbatch_prompts {size:4}: {tried[size].peak:6.2f} GiB, {'fits' if where.fits(tried[size]) else 'no'}")
     return where.fits(tried[size])
@@ -259,11 +263,17 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
   console.print(f"attention: {attention}", highlight=False)
   result: dict[str, Any] = {"topology": topology, "attention": attention}
   if is_sweep:
-    size, cost = largest_microbatch(config, where, log=console.print)
+    with progress.Progress("sweeping", 1) as shown:
+      size, cost = largest_microbatch(config, where, log=console.print, begin=shown.part)
+      shown.advance()
     result["largest_microbatch_prompts"] = size
     result["sweep"] = dataclasses.asdict(cost)
     rows = size * config.rollout.group_size * config.objective.num_replicates / len(where.devices)
     console.print(f"largest train.microbatch_prompts that fits: {size} ({rows:g} rows a chip, {cost.peak:.2f} GiB)")
+    whole = config.rollout.num_prompts
+    dividing = [part for part in range(1, min(size, whole) + 1) if whole % part == 0]
+    if dividing:
+      console.print(f"of those that divide rollout.num_prompts={whole}: {dividing[-1]}")
   found = {}
   with progress.Progress("compiling", len(names), unit="programs") as shown:
     for name in names:

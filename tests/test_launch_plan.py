@@ -88,7 +88,9 @@ def test_the_sweep_finds_the_largest_that_fits(monkeypatch, limit, wanted):
     return cost(peak=1.0 + 13.0 * size / max(limit, 1) if size <= limit else 30.0)
 
   monkeypatch.setattr(plan, "cost_of", cost_of)
-  size, found = plan.largest_microbatch(tiny.config(), some_slice(), log=lambda line: None)
+  begun = []
+  size, found = plan.largest_microbatch(tiny.config(), some_slice(), log=lambda line: None, begin=begun.append)
+  assert begun == [f"microbatch_prompts {size}" for size in compiled]
   assert size == wanted
   assert len(compiled) == len(set(compiled)) <= max(limit, 3)
   assert wanted + 1 in compiled
