@@ -129,11 +129,11 @@ def split_rows(array: jax.Array, num_groups: int) -> jax.Array:
   return constrain(parts.reshape(num_groups, -1, *array.shape[1:]), None, "rows", *(None,) * (array.ndim - 1))
 
 
-def join_rows(groups: jax.Array, *axes: str | None) -> jax.Array:
-  """Undo `split_rows`; `axes` are the logical ones of a row's own dimensions."""
+def join_rows(groups: jax.Array) -> jax.Array:
+  """Undo `split_rows`."""
   num_groups, rows, *rest = groups.shape
   parts = groups.reshape(num_groups, num_shares("rows"), -1, *rest).swapaxes(0, 1)
-  return constrain(parts.reshape(num_groups * rows, *rest), "rows", *axes)
+  return constrain(parts.reshape(num_groups * rows, *rest), "rows", *(None,) * len(rest))
 
 
 def num_shares(logical: str) -> int:

@@ -240,36 +240,6 @@ def test_rows_in_groups_change_no_number():
   assert hidden == [{(16, 6, 24)}, {(4, 6, 24)}]  # of the feed-forward
 
 
-def test_rows_that_fill_a_cache_in_groups_change_no_number():
-  """The first call of a cached sampler; a call on a block is not cut, as it has few tokens. On one device and eight."""
-  model, variables = tiny(num_layers=2)
-  tokens = rows(7, 16, 6)
-  is_valid = jnp.arange(6) >= jnp.arange(16)[:, None] % 3
-
-  def fill(layer_rows, variables):
-    own = LLaDA(dataclasses.replace(model.config, layer_rows=layer_rows))
-    cache = empty_cache(own.config, 16, 6)
-    hidden, cache = own.apply(variables, tokens, is_valid=is_valid, cache=cache, method="hidden")
-    block, _ = own.apply(variables, tokens[:, 2:4], cache=cache, cache_start=4, method="hidden")
-    return hidden, cache, block
-
-  def run(layer_rows, variables):
-    return jax.jit(functools.partial(fill, layer_rows))(variables)
-
-  wanted = run(0, variables)
-  mesh = sharding.make_mesh(2, 2, 2)
-  with jax.set_mesh(mesh):
-    layout = sharding.layout(jax.eval_shape(model.init, jax.random.key(0), tokens), mesh)
-    on_eight = run(2, jax.device_put(variables, layout))
-  for found in (run(4, variables), on_eight):
-    jax.tree.map(lambda a, b: close(a, b, 1e-5), found, wanted)
-  assert on_eight[1].keys.sharding.is_equivalent_to(
-    jax.sharding.NamedSharding(mesh, sharding.spec("layers", "rows", None, "kv_heads", None)), 5
-  )
-  wide = {shape for shape in arrays_of(jax.make_jaxpr(functools.partial(fill, 4))(variables)) if shape[-1:] == (24,)}
-  assert {shape for shape in wide if len(shape) == 3 and shape[1] in (2, 6)} == {(4, 6, 24), (16, 2, 24)}
-
-
 @pytest.mark.parametrize(
   ("num_rows", "layer_rows", "groups"), [(32, 0, 1), (32, 4, 8), (6, 4, 2), (5, 4, 5), (3, 4, 1)]
 )

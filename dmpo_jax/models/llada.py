@@ -108,10 +108,9 @@ class LayerInput(NamedTuple):
   """What one layer sees."""
 
   layer: Int[Array, ""]
-  cached: "Slots | None"
+  cached: tuple[Float[Array, "b m k h"], Float[Array, "b m k h"]] | None
 
 
-Slots = tuple[Float[Array, "b m k h"], Float[Array, "b m k h"]]  # keys and values that were there
 KeysValues = tuple[Float[Array, "b l k h"], Float[Array, "b l k h"]]
 
 
@@ -153,44 +152,41 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
     if context.dropout_keys is not None:
       context = context._replace(dropout_keys=fold_all(context.dropout_keys, inputs.layer))
-    has_cache = inputs.cached is not None
-    is_whole = not has_cache or inputs.cached[0].shape[1] == x.shape[1]  # else nothing cached stays to be attended to
-    num_groups = count_groups(x.shape[0], self.config.layer_rows) if is_whole else 1
-    if num_groups > 1 and not self.is_initializing():
-      return self._run_groups(num_groups, x, context._replace(cache_start=None), has_cache)
-    x, new = self._run(x, inputs.cached, context)
-    return x, new if has_cache else None
+    num_groups = count_groups(x.shape[0], self.config.layer_rows)
+    if num_groups > 1 and inputs.cached is None and not self.is_initializing():
+      return self._run_groups(num_groups, x, context), None
+    return self._run(x, inputs, context)
 
-  def _run_groups(
-    self, num_groups: int, x: Float[Array, "b l d"], context: Context, has_cache: bool
-  ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
-    """Compute groups of whole rows one after the other: what a layer holds then has the size of a group.
+  def _run_groups(self, num_groups: int, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
+    """Compute groups of rows one after the other: what a layer holds for its gradient then has the size of a group.
 
-    That is for its gradient, too. The weights are gathered once for all of them.
+    The weights are gathered once for all of them.
     """
     layer, variables = Block(self.config, parent=None), _gather_layer(self.variables)
 
-    def run(x: jax.Array, context: Context) -> tuple[jax.Array, KeysValues | None]:
-      x, new = layer.apply(variables, x, None, context, method="_run")
-      return x, new if has_cache else None
+    def run(x: jax.Array, context: Context) -> jax.Array:
+      return layer.apply(variables, x, context, method="run_rows")
 
     if self.config.remat != "none":
       run = jax.checkpoint(run, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
     parts = jax.tree.map(lambda array: sharding.split_rows(array, num_groups), (x, context))
-    x, new = jax.lax.map(lambda part: run(*part), parts)
-    return sharding.join_rows(x, None, None), jax.tree.map(lambda y: sharding.join_rows(y, None, "kv_heads", None), new)
+    return sharding.join_rows(jax.lax.map(lambda part: run(*part), parts))
+
+  def run_rows(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
+    """Run the layer on rows that have no cache and dropout keys of this layer."""
+    return self._run(x, LayerInput(jnp.int32(0), None), context)[0]
 
   def _run(
-    self, x: Float[Array, "b l d"], cached: Slots | None, context: Context
-  ) -> tuple[Float[Array, "b l d"], KeysValues]:
-    mixed, new = self._attention(self.attn_norm(x), cached, context)
+    self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
+  ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
+    mixed, keys_values = self._attention(self.attn_norm(x), inputs, context)
     x = constrain(x + mixed, "rows", None, None)
     x = constrain(x + self._mlp(self.ff_norm(x), context.dropout_keys), "rows", None, None)
-    return x, new
+    return x, keys_values
 
   def _attention(
-    self, x: Float[Array, "b l d"], cached: Slots | None, context: Context
-  ) -> tuple[Float[Array, "b l d"], KeysValues]:
+    self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
+  ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
     h, dropout_keys = self.config.head_dim, context.dropout_keys
 
     def heads(projection: Dense, axis: str) -> Float[Array, "b l n h"]:
@@ -200,10 +196,11 @@ class Block(nn.Module):
     query = rotate(heads(self.q_proj, "heads"), context.rotary)
     new = (rotate(heads(self.k_proj, "kv_heads"), context.rotary), heads(self.v_proj, "kv_heads"))
     keys, values = new
-    if cached is not None:
+    if inputs.cached is not None:
       start = (0, context.cache_start, 0, 0)
-      keys, values = jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, start), cached, new)
-    return self.attn_out(attend(query, keys, values, context.mask, self.config.attention), dropout_keys), new
+      keys, values = jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, start), inputs.cached, new)
+    mixed = self.attn_out(attend(query, keys, values, context.mask, self.config.attention), dropout_keys)
+    return mixed, None if inputs.cached is None else new
 
   def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
     gate, up = self.ff_proj(x, dropout_keys), self.up_proj(x, dropout_keys)
