@@ -179,6 +179,12 @@ def _refused(name: str, message: str, flops: float, where: Slice, seconds: float
   return Cost(name, float("nan"), peak, True, flops, {}, [], float("nan"), float("nan"), seconds)
 
 
+def _spread(config: ConfigDict, where: Slice) -> tuple[int, int]:
+  """Count the rows of a prompt in a gradient step, and the shares that rows are spread over."""
+  mesh, _ = programs.make_meshes(config, where.devices)
+  return config.rollout.group_size * config.objective.num_replicates, mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def largest_microbatch(
   config: ConfigDict, where: Slice, log: Callable[[str], None], begin: Callable[[str], None]
 ) -> tuple[int, Cost]:
@@ -187,9 +193,7 @@ def largest_microbatch(
   Memory grows evenly with the microbatch, so two sizes tell where to look; what is reported has been compiled. `begin`
   is told what is compiled next, `log` what came out.
   """
-  rows = config.rollout.group_size * config.objective.num_replicates
-  mesh, _ = programs.make_meshes(config, where.devices)
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows, shards = _spread(config, where)
   step = max(1, shards // rows)
   tried: dict[int, Cost] = {}
 
@@ -268,12 +272,11 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
       shown.advance()
     result["largest_microbatch_prompts"] = size
     result["sweep"] = dataclasses.asdict(cost)
-    rows = size * config.rollout.group_size * config.objective.num_replicates / len(where.devices)
-    console.print(f"largest train.microbatch_prompts that fits: {size} ({rows:g} rows a chip, {cost.peak:.2f} GiB)")
-    whole = config.rollout.num_prompts
-    dividing = [part for part in range(1, min(size, whole) + 1) if whole % part == 0]
-    if dividing:
-      console.print(f"of those that divide rollout.num_prompts={whole}: {dividing[-1]}")
+    (rows, shards), whole = _spread(config, where), config.rollout.num_prompts
+    on_chip = size * rows / len(where.devices)
+    console.print(f"largest train.microbatch_prompts that fits: {size} ({on_chip:g} rows a chip, {cost.peak:.2f} GiB)")
+    usable = [part for part in range(1, min(size, whole) + 1) if whole % part == 0 and part * rows % shards == 0]
+    console.print(f"of those that divide rollout.num_prompts={whole}: {max(usable, default='none')}")
   found = {}
   with progress.Progress("compiling", len(names), unit="programs") as shown:
     for name in names:

@@ -147,10 +147,13 @@ def test_parts_have_one_size_and_cover_the_vocabulary():
       assert ids[0, 0] % VOCAB_GROUP == ids[is_new][0] % VOCAB_GROUP == 0, "no part divides a group"
 
 
-def test_a_vocabulary_whose_shares_would_divide_a_group_is_not_split():
+def test_where_groups_are_drawn_no_share_divides_one():
   with jax.set_mesh(sharding.make_mesh(data=1, fsdp=2, tensor=4)):
-    assert split_vocabulary(10_240)[0].num_shares == 4
-    assert split_vocabulary(10_244)[0].num_shares == 1
+    assert [split_vocabulary(size, VOCAB_GROUP)[0].num_shares for size in (10_240, 10_244)] == [4, 1]
+    split, num_parts = split_vocabulary(10_244)  # scores need no groups
+    seen = [np.asarray(ids)[np.asarray(is_new)] for ids, is_new in map(split.ids, range(num_parts))]
+  assert split.num_shares == 4
+  np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(10_244))
 
 
 @pytest.mark.parametrize(("argnums", "products"), [(None, 1), (0, 2), ((0, 1), 4)])

@@ -247,6 +247,15 @@ def test_groups_are_equal_and_no_larger_than_asked_for(num_rows, layer_rows, gro
   assert count_groups(num_rows, layer_rows) == groups
 
 
+def test_rows_that_devices_do_not_share_evenly_are_one_group():
+  model, variables = tiny(num_layers=2)
+  with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+    assert [count_groups(n, 1) for n in (3, 10, 12)] == [1, 1, 3]
+    own = LLaDA(dataclasses.replace(model.config, layer_rows=1))
+    found = jax.jit(lambda variables: own.apply(variables, rows(7, 10, 6)))(variables)
+  close(found, model.apply(variables, rows(7, 10, 6)), 1e-5)
+
+
 def test_groups_of_rows_share_the_weights_that_were_gathered():
   """Over fsdp 4, in two groups: each layer's weights once forward and once back, and nothing that has all rows."""
   model, _ = tiny(remat="full", num_layers=5, layer_rows=2, lora=LoraConfig(4, 4.0, 0.0, ("q_proj", "up_proj")))

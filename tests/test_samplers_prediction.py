@@ -69,6 +69,17 @@ def test_frequencies_are_the_probabilities():
   assert ((together - apart) ** 2 / apart).sum() < 39.3, "positions are independent: 0.999 quantile with 16 degrees"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, [0.0, 0.0, 0.0, 1.0], [0.0, 0.5, 0.0, 1.0]])
+def test_a_row_whose_logits_are_not_numbers_has_ids_too(temperature):
+  """And the others have theirs."""
+  logits = logits_of(4)
+  given = jnp.array(temperature) if isinstance(temperature, list) else temperature
+  read = jax.jit(lambda hidden: predict(PARTED, hidden, keys(4), POSITIONS, given).tokens)
+  found, wanted = read(logits.at[1].set(jnp.nan)), read(logits)
+  assert ((found >= 0) & (found < SIZE)).all()
+  np.testing.assert_array_equal(found[np.array([0, 2, 3])], wanted[np.array([0, 2, 3])])
+
+
 def test_noise_is_drawn_for_groups_and_for_the_ids_of_one():
   program = jax.make_jaxpr(lambda hidden: predict(PARTED, hidden, keys(4), POSITIONS, 1.0))(logits_of(4))
   drawn = {x.outvars[0].aval.size for x in equations(program) if x.primitive.name == "random_bits"}

@@ -90,7 +90,6 @@ def test_devices_change_no_number(monkeypatch):
   wanted = plainly("adapters, dropout")
   monkeypatch.setattr(head_module, "PART_SIZE", 128)
   monkeypatch.setattr(head_module, "RUN_MULTIPLE", 8)
-  monkeypatch.setattr(head_module, "VOCAB_GROUP", 8)
   model, trainable, params = parts_of("adapters, dropout")
   with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
     assert_close(jax.jit(gradient_of(model, make_inputs(), PAIRS))(trainable, params), wanted)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from dmpo_jax.models.head import part_logits, split_vocabulary
 from dmpo_jax.models.llada import Cache, empty_cache
 from dmpo_jax.sharding import constrain
+from dmpo_jax.structs import VOCAB_GROUP
 
 
 class Denoiser(NamedTuple):
@@ -62,7 +63,7 @@ def make_denoiser(
   config = model.config
   head = constrain(model.head_of(variables), None, "vocab")  # gathered once, not for every part in every call
   rows = _Rows(model, variables, prompt_tokens, prompt_is_valid, is_guided=guidance > 0)
-  split, num_parts = split_vocabulary(config.embedding_size)
+  split, num_parts = split_vocabulary(config.embedding_size, VOCAB_GROUP)
 
   def logits(hidden: Float[Array, "z s d"], number: Int[Array, ""] | int = 0) -> tuple[jax.Array, jax.Array]:
     sides = [part_logits(side, head, split, number) for side in jnp.split(hidden, rows.num_sides, axis=-1)]

@@ -48,12 +48,16 @@ class Split(NamedTuple):
     return ("vocab", None) if self.num_shares > 1 else (None, "vocab" if is_whole else None)
 
 
-def split_vocabulary(size: int) -> tuple[Split, int]:
-  """Choose the parts, and count them: each device's share of the vocabulary is read from its own weights."""
+def split_vocabulary(size: int, multiple: int = 1) -> tuple[Split, int]:
+  """Choose the parts, and count them: each device's share of the vocabulary is read from its own weights.
+
+  Args:
+    multiple: that each device's share has to be of. Where it cannot be, parts are read one device after the other.
+  """
   if size <= PART_SIZE:
     return Split(1, size, size), 1
   num_shares = sharding.num_shares("vocab")
-  if size % (num_shares * VOCAB_GROUP):
+  if size % (num_shares * multiple):
     num_shares = 1  # correct, but parts then lie on few devices
   share = size // num_shares
   num_parts = -(-size // PART_SIZE)

@@ -208,8 +208,13 @@ class Block(nn.Module):
 
 
 def count_groups(num_rows: int, layer_rows: int) -> int:
-  """Count the equal groups of at most `layer_rows` rows of each device that rows are computed in; 0: one group."""
-  own = max(num_rows // sharding.num_shares("rows"), 1)
+  """Count the equal groups of at most `layer_rows` rows of each device that rows are computed in; 0: one group.
+
+  Rows that the devices do not share evenly, such as those of a small evaluation, are one group.
+  """
+  own, left = divmod(num_rows, sharding.num_shares("rows"))
+  if left:
+    return 1
   return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= (layer_rows or own))
 
 

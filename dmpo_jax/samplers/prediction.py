@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Integer, Key
 from dmpo_jax.samplers.loop import Denoiser
 from dmpo_jax.structs import VOCAB_GROUP
 
+NOWHERE = 2**31 - 1  # no id, and no group of ids
+
 
 class Prediction(NamedTuple):
   """The token that each position would take now, and what the model says of it."""
@@ -81,9 +83,10 @@ def predict(
   sums, found = _read_vocabulary(denoiser, hidden, choose, VOCAB_GROUP if in_groups else 1)
   if in_groups:
     found = _best_of_group(found, keys, positions, scale)
+  tokens = jnp.where(found.place == NOWHERE, 0, found.place)  # where logits are not numbers, still an id
   logit, log_total = found.logits[..., 0], jnp.log(sums.total)
   confidence = jnp.exp(logit - sums.highest) / sums.total
-  return Prediction(found.place, confidence, logit - sums.highest - log_total, log_total - sums.weighted / sums.total)
+  return Prediction(tokens, confidence, logit - sums.highest - log_total, log_total - sums.weighted / sums.total)
 
 
 def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Array, "b s"]) -> Float32[Array, "b s"]:
@@ -129,7 +132,7 @@ def _read_vocabulary(
   least, zero = jnp.full(shape, -jnp.inf), jnp.zeros(shape)
   first = (
     Sums(least, zero, zero),
-    Choice(least, jnp.full(shape, jnp.iinfo(jnp.int32).max), jnp.full((*shape, num_kept), -jnp.inf)),
+    Choice(least, jnp.full(shape, NOWHERE), jnp.full((*shape, num_kept), -jnp.inf)),
   )
   if denoiser.num_parts == 1:
     return read(0, first)
@@ -145,8 +148,8 @@ def _first_best(
   CPU the noise would take three times as long. A split vocabulary stays split in them, too.
   """
   best = scores.max((-2, -1))
-  is_best = (scores != -jnp.inf) & ~(scores < best[..., None, None])  # where scores are not numbers, still some place
-  place = jnp.where(is_best, places, jnp.iinfo(jnp.int32).max).min((-2, -1))
+  is_best = (scores != -jnp.inf) & ~(scores < best[..., None, None])  # one that is not a number may be it
+  place = jnp.where(is_best, places, NOWHERE).min((-2, -1))
   is_place = places == place[..., None, None]
   logits = logits.reshape(*scores.shape, -1)
   return Choice(best, place, jnp.where(is_place[..., None], logits, -jnp.inf).max((-3, -2)))
