@@ -5,8 +5,10 @@ Every program of a run counts: warm start, rollouts, scores, updates, evaluation
 
 import importlib
 import math
+import os
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import jax
 from etils import epath
@@ -54,7 +56,12 @@ def make_start(name: str, folder: str, start: str) -> timing.Contender:
       num_programs += event.endswith(EVENTS[-1])
 
   jax.monitoring.register_event_duration_secs_listener(listen)
-  train.main(config, workdir)
+  with (
+    open(os.devnull, "w") as nowhere,
+    redirect_stdout(nowhere),
+    redirect_stderr(nowhere),
+  ):  # what a run says of itself
+    train.main(config, workdir)
   return timing.Contender(lambda: None, facts={"seconds": covered(spans), "programs": num_programs})
 
 

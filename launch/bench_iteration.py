@@ -111,6 +111,8 @@ def make_peer(config: ConfigDict, official: str) -> timing.Contender:
   """Build the same iteration in PyTorch; the rewards are graded by our code, in both."""
   from launch import peer_torch  # here, as PyTorch is an optional extra
 
+  if config.sampler.name != "prefix_cache":
+    raise ValueError(f"--peer: sampler.name={config.sampler.name!r}: the peer draws rollouts by prefix_cache alone")
   work = workload.make(config, sharpness=workload.SHARPNESS)
   peer, tokenizer = peer_torch.make_peer(work, official), Numbers(work)
   task = tasks.make_task(**tasks.spec(config.task.to_dict()))
@@ -121,6 +123,6 @@ def make_peer(config: ConfigDict, official: str) -> timing.Contender:
     return np.array([task.reward(record, text) for text in texts], np.float32)
 
   def turn() -> None:
-    peer.iterate(config.sampler.name, reward)
+    peer.iterate(reward)
 
   return timing.Contender(turn)

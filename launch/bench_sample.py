@@ -22,7 +22,7 @@ CONTENDERS = {
     "sampler.parallel.threshold": 0.5,  # random weights are never as sure as trained ones, for which 0.9 is published
   },
 }
-PEERS = ("llada", "prefix_cache")  # plain decoding, and the published rollouts
+PUBLISHED = "prefix_cache"  # what the published rollouts are drawn by, and the peer
 TOLERANCES = {"tokens": 0.1}  # share of others; a tie that rounding decides changes all that follows in its row
 
 
@@ -33,9 +33,8 @@ def run(config: ConfigDict, options: Options) -> Result:
   }
   pairs = [(name, "llada") for name in CONTENDERS if name != "llada"]
   for peer, path in options.peers():
-    for sampler in PEERS:
-      makers[f"{peer} {sampler}"] = (make_peer, (config, path, sampler))
-      pairs.append((sampler, f"{peer} {sampler}"))
+    makers[f"{peer} {PUBLISHED}"] = (make_peer, (config, path))
+    pairs.append((PUBLISHED, f"{peer} {PUBLISHED}"))
   amount = config.rollout.num_prompts * config.rollout.group_size * config.sampler.completion_length
   return compare("sample", config, makers, options, amount=amount, unit="tokens", tolerances=TOLERANCES, pairs=pairs)
 
@@ -77,15 +76,15 @@ def count_calls(rollouts: Rollouts, block_length: int) -> int:
   return int(np.diff(last, axis=1, prepend=-1).max(0).sum())
 
 
-def make_peer(config: ConfigDict, official: str, sampler: str) -> timing.Contender:
-  """Build the same sampler in PyTorch."""
+def make_peer(config: ConfigDict, official: str) -> timing.Contender:
+  """Build the published sampler in PyTorch."""
   from launch import peer_torch  # here, as PyTorch is an optional extra
 
   peer = peer_torch.make_peer(workload.make(config, sharpness=workload.SHARPNESS), official)
   calls = {"calls": config.sampler.steps}
 
   def turn() -> dict[str, float]:
-    peer.decode(sampler, config.sampler.temperature)
+    peer.decode(config.sampler.temperature)
     return calls
 
-  return timing.Contender(turn, lambda: {"tokens": peer.decode(sampler, 0.0).numpy().reshape(-1)})
+  return timing.Contender(turn, lambda: {"tokens": peer.decode(0.0).numpy().reshape(-1)})

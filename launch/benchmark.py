@@ -44,7 +44,7 @@ class Section:
 
 PEERED = ("sample", "score", "update", "iteration")
 SECTIONS = {
-  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 340),
+  "sample": Section("launch.bench_sample", "configs/throughput.py:sampling", 290),
   "score": Section("launch.bench_score", "configs/throughput.py", 90),
   "update": Section("launch.bench_update", "configs/throughput.py", 120),
   "iteration": Section("launch.bench_iteration", "configs/throughput.py:iteration", 170),

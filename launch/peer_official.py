@@ -82,12 +82,11 @@ class OfficialPeer(Peer):
     return log_p_old, log_p_ref
 
   @torch.no_grad()
-  def decode(self, sampler: str, temperature: float) -> torch.Tensor:
-    """Decode by one of its samplers."""
+  def decode(self, temperature: float) -> torch.Tensor:
+    """Decode by its sampler."""
     self.model.eval()
     own = self.config.sampler
-    name = {"llada": "generate_llada", "prefix_cache": "generate_with_prefix_cache"}[sampler]
-    rows = getattr(self._generate, name)(
+    rows = self._generate.generate_with_prefix_cache(
       self.model,
       self.prompt,
       steps=own.steps,

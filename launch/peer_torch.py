@@ -210,10 +210,10 @@ class Peer:
 
   # rollouts, and the whole iteration
 
-  def iterate(self, sampler: str, reward: Callable[[np.ndarray], np.ndarray]) -> None:
+  def iterate(self, reward: Callable[[np.ndarray], np.ndarray]) -> None:
     """Draw a buffer, weigh it by `reward` (completions [b, c] -> [b]) and both policies' scores, and learn from it."""
     config = self.config
-    self.completion = self.decode(sampler, config.sampler.temperature)
+    self.completion = self.decode(config.sampler.temperature)
     rewards = tensor(reward(self.completion.numpy())) / config.objective.alpha
     log_p_old, log_p_ref = map(tensor, self.elbo())
 
@@ -226,21 +226,12 @@ class Peer:
       self.update()
 
   @torch.no_grad()
-  def decode(self, sampler: str, temperature: float) -> torch.Tensor:
-    """Decode the completions [b, c] by one of the published samplers, with as many calls as the schedule says."""
+  def decode(self, temperature: float) -> torch.Tensor:
+    """Decode the completions [b, c] with as many calls as the schedule says, the most confident tokens first.
+
+    After a block's first call, what stands before the block is cached (`prefix_cache`, arXiv 2505.22618).
+    """
     self.model.eval()
-    return {"llada": self._decode_llada, "prefix_cache": self._decode_prefix_cache}[sampler](temperature)
-
-  def _decode_llada(self, temperature: float) -> torch.Tensor:
-    """Block by block, the most confident tokens first, every call whole rows (arXiv 2502.09992)."""
-    rows, size = self._masked_rows(), self.config.sampler.block_length
-    for start in range(self.q, self.q + self.c, size):
-      for count in self._counts():
-        self._commit(rows, self.logits(rows), 0, start + size, count, temperature, torch.float32)
-    return rows[:, self.q :]
-
-  def _decode_prefix_cache(self, temperature: float) -> torch.Tensor:
-    """The same; after a block's first call, what stands before the block is cached (arXiv 2505.22618)."""
     rows, size = self._masked_rows(), self.config.sampler.block_length
     for start in range(self.q, self.q + self.c, size):
       first, *others = self._counts()
@@ -269,18 +260,17 @@ class Peer:
     end: int,
     count: int,
     temperature: float,
-    dtype: torch.dtype = torch.float64,
   ) -> None:
     """Decide each row's `count` most confident masked positions before `end`; logits are of those from `first` on.
 
-    As published: noise in float64, the softmax in `dtype`, of all positions over the whole vocabulary; then row by row.
+    As published: noise and softmax in float64, of all positions over the whole vocabulary; then row by row.
     """
     seen, noisy = rows[:, first:], logits
     if temperature > 0:
       uniform = torch.rand_like(logits, dtype=torch.float64)
       noisy = logits.double() - temperature * torch.log(-torch.log(uniform + 1e-10) + 1e-10)
     chosen = noisy.argmax(-1)
-    confidence = torch.softmax(logits.to(dtype), dim=-1).gather(-1, chosen[..., None])[..., 0]
+    confidence = torch.softmax(logits.double(), dim=-1).gather(-1, chosen[..., None])[..., 0]
     is_open = seen == self.mask_token_id
     is_open[:, end - first :] = False
     confidence = torch.where(is_open, confidence, -torch.inf)

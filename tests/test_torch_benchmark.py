@@ -38,10 +38,9 @@ def test_scores():
   peer.run()
 
 
-@pytest.mark.parametrize("sampler", ["llada", "prefix_cache"])
-def test_tokens(sampler):
-  config = bench_tiny.config(sampler__name=sampler)
-  peer = bench_sample.make_peer(config, "", sampler)
+def test_tokens():
+  config = bench_tiny.config(sampler__name="prefix_cache")
+  peer = bench_sample.make_peer(config, "")
   compare(bench_sample.make_ours(config), peer, bench_sample.TOLERANCES)
   assert peer.run()["calls"] == config.sampler.steps
 
@@ -53,9 +52,14 @@ def test_an_iteration_changes_the_adapters():
   bench_iteration.make_peer(config, "").run()
   peer = peer_torch.make_peer(workload.make(config, sharpness=workload.SHARPNESS))
   before = [weight.detach().clone() for weight in peer.trained]
-  peer.iterate("prefix_cache", lambda completion: np.arange(len(completion), dtype=np.float32))
+  peer.iterate(lambda completion: np.arange(len(completion), dtype=np.float32))
   assert all((a != b).any() for a, b in zip(before, peer.trained, strict=True))
   assert torch.allclose(peer.weight.view(2, 2).sum(-1), torch.ones(2))
+
+
+def test_another_sampler_than_the_peers_is_refused():
+  with pytest.raises(ValueError, match=r"sampler\.name='llada': the peer draws rollouts by prefix_cache alone"):
+    bench_iteration.make_peer(bench_tiny.config(sampler__name="llada"), "")
 
 
 def test_no_checkout_is_refused(tmp_path):
