@@ -36,7 +36,7 @@ def select_certain(entropy: Float[Array, "b s"], is_masked: Bool[Array, "b s"], 
   """Keep the largest set U of the most certain masked positions with sum_U H - max_U H <= bound.
 
   The left side bounds from above what the tokens of U tell of each other, and so the error of deciding them at once
-  (arXiv 2505.24857, equation 7 and section 3.2). The most certain position always goes: its own entropy does not count.
+  (arXiv 2505.24857). The most certain position always goes: its own entropy does not count.
   """
   is_before = comes_before(-entropy, is_masked)
   return is_masked & (jnp.where(is_before, entropy[:, None, :], 0.0).sum(-1) <= bound)

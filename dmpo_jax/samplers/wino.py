@@ -36,7 +36,7 @@ def sample(
   threshold: float = 0.6,
   threshold_back: float = 0.9,
 ) -> Rollouts:
-  """Decode b completions with revocation (Hong et al., arXiv 2507.18578, algorithm 1).
+  """Decode b completions with revocation (Hong et al., arXiv 2507.18578).
 
   Each call accepts every masked position whose confidence exceeds `threshold`, within bounds, and at least the best.
   If it accepts more than one, decided tokens of the block that the shadow gives less than `threshold_back` are masked
