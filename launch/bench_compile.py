@@ -56,12 +56,8 @@ def make_start(name: str, folder: str, start: str) -> timing.Contender:
       num_programs += event.endswith(EVENTS[-1])
 
   jax.monitoring.register_event_duration_secs_listener(listen)
-  with (
-    open(os.devnull, "w") as nowhere,
-    redirect_stdout(nowhere),
-    redirect_stderr(nowhere),
-  ):  # what a run says of itself
-    train.main(config, workdir)
+  with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    train.main(config, workdir)  # what a run says of itself is not asked for
   return timing.Contender(lambda: None, facts={"seconds": covered(spans), "programs": num_programs})
 
 

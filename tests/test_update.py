@@ -122,5 +122,5 @@ def test_nothing_is_compiled_after_the_first_iteration(folder, use_devices):
         counts.append(len(compiled))
   finally:
     jax.monitoring.unregister_event_duration_listener(note)
-  assert counts[0] >= 3, "the sampler, the scores and the update"
+  assert 3 <= counts[0] <= 12, "the sampler, the scores, the update, and few that are small"
   assert counts[1:] == [counts[0]] * 2

@@ -23,8 +23,8 @@ class Denoiser(Protocol):
 
   `hidden` runs whole rows [prompt; completion] and returns the completion's positions. It may hold several things side
   by side along d (say, with and without the prompt): samplers only slice it by position and hand it to `logits`, which
-  gives part `number` of the vocabulary's `num_parts`, as n runs of w neighbouring ids, and the ids. Of
-  several parts each run begins at a multiple of VOCAB_GROUP, none divides a group, and ids of other parts are -inf.
+  gives part `number` of the vocabulary's `num_parts`, as n runs of w neighbouring ids, and the ids. Of several
+  parts each run begins at a multiple of VOCAB_GROUP, none divides such a group, and ids of other parts are -inf.
   """
 
   mask_token_id: int
