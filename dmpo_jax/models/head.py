@@ -36,7 +36,7 @@ class Split(NamedTuple):
     return jnp.minimum(jnp.int32(number) * self.step, self.share - self.width)
 
   def ids(self, number: Int[Array, ""] | int) -> tuple[Int[Array, "n w"], Bool[Array, "n w"]]:
-    """Give the ids of a part, each run from a multiple of VOCAB_GROUP on, and which of them are this part's own."""
+    """Give the ids of a part, from a multiple of VOCAB_GROUP in each share on, and which are no other part's."""
     column = self.start(number) + jnp.arange(self.width)
     ids = jnp.arange(self.num_shares)[:, None] * self.share + column
     return ids, jnp.broadcast_to(column // self.step == number, ids.shape)

@@ -206,7 +206,7 @@ def effective_sample_size(weight: Float[Array, "p g"]) -> Float[Array, "p"]:
   return jnp.where(squares > 0, 1 / (weight.shape[-1] * jnp.where(squares > 0, squares, 1)), 0)
 
 
-@jax.jit
+@jax.jit  # called on the host: one program, where each of its operations would be one
 def fraction_without_variance(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, ""]:
   """Fraction of the groups whose kept rewards are all the same (or none): they have nothing to learn from."""
   highest = jnp.where(is_kept, reward, -jnp.inf).max(-1)
@@ -238,7 +238,7 @@ def log_ratio_figures(
   }
 
 
-@jax.jit
+@jax.jit  # as above
 def unique_rollouts(completion: Int[Array, "p g c"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p"]:
   """Effective number of different completions in each group: 1 / sum over them of the share squared, in [1, g].
 
