@@ -28,6 +28,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
   "kv_heads": ("tensor",),  # weights and activations: key/value heads
   "ffn": ("tensor",),  # weights and activations: feed-forward width
   "vocab": ("tensor",),  # weights and activations: vocabulary
+  "stream": ("tensor",),  # activations: the model width between layers
   "layers": (),  # weights: the scanned layer axis
   "rank": ("fsdp",),  # weights: the LoRA rank, where the adapter's other axis is not the model width
 }
@@ -123,17 +124,21 @@ def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(array, spec(*logical))
 
 
-def split_rows(array: jax.Array, num_groups: int) -> jax.Array:
-  """Split rows [b, ...] into groups [groups, b / groups, ...], each with as many rows of every device."""
+def split_rows(array: jax.Array, num_groups: int, *axes: str | None) -> jax.Array:
+  """Split rows [b, ...] into groups [groups, b / groups, ...], each with as many rows of every device.
+
+  Args:
+    axes: the logical axes of a row's first dimensions; the others are whole on a device.
+  """
   parts = array.reshape(num_shares("rows"), num_groups, -1, *array.shape[1:]).swapaxes(0, 1)
-  return constrain(parts.reshape(num_groups, -1, *array.shape[1:]), None, "rows", *(None,) * (array.ndim - 1))
+  return constrain(parts.reshape(num_groups, -1, *array.shape[1:]), None, "rows", *axes)
 
 
-def join_rows(groups: jax.Array) -> jax.Array:
+def join_rows(groups: jax.Array, *axes: str | None) -> jax.Array:
   """Undo `split_rows`."""
   num_groups, rows, *rest = groups.shape
   parts = groups.reshape(num_groups, num_shares("rows"), -1, *rest).swapaxes(0, 1)
-  return constrain(parts.reshape(num_groups * rows, *rest), "rows", *(None,) * len(rest))
+  return constrain(parts.reshape(num_groups * rows, *rest), "rows", *axes)
 
 
 def num_shares(logical: str) -> int:

@@ -78,7 +78,8 @@ class _Computation(NamedTuple):
 def count_collectives(hlo: str, while_trips: int = 1) -> list[Collective]:
   """List the collectives of a compiled program, with the trip counts of the loops that they are in.
 
-  A collective that XLA has split to run beside other work is counted once.
+  A collective that XLA has split to run beside other work is counted once. A sum of which a TPU keeps only its part is
+  a reduce-scatter, though it is written as an all-reduce in a computation of its own.
 
   Args:
     hlo: the compiled program's text. while_trips: how often a loop that ends by its data counts.
@@ -99,6 +100,8 @@ def count_collectives(hlo: str, while_trips: int = 1) -> list[Collective]:
     for number, line in enumerate(computation.lines):
       collective = _collective(line, trips[name])
       if collective is not None and trips[name]:
+        if name.startswith("all-reduce-scatter"):
+          collective = collective._replace(kind="reduce-scatter")
         channel = re.search(r"channel_id=(\d+)", line)
         key = channel[1] if channel else f"{name}/{number}"
         found[key] = max(found.get(key, collective), collective, key=lambda c: (c.trips, c.size))

@@ -149,6 +149,24 @@ def test_each_branch_of_several_counts_its_share():
   assert [c.trips for c in found] == [10 * 32] * 3
 
 
+SCATTERED = """
+%all-reduce-scatter.7.clone.1 (input: bf16[16,4]) -> bf16[16,1] {
+  %input = bf16[16,4]{1,0} parameter(0)
+  %all-reduce.1 = bf16[16,4]{1,0} all-reduce(%input), channel_id=20, to_apply=%add
+  ROOT %dynamic-slice.1 = bf16[16,1]{1,0} dynamic-slice(%all-reduce.1, %zero, %share), dynamic_slice_sizes={16,1}
+}
+"""
+
+
+def test_a_sum_that_is_scattered_is_no_all_reduce():
+  """As a TPU's program has it; the same sum, kept whole, is sent twice."""
+  fused = "  %s = bf16[16,1]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.7.clone.1\n  %ag = "
+  found = costs.count_collectives(SCATTERED + HLO.replace("  %ag = ", fused))
+  assert [c for c in found if c.shapes == ((16, 4),)] == [("reduce-scatter", ((16, 4),), 128, 1)]
+  kept = costs.count_collectives((SCATTERED + HLO.replace("  %ag = ", fused)).replace("all-reduce-scatter", "sum"))
+  assert costs.link_bytes(kept) - costs.link_bytes(found) == 128
+
+
 def test_collectives_in_loops_and_split_in_two():
   found = {c.shapes: c for c in costs.count_collectives(HLO, while_trips=3)}
   assert len(found) == 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -272,6 +273,22 @@ def test_groups_of_rows_share_the_weights_that_were_gathered():
   ffn = [found for found in gathered if found.shapes[0][-2:] == (TINY.mlp_hidden_size, TINY.d_model)]
   assert len(ffn) == 2
   assert not any(6 in shape for found in gathered for shape in found.shapes)
+
+
+@pytest.mark.parametrize("layer_rows", [0, 2])
+def test_tensor_parallel_devices_share_the_width_of_what_layers_keep(layer_rows):
+  """Over fsdp 2 and tensor 2, the stream that is kept for the way back is halved along rows and along the width."""
+  model, _ = tiny(remat="full", num_layers=5, layer_rows=layer_rows, lora=LoraConfig(4, 4.0, 0.0, ("q_proj", "ff_out")))
+  tokens, mesh = rows(8, 16, 6), sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+  given = {name: build.abstract_collection(model, mesh, name) for name in ("params", "lora")}
+
+  def loss(lora, params):
+    return model.apply({"params": params, "lora": lora}, tokens, method="hidden")[0].sum()
+
+  with jax.set_mesh(mesh):
+    program = jax.jit(jax.grad(loss)).lower(given["lora"], given["params"]).compile().as_text()
+  kept = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[(5,8,6,\d+)\]", program)}
+  assert kept == {(5, 8, 6, TINY.d_model // 2)}
 
 
 def test_layers_are_stacked():

@@ -169,8 +169,9 @@ class Block(nn.Module):
 
     if self.config.remat != "none":
       run = jax.checkpoint(run, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
-    parts = jax.tree.map(lambda array: sharding.split_rows(array, num_groups), (x, context))
-    return sharding.join_rows(jax.lax.map(lambda part: run(*part), parts))
+    x = sharding.split_rows(x, num_groups, None, "stream")
+    context = jax.tree.map(lambda array: sharding.split_rows(array, num_groups), context)
+    return sharding.join_rows(jax.lax.map(lambda part: run(*part), (x, context)), None, "stream")
 
   def run_rows(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
     """Run the layer on rows that have no cache and dropout keys of this layer."""
@@ -179,10 +180,10 @@ class Block(nn.Module):
   def _run(
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
-    mixed, keys_values = self._attention(self.attn_norm(x), inputs, context)
-    x = constrain(x + mixed, "rows", None, None)
-    x = constrain(x + self._mlp(self.ff_norm(x), context.dropout_keys), "rows", None, None)
-    return x, keys_values
+    mixed, keys_values = self._attention(_gather_stream(self.attn_norm(x)), inputs, context)
+    x = _add_to_stream(x, mixed)
+    mixed = self._mlp(_gather_stream(self.ff_norm(x)), context.dropout_keys)
+    return _add_to_stream(x, mixed), keys_values
 
   def _attention(
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
@@ -216,6 +217,19 @@ def count_groups(num_rows: int, layer_rows: int) -> int:
   if left:
     return 1
   return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= (layer_rows or own))
+
+
+# Between a layer's halves, as between layers, each device of a tensor-parallel group holds its share of the stream's
+# width alone: the group's sums are scattered over it, and only normed rows are gathered (arXiv 2205.05198, which splits
+# the length; the width divides whatever the number of tokens is).
+
+
+def _add_to_stream(x: Float[Array, "b l d"], y: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+  return constrain(x + constrain(y, "rows", None, "stream"), "rows", None, "stream")
+
+
+def _gather_stream(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+  return constrain(x, "rows", None, None)
 
 
 def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -301,7 +315,7 @@ class LLaDA(nn.Module):
     )
     # Each shard looks up its part of the width for all rows, which then part: no table is ever whole on a device.
     x = jnp.take(self.embedding, constrain(tokens, "gathered_rows", None), axis=0).astype(self.config.dtype)
-    x = constrain(constrain(x, "gathered_rows", None, "embed"), "rows", None, None)
+    x = constrain(constrain(x, "gathered_rows", None, "embed"), "rows", None, "stream")
     inputs = LayerInput(jnp.arange(self.config.num_layers), None if cache is None else (cache.keys, cache.values))
     x, new = self.blocks(x, inputs, context)
     if cache is not None:
@@ -309,7 +323,7 @@ class LLaDA(nn.Module):
         lambda old, part: jax.lax.dynamic_update_slice(old, part, (0, 0, start, 0, 0)), (cache.keys, cache.values), new
       )
       cache = Cache(keys, values, is_valid)
-    return self.final_norm(x), cache
+    return _gather_stream(self.final_norm(x)), cache
 
   def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
     """Give float32 logits over the whole embedding table, unused rows and MASK included; `head` reads it in parts."""

@@ -145,14 +145,15 @@ def _first_best(
   """Give the highest score, the lowest place that has it and that place's logits.
 
   Plain reductions instead of an argmax of the scores: XLA would draw the noise into it, away from vector code, and on
-  CPU the noise would take three times as long. A split vocabulary stays split in them, too.
+  CPU the noise would take three times as long. A split vocabulary stays split in them, too; the logits are reduced over
+  runs and places as one axis, as over two a TPU's compiler reduces whole parts over the devices.
   """
   best = scores.max((-2, -1))
   is_best = (scores != -jnp.inf) & ~(scores < best[..., None, None])  # one that is not a number may be it
   place = jnp.where(is_best, places, NOWHERE).min((-2, -1))
   is_place = places == place[..., None, None]
-  logits = logits.reshape(*scores.shape, -1)
-  return Choice(best, place, jnp.where(is_place[..., None], logits, -jnp.inf).max((-3, -2)))
+  logits = jnp.where(is_place[..., None], logits.reshape(*scores.shape, -1), -jnp.inf)
+  return Choice(best, place, logits.reshape(*best.shape, -1, logits.shape[-1]).max(-2))
 
 
 def _best_group(
