@@ -102,6 +102,12 @@ RELATIONS = (
     lambda path, init_from: bool(path or init_from),
     "the path of a tokenizer, as {0} has none: give a checkpoint, see launch/convert_hf.py",
   ),
+  Relation(
+    "model.quantization",
+    ("model.lora.rank", "warm_start.updates"),
+    lambda kind, rank, updates: kind == "none" or (rank > 0 and updates == 0),
+    "none, as int8 cannot be trained: int8 needs adapters and no warm start, and there are {0}, {1}",
+  ),
   Relation("sampler.block_length", ("sampler.completion_length",), divides, "a divisor of {0}"),
   Relation(
     "sampler.steps",

@@ -141,6 +141,7 @@ RULES: dict[str, Rule] = {
   "model.qkv_bias": flag(),
   "model.shift_logits": flag(),
   "model.dtype": one_of("float32", "bfloat16"),
+  "model.quantization": one_of("none", "int8"),
   "model.param_dtype": one_of("float32", "bfloat16"),
   "model.remat": one_of("none", "dots", "full"),
   "model.layer_rows": whole(0),

@@ -1,6 +1,6 @@
 """Convert a checkpoint or a PEFT adapter in Hugging Face's layout to what `model.init_from` loads.
 
-    python -m launch.convert_hf --hf=DIR_OR_REPO --out=DIR_OR_GS [--dtype=bfloat16]
+    python -m launch.convert_hf --hf=DIR_OR_REPO --out=DIR_OR_GS [--dtype=bfloat16|float32|int8]
     python -m launch.convert_hf --hf=ADAPTER_DIR --base=CONVERTED_DIR --out=DIR    # for model.lora.init_from
 
 Everything is checked before anything is written: names, shapes and the length of every shard. Then tensors are read and
@@ -8,6 +8,8 @@ written in pieces of at most 16 MiB, so the memory that it takes does not depend
 beside the weights (tokenizer, config, the model's code) travel along.
 """
 
+import dataclasses
+import functools
 import json
 import re
 import resource
@@ -23,7 +25,8 @@ from etils import epath
 
 from dmpo_jax import command, files, pretrained, progress
 from dmpo_jax.models import convert
-from dmpo_jax.models.convert import Place
+from dmpo_jax.models.convert import KERNEL_SCALE, Place
+from dmpo_jax.models.layers import quantize
 from dmpo_jax.piecewise import Index, PiecewiseArray, save_piecewise
 from dmpo_jax.shards import ADAPTER, WEIGHTS, Shards
 from dmpo_jax.tokenizer import FILES, HuggingFaceTokenizer
@@ -31,7 +34,7 @@ from dmpo_jax.tokenizer import FILES, HuggingFaceTokenizer
 PIECE_BYTES = 16 * 2**20
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-Report = Callable[[int], None]  # called with the number of bytes that have been read
+Report = Callable[[int], None]  # called with the number of bytes that have been converted
 
 
 def find_folder(hf: str, revision: str | None = None) -> epath.Path:
@@ -61,11 +64,17 @@ def find_folder(hf: str, revision: str | None = None) -> epath.Path:
 def convert_model(source: epath.Path, out: epath.Path, dtype: str = "same", report: Report = lambda size: None) -> int:
   """Convert the checkpoint in `source`; return its number of parameters.
 
+  Args:
+    dtype: of all parameters, "same" as stored, or "int8": projections quantised (see `layers.quantize`), others stored.
+    report: is told how many of the checkpoint's bytes have been converted.
+
   Raises:
     ValueError: something does not fit or is damaged; nothing is left in `out`.
   """
   hf = _read_json(source / "config.json")
   family, config = convert.family_of(hf), convert.model_config_from_hf(hf)
+  if dtype == "int8":
+    config = dataclasses.replace(config, quantization=dtype)
   shards, places = Shards(source), convert.checkpoint_places(config, family)
   convert.check_tensors({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
   if any((source / name).exists() for name in (FILES[0], "vocab.json")):
@@ -97,29 +106,42 @@ def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, repor
 
 
 def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Report) -> dict[str, Any]:
-  """Describe our variables as arrays that are read piece by piece."""
+  """Describe our variables as arrays that are read piece by piece; the tensors of an int8 kernel are read twice."""
   tree: dict[str, Any] = {}
   for path, names in convert.leaves_of(places).items():
     *parents, last = path
     node = tree
     for key in parents:
       node = node.setdefault(key, {})
-    node[last] = _array(shards, names, places, dtype, report)
+    array, shape = functools.partial(_array, shards, names, places), places[names[0]].shape
+    if dtype == "int8" and last == "kernel":
+      node[last] = array(shape, np.dtype(np.int8), lambda piece: quantize(piece)[0], report)
+      scale = array(shape[1:], np.dtype(np.float32), lambda piece: quantize(piece)[1], lambda size: None)
+      node[KERNEL_SCALE] = scale
+    else:
+      stored = jnp.result_type(*(shards.tensors[name].dtype for name in names))
+      target = np.dtype(stored if dtype in ("same", "int8") else jnp.dtype(dtype))
+      node[last] = array(shape, target, functools.partial(np.asarray, dtype=target), report)
   return tree
 
 
 def _array(
-  shards: Shards, names: Sequence[str], places: Mapping[str, Place], dtype: str, report: Report
+  shards: Shards,
+  names: Sequence[str],
+  places: Mapping[str, Place],
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  keep: Callable[[np.ndarray], np.ndarray],
+  report: Report,
 ) -> PiecewiseArray:
-  place, tensors = places[names[0]], [shards.tensors[name] for name in names]
-  stored = jnp.result_type(*(tensor.dtype for tensor in tensors))
-  target = np.dtype(stored if dtype == "same" else jnp.dtype(dtype))
-  rows = tensors[0].shape[0]  # of the tensor on disk: our last axis if it is transposed, else our first
-  num_rows = max(1, min(rows, PIECE_BYTES // (max(tensors[0].size, 1) // rows)))
+  """Describe one array, of a layer's `shape`; `keep` says what is kept of a piece, whose axes are ours."""
+  first, place = shards.tensors[names[0]], places[names[0]]
+  rows = first.shape[0]  # of the tensor on disk: our last axis if it is transposed, else our first
+  num_rows = max(1, min(rows, PIECE_BYTES // (max(first.size, 1) // rows)))
   is_stacked = place.layer is not None
 
-  def chunk_of(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-1], num_rows) if place.is_transposed else (num_rows, *shape[1:])
+  def along_rows(whole: Sequence[Any], rows: Any) -> tuple[Any, ...]:
+    return (*whole[:-1], rows) if place.is_transposed else (rows, *whole[1:])
 
   def pieces() -> Iterator[tuple[Index, np.ndarray]]:
     for name in names:
@@ -127,18 +149,17 @@ def _array(
         stop = min(start + num_rows, rows)
         piece = shards.read_rows(name, start, stop)
         report(piece.nbytes)
-        piece = (piece.T if place.is_transposed else piece).astype(target)
-        index = tuple(slice(None) for _ in place.shape)
-        index = (*index[:-1], slice(start, stop)) if place.is_transposed else (slice(start, stop), *index[1:])
+        piece = keep(piece.T if place.is_transposed else piece)
+        index = along_rows([slice(None)] * len(shape), slice(start, stop))
         if is_stacked:
           layer = places[name].layer
           index, piece = (slice(layer, layer + 1), *index), piece[None]
         yield index, piece
 
-  chunk, shape = chunk_of(place.shape), place.shape
+  chunk = along_rows(shape, num_rows)
   if is_stacked:
-    chunk, shape = (1, *chunk), (len(names), *shape)
-  return PiecewiseArray(shape, target, chunk, pieces)
+    return PiecewiseArray((len(names), *shape), dtype, (1, *chunk), pieces)
+  return PiecewiseArray(shape, dtype, chunk, pieces)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
@@ -177,7 +198,8 @@ def define_flags() -> None:
   flags.DEFINE_string("revision", None, "Branch, tag or commit of the hub's repository.")
   flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
   flags.DEFINE_string("base", None, "For an adapter: the converted folder of the model that it is for.")
-  flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32"], "Of the parameters written.")
+  about = "Of the parameters written. int8: the layers' projections in int8, the others as stored; for adapters."
+  flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32", "int8"], about)
   flags.mark_flags_as_required(["hf", "out"])
 
 

@@ -7,9 +7,10 @@
 Arrays are read one at a time and written shard by shard.
 """
 
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,10 +23,9 @@ from safetensors.numpy import save_file
 from dmpo_jax import build, command, config, files, pretrained, progress
 from dmpo_jax.checkpoints import load_leaf, saved_dtypes
 from dmpo_jax.models import convert
+from dmpo_jax.models.convert import KERNEL_SCALE
 from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.shards import ADAPTER, write_shards
-
-Read = Callable[[tuple[str, ...]], np.ndarray]
 
 
 class Source(NamedTuple):
@@ -78,18 +78,15 @@ def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: in
   """
   places = convert.checkpoint_places(source.config, source.family)
   weights = source.base if source.config.lora else source.policy or source.base
-  read = _merged(source) if source.config.lora else lambda path: load_leaf(weights, path)
-  dtypes = {path: saved if dtype == "same" else jnp.dtype(dtype) for path, saved in saved_dtypes(weights).items()}
+  dtypes = _dtypes(weights, dtype)
   counts = {name: int(np.prod(place.shape)) for name, place in places.items()}
   sizes = {name: counts[name] * dtypes[place.path].itemsize for name, place in places.items()}
-
-  def leaf(path: tuple[str, ...]) -> np.ndarray:
-    return read(path).astype(dtypes[path], copy=False)
 
   order = [name for names in convert.leaves_of(places).values() for name in names]
   with files.new_folder(out, "--out"), progress.Progress("exporting", sum(sizes.values()), unit="bytes") as shown:
     _write_side_files(source, out, jnp.result_type(*dtypes.values()).name)
-    tensors = _counted(convert.to_tensors(leaf, places), shown)
+    leaves = functools.partial(_read_weights, source, weights, dtypes)
+    tensors = _counted(convert.to_tensors(leaves, places), shown)
     write_shards(out, {name: sizes[name] for name in order}, tensors, shard_bytes)
   return sum(counts.values())
 
@@ -100,21 +97,30 @@ def _counted(tensors: Iterable[tuple[str, np.ndarray]], shown: progress.Progress
     yield name, array
 
 
-def _merged(source: Source) -> Read:
-  """Read leaves of the base with the adapters added: W + (alpha / rank) A B, in float32, rounded once."""
-  lora = source.config.lora
+def _dtypes(weights: epath.Path, dtype: str) -> dict[tuple[str, ...], np.dtype]:
+  """Say in which dtype each leaf is written; "same" is for int8, which theirs do not have, the other weights'."""
+  saved = saved_dtypes(weights)
+  others = jnp.result_type(*(saved_as for path, saved_as in saved.items() if path[-1] not in ("kernel", KERNEL_SCALE)))
+  own = {path: others if saved_as == np.int8 else saved_as for path, saved_as in saved.items()}
+  return {path: np.dtype(own[path] if dtype == "same" else dtype) for path in own if path[-1] != KERNEL_SCALE}
 
-  def read(path: tuple[str, ...]) -> np.ndarray:
-    kernel = load_leaf(source.base, path)
-    if path[-1] != "kernel" or path[1] not in lora.targets:
-      return kernel
+
+def _read_weights(
+  source: Source, weights: epath.Path, dtypes: Mapping[tuple[str, ...], np.dtype], path: tuple[str, ...]
+) -> np.ndarray:
+  """Read a leaf; int8 times its scale, with its adapters added: W + (alpha / rank) A B, in float32, rounded once."""
+  stored, lora = load_leaf(weights, path), source.config.lora
+  is_adapted = lora is not None and path[-1] == "kernel" and path[1] in lora.targets
+  if stored.dtype != np.int8 and not is_adapted:
+    return stored.astype(dtypes[path], copy=False)
+  written = np.empty(stored.shape, dtypes[path])
+  scale = load_leaf(weights, (*path[:-1], KERNEL_SCALE)) if stored.dtype == np.int8 else np.ones(len(stored))
+  if is_adapted:
     a, b = (load_leaf(source.policy, (*path[:-1], part)).astype(np.float32) for part in "AB")
-    merged = np.empty_like(kernel)
-    for layer in range(len(kernel)):
-      merged[layer] = kernel[layer].astype(np.float32) + lora.scale * (a[layer] @ b[layer])
-    return merged
-
-  return read
+  for layer in range(len(stored)):
+    kernel = stored[layer].astype(np.float32) * scale[layer].astype(np.float32)
+    written[layer] = kernel + lora.scale * (a[layer] @ b[layer]) if is_adapted else kernel
+  return written
 
 
 def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:

@@ -173,8 +173,8 @@ def _is_of_logits(shape: tuple[int, ...], model: LLaDA, mesh: Mesh) -> bool:
 
 
 def _refused(name: str, message: str, flops: float, where: Slice, seconds: float) -> Cost:
-  """Read from the compiler's refusal how much the program would take."""
-  used = re.search(r"Used ([\d.]+)([GM]) of", message)
+  """Read from the compiler's refusal how much the program would take, or what it computes on the way alone."""
+  used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])\b", message)
   peak = float(used[1]) / (1 if used[2] == "G" else 1024) if used else float("inf")
   return Cost(name, float("nan"), peak, True, flops, {}, [], float("nan"), float("nan"), seconds)
 

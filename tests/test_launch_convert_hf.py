@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from dmpo_jax import build, pretrained, sharding
 from dmpo_jax.checkpoints import load_params
 from dmpo_jax.models import convert
+from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.shards import write_shards
 from launch import convert_hf
@@ -72,6 +73,26 @@ def test_pieces_and_dtypes(tmp_path, monkeypatch):
     )
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b.astype(np.float32)), saved, wanted)
   assert json.loads((out / "model.json").read_text())["num_layers"] == 4
+
+
+def test_projections_in_int8(tmp_path, monkeypatch):
+  """In pieces as in one; everything else as it was stored, and the recorded logits nearly."""
+  monkeypatch.setattr(convert_hf, "PIECE_BYTES", 1000)
+  source, out, seen = checkpoint(tmp_path / "hf", "m4_bf16"), epath.Path(tmp_path / "out"), []
+  convert_hf.convert_model(source, out, "int8", seen.append)
+  stored = tensors("m4_bf16")
+  assert sum(seen) == sum(array.nbytes for array in stored.values())
+  wanted = convert.params_from_hf(stored, convert.model_config_from_hf(settings("m4_bf16"), param_dtype="bfloat16"))
+  model, variables = load(out, param_dtype="bfloat16")
+  assert model.config.quantization == "int8"
+  for name, leaves in wanted["blocks"].items():
+    if "kernel" in leaves:
+      kernel, scale = quantize(leaves.pop("kernel"))
+      wanted["blocks"][name] = leaves | {"kernel": kernel, "kernel_scale": scale}
+  jax.tree.map(np.testing.assert_array_equal, variables["params"], wanted)
+  arrays = recorded("m4_bf16")
+  logits = compiled(model)(variables, arrays["ids_0"])
+  assert 0.001 < np.std(logits - arrays["logits_0"]) / np.std(arrays["logits_0"]) < 0.1
 
 
 def test_files_travel_along(tmp_path):

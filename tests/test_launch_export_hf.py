@@ -38,6 +38,26 @@ def test_there_and_back(tmp_path, name):
   assert json.loads((out / "config.json").read_text()) == settings(name)
 
 
+@pytest.mark.parametrize(("dtype", "is_float"), [("same", False), ("float32", True)])
+def test_projections_in_int8_come_back_rounded(tmp_path, dtype, is_float):
+  """Within half a step of their columns, and half a unit of bfloat16's last place; all else as it was."""
+  source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
+  checkpoint(source, "m4_bf16")
+  convert_hf.convert_model(source, middle, "int8")
+  export_hf.export_model(export_hf.find_model(middle), out, dtype=dtype, shard_bytes=10**9)
+  stored, back = tensors("m4_bf16"), Shards(out)
+  assert set(back) == set(stored)
+  for key, array in stored.items():
+    assert back[key].dtype == (np.float32 if is_float else array.dtype)
+    found, array = (x.astype(np.float32) for x in (back[key], array))
+    if "blocks" in key and array.ndim == 2:
+      step = abs(array).max(1, keepdims=True) / 127
+      assert (abs(found - array) <= step * 0.5001 + (0 if is_float else abs(array) * 2**-8)).all()
+      assert not np.array_equal(found, array)
+    else:
+      np.testing.assert_array_equal(found, array)
+
+
 SPECIAL = {"<s>": 253, "</s>": settings("m2_gqa")["eos_token_id"], "<mask>": settings("m2_gqa")["mask_token_id"]}
 
 
@@ -94,9 +114,9 @@ def test_flags_that_would_do_nothing(arguments, message):
     export_hf.check_flags(given)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  """The workdir of a run that ended with the recorded adapters on the recorded model."""
+@pytest.fixture(scope="module", params=["same", "int8"])
+def run(request, tmp_path_factory):
+  """The workdir of a run that ended with the recorded adapters on the recorded model, or on that in int8."""
   folder = tmp_path_factory.mktemp("export")
   source = checkpoint(folder / "hf", "m2_gqa")
   pad = settings("m2_gqa")["pad_token_id"]
@@ -105,7 +125,7 @@ def run(tmp_path_factory):
   about = dict(eos_token="</s>", pad_token=names[pad], mask_token="<mask>")
   standin_tokenizer.write(folder / "hf", special, about, None)
   base = epath.Path(folder / "base")
-  convert_hf.convert_model(source, base)
+  convert_hf.convert_model(source, base, request.param)
   lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
   c = tiny.config(
     model__init_from=str(base),
@@ -114,6 +134,7 @@ def run(tmp_path_factory):
     model__num_kv_heads=2,
     model__mlp_hidden_size=96,
     model__rope_theta=10_000.0,
+    model__quantization="int8" if request.param == "int8" else "none",
     model__lora__rank=lora.rank,
     model__lora__alpha=lora.alpha,
     tokenizer__name="huggingface",
@@ -141,8 +162,11 @@ def test_adapters_are_merged_into_the_weights(run, tmp_path):
   model, variables = load(again)
   arrays = recorded("adapter")
   logits = compiled(model)(variables, arrays["ids"])
-  np.testing.assert_allclose(logits, arrays["logits_adapter"], rtol=0, atol=5e-4)
   untouched = "model.transformer.blocks.1.ff_proj.weight"
+  if export_hf.find_run(run).config.quantization == "int8":
+    assert np.std(logits - arrays["logits_adapter"]) < 0.05 * np.std(arrays["logits_adapter"])
+    return
+  np.testing.assert_allclose(logits, arrays["logits_adapter"], rtol=0, atol=5e-4)
   np.testing.assert_array_equal(Shards(out)[untouched], tensors("m2_gqa")[untouched])
 
 

@@ -148,8 +148,15 @@ def test_a_model_without_a_tokenizer_needs_its_vocabulary():
     programs.make_model(config)
 
 
-def test_the_compilers_refusal_is_read():
-  message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded by 1.5G."
+@pytest.mark.parametrize(
+  "message",
+  [
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded by 1.5G.",
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.25G) exceeds "
+    "available HBM (15.75G).",
+  ],
+)
+def test_the_compilers_refusal_is_read(message):
   refused = plan._refused("update", message, 1.0, some_slice(), 3.0)
   assert (refused.peak, refused.is_refused) == (17.25, True)
 

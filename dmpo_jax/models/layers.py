@@ -1,4 +1,7 @@
-"""The pieces a transformer block is made of: norm, projections with optional adapters, rotary positions."""
+"""The pieces a transformer block is made of: norm, projections with optional adapters, rotary positions.
+
+Projections that are frozen may be in int8, each output with a scale of its own.
+"""
 
 from typing import Any
 
@@ -6,10 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, Num
 
 from dmpo_jax.models.lora import TARGETS, LoraConfig
+from dmpo_jax.sharding import constrain
 
+INT8_MAX = 127  # the range is symmetric
 PROJECTION = "projection"  # what the output of each is called where the backward pass chooses what to keep
 
 
@@ -36,6 +41,7 @@ class Dense(nn.Module):
     axes: logical axes of the kernel [in, out].
     gain: factor on the initial weights' standard deviation, otherwise 1 / sqrt(in).
     has_bias: whether a learned bias is added, 0 at first.
+    is_quantized: whether the kernel is int8, its columns times `kernel_scale` [out] float32; it cannot be trained.
     lora: the adapters' settings; None: this projection is not adapted.
   """
 
@@ -44,20 +50,31 @@ class Dense(nn.Module):
   param_dtype: Any
   gain: float = 1.0
   has_bias: bool = False
+  is_quantized: bool = False
   lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None = None) -> Float[Array, "b l f"]:
-    init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
-    shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype)
-    y = project(x, kernel)
+    y = self._project(x)
     if self.has_bias:
       init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
       y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(y.dtype)
     if self.lora is not None and (self.is_initializing() or self.has_variable("lora", "A")):
       y = y + self._adapt(x, dropout_keys)
     return checkpoint_name(y, PROJECTION)
+
+  def _project(self, x: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
+    init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
+    shape = (x.shape[-1], self.features)
+    if not self.is_quantized:
+      return project(x, self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype))
+    kernel = self.param("kernel", nn.with_logical_partitioning(_int8(init), self.axes), shape)
+    reach = 2.27 * self.gain * shape[0] ** -0.5  # of the truncated normal
+    init = nn.with_logical_partitioning(nn.initializers.constant(reach / INT8_MAX), self.axes[1:])
+    scale = self.param("kernel_scale", init, shape[1:], jnp.float32)
+    # Gathered as it is stored: converted first, twice the bytes would go over the links.
+    kernel = constrain(kernel, *gathered_axes(self.axes))
+    return (project(x, kernel) * scale).astype(x.dtype)
 
   def _adapt(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l f"]:
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1, 1) / sqrt(in)
@@ -75,7 +92,26 @@ class Dense(nn.Module):
     return self.variable("lora", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
 
 
-def project(x: Float[Array, "*b d"], kernel: Float[Array, "d f"], output_dtype: Any = None) -> Float[Array, "*b f"]:
+def quantize(kernel: Any) -> tuple[Any, Any]:
+  """Round a kernel [*n, in, out] to int8 and a float32 scale [*n, out] by column; on the host if it is of numpy.
+
+  An entry's error is at most half its column's scale, the column's largest magnitude / 127.
+  """
+  kernel = kernel.astype(jnp.float32)
+  scale = abs(kernel).max(-2) / INT8_MAX
+  return (kernel / (scale + (scale == 0))[..., None, :]).round().astype(jnp.int8), scale
+
+
+def _int8(init: Any) -> Any:
+  return lambda key, shape: quantize(init(key, shape, jnp.float32))[0]
+
+
+def gathered_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+  """Give the axes of weights where products read them: whole, but for heads and feed-forward, that may be split."""
+  return tuple(axis if axis != "embed" else None for axis in axes)
+
+
+def project(x: Float[Array, "*b d"], kernel: Num[Array, "d f"], output_dtype: Any = None) -> Float[Array, "*b f"]:
   """Multiply by a kernel, in the input's dtype; `output_dtype`: of the sums and the result, None for the input's."""
   # Rows and positions as one axis: with two of them, XLA's CPU backend transposes whole activations for the gradient.
   flat = x.reshape(-1, x.shape[-1])

@@ -15,11 +15,21 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax import sharding
 from dmpo_jax.models.attention import ATTENTIONS, attend
-from dmpo_jax.models.layers import PROJECTION, Dense, RMSNorm, fold_all, project, rotary_table, rotate
+from dmpo_jax.models.layers import (
+  PROJECTION,
+  Dense,
+  RMSNorm,
+  fold_all,
+  gathered_axes,
+  project,
+  rotary_table,
+  rotate,
+)
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
 
 DTYPES = ("float32", "bfloat16")
+QUANTIZATIONS = ("none", "int8")
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # with their adapters; all else is recomputed
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -31,7 +41,8 @@ class ModelConfig:
   """Sizes and choices of the model; the configuration's `model` section explains each.
 
   `embedding_size` may exceed `vocab_size`: rows of the table that no token uses. With `shift_logits` the logits of a
-  position are the prediction of the next one, as an autoregressive ancestor had it; `denoiser` reads them so.
+  position are the prediction of the next one, as an autoregressive ancestor had it; `denoiser` reads them so. With
+  `quantization` int8 the layers' projections are `layers.quantize`d and cannot be trained; adapters on them can.
 
   Raises:
     ValueError: sizes that do not fit together, or an unknown choice.
@@ -52,6 +63,7 @@ class ModelConfig:
   weight_tying: bool = False
   qkv_bias: bool = False
   shift_logits: bool = False
+  quantization: str = "none"
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
@@ -75,6 +87,7 @@ class ModelConfig:
         raise ValueError(f"model.{name}={getattr(self, name)}: must be in [0, vocab_size={self.vocab_size})")
     remats = ("none", *REMAT_POLICIES)
     choices = {"dtype": DTYPES, "param_dtype": DTYPES, "remat": remats, "attention": ATTENTIONS}
+    choices |= {"quantization": QUANTIZATIONS}
     for name, known in choices.items():
       if getattr(self, name) not in known:
         raise ValueError(f"model.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
@@ -145,7 +158,8 @@ class Block(nn.Module):
 
   def _dense(self, name: str, features: int, gain: float = 1.0, has_bias: bool = False) -> Dense:
     adapters = self.config.lora if self.config.lora is not None and name in self.config.lora.targets else None
-    return Dense(features, PROJECTIONS[name], self.config.param_dtype, gain, has_bias, adapters)
+    is_quantized = self.config.quantization == "int8"
+    return Dense(features, PROJECTIONS[name], self.config.param_dtype, gain, has_bias, is_quantized, adapters)
 
   def __call__(
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
@@ -233,14 +247,15 @@ def _gather_stream(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
 
 
 def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Lay out a layer's weights as its products read them: whole, but for heads and feed-forward, that may be split."""
+  """Lay out a layer's weights as its products read them (see `gathered_axes`)."""
 
   def gather(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
     projection, kind = path[-2].key, path[-1].key
     if projection not in PROJECTIONS or kind == "bias":
       return array
-    first, last = (axis if axis != "embed" else None for axis in PROJECTIONS[projection])
-    return constrain(array, *{"kernel": (first, last), "A": (first, None), "B": (None, last)}[kind])
+    first, last = gathered_axes(PROJECTIONS[projection])
+    axes = {"kernel": (first, last), "kernel_scale": (last,), "A": (first, None), "B": (None, last)}
+    return constrain(array, *axes[kind])
 
   return jax.tree_util.tree_map_with_path(gather, variables)
 

@@ -1,0 +1,112 @@
+"""Projections in int8: how they are rounded, what the model computes with them, and what goes over the links."""
+
+import dataclasses
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded_models import TINY, compiled, tiny
+
+from dmpo_jax import build, sharding
+from dmpo_jax.models.layers import quantize
+from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.lora import LoraConfig
+
+ADAPTERS = LoraConfig(4, 4.0, 0.0, ("q_proj", "ff_out"))
+
+
+def rows(seed, b, l):
+  return jnp.asarray(np.random.default_rng(seed).integers(0, TINY.vocab_size, (b, l)))
+
+
+@functools.cache
+def both(**changes):
+  """Give an int8 model with its variables, and its plain twin: the same kernels, multiplied out."""
+  plain, variables = tiny(lora=ADAPTERS, qkv_bias=True, **changes)
+  model = LLaDA(dataclasses.replace(plain.config, quantization="int8"))
+  blocks, twins = {}, {}
+  for name, leaves in variables["params"]["blocks"].items():
+    blocks[name] = twins[name] = leaves
+    if "kernel" in leaves:
+      kernel, scale = quantize(leaves["kernel"])
+      blocks[name] = leaves | {"kernel": kernel, "kernel_scale": scale}
+      twins[name] = leaves | {"kernel": kernel * scale[:, None]}
+  own, of_twin = ({**variables, "params": variables["params"] | {"blocks": tree}} for tree in (blocks, twins))
+  return model, own, plain, of_twin
+
+
+def test_columns_are_rounded_in_127_steps_of_their_own():
+  kernel = np.array([[1.27, -3.0, 0.0], [-0.5, 1.5, 0.0]], np.float32)
+  values, scale = quantize(kernel)
+  assert isinstance(values, np.ndarray)
+  assert (values.dtype, scale.dtype) == (np.int8, np.float32)
+  np.testing.assert_array_equal(values, [[127, -127, 0], [-50, 64, 0]])  # 63.5 to the even neighbour
+  np.testing.assert_allclose(scale, [0.01, 3 / 127, 0.0], rtol=1e-6)
+  many = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64, 8)), jnp.bfloat16)
+  values, scale = quantize(many)
+  error = jnp.abs(values * scale[:, None] - many.astype(jnp.float32))
+  assert (error <= scale[:, None] * 0.5001).all()
+  assert (jnp.abs(values).max(1) == 127).all()
+
+
+@pytest.mark.parametrize("layer_rows", [0, 1])
+def test_int8_kernels_are_their_plain_twin(layer_rows):
+  """Logits and adapters' gradients, on one device and on eight."""
+  model, variables, plain, of_twin = both(remat="full", num_layers=2, layer_rows=layer_rows)
+  tokens = rows(0, 8, 6)
+
+  def run(model, lora, params):
+    def loss(lora):
+      logits = model.apply({"params": params, "lora": lora}, tokens)
+      return jax.nn.log_softmax(logits)[..., 3].mean(), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(lora)
+
+  wanted = jax.jit(functools.partial(run, plain))(of_twin["lora"], of_twin["params"])
+  program = jax.jit(functools.partial(run, model))
+  found = [program(variables["lora"], variables["params"])]
+  mesh = sharding.make_mesh(2, 2, 2)
+  split = jax.device_put(variables, sharding.layout(jax.eval_shape(model.init, jax.random.key(0), tokens), mesh))
+  with jax.set_mesh(mesh):
+    found.append(program(split["lora"], split["params"]))
+  for each in found:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), each, wanted)
+
+
+def test_int8_is_what_is_gathered():
+  """Of the layers' kernels nothing wider goes over the links, with layers in groups of rows or not."""
+  for layer_rows in (0, 1):
+    model, _, _, _ = both(remat="full", num_layers=5, layer_rows=layer_rows)
+    mesh = sharding.make_mesh(1, 4, 1, devices=jax.devices()[:4])
+    given = {name: build.abstract_collection(model, mesh, name) for name in ("params", "lora")}
+    with jax.set_mesh(mesh):
+      run = jax.jit(lambda given, model=model: model.apply(given, rows(0, 8, 6), method="hidden")[0])
+      program = run.lower(given).compile().as_text()
+    gathered = re.findall(r"= (\w+)\[(?:1,)?(16,16|16,8|16,24|24,16)\]\S* all-gather", program)
+    assert {dtype for dtype, _ in gathered} == {"s8"}
+    assert {shape for _, shape in gathered} == {"16,16", "16,8", "16,24", "24,16"}
+
+
+def test_a_new_model_has_columns_of_the_usual_size():
+  """Random int8 parameters, as plans and benchmarks have, are of the size of others."""
+  model = LLaDA(dataclasses.replace(TINY, d_model=64, num_heads=4, quantization="int8"))
+  params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]["blocks"]
+  for name, gain in (("up_proj", 1.0), ("attn_out", (2 * TINY.num_layers) ** -0.5)):
+    kernel = params[name]["kernel"] * params[name]["kernel_scale"][:, None]
+    assert params[name]["kernel"].dtype == jnp.int8
+    np.testing.assert_allclose(kernel.std(), gain / 8, rtol=0.1)
+
+
+def test_without_adapters_it_still_runs():
+  model, variables, plain, of_twin = both(num_layers=2)
+  found = compiled(model)({"params": variables["params"]}, rows(1, 2, 5))
+  np.testing.assert_allclose(found, compiled(plain)({"params": of_twin["params"]}, rows(1, 2, 5)), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_quantization_is_refused():
+  with pytest.raises(ValueError, match=r"model.quantization='nf4': must be one of none, int8"):
+    dataclasses.replace(TINY, quantization="nf4")
