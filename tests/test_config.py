@@ -55,6 +55,8 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("model.num_kv_heads", 3, "a divisor of model.num_heads = 4"),
     ("model.name", "lada", "one of llada; did you mean 'llada'?"),
     ("model.remat", "some", "one of none, dots, full"),
+    ("model.quantization", "int4", "one of none, int8"),
+    ("model.quantization", "int8", "there are model.lora.rank = 0, warm_start.updates ="),
     ("model.init_from", "no/such/folder", "the path of a folder of parameters that exists"),
     ("model.lora.targets", ("q_prj",), "did you mean 'q_proj'?"),
     ("model.lora.targets", (), "a tuple of"),

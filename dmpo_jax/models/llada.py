@@ -15,16 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax import sharding
 from dmpo_jax.models.attention import ATTENTIONS, attend
-from dmpo_jax.models.layers import (
-  PROJECTION,
-  Dense,
-  RMSNorm,
-  fold_all,
-  gathered_axes,
-  project,
-  rotary_table,
-  rotate,
-)
+from dmpo_jax.models.layers import PROJECTION, Dense, RMSNorm, fold_all, gathered_axes, project, rotary_table, rotate
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
 
@@ -233,12 +224,12 @@ def count_groups(num_rows: int, layer_rows: int) -> int:
   return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= (layer_rows or own))
 
 
-# Between a layer's halves, as between layers, each device of a tensor-parallel group holds its share of the stream's
-# width alone: the group's sums are scattered over it, and only normed rows are gathered (arXiv 2205.05198, which splits
-# the length; the width divides whatever the number of tokens is).
-
-
 def _add_to_stream(x: Float[Array, "b l d"], y: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+  """Add to the residual stream, of whose width each device of a tensor-parallel group holds its share alone.
+
+  The group's sums are scattered over it, and only normed rows are gathered. Korthikanti et al. (arXiv 2205.05198)
+  split the length; the width divides whatever the number of tokens is.
+  """
   return constrain(x + constrain(y, "rows", None, "stream"), "rows", None, "stream")
 
 
