@@ -8,6 +8,7 @@ config.json, tokenizer.json, ...   files of the original folder, for tokenisatio
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -23,6 +24,7 @@ SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")  # that travel al
 # Fields of the model that a checkpoint decides; the others are the run's own.
 OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora")
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
+OLDER = {"quantization": "none"}  # what a folder means that was written before there was such a field
 
 
 class Pretrained(NamedTuple):
@@ -52,7 +54,7 @@ def read_model(folder: epath.PathLike) -> Pretrained | None:
   path = epath.Path(folder) / MODEL_FILE
   if not path.exists():
     return None
-  about = _read(path, {"family", *FIELDS})
+  about = _read(path, {"family", *FIELDS}, OLDER)
   return Pretrained(about.pop("family"), about)
 
 
@@ -71,7 +73,7 @@ def read_adapter(folder: epath.PathLike) -> LoraConfig | None:
   path = epath.Path(folder) / ADAPTER_FILE
   if not path.exists():
     return None
-  about = _read(path, {field.name for field in dataclasses.fields(LoraConfig)})
+  about = _read(path, {field.name for field in dataclasses.fields(LoraConfig)}, {})
   return LoraConfig(**about | {"targets": tuple(about["targets"])})
 
 
@@ -88,9 +90,9 @@ def copy_side_files(source: epath.Path, out: epath.Path) -> None:
         (out / path.name).write_bytes(path.read_bytes())
 
 
-def _read(path: epath.Path, keys: set[str]) -> dict[str, Any]:
+def _read(path: epath.Path, keys: set[str], older: Mapping[str, Any]) -> dict[str, Any]:
   try:
-    about = dict(json.loads(path.read_text()))
+    about = {**older, **json.loads(path.read_text())}
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path} cannot be read ({error}); convert the checkpoint again") from error
   if about.keys() != keys:

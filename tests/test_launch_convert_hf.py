@@ -95,6 +95,18 @@ def test_projections_in_int8(tmp_path, monkeypatch):
   assert 0.001 < np.std(logits - arrays["logits_0"]) / np.std(arrays["logits_0"]) < 0.1
 
 
+def test_a_folder_of_before_there_was_int8_is_read(tmp_path):
+  out = epath.Path(tmp_path / "out")
+  convert_hf.convert_model(checkpoint(tmp_path / "hf", "m3_tied"), out)
+  about = json.loads((out / "model.json").read_text())
+  assert about.pop("quantization") == "none"
+  (out / "model.json").write_text(json.dumps(about))
+  assert pretrained.read_model(out).model_config().quantization == "none"
+  (out / "model.json").write_text(json.dumps({key: about[key] for key in about if key != "d_model"}))
+  with pytest.raises(ValueError, match="convert the checkpoint again"):
+    pretrained.read_model(out)
+
+
 def test_files_travel_along(tmp_path):
   source = checkpoint(tmp_path / "hf", "m2_gqa", max_bytes=60_000)
   (source / "modeling_llada.py").write_text("code")
