@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
   m.qkv_bias = False  # queries, keys and values have biases, as in Dream
   m.shift_logits = False  # the logits of a position predict the next one, as in Dream
   m.dtype = "float32"  # of activations: float32, bfloat16
-  m.quantization = "none"  # of the layers' projections: none, int8 (a scale per output; needs lora); the checkpoint's
+  m.quantization = "none"  # of the layers' projections, which it freezes: none, int8; must be the checkpoint's
   m.param_dtype = "float32"  # of the parameters that are trained; frozen ones too
   m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)
   m.layer_rows = 0  # rows of a device that a layer computes at one time, to hold less for the gradient; 0: all

@@ -56,6 +56,9 @@ MAY_CHANGE = (
   "train.num_buffers",
 )
 
+# What the lack of a key means, in runs of before there was one.
+OLDER = {"model.quantization": "none"}
+
 # What may differ where a finished run is used. A sample needs only the model and how its base was made.
 _OF_EVALUATION = ("eval.*", "task.eval_path", "task.grader", "task.num_test")
 _OF_SAMPLING = ("eval.*", "grading.*", "objective.*", "optim.*", "rollout.*", "sampler.*", "seed", "task.*", "train.*")
@@ -177,7 +180,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def _deciding(config: Config) -> dict[str, Any]:
-  """The leaves that decide results: not those of MAY_CHANGE, nor the sections of choices that were not made."""
+  """The leaves that decide results: not those of MAY_CHANGE, nor sections of choices that were not made, nor OLDER."""
   leaves = flatten(config)
   chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
   chosen.add(("objective", leaves.get("objective.likelihood")))
@@ -186,7 +189,8 @@ def _deciding(config: Config) -> dict[str, Any]:
   for path, value in leaves.items():
     section, *rest = path.split(".")
     is_of_another = section in CHOICES and len(rest) > 1 and (section, rest[0]) not in chosen
-    if is_of_another or any(fnmatch(path, key) for key in MAY_CHANGE):
+    is_as_before = path in OLDER and value == OLDER[path]
+    if is_of_another or is_as_before or any(fnmatch(path, key) for key in MAY_CHANGE):
       continue
     deciding[path] = list(value) if isinstance(value, tuple) else value
   if isinstance(deciding.get("tokenizer.path"), str):  # a checkout may move; its file is the same one

@@ -103,10 +103,16 @@ RELATIONS = (
     "the path of a tokenizer, as {0} has none: give a checkpoint, see launch/convert_hf.py",
   ),
   Relation(
-    "model.quantization",
-    ("model.lora.rank", "warm_start.updates"),
-    lambda kind, rank, updates: kind == "none" or (rank > 0 and updates == 0),
-    "none, as int8 cannot be trained: int8 needs adapters and no warm start, and there are {0}, {1}",
+    "model.lora.rank",
+    ("model.quantization",),
+    lambda rank, kind: rank > 0 or kind == "none",
+    "1 or more, as {0} cannot be trained (new adapters change nothing where it is only sampled)",
+  ),
+  Relation(
+    "warm_start.updates",
+    ("model.quantization",),
+    lambda updates, kind: updates == 0 or kind == "none",
+    "0, as {0} cannot be trained",
   ),
   Relation("sampler.block_length", ("sampler.completion_length",), divides, "a divisor of {0}"),
   Relation(

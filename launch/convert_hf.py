@@ -25,8 +25,8 @@ from etils import epath
 
 from dmpo_jax import command, files, pretrained, progress
 from dmpo_jax.models import convert
-from dmpo_jax.models.convert import KERNEL_SCALE, Place
-from dmpo_jax.models.layers import quantize
+from dmpo_jax.models.convert import Place
+from dmpo_jax.models.layers import KERNEL_SCALE, quantize
 from dmpo_jax.piecewise import Index, PiecewiseArray, save_piecewise
 from dmpo_jax.shards import ADAPTER, WEIGHTS, Shards
 from dmpo_jax.tokenizer import FILES, HuggingFaceTokenizer
@@ -115,14 +115,21 @@ def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Rep
       node = node.setdefault(key, {})
     array, shape = functools.partial(_array, shards, names, places), places[names[0]].shape
     if dtype == "int8" and last == "kernel":
-      node[last] = array(shape, np.dtype(np.int8), lambda piece: quantize(piece)[0], report)
-      scale = array(shape[1:], np.dtype(np.float32), lambda piece: quantize(piece)[1], lambda size: None)
+      quantized = functools.partial(_quantize, "/".join(path))
+      node[last] = array(shape, np.dtype(np.int8), lambda piece, own=quantized: own(piece)[0], report)
+      scale = array(shape[1:], np.dtype(np.float32), lambda piece, own=quantized: own(piece)[1], lambda size: None)
       node[KERNEL_SCALE] = scale
     else:
       stored = jnp.result_type(*(shards.tensors[name].dtype for name in names))
       target = np.dtype(stored if dtype in ("same", "int8") else jnp.dtype(dtype))
       node[last] = array(shape, target, functools.partial(np.asarray, dtype=target), report)
   return tree
+
+
+def _quantize(name: str, piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  if not np.isfinite(piece).all():
+    raise ValueError(f"{name} of the checkpoint has values that are not finite, which int8 cannot hold")
+  return quantize(piece)
 
 
 def _array(

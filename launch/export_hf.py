@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from dmpo_jax import build, command, config, files, pretrained, progress
 from dmpo_jax.checkpoints import load_leaf, saved_dtypes
 from dmpo_jax.models import convert
-from dmpo_jax.models.convert import KERNEL_SCALE
+from dmpo_jax.models.layers import KERNEL_SCALE
 from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.shards import ADAPTER, write_shards
 
@@ -114,12 +114,16 @@ def _read_weights(
   if stored.dtype != np.int8 and not is_adapted:
     return stored.astype(dtypes[path], copy=False)
   written = np.empty(stored.shape, dtypes[path])
-  scale = load_leaf(weights, (*path[:-1], KERNEL_SCALE)) if stored.dtype == np.int8 else np.ones(len(stored))
+  scale = load_leaf(weights, (*path[:-1], KERNEL_SCALE)) if stored.dtype == np.int8 else None
   if is_adapted:
     a, b = (load_leaf(source.policy, (*path[:-1], part)).astype(np.float32) for part in "AB")
-  for layer in range(len(stored)):
-    kernel = stored[layer].astype(np.float32) * scale[layer].astype(np.float32)
-    written[layer] = kernel + lora.scale * (a[layer] @ b[layer]) if is_adapted else kernel
+  for layer, kernel in enumerate(stored):
+    kernel = kernel.astype(np.float32)
+    if scale is not None:
+      kernel *= scale[layer]
+    if is_adapted:
+      kernel += lora.scale * (a[layer] @ b[layer])
+    written[layer] = kernel
   return written
 
 

@@ -76,7 +76,7 @@ class Cost:
   program: str
   arguments: float  # GiB
   peak: float  # GiB, arguments included
-  is_refused: bool  # the compiler found no way to fit it; peak is its estimate
+  is_refused: bool  # the compiler found no way to fit it; peak is its estimate, which may be of temporaries alone
   flops: float  # floating-point operations of all devices
   collectives: dict[str, dict[str, float]]  # by kind: how often, and bytes
   vocabulary: list[list[int]]  # shapes of collectives of logits' size: there should be none
@@ -173,7 +173,7 @@ def _is_of_logits(shape: tuple[int, ...], model: LLaDA, mesh: Mesh) -> bool:
 
 
 def _refused(name: str, message: str, flops: float, where: Slice, seconds: float) -> Cost:
-  """Read from the compiler's refusal how much the program would take, or what it computes on the way alone."""
+  """Read from the compiler's refusal how much the program would take, or its temporaries alone."""
   used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])\b", message)
   peak = float(used[1]) / (1 if used[2] == "G" else 1024) if used else float("inf")
   return Cost(name, float("nan"), peak, True, flops, {}, [], float("nan"), float("nan"), seconds)

@@ -56,7 +56,6 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("model.name", "lada", "one of llada; did you mean 'llada'?"),
     ("model.remat", "some", "one of none, dots, full"),
     ("model.quantization", "int4", "one of none, int8"),
-    ("model.quantization", "int8", "there are model.lora.rank = 0, warm_start.updates ="),
     ("model.init_from", "no/such/folder", "the path of a folder of parameters that exists"),
     ("model.lora.targets", ("q_prj",), "did you mean 'q_proj'?"),
     ("model.lora.targets", (), "a tuple of"),
@@ -158,6 +157,25 @@ def test_what_would_be_compared_wrongly_or_not_be_read_is_refused(config, change
   (line,) = problems(config)
   assert line.startswith(f"config.objective.{path} = ")
   assert allowed in line
+
+
+def test_an_int8_base_is_not_trained(config):
+  config.model.quantization = "int8"
+  config.warm_start.updates = 5
+  first, second = sorted(problems(config))
+  assert "config.model.lora.rank = 0: 1 or more, as model.quantization = 'int8'" in first
+  assert "config.warm_start.updates = 5: 0, as model.quantization = 'int8'" in second
+  config.model.lora.rank, config.warm_start.updates = 4, 0
+  config_lib.validate(config)
+
+
+def test_a_run_of_before_there_was_int8_is_the_same_run(config):
+  older = config_lib.ConfigDict(config.to_dict())
+  del older.model.quantization
+  assert config_lib.differences(older, config) == []
+  assert config_lib.fingerprint(older) == config_lib.fingerprint(config)
+  config.model.quantization = "int8"
+  assert config_lib.differences(older, config) == ["config.model.quantization: 'absent' -> 'int8'"]
 
 
 def test_an_estimate_without_noise_has_no_rounds(config):

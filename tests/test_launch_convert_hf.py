@@ -95,6 +95,16 @@ def test_projections_in_int8(tmp_path, monkeypatch):
   assert 0.001 < np.std(logits - arrays["logits_0"]) / np.std(arrays["logits_0"]) < 0.1
 
 
+def test_what_int8_cannot_hold_leaves_nothing(tmp_path):
+  name = "model.transformer.blocks.1.up_proj.weight"
+  damaged = tensors("m4_bf16")[name].copy()
+  damaged[3, 5] = np.nan
+  source = checkpoint(tmp_path / "hf", "m4_bf16", **{name: damaged})
+  with pytest.raises(ValueError, match="blocks/up_proj/kernel of the checkpoint has values that are not finite"):
+    convert_hf.convert_model(source, epath.Path(tmp_path / "out"), "int8")
+  assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_before_there_was_int8_is_read(tmp_path):
   out = epath.Path(tmp_path / "out")
   convert_hf.convert_model(checkpoint(tmp_path / "hf", "m3_tied"), out)

@@ -110,6 +110,18 @@ def test_adapters_are_all_that_a_lora_run_saves(tmp_path):
   assert np.isfinite(policy["blocks"]["q_proj"]["B"]).all()
 
 
+def test_adapters_are_trained_on_an_int8_base(tmp_path, use_devices):
+  """With samplers on a mesh of their own, which the base in int8 moves to."""
+  use_devices(2)
+  workdir = epath.Path(tmp_path / "run")
+  own = dict(objective__baseline="none", model__lora__rank=2, train__num_buffers=1)  # so that any rewards have weights
+  own |= dict(sharding__fsdp=2, sharding__rollout__fsdp=1, sharding__rollout__tensor=2, warm_start__updates=0)
+  train.main(tiny.config(model__quantization="int8", **own), workdir)
+  policy = policy_of(workdir)
+  assert set(policy["blocks"]["q_proj"]) == {"A", "B"}
+  assert (policy["blocks"]["q_proj"]["B"] != 0).any()
+
+
 def test_supervised_training_is_an_objective_like_another(tmp_path):
   workdir = epath.Path(tmp_path / "run")
   train.main(tiny.config(objective__name="denoise", warm_start__updates=0, train__num_buffers=3), workdir)

@@ -18,7 +18,6 @@ from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.models.lora import TARGETS, LoraConfig
 
 PEFT_ROOT = "base_model.model."
-KERNEL_SCALE = "kernel_scale"  # of an int8 kernel, beside it; no checkpoint of theirs has it
 BIASED = ("q_proj", "k_proj", "v_proj")
 
 # PEFT's ways to begin an adapter that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ,

@@ -15,7 +15,17 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax import sharding
 from dmpo_jax.models.attention import ATTENTIONS, attend
-from dmpo_jax.models.layers import PROJECTION, Dense, RMSNorm, fold_all, gathered_axes, project, rotary_table, rotate
+from dmpo_jax.models.layers import (
+  KERNEL_SCALE,
+  PROJECTION,
+  Dense,
+  RMSNorm,
+  fold_all,
+  gathered_axes,
+  project,
+  rotary_table,
+  rotate,
+)
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
 
@@ -245,7 +255,7 @@ def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     if projection not in PROJECTIONS or kind == "bias":
       return array
     first, last = gathered_axes(PROJECTIONS[projection])
-    axes = {"kernel": (first, last), "kernel_scale": (last,), "A": (first, None), "B": (None, last)}
+    axes = {"kernel": (first, last), KERNEL_SCALE: (last,), "A": (first, None), "B": (None, last)}
     return constrain(array, *axes[kind])
 
   return jax.tree_util.tree_map_with_path(gather, variables)
