@@ -92,9 +92,10 @@ def copy_side_files(source: epath.Path, out: epath.Path) -> None:
 
 def _read(path: epath.Path, keys: set[str], older: Mapping[str, Any]) -> dict[str, Any]:
   try:
-    about = {**older, **json.loads(path.read_text())}
+    about = dict(json.loads(path.read_text()))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path} cannot be read ({error}); convert the checkpoint again") from error
-  if about.keys() != keys:
-    raise ValueError(f"{path} has {sorted(about)} where {sorted(keys)} are needed; convert the checkpoint again")
-  return about
+  missing, unknown = sorted(keys - about.keys() - older.keys()), sorted(about.keys() - keys)
+  if missing or unknown:
+    raise ValueError(f"{path} lacks {missing} and has {unknown} beside what is known; convert the checkpoint again")
+  return {**older, **about}

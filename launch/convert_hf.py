@@ -4,7 +4,8 @@
     python -m launch.convert_hf --hf=ADAPTER_DIR --base=CONVERTED_DIR --out=DIR    # for model.lora.init_from
 
 Everything is checked before anything is written: names, shapes and the length of every shard. Then tensors are read and
-written in pieces of at most 16 MiB, so the memory that it takes does not depend on the checkpoint's size. The files
+written in pieces of at most 16 MiB, so the memory that it takes does not depend on the checkpoint's size; int8 reads
+projections twice. The files
 beside the weights (tokenizer, config, the model's code) travel along.
 """
 
@@ -115,20 +116,19 @@ def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Rep
       node = node.setdefault(key, {})
     array, shape = functools.partial(_array, shards, names, places), places[names[0]].shape
     if dtype == "int8" and last == "kernel":
-      quantized = functools.partial(_quantize, "/".join(path))
-      node[last] = array(shape, np.dtype(np.int8), lambda piece, own=quantized: own(piece)[0], report)
-      scale = array(shape[1:], np.dtype(np.float32), lambda piece, own=quantized: own(piece)[1], lambda size: None)
+      node[last] = array(shape, np.dtype(np.int8), lambda name, piece: _quantize(name, piece)[0], report)
+      scale = array(shape[1:], np.dtype(np.float32), lambda name, piece: _quantize(name, piece)[1], lambda size: None)
       node[KERNEL_SCALE] = scale
     else:
       stored = jnp.result_type(*(shards.tensors[name].dtype for name in names))
       target = np.dtype(stored if dtype in ("same", "int8") else jnp.dtype(dtype))
-      node[last] = array(shape, target, functools.partial(np.asarray, dtype=target), report)
+      node[last] = array(shape, target, lambda name, piece, dtype=target: piece.astype(dtype), report)
   return tree
 
 
 def _quantize(name: str, piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   if not np.isfinite(piece).all():
-    raise ValueError(f"{name} of the checkpoint has values that are not finite, which int8 cannot hold")
+    raise ValueError(f"tensor {name} has values that are not finite, which int8 cannot hold")
   return quantize(piece)
 
 
@@ -138,10 +138,10 @@ def _array(
   places: Mapping[str, Place],
   shape: tuple[int, ...],
   dtype: np.dtype,
-  keep: Callable[[np.ndarray], np.ndarray],
+  keep: Callable[[str, np.ndarray], np.ndarray],
   report: Report,
 ) -> PiecewiseArray:
-  """Describe one array, of a layer's `shape`; `keep` says what is kept of a piece, whose axes are ours."""
+  """Describe one array, of a layer's `shape`; `keep` says what is kept of a tensor's piece, with our axes."""
   first, place = shards.tensors[names[0]], places[names[0]]
   rows = first.shape[0]  # of the tensor on disk: our last axis if it is transposed, else our first
   num_rows = max(1, min(rows, PIECE_BYTES // (max(first.size, 1) // rows)))
@@ -156,7 +156,7 @@ def _array(
         stop = min(start + num_rows, rows)
         piece = shards.read_rows(name, start, stop)
         report(piece.nbytes)
-        piece = keep(piece.T if place.is_transposed else piece)
+        piece = keep(name, piece.T if place.is_transposed else piece)
         index = along_rows([slice(None)] * len(shape), slice(start, stop))
         if is_stacked:
           layer = places[name].layer
@@ -205,7 +205,9 @@ def define_flags() -> None:
   flags.DEFINE_string("revision", None, "Branch, tag or commit of the hub's repository.")
   flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
   flags.DEFINE_string("base", None, "For an adapter: the converted folder of the model that it is for.")
-  about = "Of the parameters written. int8: the layers' projections in int8, the others as stored; for adapters."
+  about = (
+    "Of the parameters written. int8: the layers' projections in int8, the others as stored; to train adapters on."
+  )
   flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32", "int8"], about)
   flags.mark_flags_as_required(["hf", "out"])
 

@@ -98,10 +98,9 @@ def _counted(tensors: Iterable[tuple[str, np.ndarray]], shown: progress.Progress
 
 
 def _dtypes(weights: epath.Path, dtype: str) -> dict[tuple[str, ...], np.dtype]:
-  """Say in which dtype each leaf is written; "same" is for int8, which theirs do not have, the other weights'."""
+  """Say in which dtype each leaf is written; "same" is for int8, which theirs do not have, the embedding's."""
   saved = saved_dtypes(weights)
-  others = jnp.result_type(*(saved_as for path, saved_as in saved.items() if path[-1] not in ("kernel", KERNEL_SCALE)))
-  own = {path: others if saved_as == np.int8 else saved_as for path, saved_as in saved.items()}
+  own = {path: saved[("embedding",)] if saved_as == np.int8 else saved_as for path, saved_as in saved.items()}
   return {path: np.dtype(own[path] if dtype == "same" else dtype) for path in own if path[-1] != KERNEL_SCALE}
 
 

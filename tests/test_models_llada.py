@@ -289,6 +289,10 @@ def test_tensor_parallel_devices_share_the_width_of_what_layers_keep(layer_rows)
     program = jax.jit(jax.grad(loss)).lower(given["lora"], given["params"]).compile().as_text()
   kept = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[(5,8,6,\d+)\]", program)}
   assert kept == {(5, 8, 6, TINY.d_model // 2)}
+  gathered = [c for c in costs.count_collectives(program) if c.kind == "all-gather"]
+  of_stream = sum(c.size * c.trips for c in gathered if c.shapes[0][-2:] == (6, TINY.d_model))
+  assert of_stream == 5 * 4 * (8 * 6 * TINY.d_model * 4)  # of each layer: after its norms, forward and back
+  assert sum(c.size * c.trips for c in gathered) < 2.5 * of_stream  # with the weights
 
 
 def test_layers_are_stacked():

@@ -240,7 +240,7 @@ def _add_to_stream(x: Float[Array, "b l d"], y: Float[Array, "b l d"]) -> Float[
   The group's sums are scattered over it, and only normed rows are gathered. Korthikanti et al. (arXiv 2205.05198)
   split the length; the width divides whatever the number of tokens is.
   """
-  return constrain(x + constrain(y, "rows", None, "stream"), "rows", None, "stream")
+  return constrain(x + y, "rows", None, "stream")
 
 
 def _gather_stream(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
