@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dmpo_jax import files, tasks
+from dmpo_jax.models.llada import OLDER as OLDER_MODEL
 from dmpo_jax.relations import RELATIONS
 from dmpo_jax.rules import RULES
 from dmpo_jax.samplers import SAMPLERS
@@ -57,7 +58,7 @@ MAY_CHANGE = (
 )
 
 # What the lack of a key means, in runs of before there was one.
-OLDER = {"model.quantization": "none"}
+OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()}
 
 # What may differ where a finished run is used. A sample needs only the model and how its base was made.
 _OF_EVALUATION = ("eval.*", "task.eval_path", "task.grader", "task.num_test")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from dmpo_jax.models.llada import ModelConfig
+from dmpo_jax.models.llada import OLDER, ModelConfig
 from dmpo_jax.models.lora import LoraConfig
 
 MODEL_FILE = "model.json"
@@ -24,7 +24,6 @@ SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")  # that travel al
 # Fields of the model that a checkpoint decides; the others are the run's own.
 OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora")
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
-OLDER = {"quantization": "none"}  # what a folder means that was written before there was such a field
 
 
 class Pretrained(NamedTuple):

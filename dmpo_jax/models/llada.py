@@ -31,6 +31,7 @@ from dmpo_jax.sharding import constrain
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8")
+OLDER = {"quantization": "none"}  # what the lack of a field means where a model was described before there was one
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # with their adapters; all else is recomputed
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -87,8 +88,7 @@ class ModelConfig:
       if not 0 <= getattr(self, name) < self.vocab_size:
         raise ValueError(f"model.{name}={getattr(self, name)}: must be in [0, vocab_size={self.vocab_size})")
     remats = ("none", *REMAT_POLICIES)
-    choices = {"dtype": DTYPES, "param_dtype": DTYPES, "remat": remats, "attention": ATTENTIONS}
-    choices |= {"quantization": QUANTIZATIONS}
+    choices = dict(dtype=DTYPES, param_dtype=DTYPES, quantization=QUANTIZATIONS, remat=remats, attention=ATTENTIONS)
     for name, known in choices.items():
       if getattr(self, name) not in known:
         raise ValueError(f"model.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
