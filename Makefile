@@ -1,4 +1,4 @@
-# make demo: install, train a tiny model on 4x4 Sudoku with DMPO, show before and after.   make test, make lint.
+# make demo: install, train a tiny model on 4x4 Sudoku with DMPO, show before and after.   make test, make test-slow, make lint.
 # Needs Python 3.11 or newer; another interpreter than python3: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -11,13 +11,17 @@ INSTALLED := $(VENV)/.installed
 LIBTPU := $(VENV)/libtpu
 PLANNING := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(LIBTPU))
 
-.PHONY: demo test docs-check test-torch lint format libtpu fuzz bench bench-grade
+.PHONY: demo test test-slow docs-check test-torch lint format libtpu fuzz bench bench-grade
 
 demo: $(INSTALLED)
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
 
 test: $(INSTALLED) $(PLANNING)
-	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+# what takes minutes: whole rehearsals, the matrix of settings, compilation for a pod
+test-slow: $(INSTALLED) $(PLANNING)
+	$(RUN) -m pytest -m slow -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # 100,000 random and mutated completions through every reward and grader
 fuzz: $(INSTALLED)
