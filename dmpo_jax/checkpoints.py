@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from dmpo_jax import pretrained
+from dmpo_jax.processes import agree
 from dmpo_jax.structs import Drawn, Experience, Measures, Prompts, Rollouts, TrainState
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Checkpoints:
         restored = self._restore(step, abstract_state)
       except Exception as error:  # Orbax and TensorStore raise what they like
         problem = _first_line(error)
-      if _all_processes(restored is not None):
+      if agree(restored is not None):
         self._set_aside(problems, step)
         return restored
       problems[step] = problem
@@ -303,10 +304,6 @@ def _global(tree: Any) -> Any:
   if jax.process_count() == 1:
     return tree
   return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) and x.is_fully_addressable else x, tree)
-
-
-def _all_processes(is_true: bool) -> bool:
-  return bool(multihost_utils.process_allgather(np.array([is_true])).all())
 
 
 def _unused(path: epath.Path) -> epath.Path:

@@ -25,8 +25,8 @@ from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts,
 from dmpo_jax.checkpoints import load_params
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.measure import Policies
+from dmpo_jax.processes import HostShare, gather_texts
 from dmpo_jax.report import tables
-from dmpo_jax.sharding import HostShare, gather_texts
 from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 

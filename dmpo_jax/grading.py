@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from dmpo_jax.sharding import HostShare
+from dmpo_jax.processes import HostShare
 from dmpo_jax.tasks import Record, Task, make_task
 from dmpo_jax.tasks.judge import Verdict, judge
 from dmpo_jax.tokenizer import Tokenizer

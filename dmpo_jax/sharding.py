@@ -14,8 +14,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dmpo_jax.processes import HostShare as HostShare  # found here too: rows of hosts beside rows of chips
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -233,36 +234,3 @@ def within(mesh: Mesh, program: Callable) -> Callable:
       return program(*args)
 
   return call
-
-
-class HostShare:
-  """The part of `num` rows that this process works on: each row belongs to one process, whatever their number."""
-
-  def __init__(self, num: int):
-    self._num = num
-    self._size = math.ceil(num / jax.process_count())
-    self.mine = slice(self._size * jax.process_index(), min(self._size * (jax.process_index() + 1), num))
-
-  def gather(self, rows: np.ndarray) -> np.ndarray:
-    """Join the rows of all processes, each of which calls this with those of its share."""
-    if jax.process_count() == 1:
-      return rows
-    filled = np.zeros((self._size, *rows.shape[1:]), rows.dtype)
-    filled[: len(rows)] = rows
-    return multihost_utils.process_allgather(filled, tiled=True)[: self._num]
-
-
-def gather_texts(texts: Sequence[str]) -> list[str]:
-  """Join the texts of all processes, in the order of the processes; every process has to call this."""
-  if jax.process_count() == 1:
-    return list(texts)
-  content = "\0".join([*texts, ""]).encode()
-  sizes = multihost_utils.process_allgather(np.array([len(content)]))
-  filled = np.zeros(int(sizes.max()), np.uint8)
-  filled[: len(content)] = np.frombuffer(content, np.uint8)
-  parts = multihost_utils.process_allgather(filled).reshape(jax.process_count(), -1)
-  return [
-    text
-    for part, size in zip(parts, sizes.reshape(-1), strict=True)
-    for text in part[:size].tobytes().decode().split("\0")[:-1]
-  ]

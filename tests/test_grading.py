@@ -7,7 +7,7 @@ import pytest
 
 from dmpo_jax import grading
 from dmpo_jax.grading import Grades, Grading
-from dmpo_jax.sharding import HostShare
+from dmpo_jax.processes import HostShare
 from dmpo_jax.tasks.judge import judge
 
 TASK = """
