@@ -6,6 +6,7 @@ is its only state: what stands there is a function of (records, seed, position).
 """
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -23,7 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import option_types, sources
@@ -304,18 +305,31 @@ class PromptStream:
   def _collate(self, indices: Sequence[int]) -> Prompts:
     shape = (len(indices), self._prompt_length)
     tokens, is_valid = np.full(shape, self._tokenizer.pad_token_id, np.int32), np.zeros(shape, bool)
-    ids = np.zeros(len(indices), np.uint32)
     for row, index in enumerate(indices):
       start = self._prompt_length - len(self._encoded[index])
       tokens[row, start:] = self._encoded[index]
       is_valid[row, start:] = True
-      ids[row] = prompt_id(self._task.prompt(self._records[index]) + self._task.prefill)
-    return Prompts(tokens=tokens, is_valid=is_valid, prompt_id=ids)
+    texts = [self._task.prompt(self._records[index]) + self._task.prefill for index in indices]
+    return Prompts(tokens=tokens, is_valid=is_valid, prompt_id=prompt_ids(texts))
 
 
 def prompt_id(text: str) -> int:
   """Return a prompt's identity, a 32-bit hash of its text: the same in every epoch, run and file."""
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+
+
+def prompt_ids(texts: Sequence[str]) -> UInt32[np.ndarray, "n"]:
+  """Identify the prompts of one buffer, evaluation or request.
+
+  The first of several equal prompts has its own id (`prompt_id`), each repeat another one, so that their rollouts and
+  masks differ. A buffer that spans two epochs may hold a prompt twice, and two records may have one prompt.
+  """
+  ids, seen = np.zeros(len(texts), np.uint32), collections.Counter[int]()
+  for row, text in enumerate(texts):
+    first = prompt_id(text)
+    ids[row] = prompt_id(f"{first} {seen[first]}") if seen[first] else first
+    seen[first] += 1
+  return ids
 
 
 def _shuffle_seed(seed: int) -> int:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import noise
 from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_sample
 from dmpo_jax.config import ConfigError
-from dmpo_jax.data import prompt_id
+from dmpo_jax.data import prompt_ids
 from dmpo_jax.measure import Policies
 from dmpo_jax.progress import Progress
 from dmpo_jax.structs import Prompts, Rollouts
@@ -83,10 +83,11 @@ def decode(
     config, parts, group_size=1, temperature=own.temperature, early_exit=own.early_exit, on_call=watcher
   )
   key = noise.step_key(config.seed, "sample", 0)
+  numbers = prompt_ids([request.prompt + request.prefill for request in requests])
   size, programs = min(own.batch_size, len(requests)), {}
   for start in range(0, len(requests), size):
     batch = requests[start : start + size]
-    prompts = encode(batch, parts.tokenizer, num_rows=size)
+    prompts = encode(batch, numbers[start : start + size], parts.tokenizer, num_rows=size)
     length = prompts.tokens.shape[1]
     if length not in programs:
       programs[length] = sample.lower(policies, prompts, key).compile()
@@ -105,10 +106,9 @@ def _run(program: Callable[[], Rollouts], watcher: Watcher | None, num_rows: int
   return rollouts, seconds
 
 
-def encode(requests: Sequence[Request], tokenizer: Tokenizer, *, num_rows: int) -> Prompts:
-  """Encode prompts as one batch, padded on the left to their bucket, and filled up to `num_rows` with the last."""
+def encode(requests: Sequence[Request], numbers: np.ndarray, tokenizer: Tokenizer, *, num_rows: int) -> Prompts:
+  """Encode prompts with their ids as one batch, padded on the left, and filled up to `num_rows` with the last."""
   ids = [tokenizer.encode_prompt(request.prompt, request.prefill) for request in requests]
-  numbers = np.array([prompt_id(request.prompt + request.prefill) for request in requests], np.uint32)
   return pad(ids, numbers, tokenizer, num_rows=num_rows)
 
 

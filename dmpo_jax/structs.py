@@ -28,7 +28,7 @@ class Prompts:
 
   tokens: jax.Array  # int32 [p, q]
   is_valid: jax.Array  # bool [p, q]; False on padding
-  prompt_id: jax.Array  # uint32 [p]; the prompt's identity: it seeds the noise of its rows
+  prompt_id: jax.Array  # uint32 [p]; identity of the prompt, or of its repeat: seeds the noise of its rows
 
 
 @struct.dataclass

@@ -86,19 +86,18 @@ def make_update(
     grad_norm = optax.global_norm(gradient)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, changes)
 
     def choose(new: Any, old: Any) -> Any:
       return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
 
-    reference = state.reference
+    trainable, reference = choose(optax.apply_updates(state.trainable, changes), state.trainable), state.reference
     if sync_reference_every:
-      is_due = (state.step + 1) % sync_reference_every == 0
-      reference = jax.tree.map(lambda a, b: jnp.where(is_due & is_finite, a, b), trainable, reference)
+      is_due = (state.step + 1) % sync_reference_every == 0  # a copy of what was chosen, so a skipped update syncs too
+      reference = jax.tree.map(lambda a, b: jnp.where(is_due, a, b), trainable, reference)
     state = state.replace(
       step=state.step + 1,
       reference=reference,
-      trainable=choose(trainable, state.trainable),
+      trainable=trainable,
       opt_state=choose(opt_state, state.opt_state),
       num_skipped=state.num_skipped + ~is_finite,
       num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),

@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 from dmpo_jax import data
-from dmpo_jax.data import PromptStream, TaskData, prompt_id
+from dmpo_jax.data import PromptStream, TaskData, prompt_id, prompt_ids
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import sources
 from dmpo_jax.tasks.countdown import Countdown
@@ -231,11 +231,23 @@ def test_prompt_ids_are_stable(records, tokenizer):
   ]
   ids = []
   for stream in streams:
-    prompts, given = stream.batch(0, 60)
+    prompts, given = stream.batch(0, 30)
     ids.append(dict(zip((record["puzzle"] for record in given), prompts.prompt_id.tolist(), strict=True)))
   assert ids[0] == ids[1]
   assert len(set(ids[0].values())) == 30
   assert prompt_id("3102200002100320") == 2350467720  # recorded: noise of saved runs hangs on it
+
+
+def test_repeats_of_a_prompt_have_ids_of_their_own(stream):
+  """In a buffer across two epochs; where the buffer begins in the stream does not matter."""
+  prompts, records = stream.batch(25, 40)
+  ids = prompts.prompt_id.tolist()
+  assert len(set(ids)) == 40
+  texts = [TASK.prompt(record) + TASK.prefill for record in records]
+  firsts = [row for row, text in enumerate(texts) if text not in texts[:row]]
+  assert 25 < len(firsts) < 40
+  assert [ids[row] for row in firsts] == [prompt_id(texts[row]) for row in firsts]
+  assert prompt_ids(["a", "b", "a", "a"]).tolist() == [prompt_id("a"), prompt_id("b"), *prompt_ids(["a"] * 3)[1:]]
 
 
 def test_overlong_prompts_are_refused_and_counted(tokenizer):

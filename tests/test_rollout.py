@@ -112,6 +112,17 @@ def test_a_larger_buffer_begins_with_the_smaller_one(folder, use_devices):
   np.testing.assert_allclose(large.log_p_old[:2, :2], small.log_p_old, rtol=1e-5)
 
 
+def test_a_prompt_that_a_buffer_holds_twice_is_drawn_twice(folder, use_devices):
+  """The buffer begins at record 0, so of three records the fourth prompt is of the second epoch."""
+  config = tiny.config(task__num_train=3, rollout__num_prompts=4)
+  experience, _ = collect(config, folder, use_devices)
+  texts = [row.tobytes() for row in experience.prompts.tokens]
+  first, again = texts.index(texts[3]), 3
+  assert first < again
+  assert (experience.completion[first] != experience.completion[again]).any(-1).all()
+  assert (experience.log_p_old[first] != experience.log_p_old[again]).all()
+
+
 def test_failed_rewards_drop_out_of_their_group(folder, use_devices, caplog):
   calls = []
 

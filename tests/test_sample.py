@@ -67,10 +67,10 @@ def test_nothing_to_read_is_refused(monkeypatch):
 
 @pytest.fixture(scope="module")
 def decoded():
-  """What a random model makes of three prompts of two buckets, in one batch and one by one, and what was shown."""
+  """What a random model makes of prompts of two buckets, one of them twice, in one batch and one by one, and a film."""
   config = tiny.config(eval__temperature=1.0)
   parts = build.build_model_parts(config)
-  requests = [Request("12341234"), Request("4"), Request("1" * 70, prefill="2")]
+  requests = [Request("12341234"), Request("4"), Request("1" * 70, prefill="2"), Request("12341234")]
   shown = io.StringIO()
   with pytest.MonkeyPatch.context() as patch, jax.set_mesh(parts.mesh):
     policies = Policies(build.initial_params(config, parts), {})
@@ -88,7 +88,7 @@ def test_completions_do_not_depend_on_their_batch_or_bucket(decoded):
   assert [request for request, _ in together] == requests
   for (_, one), (_, other) in zip(together, apart, strict=True):
     assert {key: one[key] for key in ("ids", "text", "calls")} == {key: other[key] for key in ("ids", "text", "calls")}
-  assert len({tuple(found["ids"]) for _, found in together}) == 3
+  assert len({tuple(found["ids"]) for _, found in together}) == 4
   for _, found in together:
     assert tokenizer.eos_token_id not in found["ids"][:-1]
     assert found["text"] == tokenizer.decode(found["ids"])

@@ -88,6 +88,25 @@ def test_what_is_not_finite_changes_only_the_counters(folder, use_devices):
   assert np.abs(jax.device_get(state.trainable)["embedding"] - before[0]["embedding"]).max() > 0
 
 
+def test_a_skipped_update_syncs_the_reference_too(folder, use_devices):
+  """The reference of the buffer that follows is the policy that draws it, whether or not the last update was taken."""
+  own = dict(model__lora__rank=2, model__lora__dropout=0.0, optim__learning_rate=0.1)
+  config = tiny.config(objective__name="dtm", objective__sync_reference_every=2, **own)
+  parts, phase, state = begin(config, folder, 1, use_devices)
+  rewards = np.eye(config.rollout.num_prompts, config.rollout.group_size, dtype=np.float32)
+  experience = experience_of(parts, config).replace(reward=rewards)
+  bad = experience.replace(reward=np.nan * rewards)
+  with jax.set_mesh(parts.mesh):
+    state, _ = phase.update(state, phase.frozen, experience)
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), *jax.device_get((state.trainable, state.reference)))
+    assert max(jax.tree.leaves(gaps)) > 0, "not due yet"
+    state, _ = phase.update(state, phase.frozen, bad)
+    assert int(state.num_skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.trainable, state.reference)))
+    _, metrics = phase.update(state, phase.frozen, experience)
+  np.testing.assert_allclose(metrics["loss_kl"], 0, atol=1e-6)
+
+
 def test_adapters_learn_and_dropout_is_in_the_gradient_step_alone(folder, use_devices):
   config = tiny.config(model__lora__rank=2, model__lora__dropout=0.5, optim__learning_rate=0.1)
   parts, phase, state = begin(config, folder, 1, use_devices)
