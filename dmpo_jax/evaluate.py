@@ -161,7 +161,7 @@ def evaluate(
     See `summarize`, and `seconds` and `tokens_per_second` of this start, effective tokens counted.
   """
   start, num = time.monotonic(), len(records)
-  key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, num)
+  key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, max(num, 1))
   unfinished = Unfinished(path, about)
   lines = unfinished.read()
   is_done = np.isin(np.arange(num), [line["index"] for line in lines])
@@ -289,7 +289,7 @@ class Unfinished:
 
 
 def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """Count an evaluation's lines.
+  """Count an evaluation's lines; of no lines, rates are NaN.
 
   Returns:
     `solve_rate` in [0, 1] (with several samples their mean) with its 95 % Wilson interval over the prompts
@@ -301,7 +301,7 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   solved: dict[int, list[bool]] = {}
   for line in lines:
     solved.setdefault(line["index"], []).append(line["is_solved"])
-  num_prompts, group_size = len(solved), len(lines) // len(solved)
+  num_prompts, group_size = len(solved), len(lines) // max(len(solved), 1)
   rate = _mean(lines, "is_solved")
   low, high = wilson(rate, num_prompts)
   figures = {"solve_rate": rate, "solve_rate_low": low, "solve_rate_high": high}
@@ -327,6 +327,8 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def wilson(rate: float, num: int) -> tuple[float, float]:
   """Return the 95 % Wilson score interval of a rate among `num` independent trials (Wilson, 1927)."""
+  if num == 0:
+    return 0.0, 1.0
   z2 = _Z**2 / num
   centre, width = rate + z2 / 2, _Z * math.sqrt((rate * (1 - rate) + z2 / 4) / num)
   return max((centre - width) / (1 + z2), 0.0), min((centre + width) / (1 + z2), 1.0)
@@ -375,4 +377,4 @@ def _read_rows(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
-  return float(np.mean([line[name] for line in lines]))
+  return float(np.mean([line[name] for line in lines])) if lines else math.nan

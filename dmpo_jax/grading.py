@@ -108,8 +108,8 @@ class Pending:
 
   @property
   def per_second(self) -> float:
-    """Completions graded a second; known after `result`."""
-    return self._num / max(self._end - self._start, 1e-9)
+    """Completions graded a second, NaN if there were none; known after `result`."""
+    return self._num / max(self._end - self._start, 1e-9) if self._num else math.nan
 
 
 class _Worker:
@@ -170,20 +170,20 @@ class Grades:
   is_solved: np.ndarray  # bool [p, g]
   num_timeouts: int = 0  # completions that were worth 0 as grading them took too long
   num_crashes: int = 0  # and as it crashed or ran out of memory
-  per_second: float = math.nan  # completions graded a second, by this host
+  per_second: float = math.nan  # completions graded a second, by this host; NaN where it had none
 
   @classmethod
   def join(cls, parts: Sequence["Grades"]) -> "Grades":
     """Join the grades of a buffer's chunks."""
-    sizes = [part.reward.size for part in parts]
-    seconds = sum(size / part.per_second for size, part in zip(sizes, parts, strict=True))
+    paces = [(part.reward.size, part.per_second) for part in parts if not math.isnan(part.per_second)]
+    seconds = sum(size / pace for size, pace in paces)
     return cls(
       reward=np.concatenate([part.reward for part in parts]),
       is_kept=np.concatenate([part.is_kept for part in parts]),
       is_solved=np.concatenate([part.is_solved for part in parts]),
       num_timeouts=sum(part.num_timeouts for part in parts),
       num_crashes=sum(part.num_crashes for part in parts),
-      per_second=sum(sizes) / seconds,
+      per_second=sum(size for size, _ in paces) / seconds if paces else math.nan,
     )
 
 

@@ -4,6 +4,7 @@ Every host of a slice runs this program. What one of them decides or fails at al
 they have to do together stands here.
 """
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -13,36 +14,44 @@ from jax.experimental import multihost_utils
 
 
 class HostShare:
-  """The part of `num` rows that this process works on: each row belongs to one process, whatever their number."""
+  """The part of `num` rows that this process works on.
 
-  def __init__(self, num: int):
+  Each row belongs to one process, and no process has two rows more than another. Where there are fewer rows than
+  processes, some have none; process 0, which writes the log, has the first.
+
+  Args:
+    index, count: which process of how many; by default what JAX says now.
+  """
+
+  def __init__(self, num: int, index: int | None = None, count: int | None = None):
     self._num = num
-    self._size = math.ceil(num / jax.process_count())
-    self.mine = slice(self._size * jax.process_index(), min(self._size * (jax.process_index() + 1), num))
+    self._count = jax.process_count() if count is None else count
+    self.mine = self._rows_of(jax.process_index() if index is None else index)
+
+  def _rows_of(self, index: int) -> slice:
+    return slice(-(-self._num * index // self._count), -(-self._num * (index + 1) // self._count))
 
   def gather(self, rows: np.ndarray) -> np.ndarray:
     """Join the rows of all processes, each of which calls this with those of its share."""
-    if jax.process_count() == 1:
+    if self._count == 1 or self._num == 0:
       return rows
-    filled = np.zeros((self._size, *rows.shape[1:]), rows.dtype)
+    filled = np.zeros((math.ceil(self._num / self._count), *rows.shape[1:]), rows.dtype)
     filled[: len(rows)] = rows
-    return multihost_utils.process_allgather(filled, tiled=True)[: self._num]
+    parts = multihost_utils.process_allgather(filled)
+    shares = [self._rows_of(index) for index in range(self._count)]
+    return np.concatenate([part[: share.stop - share.start] for part, share in zip(parts, shares, strict=True)])
 
 
 def gather_texts(texts: Sequence[str]) -> list[str]:
   """Join the texts of all processes, in the order of the processes; every process has to call this."""
   if jax.process_count() == 1:
     return list(texts)
-  content = "\0".join([*texts, ""]).encode()
-  sizes = multihost_utils.process_allgather(np.array([len(content)]))
+  content = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([len(content)])).reshape(-1)
   filled = np.zeros(int(sizes.max()), np.uint8)
-  filled[: len(content)] = np.frombuffer(content, np.uint8)
-  parts = multihost_utils.process_allgather(filled).reshape(jax.process_count(), -1)
-  return [
-    text
-    for part, size in zip(parts, sizes.reshape(-1), strict=True)
-    for text in part[:size].tobytes().decode().split("\0")[:-1]
-  ]
+  filled[: len(content)] = content
+  parts = multihost_utils.process_allgather(filled)
+  return [text for part, size in zip(parts, sizes, strict=True) for text in json.loads(part[:size].tobytes())]
 
 
 def agree(is_true: bool) -> bool:

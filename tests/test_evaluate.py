@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from hosts import run_hosts
 from scipy import stats
 
 from configs import base
@@ -162,22 +163,31 @@ def test_pass_at_k_is_what_drawing_gives(run, held_out):
     assert evaluate.pass_at_k(5, num_right, 2) == pytest.approx(np.mean([any(two) for two in drawn]))
 
 
-@pytest.mark.parametrize("num_hosts", [2, 3, 4])
-def test_hosts_lose_and_double_nothing(tokenizer, held_out, monkeypatch, num_hosts):
-  _, records = held_out
-  completion = np.arange(7 * 2 * LENGTH, dtype=np.int32).reshape(7, 2, LENGTH) % 7 + 5
-  count = np.ones((7, 2), int)
-  rollouts = structs.Rollouts(completion, completion, np.ones(completion.shape, np.float32), count, count, count)
-  pool = grading.Grading(task=TASK)
-  plain = evaluate._grade_batch(pool, tokenizer, records, rollouts, range(2, 9))()
-  assert [(line["index"], line["sample"]) for line in plain] == [(p, g) for p in range(2, 9) for g in range(2)]
-  monkeypatch.setattr(jax, "process_count", lambda: num_hosts)
-  monkeypatch.setattr(evaluate, "gather_texts", list)  # what each host has to give
-  lines = []
-  for host in range(num_hosts):
-    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-    lines += evaluate._grade_batch(pool, tokenizer, records, rollouts, range(2, 9))()
-  assert lines == plain
+@pytest.mark.parametrize("num_hosts", [1, 4, 32, 64])
+@pytest.mark.parametrize("num", [0, 1, 5, 32, 100])
+def test_hosts_lose_and_double_nothing(tokenizer, held_out, monkeypatch, num_hosts, num):
+  records, shape = held_out[1] * 11, (num, 2, LENGTH)
+  completion = np.arange(num * 2 * LENGTH, dtype=np.int32).reshape(shape) % 7 + 5
+  count = np.ones(shape[:2], int)
+  rollouts = structs.Rollouts(completion, completion, np.ones(shape, np.float32), count, count, count)
+  pool, rows = grading.Grading(task=TASK), range(2, 2 + num)
+
+  def grade_batch(_):
+    lines = evaluate._grade_batch(pool, tokenizer, records, rollouts, rows)()
+    return lines, evaluate.summarize(lines)
+
+  plain, figures = grade_batch(0)
+  assert [(line["index"], line["sample"]) for line in plain] == [(p, g) for p in rows for g in range(2)]
+  for found in run_hosts(monkeypatch, num_hosts, grade_batch):
+    assert found[0] == plain
+    np.testing.assert_equal(found[1], figures)
+  pool.close()
+
+
+def test_an_evaluation_of_nothing_knows_nothing():
+  figures = evaluate.summarize([])
+  assert (figures["num_prompts"], figures["solve_rate_low"], figures["solve_rate_high"]) == (0, 0, 1)
+  assert np.isnan(figures["solve_rate"])
 
 
 def test_the_best_is_the_first_of_the_highest():

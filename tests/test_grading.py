@@ -4,11 +4,16 @@ import time
 
 import numpy as np
 import pytest
+from hosts import run_hosts
 
+from configs import base
 from dmpo_jax import grading
 from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.processes import HostShare
+from dmpo_jax.tasks import Grade
 from dmpo_jax.tasks.judge import judge
+from dmpo_jax.tasks.sudoku import Sudoku
+from dmpo_jax.tokenizer import load_tokenizer
 
 TASK = """
 import os, signal, subprocess, time
@@ -101,15 +106,42 @@ def test_grades_of_chunks_are_joined():
   assert (joined.num_timeouts, joined.num_crashes, joined.per_second) == (2, 4, 10.0)
 
 
-@pytest.mark.parametrize("num_hosts", [1, 2, 3, 7])
-def test_every_row_belongs_to_one_host(monkeypatch, num_hosts):
-  monkeypatch.setattr("jax.process_count", lambda: num_hosts)
-  for num in (1, 5, 16):
-    rows = []
-    for host in range(num_hosts):
-      monkeypatch.setattr("jax.process_index", lambda host=host: host)
-      rows += list(range(num))[HostShare(num).mine]
-    assert rows == list(range(num))
+class Letters(Sudoku):
+  """A task that rewards a completion's letters; every third completion or so fails."""
+
+  def reward(self, record, completion):
+    value = sum(map(ord, completion))
+    return float(value + 1000 * record["n"]) if value % 3 else float("nan")
+
+  def grade(self, record, completion, is_ended):
+    return Grade(is_ended, completion)
+
+
+@pytest.mark.parametrize("count", [1, 4, 32, 64])
+@pytest.mark.parametrize("num", [0, 1, 5, 32, 100])
+def test_hosts_without_rows_have_the_grades_of_all(monkeypatch, num, count):
+  tokenizer = load_tokenizer("sentencepiece", base.get_config().tokenizer.path, is_chat=False)
+  task, records = Letters(min_blanks=4, max_blanks=6, demo_patience=11.0), [{"n": row} for row in range(num)]
+  completion = np.random.default_rng(num).integers(0, 20, (num, 2, 3))
+  pool, chunks = Grading(task=task), [slice(0, num // 2), slice(num // 2, num)]
+
+  def grade_chunks(_):
+    waits = [grading.grade(pool, tokenizer, records[chunk], completion[chunk]) for chunk in chunks]
+    return Grades.join([wait() for wait in waits])
+
+  plain = [
+    [task.reward(record, tokenizer.decode(row.tolist())) for row in rows]
+    for record, rows in zip(records, completion, strict=True)
+  ]
+  reward = np.array(plain).reshape(num, 2)
+  for index, grades in enumerate(run_hosts(monkeypatch, count, grade_chunks)):
+    np.testing.assert_array_equal(grades.reward, np.nan_to_num(reward))
+    np.testing.assert_array_equal(grades.is_kept, ~np.isnan(reward))
+    is_ended = (completion == tokenizer.eos_token_id).any(-1)
+    np.testing.assert_array_equal(grades.is_solved, is_ended & ~np.isnan(reward))
+    has_rows = any(range(size)[HostShare(size, index, count).mine] for size in (num // 2, num - num // 2))
+    assert grades.per_second > 0 if has_rows else np.isnan(grades.per_second)
+  pool.close()
 
 
 def test_a_long_list_of_problems_is_counted_and_not_all_described(spec, caplog):
