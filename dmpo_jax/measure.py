@@ -95,10 +95,9 @@ def make_measure_weights(
         break
       again = functools.partial(score, buffer=buffer, number=len(rounds))
       rounds.append(_in_chunks(again, policies, experience, chunk_prompts))
-    is_sampled = experience.is_counted & (rollouts.confidence > 0)  # 0: filled in after an early exit
-    sampled = np.log(rollouts.confidence, out=np.zeros_like(rollouts.confidence), where=is_sampled)
-    gap = sampled.sum(-1) - weighed.log_p_old
-    figures["sampler_gap"] = float(gap[experience.is_kept].mean()) if experience.is_kept.any() else float("nan")
+    sampled = np.where(experience.is_counted, log_confidence(rollouts), 0).sum(-1)
+    gap = (sampled - weighed.log_p_old)[weighed.is_kept]
+    figures["sampler_gap"] = float(gap.mean()) if gap.size else float("nan")
     return weighed, figures | {"elbo_rounds": float(len(rounds))}
 
   return Measure(score, finish)
@@ -137,7 +136,8 @@ def make_measure_ratios(
 ) -> Measure:
   """Close over a measure of token log-probabilities under the views of each update that the buffer will serve.
 
-  Where the estimator draws nothing, all updates share one measurement.
+  Where the estimator draws nothing, all updates share one measurement. A rollout with one that is not finite is
+  dropped.
   """
   program = token_program(model, mesh, estimator=estimator, with_reference=with_reference)
   num_measured = updates_per_buffer if max(estimator.draws) >= 0 else 1
@@ -148,10 +148,13 @@ def make_measure_ratios(
     return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=2), *measured)
 
   def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: Measures, buffer: int):
-    experience = experience.replace(
-      token_log_p_old=measures.log_p_old, token_log_p_ref=measures.log_p_ref if with_reference else None
-    )
-    return experience, {"entropy": float(measures.entropy.mean())}
+    is_kept = experience.is_kept & np.isfinite(measures.log_p_old + measures.log_p_ref).all((2, 3))
+    figures = {"entropy": float(measures.entropy.mean()), "scores_failed": _num_failed(experience.is_kept, is_kept)}
+    return experience.replace(
+      is_kept=is_kept,
+      token_log_p_old=measures.log_p_old,
+      token_log_p_ref=measures.log_p_ref if with_reference else None,
+    ), figures
 
   return Measure(score, finish)
 
@@ -232,7 +235,9 @@ def _make_weigh(**weighing: Any) -> Callable[[Experience, Measures], tuple[Exper
     weighed, figures = jax.device_get(
       program(experience.reward, experience.is_kept, measures.log_p_ref, measures.log_p_old)
     )
+    figures["scores_failed"] = _num_failed(experience.is_kept, weighed.is_kept)
     experience = experience.replace(
+      is_kept=weighed.is_kept,
       log_p_old=measures.log_p_old.mean(-1),
       log_p_ref=measures.log_p_ref.mean(-1),
       weight=weighed.weight,
@@ -244,6 +249,11 @@ def _make_weigh(**weighing: Any) -> Callable[[Experience, Measures], tuple[Exper
   return weigh
 
 
+def _num_failed(is_graded: Bool[np.ndarray, "p g"], is_kept: Bool[np.ndarray, "p g"]) -> float:
+  """Count the graded rollouts that were dropped since their log-probabilities are not finite."""
+  return float((is_graded & ~is_kept).sum())
+
+
 def _weigh(
   reward: Float[Array, "p g"],
   is_kept: Bool[Array, "p g"],
@@ -252,6 +262,7 @@ def _weigh(
   **weighing: Any,
 ) -> tuple[weights.Weights, dict[str, Float[Array, ""]]]:
   weighed = weights.weigh(reward, log_p_ref.mean(-1), log_p_old.mean(-1), is_kept, **weighing)
+  is_kept = weighed.is_kept
   tilt = weights.standardise(reward, is_kept) if weighing["reward_scaling"] == "standardise" else reward
   tilt_std = weights.spread_within_groups(
     tilt / weighing["alpha"] if weighing["weighting"] == "tilt" else tilt, is_kept
@@ -267,6 +278,15 @@ def _weigh(
   if weighing["weighting"] != "reward":  # rewards are no shares of a group
     figures["effective_sample_size"] = weights.effective_sample_size(weighed.weight).mean()
   return weighed, figures
+
+
+def log_confidence(rollouts: Rollouts) -> Float[np.ndarray, "p g c"]:
+  """Give the logarithm of each token's probability when it was drawn, nats; 0 where early exit filled a position.
+
+  A probability that float32 takes for 0 counts as the least that it has, -87 nats.
+  """
+  least = np.finfo(np.float32).tiny
+  return np.where(rollouts.is_drawn, np.log(np.maximum(rollouts.confidence, least)), 0)
 
 
 def chunks(num: int, size: int) -> list[slice]:

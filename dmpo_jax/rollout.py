@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from dmpo_jax import noise, progress, samplers
 from dmpo_jax.grading import Grades, Grading, grade
-from dmpo_jax.measure import Measure, Policies, chunks, concatenate, fetch_ahead
+from dmpo_jax.measure import Measure, Policies, chunks, concatenate, fetch_ahead, log_confidence
 from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
@@ -245,8 +245,8 @@ def describe(
   kept = grades.is_kept
   reward = grades.reward[kept]
   completion = rollouts.completion
+  drawn = log_confidence(rollouts)[rollouts.is_drawn]
   unique = weights.unique_rollouts(jnp.asarray(completion), jnp.asarray(kept))
-  drawn = rollouts.confidence[rollouts.confidence > 0]  # 0: filled in after an early exit
   return {
     "reward_mean": _mean(reward),
     "reward_std": float(reward.std()) if reward.size else math.nan,
@@ -260,7 +260,7 @@ def describe(
     "tokens_per_call": _mean(rollouts.num_tokens) / _mean(rollouts.num_calls),
     "calls_saved": _mean(rollouts.num_saved),
     "confidence": float(rollouts.confidence.sum() / rollouts.num_tokens.sum()),
-    "sampled_nll": -_mean(np.log(drawn)),  # nats a token; unlike `entropy` it is the same measure for every objective
+    "sampled_nll": -_mean(drawn),  # nats a token; unlike `entropy` it is the same measure for every objective
     "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
     "eos_rate": _mean((completion == eos_token_id).any(-1)),
   }

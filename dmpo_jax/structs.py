@@ -45,6 +45,11 @@ class Rollouts:
   log_p_ref: jax.Array | None = None  # nats, under the policy and under the reference; filled: 0
 
   @property
+  def is_drawn(self) -> jax.Array:
+    """Bool [b, c]; False where early exit filled a position."""
+    return self.committed_at < self.num_calls[..., None]
+
+  @property
   def tokens_per_call(self) -> jax.Array:
     """Float [b]."""
     return self.num_tokens / self.num_calls

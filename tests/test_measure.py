@@ -6,9 +6,10 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, phases
-from dmpo_jax.measure import Policies, make_measure_sampled
-from dmpo_jax.structs import Experience, Prompts, Rollouts
+from dmpo_jax import build, phases, sharding
+from dmpo_jax.measure import Policies, make_measure_ratios, make_measure_sampled
+from dmpo_jax.objectives.estimators import OneStep
+from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +121,14 @@ def test_rounds_of_masks_are_added_until_the_noise_is_small(folder, use_devices)
     assert figures["log_ratio_error"] > 0
 
 
-@pytest.mark.parametrize("weighting", ["tilt", "reward"])
-def test_an_effective_sample_size_is_of_shares_not_of_rewards(weighting):
+def buffer_of_four(reward):
+  """One prompt's group as it comes from a sampler that gives log-probabilities."""
   zeros = np.zeros((1, 4), np.float32)
   experience = Experience(
     prompts=Prompts(np.zeros((1, 3), np.int32), np.ones((1, 3), bool), np.zeros(1, np.uint32)),
     completion=np.zeros((1, 4, 2), np.int32),
     is_counted=np.ones((1, 4, 2), bool),
-    reward=zeros + 2,
+    reward=zeros + reward,
     is_kept=np.ones((1, 4), bool),
     log_p_old=zeros,
     log_p_ref=zeros,
@@ -135,9 +136,43 @@ def test_an_effective_sample_size_is_of_shares_not_of_rewards(weighting):
     negative_weight=zeros,
     committed_at=np.zeros((1, 4, 2), np.int32),
   )
-  own = dict(alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="none", max_weight=1.0)
   tokens, counts, log_p = np.zeros((1, 4, 2), np.int32), np.full((1, 4), 2, np.int32), np.zeros((1, 4, 2), np.float32)
-  rollouts = Rollouts(tokens, tokens, log_p, counts, counts, counts, log_p_old=log_p, log_p_ref=log_p)
-  finish = make_measure_sampled(weighting=weighting, **own).finish
-  _, figures = finish(Policies(None, None), experience, rollouts, None, 0)
+  return experience, Rollouts(tokens, tokens, log_p, counts, counts, counts, log_p_old=log_p, log_p_ref=log_p)
+
+
+OWN = dict(alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="none", max_weight=1.0)
+
+
+@pytest.mark.parametrize("weighting", ["tilt", "reward"])
+def test_an_effective_sample_size_is_of_shares_not_of_rewards(weighting):
+  finish = make_measure_sampled(weighting=weighting, **OWN).finish
+  _, figures = finish(Policies(None, None), *buffer_of_four(2), None, 0)
   assert figures.get("effective_sample_size") == (1 if weighting == "tilt" else None)
+  assert figures["scores_failed"] == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_rollout_whose_scores_fail_is_dropped_and_counted(value):
+  experience, rollouts = buffer_of_four(np.array([0.0, 1.0, 2.0, 9.0]))
+  experience.is_kept[0, 2] = False  # its reward failed, so it is not counted again
+  rollouts.log_p_old[0, 2:] = value
+  weighed, figures = make_measure_sampled(weighting="tilt", **OWN).finish(
+    Policies(None, None), experience, rollouts, None, 0
+  )
+  assert figures["scores_failed"] == 1
+  np.testing.assert_array_equal(weighed.is_kept, [[True, True, False, False]])
+  np.testing.assert_allclose(weighed.weight, [[1 / (1 + np.e), 1 - 1 / (1 + np.e), 0, 0]], rtol=1e-5)
+  assert figures["log_ratio_mean"] == 0
+
+
+def test_a_rollout_with_a_token_that_fails_is_dropped_and_counted():
+  experience, rollouts = buffer_of_four(1)
+  log_p_old, log_p_ref = np.zeros((2, 1, 4, 3, 2), np.float32)
+  log_p_old[0, 1, 2, 0], log_p_ref[0, 3, 0, 1] = np.nan, -np.inf
+  own = dict(estimator=OneStep(1, prompt_mask_ratio=0.1), seed=0, updates_per_buffer=3)
+  model = build.build_model_parts(tiny.config()).model
+  finish = make_measure_ratios(model, sharding.make_mesh(data=-1, fsdp=1, tensor=1), with_reference=True, **own).finish
+  measures = Measures(log_p_old, log_p_ref, np.zeros((1, 4, 3), np.float32))
+  experience, figures = finish(Policies(None, None), experience, rollouts, measures, 0)
+  assert figures["scores_failed"] == 2
+  np.testing.assert_array_equal(experience.is_kept, [[True, False, True, False]])

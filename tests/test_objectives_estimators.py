@@ -201,6 +201,36 @@ def test_the_upper_bound_by_hand():
   np.testing.assert_allclose(tokens, expected, rtol=1e-5)
 
 
+def test_the_upper_bound_is_right_where_powers_underflow():
+  case = Eubo(2, False, 0.0, 1.0, 0, beta=1.5, mixture=0.5)
+  share = jnp.array([0.75, 0.5])[None, None, :, None]
+
+  def mixed(log_prob):
+    return case.tokens(log_prob[None, None, :, None], estimators.Views(share > 0, share))[0, 0, 0]
+
+  for log_prob in ((-1.0, -2.0), (-59.0, -60.0), (-68.0, -66.0), (-80.0, -80.0), (-5000.0, -5001.0)):
+    value, gradient = jax.value_and_grad(mixed)(jnp.array(log_prob))
+    powers = [math.log(s) + 1.5 * lp for s, lp in zip((0.75, 0.5), log_prob, strict=True)]
+    highest = max(powers)
+    shares = np.exp(np.array(powers) - highest)
+    upper = (highest + math.log(shares.sum())) / 1.5
+    lower = 0.75 * log_prob[0] + 0.5 * log_prob[1]
+    assert value == pytest.approx((upper + lower) / 2, rel=1e-5)
+    np.testing.assert_allclose(gradient, (shares / shares.sum() + [0.75, 0.5]) / 2, rtol=1e-3)
+
+
+def test_the_upper_bound_of_what_no_replicate_masked_has_no_gradient():
+  case = Eubo(2, False, 0.0, 1.0, 0, beta=1.5, mixture=1.0)
+  share = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])[None, None]
+
+  def total(log_prob):
+    return case.upper(log_prob, estimators.Views(share > 0, share)).sum()
+
+  value, gradient = jax.value_and_grad(total)(jnp.full((1, 1, 2, 3), -70.0))
+  assert value == pytest.approx(-140, rel=1e-6)
+  np.testing.assert_allclose(gradient[0, 0], [[1, 0, 0], [0, 0, 1]], rtol=1e-6)
+
+
 def test_masked_prompt_tokens_belong_to_the_token_not_to_its_padding():
   case = OneStep(2, prompt_mask_ratio=0.5)
   keys = jax.random.split(jax.random.key(0), (64, 2))

@@ -202,6 +202,26 @@ def test_an_unknown_baseline_is_refused_with_a_hint():
 def test_effective_sample_size_by_hand():
   weight = jnp.array([[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
   np.testing.assert_allclose(weights.effective_sample_size(weight), [1, 0.25, 0.5, 0])
+  np.testing.assert_allclose(weights.effective_sample_size(0.4 * weight), [1, 0.25, 0.5, 0], rtol=1e-6)  # cut ones
+  cut = jnp.array([[0.5, 0.2, 0.1, 0.0]])
+  np.testing.assert_allclose(weights.effective_sample_size(cut), 0.8**2 / (4 * 0.3), rtol=1e-6)
+  assert weights.effective_sample_size(jnp.full((1, 7), 0.1)) <= 1
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_rollout_without_log_probabilities_is_as_if_it_had_not_been(value):
+  own = dict(weighting="tilt", alpha=0.5, proximal="adaptive", kappa=1.0, min_ess=0.6, max_weight=0.5)
+  own |= dict(reward_scaling="standardise")
+  reward, log_p_ref = jnp.array([[0.0, 1.0, 0.3, 0.9]]), jnp.array([[-10.0, -11.0, -9.0, -10.0]])
+  log_p_old = jnp.array([[-10.5, -11.0, -9.0, value]])
+  alone = weights.weigh(reward[:, :3], log_p_ref[:, :3], log_p_old[:, :3], KEPT[:1, :3], **own)
+  for ref, old in ((log_p_ref, log_p_old), (log_p_ref.at[0, 3].set(value), jnp.nan_to_num(log_p_old))):
+    old = old.at[0, :3].set(log_p_old[0, :3])
+    found = weights.weigh(reward, ref, old, KEPT[:1], **own)
+    np.testing.assert_array_equal(found.is_kept, [[True, True, True, False]])
+    np.testing.assert_allclose(found.weight, jnp.pad(alone.weight, ((0, 0), (0, 1))), rtol=1e-6)
+    np.testing.assert_allclose(found.negative_weight, jnp.pad(alone.negative_weight, ((0, 0), (0, 1))), rtol=1e-6)
+    np.testing.assert_allclose(found.kappa, alone.kappa, rtol=1e-6)
 
 
 def test_groups_without_variance_by_hand():

@@ -12,7 +12,13 @@ from etils import epath
 
 from dmpo_jax import build, rollout, sharding, structs
 from dmpo_jax.grading import Grades, Grading
-from dmpo_jax.measure import Policies, make_measure_nothing, make_measure_sampled, make_measure_weights
+from dmpo_jax.measure import (
+  Policies,
+  log_confidence,
+  make_measure_nothing,
+  make_measure_sampled,
+  make_measure_weights,
+)
 from dmpo_jax.objectives.estimators import Elbo
 from dmpo_jax.tasks.sudoku import Sudoku
 from dmpo_jax.tokenizer import load_tokenizer
@@ -214,3 +220,15 @@ def test_what_the_log_says_of_completions():
     "completion_length": 2.5,
     "eos_rate": 0.5,
   }
+
+
+def test_a_probability_that_underflows_is_no_filled_position():
+  count, confidence = np.array([[2]]), np.array([[[0.5, 0.0, 0.0]]], np.float32)
+  rollouts = structs.Rollouts(
+    np.zeros((1, 1, 3), np.int32), np.array([[[0, 1, 2]]]), confidence, count, count, 0 * count
+  )
+  lowest = np.log(np.finfo(np.float32).tiny)
+  np.testing.assert_allclose(log_confidence(rollouts), [[[math.log(0.5), lowest, 0]]], rtol=1e-6)
+  grades = Grades(np.ones((1, 1)), np.ones((1, 1), bool), np.ones((1, 1), bool))
+  figures = rollout.describe(grades, rollouts, np.ones((1, 1, 3), bool), 9)
+  assert figures["sampled_nll"] == pytest.approx(-(math.log(0.5) + lowest) / 2)

@@ -12,6 +12,10 @@ from dmpo_jax.objectives.likelihood import Completions, Estimator, Score, Views
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience
 
+# Beyond exp(30), about 1e13, a ratio says only that two policies have nothing in common. exp overflows float32 at 88.7,
+# and the square of a gradient, which its norm is made of, halfway there.
+MAX_LOG_RATIO = 30.0
+
 
 class Likelihood(NamedTuple):
   """What a policy says of a buffer's completions."""
@@ -81,7 +85,8 @@ def token_loss(
   """Compute each group's GRPO loss with a ratio a token.
 
   mean_i sum_l share_il [- min(rho_il A_i, clip(rho_il, 1 - clip, 1 + clip) A_i) + kl_weight * k3_il],
-  rho = exp(log p - log p_old), k3 = exp(d) - d - 1 with d = log p_kl - log p: an estimate of KL(p || p_kl).
+  rho = exp(log p - log p_old), k3 = exp(d) - d - 1 with d = log p_kl - log p: an estimate of KL(p || p_kl). Both
+  exponents are bounded, see `bounded_exp`.
 
   Args:
     share: of each token in its rollout's mean; a token with none is not read. 1/n_i is the plain mean.
@@ -108,15 +113,27 @@ def token_loss(
 def clipped_surrogate(
   log_ratio: Float[Array, "p g *c"], advantage: Float[Array, "p g *#c"], clip: float
 ) -> tuple[Float[Array, "p g *c"], Bool[Array, "p g *c"]]:
-  """min(rho A, clip(rho, 1 - clip, 1 + clip) A), and where it is constant in rho (PPO, arXiv 1707.06347, eq. 7)."""
-  ratio = jnp.exp(log_ratio)
-  bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
-  return jnp.minimum(ratio * advantage, bounded * advantage), bounded * advantage < ratio * advantage
+  """min(rho A, clip(rho, 1 - clip, 1 + clip) A), and where it is constant in rho (PPO, arXiv 1707.06347, eq. 7).
+
+  A negative A leaves rho unclipped upwards: there it is constant where `bounded_exp` makes it so.
+  """
+  ratio = bounded_exp(log_ratio)
+  clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
+  is_constant = (clipped * advantage < ratio * advantage) | ((log_ratio > MAX_LOG_RATIO) & (advantage != 0))
+  return jnp.minimum(ratio * advantage, clipped * advantage), is_constant
+
+
+def bounded_exp(exponent: Float[Array, "*s"]) -> Float[Array, "*s"]:
+  """exp up to MAX_LOG_RATIO and constant from there on, without a gradient: one wild token spoils no update."""
+  return jnp.exp(jnp.minimum(exponent, MAX_LOG_RATIO))
 
 
 def k3(log_p_other: Float[Array, "*s"], log_p: Float[Array, "*s"]) -> Float[Array, "*s"]:
-  """exp(d) - d - 1, d = log p_other - log p: never negative, and for samples of p unbiased for KL(p || p_other)."""
-  distance = log_p_other - log_p
+  """exp(d) - d - 1, d = log p_other - log p: never negative, and for samples of p unbiased for KL(p || p_other).
+
+  From d = MAX_LOG_RATIO on it is constant, about 1e13 nats, and pulls no more.
+  """
+  distance = jnp.minimum(log_p_other - log_p, MAX_LOG_RATIO)
   return jnp.exp(distance) - distance - 1
 
 

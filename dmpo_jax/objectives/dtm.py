@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dmpo_jax.objectives.clipped import averaged, centred_advantage
+from dmpo_jax.objectives.clipped import averaged, bounded_exp, centred_advantage
 from dmpo_jax.objectives.likelihood import Score, masked_mean
 from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
 from dmpo_jax.objectives.weights import mean_kept
@@ -37,7 +37,8 @@ def loss(
 
   KL(p_old || p) over v at (z, l). With c = 1 the noise vanishes with h. The rewards have the group's mean taken from
   them, a factor that the rollouts of a prompt share and that moves no minimum; the authors' code takes the buffer's
-  mean. An empty mask counts as 0. Over a run the tilts add up: h times the number of buffers.
+  mean. h r is bounded (`clipped.bounded_exp`). An empty mask counts as 0. Over a run the tilts add up: h times the
+  number of buffers.
 
   Args:
     score: with p_old as its teacher, which the reference is where it is synchronised after every buffer.
@@ -54,7 +55,7 @@ def loss(
     max_ratio=max_mask_ratio,
   )
   scores = score(is_masked, pairs=complementary_pairs(num_replicates, antithetic))
-  weight = jnp.exp(tilt * centred_advantage(experience.reward, experience.is_kept)) - control_variate
+  weight = bounded_exp(tilt * centred_advantage(experience.reward, experience.is_kept)) - control_variate
   losses = masked_mean(control_variate * scores.divergence - weight[..., None, None] * scores.log_prob, is_masked)
   entropy = masked_mean(scores.entropy, is_masked).mean(-1)
   metrics = {

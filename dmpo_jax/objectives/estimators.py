@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
@@ -108,8 +109,11 @@ class Eubo(Elbo):
   def upper(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
     """Compute each position's part of the EUBO; 0 where no replicate masked it."""
     is_read = views.share > 0
-    powers = jnp.where(is_read, views.share * jnp.exp(self.beta * jnp.where(is_read, log_prob, 0)), 0).sum(2)
-    return jnp.where(powers > 0, jnp.log(jnp.where(powers > 0, powers, 1)) / self.beta, 0)
+    is_any = is_read.any(2)
+    # as a log-sum-exp: p^beta itself is 0 in float32 from log p = -58 on where beta is 1.5
+    powers = self.beta * jnp.where(is_read, log_prob, 0) + jnp.log(jnp.where(is_read, views.share, 1))
+    powers = jnp.where(is_read, powers, jnp.where(is_any, -jnp.inf, 0)[:, :, None])
+    return jnp.where(is_any, jax.nn.logsumexp(powers, axis=2) / self.beta, 0)
 
   def estimates(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g n"]:
     return self.tokens(log_prob, views).sum(-1, keepdims=True)  # not a mean of single draws

@@ -23,6 +23,7 @@ class Weights(NamedTuple):
   weight: Float[Array, "p g"]
   negative_weight: Float[Array, "p g"]
   kappa: Float[Array, "p"]  # the proximal step that was taken
+  is_kept: Bool[Array, "p g"]  # of the rollouts given as kept, those whose log-probabilities are numbers
 
 
 def weigh(
@@ -41,6 +42,8 @@ def weigh(
 ) -> Weights:
   """Weigh a buffer as the configuration's `objective` says: scale the rewards, choose kappa, weigh, clip.
 
+  A rollout whose log-probabilities are not finite is dropped: it would make its whole group's weights NaN.
+
   Args:
     weighting, alpha: see `importance_weights`.
     proximal: `fixed` takes kappa, `adaptive` the largest that keeps the effective sample size (`adaptive_kappa`).
@@ -50,6 +53,7 @@ def weigh(
   Raises:
     ValueError: an unknown name, or a number out of range.
   """
+  is_kept = is_kept & jnp.isfinite(log_p_ref) & jnp.isfinite(log_p_old)
   if reward_scaling == "standardise":
     reward = standardise(reward, is_kept)
   if proximal == "adaptive" and weighting != "reward":
@@ -61,7 +65,7 @@ def weigh(
   )
   if weighting != "reward":
     weight, negative = jnp.minimum(weight, max_weight), jnp.minimum(negative, max_weight)
-  return Weights(weight, negative, step)
+  return Weights(weight, negative, step, is_kept)
 
 
 def importance_weights(
@@ -201,9 +205,13 @@ def mean_kept(values: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float
 
 
 def effective_sample_size(weight: Float[Array, "p g"]) -> Float[Array, "p"]:
-  """Effective share of a group's rollouts, 1 / (g * sum_g weight^2), in [1/g, 1]; 0 for a group with none kept."""
+  """Effective share of a group's rollouts, (sum_g weight)^2 / (g * sum_g weight^2), in [1/g, 1].
+
+  The sum is 1 unless weights were cut to `max_weight`. 0 for a group with none kept.
+  """
   squares = (weight**2).sum(-1)
-  return jnp.where(squares > 0, 1 / (weight.shape[-1] * jnp.where(squares > 0, squares, 1)), 0)
+  share = weight.sum(-1) ** 2 / (weight.shape[-1] * jnp.where(squares > 0, squares, 1))
+  return jnp.minimum(share, 1)  # which rounding may exceed
 
 
 @jax.jit  # called on the host: one program, where each of its operations would be one

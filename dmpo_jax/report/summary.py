@@ -11,6 +11,7 @@ from dmpo_jax.report.runs import Row, Run, read_runs
 COUNTED = {
   "updates_skipped": "updates skipped, as their loss or gradient was not finite",
   "rewards_failed": "rollouts dropped, as their reward failed",
+  "scores_failed": "rollouts dropped, as their log-probabilities were not finite",
   "grading_timeouts": "completions worth 0, as grading them took too long",
   "grading_crashes": "completions worth 0, as grading them crashed",
   "prompts_skipped": "prompts skipped, as they are too long",
