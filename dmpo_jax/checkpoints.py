@@ -5,8 +5,10 @@ Parameters that never move (the reference policy) and those that leave a run are
 
 import hashlib
 import itertools
+import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from dmpo_jax import pretrained
@@ -44,6 +47,7 @@ def check_preemption() -> None:
 
 
 _INDEX_FILES = ("_METADATA", "manifest.ocdbt")
+_STATES = 1000  # saved at one step, at most: Orbax numbers them step * 1000, step * 1000 + 1, ...
 
 
 class Restored(NamedTuple):
@@ -66,6 +70,41 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+class _Names:
+  """How checkpoints are called, for Orbax: the first of step 12 is `12`, further ones `12.1`, `12.2` and so on."""
+
+  def build_name(self, number: int) -> str:
+    step, again = divmod(number, _STATES)
+    return f"{step}.{again}" if again else f"{step}"
+
+  def find_all(self, folder: epath.PathLike) -> Iterator[ocp_path.step.Metadata]:
+    paths = epath.Path(folder).iterdir() if epath.Path(folder).is_dir() else ()
+    return ocp_path.step.build_step_metadatas(paths, self._describe)
+
+  def find_step(self, folder: epath.PathLike, number: int) -> ocp_path.step.Metadata:
+    found = self._describe(epath.Path(folder) / self.build_name(number))
+    if found is None or not found.path.exists():
+      raise ValueError(f"{folder} has no checkpoint {self.build_name(number)}")
+    return found
+
+  def _describe(self, path: epath.Path) -> ocp_path.step.Metadata | None:
+    name = re.fullmatch(r"(0|[1-9]\d*)(?:\.([1-9]\d*))?", path.name)
+    if name is None or not ocp_path.step.is_path_finalized(path):
+      return None
+    return ocp_path.step.Metadata(step=int(name[1]) * _STATES + int(name[2] or 0), path=path)
+
+
+class _Kept:
+  """Which checkpoints stay, for Orbax: the newest ones, and those of some steps."""
+
+  def __init__(self, newest: int):
+    self._newest, self.steps = LatestN(newest), frozenset[int]()
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    is_new = self._newest.should_preserve(checkpoints, context=context)
+    return [new or each.step // _STATES in self.steps for new, each in zip(is_new, checkpoints, strict=True)]
+
+
 class Checkpoints:
   """The newest checkpoints of a run, each of them whole or absent. Every process calls every method.
 
@@ -76,11 +115,19 @@ class Checkpoints:
 
   def __init__(self, directory: epath.PathLike, keep: int):
     self.directory = _absolute(directory)
+    self._kept = _Kept(keep)
+    self._said: dict[int, str] = {}  # what the newest checkpoint of a step has, of steps seen by this start
     self._manager = _Manager(
       self.directory,
       item_handlers=_item_handlers(),
-      options=ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self._kept, cleanup_tmp_directories=True, step_name_format=_Names()
+      ),
     )
+
+  def keep_steps(self, steps: frozenset[int]) -> None:
+    """Keep the checkpoints of these steps too, however old they become."""
+    self._kept.steps = steps
 
   def save(
     self,
@@ -90,25 +137,31 @@ class Checkpoints:
     progress: dict[str, Any],
     drawn: Drawn | None = None,
   ) -> None:
-    """Save in the background; when this returns the arrays may be donated. A step that is there already is kept.
+    """Save in the background; when this returns the arrays may be donated.
+
+    A step may be saved again when there is more to keep, such as chunks of the next buffer; the same is saved once.
 
     Args:
       experience: the live rollout buffer, if updates on it are still to come.
       progress: where the run is, as JSON can hold it.
-      drawn: the buffer after it, if it has been drawn.
+      drawn: the buffer to come after it, or as much of it as has been drawn.
 
     Raises:
       OSError: this or an earlier save failed.
     """
-    if step in self._manager.all_steps():
-      return
     items, about = {"state": ocp.args.StandardSave(_global(state))}, {"progress": progress}
     for name, buffer in (("experience", experience), ("drawn", drawn)):
       about[f"has_{name}"] = buffer is not None
       if buffer is not None:
         items[name] = ocp.args.StandardSave(_global(buffer))
     items["progress"] = ocp.args.JsonSave(about)
-    self._storing(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+    said = _say(about, drawn)
+    if self._said.get(step) == said:
+      return
+    taken = [number for number in self._manager.all_steps() if number // _STATES == step]
+    number = max(taken) + 1 if taken else step * _STATES
+    self._storing(lambda: self._manager.save(number, args=ocp.args.Composite(**items)))
+    self._said[step] = said
 
   def restore_latest(self, abstract_state: TrainState) -> Restored | None:
     """Return the newest checkpoint that can be read; None if there is none.
@@ -122,47 +175,66 @@ class Checkpoints:
       ValueError: there are checkpoints and none can be read; they are left as they are.
     """
     problems: dict[int, str] = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    for number in sorted(self._manager.all_steps(), reverse=True):
       restored, problem = None, "another process could not read it"
       try:
-        restored = self._restore(step, abstract_state)
+        restored = self._restore(number, abstract_state)
       except Exception as error:  # Orbax and TensorStore raise what they like
         problem = _first_line(error)
       if agree(restored is not None):
-        self._set_aside(problems, step)
+        self._set_aside(problems, number)
         return restored
-      problems[step] = problem
+      problems[number] = problem
     if problems:
-      listed = "\n  ".join(f"{step}: {problem:.300}" for step, problem in problems.items())
+      listed = "\n  ".join(f"{self._path(number).name}: {problem:.300}" for number, problem in problems.items())
       raise ValueError(
         f"no checkpoint in {self.directory} can be read:\n  {listed}\n"
         "They are damaged or of another configuration. Start over with a new --workdir, or remove them."
       )
     return None
 
-  def _restore(self, step: int, abstract_state: TrainState) -> Restored:
+  def restore_state(self, step: int, abstract_state: TrainState) -> TrainState | None:
+    """Return the state of a step, whatever has been saved since; None if it is not there or cannot be read."""
+    numbers = [number for number in self._manager.all_steps() if number // _STATES == step]
+    for number in sorted(numbers, reverse=True):
+      state = None
+      try:
+        state = self._restore(number, abstract_state).state
+      except Exception as error:  # as above
+        logger.error("checkpoint %s cannot be read: %s", self._path(number).name, _first_line(error))
+      if agree(state is not None):
+        return state
+    return None
+
+  def _restore(self, number: int, abstract_state: TrainState) -> Restored:
     """Read a checkpoint, every process for itself: one that cannot leaves no other waiting for it."""
-    path, own = self.directory / str(step), jax.process_index()
+    path, own = self._path(number), jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_item_handlers()), multiprocessing_options=alone)
     about = reader.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
     items, everywhere = {"state": ocp.args.StandardRestore(abstract_state)}, abstract_state.step.sharding
     for name, gather in (("experience", _experience), ("drawn", _drawn)):
       if about.get(f"has_{name}"):
-        saved = self._manager.item_metadata(step)[name].tree
+        saved = self._manager.item_metadata(number)[name].tree
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), saved)
         items[name] = ocp.args.StandardRestore(gather(abstract))
-    restored = reader.restore(path, args=ocp.args.Composite(**items))
-    return Restored(step, restored.state, restored.get("experience"), about["progress"], restored.get("drawn"))
+    found = reader.restore(path, args=ocp.args.Composite(**items))
+    step, drawn = number // _STATES, found.get("drawn")
+    self._said.setdefault(step, _say(about, drawn))
+    return Restored(step, found.state, found.get("experience"), about["progress"], drawn)
+
+  def _path(self, number: int) -> epath.Path:
+    return self.directory / _Names().build_name(number)
 
   def _set_aside(self, problems: dict[int, str], taken: int) -> None:
     if not problems:
       return
-    for step, problem in problems.items():
-      name = _unused(self.directory / f"{step}.damaged")
-      logger.error("checkpoint %d is damaged, set aside as %s, going on from %d: %s", step, name, taken, problem)
+    for number, problem in problems.items():
+      path, stands = self._path(number), self._path(taken).name
+      name = _unused(path.with_name(f"{path.name}.damaged"))
+      logger.error("checkpoint %s is damaged, set aside as %s, going on from %s: %s", path.name, name, stands, problem)
       if jax.process_index() == 0:
-        (self.directory / str(step)).rename(name)
+        path.rename(name)
     multihost_utils.sync_global_devices("checkpoints set aside")
     self._manager.reload()
 
@@ -185,7 +257,7 @@ class Checkpoints:
       raise
     except Exception as error:
       whole = max(self._manager.all_steps(read=True), default=None)
-      stands = "none was saved before" if whole is None else f"that of step {whole} stands"
+      stands = "none was saved before" if whole is None else f"that of step {self._path(whole).name} stands"
       raise OSError(
         f"a checkpoint could not be written to {self.directory} ({_first_line(error)}); {stands}. "
         "Make room or mend the disk, then run the same command again"
@@ -243,6 +315,11 @@ def _item_handlers() -> dict[str, ocp.CheckpointHandler]:
   """Say how each part of a checkpoint is written and read."""
   arrays = ("state", "experience", "drawn")
   return {**{name: ocp.StandardCheckpointHandler() for name in arrays}, "progress": ocp.JsonCheckpointHandler()}
+
+
+def _say(about: dict[str, Any], drawn: Drawn | None) -> str:
+  """What a checkpoint has besides its state, to tell whether there is more to save."""
+  return json.dumps([about, [np.shape(leaf) for leaf in jax.tree.leaves(drawn)]], sort_keys=True)
 
 
 def _first_line(error: Exception) -> str:

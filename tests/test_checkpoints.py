@@ -93,12 +93,49 @@ def test_relative_workdirs_work(mesh, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   checkpoints = Checkpoints("runs/one", keep=1)
   checkpoints.save(4, make_state(mesh), None, {})
-  checkpoints.wait()
-  checkpoints.save(4, make_state(mesh, 1), None, {"is": "not written: step 4 is there"})
   checkpoints.close()
   step, state, _, progress, _ = restore("runs/one", mesh)
   assert (step, progress) == (4, {})
   assert_same(state, make_state(mesh))
+
+
+def names(folder):
+  return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_a_step_is_saved_again_where_there_is_more_to_keep(mesh, tmp_path):
+  """The same is not; nor after a restart. The earlier one goes when the fuller one stands."""
+  state, experience, folder = make_state(mesh), make_experience(mesh), tmp_path / "run"
+  with Checkpoints(folder, keep=1) as checkpoints:
+    for _ in range(2):
+      checkpoints.save(4, state, None, {"loss": float("nan")})
+    checkpoints.wait()
+    assert names(folder) == ["4"]
+    checkpoints.save(4, state, experience, {"loss": float("nan")})
+    checkpoints.wait()
+    assert names(folder) == ["4.1"]
+  with Checkpoints(folder, keep=1) as checkpoints:
+    restored = checkpoints.restore_latest(sharding.abstract(state))
+    assert restored.step == 4
+    assert_same(restored.experience, experience)
+    checkpoints.save(4, state, experience, restored.progress)
+    checkpoints.wait()
+    assert names(folder) == ["4.1"]
+    checkpoints.save(4, state, experience, {"loss": 1.0})
+  assert names(folder) == ["4.2"]
+  assert restore(folder, mesh).progress == {"loss": 1.0}
+
+
+def test_some_steps_are_kept_however_old(mesh, tmp_path):
+  with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
+    checkpoints.keep_steps(frozenset({2}))
+    for step in (1, 2, 3, 4):
+      checkpoints.save(step, make_state(mesh, step), None, {})
+    checkpoints.wait()
+    assert names(tmp_path / "run") == ["2", "4"]
+    abstract = sharding.abstract(make_state(mesh))
+    assert_same(checkpoints.restore_state(2, abstract), make_state(mesh, 2))
+    assert checkpoints.restore_state(3, abstract) is None
 
 
 def test_a_save_survives_the_donation_of_its_arrays(mesh, tmp_path):
