@@ -113,7 +113,7 @@ def _countdown_record(question: str, gold: Sequence) -> dict[str, Any]:
 
 
 _RECORDS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
-  # a gold answer with a comma is null there: nothing is right then
+  # a negative gold answer is null there: nothing is right then
   "gsm8k": lambda question, gold: {"question": question, "answer": "" if gold is None else f"{gold:f}"},
   "math": lambda question, gold: {"problem": question, "answer": str(gold)},
   "countdown": _countdown_record,

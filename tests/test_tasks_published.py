@@ -88,6 +88,17 @@ def test_cells_of_a_sudoku_are_counted_as_recorded():
     assert are_same(share, row["results"]["validate_sudoku_solution"])
 
 
+def test_a_half_alone_is_a_fraction_in_the_published_form():
+  for text in ("0.5", ".5", "x = 0.5", "0.5\\%", "0. 5"):
+    assert latex.normalize(text) == "\\frac{1}{2}", text
+  for text in ("-0.5", "0.50", "0.25", "10.5", "(0.5,1)"):
+    assert latex.normalize(text) == text
+  for answer in ("0.5", "\\frac12", "1/2", "\\dfrac{1}{2}"):
+    assert latex.are_equivalent(answer, "\\frac{1}{2}")
+    assert GRADERS["math"](f"\\boxed{{{answer}}}", "?", "0.5").is_correct
+  assert not GRADERS["math"]("\\boxed{0.50}", "?", "0.5").is_correct
+
+
 @pytest.mark.parametrize("task", GRADERS)
 def test_every_grade_is_the_recorded_one(task):
   rows = [row for row in recorded("graders") if row["task"] == task]

@@ -47,6 +47,18 @@ def test_published_rewards_and_grader_keep_their_oddities():
   assert task.grade(record, "\\boxed{1234} no, \\boxed{5}").is_correct
 
 
+def test_the_published_grader_calls_nothing_right_where_the_gold_answer_is_negative():
+  row = {"question": "How cold is it?", "answer": "2 - 12 = -10\n#### -10"}
+  for grader, is_right in (("default", True), ("published", False)):
+    task = GSM8K(grader=grader)
+    record = task.read_row(row)
+    for answer in ("<answer>-10</answer>", "\\boxed{-10}"):
+      assert task.grade(record, answer).is_correct == is_right
+    assert not task.grade(record, "<answer>10</answer>").is_correct
+  positive = GSM8K(grader="published")
+  assert positive.grade(positive.read_row(row | {"answer": "#### 0"}), "<answer>0</answer>").is_correct
+
+
 def test_demonstrations_have_the_form_of_the_prompt_and_are_right():
   for name in GSM8K.PROMPTS:
     task, record = gsm8k(prompt_name=name)

@@ -11,8 +11,7 @@ from dmpo_jax.samplers.rules import check_number, select_count
 from dmpo_jax.structs import Rollouts
 
 MOST_ACCEPTED = 20  # the bounds of the authors' code: at most 70 % of the masked positions of the block in one call,
-ALWAYS_ALLOWED = 5  # but 5 or fewer always, 20 or more never,
-ASSUMED_BEFORE = 30  # and a block's first call counts as if so many had been accepted before it
+ALWAYS_ALLOWED = 5  # but 5 or fewer always, and more than 20 never
 
 
 @runtime_checkable
@@ -61,7 +60,7 @@ def sample(
     is_kept = select_wide(confidence, view.is_masked, threshold)
     num_accepted = is_kept.sum(1)
     second_look = jnp.exp(log_probs(denoiser, seen[:, size:], view.tokens))
-    num_before = jnp.where(view.step == 0, ASSUMED_BEFORE, num_before)
+    # at a block's first call nothing is decided yet, so what the block before it accepted does not matter
     is_back = select_narrow(second_look, view.tokens != denoiser.mask_token_id, threshold_back, num_before)
     is_back &= (num_accepted > 1)[:, None]
     tokens = jnp.where(is_kept, tokens, jnp.where(is_back, denoiser.mask_token_id, view.tokens))

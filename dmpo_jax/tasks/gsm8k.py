@@ -91,5 +91,9 @@ class GSM8K(WordedTask):
     return {"answer": record["answer"]}
 
   def published_question(self, record: Record) -> tuple[str, Any]:
-    """Return the question and the answer as a float."""
-    return record["question"], float(answers.read_number(record["answer"]))
+    """Return the question and the answer as a float; None, which no answer equals, for a negative one.
+
+    The official evaluation does not read a minus sign in the data, and so calls every answer to such a question wrong.
+    """
+    gold = float(answers.read_number(record["answer"]))
+    return record["question"], gold if gold >= 0 else None
