@@ -15,11 +15,12 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -32,8 +33,10 @@ from dmpo_jax.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0  # that a worker may take to import and build its task
+STOP_SECONDS = 10.0  # that it may take to end all that it has started
 KINDS = ("graded", "failed", "timeout", "crash")
 _MAX_LOGGED = 5  # problems of one batch that the log describes; all are counted
+_MAX_LOGGED_LINES = 50  # of one worker's stderr
 
 
 class Grading:
@@ -135,30 +138,49 @@ class _Worker:
 
   def _start(self) -> None:
     self._connection, child = Pipe()
-    program = f"from dmpo_jax.tasks import judge; judge.serve({child.fileno()}, {self._memory_gb})"
+    alive, self._life = os.pipe()
+    program = f"from dmpo_jax.tasks import judge; judge.serve({child.fileno()}, {alive}, {self._memory_gb})"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     self._process = subprocess.Popen(
       [sys.executable, "-c", program],
-      pass_fds=[child.fileno()],
+      pass_fds=[child.fileno(), alive],
       env=environment,
-      start_new_session=True,  # so that what it starts can be killed with it, and Ctrl-C is this process's
+      start_new_session=True,  # so that Ctrl-C is this process's alone
       stdin=subprocess.DEVNULL,
       stdout=subprocess.DEVNULL,  # a user's prints are not the run's
+      stderr=subprocess.PIPE,  # nor is its stderr: what the worker leaves behind would hold it open
     )
     child.close()
+    os.close(alive)
+    threading.Thread(target=_log_lines, args=[self._process.stderr], daemon=True).start()
     self._connection.send(self._spec)
     if not self._connection.poll(START_SECONDS):
       raise OSError(f"not ready within {START_SECONDS:g} seconds")
     self._connection.recv()
 
   def stop(self) -> None:
-    """Kill the process and all that it has started, whatever they are doing."""
-    if self._process is not None:
+    """End the process and all that it has started, whatever they are doing."""
+    if self._process is None:
+      return
+    os.close(self._life)  # its keeper sees it and ends them all
+    try:
+      self._process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:  # a reward has stopped the keeper itself
+      self._process.kill()
+      self._process.wait()
+    if self._process.returncode:  # the keeper did not come to its end: kill what is still in its group
       with contextlib.suppress(ProcessLookupError):
         os.killpg(self._process.pid, signal.SIGKILL)
-      self._process.wait()
-      self._connection.close()
-      self._process = None
+    self._connection.close()
+    self._process = None
+
+
+def _log_lines(stream: IO[bytes]) -> None:
+  """Log what a worker writes to its stderr, the first lines of it."""
+  with stream:
+    for number, line in enumerate(stream):
+      if number < _MAX_LOGGED_LINES:
+        logger.warning("a reward's stderr: %.500s", line.decode(errors="replace").rstrip())
 
 
 @dataclasses.dataclass(frozen=True)

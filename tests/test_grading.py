@@ -1,8 +1,12 @@
 """Grading in worker processes: what hangs, crashes or needs too much memory is worth 0, and takes nothing with it."""
 
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 from hosts import run_hosts
 
@@ -13,10 +17,11 @@ from dmpo_jax.processes import HostShare
 from dmpo_jax.tasks import Grade
 from dmpo_jax.tasks.judge import judge
 from dmpo_jax.tasks.sudoku import Sudoku
+from dmpo_jax.tasks.user import PythonTask
 from dmpo_jax.tokenizer import load_tokenizer
 
 TASK = """
-import os, signal, subprocess, time
+import os, signal, subprocess, sys, time
 
 def records(split):
   return [{"n": 1}]
@@ -41,10 +46,33 @@ def reward(record, completion):
     return float("nan")
   if completion == "two":
     return [1.0, 2.0]
+  if completion == "huge":
+    return 10**400
+  if completion == "long":
+    return 10**5000
+  if completion == "exit":
+    raise SystemExit(4)
+  if completion == "interrupt":
+    raise KeyboardInterrupt
+  if completion == "text":
+    return "1.0"
+  if completion == "close":
+    os.closerange(3, 100)
+  if completion.startswith("leave"):
+    subprocess.Popen(["sleep", completion.split()[1]], start_new_session=True)
+    if completion.endswith("and hang"):
+      time.sleep(600)
+    if completion.endswith("and die"):
+      os._exit(3)
+    return 1.0
+  if completion == "tell":
+    print("said on stderr", file=sys.stderr, flush=True)
+    return 1.0
   print("said on stdout")
   return float(completion)
 """
-KINDS = {"hang": "timeout", "die": "crash", "memory": "crash", "raise": "failed", "nan": "failed", "two": "failed"}
+KINDS = {"hang": "timeout", "die": "crash", "memory": "crash", "close": "crash"}
+KINDS |= dict.fromkeys(["raise", "nan", "two", "huge", "long", "exit", "interrupt", "text"], "failed")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +85,7 @@ def spec(tmp_path_factory):
 def test_nothing_that_a_reward_does_takes_the_run_with_it(spec, capfd):
   pool = Grading(spec, workers=2, seconds=1.0, memory_gb=2.0)
   texts = ["1", "hang", "2", "die", "3", "memory", "raise", "4", "nan", "two", "5"]
+  texts += ["huge", "long", "exit", "interrupt", "text", "close"]
   start = time.monotonic()
   verdicts = pool.submit([{"n": 1}] * len(texts), texts, [True] * len(texts)).result()
   again = pool.submit([{"n": 1}], ["7"], [True]).result()  # the workers stand again
@@ -77,6 +106,72 @@ def test_close_ends_the_workers_at_once(spec):
   process = worker._process
   pool.close()
   assert process.poll() is not None
+
+
+def test_what_a_reward_starts_ends_with_its_worker(spec):
+  """In a session of its own too, whether the reward returns, hangs or ends its process."""
+  pool = Grading(spec, workers=1, seconds=1.0)
+  texts = [f"leave 98765.{number}{how}" for number, how in enumerate(["", " and hang", " and die", ""])]
+  verdicts = pool.submit([{"n": 1}] * 4, texts, [True] * 4).result()
+  assert [x.kind for x in verdicts] == ["graded", "timeout", "crash", "graded"]
+  assert [text.split()[1] for text in texts if _is_running(f"sleep {text.split()[1]}")] == ["98765.3"]  # it still may
+  pool.close()
+  assert not _is_running("sleep 98765")
+
+
+def test_nothing_holds_the_stderr_of_a_run_that_was_killed(spec):
+  """`main 2>&1 | tee log` ends with main."""
+  program = f"""
+from dmpo_jax.grading import Grading
+import os, signal
+Grading({spec!r}, workers=1, seconds=9.0).submit([{{"n": 1}}], ["leave 98764"], [True]).result()
+print("graded", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)  # reads to the end
+  assert (done.returncode, done.stdout) == (-signal.SIGKILL, "graded\n")
+  deadline = time.monotonic() + 10
+  while _is_running("sleep 98764") and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not _is_running("sleep 98764")
+
+
+def test_a_killed_worker_is_a_crash_and_the_next_one_grades(spec):
+  pool = Grading(spec, workers=1, seconds=30.0)
+  pool.submit([{"n": 1}], ["1"], [True]).result()
+  pending = pool.submit([{"n": 1}], ["hang"], [True])
+  time.sleep(0.3)
+  for process in psutil.Process().children(recursive=True):
+    if "judge.serve" in " ".join(process.cmdline()):
+      process.kill()
+  assert [x.kind for x in pending.result()] == ["crash"]
+  assert [x.reward for x in pool.submit([{"n": 1}], ["7"], [True]).result()] == [7.0]
+  pool.close()
+
+
+def test_what_a_reward_writes_to_stderr_is_logged(spec, caplog):
+  pool = Grading(spec, workers=1)
+  pool.submit([{"n": 1}], ["tell"], [True]).result()
+  pool.close()
+  assert [record.message for record in caplog.records if "stderr" in record.message] == [
+    "a reward's stderr: said on stderr"
+  ]
+
+
+def _is_running(command):
+  found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+  return any(" ".join(words).startswith(command) for words in found)
+
+
+def test_a_reward_is_called_once_a_completion(tmp_path):
+  path = tmp_path / "counting.py"
+  path.write_text(
+    "def records(split): return [{'n': 1}]\ndef prompt(record): return 'x'\ncalls = []\n"
+    "def reward(record, completion):\n  calls.append(completion)\n  return len(calls)\n"
+  )
+  task = PythonTask(str(path))
+  verdicts = [judge(task, {"n": 1}, text, True) for text in ("a", "b")]
+  assert [(x.reward, x.grade.is_correct) for x in verdicts] == [(1.0, True), (2.0, True)]
 
 
 def test_a_worker_does_not_import_jax(tmp_path):

@@ -5,6 +5,7 @@ completions back to it. A task sees strings only.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -72,6 +73,10 @@ class Task(Protocol):
     """Return whether a completion is right; `is_ended`: it ended by an end token, not by its length."""
     ...
 
+  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[float, Grade]:
+    """Return both, doing once what both need."""
+    ...
+
   def read_published(self, path: epath.PathLike) -> list[Record]:
     """Read a published test file; one ValueError lists every row that cannot be used."""
     ...
@@ -84,6 +89,35 @@ class GeneratedTask(Task, Protocol):
   def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
     """Yield `num` different records, a function of the arguments; the splits of one seed share no answer."""
     ...
+
+
+def finite_number(value: Any) -> float:
+  """Return a reward as a float.
+
+  Raises:
+    NotANumber: it is anything but one finite number, such as a text that reads like one.
+  """
+  try:
+    if isinstance(value, str | bytes):
+      raise TypeError("a text is not a number")
+    number = float(value)
+  except (TypeError, ValueError, OverflowError) as error:
+    raise NotANumber(f"gave {describe(value)}, not one finite number") from error
+  if not math.isfinite(number):
+    raise NotANumber(f"gave {number}, not a finite number")
+  return number
+
+
+class NotANumber(ValueError):
+  """A reward that is not one finite number."""
+
+
+def describe(value: Any) -> str:
+  """Show a value of a user's in at most 100 characters, whatever its `repr` does."""
+  try:
+    return f"{value!r:.100}"
+  except Exception:  # such as an int of too many digits
+    return f"a value of type {type(value).__name__}"
 
 
 def read_text(path: epath.PathLike) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax.tasks import answers, equivalence, sources
-from dmpo_jax.tasks.base import Grade, Record, Split, Task
+from dmpo_jax.tasks.base import Grade, Record, Split, Task, finite_number
 
 TEST_SHARE = 0.1  # of the rows of a JSONL file that are held out, chosen by a hash of their prompts
 NEEDED = ("records", "prompt", "reward")  # functions of a Python file
@@ -115,13 +115,18 @@ class JsonlTask:
 
   def reward(self, record: Record, completion: str) -> float:
     """Return 1 for a right answer, 0 for another; in [0, 1]."""
-    return float(self.grade(record, completion).is_correct)
+    return self.reward_and_grade(record, completion)[0]
 
   def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
     """Return whether the last answer is the row's."""
     answer = answers.final_answer(completion)
     answer = completion.strip() if answer is None else answer
     return Grade(GRADERS[self.grader](answer, record["answer"]), extracted=answer)
+
+  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[float, Grade]:
+    """Return both, from one comparison."""
+    grade = self.grade(record, completion, is_ended)
+    return float(grade.is_correct), grade
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +207,13 @@ class PythonTask:
 
   def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
     """Return whether the file's is_correct, or a reward above 0, says that a completion is right."""
-    judge = getattr(self._module, "is_correct", self._module.reward)
-    return Grade(bool(judge(record, completion) > 0), extracted=completion)
+    return self.reward_and_grade(record, completion, is_ended)[1]
+
+  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[float, Grade]:
+    """Return both; the file's reward, which may be slow or have effects, is called once."""
+    reward = finite_number(self._module.reward(record, completion))
+    is_correct = getattr(self._module, "is_correct", lambda *_: reward > 0)
+    return reward, Grade(bool(is_correct(record, completion)), extracted=completion)
 
 
 _MODULES: dict[str, ModuleType] = {}  # by path, imported once

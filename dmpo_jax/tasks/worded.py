@@ -100,6 +100,10 @@ class WordedTask:
     grade = self.published_grade(record, completion, is_ended) if is_published else self.own_grade(record, text)
     return dataclasses.replace(grade, is_formatted=self.has_form(record, text))
 
+  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[float, Grade]:
+    """Return what a completion is worth, and whether it is right."""
+    return self.reward(record, completion), self.grade(record, completion, is_ended)
+
   def has_form(self, record: Record, text: str) -> bool:
     """Whether a text has the form that the prompt asks for: both blocks, unless it asks for no tags."""
     return answers.has_blocks(text) or not self._prompt.is_tagged
