@@ -5,7 +5,8 @@ Below this module everything takes explicit keyword arguments.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmpo_jax import data, models, noise, pretrained, rollout, samplers, sharding, tasks
-from dmpo_jax.checkpoints import identity, load_params
+from dmpo_jax.checkpoints import identity, load_params, read_about
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
 from dmpo_jax.models import llada
@@ -24,6 +25,8 @@ from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING_MULTIPLE = 8  # rows of the embedding table come in this many, so that mesh axes divide it
 SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
@@ -254,10 +257,16 @@ def initial_params(config: ConfigDict, parts: ModelParts) -> Any:
   return random_collection(parts.model, parts.mesh, "params", noise.step_key(config.seed, "init", 0))
 
 
-def initial_adapters(config: ConfigDict, parts: ModelParts) -> Any:
-  """Return the adapters that `model.lora.init_from` names, or new ones from the seed, laid out over the mesh."""
-  if config.model.lora.init_from:
-    return load_params(config.model.lora.init_from, abstract_collection(parts.model, parts.mesh, "lora"))
+def initial_adapters(config: ConfigDict, workdir: epath.Path | None, parts: ModelParts) -> Any:
+  """Return the adapters that `model.lora.init_from` names, or new ones from the seed, laid out over the mesh.
+
+  Raises:
+    ConfigError: a run trained them on another base.
+  """
+  saved = config.model.lora.init_from
+  if saved:
+    check_base(config, workdir, saved)
+    return load_params(saved, abstract_collection(parts.model, parts.mesh, "lora"))
   return random_collection(parts.model, parts.mesh, "lora", noise.step_key(config.seed, "init", 1))
 
 
@@ -272,19 +281,68 @@ def load_policy(config: ConfigDict, workdir: epath.Path | None, parts: ModelPart
   """Return the policy that training left in `workdir`, or without one the initial model: (trainable, frozen).
 
   Raises:
-    ConfigError: the workdir holds no finished policy, or there is neither a workdir nor a model to begin with.
+    ConfigError: there is neither a workdir nor a model to begin with; or see `load_policies`.
+  """
+  if workdir is not None:
+    (trainable,), frozen = load_policies(config, workdir, parts, ["policy"])
+    return trainable, frozen
+  if not config.model.init_from:
+    raise ConfigError("no policy: give --workdir of a finished run, or set config.model.init_from to a model")
+  params = initial_params(config, parts)
+  has_adapters = parts.model.config.lora is not None
+  return (initial_adapters(config, None, parts), params) if has_adapters else (params, {})
+
+
+def load_policies(
+  config: ConfigDict, workdir: epath.Path, parts: ModelParts, folders: Sequence[str]
+) -> tuple[list[Any], Any]:
+  """Return the policies in some of a workdir's folders, and the base that their adapters share ({} without adapters).
+
+  Raises:
+    ConfigError: there is no such policy, or its adapters were trained on another base.
   """
   has_adapters = parts.model.config.lora is not None
-  if workdir is None:
-    if not config.model.init_from:
-      raise ConfigError("no policy: give --workdir of a finished run, or set config.model.init_from to a model")
-    params = initial_params(config, parts)
-    return (initial_adapters(config, parts), params) if has_adapters else (params, {})
-  if not (workdir / "policy").exists():
-    raise ConfigError(f"{workdir} holds no finished policy: train first, with the same command without --mode")
-  collection = "lora" if has_adapters else "params"
-  policy = load_params(workdir / "policy", abstract_collection(parts.model, parts.mesh, collection))
-  return policy, base_params(config, workdir, parts) if has_adapters else {}
+  for folder in folders:
+    if not (workdir / folder).exists():
+      raise ConfigError(f"{workdir} holds no finished policy: train first, with the same command without --mode")
+    if has_adapters:
+      check_base(config, workdir, workdir / folder)
+  abstract = abstract_collection(parts.model, parts.mesh, "lora" if has_adapters else "params")
+  trained = [load_params(workdir / folder, abstract) for folder in folders]
+  return trained, base_params(config, workdir, parts) if has_adapters else {}
+
+
+def about_policy(config: ConfigDict, workdir: epath.Path, num_buffers: int) -> dict[str, Any]:
+  """Say what made a policy, to be saved with it: the buffers that it has learned from, and its base."""
+  return {"buffers": num_buffers, "base": base_name(config, workdir)}
+
+
+def check_base(config: ConfigDict, workdir: epath.Path | None, adapters: epath.PathLike) -> None:
+  """Refuse adapters of a run on another base than theirs; where nothing says which that was, the log does.
+
+  Raises:
+    ConfigError: naming both.
+  """
+  trained_on, given = read_about(adapters).get("base"), base_name(config, workdir)
+  if trained_on is None:
+    _warn_once(f"{adapters} does not say which base its adapters were trained on: taken for those of {given}")
+  elif trained_on != given:
+    raise ConfigError(
+      f"the adapters in {adapters} were trained on the base {trained_on}, and this base is {given}: set "
+      f"config.model.init_from = {config.model.init_from!r} back (a copy of the folder will do); where the base was "
+      "random, config.seed and config.model.param_dtype"
+    )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+  logger.warning(text)
+
+
+def base_name(config: ConfigDict, workdir: epath.Path | None) -> str:
+  """Say which base a policy stands on: the identity of its parameters, or what random ones were made from."""
+  known = initial_identity(config) if workdir is None else base_identity(config, workdir)
+  return known or f"random, seed {config.seed}, {config.model.param_dtype}"
 
 
 def initial_identity(config: ConfigDict) -> str:

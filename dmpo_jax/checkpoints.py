@@ -270,10 +270,20 @@ class Checkpoints:
     self.close()
 
 
-def save_params(path: epath.PathLike, params: Any) -> None:
-  """Save parameters to a folder of their own, whole or not at all; a folder of that name is replaced."""
+def save_params(path: epath.PathLike, params: Any, about: dict[str, Any] | None = None) -> None:
+  """Save parameters to a folder of their own, whole or not at all; a folder of that name is replaced.
+
+  Args:
+    about: what made them, as JSON can hold it; `read_about` returns it.
+  """
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(_absolute(path), _global(params), force=True)
+    checkpointer.save(_absolute(path), _global(params), force=True, custom_metadata=about)
+
+
+def read_about(path: epath.PathLike) -> dict[str, Any]:
+  """Return what `save_params` was told of the parameters in a folder; {} if it was told nothing."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    return dict(checkpointer.metadata(_absolute(pretrained.params_path(path))).custom_metadata or {})
 
 
 def load_params(path: epath.PathLike, abstract_params: Any) -> Any:

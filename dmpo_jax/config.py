@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -55,6 +55,14 @@ MAY_CHANGE = (
   "task.records_dir",
   "train.microbatch_prompts",
   "train.num_buffers",
+)
+
+# What an evaluation does not depend on, beside the policy and its base, which have an identity.
+NOT_OF_EVALUATION = (
+  *("checkpoint.*", "log.*", "objective.*", "optim.*", "rollout.*", "serve.*", "sharding.*", "train.*", "warm_start.*"),
+  *("eval.batch_size", "eval.every_buffers", "eval.lengths", "eval.samplers", "eval.tasks", "grading.workers"),
+  *("model.init_from", "model.layer_rows", "model.lora.dropout", "model.lora.init_from", "model.remat"),
+  *("task.data_dir", "task.records_dir"),
 )
 
 # What the lack of a key means, in runs of before there was one.
@@ -166,13 +174,13 @@ def _unknown_keywords(section: str, name: str, function: Callable, values: Mappi
 
 def fingerprint(config: Config) -> str:
   """Hash what decides a run's results: the same for equal configurations on every machine and Python."""
-  leaves = {path: float(value) if type(value) is int else value for path, value in _deciding(config).items()}
+  leaves = {path: float(value) if type(value) is int else value for path, value in deciding(config).items()}
   return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(old: Config, new: Config) -> list[str]:
   """List the keys by which two configurations decide different results, as `config.path: old -> new`."""
-  before, after = _deciding(old), _deciding(new)
+  before, after = deciding(old), deciding(new)
   return [
     f"config.{path}: {before.get(path, 'absent')!r} -> {after.get(path, 'absent')!r}"
     for path in sorted(before.keys() | after.keys())
@@ -180,23 +188,23 @@ def differences(old: Config, new: Config) -> list[str]:
   ]
 
 
-def _deciding(config: Config) -> dict[str, Any]:
-  """The leaves that decide results: not those of MAY_CHANGE, nor sections of choices that were not made, nor OLDER."""
+def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str, Any]:
+  """List the leaves that decide results: not those of `may_change`, nor of choices that were not made, nor OLDER."""
   leaves = flatten(config)
   chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
   chosen.add(("objective", leaves.get("objective.likelihood")))
   chosen.add(("task", tasks.section(str(leaves.get("task.name")))))
-  deciding = {}
+  found = {}
   for path, value in leaves.items():
     section, *rest = path.split(".")
     is_of_another = section in CHOICES and len(rest) > 1 and (section, rest[0]) not in chosen
     is_as_before = path in OLDER and value == OLDER[path]
-    if is_of_another or is_as_before or any(fnmatch(path, key) for key in MAY_CHANGE):
+    if is_of_another or is_as_before or any(fnmatch(path, key) for key in may_change):
       continue
-    deciding[path] = list(value) if isinstance(value, tuple) else value
-  if isinstance(deciding.get("tokenizer.path"), str):  # a checkout may move; its file is the same one
-    deciding["tokenizer.path"] = epath.Path(deciding["tokenizer.path"]).name
-  return deciding
+    found[path] = list(value) if isinstance(value, tuple) else value
+  if isinstance(found.get("tokenizer.path"), str):  # a checkout may move; its file is the same one
+    found["tokenizer.path"] = epath.Path(found["tokenizer.path"]).name
+  return found
 
 
 def save(workdir: epath.PathLike, config: ConfigDict) -> None:

@@ -6,6 +6,7 @@ During training the current policy is evaluated now and then, as it samples in t
 
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -20,49 +21,49 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import files, grading, noise, progress, sharding
-from dmpo_jax.build import Parts, abstract_collection, base_params, build_parts, make_sample
-from dmpo_jax.checkpoints import load_params
-from dmpo_jax.config import ConfigError, validate
+from dmpo_jax import files, grading, noise, progress, sharding, tasks
+from dmpo_jax.build import Parts, base_name, build_parts, load_policies, make_sample
+from dmpo_jax.checkpoints import identity, read_about
+from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
 from dmpo_jax.measure import Policies
+from dmpo_jax.metrics import read_result
 from dmpo_jax.processes import HostShare, gather_texts
 from dmpo_jax.report import tables
+from dmpo_jax.rollout import Compiled
 from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 
 RESULT = "result.json"
+POLICIES = {"last": "policy", "best": "best"}  # folders of the workdir
 SHORTEST = 64  # tokens that the shortest prompts are padded to
 _Z = 1.959964  # of a 95 % interval
 
 
 def main(config: ConfigDict, workdir: epath.Path) -> None:
   """Evaluate the policies that training left in `workdir`, and print and save the figures; done parts are kept."""
-  policies = {name: workdir / folder for name, folder in (("last", "policy"), ("best", "best"))}
-  policies = {name: path for name, path in policies.items() if path.exists()}
-  if "last" not in policies:
-    raise ConfigError(
-      f"{workdir} holds no finished policy to evaluate: train first, with the same command without --mode"
-    )
+  policies = [name for name, folder in POLICIES.items() if name == "last" or (workdir / folder).exists()]
   settings = list(vary(config))
   for setting in settings:
     validate(setting)
   folder = workdir / "evaluation"
   rows = _read_rows(folder / RESULT)
   with progress.Progress("evaluation", len(settings) * len(policies), unit="settings") as shown:
-    for name, group in itertools.groupby(settings, key=lambda setting: setting.task.name):
-      parts = build_parts(config_of_task(config, name), workdir, is_training=False)
+    for task_name, group in itertools.groupby(settings, key=lambda setting: setting.task.name):
+      parts = build_parts(config_of_task(config, task_name), workdir, is_training=False)
       with jax.set_mesh(parts.mesh):
-        base = base_params(config, workdir, parts)
-        trained = _load(policies, parts)
-        for setting, policy in itertools.product(group, policies):
-          about = describe(setting, config) | {"policy": policy, "buffers": _num_buffers(workdir, config, policy)}
-          if not any(row.items() >= about.items() for row in rows):  # else an earlier start has done it
-            path = folder / f"{_file_name(about)}.jsonl"
-            figures = make_evaluate(setting, folder, parts, base)(trained[policy], about["buffers"], path)
-            rows = [row for row in rows if _file_name(row) != _file_name(about)] + [about | figures]
-            if jax.process_index() == 0:
-              files.write_whole(folder / RESULT, json.dumps(rows, indent=2) + "\n")
-          shown.advance()
+        trained, base = load_policies(config, workdir, parts, [POLICIES[name] for name in policies])
+        for setting in group:
+          evaluate_policy = make_evaluate(setting, parts, base)
+          for name, policy in zip(policies, trained, strict=True):
+            about = describe(setting, config) | _prompts_identity(setting, parts)
+            about |= _describe_policy(config, workdir, name)
+            if not any(row.items() >= about.items() for row in rows):  # else an earlier start has done it
+              path = folder / _file_name(about)
+              row = about | evaluate_policy(policy, path, about) | {"generations": path.name}
+              rows = [other for other in rows if other["generations"] != path.name] + [row]
+              if jax.process_index() == 0:
+                files.write_whole(folder / RESULT, json.dumps(rows, indent=2) + "\n")
+            shown.advance()
   if jax.process_index() == 0:
     Console().print(tables.evaluations(rows))
     print(f"generations  {folder}")
@@ -91,33 +92,80 @@ def config_of_task(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def describe(setting: ConfigDict, config: ConfigDict) -> dict[str, Any]:
-  """Return what an evaluation depends on besides the policy, and whether it samples as training does."""
+  """Return what an evaluation depends on besides policy and prompts, and whether it samples as training does.
+
+  `settings` has every key of the configuration that decides its result; the others are those that tables show.
+  """
   sampler, trained_with = setting.sampler, config.sampler
   return {
     "task": setting.task.name,
-    "prompt": setting.task.prompt,
-    "grader": setting.task.grader,
-    "eval_path": setting.task.eval_path,
-    "prompts": setting.eval.num_prompts,
     "sampler": sampler.name,
     "completion_length": sampler.completion_length,
-    "block_length": sampler.block_length,
     "steps": sampler.steps,
-    "temperature": setting.eval.temperature,
-    "num_samples": setting.eval.num_samples,
     "is_as_in_training": sampler.to_dict() == trained_with.to_dict() and setting.task.name == config.task.name,
+    "settings": deciding(setting, NOT_OF_EVALUATION),
   }
 
 
-def make_evaluate(config: ConfigDict, folder: epath.Path, parts: Parts, base: Any) -> Callable[..., dict[str, float]]:
-  """Close over the configuration's evaluation: `evaluate(trainable, after so many buffers[, path]) -> figures`."""
+def _describe_policy(config: ConfigDict, workdir: epath.Path, name: str) -> dict[str, Any]:
+  """Say which policy an evaluation is of, and how many buffers it has learned from."""
+  return {
+    "policy": name,
+    "buffers": _num_buffers(workdir, name),
+    "policy_identity": identity(workdir / POLICIES[name]),
+    "base_identity": base_name(config, workdir) if config.model.lora.rank else "",
+  }
+
+
+def _prompts_identity(setting: ConfigDict, parts: Parts) -> dict[str, str]:
+  """Hash the held-out prompts, as the model sees them, with their records, and the file of a user's own task."""
+  prompts, records = parts.held_out
+  digest = hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode())
+  for array in (prompts.tokens, prompts.is_valid):
+    digest.update(np.ascontiguousarray(array).tobytes())
+  if tasks.section(setting.task.name) == "user":
+    digest.update(epath.Path(setting.task.name).read_bytes())
+  return {"prompts_identity": digest.hexdigest()[:16]}
+
+
+def _num_buffers(workdir: epath.Path, name: str) -> int:
+  """Say how many buffers a saved policy has learned from; in runs of before it said so, the result does."""
+  about = read_about(workdir / POLICIES[name])
+  if "buffers" in about:
+    return about["buffers"]
+  result = read_result(workdir)
+  if result is None:
+    raise ConfigError(
+      f"{workdir} does not say how many buffers its policy has learned from: run the training once more"
+    )
+  return result["buffers"] if name == "last" else int(best_buffer(result["evaluations"]))
+
+
+def make_evaluate_training(
+  config: ConfigDict, workdir: epath.Path, parts: Parts, base: Any
+) -> Callable[[Any, int], dict[str, float]]:
+  """Close over a run's own evaluation: `evaluate(trainable, after so many buffers) -> figures`."""
+  evaluate_policy = make_evaluate(config, parts, base)
+  about = describe(config, config) | _prompts_identity(config, parts) | {"base_identity": base_name(config, workdir)}
+
+  def evaluate_after(trainable: Any, buffers: int) -> dict[str, float]:
+    path = workdir / "generations" / f"{buffers:06d}.jsonl"
+    return evaluate_policy(trainable, path, about | {"buffers": buffers})
+
+  return evaluate_after
+
+
+def make_evaluate(
+  config: ConfigDict, parts: Parts, base: Any
+) -> Callable[[Any, epath.Path, Mapping[str, Any]], dict[str, float]]:
+  """Close over the configuration's evaluation: `evaluate(trainable, path, about) -> figures`."""
   own = config.eval
   settings = dict(group_size=own.num_samples, temperature=own.temperature, early_exit=own.early_exit)
-  sample = sharding.within(parts.rollout_mesh, make_sample(config, parts, **settings))
+  program = Compiled(make_sample(config, parts, **settings))
+  sample = sharding.within(parts.rollout_mesh, program)
   prompts, records = parts.held_out
-  about = describe(config, config)
 
-  def evaluate_after(trainable: Any, buffer: int, path: epath.Path | None = None) -> dict[str, float]:
+  def evaluate_policy(trainable: Any, path: epath.Path, about: Mapping[str, Any]) -> dict[str, float]:
     return evaluate(
       functools.partial(sample, sharding.move(Policies(trainable, base), parts.rollout_mesh)),
       prompts,
@@ -126,11 +174,12 @@ def make_evaluate(config: ConfigDict, folder: epath.Path, parts: Parts, base: An
       tokenizer=parts.tokenizer,
       seed=config.seed,
       batch_size=own.batch_size,
-      path=path or folder / f"{buffer:06d}.jsonl",
-      about=about | {"buffers": buffer},
+      path=path,
+      about=about,
+      seconds_compiling=lambda: program.seconds,
     )
 
-  return evaluate_after
+  return evaluate_policy
 
 
 def evaluate(
@@ -144,6 +193,7 @@ def evaluate(
   batch_size: int,
   path: epath.Path,
   about: Mapping[str, Any],
+  seconds_compiling: Callable[[], float] = lambda: 0.0,
 ) -> dict[str, float]:
   """Decode completions of every prompt, grade them, and save the generations as JSON lines.
 
@@ -156,11 +206,13 @@ def evaluate(
     batch_size: prompts decoded at one time; the last batch is filled up with copies of the last prompt, dropped again.
     path: one line a completion, see `_line`. Written by process 0.
     about: what the evaluation depends on; an unfinished file of another one is begun anew.
+    seconds_compiling: seconds that `sample` has spent on compiling so far.
 
   Returns:
-    See `summarize`, and `seconds` and `tokens_per_second` of this start, effective tokens counted.
+    See `summarize`; `seconds` of this start and, of these, `seconds_compiling`; and the effective tokens a second of
+    the others, `tokens_per_second`.
   """
-  start, num = time.monotonic(), len(records)
+  start, compiled_before, num = time.monotonic(), seconds_compiling(), len(records)
   key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, max(num, 1))
   unfinished = Unfinished(path, about)
   lines = unfinished.read()
@@ -184,9 +236,10 @@ def evaluate(
     unfinished.add(found)
   lines.sort(key=operator.itemgetter("index", "sample"))
   unfinished.finish(lines)
-  seconds = time.monotonic() - start
+  seconds, compiling = time.monotonic() - start, seconds_compiling() - compiled_before
   tokens = sum(line["num_tokens"] for line in lines if not is_done[line["index"]])
-  return summarize(lines) | {"seconds": seconds, "tokens_per_second": tokens / seconds}
+  times = {"seconds": seconds, "seconds_compiling": compiling, "tokens_per_second": tokens / (seconds - compiling)}
+  return summarize(lines) | times
 
 
 def cut_padding(prompts: Prompts) -> Prompts:
@@ -345,21 +398,12 @@ def best_buffer(evaluations: Mapping[str, Mapping[str, float]]) -> str:
   return max(trained, key=lambda buffer: (trained[buffer]["solve_rate"], trained[buffer]["reward_mean"], -int(buffer)))
 
 
-def _load(policies: Mapping[str, epath.Path], parts: Parts) -> dict[str, Any]:
-  collection = "lora" if parts.model.config.lora else "params"
-  abstract = abstract_collection(parts.model, parts.mesh, collection)
-  return {name: load_params(path, abstract) for name, path in policies.items()}
-
-
-def _num_buffers(workdir: epath.Path, config: ConfigDict, policy: str) -> int:
-  if policy == "last":
-    return config.train.num_buffers
-  return int(best_buffer(json.loads((workdir / "result.json").read_text())["evaluations"]))
-
-
 def _file_name(about: Mapping[str, Any]) -> str:
+  """Name the file of an evaluation's generations: another evaluation has another name."""
+  digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()[:8]
   task = epath.Path(about["task"]).stem
-  return "_".join(str(x) for x in (about["policy"], task, about["sampler"], about["completion_length"]))
+  parts = (about["policy"], about["buffers"], task, about["sampler"], about["completion_length"], digest)
+  return "_".join(map(str, parts)) + ".jsonl"
 
 
 def _read_rows(path: epath.Path) -> list[dict[str, Any]]:

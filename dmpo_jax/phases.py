@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import build, optim, rollout, sharding, update
 from dmpo_jax.build import Parts, Placed, initial_adapters, initial_params, make_sample
 from dmpo_jax.checkpoints import save_params
-from dmpo_jax.evaluate import make_evaluate
+from dmpo_jax.evaluate import make_evaluate_training
 from dmpo_jax.measure import (
   Measure,
   Policies,
@@ -54,7 +54,8 @@ class Phase:
   evaluate: Callable[[Any, int], dict[str, float]]  # of what is learned, after so many buffers
   evaluate_after: frozenset[int]  # numbers of finished buffers
   is_pipelined: bool = False  # a buffer is drawn before the updates on the one before it
-  keep_best: Callable[[Any], None] = lambda trainable: None  # called where an evaluation is the best so far
+  # Called where an evaluation is the best so far, with what is learned and the number of finished buffers.
+  keep_best: Callable[[Any, int], None] = lambda trainable, buffer: None
 
 
 def abstract_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -127,7 +128,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
   """Build the training proper by `config.objective`, and its first state: the base, or fresh adapters on it."""
   objective, has_adapters = config.objective, parts.model.config.lora is not None
   optimizer = training_optimizer(config)
-  trainable = initial_adapters(config, parts) if has_adapters else jax.tree.map(jnp.copy, base)
+  trainable = initial_adapters(config, workdir, parts) if has_adapters else jax.tree.map(jnp.copy, base)
   state = fresh_state(trainable, optimizer, parts.mesh)
   is_supervised = OBJECTIVES[objective.name].needs == "demonstrations"
   if objective.sync_reference_every:
@@ -145,10 +146,12 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     draw=draw,
     finish=finish,
     update=_of_seed(config.seed, training_update(config, parts.model, optimizer, _shardings(state, parts.mesh))),
-    evaluate=make_evaluate(config, workdir / "generations", parts, base),
+    evaluate=make_evaluate_training(config, workdir, parts, base),
     evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
     is_pipelined=config.rollout.pipelined,
-    keep_best=lambda trainable: save_params(workdir / "best", trainable),
+    keep_best=lambda trainable, buffer: save_params(
+      workdir / "best", trainable, build.about_policy(config, workdir, buffer)
+    ),
   )
   return phase, state
 

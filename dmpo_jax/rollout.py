@@ -205,6 +205,30 @@ def make_sample(
   return jax.jit(sample, out_shardings=replicated(mesh))
 
 
+class Compiled:
+  """A jitted sampler whose programs, one for each shape of the prompts, are compiled apart, so that this can be timed.
+
+  It is called with `(policies, prompts, key)`; `seconds` of compiling add up.
+  """
+
+  def __init__(self, sample: jax.stages.Wrapped):
+    self.seconds = 0.0
+    self._sample = sample
+    self._programs: dict[tuple[int, ...], jax.stages.Compiled] = {}
+
+  def __call__(self, policies: Policies, prompts: Prompts, key: jax.Array) -> Rollouts:
+    return self.compile(policies, prompts, key)(policies, prompts, key)
+
+  def compile(self, policies: Policies, prompts: Prompts, key: jax.Array) -> jax.stages.Compiled:
+    """Return the program for prompts of this shape, compiled where it is not yet."""
+    shape = prompts.tokens.shape
+    if shape not in self._programs:
+      start = time.monotonic()
+      self._programs[shape] = self._sample.lower(policies, prompts, key).compile()
+      self.seconds += time.monotonic() - start
+    return self._programs[shape]
+
+
 def count_positions(
   completion: Int[np.ndarray | jax.Array, "*b c"], eos_token_id: int, counted: str
 ) -> Bool[np.ndarray | jax.Array, "*b c"]:

@@ -24,6 +24,7 @@ from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_ids
 from dmpo_jax.measure import Policies
 from dmpo_jax.progress import Progress
+from dmpo_jax.rollout import Compiled
 from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 from dmpo_jax.watch import Watcher
@@ -79,19 +80,17 @@ def decode(
   """
   watcher = Watcher(parts.tokenizer) if watch else None
   own = config.eval
-  sample = make_sample(
-    config, parts, group_size=1, temperature=own.temperature, early_exit=own.early_exit, on_call=watcher
+  sample = Compiled(
+    make_sample(config, parts, group_size=1, temperature=own.temperature, early_exit=own.early_exit, on_call=watcher)
   )
   key = noise.step_key(config.seed, "sample", 0)
   numbers = prompt_ids([request.prompt + request.prefill for request in requests])
-  size, programs = min(own.batch_size, len(requests)), {}
+  size = min(own.batch_size, len(requests))
   for start in range(0, len(requests), size):
     batch = requests[start : start + size]
     prompts = encode(batch, numbers[start : start + size], parts.tokenizer, num_rows=size)
-    length = prompts.tokens.shape[1]
-    if length not in programs:
-      programs[length] = sample.lower(policies, prompts, key).compile()
-    rollouts, seconds = _run(functools.partial(programs[length], policies, prompts, key), watcher, len(batch))
+    sample.compile(policies, prompts, key)
+    rollouts, seconds = _run(functools.partial(sample, policies, prompts, key), watcher, len(batch))
     rollouts = jax.tree.map(operator.itemgetter((slice(len(batch)), 0)), rollouts)
     yield from zip(batch, describe(rollouts, parts.tokenizer, seconds), strict=True)
 

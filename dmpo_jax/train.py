@@ -86,7 +86,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
     base = warm_start(config, workdir, parts, metrics)
     phase, state = phases.training_phase(config, workdir, parts, base)
     state, position = run(phase, state, config, workdir, metrics)
-    save_params(workdir / "policy", state.trainable)
+    save_params(workdir / "policy", state.trainable, build.about_policy(config, workdir, position.buffer))
   return position.evaluations
 
 
@@ -180,7 +180,7 @@ def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: 
     scalars = phase.evaluate(state.trainable, position.buffer)
     position.evaluations[str(position.buffer)] = scalars
     if position.buffer and best_buffer(position.evaluations) == str(position.buffer):
-      phase.keep_best(state.trainable)
+      phase.keep_best(state.trainable, position.buffer)
     position.scalars |= {f"eval_{name}": value for name, value in scalars.items()}
   if position.scalars:
     metrics.write(phase.name, position.buffer, position.scalars)

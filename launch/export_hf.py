@@ -67,6 +67,8 @@ def find_run(workdir: epath.Path) -> Source:
   base = workdir / "base" if settings.warm_start.updates else epath.Path(checkpoint) if checkpoint else None
   if base is None and model.config.lora is not None:
     raise ValueError(f"--run={workdir} has adapters on random parameters, which are not stored: they cannot be merged")
+  if model.config.lora is not None:
+    build.check_base(settings, workdir, workdir / "policy")
   return Source(model.config, family, base, workdir / "policy", epath.Path(checkpoint) if described else None)
 
 

@@ -2,7 +2,7 @@
 
 python -m launch.replay --workdir=runs/sudoku_tiny                                # the first of the last evaluation
 python -m launch.replay --workdir=runs/sudoku_tiny --buffers=0 --index=3          # the fourth of the base's
-python -m launch.replay --generations=runs/sudoku_tiny/evaluation/last_sudoku_wino_16.jsonl
+python -m launch.replay --generations=FILE    # of --mode=eval: evaluation/result.json names it
 """
 
 import sys

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dmpo_jax import sharding
-from dmpo_jax.checkpoints import Checkpoints, identity, load_params, save_params
+from dmpo_jax.checkpoints import Checkpoints, identity, load_params, read_about, save_params
 from dmpo_jax.structs import Experience, Prompts, TrainState
 
 
@@ -210,6 +210,15 @@ def test_parameters_are_known_by_their_index(mesh, tmp_path):
     save_params(tmp_path / name, make_state(mesh, seed).trainable)
   shutil.copytree(tmp_path / "first", tmp_path / "copy")
   assert identity(tmp_path / "first") == identity(tmp_path / "copy") != identity(tmp_path / "second")
+
+
+def test_what_made_parameters_is_saved_with_them(mesh, tmp_path):
+  for name, about in (("first", {"buffers": 22, "base": "abc"}), ("second", None)):
+    save_params(tmp_path / name, make_state(mesh, 1).trainable, about)
+  assert read_about(tmp_path / "first") == {"buffers": 22, "base": "abc"}
+  assert read_about(tmp_path / "second") == {}
+  save_params(tmp_path / "first", make_state(mesh, 1).trainable, {"buffers": 23})
+  assert read_about(tmp_path / "first") == {"buffers": 23}
 
 
 def test_params_of_another_model_are_refused(mesh, tmp_path):

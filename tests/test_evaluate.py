@@ -12,7 +12,9 @@ from hosts import run_hosts
 from scipy import stats
 
 from configs import base
-from dmpo_jax import build, data, evaluate, grading, structs
+from dmpo_jax import build, checkpoints, data, evaluate, grading, structs
+from dmpo_jax import config as config_lib
+from dmpo_jax.rollout import Compiled
 from dmpo_jax.tasks.sudoku import Sudoku
 from dmpo_jax.tokenizer import load_tokenizer
 
@@ -115,20 +117,25 @@ def test_the_longest_prompts_come_first_and_short_ones_are_padded_less(use_devic
     epath.Path(tmp_path),
   )
   parts = build.build_parts(config, folder / "run")
-  sample = build.make_sample(config, parts, group_size=1, temperature=0.0, early_exit=False)
   lengths, texts = [], []
 
-  def record(policies, prompts, key):
-    lengths.append(prompts.tokens.shape[1])
-    return sample(policies, prompts, key)
+  class Recorded(Compiled):
+    def __call__(self, policies, prompts, key):
+      lengths.append(prompts.tokens.shape[1])
+      return super().__call__(policies, prompts, key)
 
-  monkeypatch.setattr(evaluate, "make_sample", lambda *_, **__: record)
+  monkeypatch.setattr(evaluate, "Compiled", Recorded)
   with jax.set_mesh(parts.mesh):
     params = build.initial_params(config, parts)
     for shortest in (64, 5):
       monkeypatch.setattr(evaluate, "SHORTEST", shortest)
-      evaluate.make_evaluate(config, folder, parts, {})(params, 0, folder / "a.jsonl")
+      figures = evaluate.make_evaluate(config, parts, {})(params, folder / "a.jsonl", {})
       texts.append((folder / "a.jsonl").read_text())
+  seconds = figures["seconds"] - figures["seconds_compiling"]
+  assert figures["seconds_compiling"] > 0.2 * figures["seconds"]
+  assert figures["tokens_per_second"] * seconds == pytest.approx(
+    sum(json.loads(line)["num_tokens"] for line in texts[1].splitlines())
+  )
   assert lengths == [12, 12, 12, 12, 12, 12, 12, 10], "one program more"
   assert texts[0] == texts[1]
   assert [json.loads(line)["index"] for line in texts[1].splitlines()] == list(range(16))
@@ -188,6 +195,83 @@ def test_an_evaluation_of_nothing_knows_nothing():
   figures = evaluate.summarize([])
   assert (figures["num_prompts"], figures["solve_rate_low"], figures["solve_rate_high"]) == (0, 0, 1)
   assert np.isnan(figures["solve_rate"])
+
+
+@pytest.mark.parametrize(
+  ("path", "value"),
+  [
+    ("sampler.wino.threshold", 0.05),
+    ("sampler.wino.threshold_back", 0.5),
+    ("sampler.guidance", 0.5),
+    ("eval.early_exit", False),
+    ("eval.temperature", 0.5),
+    ("eval.num_samples", 2),
+    ("model.dtype", "bfloat16"),
+    ("model.param_dtype", "bfloat16"),
+    ("model.attention", "xla"),
+    ("model.quantization", "int8"),
+    ("task.sudoku.min_blanks", 5),
+    ("task.grader", "published"),
+    ("grading.seconds", 1.0),
+    ("tokenizer.is_chat", True),
+    ("seed", 1),
+  ],
+)
+def test_what_decides_an_evaluation_is_part_of_it(path, value):
+  config = tiny.config(sampler__name="wino", eval__batch_size=8)
+  other = tiny.config(**{"sampler__name": "wino", "eval__batch_size": 16, path.replace(".", "__"): value})
+  about, again = evaluate.describe(config, config), evaluate.describe(other, other)
+  assert again["settings"] == about["settings"] | {path: value}, "the batch size decides nothing"
+
+
+def finished(workdir, buffers, scale, **changes):
+  """Put a policy that was not trained into a workdir, as training leaves it."""
+  config = tiny.config(eval__samplers=("wino",), warm_start__updates=0, **changes)
+  parts = build.build_parts(config, workdir, is_training=False)
+  name, init = ("lora", build.initial_adapters) if parts.model.config.lora else ("params", build.initial_params)
+  args = (config, workdir, parts) if name == "lora" else (config, parts)
+  with jax.set_mesh(parts.mesh):
+    params = jax.tree.map(lambda x: x * scale, init(*args))
+  checkpoints.save_params(workdir / "policy", params, build.about_policy(config, workdir, buffers))
+  config_lib.save(workdir, config)
+  return config
+
+
+def test_a_row_is_never_handed_back_for_another_evaluation(use_devices, tmp_path):
+  use_devices(1)
+  workdir = epath.Path(tmp_path / "run")
+  config = finished(workdir, buffers=20, scale=1.0)
+
+  def rows():
+    evaluate.main(config, workdir)
+    return json.loads((workdir / "evaluation" / "result.json").read_text())
+
+  first = rows()
+  assert [(row["policy"], row["buffers"]) for row in first] == [("last", 20)]
+  assert rows() == first, "the same evaluation is not made again"
+  config.sampler.wino.threshold = 0.05
+  second = rows()
+  assert second[:1] == first
+  assert [row["settings"]["sampler.wino.threshold"] for row in second] == [0.6, 0.05]
+  assert second[1]["model_calls"] != first[0]["model_calls"]
+  finished(workdir, buffers=22, scale=1.5)
+  config.train.num_buffers = 20  # as the command of before the run went on has it
+  third = rows()
+  assert third[:2] == second
+  assert [row["buffers"] for row in third] == [20, 20, 22]
+  assert all((workdir / "evaluation" / row["generations"]).exists() for row in third)
+  assert len({row["generations"] for row in third}) == 3
+
+
+def test_a_policy_of_before_it_said_its_buffers_has_those_of_the_result(tmp_path):
+  workdir = epath.Path(tmp_path)
+  for folder in ("policy", "best"):
+    checkpoints.save_params(workdir / folder, {"x": np.zeros(1)})
+  with pytest.raises(config_lib.ConfigError, match="run the training once more"):
+    evaluate._num_buffers(workdir, "last")
+  evaluations = {str(b): {"solve_rate": s, "reward_mean": 0.0} for b, s in ((0, 0.1), (15, 0.9), (22, 0.8))}
+  (workdir / "result.json").write_text(json.dumps({"buffers": 22, "evaluations": evaluations}))
+  assert [evaluate._num_buffers(workdir, name) for name in ("last", "best")] == [22, 15]
 
 
 def test_the_best_is_the_first_of_the_highest():

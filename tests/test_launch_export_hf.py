@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import flax.linen as nn
 import jax
@@ -172,6 +173,15 @@ def test_adapters_are_merged_into_the_weights(run, tmp_path):
   else:
     np.testing.assert_allclose(logits, arrays["logits_adapter"], rtol=0, atol=5e-4)
   np.testing.assert_array_equal(Shards(out)[untouched], kernel)
+
+
+def test_adapters_are_not_exported_with_another_base(run, tmp_path):
+  workdir = epath.Path(tmp_path / "run")
+  shutil.copytree(run, workdir)
+  adapters = convert.adapters_from_peft(tensors("adapter"), export_hf.find_run(run).config)
+  checkpoints.save_params(workdir / "policy", adapters, {"base": "0123", "buffers": 1})
+  with pytest.raises(ValueError, match=r"were trained on the base 0123, and this base is"):
+    export_hf.find_run(workdir)
 
 
 def test_adapters_for_peft_are_the_recorded_ones(run, tmp_path):

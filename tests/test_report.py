@@ -104,13 +104,14 @@ def test_what_was_evaluated_later_is_a_table(workdir, tmp_path):
   shutil.copytree(workdir, copy)
   (copy / "evaluation").mkdir()
   rows = [
-    {"policy": "best", "task": "sudoku", "sampler": "wino", "solve_rate": 0.6125, "solve_rate_low": 0.6},
+    {"policy": "best", "buffers": 22, "sampler": "wino", "solve_rate": 0.6125, "solve_rate_low": 0.6},
     {"x": 1},
   ]
   (copy / "evaluation" / "result.json").write_text(json.dumps(rows))
   (run,) = read_runs([copy])
   assert run.grid == rows[:1]
   assert "<td>61.3%</td><td>60.0% to unknown</td>" in page.render([run])
+  assert "<td>best</td><td>22</td>" in page.render([run])
   assert "evaluation/result.json is of another version" in page.render([run])
   (copy / "evaluation" / "result.json").write_text('{"solve_rate": 0.5}')  # as an earlier version had it
   text = report.write([copy]).read_text()
@@ -279,6 +280,7 @@ def test_the_table_of_evaluations_fits_a_narrow_terminal():
     "num_prompts": 256,
     "is_as_in_training": True,
     "tokens_per_second": 1500.0,
+    "settings": {},
   }
   rows = [row, row | {"sampler": "wino", "is_as_in_training": False, "solve_rate": 0.9375, "model_calls": 2.0}]
   console = Console(width=80, file=io.StringIO())
@@ -290,6 +292,13 @@ def test_the_table_of_evaluations_fits_a_narrow_terminal():
   assert "\u2026" not in text  # nothing is cut
   said = " ".join(text.split())
   assert "everywhere: task sudoku, tokens 16, prompts 256, form 50.0%" in said
+
+
+def test_rows_that_differ_in_their_settings_alone_say_so():
+  row = dict.fromkeys(tables.NAMED, "x") | {"settings": {"sampler.wino.threshold": 0.6, "eval.early_exit": True}}
+  rows = [row, row | {"settings": row["settings"] | {"sampler.wino.threshold": 0.05}}, row | {"buffers": 22}]
+  assert tables.settings_apart(rows) == ["wino.threshold=0.6", "wino.threshold=0.05", ""]
+  assert tables.settings_apart([row | {"settings": 3}, {}]) == ["", ""], "whatever stands in the file"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 import tiny
 from absl import flags
 from absl.testing import flagsaver
+from etils import epath
 from rich.console import Console, Group
 
-from dmpo_jax import build, main, sample, watch
+from dmpo_jax import build, checkpoints, main, sample, watch
 from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
 from dmpo_jax.sample import Request
@@ -159,3 +160,35 @@ def test_without_a_policy_there_is_nothing_to_sample_from():
   parts = build.build_model_parts(config)
   with pytest.raises(ConfigError, match=r"give --workdir of a finished run, or set config.model.init_from"):
     build.load_policy(config, None, parts)
+
+
+def test_adapters_are_used_on_their_own_base_alone(use_devices, tmp_path, caplog):
+  """Of a run, in a workdir or where another run begins with them; a run that says nothing of its base is believed."""
+  use_devices(1)
+  workdir, own, other = (epath.Path(tmp_path / name) for name in ("run", "own", "other"))
+  config = tiny.config(model__lora__rank=2, warm_start__updates=0)
+  parts = build.build_model_parts(config)
+  with jax.set_mesh(parts.mesh):
+    for path, seed in ((own, 1), (other, 2)):
+      config.seed = seed
+      checkpoints.save_params(path, build.initial_params(config, parts))
+    config.model.init_from = str(own)
+    adapters = build.initial_adapters(config, workdir, parts)
+    checkpoints.save_params(workdir / "policy", adapters, build.about_policy(config, workdir, 3))
+    base = build.load_policies(config, workdir, parts, ["policy"])[1]
+    np.testing.assert_array_equal(base["embedding"], checkpoints.load_leaf(own, ["embedding"]))
+    config.model.init_from = str(other)
+    names = rf"trained on the base {checkpoints.identity(own)}, and this base is {checkpoints.identity(other)}"
+    with pytest.raises(ConfigError, match=names):
+      build.load_policy(config, workdir, parts)
+    config.model.lora.init_from = str(workdir / "policy")
+    with pytest.raises(ConfigError, match=names):
+      build.load_policy(config, None, parts)
+    config.model.init_from = ""
+    with pytest.raises(ConfigError, match=r"and this base is random, seed 2, float32: .* config.seed"):
+      build.load_policy(config, workdir, parts)
+    checkpoints.save_params(workdir / "policy", adapters)
+    assert caplog.text == ""
+    for _ in range(2):
+      build.load_policy(config, workdir, parts)
+    assert caplog.text.count("does not say which base its adapters were trained on") == 1

@@ -51,7 +51,9 @@ def test_a_run_writes_what_it_promises(left_alone):
   assert {"index", "record", "prompt", "completion", "extracted", "reward", "is_solved"} <= set(
     json.loads(generations[0])
   )
-  assert (left_alone / "best").exists()
+  for folder in ("policy", "best"):
+    about = checkpoints.read_about(left_alone / folder)
+    assert about == {"buffers": 3, "base": checkpoints.identity(left_alone / "base")}
   assert "embedding" in (left_alone / "parameters.txt").read_text()
 
 

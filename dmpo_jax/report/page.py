@@ -24,6 +24,7 @@ from dmpo_jax import files
 from dmpo_jax.config import CHOICES, flatten
 from dmpo_jax.report import charts
 from dmpo_jax.report.runs import Row, Run, is_number, read_runs
+from dmpo_jax.report.tables import settings_apart
 
 HERE = pathlib.Path(__file__).parent
 ABSENT = "absent"
@@ -47,6 +48,7 @@ def render(runs: Sequence[Run]) -> str:
     loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
   )
   environment.filters |= {"percent": lambda value: f"{value:.1%}" if is_number(value) else "unknown", "number": _number}
+  environment.filters["with_settings"] = lambda rows: zip(rows, settings_apart(rows), strict=True)
   figures, absent = draw(runs)
   reels = {run.name: films(run) for run in runs}
   if any(run.generations for run in runs) and not any(reels.values()):

@@ -9,8 +9,21 @@ from rich.table import Table
 NEEDED = {  # what a row of `evaluations` must have
   *("policy", "buffers", "task", "completion_length", "sampler", "steps", "is_as_in_training", "num_prompts"),
   *("solve_rate", "solve_rate_low", "solve_rate_high", "format_rate", "eos_rate", "effective_tokens"),
-  *("model_calls", "tokens_per_second"),
+  *("model_calls", "tokens_per_second", "settings", "generations"),
 }
+NAMED = ("policy", "buffers", "task", "completion_length", "sampler", "steps")  # what tells rows of a table apart
+
+
+def settings_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Say for each row by which settings it differs from rows that have the same policy, task, sampler and length."""
+  names = [str([row.get(name) for name in NAMED]) for row in rows]
+  settings = [row["settings"] if isinstance(row.get("settings"), Mapping) else {} for row in rows]
+  said = []
+  for name, own in zip(names, settings, strict=True):
+    others = [other for like, other in zip(names, settings, strict=True) if like == name]
+    paths = sorted({path for other in others for path in other.keys() | own.keys() if other.get(path) != own.get(path)})
+    said.append(", ".join(f"{path.removeprefix('sampler.')}={own.get(path)}" for path in paths))
+  return said
 
 
 def outcome(rows: Mapping[str, Mapping[str, float]]) -> Table:
@@ -36,6 +49,7 @@ def evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
     "task": [epath.Path(row["task"]).name for row in rows],
     "tokens": [str(row["completion_length"]) for row in rows],
     "sampler": [f"{row['sampler']}/{row['steps']}" + "*" * (not row["is_as_in_training"]) for row in rows],
+    "with": settings_apart(rows),
     "prompts": [str(row["num_prompts"]) for row in rows],
     "solved": [f"{row['solve_rate']:.1%}" for row in rows],
     "95 % interval": [f"{row['solve_rate_low']:.1%} to {row['solve_rate_high']:.1%}" for row in rows],
@@ -49,10 +63,13 @@ def evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
   always = ("policy", "sampler", "solved", "95 % interval")
   shared = {name: values[0] for name, values in columns.items() if name not in always and len(set(values)) == 1}
   said = ", ".join(f"{name} {value}" for name, value in shared.items() if value)
-  layout = Table(title="held-out prompts; * another setting than in training", caption=said and f"everywhere: {said}")
+  layout = Table(
+    title="held-out prompts; * another setting than in training; tokens/s without compiling",
+    caption=said and f"everywhere: {said}",
+  )
   kept = {name: values for name, values in columns.items() if name not in shared}
   for name in kept:
-    is_text = name in ("policy", "task", "sampler")
+    is_text = name in ("policy", "task", "sampler", "with")
     layout.add_column(name, justify="left" if is_text else "right", overflow="fold")
   for row in zip(*kept.values(), strict=True):
     layout.add_row(*row)
