@@ -14,16 +14,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from dmpo_jax import pretrained
-from dmpo_jax.processes import agree
+from dmpo_jax.processes import Absent, agree, meet, poll
 from dmpo_jax.structs import Drawn, Experience, Measures, Prompts, Rollouts, TrainState
 
 logger = logging.getLogger(__name__)
+
+# Without this Orbax's processes wait for each other by a collective of the devices, for ever; with it for five minutes.
+flags.FLAGS.set_default("experimental_orbax_use_distributed_barrier", True)
 
 _num_polls = itertools.count(1)
 
@@ -33,14 +37,16 @@ class Preempted(RuntimeError):
 
 
 def check_preemption() -> None:
-  """Ask whether a notice of preemption (SIGTERM) has reached any process of the job.
+  """Meet before the next step, and ask whether a notice of preemption (SIGTERM) has reached any process of the job.
 
   Every process calls this at the same points of the program, so that all of them stop at the same one. Where JAX does
   not listen for notices (modes that have nothing to save), there is none.
 
   Raises:
     Preempted: it has.
+    Absent, Stopped: see `processes.poll`.
   """
+  poll("the next step")
   is_listening = jax.config.jax_enable_preemption_service
   if is_listening and multihost_utils.reached_preemption_sync_point(next(_num_polls)):
     raise Preempted("everything is saved; run the same command again to go on")
@@ -148,7 +154,9 @@ class Checkpoints:
 
     Raises:
       OSError: this or an earlier save failed.
+      Absent, Stopped: see `processes.poll`.
     """
+    poll("saving a checkpoint")
     items, about = {"state": ocp.args.StandardSave(_global(state))}, {"progress": progress}
     for name, buffer in (("experience", experience), ("drawn", drawn)):
       about[f"has_{name}"] = buffer is not None
@@ -181,7 +189,7 @@ class Checkpoints:
         restored = self._restore(number, abstract_state)
       except Exception as error:  # Orbax and TensorStore raise what they like
         problem = _first_line(error)
-      if agree(restored is not None):
+      if agree(restored is not None, "a checkpoint is read"):
         self._set_aside(problems, number)
         return restored
       problems[number] = problem
@@ -202,7 +210,7 @@ class Checkpoints:
         state = self._restore(number, abstract_state).state
       except Exception as error:  # as above
         logger.error("checkpoint %s cannot be read: %s", self._path(number).name, _first_line(error))
-      if agree(state is not None):
+      if agree(state is not None, "a checkpoint's state is read"):
         return state
     return None
 
@@ -235,7 +243,7 @@ class Checkpoints:
       logger.error("checkpoint %s is damaged, set aside as %s, going on from %s: %s", path.name, name, stands, problem)
       if jax.process_index() == 0:
         path.rename(name)
-    multihost_utils.sync_global_devices("checkpoints set aside")
+    meet("damaged checkpoints are set aside")
     self._manager.reload()
 
   def wait(self) -> None:
@@ -266,8 +274,9 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *error: Any) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+    if kind is not Absent:  # without the absent process no save ends
+      self.close()
 
 
 def save_params(path: epath.PathLike, params: Any, about: dict[str, Any] | None = None) -> None:
@@ -275,7 +284,11 @@ def save_params(path: epath.PathLike, params: Any, about: dict[str, Any] | None 
 
   Args:
     about: what made them, as JSON can hold it; `read_about` returns it.
+
+  Raises:
+    Absent, Stopped: see `processes.poll`.
   """
+  poll("saving parameters")
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(_absolute(path), _global(params), force=True, custom_metadata=about)
 

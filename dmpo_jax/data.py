@@ -23,9 +23,9 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Int, UInt32
 
+from dmpo_jax.processes import meet
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import option_types, sources
 from dmpo_jax.tasks.base import GeneratedTask, Record, Split, Task
@@ -33,6 +33,7 @@ from dmpo_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+RECORDS_SECONDS = 3600.0  # that process 0 may take to download a data set, or to generate any number of records
 _MAX_LISTED = 20  # overlong prompts that the error describes; all are counted
 
 
@@ -154,7 +155,7 @@ class TaskData:
     if jax.process_index() == 0:
       self._write(split)
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"records at {self.path(split)}")
+      meet(f"the records of {self._config(split).name} are written", RECORDS_SECONDS)
       self._write(split)
     with _quiet_tfds():
       source = TaskRecords(data_dir=self._records_dir, config=self._config(split)).as_data_source(split)

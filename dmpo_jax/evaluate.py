@@ -293,7 +293,9 @@ def _grade_batch(
           "denoising": _denoising(tokenizer, ids, here.committed_at[p, g], here.confidence[p, g], here.num_calls[p, g]),
         }
       )
-    return [json.loads(text) for text in gather_texts([json.dumps(line, default=str) for line in lines])]
+    texts_of_lines = [json.dumps(line, default=str) for line in lines]
+    gathered = gather_texts(texts_of_lines, "completions are graded", grader.patience(len(rows) * group_size))
+    return [json.loads(text) for text in gathered]
 
   return finish
 
@@ -325,7 +327,7 @@ class Unfinished:
     if jax.process_index() == 0 and self._file.exists():
       head, *texts = self._file.read_text().split("\n")[:-1] or [""]  # what follows the last newline is not whole
       texts = texts if head == self._head else []
-    self._texts = gather_texts(texts)
+    self._texts = gather_texts(texts, "an unfinished evaluation is read")
     return [json.loads(text) for text in self._texts]
 
   def add(self, lines: Sequence[dict[str, Any]]) -> None:

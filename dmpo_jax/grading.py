@@ -22,10 +22,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from typing import IO, Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
-from dmpo_jax.processes import HostShare
+from dmpo_jax.processes import PATIENCE, HostShare
 from dmpo_jax.tasks import Record, Task, make_task
 from dmpo_jax.tasks.judge import Verdict, judge
 from dmpo_jax.tokenizer import Tokenizer
@@ -75,6 +76,13 @@ class Grading:
       return Pending([self._threads.submit(self._judge, items)], len(items), start)
     groups = itertools.groupby(items, key=lambda item: id(item[0]))  # a worker remembers a prompt's other answers
     return Pending([self._threads.submit(self._ask, list(group)) for _, group in groups], len(items), start)
+
+  def patience(self, num: int) -> float:
+    """Return how many seconds one process may be behind the others with its share of `num` completions.
+
+    That is with every one of them late, and all on one worker.
+    """
+    return PATIENCE + (0.0 if self._is_local else self._seconds * math.ceil(num / jax.process_count()))
 
   def _judge(self, items: list[tuple]) -> list[Verdict]:
     return [judge(self.task, *item) for item in items]
@@ -227,7 +235,7 @@ def grade(
     log_problems(grading.task, verdicts, texts)
     columns = [[x.reward, KINDS.index(x.kind), x.grade.is_correct] for x in verdicts]
     table = np.array(columns, np.float32).reshape(-1, group_size, 3)
-    table = share.gather(table)
+    table = share.gather(table, "completions are graded", grading.patience(completion.shape[0] * group_size))
     kind = table[..., 1]
     return Grades(
       reward=table[..., 0],

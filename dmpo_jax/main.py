@@ -25,9 +25,10 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import command, evaluate, progress, sample, serve, train
+from dmpo_jax import command, evaluate, processes, progress, sample, serve, train
 from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.config import ConfigError, check_workdir, validate
+from dmpo_jax.processes import ABANDONED, Absent, Stopped
 from dmpo_jax.workdir import alone_in
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -57,7 +58,6 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 
 INTERRUPTED = 130  # by Ctrl+C, at once
 PREEMPTED = 75  # sysexits' "temporary failure": running the same command again goes on
-ABANDONED = 76  # another process of the job does not answer
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +77,10 @@ def main(argv: list[str]) -> None:
   except KeyboardInterrupt:
     print(f"interrupted{_which_process()}", file=sys.stderr)
     sys.exit(INTERRUPTED)
-  except (train.Diverged, OSError) as error:
+  except Absent as error:
+    print(f"stopped{_which_process()}: {error}; its own log says what it was doing", file=sys.stderr)
+    processes.leave(ABANDONED)
+  except (train.Diverged, Stopped, OSError) as error:
     if _TRACEBACK.value:
       traceback.print_exc()
     print(f"stopped{_which_process()}: {error}", file=sys.stderr)
@@ -100,13 +103,11 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
   if workdir is not None:
     check_workdir(workdir, config, mode=_MODE.value)
     keep_compiled_programs(workdir)
-  if _MODE.value == "sample":
-    requests = sample.read_requests(_PROMPT.value, _PROMPTS.value)
-    _join_processes()
-    sample.main(config, workdir, requests, as_json=_JSON.value, watch=_WATCH.value)
-    return
+  requests = sample.read_requests(_PROMPT.value, _PROMPTS.value) if _MODE.value == "sample" else []
   _join_processes()
-  if _MODE.value == "serve":
+  if _MODE.value == "sample":
+    sample.main(config, workdir, requests, as_json=_JSON.value, watch=_WATCH.value)
+  elif _MODE.value == "serve":
     serve.main(config, workdir)
   elif _MODE.value == "eval":
     evaluate.main(config, workdir)
@@ -115,6 +116,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
     _save_when_interrupted()
     with alone_in(workdir):
       train.main(config, workdir)
+  processes.meet("the end")  # the last of all: JAX waits a few seconds for the others, process 0 has still to report
 
 
 def _check_flags() -> None:
@@ -153,21 +155,13 @@ def _join_processes() -> None:
   JAX catches SIGTERM then, and `train.run` saves at the next update. Other modes have nothing to save and end at once.
   """
   jax.config.update("jax_enable_preemption_service", _MODE.value == "train")
-  timeouts = dict(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS.value, shutdown_timeout_seconds=_HEARTBEAT_SECONDS.value)
-  if _COORDINATOR.value:
-    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, **timeouts)
-    return
-  try:
-    jax.distributed.initialize(**timeouts)
-  except ValueError as error:
-    if "coordinator_address" not in str(error):  # what it says where it recognises no cluster
-      raise
-    if _MODE.value != "train":
-      return
+  seconds = _HEARTBEAT_SECONDS.value
+  is_job = processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, heartbeat_seconds=seconds)
+  if not is_job and _MODE.value == "train":
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
-    jax.distributed.initialize(address, num_processes=1, process_id=0, **timeouts)
+    processes.join(address, 1, 0, heartbeat_seconds=seconds)
 
 
 def _save_when_interrupted() -> None:

@@ -1,16 +1,171 @@
-"""Several processes as one: which rows are a process's own, texts of all of them, and what they agree on.
+"""Several processes as one: how they find and wait for each other, which rows are a process's own, what they agree on.
 
 Every host of a slice runs this program. What one of them decides or fails at alone leaves the others waiting, so what
-they have to do together stands here.
+they have to do together stands here. The devices' own collectives wait for ever and cannot say for whom: before each
+of them the processes `meet`, which asks JAX's coordination service on process 0 and touches no device.
 """
 
+import collections
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # the service has barriers with names and time limits, and no public interface
 from jax.experimental import multihost_utils
+
+# Between two meetings all hosts do the same work. A host falls behind by what it alone has to compile: five minutes is
+# the longest that a program of the 8B model took. Three times that is a host that hangs.
+PATIENCE = 900.0
+JOIN_SECONDS = 300  # that the processes may start apart; a slice's hosts are ready within a minute or two
+ABANDONED = 76  # exit code: another process of the job does not answer; started again, the job goes on
+_LAST_WORDS_SECONDS = 3.0  # that process 0 stays after it has given up, so that the others hear of it
+_AT, _HOSTS, _NOTES = (f"dmpo_jax/{folder}/" for folder in ("at", "hosts", "notes"))  # in the service's key-value store
+_MAX_NAMED = 8
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC looks for; in small letters alone
+
+_num_meetings: collections.Counter[str] = collections.Counter()  # by name
+_reason: list[str] = []  # why this process wants the job to stop
+
+
+class Absent(RuntimeError):
+  """Another process of the job did not come to where all of them meet."""
+
+
+class Stopped(RuntimeError):
+  """A process of the job has found that the run must not go on; all of them raise this at the same point."""
+
+
+def meet(name: str, seconds: float = PATIENCE, note: str = "") -> dict[int, str]:
+  """Wait until every process of the job is here; return the notes that processes have left, by process.
+
+  Args:
+    name: what has been done or is to be done next. The same in every process, so never a path or a number of a host.
+    seconds: the longest wait. It has to cover what a process may be doing that the others are not.
+    note: what the others are to know.
+
+  Raises:
+    Absent: a process did not come in time; it is named, with its host and where it was last.
+  """
+  client, own, num = distributed.global_state.client, jax.process_index(), jax.process_count()
+  if client is None or num == 1:
+    return {own: note} if note else {}
+  _num_meetings[name] += 1
+  place = f"{name} #{_num_meetings[name]}"
+  client.key_value_set(f"{_AT}{own}", place, allow_overwrite=True)
+  if note:
+    client.key_value_set(f"{_NOTES}{place}/{own}", note)
+  try:
+    client.wait_at_barrier(f"dmpo_jax/{name}", round(seconds * 1000))
+  except jax.errors.JaxRuntimeError as error:
+    if "DEADLINE_EXCEEDED" not in str(error):  # a process died, which the service says better
+      raise
+    raise Absent(_describe_absent(client, own, num, place, seconds)) from error
+  return _read_folder(client, f"{_NOTES}{place}/")
+
+
+def _describe_absent(client: Any, own: int, num: int, place: str, seconds: float) -> str:
+  name, last, hosts = _name_of(place), _read_folder(client, _AT), _read_folder(client, _HOSTS)
+  missing = [index for index in range(num) if last.get(index) != place]
+  if not missing:  # this is the one that came too late
+    return f"the {num} processes came to {name!r} more than {seconds:.0f} s apart; the first of them have given up"
+  named = [
+    f"process {index} on {hosts.get(index, '?')} (last at {_name_of(last.get(index, 'the start'))!r})"
+    for index in missing[:_MAX_NAMED]
+  ]
+  more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+  return f"of {num} processes, {', '.join(named)}{more} did not come to {name!r} within {seconds:.0f} s"
+
+
+def _name_of(place: str) -> str:
+  return place.partition(" #")[0]
+
+
+def _read_folder(client: Any, folder: str) -> dict[int, str]:
+  return {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(folder)}
+
+
+def join(coordinator: str | None, num: int | None, index: int | None, *, heartbeat_seconds: int) -> bool:
+  """Join the job's other processes; return whether there is a job, which JAX recognises where it is not given.
+
+  Ends the process with `ABANDONED` where the others have not come within `JOIN_SECONDS`.
+
+  Args:
+    coordinator: host:port of process 0. num, index: processes in the job, and which of them this one is.
+    heartbeat_seconds: a process that was silent for so long is taken for dead.
+  """
+  timeouts = dict(heartbeat_timeout_seconds=heartbeat_seconds, shutdown_timeout_seconds=heartbeat_seconds)
+  # JAX aborts when its own time is up; this says first, in plain words, what is the matter.
+  timer = threading.Timer(JOIN_SECONDS, _give_up_joining)
+  timer.daemon = True
+  timer.start()
+  try:
+    with _without_proxies():
+      jax.distributed.initialize(coordinator, num, index, initialization_timeout=2 * JOIN_SECONDS, **timeouts)
+  except ValueError as error:
+    if coordinator is not None or "coordinator_address" not in str(error):  # what it says where it sees no cluster
+      raise
+    return False
+  finally:
+    timer.cancel()
+  state = distributed.global_state
+  state.client.key_value_set(f"{_HOSTS}{state.process_id}", platform.node())
+  return True
+
+
+def _give_up_joining() -> None:
+  state = distributed.global_state
+  print(
+    f"stopped in process {state.process_id}: the {state.num_processes} processes of the job have not found each other "
+    f"within {JOIN_SECONDS} s. They look for process 0 at {state.coordinator_address}: see that it runs, that its port "
+    "can be reached from here, and that so many processes were started",
+    file=sys.stderr,
+  )
+  leave(ABANDONED)
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+  """Hide proxies from gRPC, which would ask them for process 0: it is inside, and they look outside."""
+  hidden = {name: os.environ.pop(name) for name in _PROXIES if name in os.environ}
+  jax.config.update("jax_check_proxy_envs", False)  # JAX warns of any variable whose name has "proxy" in it
+  try:
+    yield
+  finally:
+    os.environ.update(hidden)
+
+
+def stop_job(reason: str) -> None:
+  """Have every process of the job raise `Stopped` at its next `poll`; may be called from any thread."""
+  _reason.append(reason)
+
+
+def poll(name: str) -> None:
+  """Meet before work that all processes do together, and stop where one of them has asked for it.
+
+  Raises:
+    Absent: see `meet`.
+    Stopped: a process has called `stop_job`; none of them goes on.
+  """
+  if notes := meet(name, note=_reason.pop() if _reason else ""):
+    raise Stopped(next(iter(notes.values())))
+
+
+def leave(code: int) -> NoReturn:
+  """End this process at once: the usual exit waits for the other processes, and ends with another code without them."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if distributed.global_state.process_id == 0:
+    time.sleep(_LAST_WORDS_SECONDS)
+  os._exit(code)
 
 
 class HostShare:
@@ -31,10 +186,15 @@ class HostShare:
   def _rows_of(self, index: int) -> slice:
     return slice(-(-self._num * index // self._count), -(-self._num * (index + 1) // self._count))
 
-  def gather(self, rows: np.ndarray) -> np.ndarray:
-    """Join the rows of all processes, each of which calls this with those of its share."""
+  def gather(self, rows: np.ndarray, name: str, seconds: float = PATIENCE) -> np.ndarray:
+    """Join the rows of all processes, each of which calls this with those of its share.
+
+    Args:
+      name, seconds: see `meet`.
+    """
     if self._count == 1 or self._num == 0:
       return rows
+    meet(name, seconds)
     filled = np.zeros((math.ceil(self._num / self._count), *rows.shape[1:]), rows.dtype)
     filled[: len(rows)] = rows
     parts = multihost_utils.process_allgather(filled)
@@ -42,10 +202,15 @@ class HostShare:
     return np.concatenate([part[: share.stop - share.start] for part, share in zip(parts, shares, strict=True)])
 
 
-def gather_texts(texts: Sequence[str]) -> list[str]:
-  """Join the texts of all processes, in the order of the processes; every process has to call this."""
+def gather_texts(texts: Sequence[str], name: str, seconds: float = PATIENCE) -> list[str]:
+  """Join the texts of all processes, in the order of the processes; every process has to call this.
+
+  Args:
+    name, seconds: see `meet`.
+  """
   if jax.process_count() == 1:
     return list(texts)
+  meet(name, seconds)
   content = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.array([len(content)])).reshape(-1)
   filled = np.zeros(int(sizes.max()), np.uint8)
@@ -54,6 +219,11 @@ def gather_texts(texts: Sequence[str]) -> list[str]:
   return [text for part, size in zip(parts, sizes, strict=True) for text in json.loads(part[:size].tobytes())]
 
 
-def agree(is_true: bool) -> bool:
-  """Return whether something is true in all processes; every process has to call this."""
+def agree(is_true: bool, name: str, seconds: float = PATIENCE) -> bool:
+  """Return whether something is true in all processes; every process has to call this.
+
+  Args:
+    name, seconds: see `meet`.
+  """
+  meet(name, seconds)
   return bool(multihost_utils.process_allgather(np.array([is_true])).all())

@@ -23,6 +23,7 @@ from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_samp
 from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_ids
 from dmpo_jax.measure import Policies
+from dmpo_jax.processes import meet
 from dmpo_jax.progress import Progress
 from dmpo_jax.rollout import Compiled
 from dmpo_jax.structs import Prompts, Rollouts
@@ -87,6 +88,7 @@ def decode(
   numbers = prompt_ids([request.prompt + request.prefill for request in requests])
   size = min(own.batch_size, len(requests))
   for start in range(0, len(requests), size):
+    meet("the next prompts")
     batch = requests[start : start + size]
     prompts = encode(batch, numbers[start : start + size], parts.tokenizer, num_rows=size)
     sample.compile(policies, prompts, key)

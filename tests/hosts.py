@@ -1,4 +1,7 @@
-"""The processes of a job as threads of the test: JAX tells each its own index, and gathers what all of them give."""
+"""The processes of a job as threads of the test: JAX tells each its own index, and gathers what all of them give.
+
+Where they meet, all of them must say the same.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from dmpo_jax import processes
 
 
 def run_hosts(monkeypatch, count, program):
@@ -22,6 +27,13 @@ def run_hosts(monkeypatch, count, program):
     meeting.wait()
     return gathered
 
+  def meet(name, seconds=0.0, note=""):
+    given[here.index] = (name, seconds)
+    meeting.wait()
+    assert given == given[:1] * count
+    meeting.wait()
+    return {}
+
   def run(index):
     here.index = index
     try:
@@ -34,5 +46,6 @@ def run_hosts(monkeypatch, count, program):
     patch.setattr(jax, "process_count", lambda: count)
     patch.setattr(jax, "process_index", lambda: here.index)
     patch.setattr(multihost_utils, "process_allgather", process_allgather)
+    patch.setattr(processes, "meet", meet)
     results = [threads.submit(run, index) for index in range(count)]
     return [result.result() for result in results]

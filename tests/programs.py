@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -46,3 +47,10 @@ def wait_for(condition, process, timeout=120):
     assert process.poll() is None, finish(process).stderr[-2000:]
     assert time.monotonic() < deadline
     time.sleep(0.02)
+
+
+def free_address():
+  """Find a port that is free now, as the address of a job's process 0."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{free.getsockname()[1]}"

@@ -4,13 +4,12 @@ import json
 import re
 import resource
 import signal
-import socket
 import time
 
 import jax
 import numpy as np
 import pytest
-from programs import ROOT, begin, finish, start, wait_for
+from programs import ROOT, begin, finish, free_address, start, wait_for
 from remains import policy_of
 
 TINY = "--config=tests/tiny.py"
@@ -76,10 +75,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path):
 
 def begin_two(*args):
   """Start a job of two processes with two devices each."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
-  job = (f"--coordinator={address}", "--num_processes=2", "--heartbeat_seconds=10")
+  job = (f"--coordinator={free_address()}", "--num_processes=2", "--heartbeat_seconds=10")
   return [begin(*args, *job, f"--process_id={process}", devices=2) for process in (0, 1)]
 
 

@@ -1,12 +1,17 @@
-"""Several processes as one: every row belongs to one of them, and those that have none lose and hold up nothing."""
+"""Several processes as one: every row belongs to one of them, and nobody waits for another for ever."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 from hosts import run_hosts
-from programs import ROOT, start
+from programs import ROOT, finish, free_address, start
 
+from dmpo_jax import processes
 from dmpo_jax.processes import HostShare, gather_texts
 
 COUNTS, NUMS = (1, 2, 3, 4, 7, 32, 64), (0, 1, 2, 5, 16, 32, 100)
@@ -30,12 +35,101 @@ def test_every_process_gathers_all_rows_and_texts(monkeypatch, num, count):
 
   def gather(index):
     share = HostShare(num)
-    return share.gather(rows[share.mine]), gather_texts(texts[share.mine])
+    return share.gather(rows[share.mine], "rows"), gather_texts(texts[share.mine], "texts")
 
   for got_rows, got_texts in run_hosts(monkeypatch, count, gather):
     np.testing.assert_array_equal(got_rows, rows)
     assert got_rows.dtype == rows.dtype
     assert got_texts == texts
+
+
+JOB = """
+import sys, threading, time
+from dmpo_jax import processes
+from dmpo_jax.processes import Absent, Stopped, meet, poll
+
+address, index, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+processes.JOIN_SECONDS = 60
+"""
+
+
+def run_job(count, program, num_started=None, **environment):
+  """Run a program in the processes of a job, as many of them as are started; return how each ended."""
+  address = free_address()
+  command = [sys.executable, "-c", JOB + textwrap.dedent(program), address]
+  started = [
+    subprocess.Popen(
+      [*command, str(index), str(count)],
+      cwd=ROOT,
+      env={**os.environ, "XLA_FLAGS": "", **environment},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(num_started or count)
+  ]
+  return [finish(process, timeout=120) for process in started]
+
+
+def test_an_absent_process_is_named_and_the_others_end(tmp_path):
+  program = """
+  assert processes.join(address, count, index, heartbeat_seconds=30)
+  meet("the beginning", 60)
+  if index == 1:
+    time.sleep(4)
+  try:
+    meet("the end", 2)
+  except Absent as absent:
+    print(absent)
+    processes.leave(processes.ABANDONED)
+  """
+  # A proxy that nobody answers at: gRPC would ask it for process 0.
+  dead = dict.fromkeys(("https_proxy", "http_proxy", "grpc_proxy"), "http://127.0.0.1:9")
+  done = run_job(3, program, **dead)
+  assert [process.returncode for process in done] == [76, 76, 76], done
+  named = "of 3 processes, process 1 on {} (last at 'the beginning') did not come to 'the end' within 2 s\n"
+  for process in (done[0], done[2]):
+    assert process.stdout == named.format(os.uname().nodename)
+  assert done[1].stdout == "the 3 processes came to 'the end' more than 2 s apart; the first of them have given up\n"
+
+
+def test_what_one_process_finds_stops_all_of_them_at_one_point():
+  program = """
+  processes.join(address, count, index, heartbeat_seconds=30)
+  assert meet("notes", 60, "one says so" if index else "") == {1: "one says so"}
+  assert meet("notes", 60) == {}
+  for step in range(3):
+    if (index, step) == (1, 1):
+      finds = threading.Thread(target=processes.stop_job, args=("the lock is gone",))
+      finds.start()
+      finds.join()
+    try:
+      poll("the next step")
+    except Stopped as stopped:
+      print(step, stopped)
+      sys.exit(1)
+  """
+  done = run_job(2, program)
+  assert [(process.returncode, process.stdout) for process in done] == [(1, "1 the lock is gone\n")] * 2, done
+
+
+def test_processes_that_do_not_find_each_other_say_so():
+  program = """
+  processes.JOIN_SECONDS = 3
+  processes.join(address, count, index, heartbeat_seconds=30)
+  """
+  (done,) = run_job(2, program, num_started=1)
+  assert done.returncode == 76
+  assert "stopped in process 0: the 2 processes of the job have not found each other within 3 s" in done.stderr
+
+
+def test_a_process_alone_meets_nobody():
+  assert processes.meet("the end", note="a note") == {0: "a note"}
+  assert processes.meet("the end") == {}
+  processes.stop_job("enough")
+  with pytest.raises(processes.Stopped, match="enough"):
+    processes.poll("the next step")
+  processes.poll("the next step")
 
 
 @pytest.mark.slow
