@@ -27,7 +27,7 @@ from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import weights
-from dmpo_jax.sharding import replicated
+from dmpo_jax.sharding import fill_rows, replicated
 from dmpo_jax.structs import Drawn, Experience, Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 
@@ -177,7 +177,8 @@ def make_sample(
 ) -> Callable:
   """Jit `sample(policies, prompts, key[, temperature]) -> Rollouts` with fields [p, g, c] and [p, g].
 
-  A temperature [p] of each prompt's rollouts replaces the plan's.
+  A temperature [p] of each prompt's rollouts replaces the plan's. Where the devices do not divide the rows, copies of
+  the last one fill them up and are dropped again.
 
   Args:
     mesh: where the rollouts are to lie, on every device; the sampler runs on the mesh that is set when it is called.
@@ -193,14 +194,19 @@ def make_sample(
     reference = None
     if with_reference:
       reference = lora.reference_variables(policies.frozen, policies.reference, has_adapters)
-    keys = noise.row_keys(key, prompts.prompt_id, group_size).reshape(-1)
-    tokens, is_valid = (jnp.repeat(array, group_size, axis=0) for array in (prompts.tokens, prompts.is_valid))
+    num_rows = prompts.tokens.shape[0] * group_size
+
+    def rows(array: jax.Array) -> jax.Array:
+      return fill_rows(jnp.repeat(array, group_size, axis=0))
+
+    keys = fill_rows(noise.row_keys(key, prompts.prompt_id, group_size).reshape(-1))
+    tokens, is_valid = rows(prompts.tokens), rows(prompts.is_valid)
     denoiser = make_denoiser(model, variables, tokens, is_valid, guidance=guidance, reference=reference)
     own_plan = plan
     if temperature is not None:
-      own_plan = dataclasses.replace(plan, temperature=jnp.repeat(temperature, group_size))
+      own_plan = dataclasses.replace(plan, temperature=rows(temperature))
     rollouts = samplers.SAMPLERS[sampler](denoiser, keys, own_plan, **own)
-    return jax.tree.map(lambda array: array.reshape(-1, group_size, *array.shape[1:]), rollouts)
+    return jax.tree.map(lambda array: array[:num_rows].reshape(-1, group_size, *array.shape[1:]), rollouts)
 
   return jax.jit(sample, out_shardings=replicated(mesh))
 

@@ -45,33 +45,33 @@ def make_score(
     p, g, r, c = is_masked.shape
 
     def rows(array: jax.Array) -> jax.Array:
-      return jnp.broadcast_to(array, (p, g, r, array.shape[-1])).reshape(p * g * r, -1)
+      array = jnp.broadcast_to(array, (p, g, r, array.shape[-1])).reshape(p * g * r, -1)
+      return sharding.fill_rows(array)
 
     keys = None
     if dropout_keys is not None:
       keys = jax.vmap(jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(r))))(dropout_keys)
-      keys = keys.reshape(p * g * r)
+      keys = sharding.fill_rows(keys.reshape(p * g * r))
     prompt = rows(prompts.tokens[:, None, None])
     if prompt_is_masked is not None:
       prompt = jnp.where(rows(prompt_is_masked), model.config.mask_token_id, prompt)
     is_valid = rows(prompts.is_valid[:, None, None])
     noised = jnp.where(rows(is_masked), model.config.mask_token_id, rows(completion[:, :, None]))
-    if p * g * (r - len(pairs)) * c % sharding.num_shares("rows"):
-      pairs = ()  # what is left cannot be spread over the devices
 
     def states(variables: Mapping[str, Any], keys: Key[Array, "rows"] | None) -> tuple[Float[Array, "t d"], list[int]]:
-      hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys).reshape(p, g, r, c, -1)
+      hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys)
+      hidden = hidden[: p * g * r].reshape(p, g, r, c, -1)
       packed, source = _pack(hidden, is_masked, pairs)
-      return packed.reshape(-1, hidden.shape[-1]), source
+      return sharding.fill_rows(packed.reshape(-1, hidden.shape[-1])), source
 
     hidden, source = states(variables, keys)
     targets = jnp.broadcast_to(completion[:, :, None], (p, g, max(source) + 1, c))
     head = model.head_of(variables)
-    scores = token_scores(hidden, head, targets.reshape(-1))
+    scores = token_scores(hidden, head, sharding.fill_rows(targets.reshape(-1)))
     if teacher is not None:
       taught, _ = states(teacher, None)
       scores = scores._replace(divergence=divergence(hidden, head, taught, model.head_of(teacher)))
-    return jax.tree.map(lambda array: _stack(array.reshape(targets.shape), source), scores)
+    return jax.tree.map(lambda array: _stack(array[: targets.size].reshape(targets.shape), source), scores)
 
   return score
 

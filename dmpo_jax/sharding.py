@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -140,6 +141,25 @@ def join_rows(groups: jax.Array, *axes: str | None) -> jax.Array:
   num_groups, rows, *rest = groups.shape
   parts = groups.reshape(num_groups, num_shares("rows"), -1, *rest).swapaxes(0, 1)
   return constrain(parts.reshape(num_groups * rows, *rest), "rows", *axes)
+
+
+def fill_rows(array: jax.Array) -> jax.Array:
+  """Add copies of the last row until every device of the mesh that is set has as many.
+
+  A program that begins so spreads its rows evenly all the way; results of the copies are to be cut off. A copy rather
+  than an empty row, as a loop over rows then ends when it would.
+  """
+  missing = -array.shape[0] % num_shares("rows")
+  return jnp.concatenate([array, jnp.repeat(array[-1:], missing, axis=0)]) if missing else array
+
+
+def pad_rows(array: jax.Array) -> jax.Array:
+  """Add rows of zeros (of True to a mask) until every device has as many.
+
+  They lie where the partitioner leaves room by itself, so no other row moves to another device.
+  """
+  missing = -array.shape[0] % num_shares("rows")
+  return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), constant_values=array.dtype == bool)
 
 
 def num_shares(logical: str) -> int:

@@ -71,6 +71,19 @@ def test_a_kernel_is_the_definition(kernel, is_key, dtype, tolerance):
   agree(kernel, inputs(dtype), None if is_key is None else jnp.asarray(is_key), tolerance)
 
 
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+@pytest.mark.parametrize(("rows", "is_padded"), [(1, True), (6, True), (6, False)])
+def test_rows_that_devices_do_not_divide_are_the_definitions_too(kernel, rows, is_padded):
+  """One prompt, or an odd last batch, on four devices."""
+  arrays = inputs(b=rows)
+  is_key = jnp.asarray(np.arange(130) < 130 - 20 * np.arange(rows)[:, None]) if is_padded else None
+  wanted = value_and_gradient("xla", arrays, is_key)
+  with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])):
+    found = value_and_gradient(kernel, arrays, is_key)
+  for actual, exact in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(actual, exact, rtol=2e-6, atol=2e-6)
+
+
 def test_many_keys_are_several_blocks():
   """A gradient of queries over several blocks of keys, of which one is all padding."""
   is_key = jnp.asarray(np.arange(1100) < np.array([[700], [1100]]))

@@ -84,6 +84,7 @@ def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
     (tiny.config(task__max_prompt_length=26), 1),
     (tiny.config(sharding__data=2, sharding__fsdp=-1, sharding__tensor=2), 8),
     (tiny.config(sharding__fsdp=8, sharding__rollout__fsdp=1, sharding__rollout__tensor=2), 8),
+    (tiny.config(sharding__data=3, model__layer_rows=2), 3),  # 16 rows
   )
   for config, num_devices in others:
     other, _ = collect(config, folder, use_devices, num_devices)

@@ -1,6 +1,7 @@
 """Scores through the model: complementary masks share a pass of the head, a part of the vocabulary at a time."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -85,21 +86,17 @@ def test_pairs_and_parts_change_no_number(monkeypatch, case):
   assert_close(jax.jit(gradient_of(model, make_inputs(), PAIRS))(trainable, params), wanted)
 
 
-def test_devices_change_no_number(monkeypatch):
-  """Four rows on as many devices leave two for the head: their positions are spread, the vocabulary is split."""
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 1, 1), (1, 8, 1)])
+def test_devices_change_no_number(monkeypatch, sizes):
+  """Four rows on as many devices, on three and on eight; the head's eight or so positions are spread, too."""
   wanted = plainly("adapters, dropout")
   monkeypatch.setattr(head_module, "PART_SIZE", 128)
   monkeypatch.setattr(head_module, "RUN_MULTIPLE", 8)
   model, trainable, params = parts_of("adapters, dropout")
-  with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
-    assert_close(jax.jit(gradient_of(model, make_inputs(), PAIRS))(trainable, params), wanted)
-
-
-def test_what_a_mesh_cannot_share_evenly_is_not_packed(monkeypatch):
-  monkeypatch.setattr(sharding, "num_shares", lambda logical: 3 if logical == "rows" else 1)
-  model, trainable, params = parts_of("all parameters")
-  program = jax.make_jaxpr(lambda trainable: loss(model, trainable, params, make_inputs(), PAIRS))(trainable)
-  assert rows_of_head(program) == {P * G * R * C}
+  with jax.set_mesh(sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])):
+    program = jax.jit(gradient_of(model, make_inputs(), PAIRS))
+    assert_close(program(trainable, params), wanted)
+    assert rows_of_head(jax.make_jaxpr(program)(trainable, params)) == {9 if sizes[0] == 3 else 8}
 
 
 def rows_of_head(program):

@@ -1,6 +1,7 @@
 """The mesh and the one table of axes: sizes that are left over, and mistakes in words."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -83,5 +84,16 @@ def test_two_dimensions_over_one_axis_are_refused():
     sharding.spec("heads", "ffn")
 
 
+def test_rows_are_filled_up_to_what_devices_share():
+  array, keys = jnp.arange(10.0).reshape(5, 2), jax.random.split(jax.random.key(0), 5)
+  assert sharding.fill_rows(array) is array
+  with jax.set_mesh(sharding.make_mesh(data=2, fsdp=4)):
+    np.testing.assert_array_equal(sharding.fill_rows(array), [*array, *[array[-1]] * 3])
+    filled = jax.random.key_data(sharding.fill_rows(keys))
+    np.testing.assert_array_equal(filled, jax.random.key_data(keys)[np.array([0, 1, 2, 3, 4, 4, 4, 4])])
+    np.testing.assert_array_equal(sharding.pad_rows(array), [*array, *np.zeros((3, 2))])
+    assert sharding.pad_rows(array > 20).tolist() == [[False] * 2] * 5 + [[True] * 2] * 3
+
+
 def test_constraints_need_no_mesh():
-  assert sharding.constrain(jax.numpy.ones((2, 2)), "rows", None).shape == (2, 2)
+  assert sharding.constrain(jnp.ones((2, 2)), "rows", None).shape == (2, 2)

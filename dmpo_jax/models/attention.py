@@ -8,6 +8,9 @@
 
 Masks of query and key are those of a sampler's shadow block alone; the training step has none. All conditions are of
 shapes, so a program has one way and never changes it.
+
+A kernel runs on every device with its own rows. Where the devices do not divide the rows (one prompt on a slice, the
+last batch), rows of zeros fill them up and are dropped after it.
 """
 
 import functools
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Int
 
-from dmpo_jax.sharding import constrain, spec
+from dmpo_jax.sharding import constrain, pad_rows, spec
 
 ATTENTIONS = ("xla", "splash", "cudnn")
 MIN_QUERIES = (
@@ -76,10 +79,10 @@ def attend(
   """
   query = query * query.shape[-1] ** -0.5
   is_of_keys = mask is None or mask.shape[1] == 1
-  if attention == "splash" and is_of_keys and query.shape[1] >= MIN_QUERIES:
-    mixed = _attend_splash(query, key, value, None if mask is None else mask[:, 0])
-  elif attention == "cudnn" and is_of_keys:
-    mixed = _attend_cudnn(query, key, value, None if mask is None else mask[:, 0])
+  if is_of_keys and (attention == "cudnn" or (attention == "splash" and query.shape[1] >= MIN_QUERIES)):
+    kernel = _attend_splash if attention == "splash" else _attend_cudnn
+    arrays = jax.tree.map(pad_rows, (query, key, value, None if mask is None else mask[:, 0]))
+    mixed = kernel(*arrays)[: query.shape[0]]
   else:
     mixed = _attend_plainly(query, key, value, mask)
   return constrain(mixed.reshape(*query.shape[:2], -1), "rows", None, "heads")

@@ -226,7 +226,7 @@ class Block(nn.Module):
 def count_groups(num_rows: int, layer_rows: int) -> int:
   """Count the equal groups of at most `layer_rows` rows of each device that rows are computed in; 0: one group.
 
-  Rows that the devices do not share evenly, such as those of a small evaluation, are one group.
+  Rows that the devices do not share evenly are one group.
   """
   own, left = divmod(num_rows, sharding.num_shares("rows"))
   if left:
