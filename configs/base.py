@@ -51,7 +51,9 @@ def get_config() -> ConfigDict:
   k.rewards = "default"  # default, published (the official code's, oddities included)
   k.grader = "default"  # what counts as right: default, published
   k.data_dir = ""  # folder of the published data files (gsm8k, math); "": download them
-  k.records_dir = ""  # where a task's records are kept once generated or read; "": `data` beside the workdir
+  # a folder, no bucket, where a task's records are kept once generated or read; "": `data` beside the workdir, or where
+  # that is in a bucket, `dmpo_jax/data` in the cache of each host's user ($XDG_CACHE_HOME, ~/.cache)
+  k.records_dir = ""
   k.eval_path = ""  # a published test file to evaluate on; "": the task's test split
   k.num_train = 8192  # prompts to generate, or the most to take of a data set; 0: all that it has
   k.num_test = 256

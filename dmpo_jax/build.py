@@ -25,6 +25,7 @@ from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
+from dmpo_jax.workdir import folder_beside
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
   source = data.TaskData(
     task,
     config.task.name,
-    records_dir=epath.Path(config.task.records_dir or workdir.parent / "data"),
+    records_dir=epath.Path(config.task.records_dir or folder_beside(workdir, "data")),
     data_dir=config.task.data_dir,
     num_train=config.task.num_train,
     num_test=config.task.num_test,

@@ -145,21 +145,36 @@ class TaskData:
     too.
 
     Raises:
-      ValueError: `records_dir` is no folder of a file system: ArrayRecord cannot write to object stores.
+      ValueError: `records_dir` is no folder of a file system (ArrayRecord cannot write to object stores), or a process
+        cannot write to it; in every process.
     """
     if "://" in str(self._records_dir):
       raise ValueError(
         f"task.records_dir={str(self._records_dir)!r}: a task's records need a local or mounted folder (every host may "
-        "have its own); set task.records_dir to one, it is beside the workdir by default"
+        'have its own); set task.records_dir to one, or leave it ""'
       )
-    if jax.process_index() == 0:
-      self._write(split)
+    first = jax.process_index() == 0
+    self._write_together(split, is_mine=first, when="by process 0")
     if jax.process_count() > 1:
-      meet(f"the records of {self._config(split).name} are written", RECORDS_SECONDS)
-      self._write(split)
+      self._write_together(split, is_mine=not first, when="by all")
     with _quiet_tfds():
       source = TaskRecords(data_dir=self._records_dir, config=self._config(split)).as_data_source(split)
     return [json.loads(row["record"]) for row in source.__getitems__(list(range(len(source))))]
+
+  def _write_together(self, split: Split, *, is_mine: bool, when: str) -> None:
+    """Write the records if it is this process's turn, and wait for the others; what one cannot do fails in all."""
+    problem = ""
+    if is_mine:
+      try:
+        self._write(split)
+      except (OSError, ValueError) as error:
+        problem = str(error)
+        if isinstance(error, OSError) and error.filename is not None:  # the disk's, not the source's
+          problem = f"task.records_dir={str(self._records_dir)!r}: {error}; set it to a folder that can be written to"
+    # Each host has its own place for them: the barrier's name must not have it.
+    notes = meet(f"the records of {self._config(split).name} are written {when}", RECORDS_SECONDS, note=problem)
+    if notes:
+      raise ValueError("; ".join(dict.fromkeys(notes.values())))
 
   def _write(self, split: Split) -> None:
     path = self.path(split)

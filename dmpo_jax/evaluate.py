@@ -409,16 +409,20 @@ def _file_name(about: Mapping[str, Any]) -> str:
 
 
 def _read_rows(path: epath.Path) -> list[dict[str, Any]]:
-  """Read what earlier starts have evaluated; a file of another version is set aside."""
+  """Read what earlier starts have evaluated, in process 0 for all: it sets a file of another version aside."""
+  rows = _read_own_rows(path) if jax.process_index() == 0 else []
+  return [json.loads(row) for row in gather_texts(list(map(json.dumps, rows)), "earlier evaluations are read")]
+
+
+def _read_own_rows(path: epath.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   rows = json.loads(path.read_text())
   if isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= tables.NEEDED for row in rows):
     return rows
-  if jax.process_index() == 0:
-    aside = path.with_name(f"{path.stem}.old{path.suffix}")
-    path.rename(aside)
-    print(f"{path} is of another version: set aside as {aside.name}")
+  aside = path.with_name(f"{path.stem}.old{path.suffix}")
+  path.rename(aside)
+  print(f"{path} is of another version: set aside as {aside.name}")
   return []
 
 

@@ -1,6 +1,7 @@
 """Files and folders that stand whole or not at all, in local folders and in gs:// buckets."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from etils import epath
@@ -30,6 +31,9 @@ def new_folder(path: epath.PathLike, option: str) -> Iterator[None]:
 def write_whole(path: epath.PathLike, text: str) -> None:
   """Write a text file so that whoever reads it, at any time, finds the old or the new text and never a part."""
   path = epath.Path(path)
+  if "://" in os.fspath(path):  # an object in a bucket is replaced at once, and has no folder
+    path.write_text(text)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.parent / f".{path.name}.unfinished"
   unfinished.write_text(text)

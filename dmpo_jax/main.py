@@ -25,9 +25,9 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import command, evaluate, processes, progress, sample, serve, train
+from dmpo_jax import buckets, command, evaluate, processes, progress, sample, serve, train
 from dmpo_jax.checkpoints import Preempted
-from dmpo_jax.config import ConfigError, check_workdir, validate
+from dmpo_jax.config import ConfigError, check_workdir, flatten, validate
 from dmpo_jax.processes import ABANDONED, Absent, Stopped
 from dmpo_jax.workdir import alone_in
 
@@ -99,6 +99,7 @@ def main(argv: list[str]) -> None:
 def run(config: ConfigDict, workdir: epath.Path | None) -> None:
   """Check everything that can be checked before devices are touched, then dispatch on the mode."""
   _check_flags()
+  _check_buckets(config, workdir)  # first: whether a path exists is among what is validated
   validate(config)
   if workdir is not None:
     check_workdir(workdir, config, mode=_MODE.value)
@@ -130,6 +131,18 @@ def _check_flags() -> None:
       raise ConfigError(f"--{given[0]} belongs to --mode=sample")
 
 
+def _check_buckets(config: ConfigDict, workdir: epath.Path | None) -> None:
+  """Ask the buckets among all paths that are given: the workdir's and those of any key of the configuration."""
+  read = {
+    f"config.{key}": value for key, value in flatten(config).items() if isinstance(value, str) and "gs://" in value
+  }
+  read |= {"--prompts": _PROMPTS.value or ""}
+  written = {"--workdir": workdir} if workdir is not None and _MODE.value in ("train", "eval") else {}
+  if workdir is not None and not written:
+    read["--workdir"] = workdir
+  buckets.check(read, written)
+
+
 def _renew_page(workdir: epath.Path) -> None:
   """Write the report again, if there is one: it shows what has been evaluated."""
   if jax.process_index() == 0 and (workdir / train.PAGE).exists():
@@ -143,10 +156,14 @@ def _which_process() -> str:
 
 
 def keep_compiled_programs(workdir: epath.Path) -> None:
-  """Turn JAX's persistent compilation cache on, beside the workdir, unless the environment has set it."""
+  """Turn JAX's persistent compilation cache on, beside the workdir, unless the environment has set it.
+
+  Of several processes JAX lets the first alone write to it: in a bucket it serves all of them, on new hosts too.
+  """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", os.fspath(workdir.parent / ".jax_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # dozens of small ones cost seconds too
+    if not buckets.is_in_bucket(workdir):  # where asking for a program takes as long as compiling a small one
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # dozens of small ones cost seconds too
 
 
 def _join_processes() -> None:

@@ -1,14 +1,12 @@
 """A run's folder: used by one run at a time, and told of every start."""
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -16,13 +14,12 @@ from typing import Any
 
 import filelock
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dmpo_jax import files
+from dmpo_jax import buckets, files
 from dmpo_jax.config import Config, ConfigError, fingerprint
+from dmpo_jax.processes import meet, stop_job
 
 LOCK = "run.lock"
 STARTS = "starts.jsonl"
@@ -35,26 +32,22 @@ def alone_in(workdir: epath.Path) -> Iterator[None]:
   """Hold the workdir for this run, all of its processes together.
 
   Process 0 keeps `run.lock`, which names its host and process and is renewed while it lives. A lock whose process died
-  is taken over: at once on its own host, elsewhere after `LEASE_SECONDS` without a sign of life. Buckets have no such
-  files: there the lock is in this host's temporary folder, and runs on other hosts are not seen.
+  is taken over: at once on its own host, elsewhere after `LEASE_SECONDS` without a sign of life. In a bucket it is an
+  object; a run that finds that its lock was taken over stops (`processes.stop_job`).
 
   Raises:
-    ConfigError: another run is using the workdir, or it cannot be written to.
+    ConfigError: another run is using the workdir, or it cannot be written to; in every process.
   """
   lease, problem = None, ""
   if jax.process_index() == 0:
     try:
-      lease = filelock.SoftFileLease(_lock_path(workdir), lease_duration=LEASE_SECONDS)
-      _acquire(lease, workdir)
-    except filelock.Timeout:
-      problem = f"{workdir} is in use by another run, {_holder(lease)}: wait for it, stop it, or give another --workdir"
-    except OSError as error:
+      lease = _acquire_in_bucket(workdir) if buckets.is_in_bucket(workdir) else _acquire(workdir)
+    except buckets.Held as held:
+      problem = f"{workdir} is in use by another run, {held}: wait for it, stop it, or give another --workdir"
+    except Exception as error:  # of the disk, or of Google's libraries
       problem = f"{workdir} cannot be written to ({error}): give another --workdir, or make room"
-  if jax.process_count() > 1:
-    is_refused = multihost_utils.broadcast_one_to_all(np.array(bool(problem)))
-    problem = problem or ("process 0 could not take the workdir" if is_refused else "")
-  if problem:
-    raise ConfigError(problem)
+  if notes := meet("the workdir is locked", note=problem):
+    raise ConfigError(notes[0])
   try:
     yield
   finally:
@@ -62,22 +55,33 @@ def alone_in(workdir: epath.Path) -> Iterator[None]:
       lease.release()
 
 
-def _lock_path(workdir: epath.Path) -> str:
-  if "://" in os.fspath(workdir):
-    digest = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]
-    return os.path.join(tempfile.gettempdir(), f"dmpo_jax-{digest}.lock")
+def _acquire_in_bucket(workdir: epath.Path) -> buckets.Lock:
+  def stop(holder: str) -> None:
+    stop_job(
+      f"{workdir} was taken over by {holder}: this run could not renew {LOCK} for more than {LEASE_SECONDS:.0f} s, and "
+      "two runs would delete each other's files. What was saved before stands; follow the other run, or stop it and "
+      "run this command again"
+    )
+
+  lock = buckets.Lock(workdir / LOCK, on_lost=stop, lease_seconds=LEASE_SECONDS)
+  lock.acquire()
+  return lock
+
+
+def _acquire(workdir: epath.Path) -> filelock.SoftFileLease:
   workdir.mkdir(parents=True, exist_ok=True)
-  return os.fspath(workdir / LOCK)
-
-
-def _acquire(lease: filelock.SoftFileLease, workdir: epath.Path) -> None:
+  lease = filelock.SoftFileLease(os.fspath(workdir / LOCK), lease_duration=LEASE_SECONDS)
   try:
     lease.acquire(timeout=0)
-  except filelock.Timeout:
+  except filelock.Timeout as timeout:
     if _holder(lease).endswith(f" on {platform.node()}"):  # alive, or it would have been taken over
-      raise
+      raise buckets.Held(_holder(lease)) from timeout
     print(f"{workdir} is locked by {_holder(lease)}: looking for a sign of life", file=sys.stderr, flush=True)
-    lease.acquire(timeout=1.5 * LEASE_SECONDS)
+    try:
+      lease.acquire(timeout=1.5 * LEASE_SECONDS)
+    except filelock.Timeout as again:
+      raise buckets.Held(_holder(lease)) from again
+  return lease
 
 
 def _holder(lease: filelock.SoftFileLease) -> str:
@@ -85,6 +89,13 @@ def _holder(lease: filelock.SoftFileLease) -> str:
   lines = pathlib.Path(lease.lock_file).read_text().splitlines()
   said = dict(line.split("=", 1) for line in lines if "=" in line)
   return f"process {said.get('pid', '?')} on {said.get('host', '?')}"
+
+
+def folder_beside(workdir: epath.Path, name: str) -> epath.Path:
+  """Return a folder for what several runs share: beside the workdir, or in this host's cache where that is a bucket."""
+  if buckets.is_in_bucket(workdir):
+    return epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dmpo_jax" / name
+  return workdir.parent / name
 
 
 def announce_start(workdir: epath.Path, config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -135,15 +135,35 @@ def test_processes_wait_for_the_first_and_find_its_records(tmp_path, monkeypatch
   second = TaskData(TASK, "sudoku", records_dir=tmp_path / "second", **SIZES)
   events = []
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(data, "meet", lambda name, seconds: events.append((name, first.path("train").exists())))
+
+  def meet(name, seconds, note):
+    events.append((name, first.path("train").exists()))
+    return {}
+
+  monkeypatch.setattr(data, "meet", meet)
   monkeypatch.setattr(jax, "process_index", lambda: 0)
   expected = first.train()
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   assert second.train() == expected  # a disk of its own
   assert first.train() == expected  # a shared one
   names, are_there = zip(*events, strict=True)
-  assert len(set(names)) == 1  # whatever the folder is called on a host
-  assert are_there == (True, True, True)
+  assert names == names[:2] * 3  # wherever a host has them
+  assert all(are_there)
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_what_one_host_cannot_write_fails_on_all(tmp_path, monkeypatch, own):
+  (tmp_path / "file").write_text("")
+  source = TaskData(TASK, "sudoku", records_dir=tmp_path / "file" / "data", **SIZES)
+  message = rf"task.records_dir='{tmp_path}/file/data': .*Not a directory.*; set it to a folder that can be written to"
+  with pytest.raises(ValueError, match=message):
+    source.train()
+  good = TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: own)
+  monkeypatch.setattr(data, "meet", lambda name, seconds, note: {1 - own: "the other's disk is full"})
+  with pytest.raises(ValueError, match=r"^the other's disk is full$"):
+    good.train()
 
 
 def test_object_stores_are_refused():

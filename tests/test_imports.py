@@ -14,6 +14,7 @@ LEVELS = (
   {"structs", "processes", "sharding", "noise", "files", "tasks"},
   {"models", "objectives", "samplers"},
   {
+    "buckets",
     "chat",
     "command",
     "data",
@@ -46,7 +47,8 @@ INSIDE = {
   "checkpoints": {"pretrained"},
   "data": {"tokenizer"},
   "watch": {"tokenizer"},
-  "workdir": {"config"},
+  "buckets": {"config"},
+  "workdir": {"buckets", "config"},
   "metrics": {"config", "rules"},
   "measure": {"checkpoints", "scoring"},
   "rules": {"tokenizer"},

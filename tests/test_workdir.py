@@ -4,7 +4,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import tempfile
 
 import pytest
 import tiny
@@ -51,10 +50,13 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path):
     pass
 
 
-def test_a_bucket_is_locked_on_this_host():
-  path = workdir._lock_path(epath.Path("gs://bucket/run"))
-  assert path.startswith(tempfile.gettempdir())
-  assert path != workdir._lock_path(epath.Path("gs://bucket/other"))
+def test_what_runs_share_stands_beside_a_workdir_and_on_every_host_of_a_bucket(tmp_path, monkeypatch):
+  assert workdir.folder_beside(epath.Path("/runs/one"), "data") == epath.Path("/runs/data")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  assert workdir.folder_beside(epath.Path("gs://bucket/run"), "data") == epath.Path(tmp_path / "dmpo_jax" / "data")
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  monkeypatch.setenv("HOME", "/home/someone")
+  assert workdir.folder_beside(epath.Path("gs://bucket"), "data") == epath.Path("/home/someone/.cache/dmpo_jax/data")
 
 
 def test_a_bucket_holds_a_run(tmp_path, monkeypatch):
@@ -70,7 +72,8 @@ def test_a_bucket_holds_a_run(tmp_path, monkeypatch):
   monkeypatch.setattr(metrics, "_fresh_writer", lambda *args: metric_writers.LoggingWriter())
   monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)  # its own client passes the stand-in by
   folder = epath.Path("gs://bucket/run")
-  with epath.testing.mock_epath(**dict.fromkeys(moved, at_home)), workdir.alone_in(folder):
+  (tmp_path / "run").mkdir()  # which a bucket does not need
+  with epath.testing.mock_epath(**dict.fromkeys(moved, at_home)):
     config.save(folder, tiny.config())
     config.check_workdir(folder, tiny.config())
     with pytest.raises(ConfigError, match="another configuration"):
