@@ -2,14 +2,17 @@
 # dmpo_jax on a Cloud TPU slice: create it, set it up, run on all of its workers, look on, stop, delete.
 #
 #   launch/tpu_vm.sh create --name=dmpo --zone=us-central2-b --type=v5litepod-16 [--spot] [--queued]
-#   launch/tpu_vm.sh setup  --name=dmpo --zone=us-central2-b       # copies this checkout and installs requirements.txt
+#   launch/tpu_vm.sh setup  --name=dmpo --zone=us-central2-b       # copies this checkout; installs Python and requirements
 #   launch/tpu_vm.sh run    --name=dmpo --zone=us-central2-b -- --config=configs/llada_8b.py --workdir=gs://bucket/run
 #   launch/tpu_vm.sh tail   --name=dmpo --zone=us-central2-b       # the log of worker 0
 #   launch/tpu_vm.sh stop   --name=dmpo --zone=us-central2-b       # SIGTERM: the run saves and ends with exit code 75
 #   launch/tpu_vm.sh delete --name=dmpo --zone=us-central2-b [--queued]
 #
-# --dry-run prints the commands. --queued asks through a queued resource, which waits for capacity. --restarts=N (10) is
-# how often `run` starts an interrupted run again. Needs gcloud, logged in, with a project set (or --project=ID).
+# The images of TPU VMs, v2-alpha-tpuv5-lite (v5e, the default of --version), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e) and
+# tpu-ubuntu2204-base (v4), are Ubuntu 22.04 with Python 3.10, which is too old: `setup` has uv fetch a Python 3.11, which
+# takes the VMs' way to the internet. --dry-run prints the commands. --queued asks through a queued resource, which waits
+# for capacity. --restarts=N (10) is how often `run` starts an interrupted run again. Needs gcloud, logged in, with a
+# project set (or --project=ID).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,13 +24,15 @@ usage() {
 [[ $# -ge 1 ]] || usage "which of create, setup, run, tail, stop, delete?"
 action=$1
 shift
+wanted_python=3.11                # the oldest that does
+jax='jax[tpu]>=0.10,<0.12'        # the range of requirements.txt, with the TPU's libraries
 name='' zone='' type='' version=v2-alpha-tpuv5-lite project='' restarts=10 spot='' queued='' dry='' arguments=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
-    --version=*) version=${1#*=} ;; # the TPU software: v2-alpha-tpuv6e for v6e, v2-alpha-tpuv5 for v5p
+    --version=*) version=${1#*=} ;; # the image, see above
     --project=*) project=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
     --spot) spot=yes ;;
@@ -73,7 +78,16 @@ case $action in
     trap 'rm -f "$archive"' EXIT
     call git archive --format=tar.gz --output="$archive" HEAD
     tpu scp "$archive" "$name:dmpo_jax.tar.gz" --worker=all
-    on_workers all 'mkdir -p dmpo_jax && tar xzf dmpo_jax.tar.gz -C dmpo_jax && cd dmpo_jax && python3 -m venv .venv && .venv/bin/pip install -r requirements.txt "jax[tpu]>=0.10,<0.12"'
+    python=.venv/bin/python
+    install=(
+      'mkdir -p dmpo_jax' 'tar xzf dmpo_jax.tar.gz -C dmpo_jax' 'cd dmpo_jax'
+      'python3 -m pip install --user --quiet uv' # https://docs.astral.sh/uv: one file, which needs no other Python
+      "python3 -m uv venv --quiet --clear --python $wanted_python .venv"
+      "python3 -m uv pip install --quiet --python $python -r requirements.txt '$jax'"
+      "$python -c 'import jax, dmpo_jax.main; print(jax.__version__)'"
+    )
+    command=$(printf ' && %s' "${install[@]}")
+    on_workers all "${command# && }"
     ;;
   run)
     [[ ${#arguments[@]} -gt 0 ]] || usage "give the arguments of dmpo_jax.main after --"

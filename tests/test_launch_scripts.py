@@ -1,12 +1,18 @@
 """What a person runs around the program: scripts that a linter passes, and the commands that they print."""
 
+import ast
+import importlib.metadata
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 import yaml
+
+from dmpo_jax import command, main
 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -65,11 +71,43 @@ def test_a_dry_run_prints_the_command(options, printed):
   assert done.stdout.replace("\\", "").strip() == printed
 
 
-def test_set_up_copies_the_checkout_and_installs_it():
+def test_set_up_copies_the_checkout_and_installs_it_with_a_python_of_its_own():
   archive, copy, install = tpu_vm("setup").stdout.splitlines()
   assert archive.startswith("git archive --format=tar.gz")
   assert copy.startswith("gcloud compute tpus tpu-vm scp")
-  assert "requirements.txt" in install
+  (remote,) = (word for word in shlex.split(install) if word.startswith("--command="))
+  steps = remote.removeprefix("--command=").split(" && ")
+  assert run("bash", "-n", "-c", " && ".join(steps)).returncode == 0
+  assert steps[3:] == [
+    "python3 -m pip install --user --quiet uv",
+    "python3 -m uv venv --quiet --clear --python 3.11 .venv",
+    f"python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt '{with_tpu()}'",
+    ".venv/bin/python -c 'import jax, dmpo_jax.main; print(jax.__version__)'",
+  ]
+
+
+def with_tpu():
+  """JAX with the libraries of TPUs, in the range that requirements.txt has."""
+  return next(line for line in requirements("requirements.txt") if line.startswith("jax>")).replace("jax", "jax[tpu]")
+
+
+def requirements(name):
+  """What a list asks for, without its comments and the lists that it includes."""
+  lines = ((LAUNCH.parent / name).read_text()).splitlines()
+  return [own for line in lines if (own := line.partition("#")[0].strip()) and not own.startswith("-r")]
+
+
+def packages(name):
+  """The packages of a list."""
+  return set(map(canonical_name, requirements(name)))
+
+
+def canonical_name(requirement):
+  """The name of the package that a requirement is for, as pip compares names."""
+  return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+INSTALLED = {canonical_name(found.metadata["Name"]) for found in importlib.metadata.distributions()}
 
 
 @pytest.mark.parametrize(
@@ -122,9 +160,90 @@ def test_the_job_set_is_one_pod_a_host_and_restarts_only_what_was_interrupted():
   (job,) = job_set["spec"]["replicatedJobs"]
   job = job["template"]["spec"]
   assert job["parallelism"] == job["completions"]
-  assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
   pod = job["template"]["spec"]
   (container,) = pod["containers"]
-  assert container["command"] == ["python", "-m", "dmpo_jax.main"]
+  assert container["command"] == dockerfile()["ENTRYPOINT"][0]
   assert container["resources"]["limits"]["google.com/tpu"] == 4
   assert pod["restartPolicy"] == "Never"
+
+
+def test_the_job_set_gives_up_where_the_supervisor_does(tmp_path):
+  """With 1 and 2, whatever the program may end with."""
+  job_set = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+  (job,) = job_set["spec"]["replicatedJobs"]
+  (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+  assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
+  (whole,) = job_set["spec"]["failurePolicy"]["rules"]
+  assert (whole["action"], whole["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+  killed = (128 + 6, 128 + 9)  # aborted, as JAX does when a process of the job died; out of the host's memory
+  for code in (1, command.MISTAKE, main.INTERRUPTED, main.PREEMPTED, main.ABANDONED, *killed):
+    supervised = run(LAUNCH / "supervise.sh", "1", "bash", "-c", f"exit {code}", SUPERVISE_PAUSE="0")
+    is_started_again = "restart 1 of 1" in supervised.stderr
+    assert is_started_again == (code not in rule["onExitCodes"]["values"]), code
+
+
+def dockerfile():
+  """The instructions of the Dockerfile: their arguments by name, in order."""
+  text = re.sub(r"^#.*\n", "", (LAUNCH / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
+  found = {}
+  for line in filter(None, text.splitlines()):
+    name, _, rest = line.partition(" ")
+    found.setdefault(name, []).append(ast.literal_eval(rest) if rest.startswith("[") else shlex.split(rest))
+  return found
+
+
+def test_the_image_has_what_runs_need():
+  found = dockerfile()
+  root = LAUNCH.parent
+  for *sources, target in found["COPY"]:
+    assert all((root / source).exists() for source in sources), sources
+    assert target.startswith("./")
+  assert {source for *sources, _ in found["COPY"] for source in sources} >= {"configs", "dmpo_jax", "requirements.txt"}
+  (install,) = (words for words in found["RUN"] if words[0] == "pip")
+  assert install[-3:] == ["--requirement", "requirements.txt", with_tpu()]
+  assert found["ENTRYPOINT"] == [["tini", "--", "python", "-m", "dmpo_jax.main"]]
+  assert any("tini" in words for words in found["RUN"])
+
+
+# what a person develops with, and draws the documents' figures with
+DEVELOPING = {"bench_growth", "estimators", "fuzz_grading", "picture", "study_page", "docs_check"}
+
+
+def test_what_a_run_imports_comes_with_its_list():
+  root, installed = LAUNCH.parent, with_what_they_need(packages("requirements.txt"))
+  distributions = importlib.metadata.packages_distributions()
+  own, optional = {"configs", "dmpo_jax", "launch"}, {"wandb", "torch", "transformers", "peft"}
+  for path in [path for folder in own for path in (root / folder).rglob("*.py") if path.stem not in DEVELOPING]:
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+      names += [node.module] if isinstance(node, ast.ImportFrom) else []
+      for name in {name.split(".")[0] for name in names} - own - optional - sys.stdlib_module_names:
+        found = {canonical_name(one) for one in distributions[name]}
+        assert found & installed, f"{path.relative_to(root)} imports {name}"
+
+
+def with_what_they_need(names):
+  """The packages, and all that are installed with them on a CPU, without their extras."""
+  found, left = set(), set(names)
+  while left:
+    name = left.pop()
+    found.add(name)
+    needed = [requirement for requirement in importlib.metadata.requires(name) or () if "extra ==" not in requirement]
+    left |= {name for one in needed if (name := canonical_name(one)) in INSTALLED} - found
+  return found
+
+
+def test_a_run_does_without_what_developing_needs():
+  distributions = importlib.metadata.packages_distributions()
+  assert packages("requirements-dev.txt") & packages("requirements.txt") == set()
+  developing = packages("requirements-dev.txt") - with_what_they_need(packages("requirements.txt"))
+  absent = [name for name, by in distributions.items() if set(map(canonical_name, by)) & developing]
+  assert {"pytest", "ruff", "openai"} <= set(absent)
+  program = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({absent!r}))  # which makes their import fail
+sys.argv = ["dmpo_jax.main", "--help"]
+runpy.run_module("dmpo_jax.main", run_name="__main__", alter_sys=True)
+"""
+  done = subprocess.run([sys.executable, "-c", program], cwd=LAUNCH.parent, capture_output=True, text=True, timeout=120)
+  assert "--workdir" in done.stdout, done.stderr[-2000:]
