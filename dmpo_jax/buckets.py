@@ -55,6 +55,16 @@ def check(read: Mapping[str, epath.PathLike], written: Mapping[str, epath.PathLi
     _ask_in_time(*question)
 
 
+def refuse(option: str, path: epath.PathLike) -> None:
+  """Refuse a path of a bucket where only a folder will do.
+
+  Raises:
+    ConfigError: it is one.
+  """
+  if "://" in os.fspath(path):
+    raise ConfigError(f"{option}={path}: this is written to a folder of this machine alone; copy it from there")
+
+
 def _ask_in_time(option: str, path: str, is_written: bool) -> None:
   """Ask in a thread: looking for credentials and for addresses has time limits of its own, and long ones."""
   answer: concurrent.futures.Future[None] = concurrent.futures.Future()

@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from dmpo_jax.config import did_you_mean
+from dmpo_jax.config import ConfigError, did_you_mean
 from dmpo_jax.rules import RULES
 
 MISTAKE = 2  # exit code of a mistake in the command, by which nothing was started
@@ -48,7 +48,7 @@ def complain(problem: Any) -> None:
 def _call(main: Callable[[list[str]], Any], rest: list[str]) -> None:
   try:
     main(rest)
-  except app.UsageError as error:
+  except (app.UsageError, ConfigError) as error:
     complain(error)
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from etils import epath
-from safetensors.numpy import save_file
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -177,6 +176,26 @@ def _check_index(index: epath.Path, places: Mapping[str, str], tensors: Mapping[
     raise ValueError(f"{index} does not list {unlisted[0]}, which is in {file} ({len(unlisted)} such)")
 
 
+def write_file(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Write one file of tensors, local or in a bucket; the library itself writes to local files alone, and mode 0600.
+
+  Wider dtypes stand first, as its readers expect every tensor to begin at a multiple of its dtype's size.
+  """
+  names = {dtype: name for name, dtype in DTYPES.items()}
+  ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name, array in ordered:
+    header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
+    end += array.nbytes
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as stream:
+    stream.write(struct.pack("<Q", len(text)) + text)
+    for _, array in ordered:
+      stream.write(array.tobytes())
+
+
 def write_shards(
   folder: epath.Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int
 ) -> list[str]:
@@ -194,7 +213,7 @@ def write_shards(
   tensors = iter(tensors)
   for file, names in zip(files, groups, strict=True):
     shard = dict(next(tensors) for _ in names)
-    save_file(shard, folder / file, metadata={"format": "pt"})
+    write_file(folder / file, shard)
   if len(groups) > 1:
     places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}

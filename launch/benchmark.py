@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from dmpo_jax import command, progress
+from dmpo_jax import buckets, command, progress
 from dmpo_jax.config import validate
 from launch import timing
 from launch.bench_report import Disagreement, Options, write_json
@@ -92,6 +92,8 @@ def main(argv: Sequence[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f"unexpected argument {argv[1]!r}")
+    for option in ("json", "picture"):
+      buckets.refuse(f"--{option}", given[option].value)
     results = run(argv[0], given.config, given)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from dmpo_jax import command, files, pretrained, progress
+from dmpo_jax import buckets, command, files, pretrained, progress
 from dmpo_jax.models import convert
 from dmpo_jax.models.convert import Place
 from dmpo_jax.models.layers import KERNEL_SCALE, quantize
@@ -219,6 +219,7 @@ def main(argv: Sequence[str]) -> None:
   given = flags.FLAGS
   base = epath.Path(given.base).expanduser() if given.base else None
   try:
+    buckets.check({"--hf": given.hf, "--base": given.base or ""}, {"--out": given.out})
     run(given.hf, given.revision, epath.Path(given.out).expanduser(), base, given.dtype)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from dmpo_jax import command, files
+from dmpo_jax import buckets, command, files
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions, Estimator
 
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
   """Measure all estimators and write the table and the picture."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown argument {argv[1]!r}")
+  buckets.refuse("--out", _OUT.value)
   logits = _SHARPNESS.value * np.random.default_rng(0).standard_normal((*[TOKENS + 1] * LENGTH, LENGTH, TOKENS))
   table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   exact = exact_log_likelihood(table)

@@ -1,6 +1,6 @@
 """Write what a run has learned, or a converted checkpoint, in Hugging Face's layout.
 
-    python -m launch.export_hf --run=WORKDIR --out=DIR                # the policy, adapters merged into the weights
+    python -m launch.export_hf --run=WORKDIR --out=DIR_OR_GS          # the policy, adapters merged into the weights
     python -m launch.export_hf --run=WORKDIR --out=DIR --adapter      # its adapters alone, for PEFT
     python -m launch.export_hf --model=CONVERTED_DIR --out=DIR        # a converted checkpoint, as it was
 
@@ -18,14 +18,13 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
 
-from dmpo_jax import build, command, config, files, pretrained, progress
+from dmpo_jax import buckets, build, command, config, files, pretrained, progress
 from dmpo_jax.checkpoints import load_leaf, saved_dtypes
 from dmpo_jax.models import convert
 from dmpo_jax.models.layers import KERNEL_SCALE
 from dmpo_jax.models.llada import ModelConfig
-from dmpo_jax.shards import ADAPTER, write_shards
+from dmpo_jax.shards import ADAPTER, write_file, write_shards
 
 
 class Source(NamedTuple):
@@ -141,7 +140,7 @@ def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
   tensors = dict(convert.to_tensors(lambda path: load_leaf(source.policy, path), places))
   about = convert.lora_config_to_peft(lora, source.family, base_name or str(source.base))
   with files.new_folder(out, "--out"):
-    save_file(tensors, out / ADAPTER, metadata={"format": "pt"})
+    write_file(out / ADAPTER, tensors)
     (out / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
   return sum(array.size for array in tensors.values())
 
@@ -162,6 +161,7 @@ def run() -> None:
   """Export what the flags name, and say what came out."""
   given = flags.FLAGS
   check_flags(given)
+  buckets.check({"--run": given.run or "", "--model": given.model or ""}, {"--out": given.out})
   out = epath.Path(given.out).expanduser()
   where = epath.Path(given.run or given.model).expanduser()
   source = find_run(where) if given.run else find_model(where)
@@ -193,7 +193,7 @@ def define_flags() -> None:
   flags.adopt_module_key_flags(progress)
   flags.DEFINE_string("run", None, "The workdir of a finished run.")
   flags.DEFINE_string("model", None, "Or: a folder that launch/convert_hf.py wrote.")
-  flags.DEFINE_string("out", None, "The folder to write; it must not exist.")
+  flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
   flags.DEFINE_boolean("adapter", False, "Write the run's adapters for PEFT, and no weights.")
   flags.DEFINE_string("base_name", "", "What an adapter says that it is for; the base's folder by default.")
   flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32"], "Of the weights written.")

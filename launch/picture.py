@@ -13,7 +13,7 @@ import matplotlib
 from absl import flags
 from etils import epath
 
-from dmpo_jax import command
+from dmpo_jax import buckets, command
 from dmpo_jax.report.page import is_film
 from dmpo_jax.report.runs import Row, Run, find_generation, list_generations, read_runs
 
@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f"unknown argument {argv[1]!r}")
+    buckets.refuse("--out", given.out)
+    buckets.check({"--workdir": given.workdir})
     draw(epath.Path(given.workdir).expanduser(), pathlib.Path(given.out).expanduser(), given.index)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dmpo_jax import command, files, progress
+from dmpo_jax import buckets, command, files, progress
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.models.llada import LLaDA
 from launch import costs, programs
@@ -318,6 +318,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     if unknown:
       raise ConfigError(f"--programs: {', '.join(unknown)} is none of {', '.join(PROGRAMS)}")
+    buckets.check({"config.model.init_from": given.config.model.init_from}, {"--out": given.out})
     run(given.config, given.topology, [name for name in given.programs if name], given.sweep, given.out)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

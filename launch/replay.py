@@ -12,7 +12,7 @@ from absl import flags
 from etils import epath
 from rich.console import Console
 
-from dmpo_jax import command, watch
+from dmpo_jax import buckets, command, watch
 from dmpo_jax.report.page import is_film
 from dmpo_jax.report.runs import Row, find_generation, is_number, list_generations
 
@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
       raise ValueError(f"unknown argument {argv[1]!r}")
     if bool(given.workdir) == bool(given.generations):
       raise ValueError("give either --workdir or --generations")
+    buckets.check({"--workdir": given.workdir or "", "--generations": given.generations or ""})
     path = epath.Path(given.generations or find_file(epath.Path(given.workdir).expanduser(), given.buffers))
     line = read_film(path.expanduser(), given.index, given.sample)
   except ValueError as error:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from dmpo_jax import command, report
+from dmpo_jax import buckets, command, report
 
 
 def define_flags() -> None:
@@ -24,7 +24,9 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   """Write the report and say where; a mistake ends in one message and exit code 2."""
   given = flags.FLAGS
+  written = {"--workdir": given.workdir} | ({"--out": given.out} if given.out else {})
   try:
+    buckets.check({f"folder {path}": path for path in argv[1:]}, written)
     path = report.write([given.workdir, *argv[1:]], epath.Path(given.out).expanduser() if given.out else None)
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from absl import flags
 from etils import epath
 
-from dmpo_jax import command
+from dmpo_jax import buckets, command
 from dmpo_jax.progress import Progress
 
 _KILLS = flags.DEFINE_integer("kills", 100, "How many times to kill.", lower_bound=1)
@@ -36,6 +36,7 @@ SETTLE_SECONDS = 0.2  # a kill comes at least so long after the start
 def main(argv: list[str]) -> None:
   """Soak and print how many kills were survived; exit code 1 and the first difference where a run ended otherwise."""
   arguments = argv[1:] or ["--config=configs/smoke.py"]
+  buckets.refuse("--workdir", _WORKDIR.value)
   folder = pathlib.Path(_WORKDIR.value).resolve()
   shutil.rmtree(folder, ignore_errors=True)
   run_until(folder / "warm_up", arguments, None)  # compiles, so that the next one takes as long as those to come

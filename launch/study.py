@@ -25,7 +25,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import command, files, progress, train
+from dmpo_jax import buckets, command, files, progress, train
 from dmpo_jax.config import validate
 from launch import study_arms, study_page
 from launch.study_arms import GROUPS, TASKS, TUNING_SEED, Rates, Run, bench_config, with_changes
@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
   seeds = [int(seed) for seed in _SEEDS.value]
   if TUNING_SEED in seeds:
     raise app.UsageError(f"--seeds: {TUNING_SEED} is the seed on which learning rates are chosen")
+  for option, path in (("--out", _OUT.value), ("--docs", _DOCS.value)):
+    buckets.refuse(option, path)
   out = pathlib.Path(_OUT.value).expanduser().resolve()
   os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # on a CPU a third of a run was compiling
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # hundreds of programs, many of them the same

@@ -21,7 +21,7 @@ from absl import app, flags
 from etils import epath
 
 from configs import base
-from dmpo_jax import command
+from dmpo_jax import buckets, command
 from dmpo_jax.tasks import TASKS, answers
 from dmpo_jax.tokenizer import MASK_PIECE
 
@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
   """Write the model file."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  buckets.check({"--text": _TEXT.value or ""}, {"--output": _OUTPUT.value})
   path = epath.Path(_OUTPUT.value)
   path.parent.mkdir(parents=True, exist_ok=True)
   if _TEXT.value:

@@ -12,6 +12,7 @@ import standin_tokenizer
 import tiny
 from absl import flags
 from etils import epath
+from programs import start
 from recorded_models import TINY, compiled, recorded, settings, tensors
 from safetensors.numpy import load_file
 from test_launch_convert_hf import checkpoint, load
@@ -22,6 +23,7 @@ from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.shards import Shards
 from launch import convert_hf, export_hf
+from launch.rehearse import bucket
 
 
 @pytest.mark.parametrize("name", ["m1_base", "m2_gqa", "m3_tied", "m4_bf16"])
@@ -38,6 +40,34 @@ def test_there_and_back(tmp_path, name):
     np.testing.assert_array_equal(back[key], array)
   assert len({tensor.file for tensor in back.tensors.values()}) > 1
   assert json.loads((out / "config.json").read_text()) == settings(name)
+
+
+@pytest.mark.slow
+def test_there_and_back_by_way_of_a_bucket(tmp_path):
+  source, out = epath.Path(tmp_path / "hf"), epath.Path(tmp_path / "out")
+  checkpoint(source, "m4_bf16", max_bytes=50_000)
+  with bucket.running(("one",), tmp_path / "emulator") as emulator, pytest.MonkeyPatch.context() as patch:
+    for name, value in emulator.environment.items():
+      patch.setenv(name, value)
+    steps = [
+      ("launch.convert_hf", f"--hf={source}", "--out=gs://one/model"),
+      ("launch.export_hf", "--model=gs://one/model", "--out=gs://one/hf", "--shard_gb=0.001"),
+    ]
+    for module, *args in steps:
+      done = start(*args, module=module)
+      assert done.returncode == 0, done.stderr[-3000:]
+    refused = start(*steps[1][1:], module="launch.export_hf")
+    assert emulator.unknown == []
+    there = {name.removeprefix("hf/"): x.data for name, x in emulator.buckets.objects("one").items() if "hf/" in name}
+  assert (refused.returncode, "error: --out=gs://one/hf exists already" in refused.stderr) == (2, True)
+  out.mkdir()
+  for name in filter(None, there):
+    (out / name).write_bytes(there[name])
+  stored, back = tensors("m4_bf16"), Shards(out)
+  assert set(back) == set(stored)
+  for key, array in stored.items():
+    np.testing.assert_array_equal(back[key], array)
+  assert json.loads(there["config.json"]) == settings("m4_bf16")
 
 
 @pytest.mark.parametrize(("dtype", "is_float"), [("same", False), ("float32", True)])

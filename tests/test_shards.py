@@ -1,6 +1,7 @@
 """Safetensors folders: whole and sharded, by rows, and every way in which they can be broken."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from dmpo_jax.shards import Shards, write_shards
+from dmpo_jax.shards import Shards, read_header, write_file, write_shards
 
 
 def some_tensors():
@@ -52,6 +53,22 @@ def test_the_format_is_the_librarys(folder, tensors):
   index = json.loads((folder / "model.safetensors.index.json").read_text())
   assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
   assert set(index["weight_map"]) == set(tensors)
+
+
+def test_files_are_as_readable_as_others_and_tensors_are_aligned(folder):
+  mask = os.umask(0o022)
+  try:
+    odd = {"bytes": np.ones(3, np.float16), "wide": np.arange(2.0), "none": np.zeros((0, 4), np.float32)}
+    write_file(epath.Path(folder / "odd.safetensors"), odd)
+  finally:
+    os.umask(mask)
+  path = folder / "odd.safetensors"
+  assert path.stat().st_mode & 0o777 == 0o644
+  for name, array in load_file(path).items():
+    np.testing.assert_array_equal(array, odd[name])
+  assert [(name, tensor.start % 8) for name, tensor in read_header(epath.Path(path)).items()] == [
+    ("wide", 0), ("none", 0), ("bytes", 0)
+  ]  # fmt: skip
 
 
 def test_one_shard_has_no_index(tmp_path, tensors):
