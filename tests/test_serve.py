@@ -3,6 +3,8 @@
 import contextlib
 import http.client
 import json
+import math
+import re
 import shutil
 import socket
 import subprocess
@@ -23,7 +25,8 @@ from dmpo_jax.serve import api
 from dmpo_jax.serve.answers import Reader
 from dmpo_jax.serve.api import MAX_BODY, make_app
 from dmpo_jax.serve.asked import Limits, read_asked
-from dmpo_jax.serve.engine import Engine, Job
+from dmpo_jax.serve.connections import bounded_protocol
+from dmpo_jax.serve.engine import Decoded, Engine, Job
 from dmpo_jax.tokenizer import load_tokenizer
 
 LENGTH = 8
@@ -57,7 +60,7 @@ class Reverser:
     for number in (1, 0, 2, 3):  # late news too
       state = np.where(np.arange(LENGTH) < 2 * number + 2, whole, self.tokenizer.mask_token_id)
       publish(number, state)
-    return whole
+    return Decoded(whole, np.full(whole.shape, 0.5, np.float32))
 
 
 @contextlib.contextmanager
@@ -72,11 +75,14 @@ def serving(
     can_revoke=can_revoke,
     temperature=0.0,
     max_choices=4,
+    max_jobs=max_queue,
     max_prompt_length=max_prompt_length,
     max_seconds=max_seconds,
   )
-  app = make_app(engine, tokenizer, limits, model="tiny", api_key=api_key)
-  server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=10))
+  said = []
+  app = make_app(engine, tokenizer, limits, model="tiny", api_key=api_key, say=said.append)
+  http = bounded_protocol(20, header_seconds=1.0)
+  server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, log_level="error", timeout_graceful_shutdown=10))
   thread = threading.Thread(target=server.run)
   thread.start()
   try:
@@ -84,7 +90,7 @@ def serving(
       assert thread.is_alive()
       time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    decode.server, decode.engine, decode.port = server, engine, port
+    decode.server, decode.engine, decode.port, decode.said = server, engine, port, said
     decode.address = f"http://127.0.0.1:{port}"
     decode.client = openai.OpenAI(base_url=f"{decode.address}/v1", api_key=api_key or "none", max_retries=0)
     yield decode
@@ -129,6 +135,101 @@ def test_completions_and_their_length(decode):
   assert answer.usage.completion_tokens == 2
 
 
+def test_prompts_may_be_several_and_ids(decode, tokenizer):
+  prompts = ["12", "345"]
+  ids = [tokenizer.encode(text) for text in prompts]
+  for prompt in (prompts, ids, [prompts[0], ids[1]]):
+    answer = decode.client.completions.create(model="tiny", prompt=prompt, n=2)
+    assert [(x.index, x.text) for x in answer.choices] == [(0, "21"), (1, "21"), (2, "543"), (3, "543")]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 10)
+  assert decode.client.completions.create(model="tiny", prompt=ids[1]).choices[0].text == "543"
+  chunks = list(decode.client.completions.create(model="tiny", prompt=ids, stream=True))
+  texts = ["".join(x.choices[0].text for x in chunks if x.choices[0].index == index) for index in (0, 1)]
+  assert texts == ["21", "543"]
+  with pytest.raises(openai.BadRequestError, match="at most 4 completions"):
+    decode.client.completions.create(model="tiny", prompt=["1"] * 5)
+  with pytest.raises(openai.BadRequestError, match="from 1 to 10 are allowed"):
+    decode.client.completions.create(model="tiny", prompt=["1", "1" * 11])
+
+
+def test_more_tokens_than_there_are_is_a_cap(decode):
+  answer = ask(decode.client, "1234567890", max_tokens=1000, stop=list("abcdef"))
+  assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("09876543", "length")
+  assert ask(decode.client, "12", max_tokens=1000).choices[0].finish_reason == "stop"
+
+
+def test_log_probs_are_of_the_calls_that_decided(decode):
+  chat = ask(decode.client, "123", logprobs=True, top_logprobs=1).choices[0].logprobs.content
+  assert [(x.token, x.bytes) for x in chat] == [("3", [51]), ("2", [50]), ("1", [49])]
+  assert [x.logprob for x in chat] == pytest.approx([math.log(0.5)] * 3)
+  assert [[(y.token, y.logprob) for y in x.top_logprobs] for x in chat] == [[(x.token, x.logprob)] for x in chat]
+  assert ask(decode.client, "123", logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+  assert ask(decode.client, "123").choices[0].logprobs is None
+  text = decode.client.completions.create(model="tiny", prompt="12345", max_tokens=2, logprobs=1).choices[0].logprobs
+  assert (text.tokens, text.text_offset) == (["5", "4"], [0, 1])
+  assert text.token_logprobs == pytest.approx([math.log(0.5)] * 2)
+  assert text.top_logprobs == [{"5": text.token_logprobs[0]}, {"4": text.token_logprobs[1]}]
+  sampled = decode.client.completions.create(model="tiny", prompt="12", logprobs=0, temperature=0.5).choices[0]
+  assert (sampled.logprobs.tokens, sampled.logprobs.top_logprobs) == (["2", "1"], [{}, {}])
+  with pytest.raises(openai.BadRequestError, match="own tokens are known"):
+    decode.client.completions.create(model="tiny", prompt="12", logprobs=1, temperature=0.5)
+
+
+def test_the_model_is_found_by_its_name_and_the_server_says_that_it_lives(decode):
+  assert decode.client.models.retrieve("tiny").id == "tiny"
+  with pytest.raises(openai.NotFoundError, match="'tiny' is served"):
+    decode.client.models.retrieve("other/model")
+  with urllib.request.urlopen(f"{decode.address}/health", timeout=20) as answer:
+    assert json.load(answer) == {"status": "ok"}
+
+
+def test_requests_are_logged(decode):
+  decode.said.clear()
+  ask(decode.client, "123", n=2)
+  post(f"{decode.address}/v1/completions", b"{")
+  deadline = time.monotonic() + 10
+  while len(decode.said) < 2 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  first, second = (line.split(" ", 1)[1] for line in decode.said)
+  assert re.fullmatch(
+    r"127\.0\.0\.1 POST /v1/chat/completions 200 \d+\.\d\d s, 3 prompt tokens, 2 choices, 6 tokens", first
+  )
+  assert re.fullmatch(r"127\.0\.0\.1 POST /v1/completions 400 \d+\.\d\d s", second)
+
+
+def test_half_open_connections_are_closed(tokenizer):
+  with serving(tokenizer) as decode:
+    silent = [socket.create_connection(("127.0.0.1", decode.port)) for _ in range(10)]
+    for client in silent[5:]:
+      client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+    many = [socket.create_connection(("127.0.0.1", decode.port)) for _ in range(15)]
+    refused = many[-1].recv(10_000)
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert b"20 connections are open already" in refused
+    for client in [*silent, *many]:
+      client.settimeout(5)
+      while client.recv(10_000):
+        pass  # to its end
+      client.close()
+    assert ask(decode.client, "12").choices[0].message.content == "21"
+    time.sleep(1.2)  # an answered connection that is kept is no half-open one: a slow client may go on within its time
+    assert ask(decode.client, "12").choices[0].message.content == "21"
+
+
+def test_a_request_may_take_longer_than_its_header(tokenizer):
+  with serving(tokenizer) as decode:
+    decode.may_go_on.clear()
+    threading.Timer(1.5, decode.may_go_on.set).start()
+    assert ask(decode.client, "12").choices[0].message.content == "21"
+
+
+def test_a_length_that_is_too_much_is_refused_before_its_body(decode):
+  with socket.create_connection(("127.0.0.1", decode.port), timeout=5) as client:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: 99000000000\r\n\r\n".encode())
+    assert client.recv(10_000).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_conversation_goes_through_the_chat_template(tmp_path):
   tokenizer = load_tokenizer(
     "huggingface", standin_tokenizer.write(tmp_path, model_config={"mask_token_id": 126336}), is_chat=True
@@ -159,10 +260,10 @@ def test_stop_strings_end_an_answer_before_them(decode):
 
 
 def test_what_may_become_a_stop_string_is_not_streamed(tokenizer):
-  limits = Limits(LENGTH, 4, False, 0.0, 4, 10, 20.0)
+  limits = Limits(LENGTH, 4, False, 0.0, 4, 4, 10, 20.0)
   ids = np.array([*tokenizer.encode("4321"), *[tokenizer.mask_token_id] * 4])
   for stops, shown in (([], "4321"), (["19"], "432"), (["215", "x"], "43"), (["321"], "4"), (["3", "4321"], "")):
-    reader = Reader(tokenizer, limits, read_asked({"stop": stops}, limits))
+    reader = Reader(tokenizer, limits, read_asked({"stop": stops}, limits, is_chat=True))
     assert reader.decided(ids) == shown, stops
 
 
@@ -236,13 +337,17 @@ def test_requests_that_wait_together_are_decoded_together(decode):
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usages": True}}, "stream_options"),
-    ({"max_tokens": LENGTH + 1}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"stop": ["x"] * 5}, "stop"),
+    ({"stop": ["x"] * 65}, "stop"),
     ({"stop": ""}, "stop"),
     ({"seed": 2**64}, "seed"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"logprobs": True, "stream": True}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 1, "temperature": 0.5}, "top_logprobs"),
+    ({"top_logprobs": 1}, "top_logprobs"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "tool", "content": "1"}]}, "messages"),
     ({"messages": [{"role": ["user"], "content": "1"}]}, "messages"),
@@ -284,7 +389,12 @@ def test_prompts_have_a_longest_length(decode):
     (b'{"prompt": "1", "temperature": 1' + b"0" * 400 + b"}", {}, 400),
     (b"[]", {}, 400),
     (b"\xff", {}, 400),
-    (b'{"prompt": ["a"]}', {}, 400),
+    (b'{"prompt": ["a", 1]}', {}, 400),
+    (b'{"prompt": [99999]}', {}, 400),
+    (b'{"prompt": [-1]}', {}, 400),
+    (b'{"prompt": [true]}', {}, 400),
+    (b'{"prompt": []}', {}, 400),
+    (b'{"prompt": [[]]}', {}, 400),
     (b'{"prompt": "1"}', {"Content-Type": "text/plain"}, 415),
     (b" " * (MAX_BODY + 1), {}, 413),
     (b'{"prompt": "1"}', {"Host": "evil.example"}, 400),

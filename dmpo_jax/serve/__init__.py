@@ -1,7 +1,7 @@
 """A policy behind an address, `--mode=serve`: OpenAI's completions, decoded in batches, and a page to watch it denoise.
 
 `engine` owns the model and a bounded queue, `api` speaks HTTP, and the two meet in `engine.Job`. `asked` reads what a
-request wants, `answers` writes what it gets.
+request wants, `answers` writes what it gets, `connections` bounds what clients can hold.
 """
 
 import contextlib
@@ -16,13 +16,16 @@ import uvicorn
 from etils import epath
 from ml_collections import ConfigDict
 
+from dmpo_jax import progress
 from dmpo_jax.build import build_model_parts, load_policy
 from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
 from dmpo_jax.serve.api import is_loopback, make_app
 from dmpo_jax.serve.asked import Limits
+from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Engine, make_decode
 
+SPARE_CONNECTIONS = 64  # beside those whose requests wait or are decoded: idle ones, pages, health checks
 API_KEY = "DMPO_JAX_API_KEY"  # environment variable; a key on a command line is everyone's to read
 
 
@@ -49,14 +52,22 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
       can_revoke=config.sampler.name == "wino",
       temperature=config.eval.temperature,
       max_choices=own.batch_size,
+      max_jobs=own.max_queue,
       max_prompt_length=own.max_prompt_length,
       max_seconds=own.max_seconds,
     )
     name = epath.Path(workdir or config.model.init_from).name
-    app = make_app(engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=is_loopback(own.host))
+    app = make_app(
+      engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=is_loopback(own.host), say=_say
+    )
     url = _url(own.host, listener.getsockname()[1])
     print(f"serving {name} on {url}/ and {url}/v1", flush=True)
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(own.max_seconds) + 1)
+    settings = uvicorn.Config(
+      app,
+      http=bounded_protocol(own.max_queue + own.batch_size + SPARE_CONNECTIONS),
+      log_level="warning",
+      timeout_graceful_shutdown=int(own.max_seconds) + 1,
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, lambda *_: None)  # uvicorn hears them, and when it has ended it raises them once more
     try:
@@ -64,6 +75,12 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
     finally:
       engine.close()
   print("stopped serving", file=sys.stderr)
+
+
+def _say(line: str) -> None:
+  """Write a line of the request log to standard error, unless --quiet."""
+  if not progress.asked_for_quiet():
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

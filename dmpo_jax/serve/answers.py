@@ -1,7 +1,9 @@
 """From a completion's ids to what a client gets: text that ends where it should, and the shape of OpenAI's answers."""
 
 import dataclasses
+import itertools
 import json
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ import numpy as np
 from dmpo_jax.serve.asked import Asked, Limits
 from dmpo_jax.tokenizer import Tokenizer
 
+TINY = 1e-38  # the least probability whose logarithm is said; JSON has no infinity
+
 
 class Text(NamedTuple):
   """A finished completion."""
@@ -19,6 +23,8 @@ class Text(NamedTuple):
   text: str
   reason: str  # why it ends: stop (an end token or a stop string), length
   num_tokens: int
+  pieces: Sequence[str] = ()  # of the tokens, where their log-probabilities were asked for
+  log_probs: Sequence[float] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +48,20 @@ class Reader:
     cut = _find(text, self.asked.stops)
     return text[: len(text) - _num_held(text, self.asked.stops)] if cut is None else text[:cut]
 
-  def finish(self, ids: np.ndarray) -> Text:
-    """The whole text, why it ends and how many tokens it took, an end token and a stop string not counted."""
-    kept = ids[: self.asked.max_tokens]
+  def finish(self, ids: np.ndarray, confidence: np.ndarray) -> Text:
+    """The whole text, why it ends and how many tokens it took, an end token and a stop string not counted.
+
+    Args:
+      confidence: of the model in each token, at the call that decided it.
+    """
+    text = self._end(ids[: self.asked.max_tokens])
+    if not self.asked.with_logprobs:
+      return text
+    kept = slice(text.num_tokens)
+    pieces = [self._decode(ids[: end + 1])[len(self._decode(ids[:end])) :] for end in range(text.num_tokens)]
+    return text._replace(pieces=pieces, log_probs=[math.log(max(p, TINY)) for p in confidence[kept].tolist()])
+
+  def _end(self, kept: np.ndarray) -> Text:
     ends = np.flatnonzero(np.isin(kept, [self.tokenizer.eos_token_id, self.tokenizer.eot_token_id]))
     num_tokens, reason = (int(ends[0]), "stop") if len(ends) else (len(kept), "length")
     text = self._decode(kept)
@@ -84,13 +101,27 @@ class Form:
   number: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
   created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-  def whole(self, texts: Sequence[Text], num_prompt: int) -> dict[str, Any]:
+  def whole(self, texts: Sequence[Text], num_prompt: int, asked: Asked) -> dict[str, Any]:
     """An answer in one piece."""
     choices = []
-    for index, (text, reason, _) in enumerate(texts):
-      said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-      choices.append(_choice(index, said, reason))
+    for index, text in enumerate(texts):
+      said = {"message": {"role": "assistant", "content": text.text}} if self.is_chat else {"text": text.text}
+      choices.append(_choice(index, said, text.reason, self._log_probs(text, asked)))
     return self._envelope(choices, "") | {"usage": usage(num_prompt, sum(text.num_tokens for text in texts))}
+
+  def _log_probs(self, text: Text, asked: Asked) -> dict[str, Any] | None:
+    if not asked.with_logprobs:
+      return None
+    pairs = list(zip(text.pieces, text.log_probs, strict=True))
+    if self.is_chat:
+      tokens = [{"token": piece, "logprob": p, "bytes": list(piece.encode())} for piece, p in pairs]
+      return {"content": [token | {"top_logprobs": [token] if asked.with_top else []} for token in tokens]}
+    return {
+      "tokens": list(text.pieces),
+      "token_logprobs": list(text.log_probs),
+      "top_logprobs": [{piece: p} if asked.with_top else {} for piece, p in pairs],
+      "text_offset": list(itertools.accumulate(map(len, text.pieces[:-1]), initial=0))[: len(pairs)],
+    }
 
   def event(self, index: int, text: str, *, role: str = "", reason: str | None = None) -> str:
     """A further piece of a choice in a stream."""
@@ -112,8 +143,10 @@ class Form:
     }
 
 
-def _choice(index: int, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
-  return {"index": index, **said, "finish_reason": reason, "logprobs": None}
+def _choice(
+  index: int, said: dict[str, Any], reason: str | None, log_probs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+  return {"index": index, **said, "finish_reason": reason, "logprobs": log_probs}
 
 
 def _line(value: dict[str, Any]) -> str:

@@ -8,8 +8,9 @@ import hmac
 import ipaddress
 import json
 import pathlib
+import time
 import urllib.parse
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,16 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmpo_jax.chat import Turn
 from dmpo_jax.serve.answers import Form, Reader, Text
-from dmpo_jax.serve.asked import Asked, Limits, Refused, read_asked, read_messages
+from dmpo_jax.serve.asked import Asked, Limits, Refused, read_asked, read_messages, read_prompts
 from dmpo_jax.serve.engine import Engine, Job
 from dmpo_jax.tokenizer import Tokenizer
 
 MAX_BODY = 2**20  # bytes
+MAX_DRAINED = 8 * MAX_BODY  # read to its end although it is too long, as clients listen once they have sent all
 PAGE = pathlib.Path(__file__).parent / "page.html"
 POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -36,7 +38,14 @@ Event = tuple[int, str, Any]  # number of the choice; state, done; what the engi
 
 
 def make_app(
-  engine: Engine, tokenizer: Tokenizer, limits: Limits, *, model: str, api_key: str = "", is_local: bool = True
+  engine: Engine,
+  tokenizer: Tokenizer,
+  limits: Limits,
+  *,
+  model: str,
+  api_key: str = "",
+  is_local: bool = True,
+  say: Callable[[str], None] = lambda line: None,
 ) -> Starlette:
   """Build the application.
 
@@ -45,18 +54,21 @@ def make_app(
     api_key: what requests must bring as `Authorization: Bearer ...`; "": nothing.
     is_local: the address is this machine's own: requests in the name of another host, by which a web page could get
       here, are refused.
+    say: gets a line for every request that has been answered.
   """
   service = Service(engine, tokenizer, limits, model, api_key)
   routes = [
     Route("/", service.page),
+    Route("/health", service.health),
     Route("/v1/models", service.models),
+    Route("/v1/models/{name:path}", service.one_model),
     Route("/v1/completions", service.complete, methods=["POST"]),
     Route("/v1/chat/completions", service.chat, methods=["POST"]),
     Route("/watch", service.watch, methods=["POST"]),
   ]
   return Starlette(
     routes=routes,
-    middleware=[Middleware(OwnHostOnly)] if is_local else [],
+    middleware=[Middleware(RequestLog, say=say), *([Middleware(OwnHostOnly)] if is_local else [])],
     exception_handlers={Refused: _answer_refused, HTTPException: _answer_http, Exception: _answer_unexpected},
   )
 
@@ -67,6 +79,34 @@ def is_loopback(host: str) -> bool:
     return ipaddress.ip_address(host).is_loopback
   except ValueError:
     return host == "localhost"
+
+
+class RequestLog:
+  """Says a line of every request: time, client, what was asked, status, seconds, and what the endpoint adds."""
+
+  def __init__(self, app: ASGIApp, say: Callable[[str], None]):
+    self.app, self.say = app, say
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":
+      await self.app(scope, receive, send)
+      return
+    start, status = time.monotonic(), 500
+    scope.setdefault("state", {})["tokens"] = ""
+
+    async def note(message: Message) -> None:
+      nonlocal status
+      status = message.get("status", status)
+      await send(message)
+
+    try:
+      await self.app(scope, receive, note)
+    finally:
+      client = (scope.get("client") or ("?",))[0]
+      seconds = time.monotonic() - start
+      path = scope["path"].encode("unicode_escape").decode()
+      line = f"{time.strftime('%H:%M:%S')} {client} {scope['method']} {path} {status} {seconds:.2f} s"
+      self.say(line + scope["state"]["tokens"])
 
 
 class OwnHostOnly:
@@ -124,22 +164,33 @@ class Service:
   async def models(self, request: Request) -> Response:
     """The one model there is."""
     self._check_key(request)
-    one = {"id": self.model, "object": "model", "created": 0, "owned_by": "dmpo_jax"}
-    return JSONResponse({"object": "list", "data": [one]})
+    return JSONResponse({"object": "list", "data": [self._describe_model()]})
+
+  def _describe_model(self) -> dict[str, Any]:
+    return {"id": self.model, "object": "model", "created": 0, "owned_by": "dmpo_jax"}
+
+  async def one_model(self, request: Request) -> Response:
+    """The model by its name."""
+    self._check_key(request)
+    if request.path_params["name"] != self.model:
+      raise Refused(404, f"there is no model {request.path_params['name']!r:.100} here: {self.model!r} is served")
+    return JSONResponse(self._describe_model())
+
+  async def health(self, request: Request) -> Response:
+    """Whether requests are answered; asked by load balancers, who have no key."""
+    return JSONResponse({"status": "ok"})
 
   async def complete(self, request: Request) -> Response:
-    """`/v1/completions`: a text goes on; no chat template."""
-    asked = await self._read(request)
-    prompt = asked.pop("prompt", None)
-    if not isinstance(prompt, str):
-      raise Refused(400, "prompt must be one string", "prompt")
-    return await self._answer(request, self.tokenizer.encode(prompt), asked, is_chat=False)
+    """`/v1/completions`: texts go on; no chat template."""
+    fields = await self._read(request)
+    prompts = read_prompts(fields.pop("prompt", None), self.tokenizer)
+    return await self._answer(request, prompts, fields, is_chat=False)
 
   async def chat(self, request: Request) -> Response:
     """`/v1/chat/completions`: a conversation goes on, by the chat template if there is one."""
     asked = await self._read(request)
     prompt = self._encode_chat(read_messages(asked.pop("messages", None)))
-    return await self._answer(request, prompt, asked, is_chat=True)
+    return await self._answer(request, [prompt], asked, is_chat=True)
 
   async def watch(self, request: Request) -> Response:
     """What the page listens to: the pieces after each model call, null where a position is not decided."""
@@ -148,13 +199,14 @@ class Service:
       raise Refused(400, "prompt must be one string", "prompt")
     if len(asked) > 1:
       raise Refused(400, f"only a prompt is read here, not {', '.join(sorted(asked.keys() - {'prompt'}))}")
-    events = self._events(request, self._encode_chat([("user", asked["prompt"])]), read_asked({}, self.limits))
+    prompt = self._encode_chat([("user", asked["prompt"])])
+    events = self._events(request, [prompt], read_asked({}, self.limits, is_chat=True))
     first = await anext(events)
 
     async def lines() -> AsyncIterator[str]:
       try:
         async for _, kind, value in _with_first(first, events):
-          number, ids = value if kind == "state" else (None, value)
+          number, ids = value if kind == "state" else (None, value[0])
           yield json.dumps({"call": number, "pieces": self._pieces(ids), "text": self.tokenizer.decode(ids.tolist())})
           yield "\n"
       except Refused as error:
@@ -177,13 +229,19 @@ class Service:
     self._check_key(request)
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
       raise Refused(415, "the body must be JSON, with Content-Type: application/json")
-    body = bytearray()
+    too_long = Refused(413, f"the body has more than {MAX_BODY} bytes")
+    if int(request.headers.get("content-length", 0)) > MAX_DRAINED:  # h11 has seen that it is a number
+      raise too_long
+    body, size = bytearray(), 0
     try:
       async with asyncio.timeout(self.limits.max_seconds):
         async for part in request.stream():
-          body += part
-          if len(body) > MAX_BODY:
-            raise Refused(413, f"the body has more than {MAX_BODY} bytes")
+          size += len(part)
+          body += part if size <= MAX_BODY else b""
+          if size > MAX_DRAINED:
+            raise too_long
+      if size > MAX_BODY:
+        raise too_long
       asked = json.loads(body)
       json.dumps(asked, ensure_ascii=False).encode()  # JSON can write half a character, which is no text
     except TimeoutError as error:
@@ -200,28 +258,33 @@ class Service:
     except ValueError as error:
       raise Refused(400, str(error), "messages") from error
 
-  async def _answer(self, request: Request, prompt: list[int], fields: dict[str, Any], *, is_chat: bool) -> Response:
-    asked = read_asked(fields, self.limits)
+  async def _answer(
+    self, request: Request, prompts: list[list[int]], fields: dict[str, Any], *, is_chat: bool
+  ) -> Response:
+    asked = read_asked(fields, self.limits, is_chat=is_chat)
     form, reader = Form(self.model, is_chat), Reader(self.tokenizer, self.limits, asked)
-    events = self._events(request, prompt, asked)
+    num_prompt, num_choices = sum(map(len, prompts)), len(prompts) * asked.num_choices
+    request.state.tokens = f", {num_prompt} prompt tokens, {num_choices} choices"
+    events = self._events(request, prompts, asked)
     if not asked.is_streamed:
-      texts = {number: reader.finish(value) async for number, kind, value in events if kind == "done"}
-      return JSONResponse(form.whole([texts[number] for number in sorted(texts)], len(prompt)))
+      texts = {number: reader.finish(*value) async for number, kind, value in events if kind == "done"}
+      request.state.tokens += f", {sum(text.num_tokens for text in texts.values())} tokens"
+      return JSONResponse(form.whole([texts[number] for number in sorted(texts)], num_prompt, asked))
     first = await anext(events)  # an error before the first byte is still an error's status
-    stream = self._stream(_with_first(first, events), form, reader, len(prompt))
+    stream = self._stream(_with_first(first, events), form, reader, num_prompt, num_choices)
     return StreamingResponse(stream, media_type="text/event-stream")
 
   async def _stream(
-    self, events: AsyncIterator[Event], form: Form, reader: Reader, num_prompt: int
+    self, events: AsyncIterator[Event], form: Form, reader: Reader, num_prompt: int, num_choices: int
   ) -> AsyncIterator[str]:
-    sent = [""] * reader.asked.num_choices
+    sent = [""] * num_choices
     num_tokens = 0
     if form.is_chat:
       for index in range(len(sent)):
         yield form.event(index, "", role="assistant")
     try:
       async for index, kind, value in events:
-        end = reader.finish(value) if kind == "done" else Text(reader.decided(value[1]), "", 0)
+        end = reader.finish(*value) if kind == "done" else Text(reader.decided(value[1]), "", 0)
         if end.text.startswith(sent[index]) and end.text != sent[index]:
           yield form.event(index, end.text[len(sent[index]) :])
           sent[index] = end.text
@@ -234,10 +297,14 @@ class Service:
       yield f"data: {json.dumps({'error': error.body()})}\n\n"
     yield "data: [DONE]\n\n"
 
-  async def _events(self, request: Request, prompt: list[int], asked: Asked) -> AsyncIterator[Event]:
-    """Queue a prompt's choices and yield what becomes of them; a client who leaves gives the places up."""
-    if not prompt or len(prompt) > self.limits.max_prompt_length:
-      raise Refused(400, f"the prompt has {len(prompt)} tokens: from 1 to {self.limits.max_prompt_length} are allowed")
+  async def _events(self, request: Request, prompts: list[list[int]], asked: Asked) -> AsyncIterator[Event]:
+    """Queue the prompts' choices and yield what becomes of them; a client who leaves gives the places up."""
+    for prompt in prompts:
+      if not prompt or len(prompt) > self.limits.max_prompt_length:
+        allowed = f"from 1 to {self.limits.max_prompt_length} are allowed"
+        raise Refused(400, f"the prompt has {len(prompt)} tokens: {allowed}", "prompt")
+    if len(prompts) * asked.num_choices > self.limits.max_jobs:
+      raise Refused(400, f"at most {self.limits.max_jobs} completions may be asked for at one time", "prompt")
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
     def deliver(*event: Any) -> None:
@@ -245,8 +312,9 @@ class Service:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
     jobs = [
-      Job(prompt, functools.partial(deliver, number), asked.seed, asked.temperature, number)
-      for number in range(asked.num_choices)
+      Job(prompt, functools.partial(deliver, first + choice), asked.seed, asked.temperature, choice)
+      for first, prompt in zip(range(0, len(prompts) * asked.num_choices, asked.num_choices), prompts, strict=True)
+      for choice in range(asked.num_choices)
     ]
 
     async def watch_client() -> None:

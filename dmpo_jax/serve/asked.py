@@ -11,9 +11,11 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from dmpo_jax.chat import Turn
+from dmpo_jax.tokenizer import Tokenizer
 
-MAX_STOPS, MAX_STOP_LENGTH = 4, 256  # strings, characters of one
+MAX_STOPS, MAX_STOP_LENGTH = 64, 256  # strings, characters of one
 MAX_TEMPERATURE = 2.0  # as at OpenAI
+MAX_WHOLE = 2**31  # of tokens; more than the completion has are as many as it has
 LENGTHS = ("max_tokens", "max_completion_tokens")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # theirs -> a template's
 IGNORED = {"user", "metadata", "store"}  # say nothing of the result
@@ -23,8 +25,6 @@ FIXED = {  # OpenAI's defaults, which may be said as well
   "presence_penalty": 0,
   "echo": False,
   "logit_bias": {},
-  "logprobs": False,
-  "top_logprobs": 0,
   "tools": [],
   "parallel_tool_calls": True,
   "response_format": {"type": "text"},
@@ -41,7 +41,8 @@ class Limits:
   block_length: int
   can_revoke: bool  # the sampler may take tokens of its current block back
   temperature: float  # where a request names none
-  max_choices: int  # completions of one request
+  max_choices: int  # completions of one prompt
+  max_jobs: int  # completions of all prompts of one request
   max_prompt_length: int  # tokens
   max_seconds: float  # from its arrival to its answer
 
@@ -72,9 +73,11 @@ class Asked:
   stops: tuple[str, ...]  # the answer ends before the first of them
   is_streamed: bool
   with_usage: bool  # a stream ends with the tokens' numbers
+  with_logprobs: bool  # each token with the log-probability of the model call that decided it
+  with_top: bool  # and as the most likely one of that call, which a greedy answer's token is
 
 
-def read_asked(fields: dict[str, Any], limits: Limits) -> Asked:
+def read_asked(fields: dict[str, Any], limits: Limits, *, is_chat: bool) -> Asked:
   """Check a body's fields, of which the prompt or the messages have been taken.
 
   Raises:
@@ -83,17 +86,21 @@ def read_asked(fields: dict[str, Any], limits: Limits) -> Asked:
   fields = dict(fields)
   fields.pop("model", None)
   most = limits.completion_length
-  lengths = [_whole(fields.pop(name, None), name, 1, limits.completion_length) for name in LENGTHS]
+  lengths = [_whole(fields.pop(name, None), name, 1, MAX_WHOLE) or most for name in LENGTHS]
   num_choices = _whole(fields.pop("n", None), "n", 1, limits.max_choices) or 1
   is_streamed = _flag(fields.pop("stream", None), "stream")
+  temperature = _temperature(fields.pop("temperature", None), limits.temperature)
+  with_logprobs, with_top = _logprobs(fields, is_chat, is_streamed=is_streamed, is_greedy=temperature == 0)
   asked = Asked(
-    max_tokens=min(most if length is None else length for length in lengths),
-    temperature=_temperature(fields.pop("temperature", None), limits.temperature),
+    max_tokens=min(most, *lengths),
+    temperature=temperature,
     seed=_whole(fields.pop("seed", None), "seed", -(2**63), 2**63 - 1),
     num_choices=num_choices,
     stops=_stops(fields.pop("stop", None)),
     is_streamed=is_streamed,
     with_usage=_usage(fields.pop("stream_options", None), is_streamed),
+    with_logprobs=with_logprobs,
+    with_top=with_top,
   )
   for name, only in (FIXED | {"best_of": num_choices}).items():
     value = fields.pop(name, None)
@@ -104,6 +111,44 @@ def read_asked(fields: dict[str, Any], limits: Limits) -> Asked:
     if name not in IGNORED and value is not None:
       raise Refused(400, f"{name} is not supported", name)
   return asked
+
+
+def _logprobs(fields: dict[str, Any], is_chat: bool, *, is_streamed: bool, is_greedy: bool) -> tuple[bool, bool]:
+  """Take what is asked of log-probabilities: whether they are, and the most likely token of each position with them."""
+  value, top = fields.pop("logprobs", None), fields.pop("top_logprobs", None)
+  if is_chat:
+    is_asked, num_top, name = _flag(value, "logprobs"), _whole(top, "top_logprobs", 0, 1) or 0, "top_logprobs"
+  else:  # where the number of the most likely tokens stands in logprobs itself
+    value = None if value is False else value
+    is_asked, num_top, name = value is not None, _whole(value, "logprobs", 0, 1) or 0, "logprobs"
+    if top is not None:
+      raise Refused(400, "top_logprobs is for chats: set logprobs", "top_logprobs")
+  if num_top and not is_asked:
+    raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
+  if num_top and not is_greedy:
+    raise Refused(400, f"{name} must be 0 where temperature is not: only the answer's own tokens are known", name)
+  if is_asked and is_streamed:
+    raise Refused(400, "logprobs needs stream: false", "logprobs")
+  return is_asked, bool(num_top)
+
+
+def read_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
+  """Read the prompts of `/v1/completions`: a text, ids, or a list of texts or of ids.
+
+  Raises:
+    Refused: they are none of these, or an id is not the tokenizer's.
+  """
+  prompts = prompt if isinstance(prompt, list) and not _are_ids(prompt) else [prompt]
+  if not prompts or not all(isinstance(one, str) or _are_ids(one) for one in prompts):
+    raise Refused(400, "prompt must be a string, a list of token ids, or a list of strings or of such lists", "prompt")
+  for ids in prompts:
+    if not isinstance(ids, str) and not all(0 <= token < tokenizer.vocab_size for token in ids):
+      raise Refused(400, f"prompt must have token ids from 0 to {tokenizer.vocab_size - 1}", "prompt")
+  return [tokenizer.encode(one) if isinstance(one, str) else one for one in prompts]
+
+
+def _are_ids(value: Any) -> bool:
+  return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
 def read_messages(messages: Any) -> list[Turn]:

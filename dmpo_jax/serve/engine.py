@@ -6,7 +6,7 @@ One thread has the device. Jobs that wait together are decoded together, so a ba
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,14 @@ from dmpo_jax.progress import Progress
 from dmpo_jax.sample import BUCKET, pad
 
 Publish = Callable[[int, np.ndarray], None]  # number of the model call (from 0), completions [b, c]
-Decode = Callable[[Sequence["Job"], Publish], np.ndarray]  # jobs -> completions [b, c]
+Decode = Callable[[Sequence["Job"], Publish], "Decoded"]
+
+
+class Decoded(NamedTuple):
+  """What a batch of jobs came to."""
+
+  completion: np.ndarray  # [b, c]
+  confidence: np.ndarray  # [b, c]; of the model in each token, at the call that decided it
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,7 +35,7 @@ class Job:
   """One prompt on its way.
 
   `deliver` is called in the engine's thread with ("state", (call, ids)) after model calls, and once, at the end, with
-  ("done", ids) or ("failed", message).
+  ("done", (ids, confidence)) or ("failed", message).
   """
 
   prompt: list[int]
@@ -108,13 +115,13 @@ class Engine:
           job.deliver("state", (number, ids))
 
     try:
-      completion = self._decode(batch, publish)
+      decoded = self._decode(batch, publish)
     except Exception as error:  # a batch that fails must not end the server
       for job in batch:
         job.deliver("failed", f"{type(error).__name__}: {error}")
       return
-    for job, ids in zip(batch, completion, strict=False):
-      job.deliver("done", ids)
+    for job, *found in zip(batch, *decoded, strict=True):
+      job.deliver("done", tuple(found))
 
 
 def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> Decode:
@@ -133,7 +140,7 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
   )
   key = noise.step_key(config.seed, "sample", 0)
 
-  def decode(jobs: Sequence[Job], publish: Publish) -> np.ndarray:
+  def decode(jobs: Sequence[Job], publish: Publish) -> Decoded:
     numbers = np.array([job.prompt_id for job in jobs], np.uint32)
     prompts = pad([job.prompt for job in jobs], numbers, parts.tokenizer, num_rows=own.batch_size)
     temperature = np.zeros(own.batch_size, np.float32)
@@ -141,13 +148,13 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
     length, arguments = prompts.tokens.shape[1], (policies, prompts, key, temperature)
     with jax.set_mesh(parts.mesh):
       if length not in programs:
-        programs[length] = sample.lower(*arguments).compile()
+        with Progress(f"compiling for prompts of up to {length} tokens", 1) as shown:
+          programs[length] = sample.lower(*arguments).compile()
+          shown.advance()
       current[0] = publish
       rollouts = jax.device_get(programs[length](*arguments))
       jax.effects_barrier()
-    return rollouts.completion[: len(jobs), 0]
+    return Decoded(rollouts.completion[: len(jobs), 0], rollouts.confidence[: len(jobs), 0])
 
-  with Progress("compiling", 1) as shown:
-    decode([Job([parts.tokenizer.eos_token_id], deliver=lambda kind, value: None)], current[0])
-    shown.advance()
+  decode([Job([parts.tokenizer.eos_token_id], deliver=lambda kind, value: None)], current[0])
   return decode

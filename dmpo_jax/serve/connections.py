@@ -1,0 +1,60 @@
+"""The server's connections: how many there may be, and how long one may take to say what it wants."""
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dmpo_jax.serve.asked import Refused
+
+HEADER_SECONDS = 10.0  # from the connection, or the last answer, to the end of a request's header
+
+
+def bounded_protocol(max_connections: int, header_seconds: float = HEADER_SECONDS) -> type[H11Protocol]:
+  """Make uvicorn's HTTP protocol with a limit on connections, and a time-out on headers, which uvicorn has not.
+
+  A connection beyond the limit is answered with 503 and closed; one whose header does not come in time is closed.
+  """
+
+  class Bounded(H11Protocol):
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+      super().connection_made(transport)
+      if len(self.connections) > max_connections:
+        transport.write(_too_many(max_connections))
+        transport.close()
+      else:
+        self._watch_header()
+
+    def data_received(self, data: bytes) -> None:
+      super().data_received(data)
+      self._watch_header()
+
+    def on_response_complete(self) -> None:
+      super().on_response_complete()
+      self._watch_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+      self._forget_deadline()
+      super().connection_lost(exc)
+
+    def _watch_header(self) -> None:
+      if self.conn.their_state is not h11.IDLE:  # its header is whole
+        self._forget_deadline()
+      elif self._deadline is None:
+        self._deadline = self.loop.call_later(header_seconds, self.transport.close)
+
+    def _forget_deadline(self) -> None:
+      if self._deadline is not None:
+        self._deadline.cancel()
+        self._deadline = None
+
+  return Bounded
+
+
+def _too_many(max_connections: int) -> bytes:
+  body = Refused(503, f"{max_connections} connections are open already: try again later").response().body
+  head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+  return f"{head}Connection: close\r\n\r\n".encode() + bytes(body)
