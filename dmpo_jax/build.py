@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import data, models, noise, pretrained, rollout, samplers, sharding, tasks
+from dmpo_jax import data, models, noise, pretrained, processes, rollout, samplers, sharding, tasks
 from dmpo_jax.checkpoints import identity, load_params, read_about
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
@@ -130,6 +130,10 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     train = source.train()
     prompts = data.PromptStream(train, task, tokenizer, seed=config.seed, **limits)
     flawless = data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits)
+  streams = {"evaluation": held_out, "training": prompts}
+  digests = {f"the digest of the {name} prompts": stream.digest() for name, stream in streams.items() if stream}
+  if lines := processes.differing("the prompts are compared", digests):
+    raise ValueError("the processes of the job have different prompts (files that differ?):\n  " + "\n  ".join(lines))
   return Parts(
     **vars(model_parts),
     task=task,

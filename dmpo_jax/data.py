@@ -268,6 +268,13 @@ class PromptStream:
     """Return the number of prompts in an epoch."""
     return len(self._kept)
 
+  def digest(self) -> str:
+    """Hash the prompts' tokens, in their order: equal where records, tokenizer and settings are."""
+    digest = hashlib.sha256()
+    for index in self._kept:
+      digest.update(len(self._encoded[index]).to_bytes(8, "little") + self._encoded[index].tobytes())
+    return digest.hexdigest()[:16]
+
   def batch(self, position: int, n: int) -> tuple[Prompts, list[Record]]:
     """Return the `n` prompts from `position` on, padded on the left (arrays on the host), and their records."""
     indices = [self._kept[self._order[place]] for place in range(position, position + n)]

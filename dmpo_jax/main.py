@@ -57,6 +57,7 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 )
 
 INTERRUPTED = 130  # by Ctrl+C, at once
+_OF_HOSTS = ("task.data_dir", "task.records_dir")  # where each host may have a folder of its own
 PREEMPTED = 75  # sysexits' "temporary failure": running the same command again goes on
 
 
@@ -106,6 +107,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
     keep_compiled_programs(workdir)
   requests = sample.read_requests(_PROMPT.value, _PROMPTS.value) if _MODE.value == "sample" else []
   _join_processes()
+  _compare_commands(config, workdir)
   if _MODE.value == "sample":
     sample.main(config, workdir, requests, as_json=_JSON.value, watch=_WATCH.value)
   elif _MODE.value == "serve":
@@ -179,6 +181,14 @@ def _join_processes() -> None:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
     processes.join(address, 1, 0, heartbeat_seconds=seconds)
+
+
+def _compare_commands(config: ConfigDict, workdir: epath.Path | None) -> None:
+  """Refuse a job whose processes were not given the same: they compute one program, and would wait for each other."""
+  given = {f"config.{key}": value for key, value in flatten(config).items() if key not in _OF_HOSTS}
+  given |= {"--mode": _MODE.value, "--workdir": workdir and os.fspath(workdir)}
+  if lines := processes.differing("the commands are compared", given):
+    raise ConfigError("the processes of the job were given different commands:\n  " + "\n  ".join(lines))
 
 
 def _save_when_interrupted() -> None:

@@ -14,7 +14,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -141,6 +141,26 @@ def _without_proxies() -> Iterator[None]:
     yield
   finally:
     os.environ.update(hidden)
+
+
+def differing(name: str, own: Mapping[str, Any]) -> list[str]:
+  """Compare what has to be the same in every process; every process has to call this, and gets the same answer.
+
+  Args:
+    name: see `meet`. own: what this process has, by names; as JSON can hold it.
+
+  Returns:
+    One line for each name, as `x is 1 in process 0 and 2 in process 3`; of several such processes the first.
+  """
+  notes = meet(name, note=json.dumps(own, sort_keys=True, default=str))
+  everything = {index: json.loads(note) for index, note in sorted(notes.items())}
+  first, lines = everything[min(everything)], []
+  for key in sorted({key for has in everything.values() for key in has}):
+    values = {index: has.get(key, "absent") for index, has in everything.items()}
+    other = next((index for index, value in values.items() if value != first.get(key, "absent")), None)
+    if other is not None:
+      lines.append(f"{key} is {values[min(values)]!r} in process 0 and {values[other]!r} in process {other}")
+  return lines
 
 
 def stop_job(reason: str) -> None:

@@ -151,6 +151,16 @@ def test_processes_wait_for_the_first_and_find_its_records(tmp_path, monkeypatch
   assert all(are_there)
 
 
+def test_streams_of_other_prompts_have_another_digest(records, tokenizer):
+  def digest(chosen, **settings):
+    own = dict(seed=5, max_prompt_length=20) | settings
+    return PromptStream(chosen, TASK, tokenizer, **own).digest()
+
+  assert digest(records) == digest(list(records), seed=6)
+  others = [digest(records[:-1]), digest(records[::-1]), digest([*records[1:], records[0]])]
+  assert len({digest(records), *others}) == 4
+
+
 @pytest.mark.parametrize("own", [0, 1])
 def test_what_one_host_cannot_write_fails_on_all(tmp_path, monkeypatch, own):
   (tmp_path / "file").write_text("")

@@ -79,6 +79,22 @@ def begin_two(*args):
   return [begin(*args, *job, f"--process_id={process}", devices=2) for process in (0, 1)]
 
 
+def test_processes_of_different_commands_do_not_begin(tmp_path):
+  job = (f"--coordinator={free_address()}", "--num_processes=2")
+  both = [
+    begin(
+      TINY, f"--workdir={tmp_path}/run", f"--config.train.num_buffers={3 + process}", *job, f"--process_id={process}"
+    )
+    for process in (0, 1)
+  ]
+  for number, process in enumerate(both):
+    done = finish(process)
+    assert done.returncode == 2, done.stderr
+    said = f"error in process {number}: the processes of the job were given different commands:\n"
+    assert said + "  config.train.num_buffers is 3 in process 0 and 4 in process 1\n" in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_two_processes_equal_one_and_stop_when_one_of_them_dies(tmp_path):
   workdir = tmp_path / "two"

@@ -98,6 +98,12 @@ def test_what_one_process_finds_stops_all_of_them_at_one_point():
   processes.join(address, count, index, heartbeat_seconds=30)
   assert meet("notes", 60, "one says so" if index else "") == {1: "one says so"}
   assert meet("notes", 60) == {}
+  own = {"same": [1, "ä"], "x": index, f"only {index}": None}
+  assert processes.differing("settings", own) == [
+    "only 0 is None in process 0 and 'absent' in process 1",
+    "only 1 is 'absent' in process 0 and None in process 1",
+    "x is 0 in process 0 and 1 in process 1",
+  ]
   for step in range(3):
     if (index, step) == (1, 1):
       finds = threading.Thread(target=processes.stop_job, args=("the lock is gone",))
@@ -126,6 +132,7 @@ def test_processes_that_do_not_find_each_other_say_so():
 def test_a_process_alone_meets_nobody():
   assert processes.meet("the end", note="a note") == {0: "a note"}
   assert processes.meet("the end") == {}
+  assert processes.differing("settings", {"a": 1}) == []
   processes.stop_job("enough")
   with pytest.raises(processes.Stopped, match="enough"):
     processes.poll("the next step")
