@@ -52,10 +52,21 @@ class Phase:
   finish: Callable[[TrainState, Drawn | Experience, int], tuple[Experience, dict[str, float]]]
   update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
   evaluate: Callable[[Any, int], dict[str, float]]  # of what is learned, after so many buffers
-  evaluate_after: frozenset[int]  # numbers of finished buffers
+  evaluate_every: int | None  # buffers; 0: the first policy and the last alone; None: not even these
   is_pipelined: bool = False  # a buffer is drawn before the updates on the one before it
   # Called where an evaluation is the best so far, with what is learned and the number of finished buffers.
   keep_best: Callable[[Any, int], None] = lambda trainable, buffer: None
+
+  def drawn_at(self, buffer: int) -> int:
+    """Return the step whose policy draws a buffer."""
+    return max(buffer - self.is_pipelined, 0) * self.updates_per_buffer
+
+  def is_evaluated(self, buffer: int) -> bool:
+    """Whether the policy is evaluated after so many buffers."""
+    if self.evaluate_every is None:
+      return False
+    is_due = self.evaluate_every > 0 and buffer % self.evaluate_every == 0
+    return is_due or buffer == 0 or buffer >= self.num_buffers
 
 
 def abstract_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -119,7 +130,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
       ),
     ),
     evaluate=lambda trainable, buffer: {},
-    evaluate_after=frozenset(),
+    evaluate_every=None,
   )
   return phase, state
 
@@ -147,7 +158,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     finish=finish,
     update=_of_seed(config.seed, training_update(config, parts.model, optimizer, _shardings(state, parts.mesh))),
     evaluate=make_evaluate_training(config, workdir, parts, base),
-    evaluate_after=_evaluate_after(config.eval.every_buffers, config.train.num_buffers),
+    evaluate_every=config.eval.every_buffers,
     is_pipelined=config.rollout.pipelined,
     keep_best=lambda trainable, buffer: save_params(
       workdir / "best", trainable, build.about_policy(config, workdir, buffer)
@@ -296,10 +307,6 @@ def _of_seed(seed: int, update: Callable) -> Callable:
   """Give a gradient step the run's seed, as its last argument."""
   key = jax.random.key(seed)
   return lambda state, frozen, experience: update(state, frozen, experience, key)
-
-
-def _evaluate_after(every: int, num_buffers: int) -> frozenset[int]:
-  return frozenset({0, num_buffers, *(range(0, num_buffers, every) if every else ())})
 
 
 def _make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -57,11 +57,12 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
     is_page_due = not (workdir / PAGE).exists()
   else:
     evaluations = train(config, workdir)
+    last = max(map(int, evaluations))  # more than were asked for, if more had begun
     result = {
       "objective": config.objective.name,
-      "buffers": config.train.num_buffers,
+      "buffers": last,
       "base": evaluations["0"],
-      "last": evaluations[str(config.train.num_buffers)],
+      "last": evaluations[str(last)],
       "best": evaluations[best_buffer(evaluations)] | {"buffers": int(best_buffer(evaluations))},
       "evaluations": evaluations,
       "seconds": time.monotonic() - start,  # of this start; a run that was resumed took longer
@@ -107,17 +108,22 @@ def run(
   """Run one phase from where its newest checkpoint stands to its end."""
   with Checkpoints(workdir / "checkpoints" / phase.name, config.checkpoint.keep) as checkpoints:
     state, experience, drawn, position = resume(phase, state, checkpoints)
+    phase = with_begun(phase, position)
+    if phase.is_pipelined:  # an extended run's next buffer is drawn by an earlier policy than its newest
+      coming = position.buffer + (experience is not None)
+      checkpoints.keep_steps(frozenset(map(phase.drawn_at, (coming, phase.num_buffers))))
     metrics.forget(phase.name, after=position.reported)
     with progress.Progress(phase.name, phase.num_buffers, done=max(position.reported, 0)) as shown:
       try:
         while True:
-          if position.reported < position.buffer:
-            finish_buffer(phase, state, position, metrics)
-            if position.buffer:
-              shown.advance(**position.scalars)
-          step, is_done = int(state.step), position.buffer == phase.num_buffers
+          is_new = position.reported < position.buffer
+          finish_buffer(phase, state, position, metrics)
+          if is_new and position.buffer:
+            shown.advance(**position.scalars)
+          step, is_done = int(state.step), position.buffer >= phase.num_buffers
           is_diverged = int(state.num_skipped_in_a_row) >= config.optim.max_skips_in_a_row
-          if is_done or is_diverged or (step and step % config.checkpoint.every_updates == 0):
+          is_last_draw = phase.is_pipelined and step == phase.drawn_at(phase.num_buffers)
+          if is_done or is_diverged or is_last_draw or (step and step % config.checkpoint.every_updates == 0):
             checkpoints.save(step, state, experience, dataclasses.asdict(position), drawn)
           if is_diverged:
             raise Diverged(
@@ -128,17 +134,46 @@ def run(
             return state, position
           check_preemption()
           if experience is None:
-            drawn = drawn or phase.draw(state, position.buffer)
+            drawn = draw(phase, state, position.buffer, drawn, checkpoints)
             experience, position.scalars = phase.finish(state, drawn, position.buffer)
             drawn = None
-          if phase.is_pipelined and drawn is None:  # so by the policy that this buffer's updates begin with
-            drawn = phase.draw(state, position.buffer + 1)
+          if phase.is_pipelined and position.buffer + 1 < phase.num_buffers:
+            drawn = draw(phase, state, position.buffer + 1, drawn, checkpoints)
           state = update(phase, state, experience, position)
           if position.update == phase.updates_per_buffer:
             experience, position.buffer, position.update = None, position.buffer + 1, 0
       except Preempted:
         checkpoints.save(int(state.step), state, experience, dataclasses.asdict(position), drawn)
         raise
+
+
+def with_begun(phase: Phase, position: Position) -> Phase:
+  """Return the phase with as many buffers as have begun, where it was asked for fewer than it has learned from."""
+  begun = position.buffer + (position.update > 0)
+  if begun <= phase.num_buffers:
+    return phase
+  logger.warning("train.num_buffers=%d: %d have begun, so the run ends after these", phase.num_buffers, begun)
+  return dataclasses.replace(phase, num_buffers=begun)
+
+
+def draw(phase: Phase, state: TrainState, buffer: int, drawn: Any, checkpoints: Checkpoints) -> Any:
+  """Draw a buffer that has not been drawn yet, by the policy of the step at which it is due.
+
+  That of a pipelined run that had ended, and is now to go on, is the policy with which its last buffer began.
+  """
+  if drawn is not None:
+    return drawn
+  step = phase.drawn_at(buffer)
+  if step != int(state.step):
+    earlier = checkpoints.restore_state(step, sharding.abstract(state))
+    if earlier is None:
+      logger.warning(
+        "buffer %d is due to be drawn by the policy of step %d, of which there is no checkpoint: that of step %d draws "
+        "it, and the run ends otherwise than if it had been asked for as many buffers at once",
+        buffer, step, int(state.step),
+      )  # fmt: skip
+    state = state if earlier is None else earlier
+  return phase.draw(state, buffer)
 
 
 def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Any, Any, Position]:
@@ -175,14 +210,19 @@ def update(phase: Phase, state: TrainState, experience: Any, position: Position)
 
 
 def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: Metrics) -> None:
-  """Evaluate the policy where it is time to, and write the buffer's one row of metrics."""
-  if position.buffer in phase.evaluate_after:
+  """Evaluate the policy where it is time to, and write the buffer's one row of metrics; what is done is not done again.
+
+  A run that is asked for fewer buffers than it has had is evaluated after its row was written.
+  """
+  is_new, number = position.reported < position.buffer, str(position.buffer)
+  if position.update == 0 and phase.is_evaluated(position.buffer) and number not in position.evaluations:
     scalars = phase.evaluate(state.trainable, position.buffer)
-    position.evaluations[str(position.buffer)] = scalars
-    if position.buffer and best_buffer(position.evaluations) == str(position.buffer):
+    position.evaluations[number] = scalars
+    if position.buffer and best_buffer(position.evaluations) == number:
       phase.keep_best(state.trainable, position.buffer)
-    position.scalars |= {f"eval_{name}": value for name, value in scalars.items()}
-  if position.scalars:
+    if is_new:
+      position.scalars |= {f"eval_{name}": value for name, value in scalars.items()}
+  if is_new and position.scalars:
     metrics.write(phase.name, position.buffer, position.scalars)
   position.reported = position.buffer
 

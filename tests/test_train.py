@@ -16,6 +16,11 @@ from dmpo_jax.config import ConfigError
 from dmpo_jax.objectives import weights
 
 
+def config(**overrides):
+  """Without a baseline every rollout is learned from: rewards of a policy at random may all be the same."""
+  return tiny.config(**{"objective__baseline": "none"} | overrides)
+
+
 @pytest.fixture(autouse=True)
 def one_device(use_devices):
   use_devices(1)
@@ -24,7 +29,9 @@ def one_device(use_devices):
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory):
   """A run that nothing interrupts."""
-  return leave_alone(tiny.config(), tmp_path_factory.mktemp("left_alone"))
+  workdir = leave_alone(config(), tmp_path_factory.mktemp("left_alone"))
+  assert rows_of(workdir)[-1]["grad_norm"] > 0
+  return workdir
 
 
 def test_a_run_writes_what_it_promises(left_alone):
@@ -59,30 +66,58 @@ def test_a_run_writes_what_it_promises(left_alone):
 
 def test_a_finished_run_says_so_and_does_nothing(left_alone, capsys):
   before = (left_alone / "metrics.jsonl").read_text()
-  train.main(tiny.config(), left_alone)
+  train.main(config(), left_alone)
   assert "nothing left to do" in capsys.readouterr().out
   assert (left_alone / "metrics.jsonl").read_text() == before
+
+
+def die_at_save(patch, number):
+  """Let the program die when it has asked for a checkpoint for the `number`-th time, and it stands."""
+  count, save = [0], checkpoints.Checkpoints.save
+
+  def save_and_die(self, *args):
+    save(self, *args)
+    count[0] += 1
+    if count[0] == number:
+      self.wait()
+      raise KeyboardInterrupt
+
+  patch.setattr(checkpoints.Checkpoints, "save", save_and_die)
 
 
 @pytest.mark.parametrize("saves_before_the_end", [2, 5, 6])
 def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypatch, saves_before_the_end):
   """Cut off in the warm start, in the middle of a buffer, and between two buffers."""
-  workdir, count, save = epath.Path(tmp_path / "run"), [0], checkpoints.Checkpoints.save
-
-  def save_and_die(self, *args):
-    save(self, *args)
-    count[0] += 1
-    if count[0] == saves_before_the_end:
-      self.wait()
-      raise KeyboardInterrupt
-
+  workdir = epath.Path(tmp_path / "run")
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoints.Checkpoints, "save", save_and_die)
+    die_at_save(patch, saves_before_the_end)
     with pytest.raises(KeyboardInterrupt):
-      train.main(tiny.config(), workdir)
-  train.main(tiny.config(), workdir)
+      train.main(config(), workdir)
+  train.main(config(), workdir)
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
   assert rows_of(workdir) == rows_of(left_alone)
+
+
+@pytest.mark.parametrize(("saves_before_the_end", "step"), [(6, 3), (7, 4)])
+def test_a_run_that_has_more_than_it_is_asked_for_ends(left_alone, tmp_path, monkeypatch, saves_before_the_end, step):
+  """With the buffer that it was learning from, or at once between two; and it can go on from there."""
+  workdir = epath.Path(tmp_path / "run")
+  with monkeypatch.context() as patch:
+    die_at_save(patch, saves_before_the_end)
+    with pytest.raises(KeyboardInterrupt):
+      train.main(config(), workdir)
+  steps = [int(path.name) for path in (workdir / "checkpoints" / "train").iterdir() if path.name.isdigit()]
+  assert max(steps) == step
+  train.main(config(train__num_buffers=1), workdir)
+  result = metrics.read_result(workdir)
+  assert result["buffers"] == 2
+  assert list(result["evaluations"]) == ["0", "2"]
+  assert result["last"] == result["evaluations"]["2"]
+  assert [row["step"] for row in rows_of(workdir) if row["phase"] == "train"] == [0, 1, 2]
+  train.main(config(), workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
+  of_run, of_other = (metrics.read_result(each)["last"] for each in (workdir, left_alone))
+  assert of_run["reward_mean"] == of_other["reward_mean"]
 
 
 def test_a_checkpoint_goes_on_from_its_own_base_only(left_alone, tmp_path):
@@ -92,20 +127,20 @@ def test_a_checkpoint_goes_on_from_its_own_base_only(left_alone, tmp_path):
   checkpoints.save_params(workdir / "base", jax.tree.map(lambda x: x + 1, base))
   before = rows_of(workdir)
   with pytest.raises(ConfigError, match=r"was trained from the base \w+, and this one is \w+: give --workdir a new"):
-    train.main(tiny.config(train__num_buffers=4), workdir)
+    train.main(config(train__num_buffers=4), workdir)
   assert rows_of(workdir) == before
 
 
 def test_more_buffers_go_on_from_a_finished_run(left_alone, tmp_path):
   workdir = epath.Path(tmp_path / "run")
-  train.main(tiny.config(train__num_buffers=2), workdir)
-  train.main(tiny.config(), workdir)
+  train.main(config(train__num_buffers=2), workdir)
+  train.main(config(), workdir)
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
 
 
 def test_adapters_are_all_that_a_lora_run_saves(tmp_path):
   workdir = epath.Path(tmp_path / "run")
-  train.main(tiny.config(model__lora__rank=2, train__num_buffers=1), workdir)
+  train.main(config(model__lora__rank=2, train__num_buffers=1), workdir)
   policy = policy_of(workdir)
   assert set(policy["blocks"]) == {"q_proj", "k_proj", "v_proj", "up_proj"}
   assert set(policy["blocks"]["q_proj"]) == {"A", "B"}
@@ -126,7 +161,7 @@ def test_adapters_are_trained_on_an_int8_base(tmp_path, use_devices):
 
 def test_supervised_training_is_an_objective_like_another(tmp_path):
   workdir = epath.Path(tmp_path / "run")
-  train.main(tiny.config(objective__name="denoise", warm_start__updates=0, train__num_buffers=3), workdir)
+  train.main(config(objective__name="denoise", warm_start__updates=0, train__num_buffers=3), workdir)
   rows = rows_of(workdir)
   assert [row["step"] for row in rows] == [0, 1, 2, 3]
   assert rows[-1]["loss"] > 0
@@ -134,10 +169,10 @@ def test_supervised_training_is_an_objective_like_another(tmp_path):
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path, monkeypatch):
-  config = tiny.config(warm_start__updates=0, optim__max_skips_in_a_row=2)
+  own = config(warm_start__updates=0, optim__max_skips_in_a_row=2)
   workdir = epath.Path(tmp_path / "run")
   monkeypatch.setattr(weights, "importance_weights", lambda reward, *args, **keywords: (reward * np.nan,) * 2)
   with pytest.raises(train.Diverged, match="2 updates in a row"):
-    train.main(config, workdir)
+    train.main(own, workdir)
   assert (workdir / "checkpoints" / "train" / "2").exists()
   assert metrics.read_result(workdir) is None

@@ -45,6 +45,17 @@ def test_a_buffer_is_drawn_by_the_policy_that_the_one_before_begins_with(left_al
   assert rewards[2][1] > 0
 
 
+def saved_at(workdir, name):
+  """The parts of a checkpoint, less what every one has."""
+  folder = workdir / "checkpoints" / "train" / name
+  return {path.name for path in folder.iterdir() if path.is_dir()} - {"progress"}
+
+
+def test_no_buffer_is_drawn_after_the_last(left_alone):
+  assert saved_at(left_alone, "4") == {"state", "drawn"}
+  assert saved_at(left_alone, "6") == {"state"}
+
+
 def stop_at_save(patch, number):
   """Let the program die when it has asked for a checkpoint for the `number`-th time, and it stands."""
   count, save = [0], checkpoints.Checkpoints.save
@@ -84,10 +95,10 @@ def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypa
       interrupt(patch, number)
       with pytest.raises(error):
         train.main(config(), workdir)
-    saved = {path.name for path in (workdir / "checkpoints" / "train" / str(step)).iterdir() if path.is_dir()}
-    assert saved - {"progress"} == wanted
-  train.main(config(train__num_buffers=2), workdir)
-  train.main(config(), workdir)
+    assert saved_at(workdir, str(step)) == wanted
+  train.main(config(train__num_buffers=2, checkpoint__keep=1), workdir)
+  assert saved_at(workdir, "4") == {"state"}
+  train.main(config(), workdir)  # the third buffer's policy is that of step 2
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
   of_buffers = [name for name in rows_of(left_alone)[1] if not name.startswith("eval_")]
   for row, wanted in zip(rows_of(workdir)[1:], rows_of(left_alone)[1:], strict=True):
