@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -27,6 +28,8 @@ Config = Mapping[str, Any] | ConfigDict
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 CHOICES = ("task", "sampler", "objective")  # sections with a name, and a section of own keywords under each name
 FILE = "config.json"  # the configuration that a workdir was begun with
+OUTCOMES = ("base", "policy", "best", "result.json", "evaluation")  # what a workdir keeps besides checkpoints
+_CHECKPOINT = re.compile(r"\d+(\.\d+)?(\.damaged.*)?")  # a name; unfinished ones have another
 
 
 class ConfigError(ValueError):
@@ -213,8 +216,18 @@ def save(workdir: epath.PathLike, config: ConfigDict) -> None:
     files.write_whole(epath.Path(workdir) / FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
+def has_finished_a_step(workdir: epath.PathLike) -> bool:
+  """Whether a run has left something in the workdir to go on from or to keep: a base, a checkpoint or a result."""
+  folder, saved = epath.Path(workdir), epath.Path(workdir) / "checkpoints"
+  phases = [phase for phase in saved.iterdir() if phase.is_dir()] if saved.exists() else []
+  names = [path.name for phase in phases for path in phase.iterdir()]
+  return any((folder / name).exists() for name in OUTCOMES) or any(_CHECKPOINT.fullmatch(name) for name in names)
+
+
 def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, mode: str = "train") -> None:
-  """Refuse a workdir that was begun with a configuration of other results; a new workdir passes.
+  """Refuse a workdir that holds a run of a configuration of other results.
+
+  A new workdir passes, and for training one where no step was finished, as a start that failed leaves it.
 
   Args:
     mode: what the workdir is for; what the mode has no need of may differ (MAY_DIFFER).
@@ -223,7 +236,7 @@ def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, mode: str = "t
     ConfigError: naming the keys that differ and what would do.
   """
   path = epath.Path(workdir) / FILE
-  if not path.exists():
+  if not path.exists() or (mode == "train" and not has_finished_a_step(workdir)):
     return
   differing = [
     line

@@ -26,7 +26,7 @@ from dmpo_jax.phases import Phase
 from dmpo_jax.report import summarize, tables
 from dmpo_jax.report import write as write_report
 from dmpo_jax.structs import TrainState
-from dmpo_jax.workdir import announce_start
+from dmpo_jax.workdir import announce_start, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
     Diverged: after `optim.max_skips_in_a_row` updates in a row that were not finite.
   """
   parts = build.build_parts(config, workdir)
+  take_over(workdir, config)
   save_config(workdir, config)  # not before: a start that was refused leaves the workdir free for another configuration
   announce_start(workdir, config, parts.mesh)
   log = Metrics(workdir, wandb_project=config.log.wandb_project, config=config.to_dict())

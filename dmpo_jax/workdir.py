@@ -18,11 +18,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from dmpo_jax import buckets, files
-from dmpo_jax.config import Config, ConfigError, fingerprint
+from dmpo_jax.config import FILE, Config, ConfigError, differences, fingerprint, has_finished_a_step
 from dmpo_jax.processes import meet, stop_job
 
 LOCK = "run.lock"
 STARTS = "starts.jsonl"
+LEFT_BY_A_START = ("checkpoints", "generations", "metrics.jsonl", "parameters.txt", "tensorboard", "wandb_id.txt")
 LEASE_SECONDS = 30.0  # a lock on another host that was not renewed for so long has lost its process
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -96,6 +97,27 @@ def folder_beside(workdir: epath.Path, name: str) -> epath.Path:
   if buckets.is_in_bucket(workdir):
     return epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dmpo_jax" / name
   return workdir.parent / name
+
+
+def take_over(workdir: epath.Path, config: Config) -> None:
+  """Remove what a start of another configuration has left where no step was finished (process 0).
+
+  `config.check_workdir` has let the configuration pass, so nothing that is worth keeping is there.
+  """
+  path = workdir / FILE
+  if jax.process_index() > 0 or not path.exists() or has_finished_a_step(workdir):
+    return
+  try:
+    is_same = not differences(json.loads(path.read_text()), config)
+  except ValueError:  # cut, by the crash that ended that start
+    is_same = False
+  if not is_same:
+    print(f"{workdir}: a start of another configuration ended before its first step; begun anew", flush=True)
+    for name in LEFT_BY_A_START:
+      if (workdir / name).is_dir():
+        (workdir / name).rmtree()
+      else:
+        (workdir / name).unlink(missing_ok=True)
 
 
 def announce_start(workdir: epath.Path, config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -251,6 +251,7 @@ def test_fingerprint_belongs_to_what_decides_results(config):
 def test_workdir_of_another_config_is_refused(config, tmp_path):
   config_lib.check_workdir(tmp_path, config)
   config_lib.save(tmp_path, config)
+  (tmp_path / "base").mkdir()
   config.train.num_buffers = 40
   config_lib.check_workdir(tmp_path, config)
   config.objective.alpha = 0.5
@@ -287,6 +288,7 @@ def test_the_prompts_of_a_task_are_named(config):
 
 def test_a_finished_run_may_be_evaluated_otherwise(config, tmp_path):
   config_lib.save(tmp_path, config)
+  (tmp_path / "policy").mkdir()
   config.eval.lengths = (8, 16)
   config.task.grader = "published"
   config_lib.check_workdir(tmp_path, config, mode="eval")

@@ -76,17 +76,48 @@ def test_a_bucket_holds_a_run(tmp_path, monkeypatch):
   with epath.testing.mock_epath(**dict.fromkeys(moved, at_home)):
     config.save(folder, tiny.config())
     config.check_workdir(folder, tiny.config())
-    with pytest.raises(ConfigError, match="another configuration"):
-      config.check_workdir(folder, tiny.config(seed=1))
     workdir.announce_start(folder, tiny.config(), sharding.make_mesh(data=8))
     for step in (1, 2):
       with metrics.Metrics(folder) as rows:
         rows.write("train", step, {"loss": 0.5})
     metrics.write_result(folder, {"buffers": 2})
     assert metrics.read_result(folder) == {"buffers": 2}
+    with pytest.raises(ConfigError, match="another configuration"):
+      config.check_workdir(folder, tiny.config(seed=1))
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [1, 2]
   assert (tmp_path / "run" / workdir.STARTS).exists()
+
+
+@pytest.mark.parametrize(
+  "kept", ["base", "policy", "result.json", "checkpoints/train/0", "checkpoints/train/4.1.damaged"]
+)
+def test_what_a_run_has_finished_is_not_taken_over(tmp_path, kept):
+  folder = epath.Path(tmp_path)
+  config.save(folder, tiny.config())
+  (folder / kept).mkdir(parents=True)
+  with pytest.raises(ConfigError, match="another configuration"):
+    config.check_workdir(folder, tiny.config(seed=1))
+  workdir.take_over(folder, tiny.config(seed=1))
+  assert (folder / kept).exists()
+
+
+def test_a_start_that_finished_no_step_is_taken_over(tmp_path, capsys):
+  """With nothing of it left; the same configuration goes on with what it has, such as half an evaluation."""
+  folder = epath.Path(tmp_path)
+  for name in ("generations", "tensorboard", "checkpoints/train/4.orbax-checkpoint-tmp-1"):
+    (folder / name).mkdir(parents=True)
+  (folder / "metrics.jsonl").write_text("{}\n")
+  config.save(folder, tiny.config())
+  other = tiny.config(seed=1)
+  config.check_workdir(folder, other)
+  with pytest.raises(ConfigError, match="another configuration"):
+    config.check_workdir(folder, other, mode="eval")
+  workdir.take_over(folder, tiny.config(train__num_buffers=9))
+  assert (folder / "generations").exists()
+  workdir.take_over(folder, other)
+  assert [path.name for path in folder.iterdir()] == ["config.json"]
+  assert "ended before its first step" in capsys.readouterr().out
 
 
 def test_every_start_leaves_a_line(tmp_path, capsys):
