@@ -244,7 +244,7 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
   num_prompts = config.rollout.num_prompts
   sample = sharding.within(parts.rollout_mesh, training_sample(config, parts))
   common = dict(
-    measure=_make_measure(config, parts),
+    measure=training_measure(config, parts),
     grading=parts.grading,
     tokenizer=parts.tokenizer,
     counted=config.objective.counted,
@@ -276,7 +276,7 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
   return draw, finish
 
 
-def _make_measure(config: ConfigDict, parts: Parts) -> Measure:
+def training_measure(config: ConfigDict, parts: Placed) -> Measure:
   """Build what completes the rollouts for the objective (`objectives.Needs`)."""
   objective, needs = config.objective, needs_of(config.objective.name, config.objective.kl_weight)
   if needs == "rewards":

@@ -8,12 +8,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Read when jax is first imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# With this variable programs are compiled as a user's are (tests/slow/test_default_flags.py runs the numeric tests so).
+DEFAULT_FLAGS = "TESTS_WITH_DEFAULT_FLAGS"
+HAS_DEFAULT_FLAGS = DEFAULT_FLAGS in os.environ
 # Programs are compiled more often than run here, so the compiler's optimiser is off: a third less time.
-COMPILE_QUICKLY = "--xla_backend_optimization_level=0"
+COMPILE_QUICKLY = "" if HAS_DEFAULT_FLAGS else "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), COMPILE_QUICKLY, "--xla_force_host_platform_device_count=8"]
 ).strip()
-os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+if not HAS_DEFAULT_FLAGS:
+  os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -30,6 +34,11 @@ import dmpo_jax.structs  # noqa: E402, F401
 
 # an int passes where a float is asked for, as everywhere in Python
 install_import_hook("dmpo_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+def pytest_report_header():
+  """Say how programs are compiled."""
+  return f"XLA_FLAGS: {os.environ['XLA_FLAGS']}; matmul precision: {jax.config.jax_default_matmul_precision}"
 
 
 @pytest.fixture
