@@ -3,6 +3,8 @@
 Parameters that never move (the reference policy) and those that leave a run are saved apart, by `save_params`.
 """
 
+import contextlib
+import datetime
 import hashlib
 import itertools
 import json
@@ -20,7 +22,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from dmpo_jax import pretrained
+from dmpo_jax import digests, files, pretrained
+from dmpo_jax.files import Unreadable
 from dmpo_jax.processes import Absent, agree, meet, poll
 from dmpo_jax.structs import Drawn, Experience, Measures, Prompts, Rollouts, TrainState
 
@@ -54,6 +57,7 @@ def check_preemption() -> None:
 
 _INDEX_FILES = ("_METADATA", "manifest.ocdbt")
 _STATES = 1000  # saved at one step, at most: Orbax numbers them step * 1000, step * 1000 + 1, ...
+_REPLACE = "put a copy in its place, or write it again as it was written (convert it, or train in a new --workdir)"
 
 
 class Restored(NamedTuple):
@@ -74,6 +78,14 @@ class _Manager(ocp.CheckpointManager):
 
   def reached_preemption(self, step: int) -> bool:
     return False
+
+
+class _Saved(ocp_path.step.Metadata):
+  """A checkpoint as Orbax lists it: by its number alone, as its description, which has the time, may be damaged."""
+
+  @property
+  def commit_timestamp(self) -> datetime.datetime:
+    return datetime.datetime.min
 
 
 class _Names:
@@ -97,7 +109,7 @@ class _Names:
     name = re.fullmatch(r"(0|[1-9]\d*)(?:\.([1-9]\d*))?", path.name)
     if name is None or not ocp_path.step.is_path_finalized(path):
       return None
-    return ocp_path.step.Metadata(step=int(name[1]) * _STATES + int(name[2] or 0), path=path)
+    return _Saved(step=int(name[1]) * _STATES + int(name[2] or 0), path=path)
 
 
 class _Kept:
@@ -163,12 +175,12 @@ class Checkpoints:
       if buffer is not None:
         items[name] = ocp.args.StandardSave(_global(buffer))
     items["progress"] = ocp.args.JsonSave(about)
-    said = _say(about, drawn)
+    marked, said = digests.mark(list(items)), _say(about, drawn)
     if self._said.get(step) == said:
       return
     taken = [number for number in self._manager.all_steps() if number // _STATES == step]
     number = max(taken) + 1 if taken else step * _STATES
-    self._storing(lambda: self._manager.save(number, args=ocp.args.Composite(**items)))
+    self._storing(lambda: self._manager.save(number, args=ocp.args.Composite(**items), custom_metadata=marked))
     self._said[step] = said
 
   def restore_latest(self, abstract_state: TrainState) -> Restored | None:
@@ -180,7 +192,7 @@ class Checkpoints:
       abstract_state: shapes, dtypes and shardings (`sharding.abstract`); the mesh may be another than at the save.
 
     Raises:
-      ValueError: there are checkpoints and none can be read; they are left as they are.
+      Unreadable: there are checkpoints and none can be read; they are left as they are.
     """
     problems: dict[int, str] = {}
     for number in sorted(self._manager.all_steps(), reverse=True):
@@ -195,7 +207,7 @@ class Checkpoints:
       problems[number] = problem
     if problems:
       listed = "\n  ".join(f"{self._path(number).name}: {problem:.300}" for number, problem in problems.items())
-      raise ValueError(
+      raise Unreadable(
         f"no checkpoint in {self.directory} can be read:\n  {listed}\n"
         "They are damaged or of another configuration. Start over with a new --workdir, or remove them."
       )
@@ -215,8 +227,9 @@ class Checkpoints:
     return None
 
   def _restore(self, number: int, abstract_state: TrainState) -> Restored:
-    """Read a checkpoint, every process for itself: one that cannot leaves no other waiting for it."""
+    """Compare a checkpoint with its digests and read it, every process for itself: none waits for one that cannot."""
     path, own = self._path(number), jax.process_index()
+    digests.check(path)
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_item_handlers()), multiprocessing_options=alone)
     about = reader.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
@@ -239,7 +252,7 @@ class Checkpoints:
       return
     for number, problem in problems.items():
       path, stands = self._path(number), self._path(taken).name
-      name = _unused(path.with_name(f"{path.name}.damaged"))
+      name = files.name_aside(path)
       logger.error("checkpoint %s is damaged, set aside as %s, going on from %s: %s", path.name, name, stands, problem)
       if jax.process_index() == 0:
         path.rename(name)
@@ -289,29 +302,40 @@ def save_params(path: epath.PathLike, params: Any, about: dict[str, Any] | None 
     Absent, Stopped: see `processes.poll`.
   """
   poll("saving parameters")
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(_absolute(path), _global(params), force=True, custom_metadata=about)
+  with ocp.AsyncCheckpointer(_arrays_handler()) as checkpointer:
+    save_args, marked = ocp.args.StandardSave(_global(params)), digests.mark(about=about)
+    checkpointer.save(_absolute(path), args=save_args, force=True, custom_metadata=marked)
+
+
+def is_saved(path: epath.PathLike) -> bool:
+  """Whether `save_params` has written the folder to its end."""
+  path = _absolute(path)
+  return path.exists() and (path / "_METADATA").exists() and ocp.utils.is_checkpoint_finalized(path)
 
 
 def read_about(path: epath.PathLike) -> dict[str, Any]:
-  """Return what `save_params` was told of the parameters in a folder; {} if it was told nothing."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    return dict(checkpointer.metadata(_absolute(pretrained.params_path(path))).custom_metadata or {})
+  """Return what `save_params` was told of the parameters in a folder; {} if it was told nothing.
+
+  Raises:
+    Unreadable: it is not what was written.
+  """
+  return digests.read_about(_absolute(pretrained.params_path(path)))
 
 
 def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
   """Load parameters onto the shapes, dtypes and shardings of `abstract_params` (`jax.ShapeDtypeStruct`).
 
+  Every process calls this.
+
   Args:
     path: what `save_params` wrote, or a converted checkpoint or adapter.
 
   Raises:
-    ValueError: there are none, or their names or shapes are others; up to ten differences are listed.
+    Unreadable: there are none, they are not as they were written, or their names or shapes are others; up to ten
+      differences are listed.
   """
-  path = _absolute(pretrained.params_path(path))
-  if not path.exists():
-    raise ValueError(f"{path}: no parameters there; give a folder that a run or launch/convert_hf.py wrote")
-  with ocp.StandardCheckpointer() as checkpointer:
+  path = check_params(path)
+  with ocp.StandardCheckpointer() as checkpointer, _reading(path):
     saved, wanted = _shapes(checkpointer.metadata(path).item_metadata.tree), _shapes(abstract_params)
     differing = [
       f"{name}: saved {saved.get(name, 'nothing')}, the model has {wanted.get(name, 'nothing')}"
@@ -320,24 +344,63 @@ def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
     ]
     if differing:
       more = f"\n  and {len(differing) - 10} more" if len(differing) > 10 else ""
-      raise ValueError(f"{path} holds the parameters of another model:\n  " + "\n  ".join(differing[:10]) + more)
+      raise Unreadable(f"{path} holds the parameters of another model:\n  " + "\n  ".join(differing[:10]) + more)
     return checkpointer.restore(path, abstract_params)
 
 
-def identity(path: epath.PathLike) -> str:
-  """Identify saved parameters by a hash of their index, which names the file and place of every chunk of every array.
+def check_params(path: epath.PathLike) -> epath.Path:
+  """Return the folder of saved parameters, once it is certain that they are as they were written.
 
-  A folder that was copied keeps its identity; parameters that were saved another time have another.
+  Args:
+    path: see `load_params`.
+
+  Raises:
+    Unreadable: there are none, or a file is lost or differs from its digest.
+  """
+  folder, path = _absolute(path), _absolute(pretrained.params_path(path))
+  if not path.exists() or not any(path.iterdir()):
+    raise Unreadable(f"{path}: no parameters there; give a folder that a run or launch/convert_hf.py wrote")
+  try:
+    if folder != path:
+      digests.check(folder)
+    digests.check(path)
+  except Unreadable as error:
+    raise Unreadable(f"{error}; {folder} is damaged: {_REPLACE}") from error
+  return path
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+  """Make one kind of error of what Orbax and TensorStore raise for parameters that they cannot read."""
+  try:
+    yield
+  except (Unreadable, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:
+    raise Unreadable(f"{path} cannot be read ({_first_line(error)}): {_REPLACE}") from error
+
+
+def identity(path: epath.PathLike) -> str:
+  """Identify saved parameters by a hash of their files' digests.
+
+  A folder that was copied keeps its identity; parameters that were saved another time have another. Where there are no
+  digests, as earlier versions left it, the index is hashed: it names the file and place of every chunk of every array.
   """
   path = _absolute(pretrained.params_path(path))
+  if found := digests.identity(path):
+    return found
   index = [file for file in sorted(path.iterdir()) if file.name in _INDEX_FILES]
   return hashlib.sha256(b"".join(file.read_bytes() for file in index)).hexdigest()[:16]
 
 
 def _item_handlers() -> dict[str, ocp.CheckpointHandler]:
   """Say how each part of a checkpoint is written and read."""
-  arrays = ("state", "experience", "drawn")
-  return {**{name: ocp.StandardCheckpointHandler() for name in arrays}, "progress": ocp.JsonCheckpointHandler()}
+  progress = digests.with_digests(ocp.JsonCheckpointHandler())
+  return {**{name: _arrays_handler() for name in ("state", "experience", "drawn")}, "progress": progress}
+
+
+def _arrays_handler() -> ocp.StandardCheckpointHandler:
+  return digests.with_digests(ocp.StandardCheckpointHandler())
 
 
 def _say(about: dict[str, Any], drawn: Drawn | None) -> str:
@@ -404,8 +467,3 @@ def _global(tree: Any) -> Any:
   if jax.process_count() == 1:
     return tree
   return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) and x.is_fully_addressable else x, tree)
-
-
-def _unused(path: epath.Path) -> epath.Path:
-  names = [path, *(path.parent / f"{path.name}-{count}" for count in range(2, 100))]
-  return next(name for name in names if not name.exists())

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from dmpo_jax import buckets, command, evaluate, processes, progress, sample, serve, train
 from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.config import ConfigError, check_workdir, flatten, validate
+from dmpo_jax.files import Unreadable
 from dmpo_jax.processes import ABANDONED, Absent, Stopped
 from dmpo_jax.workdir import alone_in
 
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
     run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None)
-  except ConfigError as error:
+  except (ConfigError, Unreadable) as error:
     if _TRACEBACK.value:
       traceback.print_exc()
     print(f"error{_which_process()}: {error}", file=sys.stderr)

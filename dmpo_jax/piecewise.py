@@ -17,6 +17,8 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import type_handlers
 
+from dmpo_jax import digests
+
 Index = tuple[slice, ...]
 
 
@@ -65,7 +67,7 @@ def save_piecewise(path: epath.PathLike, arrays: Any) -> None:
   """Save a tree of `PiecewiseArray`s to a folder of its own, whole or not at all."""
   unused = type_handlers.ArrayHandler(array_metadata_store=None)  # without one Orbax warns that it stores less
   registry = type_handlers.create_type_handler_registry((PiecewiseArray, _Handler()), (jax.Array, unused))
-  handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=False)
+  handler = digests.with_digests(ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=False))
   path = epath.Path(path)
   with ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(path if path.is_absolute() else path.resolve(), arrays)
+    checkpointer.save(path if path.is_absolute() else path.resolve(), arrays, custom_metadata=digests.mark())

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from dmpo_jax import build, phases, progress, sharding
 from dmpo_jax.build import Parts
-from dmpo_jax.checkpoints import Checkpoints, Preempted, check_preemption, save_params
+from dmpo_jax.checkpoints import Checkpoints, Preempted, check_preemption, is_saved, save_params
 from dmpo_jax.config import ConfigError
 from dmpo_jax.config import save as save_config
 from dmpo_jax.evaluate import best_buffer
+from dmpo_jax.files import Unreadable
 from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
 from dmpo_jax.report import summarize, tables
@@ -93,8 +94,22 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
 
 
 def warm_start(config: ConfigDict, workdir: epath.Path, parts: Parts, metrics: Metrics) -> Any:
-  """Return the base parameters: as initialised, or after training on demonstrations (kept in `workdir/base`)."""
-  if config.warm_start.updates and not (workdir / "base").exists():
+  """Return the base parameters: as initialised, or after training on demonstrations (kept in `workdir/base`).
+
+  A base that is not whole is written again, unless training has begun from it.
+
+  Raises:
+    Unreadable: the base is lost, and there are checkpoints that began from it.
+  """
+  if config.warm_start.updates and not is_saved(workdir / "base"):
+    checkpoints = workdir / "checkpoints" / "train"
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+      raise Unreadable(
+        f"{workdir / 'base'} holds no whole parameters, and {checkpoints} began from those that it held: put a copy of "
+        "them back, or start over with a new --workdir"
+      )
+    if (workdir / "base").exists():
+      logger.warning("%s is not whole and is written again", workdir / "base")
     phase, state = phases.warm_start_phase(config, parts)
     state, _ = run(phase, state, config, workdir, metrics)
     save_params(workdir / "base", state.trainable)

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, onto which devices, and what happens to half-written and damaged ones."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -276,3 +277,15 @@ def test_two_processes_agree_on_damage_that_one_of_them_finds_and_save_together(
   assert (step, progress) == (5, {"by": "two"})
   assert_same(state, make_state(mesh, 2))
   assert_same(experience, make_experience(mesh))
+  listed = json.loads((saved / "5" / "state" / "digests.json").read_text())["files"]
+  there = {
+    str(path.relative_to(saved / "5" / "state")) for path in (saved / "5" / "state").rglob("*") if path.is_file()
+  }
+  assert set(listed) == there - {
+    "digests.json",
+    "commit_success.txt",
+  }  # each process digested its own, none are left over
+  assert {"ocdbt.process_0/manifest.ocdbt", "ocdbt.process_1/manifest.ocdbt"} <= set(listed)
+  path = saved / "5" / "state" / "ocdbt.process_1" / "manifest.ocdbt"
+  path.write_bytes(path.read_bytes()[::-1])
+  assert restore(saved, mesh)[0] == 2

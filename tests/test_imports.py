@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "dmpo_jax"
 
 # lowest first; a module may import what stands in a lower one
 LEVELS = (
-  {"structs", "processes", "sharding", "noise", "files", "tasks"},
+  {"structs", "processes", "sharding", "noise", "files", "digests", "tasks"},
   {"models", "objectives", "samplers"},
   {
     "buckets",
@@ -42,6 +42,7 @@ LEVELS = (
 # and, of its own level, only what is named here: so the three rooms of the second know nothing of each other
 INSIDE = {
   "sharding": {"processes"},
+  "digests": {"files", "processes"},
   "command": {"config", "rules"},
   "config": {"relations", "rules"},
   "checkpoints": {"pretrained"},

@@ -13,6 +13,7 @@ from remains import leave_alone, policy_of, rows_of
 
 from dmpo_jax import checkpoints, metrics, train
 from dmpo_jax.config import ConfigError
+from dmpo_jax.files import Unreadable
 from dmpo_jax.objectives import weights
 
 
@@ -129,6 +130,19 @@ def test_a_checkpoint_goes_on_from_its_own_base_only(left_alone, tmp_path):
   with pytest.raises(ConfigError, match=r"was trained from the base \w+, and this one is \w+: give --workdir a new"):
     train.main(config(train__num_buffers=4), workdir)
   assert rows_of(workdir) == before
+
+
+def test_a_base_that_is_not_whole_is_written_again_unless_training_began_from_it(left_alone, tmp_path):
+  shutil.copytree(left_alone, tmp_path / "run")
+  workdir = epath.Path(tmp_path / "run")
+  (workdir / "result.json").unlink()
+  (workdir / "base").rmtree()
+  (workdir / "base").mkdir()
+  with pytest.raises(Unreadable, match=r"base holds no whole parameters.*put a copy"):
+    train.main(tiny.config(), workdir)
+  (workdir / "checkpoints" / "train").rmtree()
+  train.main(tiny.config(), workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
 
 
 def test_more_buffers_go_on_from_a_finished_run(left_alone, tmp_path):

@@ -1,0 +1,248 @@
+"""Digests of saved files: written with a checkpoint, compared before it is loaded, so that damage is noticed.
+
+Orbax commits a checkpoint once every process has written and process 0 has finalized it. The digests are written before
+that, so a checkpoint has all of them or does not exist. Each process digests what it has written itself; when a
+checkpoint is loaded, the processes that see the same files share the reading.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import xxhash
+from etils import epath
+
+from dmpo_jax import files
+from dmpo_jax.files import Unreadable
+from dmpo_jax.processes import gather_texts
+
+DIGESTS = "digests.json"
+ALGORITHM = "xxh3_128"
+_ABOUT = "_CHECKPOINT_METADATA"  # Orbax's description of a checkpoint, its last file; keeps what `mark` returns
+_KEY = "digests"
+_PIECE = 16 * 2**20  # bytes that are read at one time
+_THREADS = 8
+
+Entries = dict[str, tuple[int, str]]  # bytes and digest of files, by their paths in the folder
+
+
+def with_digests(handler: Any) -> Any:
+  """Make an Orbax handler write digests of what it saves; it is changed and returned.
+
+  Orbax finds a handler's arguments by its exact class, so a subclass would need arguments of its own.
+  """
+  async_save, finalize = handler.async_save, handler.finalize
+
+  async def async_save_digested(directory: epath.Path, *args: Any, **keywords: Any) -> list[Any]:
+    return [_Saving(await async_save(directory, *args, **keywords) or [], directory)]
+
+  def finalize_digested(directory: epath.Path) -> None:
+    finalize(directory)
+    write(directory)
+
+  handler.async_save, handler.finalize = async_save_digested, finalize_digested
+  return handler
+
+
+def mark(items: Sequence[str] = (".",), about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """Say which folders of a checkpoint have digests, for Orbax's `custom_metadata`: so a loss of them is noticed.
+
+  Args:
+    about: what else the metadata shall hold; `read_about` returns it.
+  """
+  about = dict(about or {})
+  return {**about, _KEY: {"items": list(items), "about": _digest_of(about)}}
+
+
+def read_about(folder: epath.Path) -> dict[str, Any]:
+  """Return what `mark` was told of a checkpoint; {} if it was told nothing.
+
+  Raises:
+    Unreadable: it is not what was written.
+  """
+  return _read_marked(folder)[1]
+
+
+class _Saving:
+  """The futures of a save; what several processes have written is digested by each of them."""
+
+  def __init__(self, futures: Sequence[Any], directory: epath.Path):
+    self._futures, self._directory = futures, directory
+
+  def result(self, timeout: float | None = None) -> None:
+    for future in self._futures:
+      future.result(timeout=timeout)
+    own = self._directory / f"ocdbt.process_{jax.process_index()}"
+    if jax.process_count() > 1 and own.is_dir():
+      entries = _digest(self._directory, _files(self._directory, own.name))
+      _write_entries(self._directory / _part(own.name), entries)
+
+  def cancel(self) -> None:
+    for future in self._futures:
+      future.cancel()
+
+
+def write(folder: epath.Path) -> None:
+  """Write the digests of all files of a folder and its subfolders; what processes have digested is taken over.
+
+  Orbax's description is not among them: it says when the checkpoint was committed, and no array depends on it.
+  """
+  entries: Entries = {}
+  parts = [path for path in folder.iterdir() if path.name.endswith(_part(""))]
+  for path in parts:
+    entries |= _read_entries(path)
+  others = {*entries, _ABOUT, *(path.name for path in parts)}
+  _write_entries(folder / DIGESTS, entries | _digest(folder, [name for name in _files(folder) if name not in others]))
+  for path in parts:
+    path.unlink()
+
+
+def write_for(folder: epath.Path, names: Sequence[str]) -> None:
+  """Write the digests of some files of a folder."""
+  _write_entries(folder / DIGESTS, _digest(folder, names))
+
+
+def check(folder: epath.Path) -> None:
+  """Compare the files of a checkpoint, or of any folder that `write_for` knows, with their digests.
+
+  Every process has to call this. What was saved before there were digests passes.
+
+  Raises:
+    Unreadable: in every process, naming a file that is lost or not as it was written.
+  """
+  entries, problems, stamp = {}, [], ""
+  try:
+    entries, stamp = _entries(folder), _stamp(folder)
+  except (OSError, Unreadable) as error:
+    problems = [str(error)]
+  mine = _share(entries, gather_texts([stamp], "looking at digests"))
+  problems += [f"{folder / name} {problem}" for name, problem in _compare(folder, mine).items()]
+  problems = list(dict.fromkeys(gather_texts(problems, "comparing digests")))
+  if problems:
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise Unreadable(f"{problems[0]}{more}")
+
+
+def identity(folder: epath.Path) -> str:
+  """Identify a folder by its digests; "" if it has none."""
+  path = folder / DIGESTS
+  return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
+
+
+def _read_marked(folder: epath.Path) -> tuple[list[str], dict[str, Any]]:
+  """Return which folders of a checkpoint have digests, and what else `mark` was told."""
+  path = folder / _ABOUT
+  custom = files.read_object(path).get("custom_metadata") if path.exists() else None
+  about = dict(custom) if isinstance(custom, dict) else {}
+  marked = about.pop(_KEY, None)
+  if marked is None:
+    return [], about
+  if (
+    not isinstance(marked, dict)
+    or marked.get("about") != _digest_of(about)
+    or not isinstance(marked.get("items"), list)
+  ):
+    raise Unreadable(f"{path} is not as it was written")
+  return marked["items"], about
+
+
+def _entries(folder: epath.Path) -> Entries:
+  """Read the digests of a checkpoint, whose items may have their own."""
+  items, _ = _read_marked(folder)
+  if not items and (folder / DIGESTS).exists():
+    items = ["."]
+  found: Entries = {}
+  for item in items:
+    path = folder / item / DIGESTS
+    if not path.exists():
+      raise Unreadable(f"{path} is lost")
+    prefix = "" if item == "." else f"{item}/"
+    found |= {prefix + name: entry for name, entry in _read_entries(path).items()}
+  return found
+
+
+def _read_entries(path: epath.Path) -> Entries:
+  about = files.read_object(path)
+  try:
+    if about["algorithm"] != ALGORITHM:
+      raise Unreadable(f"{path} has digests by {about['algorithm']!r}, and {ALGORITHM} alone is known")
+    return {name: (entry["bytes"], entry["digest"]) for name, entry in about["files"].items()}
+  except (KeyError, TypeError, AttributeError) as error:
+    raise Unreadable(f"{path} has no digests ({error!r})") from error
+
+
+def _write_entries(path: epath.Path, entries: Entries) -> None:
+  listed = {name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(entries.items())}
+  files.write_whole(path, json.dumps({"algorithm": ALGORITHM, "files": listed}, indent=1) + "\n")
+
+
+def _compare(folder: epath.Path, entries: Entries) -> dict[str, str]:
+  """Say what is wrong with files."""
+
+  def problem(name: str) -> str:
+    try:
+      return "" if _digest_file(folder / name) == entries[name] else "is not as it was written"
+    except FileNotFoundError:
+      return "is lost"
+    except OSError as error:
+      return f"cannot be read ({error})"
+
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return {name: found for name, found in zip(entries, pool.map(problem, entries), strict=True) if found}
+
+
+def _digest(folder: epath.Path, names: Sequence[str]) -> Entries:
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return dict(zip(names, pool.map(lambda name: _digest_file(folder / name), names), strict=True))
+
+
+def _digest_file(path: epath.Path) -> tuple[int, str]:
+  digest, size = xxhash.xxh3_128(), 0
+  with path.open("rb") as file:
+    while piece := file.read(_PIECE):
+      digest.update(piece)
+      size += len(piece)
+  return size, digest.hexdigest()
+
+
+def _digest_of(about: Mapping[str, Any]) -> str:
+  return xxhash.xxh3_128(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _files(folder: epath.Path, inside: str = "") -> list[str]:
+  """List the files under a folder, or under one of its subfolders, as paths in the folder."""
+  names = []
+  for path in sorted((folder / inside).iterdir()):
+    name = f"{inside}/{path.name}" if inside else path.name
+    names += _files(folder, name) if path.is_dir() else [name]
+  return names
+
+
+def _part(name: str) -> str:
+  return f"{name}.{DIGESTS}"
+
+
+def _stamp(folder: epath.Path) -> str:
+  """Tell folders apart: processes that see the same one have the same stamp, those with copies of their own do not."""
+  own = next((folder / name for name in (_ABOUT, DIGESTS) if (folder / name).exists()), None)
+  if "://" in os.fspath(folder) or own is None:
+    return os.fspath(folder)
+  about = os.stat(own)
+  return f"{about.st_ino} {about.st_mtime_ns} {about.st_ctime_ns}"
+
+
+def _share(entries: Mapping[str, tuple[int, str]], stamps: Sequence[str]) -> Entries:
+  """Return the files that this process compares: the largest first, each for the process with the fewest bytes."""
+  own = stamps[jax.process_index()]
+  loads = {process: 0 for process, stamp in enumerate(stamps) if stamp == own}
+  mine: Entries = {}
+  for name, entry in sorted(entries.items(), key=lambda item: (-item[1][0], item[0])):
+    process = min(loads, key=lambda process: (loads[process], process))
+    loads[process] += entry[0]
+    if process == jax.process_index():
+      mine[name] = entry
+  return mine
