@@ -111,7 +111,9 @@ def get_config() -> ConfigDict:
 
   c.objective = o = ConfigDict()
   o.name = "wdce"  # see dmpo_jax.objectives.OBJECTIVES
-  o.counted = "all"  # completion positions in the likelihood: all, until_eos (the first EOS included)
+  o.counted = (
+    "all"  # completion positions in the likelihood: all, until_eos (the first EOS included, what follows hidden)
+  )
   o.num_replicates = 2  # noised copies of each rollout in a gradient step
   o.antithetic = True  # draw masks in complementary pairs
   o.min_mask_ratio = 0.1  # mask ratios are drawn from U(min, max); complements have the rest

@@ -77,8 +77,11 @@ _OF_SAMPLING = ("eval.*", "grading.*", "objective.*", "optim.*", "rollout.*", "s
 MAY_DIFFER = {"train": (), "eval": _OF_EVALUATION, "sample": _OF_SAMPLING, "serve": _OF_SAMPLING}  # by mode
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, mode: str = "train") -> None:
   """Check every key of a configuration, and what the keys must be to each other.
+
+  Args:
+    mode: what the configuration is for; where nothing is trained, a finished run may be used with any sampler.
 
   Raises:
     ConfigError: listing every problem as `config.path = value: what is allowed`.
@@ -87,7 +90,7 @@ def validate(config: ConfigDict) -> None:
   problems = {path: _problem(path, values) for path in dict.fromkeys([*RULES, *values])}
   for relation in RELATIONS:
     paths = (relation.path, *relation.others)
-    if any(problems.get(path) for path in paths):
+    if any(problems.get(path) for path in paths) or (relation.is_of_training and mode != "train"):
       continue
     value, *others = (values[path] for path in paths)
     if not relation.holds(value, *others):

@@ -44,7 +44,7 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
   policies = [name for name, folder in POLICIES.items() if name == "last" or (workdir / folder).exists()]
   settings = list(vary(config))
   for setting in settings:
-    validate(setting)
+    validate(setting, "eval")
   folder = workdir / "evaluation"
   rows = _read_rows(folder / RESULT)
   with progress.Progress("evaluation", len(settings) * len(policies), unit="settings") as shown:

@@ -39,8 +39,9 @@ class Policies(NamedTuple):
 class Measure(NamedTuple):
   """How rollouts are measured, in two parts: the model's may run while rewards are graded, the other needs them.
 
-  `score(policies, prompts, completion, is_counted, committed_at, buffer)` dispatches the forward passes on a chunk of
-  prompts, and returns `Measures` that are still on the devices; None: there are no forward passes.
+  `score(policies, prompts, completion, is_counted, committed_at, buffer, seen=None)` dispatches the forward passes on a
+  chunk of prompts, whose arrays are `Experience`'s, and returns `Measures` that are still on the devices; None: there
+  are no forward passes.
 
   `finish(policies, experience, rollouts, measures, buffer)` completes an experience that has its rewards, by the
   measures of all chunks on the host, and returns it with figures for the log. The policies are those that were scored.
@@ -82,10 +83,10 @@ def make_measure_weights(
   """
   program, weigh = measure_program(model, mesh, estimator=estimator), _make_weigh(**weighing)
 
-  def score(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, buffer: int, number: int = 0):
+  def score(policies, prompts, completion, is_counted, committed_at, buffer: int, seen=None, number: int = 0):
     key = noise.step_key(seed, "measure", buffer)
     key = jax.random.fold_in(key, number) if number else key
-    return program(policies, prompts, completion, is_counted, committed_at, key)
+    return program(policies, prompts, completion, is_counted, committed_at, key, seen)
 
   def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: Measures, buffer: int):
     rounds = [measures]
@@ -93,7 +94,7 @@ def make_measure_weights(
       weighed, figures = weigh(experience, _join(rounds))
       if replicates == "fixed" or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
         break
-      again = functools.partial(score, buffer=buffer, number=len(rounds))
+      again = functools.partial(score, buffer=buffer, number=len(rounds))  # by estimators that draw masks: none replays
       rounds.append(_in_chunks(again, policies, experience, chunk_prompts))
     sampled = np.where(experience.is_counted, log_confidence(rollouts), 0).sum(-1)
     gap = (sampled - weighed.log_p_old)[weighed.is_kept]
@@ -142,9 +143,9 @@ def make_measure_ratios(
   program = token_program(model, mesh, estimator=estimator, with_reference=with_reference)
   num_measured = updates_per_buffer if max(estimator.draws) >= 0 else 1
 
-  def score(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, buffer: int):
+  def score(policies, prompts, completion, is_counted, committed_at, buffer: int, seen=None):
     keys = [noise.step_key(seed, "loss", buffer * updates_per_buffer + update) for update in range(num_measured)]
-    measured = [program(policies, prompts, completion, is_counted, committed_at, key) for key in keys]
+    measured = [program(policies, prompts, completion, is_counted, committed_at, key, seen) for key in keys]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=2), *measured)
 
   def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: Measures, buffer: int):
@@ -162,12 +163,13 @@ def make_measure_ratios(
 def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator) -> Callable:
   """Jit the estimates of both policies under one set of views."""
 
-  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> Measures:
+  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None) -> Measures:
     views = estimator.views(
       noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
       Completions(is_counted, committed_at, prompts.is_valid),
     )
-    old, ref = _score_both(model, policies, prompts, completion, estimator, views)
+    about = dict(is_counted=is_counted, uncounted=seen if estimator.replays else None)
+    old, ref = _score_both(model, policies, prompts, completion, estimator, views, about)
     return Measures(
       log_p_old=estimator.estimates(old.log_prob, views),
       log_p_ref=estimator.estimates(ref.log_prob, views),
@@ -180,12 +182,13 @@ def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator) -> Callab
 def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, with_reference: bool) -> Callable:
   """Jit the estimates position by position."""
 
-  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key) -> Measures:
+  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None) -> Measures:
     views = estimator.views(
       noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
       Completions(is_counted, committed_at, prompts.is_valid),
     )
-    old, ref = _score_both(model, policies, prompts, completion, estimator, views, with_reference)
+    about = dict(is_counted=is_counted, uncounted=seen if estimator.replays else None)
+    old, ref = _score_both(model, policies, prompts, completion, estimator, views, about, with_reference)
     return Measures(
       log_p_old=estimator.tokens(old.log_prob, views),
       log_p_ref=estimator.tokens(ref.log_prob, views),
@@ -195,13 +198,15 @@ def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, with_refere
   return jax.jit(program, out_shardings=replicated(mesh))
 
 
-def _score_both(model, policies, prompts, completion, estimator, views, with_reference=True):
+def _score_both(model, policies, prompts, completion, estimator, views, about, with_reference=True):
   has_adapters = model.config.lora is not None
   variables = [lora.policy_variables(policies.trainable, policies.frozen, has_adapters)]
   if with_reference:
     variables.append(lora.reference_variables(policies.frozen, policies.reference, has_adapters))
   scores = [
-    make_score(model, each, prompts, completion)(views.is_masked, views.prompt_is_masked, pairs=estimator.pairs)
+    make_score(model, each, prompts, completion, **about)(
+      views.is_masked, views.prompt_is_masked, pairs=estimator.pairs
+    )
     for each in variables
   ]
   return scores[0], scores[-1]

@@ -73,8 +73,8 @@ def draw(
     progress.part("scoring prompts", part.start, len(records))
     rollouts = drawn.pop(0)
     is_counted = count_positions(rollouts.completion, tokenizer.eos_token_id, counted)
-    about = rollouts.completion, is_counted, rollouts.committed_at
-    return measure.score(policies, _take(prompts, part), *about, buffer)
+    about = rollouts.completion, is_counted, _decided_at(rollouts)
+    return measure.score(policies, _take(prompts, part), *about, buffer, seen=rollouts.seen)
 
   calls = [functools.partial(sample_part, part) for part in parts]
   calls += [functools.partial(score_part, part) for part in parts if measure.score]
@@ -131,7 +131,8 @@ def finish(
     log_p_ref=0 * grades.reward,
     weight=0 * grades.reward,
     negative_weight=0 * grades.reward,
-    committed_at=rollouts.committed_at,
+    committed_at=_decided_at(rollouts),
+    seen=rollouts.seen,
   )
   experience, figures = measure.finish(policies, experience, rollouts, measures, buffer)
   watch.lap("score")
@@ -141,6 +142,11 @@ def finish(
     watch.add(name, float(seconds))
   metrics |= watch.rates(tokens=completion.size)
   return experience, metrics
+
+
+def _decided_at(rollouts: Rollouts) -> Any:
+  """The calls that decided the tokens that the sampler saw."""
+  return rollouts.committed_at if rollouts.seen_at is None else rollouts.seen_at
 
 
 def _take(prompts: Prompts, part: slice) -> Prompts:
@@ -238,7 +244,10 @@ class Compiled:
 def count_positions(
   completion: Int[np.ndarray | jax.Array, "*b c"], eos_token_id: int, counted: str
 ) -> Bool[np.ndarray | jax.Array, "*b c"]:
-  """Mark the completion positions that the likelihood counts: `all`, or `until_eos` (the first EOS included)."""
+  """Mark the completion positions that the likelihood counts: `all`, or `until_eos` (the first EOS included).
+
+  Positions that are not counted are neither scored nor shown to the model (`scoring.make_score`).
+  """
   if counted == "all":
     return np.ones(completion.shape, bool)
   is_eos = completion == eos_token_id

@@ -23,6 +23,8 @@ def make_score(
   prompts: Prompts,
   completion: Int[Array, "p g c"],
   *,
+  is_counted: Bool[Array, "p g c"] | None = None,
+  uncounted: Int[Array, "p g c"] | None = None,
   dropout_keys: Key[Array, "p g"] | None = None,
   teacher: Mapping[str, Any] | None = None,
 ) -> Score:
@@ -34,10 +36,21 @@ def make_score(
   `pairs` names replicates (i, j) that are wanted where i masks a position, and of j at the others, as complementary
   masks are: both then have the scores of the one that is wanted, and only these go through the head.
 
+  This is the one place that decides what the model attends to: the prompt, the counted positions that are not masked,
+  and MASK at the positions that are not counted. So no score depends on what a completion holds behind its EOS, and
+  that of the rest is its own, whatever would have followed: as in sampling, where later positions are still MASK.
+
   Args:
+    is_counted: positions that the likelihood counts; None: all.
+    uncounted: what stands at the others instead of MASK, for a likelihood that `replays` what the sampler saw.
     dropout_keys: keys of the rollouts when the adapters' dropout is on; a replicate folds in its index.
     teacher: variables of another policy; the scores then have the divergence from it, too.
   """
+
+  mask = model.config.mask_token_id
+  shown = completion
+  if is_counted is not None:
+    shown = jnp.where(is_counted, completion, mask if uncounted is None else uncounted)
 
   def score(
     is_masked: Bool[Array, "p g r c"], prompt_is_masked: Bool[Array, "p g r q"] | None = None, pairs: Pairs = ()
@@ -54,9 +67,9 @@ def make_score(
       keys = sharding.fill_rows(keys.reshape(p * g * r))
     prompt = rows(prompts.tokens[:, None, None])
     if prompt_is_masked is not None:
-      prompt = jnp.where(rows(prompt_is_masked), model.config.mask_token_id, prompt)
+      prompt = jnp.where(rows(prompt_is_masked), mask, prompt)
     is_valid = rows(prompts.is_valid[:, None, None])
-    noised = jnp.where(rows(is_masked), model.config.mask_token_id, rows(completion[:, :, None]))
+    noised = jnp.where(rows(is_masked), mask, rows(shown[:, :, None]))
 
     def states(variables: Mapping[str, Any], keys: Key[Array, "rows"] | None) -> tuple[Float[Array, "t d"], list[int]]:
       hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys)
@@ -67,10 +80,11 @@ def make_score(
     hidden, source = states(variables, keys)
     targets = jnp.broadcast_to(completion[:, :, None], (p, g, max(source) + 1, c))
     head = model.head_of(variables)
-    scores = token_scores(hidden, head, sharding.fill_rows(targets.reshape(-1)))
+    num_ids = model.config.vocab_size
+    scores = token_scores(hidden, head, sharding.fill_rows(targets.reshape(-1)), num_ids)
     if teacher is not None:
       taught, _ = states(teacher, None)
-      scores = scores._replace(divergence=divergence(hidden, head, taught, model.head_of(teacher)))
+      scores = scores._replace(divergence=divergence(hidden, head, taught, model.head_of(teacher), num_ids))
     return jax.tree.map(lambda array: _stack(array[: targets.size].reshape(targets.shape), source), scores)
 
   return score

@@ -43,6 +43,10 @@ class Rollouts:
   num_saved: jax.Array  # int32 [b]; calls that early exit left out, of the most that the sampler would have made
   log_p_old: jax.Array | None = None  # float32 [b, c]; log-probabilities that a sampler gives of its own tokens, in
   log_p_ref: jax.Array | None = None  # nats, under the policy and under the reference; filled: 0
+  # What the model saw in the end, before early exit filled in EOS: tokens [b, c], MASK where none was decided, and the
+  # calls that decided them [b, c]; never: num_calls. None in rollouts of before they were kept.
+  seen: jax.Array | None = None  # int32
+  seen_at: jax.Array | None = None  # int32
 
   @property
   def is_drawn(self) -> jax.Array:
@@ -97,10 +101,11 @@ class Experience:
   log_p_ref: jax.Array  # float32 [p, g]; the same under the reference policy, with the same masks
   weight: jax.Array  # float32 [p, g]; importance weights, summing to 1 over g
   negative_weight: jax.Array  # float32 [p, g]; weights of the target tilted the other way
-  committed_at: jax.Array  # int32 [p, g, c]; the model call that decided the position
+  committed_at: jax.Array  # int32 [p, g, c]; the model call that decided the position as the sampler saw it
   # For ratios to the policy that drew the rollouts; None for objectives that take none.
   token_log_p_old: jax.Array | None = None  # float32 [p, g, u, c]; under the masks of update u of the buffer
   token_log_p_ref: jax.Array | None = None  # float32 [p, g, u, c]; the same under the reference policy
+  seen: jax.Array | None = None  # int32 [p, g, c]; see `Rollouts.seen`; None: what is not counted is unknown
 
 
 @struct.dataclass

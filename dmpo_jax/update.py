@@ -44,6 +44,7 @@ def make_update(
   has_adapters = model.config.lora is not None
   has_dropout = has_adapters and model.config.lora.dropout > 0
   loss, _, has_teacher = OBJECTIVES[objective]
+  replays = "likelihood" in keywords and keywords["likelihood"].replays
 
   def loss_and_metrics(
     trainable: Any, state: TrainState, frozen: Any, experience: Experience, seed: jax.Array, num_prompts: int
@@ -58,6 +59,8 @@ def make_update(
       lora.policy_variables(trainable, frozen, has_adapters),
       experience.prompts,
       experience.completion,
+      is_counted=experience.is_counted,
+      uncounted=experience.seen if replays else None,
       dropout_keys=keys("dropout") if has_dropout else None,
       teacher=lora.reference_variables(frozen, state.reference, has_adapters) if has_teacher else None,
     )

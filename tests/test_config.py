@@ -159,6 +159,16 @@ def test_what_would_be_compared_wrongly_or_not_be_read_is_refused(config, change
   assert allowed in line
 
 
+@pytest.mark.parametrize("sampler", ["wino", "freedave"])
+def test_a_sampler_whose_states_cannot_be_replayed_has_no_trajectory(config, sampler):
+  config.objective.likelihood = "trajectory"
+  config_lib.validate(config)
+  config.sampler.name = sampler
+  (line,) = problems(config)
+  assert line.startswith("config.objective.likelihood = 'trajectory': not trajectory, as sampler.name = ")
+  config_lib.validate(config, "eval")  # but a run that has one may be evaluated with any sampler
+
+
 def test_an_int8_base_is_not_trained(config):
   config.model.quantization = "int8"
   config.warm_start.updates = 5

@@ -6,9 +6,9 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, phases, sharding
+from dmpo_jax import build, phases, rollout, sharding
 from dmpo_jax.measure import Policies, make_measure_ratios, make_measure_sampled
-from dmpo_jax.objectives.estimators import OneStep
+from dmpo_jax.objectives.estimators import ESTIMATORS, OneStep
 from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts
 
 
@@ -176,3 +176,72 @@ def test_a_rollout_with_a_token_that_fails_is_dropped_and_counted():
   experience, figures = finish(Policies(None, None), experience, rollouts, measures, 0)
   assert figures["scores_failed"] == 2
   np.testing.assert_array_equal(experience.is_kept, [[True, False, True, False]])
+
+
+UNTIL_EOS = dict(objective__counted="until_eos", objective__antithetic=False, sampler__steps=16)
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+@pytest.mark.parametrize("sampler", ["random_order", "llada"])
+def test_a_trajectory_is_replayed_as_the_sampler_saw_it(folder, use_devices, sampler, early_exit):
+  """Up to the EOS, with what stood behind it: at temperature 1, a call a token, these are the sampler's own numbers."""
+  config = tiny.config(
+    objective__name="tracerl",
+    objective__likelihood="trajectory",
+    objective__num_replicates=16,
+    sampler__name=sampler,
+    rollout__early_exit=early_exit,
+    rollout__group_size=16,
+    **UNTIL_EOS,
+  )
+  parts, phase, state = begin(config, folder, use_devices)
+  assert parts.model.config.embedding_size > parts.model.config.vocab_size
+  with jax.set_mesh(parts.mesh):
+    drawn = phase.draw(state, 0)
+    experience, _ = phase.finish(state, drawn, 0)
+    is_counted = experience.is_counted
+    assert (~is_counted & (np.asarray(drawn.rollouts.seen) != parts.tokenizer.mask_token_id)).any()
+    replayed = np.where(is_counted, experience.token_log_p_old[:, :, 0], 0)
+    np.testing.assert_allclose(replayed, np.log(np.where(is_counted, drawn.rollouts.confidence, 1)), atol=1e-5)
+    _, metrics = phase.update(state, phase.frozen, experience)
+  assert abs(metrics["loss_kl"]) < 1e-6, "the update sees the same states"
+
+
+@pytest.mark.parametrize("likelihood", [*ESTIMATORS, "sampler"])
+def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(folder, use_devices, likelihood):
+  config = tiny.config(
+    objective__likelihood=likelihood,
+    objective__num_replicates=2,
+    objective__num_elbo_replicates=3 if likelihood == "coupled" else 2,
+    objective__sync_reference_every=9,
+    sampler__name="random_order",
+    **UNTIL_EOS,
+  )
+  parts, phase, state = begin(config, folder, use_devices)
+  state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
+  with jax.set_mesh(parts.mesh):
+    drawn = phase.draw(state, 0)
+    is_counted = np.asarray(
+      rollout.count_positions(drawn.rollouts.completion, parts.tokenizer.eos_token_id, "until_eos")
+    )
+    other = np.where(is_counted, drawn.rollouts.completion, 14)
+    assert (~is_counted).any(-1).sum() > 4
+    measure, about = phases._make_measure(config, parts), (is_counted, drawn.rollouts.seen_at, 0)
+    policies = Policies(state.trainable, phase.frozen, state.reference)
+    prompts, _ = parts.prompts.batch(0, config.rollout.num_prompts)
+    if measure.score:
+      scored = [
+        jax.device_get(measure.score(policies, prompts, tokens, *about, seen=drawn.rollouts.seen))
+        for tokens in (drawn.rollouts.completion, other)
+      ]
+      jax.tree.map(np.testing.assert_array_equal, *scored)
+    experience, _ = phase.finish(state, drawn, 0)
+    weight = np.tile(np.array([0.7, 0.1, 0.1, 0.1], np.float32), (len(experience.reward), 1))
+    losses = []
+    for tokens in (experience.completion, other):
+      _, metrics = phase.update(
+        jax.tree.map(lambda x: x.copy(), state), phase.frozen, experience.replace(completion=tokens, weight=weight)
+      )
+      losses.append(jax.device_get(metrics))
+  assert losses[0]["grad_norm"] > 0
+  jax.tree.map(np.testing.assert_array_equal, *losses)

@@ -9,7 +9,7 @@ from recorded_models import TINY, compiled, tiny
 from dmpo_jax import sharding
 from dmpo_jax.models import head as head_module
 from dmpo_jax.models.denoiser import completion_hidden, make_denoiser
-from dmpo_jax.models.head import split_vocabulary, token_scores
+from dmpo_jax.models.head import Split, divergence, split_vocabulary, token_scores
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.samplers import prediction
 
@@ -57,16 +57,17 @@ def scores(model, variables, inputs, **own):
   @jax.jit
   def run(variables, inputs, own):
     hidden = completion_hidden(model, variables, *inputs[:3], **own)
-    found = token_scores(hidden.reshape(-1, TINY.d_model), model.head_of(variables), inputs[3].reshape(-1))
+    head, num_ids = model.head_of(variables), model.config.vocab_size
+    found = token_scores(hidden.reshape(-1, TINY.d_model), head, inputs[3].reshape(-1), num_ids)
     return jax.tree.map(lambda array: array.reshape(inputs[3].shape), found)
 
   return run(variables, inputs, own)
 
 
-def test_scores_are_of_the_softmax_over_the_whole_table():
+def test_scores_are_of_the_softmax_over_the_vocabulary():
   model, variables = tiny()
   inputs = batch()
-  logits = np.asarray(full_logits(model, variables, *inputs[:3]), np.float64)
+  logits = np.asarray(full_logits(model, variables, *inputs[:3]), np.float64)[..., : TINY.vocab_size]
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   actual = scores(model, variables, inputs)
   np.testing.assert_allclose(actual.log_prob, np.take_along_axis(log_p, inputs[3][..., None], -1)[..., 0], atol=1e-5)
@@ -217,8 +218,45 @@ def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
 
   alone = jax.jit(read)(variables, hidden)
   with jax.set_mesh(sharding.make_mesh(data=2, tensor=4)):
-    assert split_vocabulary(1152) == ((4, 288, 128), 3)
+    assert split_vocabulary(1152) == (Split(4, 288, 128), 3)
     split = jax.jit(read)(variables, hidden)
   np.testing.assert_array_equal(split.tokens, alone.tokens)
   for name in ("confidence", "log_prob", "entropy"):
     np.testing.assert_allclose(getattr(split, name), getattr(alone, name), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("part_size", "tensor"), [(1152, 1), (384, 1), (512, 4)])
+def test_samplers_and_scores_have_one_distribution(monkeypatch, part_size, tensor):
+  """Over the vocabulary's 800 ids, whatever other rows the table has: read at once, in parts, in shares without ids."""
+  monkeypatch.setattr(head_module, "PART_SIZE", part_size)
+  model, variables = tiny(vocab_size=800, embedding_size=1152, mask_token_id=799)
+  prompt, is_valid, _, _ = batch()
+  rng = np.random.default_rng(0)
+  hidden, taught = (jnp.asarray(rng.normal(size=(ROWS, 2, TINY.d_model)), jnp.float32) for _ in range(2))
+  keys = jax.random.wrap_key_data(jnp.arange(2 * ROWS, dtype=jnp.uint32).reshape(ROWS, 2))
+
+  def read(variables, hidden, taught):
+    denoiser, head = make_denoiser(model, variables, prompt, is_valid), model.head_of(variables)
+    chosen = prediction.predict(denoiser, hidden, keys, jnp.arange(2), 1.0)
+    flat, others = (states.reshape(-1, TINY.d_model) for states in (hidden, taught))
+
+    def score(head):
+      return token_scores(flat, head, chosen.tokens.reshape(-1), 800)
+
+    everything = token_scores(jnp.repeat(flat, 800, axis=0), head, jnp.tile(jnp.arange(800), len(flat)), 800)
+    slope = jax.grad(lambda head: score(head).log_prob.sum())(head)
+    return chosen, score(head), everything.log_prob, slope, divergence(flat, head, others, head, 800)
+
+  with jax.set_mesh(sharding.make_mesh(data=2, tensor=4) if tensor > 1 else sharding.make_mesh(data=8)):
+    chosen, scores, log_p, slope, apart = jax.jit(read)(variables, hidden, taught)
+  log_p = np.asarray(log_p, np.float64).reshape(-1, 800)
+  np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
+  np.testing.assert_allclose(chosen.log_prob.ravel(), scores.log_prob, atol=1e-5)
+  np.testing.assert_allclose(chosen.confidence.ravel(), np.exp(scores.log_prob), rtol=1e-5)
+  np.testing.assert_allclose(chosen.entropy.ravel(), scores.entropy, rtol=1e-5)
+  np.testing.assert_allclose(scores.entropy, -(np.exp(log_p) * log_p).sum(-1), rtol=1e-4)
+  logits = np.asarray(taught.reshape(-1, TINY.d_model) @ model.head_of(variables), np.float64)[:, :800]
+  other = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  np.testing.assert_allclose(apart, (np.exp(other) * (other - log_p)).sum(-1), rtol=1e-4)
+  assert (slope[:, 800:] == 0).all()
+  assert (jnp.abs(slope[:, :800]).max(0) > 0).all()

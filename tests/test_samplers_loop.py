@@ -86,6 +86,12 @@ def test_early_exit_changes_nothing_up_to_the_eos_and_saves_calls(name):
   assert (early.num_calls < plain.num_calls).any()
   assert (early.num_saved[~is_eos.any(1)] == 0).all()
   assert (plain.num_saved == 0).all()
+  np.testing.assert_array_equal(plain.seen, plain.completion)
+  np.testing.assert_array_equal(plain.seen_at, plain.committed_at)
+  was_seen = plain.committed_at < ends  # what was decided before the row ended stood there for the model to see
+  assert (was_seen & is_behind).any()
+  np.testing.assert_array_equal(early.seen, np.where(was_seen, plain.completion, MASK))
+  np.testing.assert_array_equal(early.seen_at, np.where(was_seen, plain.committed_at, ends))
   if name == "llada":  # its schedule is known
     np.testing.assert_array_equal(early.num_calls + early.num_saved, plain.num_calls)
 

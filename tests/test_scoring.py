@@ -148,3 +148,25 @@ def test_replicates_without_a_partner_keep_their_own():
   for actual, wanted in ((packed.log_prob, own.log_prob), (packed.entropy, own.entropy)):
     np.testing.assert_allclose(actual[:, :, 0], wanted[:, :, 0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.where(is_masked, actual, 0), np.where(is_masked, wanted, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_counted_is_masked_and_only_a_replay_says_otherwise():
+  model, variables = tiny(**WIDE)
+  prompts, completion, is_masked, _ = make_inputs()
+  is_counted = jnp.broadcast_to(jnp.arange(C) < 2, completion.shape)
+  is_masked &= is_counted[:, :, None]
+  other = jnp.where(is_counted, completion, 7)
+
+  @jax.jit
+  def score(tokens, masks, is_counted, uncounted):
+    return make_score(model, variables, prompts, tokens, is_counted=is_counted, uncounted=uncounted)(masks).log_prob
+
+  def read(log_prob):
+    return np.where(is_masked, log_prob, 0)
+
+  wanted = read(score(completion, is_masked | ~is_counted[:, :, None], None, None))
+  np.testing.assert_array_equal(read(score(completion, is_masked, is_counted, None)), wanted)
+  np.testing.assert_array_equal(read(score(other, is_masked, is_counted, None)), wanted)
+  seen = read(score(completion, is_masked, None, None))
+  np.testing.assert_array_equal(read(score(other, is_masked, is_counted, completion)), seen)
+  assert np.abs(seen - wanted).max() > 0.01

@@ -45,9 +45,9 @@ def make_denoiser(
 ) -> Denoiser:
   """Close over a policy (`variables`) and the prompts of b rows, padding marked by `prompt_is_valid`.
 
-  `logits` are -inf for ids that no token has. MASK keeps its share of the probability, as in the likelihood; samplers
-  never choose it. `shadowed` gives the block, then its shadow: a second copy of the block's positions, all MASK, that
-  sees everything but the token of its own position and that the row does not see (WINO, arXiv 2507.18578).
+  `logits` are those of the distribution that `head` defines: -inf for rows of the table that are no ids. `shadowed`
+  gives the block, then its shadow: a second copy of the block's positions, all MASK, that sees everything but the token
+  of its own position and that the row does not see (WINO, arXiv 2507.18578).
 
   Args:
     guidance: w of classifier-free guidance, logits = (1 + w) * with prompt - w * without (arXiv 2502.09992, appendix
@@ -63,13 +63,13 @@ def make_denoiser(
   config = model.config
   head = constrain(model.head_of(variables), None, "vocab")  # gathered once, not for every part in every call
   rows = _Rows(model, variables, prompt_tokens, prompt_is_valid, is_guided=guidance > 0)
-  split, num_parts = split_vocabulary(config.embedding_size, VOCAB_GROUP)
+  split, num_parts = split_vocabulary(config.embedding_size, VOCAB_GROUP, config.vocab_size)
 
   def logits(hidden: Float[Array, "z s d"], number: Int[Array, ""] | int = 0) -> tuple[jax.Array, jax.Array]:
     sides = [part_logits(side, head, split, number) for side in jnp.split(hidden, rows.num_sides, axis=-1)]
-    ids, is_new = split.ids(number)
+    ids, is_own = split.ids(number)
     joined = sides[0] if guidance == 0 else sides[1] + (guidance + 1) * (sides[0] - sides[1])
-    return jnp.where(is_new & (ids < config.vocab_size), joined, -jnp.inf), ids
+    return jnp.where(is_own, joined, -jnp.inf), ids
 
   return Denoiser(
     hidden=rows.hidden,

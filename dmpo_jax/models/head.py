@@ -1,8 +1,13 @@
 """The head: from hidden states to logits, part after part of the vocabulary, and to the scores of given tokens.
 
+This module defines the policy's distribution, for samplers, likelihoods, entropies and divergences alike: the softmax
+of the logits over the vocabulary's ids. Rows of the table beyond them have no probability. MASK keeps its share, as in
+the published code: samplers never draw it, and training leaves it next to nothing, as it is never a target.
+
 No array of all tokens' logits over a large vocabulary ever exists, in the backward pass neither.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,26 +25,37 @@ RUN_MULTIPLE = 128  # parts have one width, about a multiple of it
 
 
 class Split(NamedTuple):
-  """How a vocabulary of n equal shares is read: `width` neighbouring ids of each share at one time."""
+  """How a table of n equal shares is read: `width` neighbouring rows of each share at one time."""
 
   num_shares: int
   share: int
   width: int
+  num_ids: int | None = None  # rows from here on are no ids of the vocabulary; None: all are
 
   @property
   def step(self) -> int:
     """From one part to the next: the width, but for the odd ids of a share that is no whole number of groups."""
     return self.width if self.width == self.share else self.width - self.share % VOCAB_GROUP
 
+  @property
+  def num_parts(self) -> int:
+    return -(-self.share // self.step)
+
   def start(self, number: Int[Array, ""] | int) -> Int[Array, ""]:
     """Where part `number` begins in every share; the last part reaches back where the step does not divide it."""
     return jnp.minimum(jnp.int32(number) * self.step, self.share - self.width)
 
   def ids(self, number: Int[Array, ""] | int) -> tuple[Int[Array, "n w"], Bool[Array, "n w"]]:
-    """Give the ids of a part, from a multiple of VOCAB_GROUP in each share on, and which are no other part's."""
+    """Give the ids of a part, from a multiple of VOCAB_GROUP in each share on, and which of them are its own: in no
+    other part, and in the vocabulary.
+    """
     column = self.start(number) + jnp.arange(self.width)
     ids = jnp.arange(self.num_shares)[:, None] * self.share + column
-    return ids, jnp.broadcast_to(column // self.step == number, ids.shape)
+    return ids, (column // self.step == number) & self.has(ids)
+
+  def has(self, ids: Int[Array, "*n"]) -> Bool[Array, "*n"]:
+    """Tell which rows of the table are ids of the vocabulary."""
+    return jnp.ones(ids.shape, bool) if self.num_ids is None else ids < self.num_ids
 
   @property
   def axes(self) -> tuple[str | None, str | None]:
@@ -48,22 +64,23 @@ class Split(NamedTuple):
     return ("vocab", None) if self.num_shares > 1 else (None, "vocab" if is_whole else None)
 
 
-def split_vocabulary(size: int, multiple: int = 1) -> tuple[Split, int]:
-  """Choose the parts, and count them: each device's share of the vocabulary is read from its own weights.
+def split_vocabulary(size: int, multiple: int = 1, num_ids: int | None = None) -> tuple[Split, int]:
+  """Choose the parts of a table, and count them: each device's share of it is read from its own weights.
 
   Args:
     multiple: that each device's share has to be of. Where it cannot be, parts are read one device after the other.
+    num_ids: the vocabulary's; rows from there on are none of its ids. None: all rows are.
   """
   if size <= PART_SIZE:
-    return Split(1, size, size), 1
+    return Split(1, size, size, num_ids), 1
   num_shares = sharding.num_shares("vocab")
   if size % (num_shares * multiple):
     num_shares = 1  # correct, but parts then lie on few devices
   share = size // num_shares
   num_parts = -(-size // PART_SIZE)
   width = -(-share // (num_parts * RUN_MULTIPLE)) * RUN_MULTIPLE  # parts of one size, but for the rounding
-  split = Split(num_shares, share, min(share, width + share % VOCAB_GROUP))
-  return split, -(-share // split.step)
+  split = Split(num_shares, share, min(share, width + share % VOCAB_GROUP), num_ids)
+  return split, split.num_parts
 
 
 class Scores(NamedTuple):
@@ -101,8 +118,10 @@ def _project(hidden: Float[Array, "*t d"], part: Float[Array, "d n w"], split: S
   return constrain(logits, "rows", *(None,) * (hidden.ndim - 2), *split.axes)
 
 
-def token_scores(hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[Array, "t"]) -> Scores:
-  """Score tokens under the softmax over all columns of the head, unused ones and MASK included.
+def token_scores(
+  hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[Array, "t"], num_ids: int | None = None
+) -> Scores:
+  """Score tokens under the policy's distribution: the softmax over the first `num_ids` columns of the head (None: all).
 
   A large vocabulary is read in parts, under a running log-sum-exp. The gradient by a hidden state does not depend on
   the one that comes from above but by a factor,
@@ -112,9 +131,9 @@ def token_scores(hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets
   so where it is asked for it is summed up beside the logits, as flash attention sums up its output (arXiv 2205.14135):
   a head that is frozen costs nothing in the backward pass. One that is trained has its logits computed again there.
   """
-  _, num_parts = split_vocabulary(head.shape[1])
+  split, num_parts = split_vocabulary(head.shape[1], num_ids=num_ids)
   score = _score_whole if num_parts == 1 else _score_in_parts
-  log_prob, entropy = score(constrain(hidden, "rows", None), head, targets)
+  log_prob, entropy = score(split, constrain(hidden, "rows", None), head, targets)
   return Scores(log_prob, jax.lax.stop_gradient(entropy))
 
 
@@ -133,23 +152,24 @@ def divergence(
   head: Float[Array, "d v"],
   teacher: Float[Array, "t d"],
   teacher_head: Float[Array, "d v"],
+  num_ids: int | None = None,
 ) -> Float32[Array, "t"]:
-  """Give KL(p_teacher || p) of the softmaxes over all columns of two heads, in nats.
+  """Give KL(p_teacher || p) of the softmaxes over the first `num_ids` columns of two heads (None: all), in nats.
 
   The teacher's distribution carries no gradient. The vocabulary is read in parts, whose logits are computed again in
   the backward pass.
   """
-  split, num_parts = split_vocabulary(head.shape[1])
+  split, num_parts = split_vocabulary(head.shape[1], num_ids=num_ids)
   hidden, teacher = constrain(hidden, "rows", None), constrain(jax.lax.stop_gradient(teacher), "rows", None)
 
   @jax.checkpoint
   def read(before: _Pair, number: Int[Array, ""]) -> tuple[_Pair, None]:
-    _, is_new = split.ids(number)
+    _, is_own = split.ids(number)
     own, taught = (
       _project(states, _gather(weights, split, number), split)
       for states, weights in ((hidden, head), (teacher, jax.lax.stop_gradient(teacher_head)))
     )
-    kept = jnp.where(is_new, own, -jnp.inf), jnp.where(is_new, taught, -jnp.inf)
+    kept = jnp.where(is_own, own, -jnp.inf), jnp.where(is_own, taught, -jnp.inf)
     highest = [
       jnp.maximum(level, jax.lax.stop_gradient(logits.max((-2, -1))))
       for level, logits in zip((before.highest, before.teacher_highest), kept, strict=True)
@@ -172,14 +192,14 @@ def divergence(
   return sums.weighted / sums.teacher_total + log_normalizer - taught_normalizer
 
 
-def _score_whole(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  split, _ = split_vocabulary(head.shape[1])
+def _score_whole(split: Split, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
   logits = part_logits(hidden, head, split, 0)[:, 0]
   # Selecting the target by comparison rather than by index keeps a split vocabulary split, in the gradient too.
   is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
-  log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+  is_id = split.has(jnp.arange(logits.shape[-1]))
+  log_normalizer = jax.nn.logsumexp(logits, axis=-1, where=is_id)
   log_prob = jnp.where(is_target, logits, 0).sum(-1) - log_normalizer
-  probability = jnp.exp(logits - log_normalizer[:, None])
+  probability = jnp.where(is_id, jnp.exp(jnp.where(is_id, logits, -jnp.inf) - log_normalizer[:, None]), 0)
   return log_prob, log_normalizer - (probability * logits).sum(-1)
 
 
@@ -197,7 +217,7 @@ class _Sums(NamedTuple):
   def beside(self, highest: Float32[Array, "t #n"]) -> "_Sums":
     """Give the same, relative to a logit at least as high."""
     shift = jnp.where(self.total > 0, self.highest - highest, 0)  # nothing read yet: minus infinity
-    shrunk = jnp.exp(self.highest - highest)
+    shrunk = jnp.where(self.total > 0, jnp.exp(shift), 0)
     return _Sums(
       jnp.broadcast_to(highest, self.highest.shape),
       self.total * shrunk,
@@ -216,21 +236,22 @@ class _Sums(NamedTuple):
     return self.highest + jnp.log(self.total)
 
 
-def _read(hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[Array, "t"], with_column: bool) -> _Sums:
+def _read(
+  split: Split, hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[Array, "t"], with_column: bool
+) -> _Sums:
   """Sum up the whole vocabulary, part after part."""
-  split, num_parts = split_vocabulary(head.shape[1])
 
   def add(number: Int[Array, ""], before: _Sums) -> _Sums:
-    part, (ids, is_new) = _gather(head, split, number), split.ids(number)
-    logits = jnp.where(is_new, _project(hidden, part, split), -jnp.inf)
+    part, (ids, is_own) = _gather(head, split, number), split.ids(number)
+    logits = jnp.where(is_own, _project(hidden, part, split), -jnp.inf)
     sums = before.beside(jnp.maximum(before.highest, logits.max(-1)))
-    shifted = logits - sums.highest[..., None]
+    shifted = logits - jnp.where(sums.highest > -jnp.inf, sums.highest, 0)[..., None]  # a share may have no ids
     share = jnp.exp(shifted)
     return _Sums(
       sums.highest,
       sums.total + share.sum(-1),
       sums.weighted + jnp.where(share > 0, share * shifted, 0).sum(-1),
-      sums.target + jnp.where(is_new & (ids == targets[:, None, None]), logits, 0).sum(-1),
+      sums.target + jnp.where(is_own & (ids == targets[:, None, None]), logits, 0).sum(-1),
       sums.column + _product("tnw,dnw->tnd", share, part, hidden.dtype) if with_column else None,
     )
 
@@ -238,7 +259,7 @@ def _read(hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[A
   zero = constrain(jnp.zeros(shape), "rows", split.axes[0])
   column = constrain(jnp.zeros((*shape, head.shape[0])), "rows", split.axes[0], None) if with_column else None
   first = _Sums(jnp.full_like(zero, -jnp.inf), zero, zero, zero, column)
-  return jax.lax.fori_loop(0, num_parts, add, first).joined()
+  return jax.lax.fori_loop(0, split.num_parts, add, first).joined()
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> Float32[Array, "..."]:
@@ -246,9 +267,11 @@ def _product(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> Float32[Array
   return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _score_in_parts(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return _verdict(_read(hidden, head, targets, with_column=False))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _score_in_parts(
+  split: Split, hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  return _verdict(_read(split, hidden, head, targets, with_column=False))
 
 
 def _verdict(sums: _Sums) -> tuple[Float32[Array, "t"], Float32[Array, "t"]]:
@@ -257,9 +280,9 @@ def _verdict(sums: _Sums) -> tuple[Float32[Array, "t"], Float32[Array, "t"]]:
   return log_prob[:, 0], entropy[:, 0]
 
 
-def _score_forward(hidden: Any, head: Any, targets: Any) -> tuple[Any, Any]:
+def _score_forward(split: Split, hidden: Any, head: Any, targets: Any) -> tuple[Any, Any]:
   """Score, and keep what the gradients need that are asked for."""
-  sums = _read(hidden.value, head.value, targets.value, with_column=hidden.perturbed)
+  sums = _read(split, hidden.value, head.value, targets.value, with_column=hidden.perturbed)
   slope = again = None
   if hidden.perturbed:
     mean = sums.column[:, 0] / sums.total
@@ -269,12 +292,12 @@ def _score_forward(hidden: Any, head: Any, targets: Any) -> tuple[Any, Any]:
   return _verdict(sums), (slope, again)
 
 
-def _score_backward(saved: tuple[Any, Any], from_above: tuple[Any, Any]) -> tuple[Any, Any, None]:
+def _score_backward(split: Split, saved: tuple[Any, Any], from_above: tuple[Any, Any]) -> tuple[Any, Any, None]:
   (slope, again), (of_log_prob, _) = saved, from_above
   if isinstance(of_log_prob, SymbolicZero):
     return None, None, None
   by_hidden = None if slope is None else (of_log_prob[:, None] * slope).astype(slope.dtype)
-  return by_hidden, None if again is None else _head_gradient(*again, of_log_prob), None
+  return by_hidden, None if again is None else _head_gradient(split, *again, of_log_prob), None
 
 
 _score_in_parts.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
@@ -287,6 +310,7 @@ def _columns(head: Float[Array, "d v"], ids: Int[Array, "t"]) -> Float[Array, "t
 
 
 def _head_gradient(
+  split: Split,
   hidden: Float[Array, "t d"],
   head: Float[Array, "d v"],
   targets: Int[Array, "t"],
@@ -294,16 +318,15 @@ def _head_gradient(
   of_log_prob: Float32[Array, "t"],
 ) -> Float[Array, "d v"]:
   """Sum of_log_prob * h (1(v = y) - p(v)) over the tokens, from logits that are computed again."""
-  split, num_parts = split_vocabulary(head.shape[1])
 
   def add(number: Int[Array, ""], gradient: Float[Array, "d n s"]) -> Float[Array, "d n s"]:
-    part, (ids, is_new) = _gather(head, split, number), split.ids(number)
+    part, (ids, is_own) = _gather(head, split, number), split.ids(number)
     probability = jnp.exp(_project(hidden, part, split) - log_normalizer[..., None])
-    slope = jnp.where(is_new, (ids == targets[:, None, None]) - probability, 0) * of_log_prob[:, None, None]
+    slope = jnp.where(is_own, (ids == targets[:, None, None]) - probability, 0) * of_log_prob[:, None, None]
     found = constrain(_product("td,tnw->dnw", hidden, slope, hidden.dtype), "embed", split.axes[0], None)
     start = (0, 0, split.start(number))
     found += jax.lax.dynamic_slice(gradient, start, found.shape)
     return jax.lax.dynamic_update_slice(gradient, found.astype(gradient.dtype), start)
 
   zero = jnp.zeros((head.shape[0], split.num_shares, split.share), head.dtype)
-  return jax.lax.fori_loop(0, num_parts, add, constrain(zero, "embed", split.axes[0], None)).reshape(head.shape)
+  return jax.lax.fori_loop(0, split.num_parts, add, constrain(zero, "embed", split.axes[0], None)).reshape(head.shape)

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -199,9 +199,13 @@ class Trajectory(Linear):
   neighbouring calls (TraceRL, arXiv 2509.06949, whose shrinkage parameter is the calls of a chunk; d2's
   estimator, arXiv 2509.21474). With as many chunks as calls it is the log-probability of the tokens along the
   trajectory that was sampled; with fewer, tokens of a chunk count as independent. No noise: nothing is drawn.
+
+  Where not all positions count, the states are still those that the sampler saw: what it had decided behind the EOS
+  when it decided the tokens before it is shown, and not read.
   """
 
   num_replicates: int
+  replays: ClassVar[bool] = True
 
   @property
   def draws(self) -> tuple[int, ...]:

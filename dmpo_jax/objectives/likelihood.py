@@ -36,7 +36,7 @@ class Completions(NamedTuple):
   """What an estimator may know of the completions besides their tokens."""
 
   is_counted: Bool[Array, "p g c"]
-  committed_at: Int[Array, "p g c"]  # the model call that decided the position
+  committed_at: Int[Array, "p g c"]  # the model call that decided the position; after all that count: none did
   prompt_is_valid: Bool[Array, "p q"]
 
 
@@ -46,6 +46,7 @@ class Estimator(Protocol):
 
   draws: tuple[int, ...]  # the independent draw that each replicate belongs to; -1: none, it is not random
   pairs: tuple[tuple[int, int], ...]  # replicates (i, j): what is read of j is not masked in i, and all read of i is
+  replays: bool  # its views are states that the sampler saw, with what stood at positions that are not counted
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     """Choose the copies from the rollouts' keys."""
@@ -65,6 +66,7 @@ class Linear:
 
   draws: tuple[int, ...]
   pairs: tuple[tuple[int, int], ...] = ()
+  replays: bool = False
 
   def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
     return _shared(log_prob, views).sum(2)

@@ -46,7 +46,7 @@ class Plan:
     completion_length, block_length: positions; blocks are decoded left to right.
     steps: model calls for the whole completion where the rule has a schedule, a multiple of the number of blocks.
     temperature: of the tokens, at least 0; 0 is greedy. One number, which is compiled in, or each row's [b].
-    early_exit: a row is finished once an EOS and all before it are decided; EOS fills the rest.
+    early_exit: a row is finished once an EOS and all before it are decided; EOS fills the rest in the end.
     on_call: called on the host after every model call with the batch's number of that call (from 0), the completions
       [b, c], the model calls [b] that each row has made and the tokens' probabilities [b, c]. Calls may come out of
       order.
@@ -163,13 +163,14 @@ def decode(
   def view_block(carry: Carry, start: Int[Array, ""], step: Int[Array, ""]) -> View:
     tokens = take_block(carry.completion, start, size)
     number = start // size * most_calls + step
+    is_masked = (tokens == mask) & ~carry.is_ended[:, None]
     return View(
-      carry.completion, start, start + jnp.arange(size), step, tokens, tokens == mask, row_keys=keys, number=number
+      carry.completion, start, start + jnp.arange(size), step, tokens, is_masked, row_keys=keys, number=number
     )
 
   def find_live(carry: Carry, start: Int[Array, ""]) -> Bool[Array, "b"]:
     has_masks = (take_block(carry.completion, start, size) == mask).any(1)
-    return ~carry.is_ended if is_fixed else has_masks
+    return ~carry.is_ended & (has_masks | is_fixed)
 
   def settle(carry: Carry, view: View, seen: Any) -> Carry:
     decision, state = accept(view, seen, carry.state)
@@ -177,7 +178,7 @@ def decode(
     if plan.early_exit and not can_revoke:
       carry = end_rows(carry, view, denoiser, most_calls, plan)
     if plan.on_call is not None:
-      shown = carry.completion, carry.num_calls, carry.confidence
+      shown = _filled(carry, denoiser.eos_token_id)[0], carry.num_calls, carry.confidence
       jax.debug.callback(plan.on_call, carry.batch_calls - 1, *shown)
     return carry
 
@@ -207,7 +208,7 @@ def decode(
     return jax.lax.cond(carry.is_ended.all(), lambda carry, _: carry, decode_block, carry, start), None
 
   carry, _ = jax.lax.scan(visit, _first_carry(keys, plan, mask, state), jnp.arange(plan.num_blocks) * size)
-  return _finish(carry, plan, denoiser.eos_token_id), carry.state
+  return _finish(carry, mask, denoiser.eos_token_id), carry.state
 
 
 def _first_carry(keys: Key[Array, "b"], plan: Plan, mask_token_id: int, state: Any) -> Carry:
@@ -243,32 +244,39 @@ def record(carry: Carry, view: View, decision: Decision, state: Any, is_live: Bo
 
 
 def end_rows(carry: Carry, view: View, denoiser: Denoiser, most_calls: int, plan: Plan) -> Carry:
-  """End the rows in which an EOS and all before it are decided: EOS from there on.
+  """End the rows in which an EOS and all before it are decided; the tokens up to it are final, as decided ones stay.
 
-  What stood behind the EOS never reaches the reader; the tokens up to it are final, as decided ones stay.
+  What stands behind the EOS stays as it is until the last block is done: the model saw it.
   """
   is_decided = jnp.cumsum(carry.completion == denoiser.mask_token_id, axis=1) == 0
-  is_eos = is_decided & (carry.completion == denoiser.eos_token_id)
-  is_behind = jnp.cumsum(is_eos, axis=1) - is_eos > 0
-  is_ending = is_eos.any(1) & ~carry.is_ended
+  is_ending = (is_decided & (carry.completion == denoiser.eos_token_id)).any(1) & ~carry.is_ended
   calls_left = (plan.num_blocks * most_calls) - 1 - view.number
   return carry._replace(
-    completion=constrain(jnp.where(is_behind, denoiser.eos_token_id, carry.completion), "rows", None),
     num_saved=jnp.where(is_ending, calls_left, carry.num_saved),
     is_ended=carry.is_ended | is_ending,
   )
 
 
-def _finish(carry: Carry, plan: Plan, eos_token_id: int) -> Rollouts:
-  num_tokens = jnp.full_like(carry.num_calls, plan.completion_length)
-  committed_at, confidence = carry.committed_at, carry.confidence
-  if plan.early_exit:
-    is_eos = carry.completion == eos_token_id
-    is_filled = jnp.cumsum(is_eos, axis=1) - is_eos > 0
-    num_tokens = (~is_filled).sum(1).astype(jnp.int32)
-    committed_at = jnp.where(is_filled, carry.num_calls[:, None], committed_at)
-    confidence = jnp.where(is_filled, 0.0, confidence)
-  return Rollouts(carry.completion, committed_at, confidence, carry.num_calls, num_tokens, carry.num_saved)
+def _filled(carry: Carry, eos_token_id: int) -> tuple[Int[Array, "b c"], Bool[Array, "b c"]]:
+  """Fill rows that have ended with EOS behind their first one; also say where."""
+  is_eos = carry.completion == eos_token_id
+  is_filled = (jnp.cumsum(is_eos, axis=1) - is_eos > 0) & carry.is_ended[:, None]
+  return constrain(jnp.where(is_filled, eos_token_id, carry.completion), "rows", None), is_filled
+
+
+def _finish(carry: Carry, mask_token_id: int, eos_token_id: int) -> Rollouts:
+  completion, is_filled = _filled(carry, eos_token_id)
+  num_calls = carry.num_calls[:, None]
+  return Rollouts(
+    completion=completion,
+    committed_at=jnp.where(is_filled, num_calls, carry.committed_at),
+    confidence=jnp.where(is_filled, 0.0, carry.confidence),
+    num_calls=carry.num_calls,
+    num_tokens=(~is_filled).sum(1).astype(jnp.int32),
+    num_saved=carry.num_saved,
+    seen=carry.completion,
+    seen_at=jnp.where(carry.completion == mask_token_id, num_calls, carry.committed_at),
+  )
 
 
 def fold_calls(keys: Key[Array, "b"], number: Int[Array, "*b"]) -> Key[Array, "b"]:

@@ -28,8 +28,11 @@ def sample(denoiser: ComparedDenoiser, keys: Key[Array, "b"], plan: Plan) -> Rol
 
   The rollouts carry log p(y_l | prompt, what was decided before l) under the policy (`log_p_old`) and, where the
   denoiser has one, under the reference (`log_p_ref`), float32 nats. With one token a call their sums over a row are
-  log-probabilities of the completion in that order. They are of softmax(logits), MASK's share included: at temperature
-  1 what was drawn from, at others what the tokens are measured by.
+  log-probabilities of the completion in that order.
+
+  What is scored is the policy's distribution as all likelihoods take it (`models/head.py`): softmax(logits) over the
+  vocabulary, MASK's share included, whatever the temperature. What is drawn from is softmax(logits / temperature)
+  without MASK: at temperature 1 more probable than scored by a factor 1 / (1 - p(MASK)) a token.
   """
   schedule = num_transfer_tokens(jnp.int32(plan.block_length), plan.steps_per_block)
 
