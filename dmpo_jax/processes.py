@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 # the longest that a program of the 8B model took. Three times that is a host that hangs.
 PATIENCE = 900.0
 JOIN_SECONDS = 300  # that the processes may start apart; a slice's hosts are ready within a minute or two
+STALL_SECONDS = 2 * PATIENCE  # without a meeting: the devices wait for a host that hangs, or one of them does
 ABANDONED = 76  # exit code: another process of the job does not answer; started again, the job goes on
 _LAST_WORDS_SECONDS = 3.0  # that process 0 stays after it has given up, so that the others hear of it
 _AT, _HOSTS, _NOTES = (f"dmpo_jax/{folder}/" for folder in ("at", "hosts", "notes"))  # in the service's key-value store
@@ -33,6 +34,7 @@ _MAX_NAMED = 8
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC looks for; in small letters alone
 
 _num_meetings: collections.Counter[str] = collections.Counter()  # by name
+_since: dict[str, Any] = {"name": "the start", "time": math.inf}  # the last meeting; its time is inf while it goes on
 _reason: list[str] = []  # why this process wants the job to stop
 
 
@@ -60,6 +62,7 @@ def meet(name: str, seconds: float = PATIENCE, note: str = "") -> dict[int, str]
     return {own: note} if note else {}
   _num_meetings[name] += 1
   place = f"{name} #{_num_meetings[name]}"
+  _since.update(name=name, time=math.inf)
   client.key_value_set(f"{_AT}{own}", place, allow_overwrite=True)
   if note:
     client.key_value_set(f"{_NOTES}{place}/{own}", note)
@@ -69,6 +72,7 @@ def meet(name: str, seconds: float = PATIENCE, note: str = "") -> dict[int, str]
     if "DEADLINE_EXCEEDED" not in str(error):  # a process died, which the service says better
       raise
     raise Absent(_describe_absent(client, own, num, place, seconds)) from error
+  _since["time"] = time.monotonic()
   return _read_folder(client, f"{_NOTES}{place}/")
 
 
@@ -118,6 +122,8 @@ def join(coordinator: str | None, num: int | None, index: int | None, *, heartbe
     timer.cancel()
   state = distributed.global_state
   state.client.key_value_set(f"{_HOSTS}{state.process_id}", platform.node())
+  if state.num_processes > 1:
+    threading.Thread(target=_give_up_stalled, daemon=True).start()
   return True
 
 
@@ -127,6 +133,19 @@ def _give_up_joining() -> None:
     f"stopped in process {state.process_id}: the {state.num_processes} processes of the job have not found each other "
     f"within {JOIN_SECONDS} s. They look for process 0 at {state.coordinator_address}: see that it runs, that its port "
     "can be reached from here, and that so many processes were started",
+    file=sys.stderr,
+  )
+  leave(ABANDONED)
+
+
+def _give_up_stalled() -> None:
+  """End this process where it has met nobody for long: a program of the devices may wait for ever."""
+  while time.monotonic() - _since["time"] < STALL_SECONDS:
+    time.sleep(STALL_SECONDS / 100)
+  state = distributed.global_state
+  print(
+    f"stopped in process {state.process_id}: nothing has gone on for {STALL_SECONDS:.0f} s since {_since['name']!r}: "
+    "its devices hang, or wait for those of another process; the logs of the others say where they are",
     file=sys.stderr,
   )
   leave(ABANDONED)

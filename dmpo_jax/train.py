@@ -24,6 +24,7 @@ from dmpo_jax.evaluate import best_buffer
 from dmpo_jax.files import Unreadable
 from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
+from dmpo_jax.processes import meet
 from dmpo_jax.report import summarize, tables
 from dmpo_jax.report import write as write_report
 from dmpo_jax.structs import TrainState
@@ -216,6 +217,7 @@ def update(phase: Phase, state: TrainState, experience: Any, position: Position)
   start = time.monotonic()
   if phase.updates_per_buffer > 1:
     progress.part("update", position.update + 1, phase.updates_per_buffer)
+  meet("the next update")
   state, scalars = phase.update(state, phase.frozen, experience)
   for name, value in jax.device_get(scalars).items():
     position.scalars[name] = position.scalars.get(name, 0.0) + float(value) / phase.updates_per_buffer

@@ -1,9 +1,11 @@
 """Runs that are killed, preempted, locked out, or left without a disk or a partner: nothing is lost."""
 
 import json
+import platform
 import re
 import resource
 import signal
+import sys
 import time
 
 import jax
@@ -93,6 +95,40 @@ def test_processes_of_different_commands_do_not_begin(tmp_path):
     said = f"error in process {number}: the processes of the job were given different commands:\n"
     assert said + "  config.train.num_buffers is 3 in process 0 and 4 in process 1\n" in done.stderr
   assert not (tmp_path / "run").exists()
+
+
+LATE = """
+import sys, time
+from dmpo_jax import command, main, processes, train
+processes.meet.__defaults__ = (40.0, "")  # seconds of patience
+update, index = train.update, int(sys.argv[-1].partition("=")[2])
+
+def late(phase, state, experience, position):
+  if index == 1 and position.buffer == 1:
+    print("asleep", flush=True)
+    time.sleep(3600)
+  return update(phase, state, experience, position)
+
+train.update = late
+command.run(main.main)
+"""
+
+
+@pytest.mark.slow
+def test_one_late_host_does_not_hold_the_others(tmp_path):
+  own = (TINY, "--config.warm_start.updates=0", ENDLESS, f"--workdir={tmp_path}/run")
+  job = (f"--coordinator={free_address()}", "--num_processes=2")
+  program = (sys.executable, "-c", LATE)
+  both = [begin(*own, *job, f"--process_id={process}", program=program) for process in (0, 1)]
+  try:
+    done = finish(both[0], timeout=300)
+  finally:
+    both[1].kill()
+  assert done.returncode == 76, done.stderr[-3000:]
+  late = f"process 1 on {platform.node()} (last at 'completions are graded')"
+  said = f"stopped in process 0: of 2 processes, {late} did not come to 'the next update' within 40 s; its own log"
+  assert said in done.stderr, done.stderr[-3000:]
+  assert "asleep" in finish(both[1]).stdout
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
