@@ -226,7 +226,7 @@ def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(fo
     )
     other = np.where(is_counted, drawn.rollouts.completion, 14)
     assert (~is_counted).any(-1).sum() > 4
-    measure, about = phases._make_measure(config, parts), (is_counted, drawn.rollouts.seen_at, 0)
+    measure, about = phases.training_measure(config, parts), (is_counted, drawn.rollouts.seen_at, 0)
     policies = Policies(state.trainable, phase.frozen, state.reference)
     prompts, _ = parts.prompts.batch(0, config.rollout.num_prompts)
     if measure.score:
