@@ -99,6 +99,14 @@ def test_imports_point_downward(path):
     assert level(other) < level(name) or other in INSIDE.get(name, ()), f"{name} may not import {other}"
 
 
+def test_processes_wait_for_each_other_at_named_and_bounded_places_alone():
+  """The devices' collectives wait for ever: `processes` alone uses them, behind a meeting."""
+  for path in MODULES:
+    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    waiting = {"sync_global_devices", "process_allgather", "broadcast_one_to_all", "wait_at_barrier"} & names
+    assert not waiting or path.name == "processes.py", f"{path.name}: {waiting}"
+
+
 def test_tasks_know_nothing_of_jax():
   for path in (PACKAGE / "tasks").rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
