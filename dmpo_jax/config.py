@@ -213,6 +213,9 @@ def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str
   return found
 
 
+UNREADABLE = "if this is the run's own configuration, remove the file: the training's command writes it again"
+
+
 def save(workdir: epath.PathLike, config: ConfigDict) -> None:
   """Write the configuration to the workdir's config.json (process 0)."""
   if jax.process_index() == 0:
@@ -243,7 +246,7 @@ def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, mode: str = "t
     return
   differing = [
     line
-    for line in differences(json.loads(path.read_text()), config)
+    for line in differences(files.read_object(path, UNREADABLE), config)
     if not any(fnmatch(line.partition(":")[0], f"config.{key}") for key in MAY_DIFFER[mode])
   ]
   if differing:

@@ -25,6 +25,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import Int, UInt32
 
+from dmpo_jax import files
 from dmpo_jax.processes import meet
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import option_types, sources
@@ -209,13 +210,13 @@ def _quiet_tfds() -> Iterator[None]:
 def _is_complete(path: epath.Path) -> bool:
   """Whether a folder has the description that TFDS writes last and all files that it speaks of."""
   try:
-    info = json.loads((path / "dataset_info.json").read_text())
-  except (OSError, json.JSONDecodeError):
+    info = files.read_object(path / "dataset_info.json")
+    return all(
+      len(list(path.glob(f"{info['name']}-{split['name']}.{info['fileFormat']}-*"))) == len(split["shardLengths"])
+      for split in info["splits"]
+    )
+  except (OSError, files.Unreadable, KeyError, TypeError):
     return False
-  return all(
-    len(list(path.glob(f"{info['name']}-{split['name']}.{info['fileFormat']}-*"))) == len(split["shardLengths"])
-    for split in info["splits"]
-  )
 
 
 class PromptStream:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import operator
 import time
@@ -32,6 +33,8 @@ from dmpo_jax.report import tables
 from dmpo_jax.rollout import Compiled
 from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 POLICIES = {"last": "policy", "best": "best"}  # folders of the workdir
@@ -62,7 +65,7 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
               row = about | evaluate_policy(policy, path, about) | {"generations": path.name}
               rows = [other for other in rows if other["generations"] != path.name] + [row]
               if jax.process_index() == 0:
-                files.write_whole(folder / RESULT, json.dumps(rows, indent=2) + "\n")
+                files.write_whole(folder / RESULT, files.to_json(rows, indent=2) + "\n")
             shown.advance()
   if jax.process_index() == 0:
     Console().print(tables.evaluations(rows))
@@ -325,21 +328,24 @@ class Unfinished:
     """Return the lines that an earlier start has left for this very evaluation, on every process."""
     texts = []
     if jax.process_index() == 0 and self._file.exists():
-      head, *texts = self._file.read_text().split("\n")[:-1] or [""]  # what follows the last newline is not whole
-      texts = texts if head == self._head else []
+      lines = files.read_lines(self._file)
+      if lines.rows and json.dumps(lines.rows[0], sort_keys=True) == self._head:
+        texts = [json.dumps(row, ensure_ascii=False) for row in lines.rows[1:]]
+        if lines.problem:
+          logger.warning("%s: %s; these completions are drawn again", self._file, lines.problem)
     self._texts = gather_texts(texts, "an unfinished evaluation is read")
     return [json.loads(text) for text in self._texts]
 
   def add(self, lines: Sequence[dict[str, Any]]) -> None:
     """Keep the lines of a further batch."""
-    self._texts += [json.dumps(line, ensure_ascii=False) for line in lines]
+    self._texts += [files.to_json(line, ensure_ascii=False) for line in lines]
     if jax.process_index() == 0:
       files.write_whole(self._file, "\n".join([self._head, *self._texts]) + "\n")
 
   def finish(self, lines: Sequence[dict[str, Any]]) -> None:
     """Write the generations and drop the unfinished file."""
     if jax.process_index() == 0:
-      files.write_whole(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+      files.write_whole(self._path, "".join(files.to_json(line, ensure_ascii=False) + "\n" for line in lines))
       self._file.unlink(missing_ok=True)
 
 
@@ -417,7 +423,12 @@ def _read_rows(path: epath.Path) -> list[dict[str, Any]]:
 def _read_own_rows(path: epath.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
-  rows = json.loads(path.read_text())
+  try:
+    rows = files.read_json(path)
+  except files.Unreadable as error:
+    aside = path.rename(files.name_aside(path))
+    print(f"{error}: set aside as {aside.name}, and evaluated again")
+    return []
   if isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= tables.NEEDED for row in rows):
     return rows
   aside = path.with_name(f"{path.stem}.old{path.suffix}")

@@ -99,6 +99,7 @@ class Lines(NamedTuple):
 
   rows: list[dict[str, Any]]
   damaged: list[int]  # numbers of the lines that cannot be read, from 1
+  num: int  # of all lines
   is_cut: bool  # the last line has no end, as a process leaves it that was killed while it wrote
 
   @property
@@ -106,7 +107,7 @@ class Lines(NamedTuple):
     """What is wrong; "" if nothing is."""
     if not self.damaged:
       return ""
-    if self.is_cut and len(self.damaged) == 1:
+    if self.damaged == [self.num]:
       return "the last line cannot be read"
     return f"{len(self.damaged)} line(s) cannot be read, first line {self.damaged[0]}"
 
@@ -129,7 +130,7 @@ def read_lines(path: epath.PathLike) -> Lines:
     else:
       damaged.append(number)
   is_cut = bool(damaged) and damaged[-1] == len(lines) and not content.endswith(b"\n")
-  return Lines(rows, damaged, is_cut)
+  return Lines(rows, damaged, len(lines), is_cut)
 
 
 def name_aside(path: epath.PathLike) -> epath.Path:

@@ -4,23 +4,25 @@ metrics.jsonl is the record; TensorBoard's files are made from it again when a r
 same rows where they are asked for. Process 0 alone writes.
 """
 
-import json
+import logging
 import math
 import os
+import re
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from etils import epath
 
 from dmpo_jax import files
 from dmpo_jax.config import ConfigError
 from dmpo_jax.rules import NO_WANDB
+
+logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 
@@ -49,9 +51,15 @@ class Metrics:
       self._wandb = _begin_wandb(wandb_project, self._workdir, config or {})
 
   def forget(self, phase: str, after: int) -> None:
-    """Drop the rows of a phase whose steps come after `after`: a resumed run will write them again."""
+    """Drop the rows of a phase whose steps come after `after`: a resumed run will write them again.
+
+    Steps up to there whose rows are lost are named in the log: every step above 0 has written one.
+    """
     if not self._is_writing:
       return
+    steps = {row["step"] for row in self._rows if row["phase"] == phase}
+    if lost := [step for step in range(1, after + 1) if step not in steps]:
+      logger.warning("%s: the rows of phase %s, steps %s, are lost; the run goes on", self._path, phase, _ranges(lost))
     rows = [row for row in self._rows if row["phase"] != phase or row["step"] <= after]
     if len(rows) < len(self._rows) and self._writer is not None:
       self._writer.close()
@@ -108,10 +116,14 @@ def _begin_wandb(project: str, workdir: epath.Path, config: Mapping[str, Any]) -
   except ImportError as error:
     raise ConfigError(f"config.log.wandb_project = {project!r}: {NO_WANDB}") from error
   path = workdir / "wandb_id.txt"
-  if not path.exists():
-    files.write_whole(path, uuid.uuid4().hex[:12] + "\n")
+  own = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
+  if not re.fullmatch(r"[\w-]+", own, re.ASCII):
+    if path.exists():
+      logger.warning("%s is no id of a run: a new run of Weights & Biases begins", path)
+    own = uuid.uuid4().hex[:12]
+    files.write_whole(path, own + "\n")
   folder = tempfile.gettempdir() if "://" in os.fspath(workdir) else os.fspath(workdir)
-  about = dict(project=project, id=path.read_text().strip(), resume="allow", name=workdir.name, dir=folder)
+  about = dict(project=project, id=own, resume="allow", name=workdir.name, dir=folder)
   try:
     run = wandb.init(**about, config=dict(config))
   except wandb.Error as error:
@@ -125,24 +137,32 @@ def _begin_wandb(project: str, workdir: epath.Path, config: Mapping[str, Any]) -
 
 
 def _line(row: Mapping[str, Any]) -> str:
-  return json.dumps(_finite(row), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-  """Replace what JSON has no number for by null, and numpy's and JAX's scalars by Python's."""
-  if isinstance(value, Mapping):
-    return {str(key): _finite(item) for key, item in value.items()}
-  if isinstance(value, tuple | list):
-    return [_finite(item) for item in value]
-  if isinstance(value, np.generic | np.ndarray | jax.Array):
-    return _finite(np.asarray(value).tolist())
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+  return files.to_json(row) + "\n"
 
 
 def _read_rows(path: epath.Path) -> list[dict[str, Any]]:
-  """Read the rows of an earlier start, less the half line that a killed run may have left at the end."""
-  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  """Read the rows of an earlier start, less the half line that a killed run may have left at the end.
+
+  Where other lines cannot be read, the file is kept beside as it is, and written again with the rows that can.
+  """
+  if not path.exists():
+    return []
+  lines = files.read_lines(path)
+  rows = [row for row in lines.rows if isinstance(row.get("phase"), str) and type(row.get("step")) is int]
+  num_damaged = len(lines.damaged) - lines.is_cut + len(lines.rows) - len(rows)
+  if num_damaged:
+    aside = files.name_aside(path)
+    files.write_whole(aside, path.read_bytes())
+    files.write_whole(path, "".join(map(_line, rows)))
+    logger.warning("%s: %d line(s) cannot be read: kept as %s, the other rows stay", path, num_damaged, aside.name)
+  return rows
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+  """Write sorted numbers as `1-3, 7`."""
+  starts = [number for number in numbers if number - 1 not in numbers]
+  ends = [number for number in numbers if number + 1 not in numbers]
+  return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _fresh_writer(directory: epath.Path, rows: list[dict[str, Any]]) -> Any:
@@ -179,11 +199,20 @@ def write_parameter_overview(workdir: epath.PathLike, params: Any) -> str:
 def write_result(workdir: epath.PathLike, result: Mapping[str, Any]) -> None:
   """Write a finished run's result to the workdir's result.json, whole or not at all; null where not finite."""
   if jax.process_index() == 0:
-    text = json.dumps(_finite(result), indent=2, allow_nan=False)
-    files.write_whole(epath.Path(workdir) / RESULT, text + "\n")
+    files.write_whole(epath.Path(workdir) / RESULT, files.to_json(result, indent=2) + "\n")
 
 
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
-  """Read what `write_result` wrote; None if the run has not finished."""
+  """Read what `write_result` wrote; None if the run has not finished.
+
+  Raises:
+    Unreadable: it is damaged.
+  """
   path = epath.Path(workdir) / RESULT
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  remedy = "remove it, and the training's command writes it again from the newest checkpoint"
+  result = files.read_object(path, remedy)
+  if lacking := sorted({"buffers", "evaluations"} - result.keys()):
+    raise files.Unreadable(f"{path} lacks {', '.join(lacking)}: {remedy}")
+  return result

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import noise
+from dmpo_jax import files, noise
 from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_sample
 from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_ids
@@ -67,7 +67,7 @@ def main(
         if jax.process_index() > 0:
           continue
         if as_json:
-          print(json.dumps({"prompt": request.prompt, **about}, ensure_ascii=False), flush=True)
+          print(files.to_json({"prompt": request.prompt, **about}, ensure_ascii=False), flush=True)
         else:
           print(f"---\n{about['text']}" if index else about["text"], flush=True)
 
@@ -158,7 +158,11 @@ def read_requests(prompt: str | None, path: str | None) -> list[Request]:
   if path is not None:
     if not epath.Path(path).is_file():
       raise ConfigError(f"--prompts={path}: no such file")
-    where, lines = f"--prompts={path}", epath.Path(path).read_text().splitlines()
+    where = f"--prompts={path}"
+    try:
+      lines = epath.Path(path).read_bytes().decode().splitlines()
+    except UnicodeDecodeError as error:
+      raise ConfigError(f"{where}: not UTF-8 from byte {error.start} on; save it as UTF-8") from error
   elif sys.stdin.isatty():
     raise ConfigError("nothing to sample: give --prompt=TEXT, --prompts=FILE.jsonl, or prompts by a pipe")
   else:

@@ -81,15 +81,31 @@ def _acquire(workdir: epath.Path) -> filelock.SoftFileLease:
     try:
       lease.acquire(timeout=1.5 * LEASE_SECONDS)
     except filelock.Timeout as again:
-      raise buckets.Held(_holder(lease)) from again
+      path = pathlib.Path(lease.lock_file)
+      if _said(lease) or time.time() - path.stat().st_mtime < LEASE_SECONDS:
+        raise buckets.Held(_holder(lease)) from again
+      print(f"{path} is garbled and nobody renews it: taken over", file=sys.stderr, flush=True)
+      path.unlink(missing_ok=True)
+      lease.acquire(timeout=0)
   return lease
 
 
 def _holder(lease: filelock.SoftFileLease) -> str:
   """Say who holds the lock, as its file has it."""
-  lines = pathlib.Path(lease.lock_file).read_text().splitlines()
+  said = _said(lease)
+  if not said:
+    return f"{lease.lock_file} does not say which (remove it if there is none)"
+  return f"process {said['pid']} on {said['host']}"
+
+
+def _said(lease: filelock.SoftFileLease) -> dict[str, str]:
+  """Read the lock's file; {} if it is garbled."""
+  try:
+    lines = pathlib.Path(lease.lock_file).read_text().splitlines()
+  except UnicodeDecodeError:
+    return {}
   said = dict(line.split("=", 1) for line in lines if "=" in line)
-  return f"process {said.get('pid', '?')} on {said.get('host', '?')}"
+  return said if said.get("pid", "").isdecimal() and "host" in said else {}
 
 
 def folder_beside(workdir: epath.Path, name: str) -> epath.Path:
@@ -108,8 +124,8 @@ def take_over(workdir: epath.Path, config: Config) -> None:
   if jax.process_index() > 0 or not path.exists() or has_finished_a_step(workdir):
     return
   try:
-    is_same = not differences(json.loads(path.read_text()), config)
-  except ValueError:  # cut, by the crash that ended that start
+    is_same = not differences(files.read_object(path), config)
+  except files.Unreadable:  # cut, by the crash that ended that start
     is_same = False
   if not is_same:
     print(f"{workdir}: a start of another configuration ended before its first step; begun anew", flush=True)
@@ -137,8 +153,9 @@ def announce_start(workdir: epath.Path, config: Config, mesh: Mesh) -> dict[str,
   }
   if jax.process_index() == 0:
     path = workdir / STARTS
-    before = path.read_text() if path.exists() else ""
-    files.write_whole(path, before + json.dumps(start) + "\n")
+    before = path.read_bytes() if path.exists() else b""  # kept as it is, even where it is damaged
+    cut = b"" if before.endswith(b"\n") or not before else b"\n"
+    files.write_whole(path, before + cut + json.dumps(start).encode() + b"\n")
     memory = f" of {start['device_memory_gb']:.0f} GB" if start["device_memory_gb"] else ""
     shape = " ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(

@@ -1,7 +1,6 @@
 """What the benchmark's sections have in common: options, comparisons, and results as tables and JSON."""
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from dmpo_jax import files
 from launch import timing, workload
 
 MIB = 2**20
@@ -256,4 +256,5 @@ def shown_bytes(value: int | None) -> str:
 def write_json(path: pathlib.Path, results: list[Any], machine: str) -> None:
   """Write what was found beside the table."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps({"machine": machine, "sections": [each.as_json() for each in results]}, indent=2) + "\n")
+  everything = {"machine": machine, "sections": [each.as_json() for each in results]}
+  path.write_text(files.to_json(everything, indent=2) + "\n")

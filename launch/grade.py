@@ -256,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
   figures = {name: count(grades) for name, grades in groups.items()}
   disagreements = find_disagreements(rows)
   if flags.FLAGS.json:
-    print(json.dumps(_report(rows, chosen, figures, disagreements)))
+    print(files.to_json(_report(rows, chosen, figures, disagreements)))
   else:
     _print_tables(figures, disagreements, rows)
 

@@ -11,7 +11,6 @@ that costs, its memory beyond the arguments what stays taken while rollouts are 
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -295,7 +294,7 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
       console.print(f"collectives of the size of logits, which cost dearly: {wide}")
   result["programs"] = {name: dataclasses.asdict(cost) for name, cost in found.items()}
   if out:
-    files.write_whole(epath.Path(out), json.dumps(result, indent=2) + "\n")
+    files.write_whole(epath.Path(out), files.to_json(result, indent=2) + "\n")
 
 
 def define_flags() -> None:

@@ -103,7 +103,7 @@ def tune(needed: Sequence[tuple[str, str]], out: pathlib.Path, clock: Clock) -> 
 def scores(task: str, config: str, out: pathlib.Path) -> dict[float, float]:
   """Read what the learning rates that were tried came to: held-out reward at the end of the run."""
   tried = {rate: study_arms.tuning_run(task, config, rate).path(out) for rate in study_arms.RATES}
-  results = {rate: json.loads(path.read_text()) for rate, path in tried.items() if path.exists()}
+  results = {rate: files.read_object(path) for rate, path in tried.items() if path.exists()}
   return {rate: result["evaluations"][-1]["reward_mean"] for rate, result in results.items()}
 
 
@@ -124,7 +124,7 @@ def take(runs: Sequence[Run], out: pathlib.Path, clock: Clock) -> bool:
         return False
       result = execute(run, out, common, _CALLS.value)
       clock.add(result["seconds"])
-      files.write_whole(epath.Path(path), json.dumps(result, indent=1))
+      files.write_whole(epath.Path(path), files.to_json(result, indent=1))
       study_page.write(out, _find_results(out))
       print(_line(number, len(missing), run, result, clock.pace() * (len(missing) - number)), flush=True)
       shown.advance()
@@ -159,7 +159,7 @@ def execute(run: Run, out: pathlib.Path, common: Mapping[str, Any], calls: int) 
   start = time.monotonic()
   evaluations = _train(with_changes(config, changes), workdir)
   seconds = time.monotonic() - start
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  rows = files.read_lines(workdir / "metrics.jsonl").rows
   shutil.rmtree(workdir)  # the figures stay; a hundred policies with their checkpoints do not
   return {
     "arm": run.arm.name,
@@ -206,7 +206,7 @@ def _find_results(out: pathlib.Path) -> list[study_page.Result]:
   tried = [study_arms.tuning_run(*who, rate) for who in needed for rate in study_arms.RATES]
   runs = [*tried, *study_arms.plan(chosen_rates(needed, out), GROUPS, TASKS, seeds)]
   return [
-    study_page.Result(run.arm.group, run.arm.name, run.task, run.seed, json.loads(run.path(out).read_text()))
+    study_page.Result(run.arm.group, run.arm.name, run.task, run.seed, files.read_object(run.path(out)))
     for run in runs
     if run.path(out).exists()
   ]

@@ -100,8 +100,10 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 
 def test_result_comes_back(tmp_path):
   assert metrics.read_result(tmp_path) is None
-  metrics.write_result(tmp_path, {"rate": np.float32(0.5), "bad": math.inf, "interval": (0.25, jnp.float32(1.0))})
-  assert metrics.read_result(tmp_path) == {"rate": 0.5, "bad": None, "interval": [0.25, 1.0]}
+  result = {"objective": "dmpo", "buffers": 3, "base": {}, "last": {}, "best": {}, "evaluations": {}}
+  figures = {"rate": np.float32(0.5), "bad": math.inf, "interval": (0.25, jnp.float32(1.0))}
+  metrics.write_result(tmp_path, result | figures)
+  assert metrics.read_result(tmp_path) == result | {"rate": 0.5, "bad": None, "interval": [0.25, 1.0]}
   assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 

@@ -80,8 +80,9 @@ def test_a_bucket_holds_a_run(tmp_path, monkeypatch):
     for step in (1, 2):
       with metrics.Metrics(folder) as rows:
         rows.write("train", step, {"loss": 0.5})
-    metrics.write_result(folder, {"buffers": 2})
-    assert metrics.read_result(folder) == {"buffers": 2}
+    result = {"objective": "dmpo", "buffers": 2, "base": {}, "last": {}, "best": {}, "evaluations": {}}
+    metrics.write_result(folder, result)
+    assert metrics.read_result(folder) == result
     with pytest.raises(ConfigError, match="another configuration"):
       config.check_workdir(folder, tiny.config(seed=1))
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

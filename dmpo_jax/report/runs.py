@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from dmpo_jax import files
 from dmpo_jax.config import FILE as CONFIG
 from dmpo_jax.config import flatten
 from dmpo_jax.metrics import RESULT
@@ -96,13 +96,12 @@ def _read_run(workdir: epath.Path, name: str) -> Run:
 
 def _read_object(path: epath.Path, missing: list[str], otherwise: str = "") -> Row:
   try:
-    value = json.loads(path.read_text())
-    if isinstance(value, dict):
-      return value
-    missing.append(f"{path.name} is not a JSON object")
+    return files.read_object(path)
   except FileNotFoundError:
     missing.append(f"there is no {path.name}" + (f": {otherwise}" if otherwise else ""))
-  except (OSError, ValueError, RecursionError) as error:
+  except files.Unreadable as error:
+    missing.append(str(error))
+  except OSError as error:
     missing.append(f"{path.name} cannot be read ({error})")
   return {}
 
@@ -114,41 +113,18 @@ def _read_result(path: epath.Path, missing: list[str]) -> Row:
   return result
 
 
-def read_lines(path: epath.Path) -> tuple[list[Row], str]:
-  """Read the JSON objects of a file's lines; also say which lines are none, "" if there are no such.
-
-  Raises:
-    OSError: the file cannot be read.
-  """
-  rows, damaged, lines = [], [], path.read_bytes().splitlines()
-  for number, line in enumerate(lines, 1):
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError):
-      row = None
-    if isinstance(row, dict):
-      rows.append(row)
-    else:
-      damaged.append(number)
-  if not damaged:
-    return rows, ""
-  if damaged == [len(lines)]:
-    return rows, "the last line cannot be read"
-  return rows, f"{len(damaged)} line(s) cannot be read, first line {damaged[0]}"
-
-
 def _rows_of(workdir: epath.Path, name: str, missing: list[str]) -> list[Row]:
   try:
-    rows, damage = read_lines(workdir / name)
+    lines = files.read_lines(workdir / name)
   except FileNotFoundError:
     missing.append(f"there is no {name}")
     return []
   except OSError as error:
     missing.append(f"{name} cannot be read ({error})")
     return []
-  if damage:
-    missing.append(f"{name}: {damage}; the rest is shown")
-  return rows
+  if lines.problem:
+    missing.append(f"{name}: {lines.problem}; the rest is shown")
+  return lines.rows
 
 
 def _read_rows(workdir: epath.Path, missing: list[str]) -> dict[str, list[Row]]:
@@ -169,9 +145,9 @@ def _read_grid(workdir: epath.Path, missing: list[str]) -> list[Row]:
   """Read the evaluations of --mode=eval; those of another version, which were one object, are named and left out."""
   path = workdir / "evaluation" / RESULT
   try:
-    rows = json.loads(path.read_text()) if path.exists() else []
-  except (OSError, ValueError, RecursionError) as error:
-    missing.append(f"evaluation/{RESULT} cannot be read ({error})")
+    rows = files.read_json(path) if path.exists() else []
+  except (OSError, files.Unreadable) as error:
+    missing.append(f"evaluation/{RESULT}: {error}")
     return []
   listed = rows if isinstance(rows, list) else []
   known = [row for row in listed if isinstance(row, dict) and is_number(row.get("solve_rate"))]
@@ -224,13 +200,14 @@ def find_generation(path: epath.Path, index: int, sample: int = 0) -> Row:
     ValueError: it is not there; lines that cannot be read are named.
   """
   try:
-    lines, damage = read_lines(path)
+    lines = files.read_lines(path)
   except OSError as error:
     raise ValueError(f"{path}: no such file, or it cannot be read ({error})") from error
-  for line in lines:
+  problem = lines.problem and f" ({lines.problem})"
+  for line in lines.rows:
     if (line.get("index"), line.get("sample", 0)) == (index, sample):
       return line
-  raise ValueError(f"--index={index}, --sample={sample}: {path} has no such generation" + (damage and f" ({damage})"))
+  raise ValueError(f"--index={index}, --sample={sample}: {path} has no such generation{problem}")
 
 
 def _read_generations(workdir: epath.Path, missing: list[str]) -> dict[int, list[Row]]:

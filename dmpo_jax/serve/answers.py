@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import time
 import uuid
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmpo_jax import files
 from dmpo_jax.serve.asked import Asked, Limits
 from dmpo_jax.tokenizer import Tokenizer
 
@@ -150,4 +150,4 @@ def _choice(
 
 
 def _line(value: dict[str, Any]) -> str:
-  return f"data: {json.dumps(value)}\n\n"
+  return f"data: {files.to_json(value)}\n\n"

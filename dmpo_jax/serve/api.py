@@ -23,6 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dmpo_jax import files
 from dmpo_jax.chat import Turn
 from dmpo_jax.serve.answers import Form, Reader, Text
 from dmpo_jax.serve.asked import Asked, Limits, Refused, read_asked, read_messages, read_prompts
@@ -269,7 +270,7 @@ class Service:
     if not asked.is_streamed:
       texts = {number: reader.finish(*value) async for number, kind, value in events if kind == "done"}
       request.state.tokens += f", {sum(text.num_tokens for text in texts.values())} tokens"
-      return JSONResponse(form.whole([texts[number] for number in sorted(texts)], num_prompt, asked))
+      return JSONResponse(files.finite(form.whole([texts[number] for number in sorted(texts)], num_prompt, asked)))
     first = await anext(events)  # an error before the first byte is still an error's status
     stream = self._stream(_with_first(first, events), form, reader, num_prompt, num_choices)
     return StreamingResponse(stream, media_type="text/event-stream")
