@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax.tasks import make_task, user
+from dmpo_jax.tasks.base import MAX_REWARD, NotANumber, finite_number
 
 PYTHON = """
 def records(split):
@@ -110,3 +111,11 @@ def test_rows_that_cannot_be_used_are_all_listed(tmp_path):
 def test_a_grader_that_does_not_exist_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"task.user.grader='exakt': must be one of exact, number, math"):
     load(rows_file(tmp_path, []), "exakt")
+
+
+def test_a_reward_is_a_number_that_float32_can_square():
+  assert (finite_number(np.float32(0.5)), finite_number(True), finite_number(-MAX_REWARD)) == (0.5, 1.0, -MAX_REWARD)
+  assert np.isfinite(np.float32(MAX_REWARD) ** 2)
+  for value in (1e16, -1e39, 10**400, float("inf"), "1.0", None, [1.0]):
+    with pytest.raises(NotANumber):
+      finite_number(value)

@@ -91,11 +91,14 @@ class GeneratedTask(Task, Protocol):
     ...
 
 
+MAX_REWARD = 1e15  # learning squares rewards, and adds them up, in float32, which ends at 3e38
+
+
 def finite_number(value: Any) -> float:
   """Return a reward as a float.
 
   Raises:
-    NotANumber: it is anything but one finite number, such as a text that reads like one.
+    NotANumber: it is anything but one finite number of at most MAX_REWARD, such as a text that reads like one.
   """
   try:
     if isinstance(value, str | bytes):
@@ -105,6 +108,8 @@ def finite_number(value: Any) -> float:
     raise NotANumber(f"gave {describe(value)}, not one finite number") from error
   if not math.isfinite(number):
     raise NotANumber(f"gave {number}, not a finite number")
+  if abs(number) > MAX_REWARD:
+    raise NotANumber(f"gave {number}, beyond the {MAX_REWARD:g} that learning can compute with")
   return number
 
 
