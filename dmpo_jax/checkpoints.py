@@ -361,11 +361,15 @@ def check_params(path: epath.PathLike) -> epath.Path:
   if not path.exists() or not any(path.iterdir()):
     raise Unreadable(f"{path}: no parameters there; give a folder that a run or launch/convert_hf.py wrote")
   try:
-    if folder != path:
-      digests.check(folder)
     digests.check(path)
   except Unreadable as error:
     raise Unreadable(f"{error}; {folder} is damaged: {_REPLACE}") from error
+  if folder != path:
+    try:
+      digests.check(folder)
+    except Unreadable as error:
+      own = f"if you have changed it yourself, remove {folder / digests.DIGESTS}"
+      raise Unreadable(f"{error}: convert the checkpoint again or, {own}") from error
   return path
 
 
@@ -436,8 +440,9 @@ def load_leaf(path: epath.PathLike, keys: Sequence[str]) -> np.ndarray:
 
 def saved_dtypes(path: epath.PathLike) -> dict[tuple[str, ...], np.dtype]:
   """Read the dtype of every array of saved parameters by its keys; the arrays stay on disk."""
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    saved = checkpointer.metadata(_absolute(pretrained.params_path(path))).item_metadata.tree
+  path = _absolute(pretrained.params_path(path))
+  with ocp.PyTreeCheckpointer() as checkpointer, _reading(path):
+    saved = checkpointer.metadata(path).item_metadata.tree
   leaves, _ = jax.tree.flatten_with_path(saved)
   return {tuple(key.key for key in keys): np.dtype(leaf.dtype) for keys, leaf in leaves}
 

@@ -101,13 +101,8 @@ def write(folder: epath.Path) -> None:
     path.unlink()
 
 
-def write_for(folder: epath.Path, names: Sequence[str]) -> None:
-  """Write the digests of some files of a folder."""
-  _write_entries(folder / DIGESTS, _digest(folder, names))
-
-
 def check(folder: epath.Path) -> None:
-  """Compare the files of a checkpoint, or of any folder that `write_for` knows, with their digests.
+  """Compare the files of a checkpoint, or of another folder with digests, with them.
 
   Every process has to call this. What was saved before there were digests passes.
 

@@ -4,15 +4,20 @@ params/         the arrays, an Orbax checkpoint; last to be written, so a folder
 model.json      sizes and special ids of the model, and its family; or
 adapter.json    settings of the adapters that `params` holds
 config.json, tokenizer.json, ...   files of the original folder, for tokenisation and for the way back
+digests.json    of the files beside params, which has its own
 """
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from dmpo_jax import files
+from dmpo_jax.digests import DIGESTS
+from dmpo_jax.files import Unreadable
 from dmpo_jax.models.llada import OLDER, ModelConfig
 from dmpo_jax.models.lora import LoraConfig
 
@@ -24,6 +29,8 @@ SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")  # that travel al
 # Fields of the model that a checkpoint decides; the others are the run's own.
 OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora")
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
+_TYPES = {name: typing.get_type_hints(ModelConfig)[name] for name in FIELDS}
+_REMEDY = "convert the checkpoint again"
 
 
 class Pretrained(NamedTuple):
@@ -31,6 +38,7 @@ class Pretrained(NamedTuple):
 
   family: str  # a name in `families.FAMILIES`
   fields: dict[str, Any]  # values of `FIELDS`
+  origin: str = ""  # the hub's name or the path of what was converted; "" where an earlier version did not say
 
   def model_config(self, **own: Any) -> ModelConfig:
     """Build the model's configuration with the run's own fields."""
@@ -53,13 +61,13 @@ def read_model(folder: epath.PathLike) -> Pretrained | None:
   path = epath.Path(folder) / MODEL_FILE
   if not path.exists():
     return None
-  about = _read(path, {"family", *FIELDS}, OLDER)
-  return Pretrained(about.pop("family"), about)
+  about = _read(path, {"family": str, "origin": str, **_TYPES}, OLDER | {"origin": ""})
+  return Pretrained(about.pop("family"), origin=about.pop("origin"), fields=about)
 
 
-def write_model(folder: epath.Path, family: str, config: ModelConfig) -> None:
-  """Say which model a folder's parameters are of."""
-  about = {"family": family} | {name: getattr(config, name) for name in FIELDS}
+def write_model(folder: epath.Path, family: str, config: ModelConfig, origin: str) -> None:
+  """Say which model a folder's parameters are of; see `Pretrained`."""
+  about = {"family": family, "origin": origin} | {name: getattr(config, name) for name in FIELDS}
   (folder / MODEL_FILE).write_text(json.dumps(about, indent=2) + "\n")
 
 
@@ -72,7 +80,7 @@ def read_adapter(folder: epath.PathLike) -> LoraConfig | None:
   path = epath.Path(folder) / ADAPTER_FILE
   if not path.exists():
     return None
-  about = _read(path, {field.name for field in dataclasses.fields(LoraConfig)}, {})
+  about = _read(path, {"rank": int, "alpha": float, "dropout": float, "targets": list}, {})
   return LoraConfig(**about | {"targets": tuple(about["targets"])})
 
 
@@ -85,16 +93,17 @@ def copy_side_files(source: epath.Path, out: epath.Path) -> None:
   """Copy what travels along with the weights from one folder to another."""
   for pattern in SIDE_FILES:
     for path in source.glob(pattern):
-      if not path.name.endswith(".safetensors.index.json") and path.name not in (MODEL_FILE, ADAPTER_FILE):
+      if not path.name.endswith(".safetensors.index.json") and path.name not in (MODEL_FILE, ADAPTER_FILE, DIGESTS):
         (out / path.name).write_bytes(path.read_bytes())
 
 
-def _read(path: epath.Path, keys: set[str], older: Mapping[str, Any]) -> dict[str, Any]:
-  try:
-    about = dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path} cannot be read ({error}); convert the checkpoint again") from error
-  missing, unknown = sorted(keys - about.keys() - older.keys()), sorted(about.keys() - keys)
+def _read(path: epath.Path, types: Mapping[str, type], older: Mapping[str, Any]) -> dict[str, Any]:
+  about = files.read_object(path, _REMEDY)
+  missing, unknown = sorted(types.keys() - about.keys() - older.keys()), sorted(about.keys() - types.keys())
   if missing or unknown:
-    raise ValueError(f"{path} lacks {missing} and has {unknown} beside what is known; convert the checkpoint again")
+    raise Unreadable(f"{path} lacks {missing} and has {unknown} beside what is known: {_REMEDY}")
+  for name, value in about.items():
+    kinds = (int, float) if types[name] is float else (types[name],)
+    if type(value) not in kinds:
+      raise Unreadable(f"{path} has {name} = {value!r}, which is no {types[name].__name__}: {_REMEDY}")
   return {**older, **about}

@@ -11,7 +11,7 @@ beside the weights (tokenizer, config, the model's code) travel along.
 
 import dataclasses
 import functools
-import json
+import os
 import re
 import resource
 import sys
@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from dmpo_jax import buckets, command, files, pretrained, progress
+from dmpo_jax import buckets, command, digests, files, pretrained, progress
 from dmpo_jax.models import convert
 from dmpo_jax.models.convert import Place
 from dmpo_jax.models.layers import KERNEL_SCALE, quantize
@@ -62,15 +62,22 @@ def find_folder(hf: str, revision: str | None = None) -> epath.Path:
     raise ValueError(f"--hf={hf}: no such folder, and the hub does not give it ({error})") from error
 
 
-def convert_model(source: epath.Path, out: epath.Path, dtype: str = "same", report: Report = lambda size: None) -> int:
+def convert_model(
+  source: epath.Path,
+  out: epath.Path,
+  dtype: str = "same",
+  report: Report = lambda size: None,
+  origin: str = "",
+) -> int:
   """Convert the checkpoint in `source`; return its number of parameters.
 
   Args:
     dtype: of all parameters, "same" as stored, or "int8": projections quantised (see `layers.quantize`), others stored.
     report: is told how many of the checkpoint's bytes have been converted.
+    origin: what the checkpoint is called, for exports of adapters; "": the path of `source`.
 
   Raises:
-    ValueError: something does not fit or is damaged; nothing is left in `out`.
+    ValueError: something does not fit, is damaged or not finite; nothing is left in `out`.
   """
   hf = _read_json(source / "config.json")
   family, config = convert.family_of(hf), convert.model_config_from_hf(hf)
@@ -81,8 +88,9 @@ def convert_model(source: epath.Path, out: epath.Path, dtype: str = "same", repo
   if any((source / name).exists() for name in (FILES[0], "vocab.json")):
     HuggingFaceTokenizer(source, is_chat=False)  # raises where its special ids are not the model's
   with files.new_folder(out, "--out"):
-    pretrained.write_model(out, family, config)
+    pretrained.write_model(out, family, config, origin or _absolute(source))
     pretrained.copy_side_files(source, out)
+    digests.write(out)
     save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, dtype, report))
   return sum(int(np.prod(tensor.shape)) for tensor in shards.tensors.values())
 
@@ -102,8 +110,13 @@ def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, repor
   convert.check_tensors({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
   with files.new_folder(out, "--out"):
     pretrained.write_adapter(out, lora)
+    digests.write(out)
     save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, "float32", report))
   return sum(int(np.prod(tensor.shape)) for tensor in shards.tensors.values())
+
+
+def _absolute(path: epath.Path) -> str:
+  return os.fspath(path) if buckets.is_in_bucket(path) else os.path.abspath(path)
 
 
 def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Report) -> dict[str, Any]:
@@ -116,20 +129,14 @@ def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Rep
       node = node.setdefault(key, {})
     array, shape = functools.partial(_array, shards, names, places), places[names[0]].shape
     if dtype == "int8" and last == "kernel":
-      node[last] = array(shape, np.dtype(np.int8), lambda name, piece: _quantize(name, piece)[0], report)
-      scale = array(shape[1:], np.dtype(np.float32), lambda name, piece: _quantize(name, piece)[1], lambda size: None)
+      node[last] = array(shape, np.dtype(np.int8), lambda piece: quantize(piece)[0], report)
+      scale = array(shape[1:], np.dtype(np.float32), lambda piece: quantize(piece)[1], lambda size: None)
       node[KERNEL_SCALE] = scale
     else:
       stored = jnp.result_type(*(shards.tensors[name].dtype for name in names))
       target = np.dtype(stored if dtype in ("same", "int8") else jnp.dtype(dtype))
-      node[last] = array(shape, target, lambda name, piece, dtype=target: piece.astype(dtype), report)
+      node[last] = array(shape, target, lambda piece, dtype=target: piece.astype(dtype), report)
   return tree
-
-
-def _quantize(name: str, piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  if not np.isfinite(piece).all():
-    raise ValueError(f"tensor {name} has values that are not finite, which int8 cannot hold")
-  return quantize(piece)
 
 
 def _array(
@@ -138,7 +145,7 @@ def _array(
   places: Mapping[str, Place],
   shape: tuple[int, ...],
   dtype: np.dtype,
-  keep: Callable[[str, np.ndarray], np.ndarray],
+  keep: Callable[[np.ndarray], np.ndarray],
   report: Report,
 ) -> PiecewiseArray:
   """Describe one array, of a layer's `shape`; `keep` says what is kept of a tensor's piece, with our axes."""
@@ -156,7 +163,12 @@ def _array(
         stop = min(start + num_rows, rows)
         piece = shards.read_rows(name, start, stop)
         report(piece.nbytes)
-        piece = keep(name, piece.T if place.is_transposed else piece)
+        if not np.isfinite(piece).all():
+          raise ValueError(
+            f"tensor {name} in {shards.tensors[name].file} has values that are not finite: the file is damaged, or the "
+            "training that it comes from has diverged"
+          )
+        piece = keep(piece.T if place.is_transposed else piece)
         index = along_rows([slice(None)] * len(shape), slice(start, stop))
         if is_stacked:
           layer = places[name].layer
@@ -172,10 +184,7 @@ def _array(
 def _read_json(path: epath.Path) -> dict[str, Any]:
   if not path.is_file():
     raise ValueError(f"{path} is not there: give a folder in Hugging Face's layout")
-  try:
-    return dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path} is not a JSON object ({error})") from error
+  return files.read_object(path)
 
 
 def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None, dtype: str) -> None:
@@ -191,7 +200,11 @@ def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None,
   size = sum(tensor.size for tensor in Shards(source, ADAPTER if is_adapter else WEIGHTS).tensors.values())
   with progress.Progress("converting", size, unit="bytes") as shown:
     report = shown.advance
-    count = convert_adapter(source, base, out, report) if is_adapter else convert_model(source, out, dtype, report)
+    if is_adapter:
+      count = convert_adapter(source, base, out, report)
+    else:
+      origin = "" if epath.Path(hf).expanduser().is_dir() else hf
+      count = convert_model(source, out, dtype, report, origin)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f"{out}: {count:,} parameters, {time.monotonic() - start:.1f} s, at most {peak:.2f} GiB of memory")
   if not is_adapter and not any((out / name).exists() for name in (FILES[0], "vocab.json")):

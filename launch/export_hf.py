@@ -7,8 +7,8 @@
 Arrays are read one at a time and written shard by shard.
 """
 
-import functools
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dmpo_jax import buckets, build, command, config, files, pretrained, progress
-from dmpo_jax.checkpoints import load_leaf, saved_dtypes
+from dmpo_jax.checkpoints import check_params, load_leaf, saved_dtypes
 from dmpo_jax.models import convert
 from dmpo_jax.models.layers import KERNEL_SCALE
 from dmpo_jax.models.llada import ModelConfig
@@ -35,6 +35,30 @@ class Source(NamedTuple):
   base: epath.Path | None  # the parameters under the adapters, or all that there are
   policy: epath.Path | None  # adapters, if config.lora; else parameters that replace the base's
   side: epath.Path | None  # the folder of the files that travel along
+  origin: str = ""  # what the base was converted from, if its weights are the same; "": not known
+
+
+class Update:
+  """How much of what a run has learned is lost where its weights are rounded."""
+
+  def __init__(self) -> None:
+    self._squares: dict[str, tuple[float, float]] = {}  # of what is lost and of the update, by tensor
+
+  def add(self, name: str, base: np.ndarray, merged: np.ndarray, written: np.ndarray) -> None:
+    """Compare the change of a tensor, float32 before it is rounded, with that of the rounded base."""
+    update = merged - base
+    lost = written.astype(np.float32) - base.astype(written.dtype).astype(np.float32) - update
+    self._squares[name] = (float(np.square(lost).sum()), float(np.square(update).sum()))
+
+  def error(self) -> tuple[float, str, float] | None:
+    """Return the norm of what is lost over that of the update, and the worst tensor with its own; None: no update."""
+    changed = {name: pair for name, pair in self._squares.items() if pair[1] > 0}
+    if not changed:
+      return None
+    errors = {name: math.sqrt(lost / update) for name, (lost, update) in changed.items()}
+    worst = max(errors, key=errors.__getitem__)
+    lost, update = (sum(pair[i] for pair in changed.values()) for i in (0, 1))
+    return math.sqrt(lost / update), worst, errors[worst]
 
 
 def find_model(folder: epath.Path) -> Source:
@@ -58,7 +82,7 @@ def find_run(workdir: epath.Path) -> Source:
   about = workdir / config.FILE
   if not about.exists() or not (workdir / "policy").exists():
     raise ValueError(f"--run={workdir} holds no finished run: there is no {config.FILE} or no policy")
-  settings = ConfigDict(json.loads(about.read_text()))
+  settings = ConfigDict(files.read_object(about))
   model = build.build_model(settings, build.make_tokenizer(settings))
   checkpoint = settings.model.init_from
   described = pretrained.read_model(checkpoint) if checkpoint else None
@@ -68,17 +92,24 @@ def find_run(workdir: epath.Path) -> Source:
     raise ValueError(f"--run={workdir} has adapters on random parameters, which are not stored: they cannot be merged")
   if model.config.lora is not None:
     build.check_base(settings, workdir, workdir / "policy")
-  return Source(model.config, family, base, workdir / "policy", epath.Path(checkpoint) if described else None)
+  side = epath.Path(checkpoint) if described else None
+  is_original = described is not None and base == side and model.config.quantization == "none"
+  return Source(model.config, family, base, workdir / "policy", side, described.origin if is_original else "")
 
 
-def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: int) -> int:
+def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: int, update: Update | None = None) -> int:
   """Write the weights, merged with the adapters if there are any; return their number of parameters.
 
+  Args:
+    update: is told what rounding does to what the run has learned.
+
   Raises:
-    ValueError: `out` is there already.
+    ValueError: `out` is there already, or weights are damaged or not finite.
   """
   places = convert.checkpoint_places(source.config, source.family)
   weights = source.base if source.config.lora else source.policy or source.base
+  for saved in {weights, source.policy} - {None}:
+    check_params(saved)
   dtypes = _dtypes(weights, dtype)
   counts = {name: int(np.prod(place.shape)) for name, place in places.items()}
   sizes = {name: counts[name] * dtypes[place.path].itemsize for name, place in places.items()}
@@ -86,14 +117,16 @@ def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: in
   order = [name for names in convert.leaves_of(places).values() for name in names]
   with files.new_folder(out, "--out"), progress.Progress("exporting", sum(sizes.values()), unit="bytes") as shown:
     _write_side_files(source, out, jnp.result_type(*dtypes.values()).name)
-    leaves = functools.partial(_read_weights, source, weights, dtypes)
-    tensors = _counted(convert.to_tensors(leaves, places), shown)
+    reader = _Weights(source, weights, dtypes, convert.leaves_of(places), update or Update())
+    tensors = _checked(convert.to_tensors(reader.read, places), shown)
     write_shards(out, {name: sizes[name] for name in order}, tensors, shard_bytes)
   return sum(counts.values())
 
 
-def _counted(tensors: Iterable[tuple[str, np.ndarray]], shown: progress.Progress) -> Iterator[tuple[str, np.ndarray]]:
+def _checked(tensors: Iterable[tuple[str, np.ndarray]], shown: progress.Progress) -> Iterator[tuple[str, np.ndarray]]:
   for name, array in tensors:
+    if not np.isfinite(array).all():
+      raise ValueError(f"tensor {name} has values that are not finite: the run has diverged; export another policy")
     shown.advance(array.nbytes)
     yield name, array
 
@@ -105,26 +138,45 @@ def _dtypes(weights: epath.Path, dtype: str) -> dict[tuple[str, ...], np.dtype]:
   return {path: np.dtype(own[path] if dtype == "same" else dtype) for path in own if path[-1] != KERNEL_SCALE}
 
 
-def _read_weights(
-  source: Source, weights: epath.Path, dtypes: Mapping[tuple[str, ...], np.dtype], path: tuple[str, ...]
-) -> np.ndarray:
-  """Read a leaf; int8 times its scale, with its adapters added: W + (alpha / rank) A B, in float32, rounded once."""
-  stored, lora = load_leaf(weights, path), source.config.lora
-  is_adapted = lora is not None and path[-1] == "kernel" and path[1] in lora.targets
-  if stored.dtype != np.int8 and not is_adapted:
-    return stored.astype(dtypes[path], copy=False)
-  written = np.empty(stored.shape, dtypes[path])
-  scale = load_leaf(weights, (*path[:-1], KERNEL_SCALE)) if stored.dtype == np.int8 else None
-  if is_adapted:
-    a, b = (load_leaf(source.policy, (*path[:-1], part)).astype(np.float32) for part in "AB")
-  for layer, kernel in enumerate(stored):
-    kernel = kernel.astype(np.float32)
-    if scale is not None:
-      kernel *= scale[layer]
+class _Weights(NamedTuple):
+  """Reads leaves as they are written."""
+
+  source: Source
+  path: epath.Path  # of the base, if there are adapters
+  dtypes: Mapping[tuple[str, ...], np.dtype]
+  names: Mapping[tuple[str, ...], Sequence[str]]  # of a leaf's tensors
+  update: Update
+
+  def read(self, path: tuple[str, ...]) -> np.ndarray:
+    """Read a leaf; int8 times its scale, with its adapters added: W + (alpha / rank) A B, in float32, rounded once."""
+    stored, lora, dtype = load_leaf(self.path, path), self.source.config.lora, self.dtypes[path]
+    is_adapted = lora is not None and path[-1] == "kernel" and path[1] in lora.targets
+    if stored.dtype != np.int8 and not is_adapted:
+      written = stored.astype(dtype, copy=False)
+      base = self.source.base
+      if lora is None and self.source.policy and base and base.exists() and dtype != stored.dtype:
+        self._compare(path, load_leaf(base, path), stored, written)
+      return written
+    written = np.empty(stored.shape, dtype)
+    scale = load_leaf(self.path, (*path[:-1], KERNEL_SCALE)) if stored.dtype == np.int8 else None
     if is_adapted:
-      kernel += lora.scale * (a[layer] @ b[layer])
-    written[layer] = kernel
-  return written
+      a, b = (load_leaf(self.source.policy, (*path[:-1], part)).astype(np.float32) for part in "AB")
+    for layer, kernel in enumerate(stored):
+      kernel = kernel.astype(np.float32)
+      if scale is not None:
+        kernel *= scale[layer]
+      merged = kernel + lora.scale * (a[layer] @ b[layer]) if is_adapted else kernel
+      written[layer] = merged
+      if is_adapted and dtype != np.float32:
+        self.update.add(self.names[path][layer], kernel, merged, written[layer])
+    return written
+
+  def _compare(self, path: tuple[str, ...], base: np.ndarray, policy: np.ndarray, written: np.ndarray) -> None:
+    """Compare the tensors of a leaf that was trained itself."""
+    names = self.names[path]
+    each = zip(*(x if len(x) == len(names) > 1 else x[None] for x in (base, policy, written)), strict=True)
+    for name, (before, after, rounded) in zip(names, each, strict=True):
+      self.update.add(name, before.astype(np.float32), after.astype(np.float32), rounded)
 
 
 def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
@@ -136,9 +188,10 @@ def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
   lora = source.config.lora
   if lora is None:
     raise ValueError("--adapter: all parameters were trained (model.lora.rank = 0); leave it out to write the weights")
+  check_params(source.policy)
   places = convert.adapter_places(source.config, source.family)
   tensors = dict(convert.to_tensors(lambda path: load_leaf(source.policy, path), places))
-  about = convert.lora_config_to_peft(lora, source.family, base_name or str(source.base))
+  about = convert.lora_config_to_peft(lora, source.family, base_name or source.origin or str(source.base))
   with files.new_folder(out, "--out"):
     write_file(out / ADAPTER, tensors)
     (out / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -150,7 +203,7 @@ def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
   about: dict[str, Any] = convert.model_config_to_hf(source.config, source.family)
   if source.side is not None:
     pretrained.copy_side_files(source.side, out)
-    about = json.loads((out / "config.json").read_text())
+    about = files.read_object(out / "config.json")
   about["torch_dtype"] = dtype
   if "dtype" in about:  # the key's name in later releases of transformers
     about["dtype"] = dtype
@@ -165,11 +218,21 @@ def run() -> None:
   out = epath.Path(given.out).expanduser()
   where = epath.Path(given.run or given.model).expanduser()
   source = find_run(where) if given.run else find_model(where)
+  update = Update()
   if given.adapter:
     count = export_adapter(source, out, given.base_name)
   else:
-    count = export_model(source, out, dtype=given.dtype, shard_bytes=round(given.shard_gb * 1e9))
+    count = export_model(source, out, dtype=given.dtype, shard_bytes=round(given.shard_gb * 1e9), update=update)
   print(f"{out}: {count:,} parameters in {', '.join(sorted(path.name for path in out.glob('*.safetensors')))}")
+  if given.adapter:
+    print(f"for the base {files.read_object(out / 'adapter_config.json')['base_model_name_or_path']}")
+  elif error := update.error():
+    print(_describe_error(*error, has_adapters=source.config.lora is not None))
+
+
+def _describe_error(error: float, worst: str, worst_error: float, *, has_adapters: bool) -> str:
+  remedy = "--dtype=float32 keeps all of it" + (", --adapter writes it alone" if has_adapters else "")
+  return f"rounding changes what was learned by {error:.1%} of its norm (most: {worst}, {worst_error:.1%}); {remedy}"
 
 
 def check_flags(given: flags.FlagValues) -> None:
@@ -195,7 +258,9 @@ def define_flags() -> None:
   flags.DEFINE_string("model", None, "Or: a folder that launch/convert_hf.py wrote.")
   flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
   flags.DEFINE_boolean("adapter", False, "Write the run's adapters for PEFT, and no weights.")
-  flags.DEFINE_string("base_name", "", "What an adapter says that it is for; the base's folder by default.")
+  flags.DEFINE_string(
+    "base_name", "", "What an adapter says that it is for; by default what its base was converted from."
+  )
   flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32"], "Of the weights written.")
   flags.DEFINE_float("shard_gb", 5.0, "Gigabytes of a shard, at most.", lower_bound=0.001)
   flags.mark_flag_as_required("out")

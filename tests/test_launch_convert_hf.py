@@ -13,11 +13,13 @@ import pytest
 import standin_tokenizer
 import tiny
 from etils import epath
-from recorded_models import compiled, recorded, settings, tensors
+from recorded_models import TINY, compiled, recorded, settings, tensors
 from safetensors.numpy import save_file
+from test_digests import flips
 
 from dmpo_jax import build, pretrained, sharding
 from dmpo_jax.checkpoints import load_params
+from dmpo_jax.files import Unreadable
 from dmpo_jax.models import convert
 from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.llada import LLaDA
@@ -95,14 +97,73 @@ def test_projections_in_int8(tmp_path, monkeypatch):
   assert 0.001 < np.std(logits - arrays["logits_0"]) / np.std(arrays["logits_0"]) < 0.1
 
 
-def test_what_int8_cannot_hold_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("dtype", ["same", "float32", "int8"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_not_finite_is_named_and_leaves_nothing(tmp_path, dtype, value):
   name = "model.transformer.blocks.1.up_proj.weight"
   damaged = tensors("m4_bf16")[name].copy()
-  damaged[3, 5] = np.nan
+  damaged[3, 5] = value
   source = checkpoint(tmp_path / "hf", "m4_bf16", **{name: damaged})
-  with pytest.raises(ValueError, match=rf"tensor {name} has values that are not finite"):
-    convert_hf.convert_model(source, epath.Path(tmp_path / "out"), "int8")
+  with pytest.raises(ValueError, match=rf"tensor {name} in .*model.safetensors has values that are not finite"):
+    convert_hf.convert_model(source, epath.Path(tmp_path / "out"), dtype)
   assert not (tmp_path / "out").exists()
+
+
+def test_every_bit_that_flips_in_a_converted_folder_is_noticed_or_harmless(tmp_path):
+  """In the arrays, in what describes them, and in the files that travelled along."""
+  out = epath.Path(tmp_path / "out")
+  convert_hf.convert_model(checkpoint(tmp_path / "hf", "m3_tied"), out)
+  config = pretrained.read_model(out).model_config()
+  abstract = build.abstract_collection(LLaDA(config), sharding.make_mesh(8), "params")
+  whole, unnoticed = load_params(out, abstract), set()
+  for path, _ in flips(out):
+    try:
+      found = pretrained.read_model(out).model_config()
+      jax.tree.map(np.testing.assert_array_equal, load_params(out, abstract), whole)
+      assert found == config
+      unnoticed.add(path.name)
+    except Unreadable:
+      pass
+  assert unnoticed <= {"_CHECKPOINT_METADATA", "commit_success.txt"}
+  with (out / "config.json").open("a") as file:
+    file.write(" ")
+  with pytest.raises(Unreadable, match=r"config\.json is not as it was written.*remove .*digests\.json"):
+    load_params(out, abstract)
+  (out / "digests.json").unlink()
+  load_params(out, abstract)
+
+
+def test_a_folder_says_what_it_was_converted_from(tmp_path, monkeypatch):
+  source = checkpoint(tmp_path / "hf", "m3_tied")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(convert_hf, "find_folder", lambda hf, revision: epath.Path("hf"))
+  for hf, origin in (("someone/model", "someone/model"), ("hf", str(source))):
+    out = epath.Path(tmp_path / f"from_{hf.replace('/', '_')}")
+    convert_hf.run(hf, None, out, None, "same")
+    assert pretrained.read_model(out).origin == origin
+  about = json.loads((out / "model.json").read_text())
+  del about["origin"]
+  (out / "model.json").write_text(json.dumps(about))
+  assert pretrained.read_model(out).origin == ""
+
+
+@pytest.mark.parametrize(
+  ("garble", "message"),
+  [
+    (lambda text: "", r"it is empty\): convert the checkpoint again"),
+    (lambda text: text[:40], "cannot be read"),
+    (lambda text: "[]", "is not a JSON object"),
+    (lambda text: text.replace('"num_layers": 2', '"num_layers": "2"'), "num_layers = '2', which is no int"),
+  ],
+)
+def test_a_garbled_description_is_one_message(tmp_path, garble, message):
+  out = epath.Path(tmp_path / "out")
+  out.mkdir()
+  pretrained.write_model(out, "llada", TINY, "")
+  text = (out / "model.json").read_text().replace(f'"num_layers": {TINY.num_layers}', '"num_layers": 2')
+  (out / "model.json").write_text(garble(text))
+  with pytest.raises(Unreadable, match=message):
+    pretrained.read_model(out)
 
 
 def test_a_folder_of_before_there_was_int8_is_read(tmp_path):
@@ -123,7 +184,8 @@ def test_files_travel_along(tmp_path):
   (source / "notes.bin").write_text("no")
   out = epath.Path(tmp_path / "out")
   convert_hf.convert_model(source, out)
-  assert {path.name for path in out.iterdir()} == {"config.json", "model.json", "modeling_llada.py", "params"}
+  names = {"config.json", "digests.json", "model.json", "modeling_llada.py", "params"}
+  assert {path.name for path in out.iterdir()} == names
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ def run(request, tmp_path_factory):
   standin_tokenizer.write(folder / "hf", special, about, None)
   base = epath.Path(folder / "base")
   convert_hf.convert_model(source, base, request.param)
+  plain = export_hf.find_model(base)
+  export_hf.export_model(plain, epath.Path(folder / "plain"), dtype="float32", shard_bytes=10**9)
   lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
   c = tiny.config(
     model__init_from=str(base),
@@ -203,6 +205,50 @@ def test_adapters_are_merged_into_the_weights(run, tmp_path):
   else:
     np.testing.assert_allclose(logits, arrays["logits_adapter"], rtol=0, atol=5e-4)
   np.testing.assert_array_equal(Shards(out)[untouched], kernel)
+
+
+def test_what_rounding_does_to_an_update_is_the_norm_of_what_it_changes(run, tmp_path, capsys):
+  source, update = export_hf.find_run(run), export_hf.Update()
+  export_hf.export_model(source, epath.Path(tmp_path / "a"), dtype="bfloat16", shard_bytes=10**9, update=update)
+  exact = export_hf.Update()
+  export_hf.export_model(source, epath.Path(tmp_path / "b"), dtype="float32", shard_bytes=10**9, update=exact)
+  assert exact.error() is None
+  plain, merged, rounded = Shards(run.parent / "plain"), Shards(tmp_path / "b"), Shards(tmp_path / "a")
+  squares = {}
+  for name in merged:
+    before, learned = plain[name].astype(np.float64), merged[name].astype(np.float64) - plain[name]
+    kept = rounded[name].astype(np.float64) - plain[name].astype(convert.jnp.bfloat16).astype(np.float64)
+    squares[name] = np.square(kept - learned).sum(), np.square(learned).sum()
+    assert before.shape == learned.shape
+  changed = {name: pair for name, pair in squares.items() if pair[1] > 0}
+  wanted = np.sqrt(sum(lost for lost, _ in changed.values()) / sum(learned for _, learned in changed.values()))
+  worst = max(changed, key=lambda name: changed[name][0] / changed[name][1])
+  error, found, found_error = update.error()
+  np.testing.assert_allclose(error, wanted, rtol=1e-3)
+  assert error > 0.001
+  assert found == worst
+  np.testing.assert_allclose(found_error, np.sqrt(changed[worst][0] / changed[worst][1]), rtol=1e-3)
+
+
+def test_a_policy_that_is_not_finite_is_not_exported(run, tmp_path):
+  workdir = epath.Path(tmp_path / "run")
+  shutil.copytree(run, workdir)
+  adapters = convert.adapters_from_peft(tensors("adapter"), export_hf.find_run(run).config)
+  adapters["blocks"]["k_proj"]["B"][1, 0, 0] = np.nan
+  checkpoints.save_params(workdir / "policy", adapters)
+  name = "model.transformer.blocks.1.k_proj.weight"
+  with pytest.raises(ValueError, match=f"tensor {name} has values that are not finite"):
+    export_hf.export_model(export_hf.find_run(workdir), epath.Path(tmp_path / "out"), dtype="same", shard_bytes=10**9)
+  assert not (tmp_path / "out").exists()
+
+
+def test_peft_is_told_what_the_base_was_converted_from(run, tmp_path):
+  """But of a base in int8, whose weights are others, where it is."""
+  source = export_hf.find_run(run)
+  export_hf.export_adapter(source, epath.Path(tmp_path / "out"))
+  about = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+  is_int8 = source.config.quantization == "int8"
+  assert about["base_model_name_or_path"] == str(run.parent / ("base" if is_int8 else "hf"))
 
 
 def test_adapters_are_not_exported_with_another_base(run, tmp_path):
