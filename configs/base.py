@@ -179,8 +179,9 @@ def get_config() -> ConfigDict:
   n.updates_per_buffer = 2
   n.microbatch_prompts = 0  # prompts whose gradient is computed at one time; 0: the whole buffer
 
-  c.sharding = h = ConfigDict()  # sizes of the mesh axes; -1: the devices that the others leave
-  h.data = -1  # rows; weights are copied
+  # sizes of the mesh axes: as many devices as there are, at most (tensor first, then fsdp); -1: what the others leave
+  c.sharding = h = ConfigDict()
+  h.data = -1  # rows; weights are copied; the only axis that is split over several TPU slices
   h.fsdp = 1  # rows and weights are split
   h.tensor = 1  # heads, feed-forward and vocabulary are split
   # the samplers' mesh, in rollouts and evaluation; 0: as above. Where it is another, all parameters, frozen ones too,

@@ -104,7 +104,10 @@ def _build_model_parts(config: ConfigDict, is_training: bool) -> ModelParts:
   tokenizer = make_tokenizer(config)
   mesh, rollout_mesh = sharding.make_meshes(**config.sharding.to_dict())
   model = place_model(build_model(config, tokenizer), config, mesh, rollout_mesh)
-  mesh = mesh if is_training else rollout_mesh
+  if not is_training:  # training says in its own line what it runs on
+    mesh, asked = rollout_mesh, sharding.rollout_sizes(**config.sharding.to_dict())
+    if any(asked[axis] > size for axis, size in mesh.shape.items()):
+      logger.warning("mesh %s", sharding.describe(mesh, asked))
   return ModelParts(mesh=mesh, rollout_mesh=rollout_mesh, tokenizer=tokenizer, model=model)
 
 

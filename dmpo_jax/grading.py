@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from dmpo_jax import processes
 from dmpo_jax.processes import PATIENCE, HostShare
 from dmpo_jax.tasks import Record, Task, make_task
 from dmpo_jax.tasks.judge import Verdict, judge
@@ -235,7 +236,8 @@ def grade(
     log_problems(grading.task, verdicts, texts)
     columns = [[x.reward, KINDS.index(x.kind), x.grade.is_correct] for x in verdicts]
     table = np.array(columns, np.float32).reshape(-1, group_size, 3)
-    table = share.gather(table, "completions are graded", grading.patience(completion.shape[0] * group_size))
+    processes.meet("completions are graded", grading.patience(completion.shape[0] * group_size))
+    table = share.gather(table)
     kind = table[..., 1]
     return Grades(
       reward=table[..., 0],

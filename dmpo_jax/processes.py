@@ -225,15 +225,10 @@ class HostShare:
   def _rows_of(self, index: int) -> slice:
     return slice(-(-self._num * index // self._count), -(-self._num * (index + 1) // self._count))
 
-  def gather(self, rows: np.ndarray, name: str, seconds: float = PATIENCE) -> np.ndarray:
-    """Join the rows of all processes, each of which calls this with those of its share.
-
-    Args:
-      name, seconds: see `meet`.
-    """
+  def gather(self, rows: np.ndarray) -> np.ndarray:
+    """Join the rows of all processes, each of which calls this with those of its share, after they have met."""
     if self._count == 1 or self._num == 0:
       return rows
-    meet(name, seconds)
     filled = np.zeros((math.ceil(self._num / self._count), *rows.shape[1:]), rows.dtype)
     filled[: len(rows)] = rows
     parts = multihost_utils.process_allgather(filled)

@@ -5,6 +5,7 @@ Rows (prompts x rollouts x replicates) are split over `data` and `fsdp`; weights
 is a mesh of one device, so nothing else in the package asks how many devices there are.
 """
 
+import collections
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmpo_jax.processes import HostShare as HostShare  # found here too: rows of hosts beside rows of chips
@@ -39,14 +41,34 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Build the (data, fsdp, tensor) mesh over `devices` (default: all of them).
 
-  One of the sizes may be -1: it takes the devices that the others leave.
+  A size is as many as there are, at most: tensor takes at most all devices of a slice, fsdp those that tensor leaves,
+  data what both leave. One of the sizes may be -1: it takes the devices that the others leave. Several slices, whose
+  devices know their `slice_index`, are neighbours along data, as the network between them is slow.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or split something else than data over slices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = _fill((data, fsdp, tensor), len(devices), "sharding")
-  return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  num_slices = count_slices(devices)
+  sizes = _fit((data, fsdp, tensor), len(devices), num_slices, "sharding")
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  if num_slices == 1:
+    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
+  of_slice, across = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1)
+  grid = mesh_utils.create_hybrid_device_mesh(of_slice, across, devices, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+  """Count the slices (of TPUs; of GPUs: groups with fast links) that devices are of.
+
+  Raises:
+    ValueError: they are of different sizes.
+  """
+  sizes = collections.Counter(getattr(device, "slice_index", None) or 0 for device in devices)
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f"slices of {sorted(sizes.values())} devices are no mesh: they have to be of one size")
+  return len(sizes)
 
 
 def platform(mesh: Mesh) -> str:
@@ -62,6 +84,8 @@ def make_meshes(
 ) -> tuple[Mesh, Mesh]:
   """Build the mesh of the updates, and that of the samplers over the same devices in the same order.
 
+  In that order a slice's devices are neighbours, so the samplers' mesh has slices along data, too.
+
   Args:
     data, fsdp, tensor, devices: see `make_mesh`.
     rollout: sizes of the samplers' mesh by axis, of which 0 stands for what is given for the updates'.
@@ -69,24 +93,61 @@ def make_meshes(
   Raises:
     ValueError: the sizes of either do not multiply to the number of devices.
   """
-  mesh, given = make_mesh(data, fsdp, tensor, devices), (data, fsdp, tensor)
-  own = [rollout[axis] or size for axis, size in zip(MESH_AXES, given, strict=True)]
-  own = _fill(own, mesh.size, "sharding.rollout")
+  mesh, asked = make_mesh(data, fsdp, tensor, devices), rollout_sizes(data, fsdp, tensor, rollout)
+  own = _fit(list(asked.values()), mesh.size, count_slices(mesh.devices.flatten().tolist()), "sharding.rollout")
   if own == mesh.axis_sizes:
     return mesh, mesh
   return mesh, Mesh(mesh.devices.reshape(own), MESH_AXES, axis_types=mesh.axis_types)
 
 
-def _fill(sizes: Sequence[int], num_devices: int, section: str) -> tuple[int, ...]:
-  """Replace a size of -1 by the devices that the others leave, and check that all are used."""
+def rollout_sizes(data: int, fsdp: int, tensor: int, rollout: Mapping[str, int]) -> dict[str, int]:
+  """Give the sizes that are asked for the samplers' mesh; see `make_meshes`."""
+  return {axis: rollout[axis] or size for axis, size in zip(MESH_AXES, (data, fsdp, tensor), strict=True)}
+
+
+def describe(mesh: Mesh, asked: Mapping[str, int]) -> str:
+  """Describe a mesh in words, and where it has fewer devices along an axis than were asked for, say so."""
+  sizes = []
+  for axis, size in mesh.shape.items():
+    sizes.append(f"{axis} {size}" + (f" ({asked[axis]} asked for)" if asked[axis] > size else ""))
+  return " ".join(sizes)
+
+
+def describe_both(mesh: Mesh, rollout_mesh: Mesh, asked: Mapping[str, Any]) -> str:
+  """Describe the meshes that `make_meshes` has made of `asked`."""
+  text = f"mesh {describe(mesh, asked)}"
+  if rollout_mesh == mesh:
+    return text
+  return f"{text}, samplers' mesh {describe(rollout_mesh, rollout_sizes(**asked))}"
+
+
+def _fit(sizes: Sequence[int], num_devices: int, num_slices: int, section: str) -> tuple[int, ...]:
+  """Lower sizes to the devices that there are, replace -1 by those that the others leave, and check that all are used.
+
+  Args:
+    section: of the configuration, for the message.
+  """
   given = ", ".join(f"{section}.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
   if list(sizes).count(-1) > 1:
     raise ValueError(f"{given}: at most one of them may be -1 (the devices that the others leave)")
-  left = max(num_devices // math.prod(size for size in sizes if size != -1), 1)
-  filled = tuple(left if size == -1 else size for size in sizes)
-  if math.prod(filled) != num_devices:
-    raise ValueError(f"{given} need {math.prod(filled)} devices, {num_devices} are there: set one of them to -1")
-  return filled
+  fitted, left = dict(zip(MESH_AXES, sizes, strict=True)), num_devices // num_slices
+  for axis in reversed(MESH_AXES):
+    left *= num_slices if axis == "data" else 1
+    fitted[axis] = min(fitted[axis], left)
+    left //= max(fitted[axis], 1)
+  rest = num_devices // math.prod(size for size in fitted.values() if size != -1)
+  fitted = {axis: max(rest, 1) if size == -1 else size for axis, size in fitted.items()}
+  if math.prod(fitted.values()) != num_devices:
+    raise ValueError(
+      f"{given} need {math.prod(fitted.values())} devices, {num_devices} are there: "
+      f"sizes have to multiply to {num_devices}; one of them may be -1, for the devices that the others leave"
+    )
+  if fitted["data"] % num_slices:
+    raise ValueError(
+      f"{given}: {num_devices} devices are in {num_slices} slices, and data alone is split over slices: "
+      f"set {section}.data to -1 or a multiple of {num_slices}"
+    )
+  return tuple(fitted.values())
 
 
 def check_divides(mesh: Mesh, logical: str, path: str, size: int, section: str = "sharding") -> None:

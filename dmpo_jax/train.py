@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
   parts = build.build_parts(config, workdir)
   take_over(workdir, config)
   save_config(workdir, config)  # not before: a start that was refused leaves the workdir free for another configuration
-  announce_start(workdir, config, parts.mesh)
+  announce_start(workdir, config, parts.mesh, parts.rollout_mesh)
   log = Metrics(workdir, wandb_project=config.log.wandb_project, config=config.to_dict())
   with jax.set_mesh(parts.mesh), log as metrics:
     base = warm_start(config, workdir, parts, metrics)

@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from dmpo_jax import buckets, files
+from dmpo_jax import buckets, files, sharding
 from dmpo_jax.config import FILE, Config, ConfigError, differences, fingerprint, has_finished_a_step
 from dmpo_jax.processes import meet, stop_job
 
@@ -136,8 +136,12 @@ def take_over(workdir: epath.Path, config: Config) -> None:
         (workdir / name).unlink(missing_ok=True)
 
 
-def announce_start(workdir: epath.Path, config: Config, mesh: Mesh) -> dict[str, Any]:
-  """Print one line on where and with what this start runs, add it to the workdir's starts.jsonl, and return it."""
+def announce_start(workdir: epath.Path, config: Config, mesh: Mesh, rollout_mesh: Mesh | None = None) -> dict[str, Any]:
+  """Print one line on where and with what this start runs, add it to the workdir's starts.jsonl, and return it.
+
+  Args:
+    rollout_mesh: of the samplers, where they have one of their own.
+  """
   devices = mesh.devices.flatten()
   start = {
     "time": time.time(),
@@ -157,9 +161,9 @@ def announce_start(workdir: epath.Path, config: Config, mesh: Mesh) -> dict[str,
     cut = b"" if before.endswith(b"\n") or not before else b"\n"
     files.write_whole(path, before + cut + json.dumps(start).encode() + b"\n")
     memory = f" of {start['device_memory_gb']:.0f} GB" if start["device_memory_gb"] else ""
-    shape = " ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    meshes = sharding.describe_both(mesh, rollout_mesh or mesh, config.sharding.to_dict())
     print(
-      f"{start['devices']}{memory}, {start['processes']} process(es), mesh {shape}; "
+      f"{start['devices']}{memory}, {start['processes']} process(es), {meshes}; "
       f"jax {start['versions']['jax']}, revision {start['revision']}, config {start['config']}",
       flush=True,
     )

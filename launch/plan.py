@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dmpo_jax import buckets, command, files, progress
+from dmpo_jax import buckets, command, files, progress, sharding
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.models.llada import LLaDA
 from launch import costs, programs
@@ -101,8 +101,8 @@ class Slice(NamedTuple):
     return not cost.is_refused and cost.peak <= (1 - MARGIN) * self.chip.hbm
 
 
-def find_slice(topology: str) -> Slice:
-  """Describe a slice such as v5e:4x4 or v5p:2x2x1 by what the TPU compiler knows of it.
+def find_slice(topology: str, num_slices: int = 1) -> Slice:
+  """Describe a slice such as v5e:4x4 or v5p:2x2x1, or several of them, by what the TPU compiler knows of it.
 
   Raises:
     ValueError: there is no such slice, or no libtpu.
@@ -114,15 +114,16 @@ def find_slice(topology: str) -> Slice:
     os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
   from jax.experimental import topologies  # after the variables are set
 
+  several = {"num_slices": num_slices} if num_slices > 1 else {}
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
   except Exception as error:  # as RuntimeError, ValueError or XLA's own, by what is wrong
     hint = "run `make libtpu`" if "TPU support not installed" in str(error) else "give one such as v5e:4x4 or v5p:2x2x1"
     raise ValueError(f"--topology={topology}: {hint} ({str(error).splitlines()[0][:200]})") from error
   kind = devices[0].device_kind
   if kind not in CHIPS:
     raise ValueError(f"--topology={topology}: no data sheet of {kind!r}; there are {', '.join(CHIPS)}")
-  return Slice(topology, devices, CHIPS[kind])
+  return Slice(f"{num_slices} x {topology}" if num_slices > 1 else topology, devices, CHIPS[kind])
 
 
 def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
@@ -253,18 +254,21 @@ def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice)
   )
 
 
-def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool, out: str) -> None:
+def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool, out: str, num_slices: int = 1) -> None:
   """Compile and print; a mistake is a ValueError."""
-  where, console = find_slice(topology), Console(width=140)
+  where, console = find_slice(topology, num_slices), Console(width=140)
   if not config.tokenizer.path and not config.model.init_from:
     checked = ConfigDict(config.to_dict())
     checked.tokenizer.path = "."  # a checkpoint is asked for before training, not here
     validate(checked)
   else:
     validate(config)
-  attention = programs.place(config, where.devices)[0].config.attention
-  console.print(f"attention: {attention}", highlight=False)
-  result: dict[str, Any] = {"topology": topology, "attention": attention}
+  model, meshes = programs.place(config, where.devices)
+  attention = model.config.attention
+  console.print(
+    f"attention: {attention}, {sharding.describe_both(*meshes, config.sharding.to_dict())}", highlight=False
+  )
+  result: dict[str, Any] = {"topology": where.topology, "attention": attention, "mesh": dict(meshes[0].shape)}
   if is_sweep:
     with progress.Progress("sweeping", 1) as shown:
       size, cost = largest_microbatch(config, where, log=console.print, begin=shown.part)
@@ -302,6 +306,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "Configuration file; override a key with --config.section.key=value.")
   flags.adopt_module_key_flags(progress)
   flags.DEFINE_string("topology", None, "The slice, such as v5e:4x4, v5p:2x2x1 or v6e:4x4.")
+  flags.DEFINE_integer("slices", 1, "How many such slices, which data is split over.", lower_bound=1)
   flags.DEFINE_list("programs", list(PROGRAMS), "Which programs to compile.")
   flags.DEFINE_boolean("sweep", False, "Find the largest train.microbatch_prompts that fits.")
   flags.DEFINE_string("out", "", "A JSON file for the figures.")
@@ -318,7 +323,8 @@ def main(argv: Sequence[str]) -> None:
     if unknown:
       raise ConfigError(f"--programs: {', '.join(unknown)} is none of {', '.join(PROGRAMS)}")
     buckets.check({"config.model.init_from": given.config.model.init_from}, {"--out": given.out})
-    run(given.config, given.topology, [name for name in given.programs if name], given.sweep, given.out)
+    names = [name for name in given.programs if name]
+    run(given.config, given.topology, names, given.sweep, given.out, given.slices)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

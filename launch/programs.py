@@ -22,15 +22,12 @@ PROGRAMS = ("update", "sample", "measure", "move")
 
 
 def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh, Mesh]:
-  """Lay the configuration's meshes over the slice, the samplers' second; one smaller than sharding.fsdp is all fsdp.
+  """Lay the configuration's meshes over the slice, the samplers' second, as a run on it would.
 
   Raises:
     ValueError: the devices do not fit a mesh.
   """
-  sizes = config.sharding.to_dict()
-  if sizes["data"] == -1 and len(devices) < sizes["fsdp"] * sizes["tensor"]:
-    sizes |= {"data": 1, "fsdp": -1}
-  return sharding.make_meshes(**sizes, devices=devices)
+  return sharding.make_meshes(**config.sharding.to_dict(), devices=devices)
 
 
 def make_model(config: ConfigDict) -> LLaDA:

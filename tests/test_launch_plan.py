@@ -134,7 +134,7 @@ def test_the_sweep_finds_the_largest_that_fits(monkeypatch, limit, wanted):
 @pytest.mark.parametrize(("num_prompts", "wanted"), [(12, 6), (9, "none")])
 def test_the_sweep_names_what_divides_a_buffer_and_is_spread_evenly(monkeypatch, capsys, num_prompts, wanted):
   """Six prompts fit, of four rows each, which only even numbers of prompts spread evenly over eight devices."""
-  monkeypatch.setattr(plan, "find_slice", lambda topology: some_slice())
+  monkeypatch.setattr(plan, "find_slice", lambda *where: some_slice())
   monkeypatch.setattr(plan, "cost_of", lambda name, config, where: cost(peak=2.0 * config.train.microbatch_prompts))
   config = tiny.config(
     rollout__num_prompts=num_prompts, rollout__group_size=2, objective__num_replicates=2, sharding__fsdp=8
@@ -143,11 +143,14 @@ def test_the_sweep_names_what_divides_a_buffer_and_is_spread_evenly(monkeypatch,
   shown = capsys.readouterr().out
   assert "largest train.microbatch_prompts that fits: 6 (3 rows a chip, 12.00 GiB)" in shown
   assert f"divide rollout.num_prompts={num_prompts}: {wanted}" in shown
+  assert "mesh data 1 fsdp 8 tensor 1" in shown
 
 
-def test_a_slice_smaller_than_the_mesh_is_all_fsdp():
+def test_a_plan_has_the_meshes_of_a_run():
   config = llada_8b.get_config()
-  assert dict(programs.make_meshes(config, jax.devices())[0].shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  mesh, rollout_mesh = sharding.make_meshes(**config.sharding.to_dict())
+  assert programs.make_meshes(config, jax.devices()) == (mesh, rollout_mesh)
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
   config = tiny.config(sharding__fsdp=2, sharding__rollout__tensor=2)
   mesh, rollout_mesh = programs.make_meshes(config, jax.devices())
   assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}

@@ -35,7 +35,7 @@ def test_every_process_gathers_all_rows_and_texts(monkeypatch, num, count):
 
   def gather(index):
     share = HostShare(num)
-    return share.gather(rows[share.mine], "rows"), gather_texts(texts[share.mine], "texts")
+    return share.gather(rows[share.mine]), gather_texts(texts[share.mine], "texts")
 
   for got_rows, got_texts in run_hosts(monkeypatch, count, gather):
     np.testing.assert_array_equal(got_rows, rows)

@@ -1,5 +1,7 @@
 """The mesh and the one table of axes: sizes that are left over, and mistakes in words."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,33 @@ def test_samplers_may_have_a_mesh_of_their_own_over_the_same_devices():
   assert mesh.devices.flatten().tolist() == other.devices.flatten().tolist()
   with pytest.raises(ValueError, match=r"sharding.rollout.data=3, sharding.rollout.fsdp=2, .* need 6 devices"):
     sharding.make_meshes(-1, 2, 1, rollout=dict(data=3, fsdp=0, tensor=0))
+
+
+@pytest.mark.parametrize(
+  ("num_devices", "asked", "sizes", "text"),
+  [
+    (8, (-1, 4, 1), (2, 4, 1), "data 2 fsdp 4 tensor 1"),
+    (8, (-1, 16, 1), (1, 8, 1), "data 1 fsdp 8 (16 asked for) tensor 1"),
+    (4, (1, 16, 1), (1, 4, 1), "data 1 fsdp 4 (16 asked for) tensor 1"),
+    (8, (2, 16, 2), (1, 4, 2), "data 1 (2 asked for) fsdp 4 (16 asked for) tensor 2"),
+    (4, (-1, 2, 8), (1, 1, 4), "data 1 fsdp 1 (2 asked for) tensor 4 (8 asked for)"),
+    (1, (8, 2, 2), (1, 1, 1), "data 1 (8 asked for) fsdp 1 (2 asked for) tensor 1 (2 asked for)"),
+    (8, (4, -1, 16), (1, 1, 8), "data 1 (4 asked for) fsdp 1 tensor 8 (16 asked for)"),
+  ],
+)
+def test_a_size_is_as_many_devices_as_there_are_at_most(num_devices, asked, sizes, text):
+  mesh = sharding.make_mesh(*asked, devices=jax.devices()[:num_devices])
+  assert mesh.axis_sizes == sizes
+  assert sharding.describe(mesh, dict(zip(sharding.MESH_AXES, asked, strict=True))) == text
+
+
+def test_both_meshes_are_described_if_they_differ():
+  asked = dict(data=-1, fsdp=16, tensor=1, rollout=dict(data=0, fsdp=1, tensor=16))
+  text = "mesh data 1 fsdp 8 (16 asked for) tensor 1"
+  meshes = sharding.make_meshes(**asked)
+  assert sharding.describe_both(meshes[0], meshes[0], asked) == text
+  own = "samplers' mesh data 1 fsdp 1 tensor 8 (16 asked for)"
+  assert sharding.describe_both(*meshes, asked) == f"{text}, {own}"
 
 
 def test_arrays_move_from_mesh_to_mesh_along_the_same_axes():
@@ -63,11 +92,55 @@ def test_no_array_is_gathered_whole_where_it_stays_split(sizes, rollout, most):
     (dict(data=3), "need 3 devices, 8 are there"),
     (dict(data=-1, fsdp=-1), "at most one of them may be -1"),
     (dict(data=-1, tensor=3), "need 6 devices, 8 are there"),
+    (dict(data=1, fsdp=2), "sharding.data=1, sharding.fsdp=2, sharding.tensor=1 need 2 devices, 8 are there"),
   ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(**sizes)
+
+
+def slices(num_slices, num_chips):
+  """Stand-ins for chips of several slices, in an order that mixes them."""
+  chips = [mock.create_autospec(jax.Device, instance=True) for _ in range(num_slices * num_chips)]
+  for index, chip in enumerate(chips):
+    chip.id, chip.slice_index, chip.process_index = index, index % num_slices, index % num_slices
+    chip.platform = chip.device_kind = "cpu"
+  return chips
+
+
+@pytest.mark.parametrize(
+  ("num_slices", "asked", "sizes"),
+  [(2, (-1, 4, 1), (2, 4, 1)), (2, (-1, 2, 2), (2, 2, 2)), (2, (4, -1, 1), (4, 2, 1)), (2, (-1, 16, 1), (2, 4, 1)),
+   (4, (-1, 2, 1), (8, 2, 1)), (4, (-1, 1, 16), (4, 1, 4))],
+)  # fmt: skip
+def test_only_data_is_split_over_slices(num_slices, asked, sizes):
+  rollout = dict(data=0, fsdp=1, tensor=2)
+  mesh, rollout_mesh = sharding.make_meshes(*asked, rollout=rollout, devices=slices(num_slices, 4))
+  assert mesh.axis_sizes == sizes
+  for own in (mesh, rollout_mesh):
+    assert sorted(chip.id for chip in own.devices.flat) == list(range(num_slices * 4))
+    parts = own.devices.reshape(num_slices, -1)  # along data, which is the first axis
+    assert [{chip.slice_index for chip in part} for part in parts] == [{index} for index in range(num_slices)]
+  assert mesh.devices.flatten().tolist() == rollout_mesh.devices.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+  ("asked", "rollout", "message"),
+  [
+    ((1, -1, 1), {}, "8 devices are in 2 slices, .*: set sharding.data to -1 or a multiple of 2"),
+    ((-1, 4, 1), dict(data=1, fsdp=-1), "set sharding.rollout.data to -1 or a multiple of 2"),
+    ((-1, 3, 1), {}, "need 6 devices, 8 are there"),
+  ],
+)
+def test_a_mesh_that_splits_more_than_data_over_slices_is_refused(asked, rollout, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_meshes(*asked, rollout=dict.fromkeys(sharding.MESH_AXES, 0) | rollout, devices=slices(2, 4))
+
+
+def test_slices_of_different_sizes_are_refused():
+  with pytest.raises(ValueError, match=r"slices of \[3, 4\] devices"):
+    sharding.make_mesh(-1, devices=slices(2, 4)[:-1])
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_refused_by_its_name():

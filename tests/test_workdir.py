@@ -131,3 +131,6 @@ def test_every_start_leaves_a_line(tmp_path, capsys):
   assert first["config"] == second["config"]
   assert set(first["versions"]) >= {"jax", "flax", "orbax-checkpoint"}
   assert "mesh data 2 fsdp 4 tensor 1" in capsys.readouterr().out
+  few = tiny.config(sharding__fsdp=16)
+  workdir.announce_start(folder, few, *sharding.make_meshes(**few.sharding.to_dict()))
+  assert "mesh data 1 fsdp 8 (16 asked for) tensor 1; jax" in capsys.readouterr().out
