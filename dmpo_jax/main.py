@@ -9,8 +9,8 @@
 Running the same command again goes on where the last run stopped, or says that it had finished.
 
 Exit codes: 0 finished; 1 stopped, the message says why; 2 a mistake in the command, nothing was started; 75 preempted
-(SIGTERM, or Ctrl+C), the state is saved: run the same command again; 130 interrupted at once. Anything else is a crash,
-or the death of another process of the job.
+(SIGTERM, or Ctrl+C), the state is saved: run the same command again; 76 another process of the job is gone: the same;
+130 interrupted at once. Where one process of a job fails, all of them end with its code. Anything else is a crash.
 """
 
 import os
@@ -68,34 +68,45 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
     run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None)
-  except (ConfigError, Unreadable) as error:
-    if _TRACEBACK.value:
-      traceback.print_exc()
-    print(f"error{_which_process()}: {error}", file=sys.stderr)
-    sys.exit(command.MISTAKE)
   except Preempted as error:
+    processes.ignore_failures()
     print(f"preempted{_which_process()}: {error}", file=sys.stderr)
     sys.exit(PREEMPTED)
   except KeyboardInterrupt:
-    print(f"interrupted{_which_process()}", file=sys.stderr)
-    sys.exit(INTERRUPTED)
-  except Absent as error:
-    print(f"stopped{_which_process()}: {error}; its own log says what it was doing", file=sys.stderr)
-    processes.leave(ABANDONED)
-  except (train.Diverged, Stopped, OSError) as error:
-    if _TRACEBACK.value:
-      traceback.print_exc()
-    print(f"stopped{_which_process()}: {error}", file=sys.stderr)
-    sys.exit(1)
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
+    processes.fail(INTERRUPTED, f"interrupted{_which_process()}")
+  except Exception as error:
+    code, said = _explain(error)
+    if not said and not _which_process():
       raise
-    print(
-      f"stopped{_which_process()}: {str(error).splitlines()[0]:.300}\nIf another process of the job died, it is named "
-      "below and its own log says why. Started again, all of them go on from the newest checkpoint.",
-      file=sys.stderr,
+    if _TRACEBACK.value or not said:
+      traceback.print_exc()
+    processes.fail(
+      code, f"{'error' if code == command.MISTAKE else 'stopped'}{_which_process()}: {said or repr(error)}"
     )
-    sys.exit(ABANDONED)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+  """Return the exit code and the message of what has ended the run; "": nobody has foreseen it."""
+  first = (str(error).splitlines() or [""])[0][:300]
+  match error:
+    case ConfigError() | Unreadable():
+      return command.MISTAKE, str(error)
+    case train.Diverged() | Stopped() | OSError():
+      return 1, str(error)
+    case Absent():
+      return ABANDONED, f"{error}; its own log says what it was doing"
+    case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
+      return 1, (
+        f"a device's memory is not enough: {first}\nLess of it is needed with a smaller rollout.chunk_prompts or "
+        "train.microbatch_prompts, with model.layer_rows, or with model.remat='full'; python -m launch.plan says what "
+        "a program takes"
+      )
+    case jax.errors.JaxRuntimeError() if _which_process():
+      return ABANDONED, (
+        f"{first}\nIf another process of the job died, its own log says why. Started again, all of them go on from the "
+        "newest checkpoint."
+      )
+  return 1, ""
 
 
 def run(config: ConfigDict, workdir: epath.Path | None) -> None:
@@ -120,7 +131,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
     _save_when_interrupted()
     with alone_in(workdir):
       train.main(config, workdir)
-  processes.meet("the end")  # the last of all: JAX waits a few seconds for the others, process 0 has still to report
+  processes.finish()
 
 
 def _check_flags() -> None:

@@ -28,13 +28,17 @@ PATIENCE = 900.0
 JOIN_SECONDS = 300  # that the processes may start apart; a slice's hosts are ready within a minute or two
 STALL_SECONDS = 2 * PATIENCE  # without a meeting: the devices wait for a host that hangs, or one of them does
 ABANDONED = 76  # exit code: another process of the job does not answer; started again, the job goes on
-_LAST_WORDS_SECONDS = 3.0  # that process 0 stays after it has given up, so that the others hear of it
-_AT, _HOSTS, _NOTES = (f"dmpo_jax/{folder}/" for folder in ("at", "hosts", "notes"))  # in the service's key-value store
+_LISTEN_SECONDS = 1.0  # between two looks at whether another process has failed
+_LAST_WORDS_SECONDS = 5.0  # that process 0, which serves the others, stays after a failure, so that they hear of it
+_AT, _FAILED, _HOSTS, _NOTES = (
+  f"dmpo_jax/{folder}/" for folder in ("at", "failed", "hosts", "notes")
+)  # of the service
 _MAX_NAMED = 8
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC looks for; in small letters alone
 
 _num_meetings: collections.Counter[str] = collections.Counter()  # by name
 _since: dict[str, Any] = {"name": "the start", "time": math.inf}  # the last meeting; its time is inf while it goes on
+_is_ending = threading.Event()  # this process ends, and listens to nobody any more
 _reason: list[str] = []  # why this process wants the job to stop
 
 
@@ -123,7 +127,7 @@ def join(coordinator: str | None, num: int | None, index: int | None, *, heartbe
   state = distributed.global_state
   state.client.key_value_set(f"{_HOSTS}{state.process_id}", platform.node())
   if state.num_processes > 1:
-    threading.Thread(target=_give_up_stalled, daemon=True).start()
+    threading.Thread(target=_listen, args=(state.client, state.process_id), daemon=True).start()
   return True
 
 
@@ -134,21 +138,28 @@ def _give_up_joining() -> None:
     f"within {JOIN_SECONDS} s. They look for process 0 at {state.coordinator_address}: see that it runs, that its port "
     "can be reached from here, and that so many processes were started",
     file=sys.stderr,
+    flush=True,
   )
-  leave(ABANDONED)
+  os._exit(ABANDONED)
 
 
-def _give_up_stalled() -> None:
-  """End this process where it has met nobody for long: a program of the devices may wait for ever."""
-  while time.monotonic() - _since["time"] < STALL_SECONDS:
-    time.sleep(STALL_SECONDS / 100)
-  state = distributed.global_state
-  print(
-    f"stopped in process {state.process_id}: nothing has gone on for {STALL_SECONDS:.0f} s since {_since['name']!r}: "
-    "its devices hang, or wait for those of another process; the logs of the others say where they are",
-    file=sys.stderr,
-  )
-  leave(ABANDONED)
+def _listen(client: Any, own: int) -> None:
+  """End this process where another has failed or where it has met nobody for long, whatever else it is doing."""
+  while not _is_ending.wait(_LISTEN_SECONDS):
+    try:
+      failed = _read_folder(client, _FAILED)
+    except jax.errors.JaxRuntimeError:  # the service is gone, of which JAX speaks itself
+      return
+    if failed and not _is_ending.wait(_LISTEN_SECONDS):  # what all have noticed, each says itself
+      index, note = min(failed.items())
+      code, _, said = note.partition(" ")
+      fail(int(code), f"stopped in process {own} by process {index}, which has said: {said}")
+    if time.monotonic() - _since["time"] > STALL_SECONDS:
+      fail(
+        ABANDONED,
+        f"stopped in process {own}: nothing has gone on for {STALL_SECONDS:.0f} s since {_since['name']!r}: its "
+        "devices hang, or wait for those of another process; the logs of the others say where they are",
+      )
 
 
 @contextlib.contextmanager
@@ -198,13 +209,33 @@ def poll(name: str) -> None:
     raise Stopped(next(iter(notes.values())))
 
 
-def leave(code: int) -> NoReturn:
-  """End this process at once: the usual exit waits for the other processes, and ends with another code without them."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  if distributed.global_state.process_id == 0:
+def fail(code: int, said: str) -> NoReturn:
+  """Say why this process ends, and end all processes of the job with its exit code.
+
+  The usual exit of a process waits for the others, which wait for it, and JAX ends them all as crashed.
+  """
+  _is_ending.set()
+  print(said, file=sys.stderr, flush=True)
+  state = distributed.global_state
+  if state.client is None or state.num_processes == 1:
+    sys.exit(code)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there to hear it
+    state.client.key_value_set(f"{_FAILED}{state.process_id}", f"{code} {said}", allow_overwrite=True)
+  if state.process_id == 0:
     time.sleep(_LAST_WORDS_SECONDS)
+  sys.stdout.flush()
   os._exit(code)
+
+
+def finish() -> None:
+  """Wait for the others at the end of all work, as process 0 has still to report: JAX waits a few seconds alone."""
+  meet("the end")
+  ignore_failures()
+
+
+def ignore_failures() -> None:
+  """Listen to the others no more: this process ends with an exit code that all of them have."""
+  _is_ending.set()
 
 
 class HostShare:

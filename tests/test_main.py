@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import pytest
 import tiny
 from etils import epath
@@ -122,3 +123,14 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   assert lines[0].keys() == {
     *("prompt", "ids", "text", "calls", "tokens_per_call", "tokens_per_second", "confidence"),
   }
+
+
+def test_a_full_device_is_no_crash_of_another_process():
+  full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nand a page of buffers")
+  code, said = main._explain(full)
+  assert code == 1
+  assert said.startswith("a device's memory is not enough: RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\n")
+  assert "buffers" not in said
+  for key in ("rollout.chunk_prompts", "train.microbatch_prompts", "model.layer_rows", "model.remat"):
+    assert key in said
+  assert main._explain(jax.errors.JaxRuntimeError("INTERNAL: something")) == (1, "")  # alone, its traceback says more
