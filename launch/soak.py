@@ -7,22 +7,19 @@ over, killed (SIGKILL, nothing can be caught) somewhere between its start and it
 through. Then its final state, metrics, evaluations and generations must be those of the first, bit for bit.
 """
 
-import json
 import pathlib
 import shutil
 import subprocess
 import sys
 import time
-from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags
 from etils import epath
 
 from dmpo_jax import buckets, command
 from dmpo_jax.progress import Progress
+from launch.outcome import compare, outcome
 
 _KILLS = flags.DEFINE_integer("kills", 100, "How many times to kill.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
@@ -41,7 +38,7 @@ def main(argv: list[str]) -> None:
   shutil.rmtree(folder, ignore_errors=True)
   run_until(folder / "warm_up", arguments, None)  # compiles, so that the next one takes as long as those to come
   seconds = run_until(folder / "left_alone", arguments, None)
-  wanted = outcome(folder / "left_alone")
+  wanted = outcome(epath.Path(folder / "left_alone"))
   rng, kills, finished = np.random.default_rng(_SEED.value), 0, 0
   with Progress("kills", _KILLS.value) as progress:
     while kills < _KILLS.value:
@@ -53,7 +50,7 @@ def main(argv: list[str]) -> None:
           run_until(workdir, arguments, None)
           break
       finished += 1
-      difference = compare(wanted, outcome(workdir))
+      difference = compare(wanted, outcome(epath.Path(workdir)))
       if difference:
         sys.exit(f"after {kills} kills a run ended otherwise than the one left alone: {difference} (see {workdir})")
       shutil.rmtree(workdir)
@@ -78,41 +75,6 @@ def run_until(workdir: pathlib.Path, arguments: list[str], seconds: float | None
   if process.returncode:
     sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}:\n{output[-3000:]}")
   return time.monotonic() - start
-
-
-def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-  """Collect all that a finished run left, by name, without what is measured in time."""
-  left: dict[str, Any] = {}
-  for phase in sorted((workdir / "checkpoints").iterdir()):
-    steps = [int(path.name) for path in phase.iterdir() if path.name.isdigit()]
-    state = ocp.StandardCheckpointer().restore(epath.Path(phase / str(max(steps)) / "state"))
-    for path, leaf in jax.tree.flatten_with_path(state)[0]:
-      left[f"{phase.name} state {jax.tree_util.keystr(path)}"] = np.asarray(leaf)
-  for number, line in enumerate((workdir / "metrics.jsonl").read_text().splitlines()):
-    left[f"metrics row {number}"] = _timeless(json.loads(line))
-  left["result"] = _timeless(json.loads((workdir / "result.json").read_text()))
-  for path in sorted((workdir / "generations").iterdir()):
-    left[f"generations {path.name}"] = path.read_text()
-  return left
-
-
-def _timeless(value: Any) -> Any:
-  """Leave out what depends on the clock."""
-  if not isinstance(value, dict):
-    return value
-  return {name: _timeless(item) for name, item in value.items() if name != "time" and "second" not in name}
-
-
-def compare(wanted: dict[str, Any], got: dict[str, Any]) -> str:
-  """Name the first difference of two outcomes; "" if there is none."""
-  for name in sorted(wanted.keys() | got.keys()):
-    if name not in wanted or name not in got:
-      return f"{name} is there in one only"
-    pair = (wanted[name], got[name])
-    is_equal = np.array_equal(*pair, equal_nan=True) if isinstance(wanted[name], np.ndarray) else pair[0] == pair[1]
-    if not is_equal:
-      return f"{name} differs"
-  return ""
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""All that a finished run left, to be compared with another run's, bit for bit."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+def outcome(workdir: epath.Path) -> dict[str, Any]:
+  """Collect all that a finished run left, by name, without what is measured in time."""
+  left: dict[str, Any] = {}
+  for phase in sorted((workdir / "checkpoints").iterdir()):
+    steps = [int(path.name) for path in phase.iterdir() if path.name.isdigit()]
+    left |= {f"{phase.name} state {name}": array for name, array in arrays(phase / str(max(steps)) / "state").items()}
+  for folder in ("policy", "best"):
+    if (workdir / folder).exists():
+      left |= {f"{folder} {name}": array for name, array in arrays(workdir / folder).items()}
+  for number, line in enumerate((workdir / "metrics.jsonl").read_text().splitlines()):
+    left[f"metrics row {number}"] = _timeless(json.loads(line))
+  left["result"] = _timeless(json.loads((workdir / "result.json").read_text()))
+  for path in sorted((workdir / "generations").iterdir()):
+    left[f"generations {path.name}"] = path.read_text()
+  return left
+
+
+def arrays(path: epath.Path) -> dict[str, np.ndarray]:
+  """Read saved arrays whole, on whatever devices they were saved."""
+  reader = ocp.StandardCheckpointer()
+  saved = reader.metadata(path).item_metadata.tree
+  read = reader.restore(path, jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), saved))
+  return {jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in jax.tree.flatten_with_path(read)[0]}
+
+
+def _timeless(value: Any) -> Any:
+  """Leave out what depends on the clock."""
+  if not isinstance(value, dict):
+    return value
+  return {name: _timeless(item) for name, item in value.items() if name != "time" and "second" not in name}
+
+
+def compare(wanted: dict[str, Any], got: dict[str, Any]) -> str:
+  """Name the first difference of two outcomes; "" if there is none."""
+  for name in sorted(wanted.keys() | got.keys()):
+    if name not in wanted or name not in got:
+      return f"{name} is there in one only"
+    pair = (wanted[name], got[name])
+    is_equal = _are_same_bits(*pair) if isinstance(wanted[name], np.ndarray) else pair[0] == pair[1]
+    if not is_equal:
+      return f"{name} differs"
+  return ""
+
+
+def _are_same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+  return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()

@@ -1,0 +1,176 @@
+"""Rehearse on this machine what a run does on a pod, before renting one.
+
+    python -m launch.rehearse --config=configs/llada_8b.py --processes=4 --devices=4
+    python -m launch.rehearse --config=configs/llada_8b.py --workdir=gs://BUCKET/rehearsal    # a real bucket
+
+The configuration keeps its structure and gets small widths; a tiny checkpoint takes the place of the real one. Then
+come the user's own commands: convert, train, a preemption, a resume, the death of a host, a resume on other hosts,
+evaluation, sampling, export; and an undisturbed run, whose parameters the disturbed one must reach bit for bit. Hosts
+are processes with virtual CPU devices and folders of their own, the bucket is one in memory that speaks Google Cloud
+Storage's protocol. Exit code 1: a check failed, which is named with its log.
+"""
+
+import contextlib
+import copy
+import functools
+import operator
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dmpo_jax import command, progress
+from dmpo_jax.config import ConfigError, validate
+from launch.rehearse import bucket, steps
+from launch.rehearse.jobs import ROOT, Failed, Hosts
+from launch.rehearse.shrink import shrink
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration file; override a key with --config.section.key=value.", lock_config=True
+)
+_PROCESSES = flags.DEFINE_integer("processes", 4, "Hosts: an even number of processes.", lower_bound=2)
+_DEVICES = flags.DEFINE_integer("devices", 4, "Virtual devices of each.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "", 'A gs:// path, new or empty; "": a bucket in this machine\'s memory.')
+_OUT = flags.DEFINE_string(
+  "out", "runs/rehearsal", "Folder of the logs; what an earlier rehearsal left there is removed."
+)
+flags.adopt_module_key_flags(progress)  # --quiet
+
+TASK = "launch/rehearse/task.py"
+MARK = "rehearsal"  # a file by which a folder is known as an earlier rehearsal's
+
+
+def main(argv: Sequence[str]) -> None:
+  """Rehearse and print the table; exit code 1 if a check failed, 2 for a mistake in the command."""
+  try:
+    if len(argv) > 1:
+      raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
+    folder = _check_flags()
+    config, given = _small(_CONFIG.value, sys.argv[1:])
+    _make_anew(folder)
+  except ConfigError as error:
+    command.complain(error)
+  jax.config.update("jax_platforms", "cpu")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of which TensorFlow would speak
+  with _bucket(folder) as (root, environment):
+    threads = 2 * _DEVICES.value
+    hosts = Hosts(_PROCESSES.value, _DEVICES.value, threads, folder / "hosts", environment)
+    others = Hosts(_PROCESSES.value // 2, _DEVICES.value * 2, threads, folder / "other_hosts", environment)
+    is_own_task = config.task.name == TASK
+    plan = steps.Plan(config, given, root, folder, hosts, others, is_own_task)
+    is_passed = rehearse(plan, Console())
+  sys.exit(0 if is_passed else 1)
+
+
+def rehearse(plan: steps.Plan, console: Console) -> bool:
+  """Run the steps up to the first that fails; print what was checked and how long each took."""
+  table = Table("step", "what", "checked", "seconds", title="Rehearsal", title_justify="left")
+  failure: Failed | None = None
+  with progress.Progress("rehearsal", len(steps.STEPS), unit="steps") as shown:
+    for step in steps.STEPS:
+      if failure is not None:
+        table.add_row(step.name, step.what, "[yellow]not run[/]", "")
+        continue
+      shown.part(f"{step.name}: {step.what}")
+      begun = time.monotonic()
+      try:
+        checked = step.act(plan)
+      except Failed as error:
+        failure, checked = error, [f"[red]failed:[/] {escape(str(error))}"]
+      table.add_row(step.name, step.what, "\n".join(checked), f"{time.monotonic() - begun:.0f}")
+      shown.advance()
+  console.print(table)
+  if failure is None:
+    console.print(
+      f"passed; logs in {plan.folder}, what the runs left in {plan.bucket}", highlight=False, soft_wrap=True
+    )
+    return True
+  place = f"; see {failure.log}" if failure.log else f"; logs in {plan.folder / 'logs'}"
+  print(f"failed: {failure}{place}", file=sys.stderr)
+  return False
+
+
+def _check_flags() -> pathlib.Path:
+  """Check the flags; return the local folder."""
+  if _PROCESSES.value % 2:
+    raise ConfigError(f"--processes={_PROCESSES.value}: must be even, as the run goes on with half of them")
+  if _WORKDIR.value and not _WORKDIR.value.startswith("gs://"):
+    raise ConfigError(f"--workdir={_WORKDIR.value}: must be a gs:// path; leave it out for a bucket in memory")
+  folder = pathlib.Path(_OUT.value).expanduser().resolve()
+  if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ConfigError(f"--out={_OUT.value} exists and is no earlier rehearsal's: give a new folder, or remove it")
+  return folder
+
+
+def _make_anew(folder: pathlib.Path) -> None:
+  if folder.exists():
+    shutil.rmtree(folder)
+  folder.mkdir(parents=True)
+  (folder / MARK).write_text("python -m launch.rehearse removes this folder when it is run again\n")
+
+
+def _small(config: ConfigDict, given: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+  """Shrink the configuration; return it and the arguments by which dmpo_jax.main makes it, as the user gave them first.
+
+  Raises:
+    ConfigError: it does not start from a checkpoint, or is not valid.
+  """
+  _check_start(config)
+  small = copy.deepcopy(config)
+  with small.unlocked():
+    small.model.init_from = str(ROOT)  # any folder that there is, as the checkpoint is still to be made
+  validate(small)
+  arguments = [arg for arg in given if arg.startswith(("--config=", "--config."))]
+  changes = shrink(config)
+  if not any(arg.startswith("--config.task.name=") for arg in arguments):
+    changes["task.name"] = (config.task.name, TASK)
+  for path, (old, new) in changes.items():
+    print(f"config.{path}: {old!r} -> {new!r}")
+    arguments.append(f"--config.{path}={new}")
+  with small.unlocked():
+    small.update_from_flattened_dict({path: new for path, (_, new) in changes.items()})
+    validate(small)
+    small.model.init_from = ""
+  return small, arguments
+
+
+def _check_start(config: ConfigDict) -> None:
+  """Refuse a configuration that starts from something else than a converted checkpoint and its tokenizer."""
+  wanted = {"tokenizer.name": "huggingface", "tokenizer.path": "", "model.init_from": "", "model.lora.init_from": ""}
+  for path, value in wanted.items():
+    section, _, key = path.rpartition(".")
+    found = functools.reduce(operator.getitem, section.split("."), config)[key]
+    if found != value:
+      raise ConfigError(
+        f"config.{path} = {found!r}: must be {value!r}, as a rehearsal makes the run's checkpoint and its tokenizer; "
+        "give a configuration that starts from one, such as configs/llada_8b.py"
+      )
+
+
+@contextlib.contextmanager
+def _bucket(folder: pathlib.Path) -> Iterator[tuple[epath.Path, dict[str, str]]]:
+  """The folder of a bucket to work in, and the variables by which processes find it."""
+  if _WORKDIR.value:
+    root = epath.Path(_WORKDIR.value)
+    if root.exists() and any(root.iterdir()):
+      command.complain(f"--workdir={root} is not empty: give a new path, or remove it")
+    yield root, {}
+    return
+  with bucket.running(("bucket",), folder / "bucket") as emulator:
+    os.environ.update(emulator.environment)  # this process looks at what the runs leave, too
+    yield epath.Path("gs://bucket"), emulator.environment
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  command.run(main)

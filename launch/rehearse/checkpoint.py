@@ -1,0 +1,93 @@
+"""A tiny checkpoint in Hugging Face's layout: random weights, a tokenizer, a chat template."""
+
+import copy
+import json
+import pathlib
+import types
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from etils import epath
+from ml_collections import ConfigDict
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from dmpo_jax import build, tasks
+from dmpo_jax.models import convert
+from dmpo_jax.shards import write_shards
+from dmpo_jax.tasks import user
+from dmpo_jax.tokenizer import FILES, MODEL_FILE
+
+SPECIAL = {
+  "bos_token": "<|startoftext|>",
+  "eos_token": "<|endoftext|>",
+  "pad_token": "<|endoftext|>",
+  "mask_token": "<|mdm_mask|>",
+}
+TURN = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TEMPLATE = (
+  "{% for message in messages %}{{ bos_token if loop.first }}"
+  "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+  "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+PIECES = 480  # of the tokenizer: fewer than the model has ids, as it is with LLaDA
+SCALE = 0.02  # standard deviation of the weights
+SHARD_BYTES = 200_000  # several shards, as real checkpoints have
+
+
+def write(folder: pathlib.Path, config: ConfigDict) -> int:
+  """Write the model that `config.model` describes, with random weights; return its number of parameters."""
+  folder.mkdir(parents=True)
+  ids = _write_tokenizer(folder, _prompts(config))
+  with copy.deepcopy(config).unlocked() as own:
+    own.model.init_from, own.model.quantization = "", "none"
+    model = build.build_model(own, types.SimpleNamespace(**ids, vocab_size=PIECES)).config
+  family = convert.natural_family(model)
+  rng, dtype = np.random.default_rng(config.seed), jnp.dtype(config.model.param_dtype)
+  places = convert.checkpoint_places(model, family)
+  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+
+  def tensors() -> Iterable[tuple[str, np.ndarray]]:
+    for name, shape in shapes.items():
+      is_scale = places[name].path[-1] == "scale"
+      array = np.ones(shape) if is_scale else SCALE * rng.standard_normal(shape)
+      yield name, array.astype(dtype)
+
+  sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
+  write_shards(epath.Path(folder), sizes, tensors(), SHARD_BYTES)
+  (folder / MODEL_FILE).write_text(json.dumps(convert.model_config_to_hf(model, family), indent=2))
+  return sum(sizes.values()) // dtype.itemsize
+
+
+def _prompts(config: ConfigDict) -> list[str]:
+  """Prompts of the configured task and of those that make their own, to learn pieces from."""
+  found = []
+  for name in dict.fromkeys([config.task.name, "sudoku", "countdown"]):
+    if not user.is_file(name) and name not in ("sudoku", "countdown"):
+      continue
+    with copy.deepcopy(config.task).unlocked() as own:
+      own.name = name
+    task = tasks.make_task(**tasks.spec(own.to_dict()))
+    records = task.records("train") if user.is_file(name) else task.generate("train", 64, 0)
+    found += [task.prompt(record) for record in records]
+  return found
+
+
+def _write_tokenizer(folder: pathlib.Path, texts: list[str]) -> dict[str, int]:
+  """Write a tokenizer of byte pairs; return the ids of its special tokens."""
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  special = list(dict.fromkeys([*SPECIAL.values(), *TURN]))
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  trainer = trainers.BpeTrainer(
+    vocab_size=PIECES, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.save(str(folder / FILES[0]))
+  about = {**SPECIAL, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+  (folder / FILES[1]).write_text(json.dumps(about, indent=2))
+  return {f"{kind}_id": tokenizer.token_to_id(SPECIAL[kind]) for kind in ("mask_token", "eos_token", "pad_token")}

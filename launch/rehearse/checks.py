@@ -1,0 +1,91 @@
+"""What must be so of the runs that a rehearsal leaves behind. Each check returns what it found, or raises `Failed`."""
+
+import collections
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from launch.outcome import compare, outcome
+from launch.rehearse.jobs import Failed
+
+
+def rows_of(workdir: epath.Path, phase: str = "train") -> list[dict[str, Any]]:
+  """The rows of a run's metrics so far."""
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [row for row in map(json.loads, lines) if row["phase"] == phase]
+
+
+def last_row(workdir: epath.Path) -> int:
+  """The step of the newest row; -1: there is none."""
+  return max((row["step"] for row in rows_of(workdir)), default=-1)
+
+
+def rows_in_order(workdir: epath.Path, num_buffers: int) -> str:
+  """A row for the beginning and one for each buffer, once and in order."""
+  steps = [row["step"] for row in rows_of(workdir)]
+  if steps != list(range(num_buffers + 1)):
+    raise Failed(f"rows in order: {workdir}/metrics.jsonl has rows {steps}, not 0 to {num_buffers} once")
+  return f"rows 0 to {num_buffers} once, in order"
+
+
+def rewards(workdir: epath.Path, *, must_vary: bool) -> str:
+  """Rewards that are not all the same: otherwise equal parameters would say little."""
+  found = [(row["reward_mean"], row["reward_std"]) for row in rows_of(workdir) if "reward_mean" in row]
+  lowest, highest = min(mean for mean, _ in found), max(mean for mean, _ in found)
+  do_vary = lowest < highest and all(std > 0 for _, std in found)
+  if not do_vary and must_vary:
+    raise Failed(f"rewards vary: those of {workdir} have (mean, standard deviation) {found}")
+  return f"mean rewards {lowest:.3f} to {highest:.3f}" + ("" if do_vary else ": NOT different, so nothing is learned")
+
+
+def generations(workdir: epath.Path, num_prompts: int) -> str:
+  """Every evaluation of the run has every held-out prompt once."""
+  result = json.loads((workdir / "result.json").read_text())
+  wanted = sorted(f"{int(buffers):06d}.jsonl" for buffers in result["evaluations"])
+  found = sorted(path.name for path in (workdir / "generations").iterdir())
+  if found != wanted:
+    raise Failed(f"generations complete: {workdir}/generations has {found}, not {wanted}")
+  for name in wanted:
+    _every_prompt_once(workdir / "generations" / name, num_prompts)
+  return f"{len(wanted)} evaluations of {num_prompts} prompts each"
+
+
+def _every_prompt_once(path: epath.Path, num_prompts: int) -> None:
+  counts = collections.Counter(json.loads(line)["index"] for line in path.read_text().splitlines())
+  if counts != collections.Counter(range(num_prompts)):
+    wrong = {index: counts[index] for index in {*range(num_prompts), *counts} if counts[index] != 1}
+    raise Failed(f"no prompt twice or lost: {path} has, by index, {wrong} where each of {num_prompts} comes once")
+
+
+def evaluations(workdir: epath.Path, tasks: Sequence[str], num_settings: int, num_prompts: int) -> str:
+  """`--mode=eval` has measured the last and the best policy on every task with every setting."""
+  rows = json.loads((workdir / "evaluation" / "result.json").read_text())
+  found = collections.Counter((row["task"], row["policy"]) for row in rows)
+  policies = ["last", *(["best"] if (workdir / "best").exists() else [])]
+  wanted = {(task, policy): num_settings for task in tasks for policy in policies}
+  if found != wanted:
+    raise Failed(f"evaluation complete: {workdir}/evaluation/result.json has {dict(found)}, not {wanted}")
+  counts = {row["num_prompts"] for row in rows}
+  if counts != {num_prompts}:
+    raise Failed(f"evaluation complete: {workdir}/evaluation/result.json counts {counts} prompts, not {num_prompts}")
+  return f"{len(rows)} settings of {num_prompts} prompts each"
+
+
+def ends_alike(undisturbed: epath.Path, disturbed: epath.Path) -> str:
+  """A run that was disturbed has ended as the other, bit for bit."""
+  wanted, got = outcome(undisturbed), outcome(disturbed)
+  difference = compare(wanted, got)
+  if difference:
+    raise Failed(f"bit for bit as undisturbed: {difference}, in {disturbed} and {undisturbed}")
+  arrays = sum(not isinstance(value, dict | str) for value in wanted.values())
+  return f"{arrays} arrays, all rows and generations bit for bit as undisturbed"
+
+
+def exists(path: epath.Path, what: str) -> str:
+  """Something has been written."""
+  if not path.exists():
+    raise Failed(f"{what}: there is no {path}")
+  return what

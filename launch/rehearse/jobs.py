@@ -1,0 +1,139 @@
+"""Commands as a pod runs them: a process for each host, with folders of its own, joined by a coordinator."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+POLL_SECONDS = 0.1
+HEARTBEAT_SECONDS = 10  # a process that was silent for so long is taken for dead
+
+
+class Failed(Exception):
+  """A check that did not hold, or a command that ended otherwise than it should; `log` is the file to read."""
+
+  def __init__(self, check: str, log: pathlib.Path | None = None):
+    super().__init__(check)
+    self.log = log
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+  """Machines of a slice: `processes` of them, each with `devices` virtual devices of the CPU.
+
+  Attributes:
+    threads: of XLA on each, at least as many as devices. How a long sum is split over them decides its last bits, so
+      hosts whose results are to be compared have the same number.
+    folder: of what each keeps for itself: home, temporary files.
+    environment: variables of all of them.
+  """
+
+  processes: int
+  devices: int
+  threads: int
+  folder: pathlib.Path
+  environment: dict[str, str]
+
+  def of(self, index: int) -> dict[str, str]:
+    """The environment of one host."""
+    own = self.folder / f"host{index}"
+    own.mkdir(parents=True, exist_ok=True)
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={self.devices}"
+    folders = dict(HOME=str(own), TMPDIR=str(own), XDG_CACHE_HOME=str(own / "cache"))
+    cpu = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(self.threads)}
+    return os.environ | self.environment | folders | cpu | {"TF_CPP_MIN_LOG_LEVEL": "3", "COLUMNS": "160"}
+
+
+class Job:
+  """Processes of one command; `logs` has the output of each."""
+
+  def __init__(self, processes: Sequence[subprocess.Popen], logs: Sequence[pathlib.Path]):
+    self.processes, self.logs = processes, logs
+
+  def wait_for(self, what: str, happened: Callable[[], bool], seconds: float) -> None:
+    """Wait until something has happened, while all processes run.
+
+    Raises:
+      Failed: a process has ended before, or it took longer.
+    """
+    deadline = time.monotonic() + seconds
+    while not happened():
+      ended = [index for index, process in enumerate(self.processes) if process.poll() is not None]
+      if ended:
+        code = self.processes[ended[0]].returncode
+        raise Failed(f"waiting for {what}: process {ended[0]} ended with {code}", self.logs[ended[0]])
+      if time.monotonic() > deadline:
+        raise Failed(f"waiting for {what}: not in {seconds:.0f} s", self.logs[0])
+      time.sleep(POLL_SECONDS)
+
+  def codes(self, seconds: float) -> list[int]:
+    """Wait until all processes have ended; return the exit codes as a shell tells them (128 + n for signal n).
+
+    Raises:
+      Failed: one is still running after so long.
+    """
+    deadline = time.monotonic() + seconds
+    for index, process in enumerate(self.processes):
+      try:
+        process.wait(max(deadline - time.monotonic(), 0.001))
+      except subprocess.TimeoutExpired:
+        raise Failed(f"process {index} did not end within {seconds:.0f} s", self.logs[index]) from None
+    return [128 - process.returncode if process.returncode < 0 else process.returncode for process in self.processes]
+
+  def expect(self, wanted: Sequence[int], seconds: float) -> None:
+    """Wait until all processes have ended, with these exit codes.
+
+    Raises:
+      Failed: with other ones, or not in time.
+    """
+    codes = self.codes(seconds)
+    wrong = [index for index, (code, right) in enumerate(zip(codes, wanted, strict=True)) if code != right]
+    if wrong:
+      raise Failed(f"exit codes {codes} where {list(wanted)} were expected", self.logs[wrong[0]])
+
+  def signal(self, index: int, number: signal.Signals) -> None:
+    """Send a signal to one process."""
+    self.processes[index].send_signal(number)
+
+  def output(self) -> str:
+    """What process 0 printed."""
+    return self.logs[0].read_text()
+
+
+@contextlib.contextmanager
+def running(module: str, arguments: Sequence[str], hosts: Hosts, logs: pathlib.Path) -> Iterator[Job]:
+  """Start a module of the project, on every host if there are several, and kill what is left of it afterwards."""
+  logs.mkdir(parents=True, exist_ok=True)
+  processes, paths = [], []
+  joined = _joining(hosts) if hosts.processes > 1 else []
+  try:
+    for index in range(hosts.processes):
+      own = [*arguments, *joined, *([f"--process_id={index}"] if joined else [])]
+      paths.append(logs / f"process{index}.log")
+      with paths[-1].open("w") as log:
+        command = [sys.executable, "-m", module, *own]
+        processes.append(
+          subprocess.Popen(
+            command, cwd=ROOT, env=hosts.of(index), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+          )
+        )
+    yield Job(processes, paths)
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+
+
+def _joining(hosts: Hosts) -> list[str]:
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  heartbeat = f"--heartbeat_seconds={HEARTBEAT_SECONDS}"
+  return [f"--coordinator={address}", f"--num_processes={hosts.processes}", heartbeat]

@@ -1,0 +1,85 @@
+"""What a rehearsal makes small: every width that only scales. Structure, precision, mesh and choices stay."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dmpo_jax.config import flatten
+
+HEAD_DIM = 16
+RANK = 16
+VOCABULARY = 512
+MOST = {  # keys that are cut to a number of their own
+  "model.num_layers": 2,
+  "task.num_train": 64,
+  "task.num_test": 16,
+  "grading.workers": 1,
+  "sampler.completion_length": 16,
+  "rollout.num_prompts": 8,
+  "rollout.group_size": 4,
+  "warm_start.updates": 2,
+  "warm_start.batch_size": 16,
+  "optim.warmup_updates": 2,
+  "train.num_buffers": 4,
+  "train.updates_per_buffer": 2,
+  "eval.every_buffers": 2,
+  "eval.num_prompts": 16,
+  "eval.batch_size": 16,
+  "checkpoint.every_updates": 3,
+}
+
+
+def shrink(config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+  """Say which keys become what, by their paths: (old, new). All others stay as they are.
+
+  Ratios are kept: query heads for each key head, feed-forward to model width, model calls for each token, adapters'
+  alpha to their rank. Where chunks or microbatches were parts of a buffer, there are two.
+  """
+  old = flatten(config)
+  new: dict[str, Any] = {path: min(old[path], most) for path, most in MOST.items()}
+  new |= _model(old) | _lengths(old, new)
+  for path in ("rollout.chunk_prompts", "train.microbatch_prompts"):
+    is_part = 0 < old[path] < old["rollout.num_prompts"]
+    new[path] = new["rollout.num_prompts"] // 2 if is_part else min(old[path], new["rollout.num_prompts"])
+  every, updates = "objective.sync_reference_every", "train.updates_per_buffer"
+  new[every] = new[updates] if old[every] == old[updates] else min(old[every], new[updates])
+  has_warm_start = old["warm_start.updates"] > 0
+  used = {path: value for path, value in new.items() if has_warm_start or not path.startswith("warm_start.")}
+  return {path: (old[path], value) for path, value in used.items() if value != old[path]}
+
+
+def _model(old: Mapping[str, Any]) -> dict[str, Any]:
+  queries_a_key = old["model.num_heads"] // old["model.num_kv_heads"]
+  kv_heads = math.lcm(max(4 // queries_a_key, 1), old["sharding.tensor"], max(old["sharding.rollout.tensor"], 1))
+  heads = kv_heads * queries_a_key
+  width = heads * HEAD_DIM
+  old_rank = old["model.lora.rank"]
+  rank = min(old_rank, max(RANK, old["sharding.fsdp"]))  # which fsdp splits, too
+  has_spare_rows = old["model.embedding_size"] > old["model.vocab_size"]
+  return {
+    "model.num_heads": heads,
+    "model.num_kv_heads": kv_heads,
+    "model.d_model": width,
+    "model.mlp_hidden_size": round(old["model.mlp_hidden_size"] / old["model.d_model"] * heads) * HEAD_DIM,
+    "model.embedding_size": VOCABULARY if old["model.embedding_size"] else 0,
+    "model.vocab_size": (VOCABULARY - 8 if has_spare_rows else VOCABULARY) if old["model.vocab_size"] else 0,
+    "model.lora.rank": rank,
+    "model.lora.alpha": old["model.lora.alpha"] * rank / old_rank if rank else old["model.lora.alpha"],
+  }
+
+
+def _lengths(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+  """Completions of at least two blocks, if they had several."""
+  before, length = old["sampler.completion_length"], new["sampler.completion_length"]
+  block = length if old["sampler.block_length"] == before else min(old["sampler.block_length"], length // 2)
+  blocks = length // block
+  steps = max(round(old["sampler.steps"] * length / before / blocks), 1) * blocks
+  shortened = (max(round(other * length / before / block), 1) * block for other in old["eval.lengths"])
+  return {
+    "sampler.block_length": block,
+    "sampler.steps": steps,
+    "eval.lengths": tuple(dict.fromkeys(shortened)),
+    "objective.mask_block_length": min(old["objective.mask_block_length"], block),
+  }
