@@ -65,7 +65,8 @@ def _is_key(path: str) -> bool:
 def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
   if module == "launch.benchmark" and args and args[0] not in SECTIONS:
     return [f"no section {args[0]}"]
-  path = ROOT / (module.replace(".", "/") + ".py")
+  folder = ROOT / module.replace(".", "/")
+  path = folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")
   if not path.exists():
     return [f"no module {module}"]
   known = _flags(path) | _flags(ROOT / "dmpo_jax/progress.py")

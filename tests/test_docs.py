@@ -52,6 +52,7 @@ def test_the_readmes_tables_have_every_name_once(head, names):
   [
     ("    make supper", "no such target"),
     ("    python -m launch.absent --x=1", "no module launch.absent"),
+    ("    python -m launch.rehearse --hosts=4", "no flag --hosts"),
     ("    python -m dmpo_jax.main --confg=configs/smoke.py", "no flag --confg"),
     ("    python -m dmpo_jax.main --config=configs/absent.py", "no file configs/absent.py"),
     ("    python -m dmpo_jax.main --config=configs/smoke.py \\\n      --config.optim.learning_rat=1", "no key"),

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+import absl.logging
 import jax
 from absl import flags
 from etils import epath
@@ -47,6 +48,7 @@ _OUT = flags.DEFINE_string(
 flags.adopt_module_key_flags(progress)  # --quiet
 
 TASK = "launch/rehearse/task.py"
+WIDTH = 120  # of the table where there is no terminal
 MARK = "rehearsal"  # a file by which a folder is known as an earlier rehearsal's
 
 
@@ -61,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
   except ConfigError as error:
     command.complain(error)
   jax.config.update("jax_platforms", "cpu")
+  absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what older versions of it would have written
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of which TensorFlow would speak
   with _bucket(folder) as (root, environment):
     threads = 2 * _DEVICES.value
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     others = Hosts(_PROCESSES.value // 2, _DEVICES.value * 2, threads, folder / "other_hosts", environment)
     is_own_task = config.task.name == TASK
     plan = steps.Plan(config, given, root, folder, hosts, others, is_own_task)
-    is_passed = rehearse(plan, Console())
+    is_passed = rehearse(plan, Console(width=None if sys.stdout.isatty() else WIDTH))
   sys.exit(0 if is_passed else 1)
 
 
@@ -84,10 +87,16 @@ def rehearse(plan: steps.Plan, console: Console) -> bool:
       shown.part(f"{step.name}: {step.what}")
       begun = time.monotonic()
       try:
-        checked = step.act(plan)
-      except Failed as error:
-        failure, checked = error, [f"[red]failed:[/] {escape(str(error))}"]
-      table.add_row(step.name, step.what, "\n".join(checked), f"{time.monotonic() - begun:.0f}")
+        checked = "\n".join(map(escape, step.act(plan)))
+      except (
+        Failed,
+        OSError,
+        ValueError,
+        KeyError,
+      ) as error:  # the others: a file that is not there, or not as it must be
+        failure = error if isinstance(error, Failed) else Failed(f"{step.name}: {type(error).__name__}: {error}")
+        checked = f"[red]failed:[/] {escape(str(failure))}"
+      table.add_row(step.name, step.what, checked, f"{time.monotonic() - begun:.0f}")
       shown.advance()
   console.print(table)
   if failure is None:
