@@ -61,7 +61,7 @@ def test_the_published_widths():
   [
     ({"sharding.tensor": 8}, {"model.num_kv_heads": 8, "model.d_model": 128}),
     ({"model.lora.rank": 0}, {"model.lora.rank": 0, "model.lora.alpha": 64.0}),
-    ({"model.num_layers": 1}, {"model.num_layers": 1}),
+    ({"model.num_layers": 1, "train.num_buffers": 1}, {"model.num_layers": 1, "train.num_buffers": 3}),
     ({"rollout.chunk_prompts": 4}, {"rollout.chunk_prompts": 4}),
     ({"rollout.chunk_prompts": 32}, {"rollout.chunk_prompts": 8}),
     ({"sampler.block_length": 256, "sampler.steps": 256}, {"sampler.block_length": 16, "sampler.steps": 16}),

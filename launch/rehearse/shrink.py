@@ -10,6 +10,7 @@ from dmpo_jax.config import flatten
 
 HEAD_DIM = 16
 RANK = 16
+BUFFERS = 3  # enough to be preempted in the second one, killed in the third, and to end
 VOCABULARY = 512
 MOST = {  # keys that are cut to a number of their own
   "model.num_layers": 2,
@@ -22,7 +23,6 @@ MOST = {  # keys that are cut to a number of their own
   "warm_start.updates": 2,
   "warm_start.batch_size": 16,
   "optim.warmup_updates": 2,
-  "train.num_buffers": 4,
   "train.updates_per_buffer": 2,
   "eval.every_buffers": 2,
   "eval.num_prompts": 16,
@@ -39,7 +39,7 @@ def shrink(config: ConfigDict) -> dict[str, tuple[Any, Any]]:
   """
   old = flatten(config)
   new: dict[str, Any] = {path: min(old[path], most) for path, most in MOST.items()}
-  new |= _model(old) | _lengths(old, new)
+  new |= _model(old) | _lengths(old, new) | {"train.num_buffers": BUFFERS}
   for path in ("rollout.chunk_prompts", "train.microbatch_prompts"):
     is_part = 0 < old[path] < old["rollout.num_prompts"]
     new[path] = new["rollout.num_prompts"] // 2 if is_part else min(old[path], new["rollout.num_prompts"])

@@ -104,9 +104,10 @@ def preempt(plan: Plan) -> list[str]:
 
 def kill(plan: Plan) -> list[str]:
   """Go on, then kill one process: the others stop, so that they can be started again."""
-  before = checks.last_row(plan.run)
+  before, starts = checks.last_row(plan.run), _num_starts(plan.run)
   with plan.start("killed", plan.run, plan.hosts) as job:
-    _wait_for_row(plan, job, before + 1)
+    job.wait_for("the start", lambda: _num_starts(plan.run) > starts, STEP_SECONDS)
+    _wait_for_row(plan, job, min(before + 1, plan.config.train.num_buffers - 1))
     victim = plan.hosts.processes - 1
     job.signal(victim, signal.SIGKILL)
     begun = time.monotonic()
