@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "gs://"
 CHECK_SECONDS = 10.0  # that a bucket's answer may take
 REQUEST_SECONDS = 5.0
+RETRY_SECONDS = 4.0  # that a request is repeated for where the bucket is busy or the network stumbles
 LEASE_SECONDS = 30.0  # a lock that was not renewed for so long has lost its process
 
 
@@ -99,22 +100,32 @@ def _ask(path: str, is_written: bool) -> None:
   from google.cloud import storage
 
   name, prefix = _split(path)
-  client = storage.Client()
-  options = dict(timeout=REQUEST_SECONDS, retry=None)
+  client, options = storage.Client(), _options()
   next(iter(client.list_blobs(name, prefix=prefix, max_results=1, **options)), None)
   if not is_written:
     return
   bucket = client.get_bucket(name, **options)
   if bucket.hierarchical_namespace_enabled:
     from google.cloud import storage_control_v2  # noqa: F401  Orbax removes folders by it
+  # Every host asks for an object of its own: writes to one object are limited to one a second.
+  blob = bucket.blob(f"{prefix.rstrip('/')}/.check-{uuid.uuid4().hex}")
   with contextlib.suppress(exceptions.PreconditionFailed):  # of a write that was allowed: there is no generation 1
-    bucket.blob(f"{prefix.rstrip('/')}/.check").upload_from_string(b"", if_generation_match=1, **options)
+    blob.upload_from_string(b"", if_generation_match=1, **options)
+
+
+def _options() -> dict[str, Any]:
+  """Return how long a request may take, and be repeated."""
+  from google.cloud.storage import retry
+
+  return dict(timeout=REQUEST_SECONDS, retry=retry.DEFAULT_RETRY.with_timeout(RETRY_SECONDS))
 
 
 def _explain(error: Exception, bucket: str, is_written: bool) -> str:
   from google.api_core import exceptions
   from google.auth import exceptions as auth
 
+  if isinstance(error, exceptions.RetryError):
+    error = error.cause or error
   said = (str(error).splitlines() or [type(error).__name__])[0][:300]
   if isinstance(error, exceptions.NotFound):
     return f"there is no bucket {bucket}: gcloud storage buckets create {PREFIX}{bucket}, or give another path"
@@ -154,7 +165,7 @@ class Lock:
 
     name, key = _split(path)
     self._path, self._bucket, self._key = os.fspath(path), storage.Client().bucket(name), key
-    self._on_lost, self._lease_seconds = on_lost, lease_seconds
+    self._on_lost, self._lease_seconds, self._options = on_lost, lease_seconds, _options()
     self._about = {"pid": os.getpid(), "host": platform.node(), "since": _now(), "token": uuid.uuid4().hex}
     self._generation = 0
     self._is_ending = threading.Event()
@@ -196,7 +207,7 @@ class Lock:
     self._is_ending.set()
     self._thread.join()
     try:
-      self._blob().delete(if_generation_match=self._generation, timeout=REQUEST_SECONDS, retry=None)
+      self._blob().delete(if_generation_match=self._generation, **self._options)
     except (exceptions.NotFound, exceptions.PreconditionFailed):
       pass  # it is another's
     except Exception as error:  # the network's: its lease ends by itself
@@ -222,7 +233,7 @@ class Lock:
 
     blob, text = self._blob(), json.dumps(self._about | {"renewed": _now()}, indent=1) + "\n"
     try:
-      blob.upload_from_string(text, if_generation_match=generation, timeout=REQUEST_SECONDS, retry=None)
+      blob.upload_from_string(text, if_generation_match=generation, **self._options)
     except exceptions.PreconditionFailed:
       there = self._read()  # an earlier write of ours, whose answer was lost?
       if there is None or there[1].get("token") != self._about["token"]:
@@ -236,10 +247,10 @@ class Lock:
     """Read the object's generation and what it says; None if there is none."""
     from google.api_core import exceptions
 
-    options = dict(timeout=REQUEST_SECONDS, retry=None)
-    while (blob := self._bucket.get_blob(self._key, **options)) is not None:
+    while (blob := self._bucket.get_blob(self._key, **self._options)) is not None:
       try:
-        return blob.generation, dict(json.loads(blob.download_as_bytes(if_generation_match=blob.generation, **options)))
+        text = blob.download_as_bytes(if_generation_match=blob.generation, **self._options)
+        return blob.generation, dict(json.loads(text))
       except (exceptions.NotFound, exceptions.PreconditionFailed):  # renewed or removed since
         continue
       except (ValueError, TypeError):  # no lock of ours; it is never renewed, and taken over

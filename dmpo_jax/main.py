@@ -175,7 +175,8 @@ def keep_compiled_programs(workdir: epath.Path) -> None:
   Of several processes JAX lets the first alone write to it: in a bucket it serves all of them, on new hosts too.
   """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", os.fspath(workdir.parent / ".jax_cache"))
+    beside = workdir if os.fspath(workdir.parent) == buckets.PREFIX else workdir.parent  # of a whole bucket: in it
+    jax.config.update("jax_compilation_cache_dir", os.fspath(beside / ".jax_cache"))
     if not buckets.is_in_bucket(workdir):  # where asking for a program takes as long as compiling a small one
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # dozens of small ones cost seconds too
 

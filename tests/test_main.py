@@ -1,11 +1,9 @@
 """The program as a user starts it: help, mistakes in one message, and the smoke run from beginning to end."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import pytest
-import tiny
 from etils import epath
 from programs import ROOT, start
 
@@ -71,19 +69,23 @@ def test_compiled_programs_are_kept_beside_the_workdir(tmp_path, monkeypatch, fr
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
   if not from_environment:
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-  changed, settings = {}, []
+  changed = {}
   monkeypatch.setattr(main.jax.config, "update", changed.__setitem__)
-  monkeypatch.setattr(main, "_MODE", SimpleNamespace(value="eval"))
-  monkeypatch.setattr(main, "_check_flags", lambda: None)
-  monkeypatch.setattr(main, "check_workdir", lambda *_, **__: None)
-  monkeypatch.setattr(main, "_join_processes", lambda: None)
-  monkeypatch.setattr(main.evaluate, "main", lambda *_: settings.append(dict(changed)))
-  main.run(tiny.config(), epath.Path(tmp_path / "run"))
+  main.keep_compiled_programs(epath.Path(tmp_path / "run"))
   wanted = {
     "jax_compilation_cache_dir": str(tmp_path / ".jax_cache"),
     "jax_persistent_cache_min_compile_time_secs": 0,
   }
-  assert settings == [{} if from_environment else wanted]
+  assert changed == ({} if from_environment else wanted)
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "gs://bucket"])
+def test_compiled_programs_of_a_bucket_are_kept_in_it(monkeypatch, workdir):
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  changed = {}
+  monkeypatch.setattr(main.jax.config, "update", changed.__setitem__)
+  main.keep_compiled_programs(epath.Path(workdir))
+  assert changed == {"jax_compilation_cache_dir": "gs://bucket/.jax_cache"}
 
 
 def test_the_smoke_run_from_beginning_to_end(workdir):
