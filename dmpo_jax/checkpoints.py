@@ -38,6 +38,8 @@ _num_polls = itertools.count(1)
 class Preempted(RuntimeError):
   """The machines are about to be taken away."""
 
+  drawn: Drawn | None = None  # of a buffer that was being drawn, the chunks that are finished
+
 
 def check_preemption() -> None:
   """Meet before the next step, and ask whether a notice of preemption (SIGTERM) has reached any process of the job.

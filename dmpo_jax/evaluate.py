@@ -24,7 +24,7 @@ from rich.console import Console
 
 from dmpo_jax import files, grading, noise, progress, sharding, tasks
 from dmpo_jax.build import Parts, base_name, build_parts, load_policies, make_sample
-from dmpo_jax.checkpoints import identity, read_about
+from dmpo_jax.checkpoints import Preempted, check_preemption, identity, read_about
 from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
 from dmpo_jax.measure import Policies
 from dmpo_jax.metrics import read_result
@@ -214,6 +214,9 @@ def evaluate(
   Returns:
     See `summarize`; `seconds` of this start and, of these, `seconds_compiling`; and the effective tokens a second of
     the others, `tokens_per_second`.
+
+  Raises:
+    Preempted: between two batches, those before it kept.
   """
   start, compiled_before, num = time.monotonic(), seconds_compiling(), len(records)
   key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, max(num, 1))
@@ -225,6 +228,7 @@ def evaluate(
   batches = [left[first : first + batch_size] for first in range(0, len(left), batch_size)]
 
   def dispatch(batch: Sequence[int]) -> Rollouts:
+    check_preemption()
     index = np.array([*batch, *batch[-1:] * (batch_size - len(batch))])
     return sample(cut_padding(jax.tree.map(lambda array: array[index], prompts)), key)
 
@@ -233,10 +237,16 @@ def evaluate(
     progress.part("evaluating prompts", len({line["index"] for line in lines}), num)
     rollouts = jax.device_get(ahead)
     finish = _grade_batch(grading, tokenizer, records, rollouts, batch)
-    ahead = dispatch(following) if following else None  # while the accelerator does this, workers grade
+    notice = None
+    try:
+      ahead = dispatch(following) if following else None  # while the accelerator does this, workers grade
+    except Preempted as error:
+      notice = error
     found = finish()
     lines += found
     unfinished.add(found)
+    if notice is not None:
+      raise notice
   lines.sort(key=operator.itemgetter("index", "sample"))
   unfinished.finish(lines)
   seconds, compiling = time.monotonic() - start, seconds_compiling() - compiled_before

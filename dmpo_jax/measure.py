@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from dmpo_jax import noise
-from dmpo_jax.checkpoints import check_preemption
+from dmpo_jax.checkpoints import Preempted, check_preemption
 from dmpo_jax.models import lora
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import weights
@@ -312,12 +312,16 @@ def fetch_ahead(calls: Iterable[Callable[[], Any]]) -> Iterator[Any]:
   host.
 
   Raises:
-    Preempted: between two calls; a buffer may take longer than the notice.
+    Preempted: between two calls, once all that was dispatched has been given; a buffer may take longer than the notice.
   """
   dispatched = collections.deque()
   for call in calls:
-    check_preemption()
+    try:
+      check_preemption()
+    except Preempted:
+      yield from map(jax.device_get, dispatched)
+      raise
     dispatched.append(call())
     if len(dispatched) > 1:
       yield jax.device_get(dispatched.popleft())
-  yield jax.device_get(dispatched.popleft())
+  yield from map(jax.device_get, dispatched)

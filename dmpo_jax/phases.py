@@ -48,7 +48,8 @@ class Phase:
   base: str  # identity of the saved parameters that it begins with; "" where they are random
   frozen: Any  # reference parameters; an empty dict where the objective has no reference
   # What takes the policy to make a buffer, and what does not need to have it as it was then: figures for the log too.
-  draw: Callable[[TrainState, int], Drawn | Experience]
+  # A third argument of `draw` is what an earlier start had drawn of the buffer.
+  draw: Callable[..., Drawn | Experience]
   finish: Callable[[TrainState, Drawn | Experience, int], tuple[Experience, dict[str, float]]]
   update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
   evaluate: Callable[[Any, int], dict[str, float]]  # of what is learned, after so many buffers
@@ -250,7 +251,7 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
     counted=config.objective.counted,
   )
 
-  def draw(state: TrainState, buffer: int) -> Drawn:
+  def draw(state: TrainState, buffer: int, begun: Drawn | None = None) -> Drawn:
     policies = Policies(state.trainable, base, state.reference)
     return rollout.draw(
       policies,
@@ -259,6 +260,7 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
       seed=config.seed,
       buffer=buffer,
       chunk_prompts=config.rollout.chunk_prompts,
+      begun=begun,
       **common,
     )
 

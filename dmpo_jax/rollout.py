@@ -21,13 +21,14 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from dmpo_jax import noise, progress, samplers
+from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.grading import Grades, Grading, grade
 from dmpo_jax.measure import Measure, Policies, chunks, concatenate, fetch_ahead, log_confidence
 from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import weights
-from dmpo_jax.sharding import fill_rows, replicated
+from dmpo_jax.sharding import everywhere, fill_rows, replicated
 from dmpo_jax.structs import Drawn, Experience, Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 
@@ -45,6 +46,7 @@ def draw(
   buffer: int,
   chunk_prompts: int,
   counted: str,
+  begun: Drawn | None = None,
 ) -> Drawn:
   """Draw a buffer of rollouts from the current policy, begin to grade them, and score them meanwhile.
 
@@ -55,43 +57,72 @@ def draw(
     buffer: index of the buffer, part of its noise.
     chunk_prompts: prompts sampled and scored at one time; 0 for all.
     counted: see `count_positions`.
+    begun: what an earlier start had drawn of it; its whole chunks are not drawn again.
 
   Raises:
-    Preempted: between two chunks.
+    Preempted: between two chunks, with those that are finished.
   """
-  watch = Stopwatch()
-  key = noise.step_key(seed, "rollout", buffer)
+  watch, key = Stopwatch(), noise.step_key(seed, "rollout", buffer)
   parts = chunks(len(records), chunk_prompts)
-  drawn: list[Rollouts] = []  # on the devices
+  sampled, scored = _chunks_of(begun, parts)
+  waits = [
+    grade(grading, tokenizer, records[part], each.completion) for part, each in zip(parts, sampled, strict=False)
+  ]
+  on_devices: dict[int, Rollouts] = {}  # those that are still to be scored, by their first prompt
 
   def sample_part(part: slice) -> Rollouts:
     progress.part("sampling prompts", part.start, len(records))
-    drawn.append(sample(_take(prompts, part), key))
-    return drawn[-1]
+    on_devices[part.start] = sample(_take(prompts, part), key)
+    return on_devices[part.start]
 
-  def score_part(part: slice) -> Any:
+  def score_part(index: int, part: slice) -> Any:
     progress.part("scoring prompts", part.start, len(records))
-    rollouts = drawn.pop(0)
+    rollouts = on_devices.pop(part.start) if part.start in on_devices else everywhere(sampled[index])
     is_counted = count_positions(rollouts.completion, tokenizer.eos_token_id, counted)
     about = rollouts.completion, is_counted, _decided_at(rollouts)
     return measure.score(policies, _take(prompts, part), *about, buffer, seen=rollouts.seen)
 
-  calls = [functools.partial(sample_part, part) for part in parts]
-  calls += [functools.partial(score_part, part) for part in parts if measure.score]
-  results = fetch_ahead(calls)
-  sampled, waits = [], []
-  for part, rollouts in zip(parts, results, strict=False):
-    sampled.append(rollouts)
-    waits.append(grade(grading, tokenizer, records[part], rollouts.completion))
-  watch.lap("sample")
-  del sample  # and with it parameters that were laid out for it
-  scored = list(results)
+  to_sample = list(enumerate(parts))[len(sampled) :]
+  to_score = list(enumerate(parts))[len(scored) :] if measure.score else []
+  calls = [functools.partial(sample_part, part) for _, part in to_sample]
+  results = fetch_ahead(calls + [functools.partial(score_part, *each) for each in to_score])
+  try:
+    for (_, part), rollouts in zip(to_sample, results, strict=False):
+      sampled.append(rollouts)
+      waits.append(grade(grading, tokenizer, records[part], rollouts.completion))
+    watch.lap("sample")
+    del sample  # and with it parameters that were laid out for it
+    for measures in results:
+      scored.append(measures)  # one by one, as a notice may come between
+  except Preempted as notice:
+    watch.lap("score" if len(sampled) == len(parts) else "sample")
+    notice.drawn = _as_drawn(sampled, scored, watch, begun, is_whole=False) if sampled else None
+    raise
   watch.lap("score")
+  drawn = _as_drawn(sampled, scored, watch, begun, is_whole=True)
+  return drawn.replace(wait=lambda: Grades.join([wait() for wait in waits]))
+
+
+def _chunks_of(begun: Drawn | None, parts: Sequence[slice]) -> tuple[list[Rollouts], list[Any]]:
+  """Cut what was drawn into its whole chunks: rollouts and measures of the first prompts, on the host."""
+  sampled, scored = [], []
+  if begun is not None:
+    for whole, cut in ((begun.rollouts, sampled), (begun.measures, scored)):
+      num = len(jax.tree.leaves(whole)[0]) if whole is not None else 0
+      cut += [_take(whole, part) for part in parts if part.stop <= num]
+  return sampled, scored
+
+
+def _as_drawn(
+  sampled: list[Rollouts], scored: list[Any], watch: "Stopwatch", begun: Drawn | None, *, is_whole: bool
+) -> Drawn:
+  for name, seconds in begun.seconds.items() if begun is not None else ():
+    watch.add(name, float(seconds))
   return Drawn(
     rollouts=concatenate(sampled),
     measures=concatenate(scored) if scored else None,
     seconds={name: np.array(seconds, np.float32) for name, seconds in watch.seconds.items()},
-    wait=lambda: Grades.join([wait() for wait in waits]),
+    is_whole=np.array(is_whole),
   )
 
 
@@ -149,8 +180,8 @@ def _decided_at(rollouts: Rollouts) -> Any:
   return rollouts.committed_at if rollouts.seen_at is None else rollouts.seen_at
 
 
-def _take(prompts: Prompts, part: slice) -> Prompts:
-  return jax.tree.map(operator.itemgetter(part), prompts)
+def _take(arrays: Any, part: slice) -> Any:
+  return jax.tree.map(operator.itemgetter(part), arrays)
 
 
 def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experience:

@@ -180,6 +180,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def everywhere(tree: Any) -> Any:
+  """Put arrays of the host on every device of the mesh that is set, as replicated results lie; none set: do nothing."""
+  mesh = jax.sharding.get_mesh()
+  return tree if mesh.empty else jax.device_put(tree, replicated(mesh))
+
+
 def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
   """Pin an activation's layout inside jit; does nothing where no mesh is set (`jax.set_mesh`)."""
   if jax.sharding.get_abstract_mesh().empty:

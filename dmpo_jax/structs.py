@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 
 VOCAB_GROUP = 32  # ids, from a multiple of it on, that no part of a large vocabulary divides: one is drawn among them
@@ -79,11 +80,12 @@ class Measures:
 
 @struct.dataclass
 class Drawn:
-  """A buffer of rollouts that has no rewards yet."""
+  """A buffer of rollouts that has no rewards yet, or its first prompts: some sampled, fewer of them scored."""
 
   rollouts: Rollouts  # fields [p, g, c] and [p, g]
   measures: Measures | None  # None where the objective needs none
   seconds: dict[str, jax.Array]  # float32 []; what sampling and scoring took
+  is_whole: jax.Array | np.ndarray | bool = True  # bool []; False: the run was stopped while it was drawn
   # Waits for their grades; None where grading is not under way, as in a buffer that comes from a checkpoint.
   wait: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
 

@@ -159,7 +159,8 @@ def run(
           state = update(phase, state, experience, position)
           if position.update == phase.updates_per_buffer:
             experience, position.buffer, position.update = None, position.buffer + 1, 0
-      except Preempted:
+      except Preempted as notice:
+        drawn = drawn if notice.drawn is None else notice.drawn
         checkpoints.save(int(state.step), state, experience, dataclasses.asdict(position), drawn)
         raise
 
@@ -174,11 +175,11 @@ def with_begun(phase: Phase, position: Position) -> Phase:
 
 
 def draw(phase: Phase, state: TrainState, buffer: int, drawn: Any, checkpoints: Checkpoints) -> Any:
-  """Draw a buffer that has not been drawn yet, by the policy of the step at which it is due.
+  """Draw a buffer, or the rest of it, by the policy of the step at which it is due.
 
   That of a pipelined run that had ended, and is now to go on, is the policy with which its last buffer began.
   """
-  if drawn is not None:
+  if drawn is not None and drawn.is_whole:
     return drawn
   step = phase.drawn_at(buffer)
   if step != int(state.step):
@@ -190,7 +191,7 @@ def draw(phase: Phase, state: TrainState, buffer: int, drawn: Any, checkpoints: 
         buffer, step, int(state.step),
       )  # fmt: skip
     state = state if earlier is None else earlier
-  return phase.draw(state, buffer)
+  return phase.draw(state, buffer) if drawn is None else phase.draw(state, buffer, drawn)
 
 
 def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Any, Any, Position]:

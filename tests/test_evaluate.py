@@ -152,6 +152,26 @@ def test_an_evaluation_that_was_cut_off_goes_on(run, tmp_path):
   assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
+def test_a_notice_of_preemption_is_heeded_between_two_batches(run, tmp_path, monkeypatch):
+  """All batches that were drawn are kept: none is drawn twice."""
+  whole, path, polls = run(3), epath.Path(tmp_path / "b.jsonl"), []
+
+  def listen():
+    polls.append(1)
+    if len(polls) == 3:
+      raise checkpoints.Preempted
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "check_preemption", listen)
+    with pytest.raises(checkpoints.Preempted):
+      run(3, path=path)
+  kept = (tmp_path / ".b.jsonl.unfinished").read_text().splitlines()
+  assert len(kept) == 1 + 2 * 3  # and what the evaluation is
+  figures, calls, text = run(3, path=path)
+  assert len(calls) == len(whole[1]) - 2
+  assert (figures, text) == (whole[0], whole[2])
+
+
 def test_what_another_evaluation_left_unfinished_is_not_taken(run, tmp_path):
   path = epath.Path(tmp_path / "b.jsonl")
   with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, rollout, sharding, structs
+from dmpo_jax import build, phases, progress, rollout, sharding, structs
 from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.measure import (
   Policies,
@@ -188,6 +188,38 @@ def test_chunks_are_drawn_while_earlier_ones_are_graded():
   is_drawn.set()
   assert (drawn.wait().reward == np.ones((p, g))).all()
   assert in_time == [True] * p * g
+
+
+def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_devices):
+  """An earlier start had sampled three prompts and scored two; of its work whole chunks are taken."""
+  use_devices(1)
+  config, asked = tiny.config(warm_start__updates=0, rollout__chunk_prompts=1), []
+  parts = build.build_parts(config, folder / "run")
+
+  def phase_of(size):
+    own = tiny.config(warm_start__updates=0, rollout__chunk_prompts=size)
+    return phases.training_phase(own, folder / "run", parts, build.initial_params(own, parts))
+
+  with jax.set_mesh(parts.mesh):
+    phase, state = phase_of(1)
+    whole = phase.draw(state, 0)
+    begun = structs.Drawn(
+      rollouts=jax.tree.map(lambda x: x[:3], whole.rollouts),
+      measures=jax.tree.map(lambda x: x[:2], whole.measures),
+      seconds={"sample": np.float32(1000), "score": np.float32(0)},
+      is_whole=np.array(False),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(progress, "part", lambda what, done=0, total=0: asked.append((what, done)))
+      rest = phase_of(2)[0].draw(state, 0, begun)
+    assert asked == [("sampling prompts", 2), ("scoring prompts", 2)]
+    assert rest.is_whole
+    np.testing.assert_array_equal(rest.rollouts.completion, whole.rollouts.completion)
+    np.testing.assert_array_equal(rest.measures.log_p_old[:2], whole.measures.log_p_old[:2])
+    np.testing.assert_allclose(rest.measures.log_p_old, whole.measures.log_p_old, rtol=1e-5)
+    assert 1000 < rest.seconds["sample"] < 2000
+    rewards = [phase.finish(state, drawn, 0)[0].reward for drawn in (rest, whole)]
+  np.testing.assert_array_equal(*rewards)
 
 
 def test_counted_positions_end_with_the_first_eos():

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from etils import epath
@@ -12,7 +13,8 @@ from dmpo_jax import build, checkpoints, measure, phases, train
 
 def config(**overrides):
   """Without a baseline every rollout is learned from: rewards of a policy at random may all be the same."""
-  return tiny.config(rollout__pipelined=True, objective__baseline="none", warm_start__updates=0, **overrides)
+  own = dict(rollout__pipelined=True, rollout__chunk_prompts=2, objective__baseline="none", warm_start__updates=0)
+  return tiny.config(**own | overrides)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,13 @@ def saved_at(workdir, name):
   return {path.name for path in folder.iterdir() if path.is_dir()} - {"progress"}
 
 
+def num_drawn(workdir, name):
+  """The prompts of the coming buffer that a checkpoint has sampled, and those that it has scored."""
+  path = (workdir / "checkpoints" / "train" / name / "drawn").resolve()
+  saved = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
+  return saved["rollouts"]["completion"].shape[0], saved["measures"]["entropy"].shape[0] if saved["measures"] else 0
+
+
 def test_no_buffer_is_drawn_after_the_last(left_alone):
   assert saved_at(left_alone, "4") == {"state", "drawn"}
   assert saved_at(left_alone, "6") == {"state"}
@@ -83,19 +92,24 @@ def notice_at_poll(patch, number):
 
 
 def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypatch):
-  """While the next buffer is drawn, in the middle of one, between two, and at the end of what was asked for first."""
+  """Twice while one buffer is drawn, while the next is, in the middle of one, between two, and after a shorter run."""
   workdir = epath.Path(tmp_path / "run")
   interruptions = (
-    (notice_at_poll, 4, checkpoints.Preempted, {"state", "experience"}),  # two buffers of one chunk, sampled and scored
-    (stop_at_save, 1, KeyboardInterrupt, {"state", "experience", "drawn"}),
-    (stop_at_save, 2, KeyboardInterrupt, {"state", "drawn"}),  # the first is of the step that it begins at
+    (notice_at_poll, 2, checkpoints.Preempted, "0", {"state", "drawn"}),  # a buffer: 2 chunks are sampled, then scored
+    (notice_at_poll, 3, checkpoints.Preempted, "0.1", {"state", "drawn"}),
+    (notice_at_poll, 3, checkpoints.Preempted, "0.2", {"state", "experience", "drawn"}),
+    (stop_at_save, 1, KeyboardInterrupt, "1", {"state", "experience", "drawn"}),
+    (stop_at_save, 2, KeyboardInterrupt, "2", {"state", "drawn"}),  # the first is of the step that it begins at
   )
-  for step, (interrupt, number, error, wanted) in enumerate(interruptions):
+  drawn = []
+  for interrupt, number, error, name, wanted in interruptions:
     with monkeypatch.context() as patch:
       interrupt(patch, number)
       with pytest.raises(error):
         train.main(config(), workdir)
-    assert saved_at(workdir, str(step)) == wanted
+    assert saved_at(workdir, name) == wanted
+    drawn.append(num_drawn(workdir, name))
+  assert drawn == [(2, 0), (4, 2), (2, 0), (4, 4), (4, 4)]  # no finished chunk is lost, none is drawn again
   train.main(config(train__num_buffers=2, checkpoint__keep=1), workdir)
   assert saved_at(workdir, "4") == {"state"}
   train.main(config(), workdir)  # the third buffer's policy is that of step 2
