@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dmpo_jax import command, progress
+from dmpo_jax import buckets, command, progress
 from dmpo_jax.config import ConfigError, validate
 from launch.rehearse import bucket, steps
 from launch.rehearse.jobs import ROOT, Failed, Hosts
@@ -115,6 +115,8 @@ def _check_flags() -> pathlib.Path:
     raise ConfigError(f"--processes={_PROCESSES.value}: must be even, as the run goes on with half of them")
   if _WORKDIR.value and not _WORKDIR.value.startswith("gs://"):
     raise ConfigError(f"--workdir={_WORKDIR.value}: must be a gs:// path; leave it out for a bucket in memory")
+  buckets.check({}, {"--workdir": _WORKDIR.value})
+  buckets.refuse("--out", _OUT.value)
   folder = pathlib.Path(_OUT.value).expanduser().resolve()
   if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ConfigError(f"--out={_OUT.value} exists and is no earlier rehearsal's: give a new folder, or remove it")
