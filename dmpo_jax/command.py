@@ -3,6 +3,7 @@
 A configuration is a program of the user's: whatever it raises while it is loaded is such a mistake, too.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from ml_collections.config_flags import config_flags
 from dmpo_jax.config import ConfigError, did_you_mean
 from dmpo_jax.rules import RULES
 
+HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
 MISTAKE = 2  # exit code of a mistake in the command, by which nothing was started
+_MISSING = re.compile(r"Flag --(\w+) must have a value other than None")  # as absl says it
 
 
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> None:
@@ -27,6 +30,10 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
 
 def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:
   """Parse the flags and load the configurations that they name; return what is left of the command line."""
+  asked = set(argv[: argv.index("--")] if "--" in argv else argv)
+  if asked & HELP:
+    app.usage(shorthelp="--helpfull" not in asked, writeto_stdout=True)
+    sys.exit(0)
   try:
     rest = known(argv)
     for name in known:
@@ -50,6 +57,9 @@ def _call(main: Callable[[list[str]], Any], rest: list[str]) -> None:
     main(rest)
   except (app.UsageError, ConfigError) as error:
     complain(error)
+  except OSError as error:  # a disk that is full, a folder that cannot be written to
+    print(f"stopped: {error}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _check_loaded(config: Any) -> None:
@@ -62,7 +72,10 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
   """Say what is wrong: with a flag as absl says it, with a configuration where in its file."""
   given = next((arg for arg in argv if arg.startswith("--config=")), "--config")
   if isinstance(error, OSError):
-    return f"{given}: {error.__cause__ or error}"
+    is_absent = str(error).startswith("Failed loading config file")
+    return f"{given}: {'no such file' if is_absent else error.__cause__ or error}"
+  if missing := _MISSING.search(str(error)):
+    return f"--{missing[1]} is missing; --help says what it is"
   if "Error whilst parsing config file" in str(error):  # a traceback in the message, by ml_collections and then absl
     error = error.__context__.__context__
   elif isinstance(error, flags.Error):

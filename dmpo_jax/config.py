@@ -77,11 +77,16 @@ _OF_SAMPLING = ("eval.*", "grading.*", "objective.*", "optim.*", "rollout.*", "s
 MAY_DIFFER = {"train": (), "eval": _OF_EVALUATION, "sample": _OF_SAMPLING, "serve": _OF_SAMPLING}  # by mode
 
 
+# Keys that say nothing where nothing is trained, or nothing is evaluated: what they must be to others is not asked.
+_OF_TRAINING = ("objective.*", "optim.*", "rollout.*", "train.*", "warm_start.*")
+NOT_ASKED = {"train": (), "eval": _OF_TRAINING, "sample": (*_OF_TRAINING, "eval.*"), "serve": (*_OF_TRAINING, "eval.*")}
+
+
 def validate(config: ConfigDict, mode: str = "train") -> None:
   """Check every key of a configuration, and what the keys must be to each other.
 
   Args:
-    mode: what the configuration is for; where nothing is trained, a finished run may be used with any sampler.
+    mode: what it is for: keys that the mode does not read need not fit together.
 
   Raises:
     ConfigError: listing every problem as `config.path = value: what is allowed`.
@@ -90,7 +95,7 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
   problems = {path: _problem(path, values) for path in dict.fromkeys([*RULES, *values])}
   for relation in RELATIONS:
     paths = (relation.path, *relation.others)
-    if any(problems.get(path) for path in paths) or (relation.is_of_training and mode != "train"):
+    if any(problems.get(path) for path in paths) or any(fnmatch(relation.path, key) for key in NOT_ASKED[mode]):
       continue
     value, *others = (values[path] for path in paths)
     if not relation.holds(value, *others):

@@ -44,10 +44,12 @@ _Z = 1.959964  # of a 95 % interval
 
 def main(config: ConfigDict, workdir: epath.Path) -> None:
   """Evaluate the policies that training left in `workdir`, and print and save the figures; done parts are kept."""
-  policies = [name for name, folder in POLICIES.items() if name == "last" or (workdir / folder).exists()]
+  policies = [name for name, folder in POLICIES.items() if (workdir / folder).exists()]
+  if "last" not in policies:
+    raise ConfigError(f"{workdir} holds no finished policy: train first, with the same command without --mode")
   settings = list(vary(config))
   for setting in settings:
-    validate(setting, "eval")
+    validate(setting, mode="eval")
   folder = workdir / "evaluation"
   rows = _read_rows(folder / RESULT)
   with progress.Progress("evaluation", len(settings) * len(policies), unit="settings") as shown:

@@ -113,7 +113,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
   """Check everything that can be checked before devices are touched, then dispatch on the mode."""
   _check_flags()
   _check_buckets(config, workdir)  # first: whether a path exists is among what is validated
-  validate(config, _MODE.value)
+  validate(config, mode=_MODE.value)
   if workdir is not None:
     check_workdir(workdir, config, mode=_MODE.value)
     keep_compiled_programs(workdir)

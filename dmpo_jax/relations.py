@@ -16,7 +16,6 @@ class Relation:
   others: tuple[str, ...]
   holds: Callable[..., bool]  # of the values of path and others
   allowed: str  # {0}, {1}, ... stand for the others and their values
-  is_of_training: bool = False  # what is only used, and not trained, need not keep it
 
 
 def divides(value: int, other: int) -> bool:
@@ -173,14 +172,12 @@ RELATIONS = (
     lambda likelihood, sampler: likelihood != "trajectory" or sampler not in ("wino", "freedave"),
     "not trajectory, as {0} leaves none that could be replayed: wino takes tokens back, and a call of freedave decides "
     "several states (llada decides the same tokens)",
-    is_of_training=True,
   ),
   Relation(
     "objective.likelihood",
     ("sampler.name",),
     lambda likelihood, sampler: likelihood != "sampler" or sampler == "random_order",
     "not sampler, as {0} gives no log-probabilities: random_order does",
-    is_of_training=True,
   ),
   Relation(
     "objective.likelihood",
