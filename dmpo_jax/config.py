@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -104,7 +104,7 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
   if not any(problems[f"task.{key}"] for key in ("name", "prompt", "rewards", "grader")):
     problems |= _task_problems(config.task.name, values)
   if not problems["sampler.name"]:
-    problems |= _unknown_keywords("sampler", config.sampler.name, SAMPLERS[config.sampler.name], values)
+    problems |= _sampler_problems(config.sampler.name, values)
   found = [problem for problem in problems.values() if problem]
   if found:
     count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
@@ -125,7 +125,7 @@ def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
 def _problem(path: str, values: Mapping[str, Any]) -> str:
   rule = RULES.get(path)
   if path not in values:
-    return f"config.{path} is missing: {rule.allowed}"
+    return "" if _has_default(path) else f"config.{path} is missing: {rule.allowed}"
   value = values[path]
   if rule is None:
     is_own = path.count(".") == 2 and path.split(".")[0] in CHOICES
@@ -134,6 +134,14 @@ def _problem(path: str, values: Mapping[str, Any]) -> str:
     return ""
   unknown = [name for name in (value if isinstance(value, tuple | list) else [value]) if name not in rule.names]
   return _line(path, value, rule.allowed + "".join(did_you_mean(name, rule.names) for name in unknown))
+
+
+def _has_default(path: str) -> bool:
+  """Whether a key is a keyword of a sampler's own, whose signature says what its lack means."""
+  section, *rest = path.split(".")
+  if section != "sampler" or len(rest) < 2:
+    return False
+  return inspect.signature(SAMPLERS[rest[0]]).parameters[rest[1]].default is not inspect.Parameter.empty
 
 
 def _line(path: str, value: Any, allowed: str) -> str:
@@ -171,16 +179,17 @@ def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
   return problems
 
 
-def _unknown_keywords(section: str, name: str, function: Callable, values: Mapping[str, Any]) -> dict[str, str]:
-  """Check the names in the section of a choice against the keywords of what it chooses."""
-  prefix = f"{section}.{name}."
-  known = [key for key, parameter in inspect.signature(function).parameters.items() if parameter.kind is KEYWORD_ONLY]
-  own = {path: path.removeprefix(prefix) for path in values if path.startswith(prefix)}
-  return {
-    path: _line(path, values[path], f"no such key{did_you_mean(key, known)}")
-    for path, key in own.items()
-    if key not in known
+def _sampler_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
+  """Check the names in the section of the chosen sampler against the sampler's own keywords."""
+  prefix, parameters = f"sampler.{name}.", inspect.signature(SAMPLERS[name]).parameters
+  known = {key: parameter.default for key, parameter in parameters.items() if parameter.kind is KEYWORD_ONLY}
+  own = {path.removeprefix(prefix) for path in values if path.startswith(prefix)}
+  problems = {
+    prefix + key: _line(prefix + key, values[prefix + key], f"no such key{did_you_mean(key, known)}")
+    for key in own - known.keys()
   }
+  needed = {key for key, default in known.items() if default is inspect.Parameter.empty}
+  return problems | {prefix + key: f"config.{prefix}{key} is missing" for key in needed - own}
 
 
 def fingerprint(config: Config) -> str:

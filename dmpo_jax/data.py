@@ -134,10 +134,20 @@ class TaskData:
     return TaskRecordsConfig(name=f"{self._name}_{split}", splits=(split,), **self._common)
 
   def _take(self, split: Split) -> list[Record]:
-    if not isinstance(self._task, GeneratedTask):
-      records = self._read(split) if hasattr(self._task, "SOURCES") else self._task.records(split)
-      return records[: self._nums[split] or None]
-    return self._read(split)
+    if isinstance(self._task, GeneratedTask):
+      if not self._nums[split]:
+        raise ValueError(f"task.num_{split}=0: so many records of {self._name} are generated; give 1 or more")
+      return self._read(split)
+    records = self._read(split) if hasattr(self._task, "SOURCES") else self._task.records(split)
+    if not records:
+      raise ValueError(f"task.name={self._name!r}: there is no {split} record in it{self._hint(split)}")
+    return records[: self._nums[split] or None]
+
+  def _hint(self, split: Split) -> str:
+    if not self._name.endswith(".jsonl"):
+      return f"; records({split!r}) returns none"
+    own = ", or a file of their own as task.eval_path" if split == "test" else ""
+    return f"; a tenth of its rows, by a hash of their prompts, is the test split: give more rows{own}"
 
   def _read(self, split: Split) -> list[Record]:
     """Read a split whole, after writing its records if they are not there.
@@ -260,10 +270,15 @@ class PromptStream:
     if self.num_skipped and (overlong == "error" or not kept):
       raise ValueError(_describe_overlong(lengths, max_prompt_length))
     if not kept:
-      raise ValueError("task: there are no records, raise task.num_train and task.num_test")
+      raise ValueError("task: there are no records")
+    self._warn_of_letters("".join(map(task.prompt, records)) + task.prefill, "prompts")
     self._kept = kept
     order = grain.MapDataset.range(len(kept))
     self._order = (order if seed is None else order.shuffle(seed=_shuffle_seed(seed))).repeat()
+
+  def _warn_of_letters(self, text: str, where: str) -> None:
+    if lacking := self._tokenizer.lacking(text):
+      logger.warning("the %s have letters that the tokenizer lacks, as unknown tokens: %s", where, " ".join(lacking))
 
   def __len__(self) -> int:
     """Return the number of prompts in an epoch."""

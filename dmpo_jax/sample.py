@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import operator
 import sys
 import time
@@ -30,6 +31,8 @@ from dmpo_jax.structs import Prompts, Rollouts
 from dmpo_jax.tokenizer import Tokenizer
 from dmpo_jax.watch import Watcher
 
+logger = logging.getLogger(__name__)
+
 BUCKET = 64  # prompts are padded to multiples of so many tokens
 
 
@@ -52,9 +55,10 @@ def main(
     watch: show the denoising while it happens.
 
   Raises:
-    ConfigError: there is no policy, or a watched job has several processes.
+    ConfigError: there is no policy, a prompt is too long, or a watched job has several processes.
   """
   parts = build_model_parts(config)
+  check_prompts(requests, parts.tokenizer, config.serve.max_prompt_length)
   if watch and jax.process_count() > 1:
     raise ConfigError("--watch needs a job of one process")
   with jax.set_mesh(parts.mesh):
@@ -70,6 +74,24 @@ def main(
           print(files.to_json({"prompt": request.prompt, **about}, ensure_ascii=False), flush=True)
         else:
           print(f"---\n{about['text']}" if index else about["text"], flush=True)
+
+
+def check_prompts(requests: Sequence[Request], tokenizer: Tokenizer, max_prompt_length: int) -> None:
+  """Refuse prompts that are too long, before the model is loaded, and warn of letters that the model will not see.
+
+  Raises:
+    ConfigError: a prompt has more tokens than `max_prompt_length`.
+  """
+  for number, request in enumerate(requests, start=1):
+    length = len(tokenizer.encode_prompt(request.prompt, request.prefill))
+    if length > max_prompt_length:
+      raise ConfigError(
+        f"prompt {number} of {len(requests)} has {length} tokens, more than config.serve.max_prompt_length = "
+        f"{max_prompt_length}: shorten it, or raise that key"
+      )
+  lacking = tokenizer.lacking("".join(request.prompt + request.prefill for request in requests))
+  if lacking:
+    logger.warning("the tokenizer lacks %s: the model sees an unknown token in their place", " ".join(lacking))
 
 
 def decode(
@@ -154,19 +176,18 @@ def read_requests(prompt: str | None, path: str | None) -> list[Request]:
   if prompt is not None and path is not None:
     raise ConfigError("give --prompt or --prompts, not both")
   if prompt is not None:
+    if not prompt.strip():
+      raise ConfigError(f"--prompt={prompt!r} is empty: give a text")
     return [Request(prompt)]
   if path is not None:
     if not epath.Path(path).is_file():
       raise ConfigError(f"--prompts={path}: no such file")
-    where = f"--prompts={path}"
-    try:
-      lines = epath.Path(path).read_bytes().decode().splitlines()
-    except UnicodeDecodeError as error:
-      raise ConfigError(f"{where}: not UTF-8 from byte {error.start} on; save it as UTF-8") from error
+    where, content = f"--prompts={path}", epath.Path(path).read_bytes()
   elif sys.stdin.isatty():
     raise ConfigError("nothing to sample: give --prompt=TEXT, --prompts=FILE.jsonl, or prompts by a pipe")
   else:
-    where, lines = "standard input", sys.stdin.read().splitlines()
+    where, content = "standard input", sys.stdin.buffer.read()
+  lines = _decode_text(content, where).splitlines()
   requests = [
     _read_request(line, f"{where}, line {number}", is_json=path is not None or line.lstrip().startswith("{"))
     for number, line in enumerate(lines, start=1)
@@ -175,6 +196,16 @@ def read_requests(prompt: str | None, path: str | None) -> list[Request]:
   if not requests:
     raise ConfigError(f"{where}: holds no prompt")
   return requests
+
+
+def _decode_text(content: bytes, where: str) -> str:
+  try:
+    return content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    raise ConfigError(
+      f"{where}, line {line}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
+    ) from error
 
 
 def _read_request(line: str, where: str, *, is_json: bool) -> Request:
@@ -186,6 +217,8 @@ def _read_request(line: str, where: str, *, is_json: bool) -> Request:
     raise ConfigError(f"{where}: not JSON ({error})") from error
   if not isinstance(fields, Mapping) or not isinstance(fields.get("prompt"), str):
     raise ConfigError(f'{where}: must be an object with a text "prompt", such as {{"prompt": "1 + 1 ="}}')
+  if not fields["prompt"].strip():
+    raise ConfigError(f'{where}: the "prompt" is empty')
   if not isinstance(fields.get("prefill", ""), str):
     raise ConfigError(f'{where}: "prefill" must be a text')
   return Request(fields["prompt"], fields.get("prefill", ""))

@@ -4,7 +4,7 @@ Two kinds behind one interface: a sentencepiece model, and a folder in Hugging F
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jinja2
@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
     """
     ...
 
+  def lacking(self, text: str) -> str:
+    """Return the characters of a text that no token stands for: the model sees them as unknown, or not at all."""
+    ...
+
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
     ...
@@ -105,6 +109,10 @@ class SentencePieceTokenizer:
   def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
     """Return the ids of the one turn that there may be, without a template."""
     return self._model.encode(_only_turn(turns))
+
+  def lacking(self, text: str) -> str:
+    """Return the characters of a text that are the unknown piece."""
+    return _lacking(text, self.encode, self._model.unk_id())
 
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of a completion: what stands before the first EOS, other special tokens left out."""
@@ -221,6 +229,11 @@ class HuggingFaceTokenizer:
     """Return the ids of the conversation by the chat template, or of the one turn that there may be without it."""
     return self.encode(_only_turn(turns) if self._template is None else self._template.render(turns))
 
+  def lacking(self, text: str) -> str:
+    """Return the characters of a text that are the unknown token, or none; a tokenizer of bytes lacks none."""
+    unknown = getattr(self._model.model, "unk_token", None)
+    return _lacking(text, self.encode, self._model.token_to_id(unknown) if unknown else None)
+
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
     ids = list(ids)
@@ -231,6 +244,11 @@ class HuggingFaceTokenizer:
   def piece(self, token_id: int) -> str:
     """Return a token's text, or a special token's name; nothing for an id that no token has."""
     return self._model.decode([token_id], skip_special_tokens=False)
+
+
+def _lacking(text: str, encode: Callable[[str], list[int]], unknown: int | None) -> str:
+  found = ((letter, encode(letter)) for letter in sorted(set(text)) if not letter.isspace())
+  return "".join(letter for letter, ids in found if not ids or unknown in ids)
 
 
 def _only_turn(turns: Sequence[chat.Turn]) -> str:
