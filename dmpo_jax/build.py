@@ -3,10 +3,11 @@
 Below this module everything takes explicit keyword arguments.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -16,13 +17,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import data, models, noise, pretrained, processes, rollout, samplers, sharding, tasks
+from dmpo_jax import checks, data, models, noise, pretrained, processes, rollout, samplers, sharding, tasks
 from dmpo_jax.checkpoints import identity, load_params, read_about
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
 from dmpo_jax.models import llada
 from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
 from dmpo_jax.workdir import folder_beside
@@ -81,10 +83,8 @@ def build_parts(config: ConfigDict, workdir: epath.Path, *, is_training: bool = 
   Raises:
     ConfigError: a file that the configuration names cannot be used, prompts are too long, devices do not fit the mesh.
   """
-  try:
+  with _refusing():
     return _build_parts(config, workdir, is_training)
-  except ValueError as error:
-    raise ConfigError(str(error)) from error
 
 
 def build_model_parts(config: ConfigDict) -> ModelParts:
@@ -93,8 +93,15 @@ def build_model_parts(config: ConfigDict) -> ModelParts:
   Raises:
     ConfigError: a file that the configuration names cannot be used, or devices do not fit the mesh.
   """
-  try:
+  with _refusing():
     return _build_model_parts(config, is_training=False)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+  """Make what the modules below say of a value or a file a mistake of the configuration."""
+  try:
+    yield
   except ValueError as error:
     raise ConfigError(str(error)) from error
 
@@ -108,6 +115,11 @@ def _build_model_parts(config: ConfigDict, is_training: bool) -> ModelParts:
     mesh, asked = rollout_mesh, sharding.rollout_sizes(**config.sharding.to_dict())
     if any(asked[axis] > size for axis, size in mesh.shape.items()):
       logger.warning("mesh %s", sharding.describe(mesh, asked))
+  params = abstract_collection(model, mesh, "params")
+  lora = abstract_collection(model, mesh, "lora") if model.config.lora else None
+  checks.check_parameters(config, params, lora, is_training=is_training)
+  if is_training:
+    checks.check_rows(config, model.config.d_model, mesh)
   return ModelParts(mesh=mesh, rollout_mesh=rollout_mesh, tokenizer=tokenizer, model=model)
 
 
@@ -133,6 +145,10 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     train = source.train()
     prompts = data.PromptStream(train, task, tokenizer, seed=config.seed, **limits)
     flawless = data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits)
+    is_warm = config.warm_start.updates and not (workdir / "base").exists()
+    if is_warm or OBJECTIVES[config.objective.name].needs == "demonstrations":
+      for stream in (prompts, flawless):
+        stream.check_demonstrations(config.sampler.completion_length)
   streams = {"evaluation": held_out, "training": prompts}
   digests = {f"the digest of the {name} prompts": stream.digest() for name, stream in streams.items() if stream}
   if lines := processes.differing("the prompts are compared", digests):

@@ -337,17 +337,30 @@ def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
       differences are listed.
   """
   path = check_params(path)
+  check_shapes(path, abstract_params)
+  with ocp.StandardCheckpointer() as checkpointer, _reading(path):
+    return checkpointer.restore(path, abstract_params)
+
+
+def check_shapes(path: epath.PathLike, abstract_params: Any) -> None:
+  """Check that a folder holds parameters of these names and shapes; the arrays are not read.
+
+  Raises:
+    Unreadable: there are none, or their names or shapes are others; up to ten differences are listed.
+  """
+  path = _absolute(pretrained.params_path(path))
+  if not (path / _INDEX_FILES[0]).exists():
+    raise Unreadable(f"{path}: no parameters there; give a folder that a run or launch/convert_hf.py wrote")
   with ocp.StandardCheckpointer() as checkpointer, _reading(path):
     saved, wanted = _shapes(checkpointer.metadata(path).item_metadata.tree), _shapes(abstract_params)
-    differing = [
-      f"{name}: saved {saved.get(name, 'nothing')}, the model has {wanted.get(name, 'nothing')}"
-      for name in sorted(saved.keys() | wanted.keys())
-      if saved.get(name) != wanted.get(name)
-    ]
-    if differing:
-      more = f"\n  and {len(differing) - 10} more" if len(differing) > 10 else ""
-      raise Unreadable(f"{path} holds the parameters of another model:\n  " + "\n  ".join(differing[:10]) + more)
-    return checkpointer.restore(path, abstract_params)
+  differing = [
+    f"{name}: saved {saved.get(name, 'nothing')}, the model has {wanted.get(name, 'nothing')}"
+    for name in sorted(saved.keys() | wanted.keys())
+    if saved.get(name) != wanted.get(name)
+  ]
+  if differing:
+    more = f"\n  and {len(differing) - 10} more" if len(differing) > 10 else ""
+    raise Unreadable(f"{path} holds the parameters of another model:\n  " + "\n  ".join(differing[:10]) + more)
 
 
 def check_params(path: epath.PathLike) -> epath.Path:

@@ -72,7 +72,7 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
   """Say what is wrong: with a flag as absl says it, with a configuration where in its file."""
   given = next((arg for arg in argv if arg.startswith("--config=")), "--config")
   if isinstance(error, OSError):
-    is_absent = str(error).startswith("Failed loading config file")
+    is_absent = "Failed loading config file" in f"{error} {error.__cause__}"
     return f"{given}: {'no such file' if is_absent else error.__cause__ or error}"
   if missing := _MISSING.search(str(error)):
     return f"--{missing[1]} is missing; --help says what it is"

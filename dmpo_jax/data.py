@@ -135,8 +135,9 @@ class TaskData:
 
   def _take(self, split: Split) -> list[Record]:
     if isinstance(self._task, GeneratedTask):
-      if not self._nums[split]:
-        raise ValueError(f"task.num_{split}=0: so many records of {self._name} are generated; give 1 or more")
+      for part, num in self._nums.items():  # both splits are generated at once
+        if not num:
+          raise ValueError(f"task.num_{part}=0: so many records of {self._name} are generated; give 1 or more")
       return self._read(split)
     records = self._read(split) if hasattr(self._task, "SOURCES") else self._task.records(split)
     if not records:
@@ -310,16 +311,31 @@ class PromptStream:
     prompts, records = self.batch(position, n)
     completion = np.full((n, completion_length), self._tokenizer.eos_token_id, np.int32)
     for row, record in enumerate(records):
-      rng = np.random.Generator(np.random.Philox(key=(self._seed, position + row)))
-      text = self._task.demonstration(record, rng)
-      tokens = self._tokenizer.encode(text)
-      if len(tokens) > completion_length and isinstance(self._task, GeneratedTask):
-        raise ValueError(
-          f"sampler.completion_length={completion_length}: the demonstration {text!r} has {len(tokens)} tokens"
-        )
-      tokens = tokens[:completion_length]
+      tokens = self._encode_demonstration(self._demonstration(record, position + row), completion_length)
       completion[row, : len(tokens)] = tokens
     return prompts, completion, records
+
+  def check_demonstrations(self, completion_length: int) -> None:
+    """Make those of an epoch, so that one that is too long, or cannot be made, is known before work starts.
+
+    Raises:
+      ValueError: see `demonstrations`.
+    """
+    texts = [self._demonstration(record, place) for place, record in enumerate(self.batch(0, len(self))[1])]
+    self._warn_of_letters("".join(texts), "demonstrations")
+    for text in texts:
+      self._encode_demonstration(text, completion_length)
+
+  def _demonstration(self, record: Record, position: int) -> str:
+    return self._task.demonstration(record, np.random.Generator(np.random.Philox(key=(self._seed, position))))
+
+  def _encode_demonstration(self, text: str, completion_length: int) -> list[int]:
+    tokens = self._tokenizer.encode(text)
+    if len(tokens) > completion_length and isinstance(self._task, GeneratedTask):
+      raise ValueError(
+        f"sampler.completion_length={completion_length}: the demonstration {text!r} has {len(tokens)} tokens"
+      )
+    return tokens[:completion_length]
 
   def _encode(self, text: str) -> list[int]:
     return self._tokenizer.encode_prompt(text, self._task.prefill)

@@ -14,6 +14,7 @@ Exit codes: 0 finished; 1 stopped, the message says why; 2 a mistake in the comm
 """
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -54,7 +55,10 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in the job, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, with --coordinator.")
 _HEARTBEAT_SECONDS = flags.DEFINE_integer(
-  "heartbeat_seconds", 30, "A process that was silent for so long is taken for dead, and the others stop."
+  "heartbeat_seconds",
+  30,
+  "A process that was silent for so long is taken for dead, and the others stop.",
+  lower_bound=1,
 )
 
 INTERRUPTED = 130  # by Ctrl+C, at once
@@ -139,10 +143,27 @@ def _check_flags() -> None:
   is_sample = _MODE.value == "sample"
   if not _WORKDIR.value and _MODE.value not in ("sample", "serve"):
     raise ConfigError(f"--workdir is missing: --mode={_MODE.value} reads and writes it")
+  _check_cluster()
   if not is_sample:
     given = [flag.name for flag in (_PROMPT, _PROMPTS, _JSON, _WATCH) if flag.value]
     if given:
       raise ConfigError(f"--{given[0]} belongs to --mode=sample")
+
+
+def _check_cluster() -> None:
+  """Check that the flags that name a job's processes are all there, and what they must be."""
+  cluster = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+  missing = [f"--{flag.name}" for flag in cluster if flag.value is None]
+  if len(missing) == len(cluster):
+    return
+  if missing:
+    raise ConfigError(f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together")
+  if not 0 <= _PROCESS_ID.value < _NUM_PROCESSES.value:
+    raise ConfigError(
+      f"--process_id={_PROCESS_ID.value}: must be 0 or more, below --num_processes={_NUM_PROCESSES.value}"
+    )
+  if not re.fullmatch(r".+:\d+", _COORDINATOR.value):
+    raise ConfigError(f"--coordinator={_COORDINATOR.value}: must be host:port")
 
 
 def _check_buckets(config: ConfigDict, workdir: epath.Path | None) -> None:

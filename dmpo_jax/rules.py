@@ -34,9 +34,12 @@ class Rule:
   names: Collection[str] = ()  # for a did-you-mean
 
 
-def whole(low: int, high: float = math.inf) -> Rule:
+MOST = 2**31 - 1  # what the arrays' int32 can count
+
+
+def whole(low: int, high: int = MOST) -> Rule:
   """Allow whole numbers from `low` to `high`."""
-  allowed = f"a whole number, {low} or more" if high == math.inf else f"a whole number from {low} to {high}"
+  allowed = f"a whole number, {low} or more, below 2**31" if high == MOST else f"a whole number from {low} to {high}"
   return Rule(allowed, lambda value: type(value) is int and low <= value <= high)
 
 

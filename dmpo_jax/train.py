@@ -82,6 +82,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
     Diverged: after `optim.max_skips_in_a_row` updates in a row that were not finite.
   """
   parts = build.build_parts(config, workdir)
+  if parts.model.config.lora and (workdir / "policy").exists():
+    build.check_base(config, workdir, workdir / "policy")
   take_over(workdir, config)
   save_config(workdir, config)  # not before: a start that was refused leaves the workdir free for another configuration
   announce_start(workdir, config, parts.mesh, parts.rollout_mesh)

@@ -35,6 +35,10 @@ class Numbers:
     """Give as many ids as a prompt may have."""
     return self.encode(text + prefill)
 
+  def lacking(self, text: str) -> str:
+    """Return no character: all of them have a token."""
+    return ""
+
   def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
     """Give ids that belong to the conversation."""
     return self.encode(str(list(turns)))

@@ -35,7 +35,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, of bases and runs a
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
 _GROUPS = flags.DEFINE_list("groups", list(GROUPS), f"Questions to look at: {', '.join(GROUPS)}.")
 _CALLS = flags.DEFINE_integer(
-  "calls", 1024, "Model calls of a run for each rollout of a buffer; backward counts as two."
+  "calls", 1024, "Model calls of a run for each rollout of a buffer; backward counts as two.", lower_bound=1
 )
 _MINUTES = flags.DEFINE_float("minutes", 180.0, "Start no run that would probably end after so many minutes.")
 flags.adopt_module_key_flags(progress)  # --quiet
@@ -43,6 +43,8 @@ _CONFIG = flags.DEFINE_multi_string(
   "set", [], "key=value (JSON) for all configurations, such as warm_start.updates=600."
 )
 _DOCS = flags.DEFINE_string("docs", "", "Folder in which to write study.md and study.svg, too.")
+
+SETTINGS = "settings.json"  # of the runs in the folder, beside what their names say
 
 
 class Clock:
@@ -71,12 +73,13 @@ def main(argv: Sequence[str]) -> None:
   for given, known in ((_GROUPS.value, GROUPS), (_TASKS.value, TASKS)):
     if set(given) - set(known):
       raise app.UsageError(f"{', '.join(sorted(set(given) - set(known)))}: must be among {', '.join(known)}")
-  seeds = [int(seed) for seed in _SEEDS.value]
-  if TUNING_SEED in seeds:
-    raise app.UsageError(f"--seeds: {TUNING_SEED} is the seed on which learning rates are chosen")
+  seeds, changes = _read_seeds(_SEEDS.value), dict(_parse(change) for change in _CONFIG.value)
+  for task in _TASKS.value:
+    validate(_changed(bench_config("wdce", task), changes))
   for option, path in (("--out", _OUT.value), ("--docs", _DOCS.value)):
     buckets.refuse(option, path)
   out = pathlib.Path(_OUT.value).expanduser().resolve()
+  _check_folder(out, {"calls": _CALLS.value, "set": changes})
   os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # on a CPU a third of a run was compiling
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # hundreds of programs, many of them the same
     jax.config.update("jax_compilation_cache_dir", str(out / ".jax_cache"))
@@ -87,6 +90,28 @@ def main(argv: Sequence[str]) -> None:
     take(list(study_arms.plan(chosen_rates(needed, out), _GROUPS.value, _TASKS.value, seeds)), out, clock)
   study_page.write(out, _find_results(out), pathlib.Path(_DOCS.value) if _DOCS.value else None)
   print(f"page: {out / 'study.html'}")
+
+
+def _read_seeds(given: Sequence[str]) -> list[int]:
+  wrong = [seed for seed in given if not seed.isdecimal() or int(seed) == TUNING_SEED]
+  if wrong:
+    raise app.UsageError(
+      f"--seeds={','.join(given)}: {wrong[0]!r} cannot be used; give whole numbers, and not {TUNING_SEED}, on which "
+      "learning rates are chosen"
+    )
+  return [int(seed) for seed in given]
+
+
+def _check_folder(out: pathlib.Path, settings: Mapping[str, Any]) -> None:
+  """Refuse a folder whose runs had another budget or other changes: they would pass for those that are asked for."""
+  path = out / SETTINGS
+  before = json.loads(path.read_text()) if path.exists() else settings
+  if before != settings:
+    raise app.UsageError(
+      f"--out={out} holds runs with --calls={before['calls']} and --set {before['set']}, and this command has "
+      f"--calls={settings['calls']} and --set {settings['set']}: give another --out, or these flags back"
+    )
+  files.write_whole(epath.Path(path), json.dumps(settings) + "\n")
 
 
 def tune(needed: Sequence[tuple[str, str]], out: pathlib.Path, clock: Clock) -> bool:
@@ -194,9 +219,19 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, dict[str, flo
   return train.train(config, epath.Path(workdir))
 
 
+def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  try:
+    return with_changes(config, changes)
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise app.UsageError(f"--set: {error}") from error
+
+
 def _parse(change: str) -> tuple[str, Any]:
   key, _, value = change.partition("=")
-  return key, json.loads(value)
+  try:
+    return key, json.loads(value)
+  except ValueError as error:
+    raise app.UsageError(f'--set={change}: must be key=value, the value as JSON, such as model.name="llada"') from error
 
 
 def _find_results(out: pathlib.Path) -> list[study_page.Result]:

@@ -61,9 +61,12 @@ def train_subwords(sentences: Sequence[str], vocab_size: int) -> bytes:
 
 def read_sentences(path: epath.PathLike) -> list[str]:
   """Return the lines of a text file, or the lines of all strings in a file of JSON lines."""
-  lines = epath.Path(path).read_text().split("\n")
-  if str(path).endswith(".jsonl"):
-    rows = [json.loads(line) for line in lines if line.strip()]
+  try:
+    lines = epath.Path(path).read_bytes().decode().split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()] if str(path).endswith(".jsonl") else None
+  except (OSError, ValueError) as error:  # no such file, not UTF-8, not JSON
+    raise app.UsageError(f"--text={path} cannot be read ({error}): give a text file in UTF-8, or JSON lines") from error
+  if rows is not None:
     lines = [line for row in rows for value in row.values() if isinstance(value, str) for line in value.split("\n")]
   return [line for line in lines if line]
 
@@ -96,9 +99,10 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   buckets.check({"--text": _TEXT.value or ""}, {"--output": _OUTPUT.value})
   path = epath.Path(_OUTPUT.value)
+  sentences = read_sentences(_TEXT.value) if _TEXT.value else []
   path.parent.mkdir(parents=True, exist_ok=True)
   if _TEXT.value:
-    path.write_bytes(train_subwords(read_sentences(_TEXT.value), _VOCAB_SIZE.value))
+    path.write_bytes(train_subwords(sentences, _VOCAB_SIZE.value))
     print(f"{path}: {_VOCAB_SIZE.value} pieces of {_TEXT.value}")
     return
   alphabet = find_alphabet()

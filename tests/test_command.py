@@ -27,10 +27,10 @@ SMOKE = f"--config={ROOT}/configs/smoke.py"
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    ([], "--config must have a value"),
+    ([], "error: --config is missing; --help says what it is\n"),
     ([f"--config={ROOT}/configs/bench.py:foo"], "foo: must be one of sudoku, countdown (ROOT/configs/bench.py, line"),
     ([f"--config={ROOT}/configs/throughput.py:foo", "--config.seed=1"], "foo: must be one of training, iteration,"),
-    (["--config=absent.py", "--config.seed=1"], "--config=absent.py: Failed loading config file"),
+    (["--config=absent.py", "--config.seed=1"], "error: --config=absent.py: no such file\n"),
     ([SMOKE, "--mode=srve"], "--mode=srve: value should be one of <train|serve>"),
     ([SMOKE, "--mod=serve"], "Unknown command line flag 'mod'. Did you mean: mode ?"),
     ([SMOKE, "--config.optim.learning_rate=abc"], "--config.optim.learning_rate=abc: could not convert"),
@@ -73,6 +73,15 @@ def test_a_mistake_in_the_file_of_a_configuration(monkeypatch, capsys, tmp_path,
   assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("args", [["--help"], [SMOKE, "-h"], ["--helpfull"], ["--config=absent.py", "--help"]])
+def test_help_is_no_mistake(monkeypatch, capsys, args):
+  with pytest.raises(SystemExit) as ended:
+    parse(monkeypatch, *args)
+  assert ended.value.code == 0
+  said = capsys.readouterr()
+  assert (said.err, bool(said.out)) == ("", True)
+
+
 def test_what_is_right_is_left_alone(monkeypatch, capsys):
   rest, known = parse(monkeypatch, SMOKE, "--config.seed=7", "--mode=serve", "more")
   assert rest == ["program", "more"]
@@ -87,6 +96,15 @@ def test_an_argument_too_many(capsys):
   with pytest.raises(SystemExit) as ended:
     command._call(main, ["program", "x"])
   assert (ended.value.code, capsys.readouterr().err) == (2, "error: unexpected arguments: ['x']\n")
+
+
+def test_a_folder_that_cannot_be_written_to(capsys):
+  def main(argv):
+    raise PermissionError(13, "Permission denied", "/root/x")
+
+  with pytest.raises(SystemExit) as ended:
+    command._call(main, ["program"])
+  assert (ended.value.code, capsys.readouterr().err) == (1, "stopped: [Errno 13] Permission denied: '/root/x'\n")
 
 
 def test_every_command_starts_so():

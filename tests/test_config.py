@@ -8,6 +8,7 @@ import pytest
 
 from configs import base
 from dmpo_jax import config as config_lib
+from dmpo_jax import rules
 from dmpo_jax.rules import RULES
 
 CONFIGS = sorted(path.stem for path in pathlib.Path(base.HERE).glob("*.py"))
@@ -49,6 +50,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("seed", -1, "a whole number from 0"),
     ("model.num_layers", 0, "a whole number, 1 or more"),
     ("model.num_layers", True, "a whole number, 1 or more"),
+    ("model.vocab_size", 2**31, "a whole number, 0 or more, below 2**31"),
     ("model.d_model", 66, "a multiple of model.num_heads = 4"),
     ("serve.max_queue", 7, "at least serve.batch_size = 8"),
     ("model.d_model", 60, "an even multiple of model.num_heads = 4"),
@@ -234,6 +236,35 @@ def test_own_section_of_the_task(config):
   assert line.startswith("config.task.sudoku.min_blanks=11")
   config.task.name = "countdown"  # and where another task is chosen, nobody minds
   config_lib.validate(config)
+
+
+def test_a_samplers_own_section_is_optional_where_its_signature_has_defaults(config, monkeypatch):
+  config.sampler.name = "wino"
+  del config.sampler.wino["threshold_back"]
+  config_lib.validate(config)
+  del config.sampler["wino"]
+  config_lib.validate(config)
+  monkeypatch.setitem(config_lib.SAMPLERS, "mine", lambda denoiser, keys, plan, *, depth, width=3: None)
+  monkeypatch.setitem(config_lib.RULES, "sampler.name", rules.one_of("mine"))
+  config.sampler.name = "mine"
+  (line,) = problems(config)
+  assert line == "config.sampler.mine.depth is missing"
+  config.sampler.mine = config_lib.ConfigDict({"depth": 2})
+  config_lib.validate(config)
+
+
+def test_what_a_mode_does_not_read_need_not_fit_together(config):
+  """A policy that random_order drew the rollouts of may be evaluated and sampled with any sampler."""
+  config.objective.likelihood, config.eval.num_prompts = "sampler", 1000
+  assert len(problems(config)) == 2
+  with pytest.raises(config_lib.ConfigError, match=r"^1 problem.*\n  config.eval.num_prompts = 1000: at most"):
+    config_lib.validate(config, mode="eval")
+  for mode in ("sample", "serve"):
+    config_lib.validate(config, mode=mode)
+    config.sampler.block_length = 5
+    with pytest.raises(config_lib.ConfigError, match=r"config.sampler.block_length = 5"):
+      config_lib.validate(config, mode=mode)
+    config.sampler.block_length = 16
 
 
 def test_own_section_of_the_sampler(config):

@@ -13,7 +13,7 @@ from configs import base
 from dmpo_jax import data
 from dmpo_jax.data import PromptStream, TaskData, prompt_id, prompt_ids
 from dmpo_jax.structs import Prompts
-from dmpo_jax.tasks import sources
+from dmpo_jax.tasks import sources, user
 from dmpo_jax.tasks.countdown import Countdown
 from dmpo_jax.tasks.gsm8k import GSM8K
 from dmpo_jax.tasks.sudoku import Sudoku
@@ -305,6 +305,50 @@ def test_many_overlong_prompts_are_not_all_described(records, tokenizer):
     PromptStream(records, TASK, tokenizer, seed=0, max_prompt_length=8)
 
 
+def test_a_demonstration_that_is_too_long_is_found_before_work_starts(stream):
+  stream.check_demonstrations(16)
+  with pytest.raises(ValueError, match=r"sampler.completion_length=15: the demonstration '\d+' has 16 tokens"):
+    stream.check_demonstrations(15)
+
+
+def test_a_demonstration_that_cannot_be_made_is_found_before_work_starts(tokenizer, tmp_path):
+  path = tmp_path / "mine.py"
+  text = "def records(split): return [{'n': 3}]\ndef prompt(r): return '3'\ndef reward(r, c): return 0\n"
+  for body, message in (("1 / 0", r"raised ZeroDivisionError"), ("7", "returned 7, not a text")):
+    path.write_text(f"{text}def demonstration(r, rng): return {body}\n")
+    user._MODULES.clear()
+    task = user.load(str(path), grader="exact")
+    stream = PromptStream(task.records("train"), task, tokenizer, seed=0, max_prompt_length=8)
+    with pytest.raises(ValueError, match=rf"mine.py': demonstration\(\{{'n': 3\}}\) {message}"):
+      stream.check_demonstrations(8)
+
+
+def test_letters_that_the_tokenizer_lacks_are_named(tokenizer, tmp_path, caplog):
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"prompt": "1 \u00fc2", "answer": "3x"}\n')
+  task = user.load(str(path), grader="exact")
+  stream = PromptStream([{"prompt": "1 \u00fc2", "answer": "3x"}], task, tokenizer, seed=0, max_prompt_length=9)
+  assert "the prompts have letters that the tokenizer lacks, as unknown tokens: \u00fc" in caplog.text
+  stream.check_demonstrations(8)
+  assert "the demonstrations have letters that the tokenizer lacks, as unknown tokens: x" in caplog.text
+
+
+def test_where_records_are_lacking_is_said(tmp_path):
+  for split in ("train", "test"):
+    with pytest.raises(ValueError, match=rf"task.num_{split}=0: so many records of sudoku are generated"):
+      TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES | {f"num_{split}": 0}).test()
+  rows, code = tmp_path / "rows.jsonl", tmp_path / "mine.py"
+  rows.write_text("")
+  code.write_text("def records(split): return []\ndef prompt(r): return '3'\ndef reward(r, c): return 0\n")
+  for path, hint in (
+    (rows, "a tenth of its rows.*give more rows, or a file"),
+    (code, r"records\('test'\) returns none"),
+  ):
+    task = user.load(str(path), grader="exact")
+    with pytest.raises(ValueError, match=f"there is no test record in it; {hint}"):
+      TaskData(task, str(path), records_dir=tmp_path, num_train=0, num_test=0).test()
+
+
 def test_no_records_are_refused(tokenizer):
   with pytest.raises(ValueError, match="no records"):
     PromptStream([], TASK, tokenizer, seed=0, max_prompt_length=8)
@@ -371,6 +415,9 @@ class Chat:
 
   def encode_prompt(self, text, prefill=""):
     return [1, 2, *map(ord, text), 3, *map(ord, prefill)]
+
+  def lacking(self, text):
+    return ""
 
   def encode_chat(self, turns):
     return [1, *(id for _, text in turns for id in (2, *map(ord, text), 3))]

@@ -16,6 +16,7 @@ LEVELS = (
   {
     "buckets",
     "chat",
+    "checks",
     "command",
     "data",
     "grading",
@@ -45,6 +46,7 @@ INSIDE = {
   "digests": {"files", "processes"},
   "command": {"config", "rules"},
   "config": {"relations", "rules"},
+  "checks": {"checkpoints"},
   "checkpoints": {"pretrained"},
   "data": {"tokenizer"},
   "watch": {"tokenizer"},

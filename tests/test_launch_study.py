@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from absl import app
 
 from dmpo_jax.config import validate
 from launch import study, study_arms, study_page
@@ -139,6 +140,27 @@ def test_differences_are_paired_by_seed():
   assert row[:4] == ["wdce", "wd1", "sudoku", "3"]
   assert row[4] == "+10.0 ± 0.0 % *"
   assert row[5] == "0.000 ± 0.000"
+
+
+@pytest.mark.parametrize("given", [["a"], ["0", "1.5"], ["-1"], ["0", str(TUNING_SEED)], [""]])
+def test_seeds_that_cannot_be_used(given):
+  with pytest.raises(app.UsageError, match=rf"--seeds={','.join(given)}: '{given[-1]}' cannot be used"):
+    study._read_seeds(given)
+
+
+def test_runs_of_another_budget_do_not_pass_for_these(tmp_path):
+  settings = {"calls": 1024, "set": {"warm_start.updates": 600}}
+  for _ in range(2):
+    study._check_folder(tmp_path / "study", settings)
+  for other in ({"calls": 512}, {"set": {}}):
+    with pytest.raises(app.UsageError, match=r"holds runs with --calls=1024 and --set {'warm_start.updates': 600}"):
+      study._check_folder(tmp_path / "study", settings | other)
+
+
+def test_a_change_that_is_not_json_is_refused():
+  assert study._parse("model.d_model=7") == ("model.d_model", 7)
+  with pytest.raises(app.UsageError, match="--set=a: must be key=value"):
+    study._parse("a")
 
 
 def test_an_interval_is_students():

@@ -17,6 +17,7 @@ def workdir(tmp_path_factory):
 
 def test_help_names_the_flags():
   done = start("--help")
+  assert done.returncode == 0
   assert "--config" in done.stdout
   assert "--workdir" in done.stdout
   assert "python -m dmpo_jax.main --config=configs/sudoku_tiny.py" in done.stdout
@@ -40,12 +41,17 @@ def test_every_mistake_is_listed_before_anything_starts(workdir):
   assert not workdir.exists()
 
 
+SHORT = ("--config.sampler.completion_length=8", "--config.sampler.block_length=8")
+
+
 @pytest.mark.parametrize(
   ("args", "message"),
   [
     (("--config=configs/bench.py:foo",), "configs/bench*.py:foo: must be one of sudoku, countdown"),
     (("--config=configs/smoke.py", "--config.task.max_prompt_length=5"), "task.max_prompt_length=5"),
     (("--config=configs/smoke.py", "--mode=eval"), "holds no finished policy"),
+    (("--config=tests/tiny.py", *SHORT), "sampler.completion_length=8: the demonstration '4302214300201034' has 16"),
+    (("--config=tests/tiny.py", "--mode=sample", f"--prompt={'1' * 1025}"), "has 1025 tokens, more than"),
   ],
 )
 def test_a_mistake_reads_as_one_message(tmp_path, args, message):
@@ -53,7 +59,8 @@ def test_a_mistake_reads_as_one_message(tmp_path, args, message):
   assert done.returncode == 2
   assert message in done.stderr
   assert "Traceback" not in done.stderr
-  assert not (tmp_path / "run" / "config.json").exists()
+  assert "\n" not in done.stderr.strip()
+  assert not any((tmp_path / "run").glob("*"))
 
 
 def test_a_mistake_shows_where_it_was_found_when_asked(tmp_path):

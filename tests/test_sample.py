@@ -26,7 +26,7 @@ from dmpo_jax.sample import Request
   ],
 )
 def test_prompts_by_a_pipe(monkeypatch, text, requests):
-  monkeypatch.setattr("sys.stdin", io.StringIO(text))
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
   assert sample.read_requests(None, None) == requests
 
 
@@ -44,6 +44,7 @@ def test_prompts_of_a_file_and_of_the_command_line(tmp_path):
     ("plain\n", "line 1: not JSON"),
     ('{"prompt": "1"}\n\n{"question": "2"}', 'line 3: must be an object with a text "prompt"'),
     ('{"prompt": "1", "prefill": 2}', '"prefill" must be a text'),
+    ('{"prompt": "1"}\n{"prompt": " "}', 'line 2: the "prompt" is empty'),
   ],
 )
 def test_a_bad_file_is_refused_by_its_line(tmp_path, text, message):
@@ -146,6 +147,15 @@ def test_calls_that_come_late_are_not_shown(decoded):
   [
     (dict(mode="train", workdir="run", prompt="1"), "--prompt belongs to --mode=sample"),
     (dict(mode="eval", workdir="run", watch=True), "--watch belongs to --mode=sample"),
+    (dict(mode="train", workdir="run", coordinator="a:1"), "--num_processes and --process_id missing: --coordinator,"),
+    (
+      dict(mode="train", workdir="run", coordinator="a:1", num_processes=2, process_id=2),
+      "--process_id=2: must be 0 or more, below --num_processes=2",
+    ),
+    (
+      dict(mode="train", workdir="run", coordinator="a", num_processes=2, process_id=1),
+      "--coordinator=a: must be host:port",
+    ),
     (dict(mode="train", workdir=""), "--workdir is missing: --mode=train reads and writes it"),
   ],
 )
@@ -192,3 +202,28 @@ def test_adapters_are_used_on_their_own_base_alone(use_devices, tmp_path, caplog
     for _ in range(2):
       build.load_policy(config, workdir, parts)
     assert caplog.text.count("does not say which base its adapters were trained on") == 1
+
+
+def test_prompts_of_another_encoding_are_refused_by_their_line(tmp_path):
+  path = tmp_path / "latin1.jsonl"
+  path.write_bytes('{"prompt": "1"}\n{"prompt": "\u00e9"}\n'.encode("latin1"))
+  with pytest.raises(ConfigError, match=r"latin1.jsonl, line 2: not UTF-8 \(byte 0xe9\)"):
+    sample.read_requests(None, str(path))
+  path.write_text('{"prompt": "1"}\n', encoding="utf-8-sig")
+  assert sample.read_requests(None, str(path)) == [Request("1")]
+
+
+def test_an_empty_prompt_is_refused():
+  for text in ("", " \n"):
+    with pytest.raises(ConfigError, match="is empty: give a text"):
+      sample.read_requests(text, None)
+
+
+def test_prompts_are_checked_before_the_model_is_loaded(decoded, caplog):
+  tokenizer = decoded[0]
+  sample.check_prompts([Request("1" * 5, "1" * 3)], tokenizer, 8)
+  assert caplog.text == ""
+  with pytest.raises(ConfigError, match=r"prompt 2 of 2 has 9 tokens, more than config.serve.max_prompt_length = 8"):
+    sample.check_prompts([Request("1"), Request("1" * 6, "1" * 3)], tokenizer, 8)
+  sample.check_prompts([Request("1\u00fc"), Request("\u00e9\u00fc1")], tokenizer, 8)
+  assert "the tokenizer lacks \u00e9 \u00fc: the model sees an unknown token" in caplog.text

@@ -16,6 +16,17 @@ def test_minus_one_takes_the_devices_that_are_left():
   assert dict(sharding.make_mesh(data=-1, tensor=4).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
 
 
+def test_sizes_that_do_not_multiply_to_the_devices_are_told_what_would():
+  with pytest.raises(
+    ValueError, match=r"need 3 devices, 8 are there: set one of them to -1 and the others to divisors"
+  ):
+    sharding.make_mesh(data=3)
+  with pytest.raises(
+    ValueError, match=r"need 6 devices, 8 are there: the sizes that are not -1 must .* a divisor of 8"
+  ):
+    sharding.make_mesh(data=-1, fsdp=3)
+
+
 def test_samplers_may_have_a_mesh_of_their_own_over_the_same_devices():
   mesh, same = sharding.make_meshes(-1, 2, 1, rollout=dict(data=0, fsdp=0, tensor=0))
   assert mesh is same

@@ -33,6 +33,10 @@ def test_the_command_makes_the_file_in_the_repository():
     assert file.read() == train_tokenizer.train_model(ALPHABET)
 
 
+def test_letters_that_no_token_stands_for(tokenizer):
+  assert tokenizer.lacking("1 + \u00e9a1\n=") == "a\u00e9"
+
+
 def test_pieces_are_texts_and_names(tokenizer):
   assert [tokenizer.piece(i) for i in (*tokenizer.encode("(1"), tokenizer.eos_token_id)] == ["(", "1", "</s>"]
 

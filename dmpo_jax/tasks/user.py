@@ -164,7 +164,10 @@ class PythonTask:
 
   def records(self, split: Split) -> list[Record]:
     """Return the file's records of a split; one ValueError lists every record that cannot be used."""
-    records = list(self._module.records(split))
+    try:
+      records = list(self._module.records(split))
+    except Exception as error:  # whatever the file's function raises, or that it returned no list
+      raise ValueError(f"task.name={self.path!r}: records({split!r}): {type(error).__name__}: {error}") from error
     problems = [f"record {index}: {why}" for index, record in enumerate(records) if (why := self._problem(record))]
     sources.refuse_rows(f"task.name={self.path!r}, {split} split", problems)
     return records
@@ -195,7 +198,15 @@ class PythonTask:
     """
     if not hasattr(self._module, "demonstration"):
       raise ValueError(f"task.name={self.path!r} defines no demonstration(record, rng): set warm_start.updates to 0")
-    return self._module.demonstration(record, rng)
+    try:
+      text = self._module.demonstration(record, rng)
+    except Exception as error:  # whatever the file's function raises
+      raise ValueError(
+        f"task.name={self.path!r}: demonstration({record!r:.60}) raised {type(error).__name__}: {error}"
+      ) from error
+    if not isinstance(text, str):
+      raise ValueError(f"task.name={self.path!r}: demonstration({record!r:.60}) returned {text!r:.60}, not a text")
+    return text
 
   def flawless(self) -> "PythonTask":
     """Return this task: one kind of demonstrations is all it has."""
