@@ -3,6 +3,7 @@
 import os
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -16,18 +17,19 @@ def get_config() -> ConfigDict:
   m.init_from = ""  # a folder that launch/convert_hf.py wrote, or a run's base or policy; "": random initialisation
   m.vocab_size = 0  # ids, some of which no token may have; 0: the checkpoint's or else the tokenizer's
   m.embedding_size = 0  # rows of the embedding table; 0: the checkpoint's, or vocab_size up to a multiple of 8
-  m.d_model = 64
-  m.num_layers = 4
-  m.num_heads = 4
-  m.num_kv_heads = 4
-  m.mlp_hidden_size = 128
-  m.rope_theta = 10_000.0
-  m.rms_norm_eps = 1e-5
-  m.weight_tying = False  # the head reuses the embedding
-  m.qkv_bias = False  # queries, keys and values have biases, as in Dream
-  m.shift_logits = False  # the logits of a position predict the next one, as in Dream
+  # None: the checkpoint's, or without one that of pretrained.SMALL; what is given must be the checkpoint's
+  m.d_model = placeholder(int)
+  m.num_layers = placeholder(int)
+  m.num_heads = placeholder(int)
+  m.num_kv_heads = placeholder(int)
+  m.mlp_hidden_size = placeholder(int)
+  m.rope_theta = placeholder(float)
+  m.rms_norm_eps = placeholder(float)
+  m.weight_tying = placeholder(bool)  # the head reuses the embedding
+  m.qkv_bias = placeholder(bool)  # queries, keys and values have biases, as in Dream
+  m.shift_logits = placeholder(bool)  # the logits of a position predict the next one, as in Dream
+  m.quantization = placeholder(str)  # of the layers' projections, which it freezes: none, int8
   m.dtype = "float32"  # of activations: float32, bfloat16
-  m.quantization = "none"  # of the layers' projections, which it freezes: none, int8; must be the checkpoint's
   m.param_dtype = "float32"  # of the parameters that are trained; frozen ones too
   m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)
   m.layer_rows = 0  # rows of a device that a layer computes at one time, to hold less for the gradient; 0: all

@@ -176,7 +176,7 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> llada.LLaDA:
   Raises:
     ValueError: the checkpoint in `model.init_from` or the adapters in `model.lora.init_from` are of another model.
   """
-  own, lora = config.model, None
+  own, lora = pretrained.filled(config).model, None
   if own.lora.rank:
     lora = LoraConfig(own.lora.rank, own.lora.alpha, own.lora.dropout, tuple(own.lora.targets))
     _check_adapters(lora, own.lora.init_from)
@@ -205,7 +205,10 @@ def _check_fields(asked: Mapping[str, Any], stored: Mapping[str, Any], where: st
     if value != stored[name] and not (value == 0 and name in ("vocab_size", "embedding_size"))
   ]
   if differing:
-    raise ValueError(f"model.init_from={where!r} is of another model:\n  " + "\n  ".join(differing))
+    own = "\ntokenizer.name='huggingface' with tokenizer.path='' is its own" * any(
+      "the tokenizer has" in line for line in differing
+    )
+    raise ValueError(f"model.init_from={where!r} is of another model:\n  " + "\n  ".join(differing) + own)
 
 
 def _check_adapters(lora: LoraConfig, where: str) -> None:

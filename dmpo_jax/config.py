@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import files, tasks
 from dmpo_jax.models.llada import OLDER as OLDER_MODEL
+from dmpo_jax.pretrained import filled
 from dmpo_jax.relations import RELATIONS
 from dmpo_jax.rules import RULES
 from dmpo_jax.samplers import SAMPLERS
@@ -91,6 +92,10 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
   Raises:
     ConfigError: listing every problem as `config.path = value: what is allowed`.
   """
+  try:
+    config = filled(config)
+  except ValueError as error:
+    raise ConfigError(f"config.model.init_from: {error}") from error
   values = flatten(config)
   problems = {path: _problem(path, values) for path in dict.fromkeys([*RULES, *values])}
   for relation in RELATIONS:
@@ -219,7 +224,7 @@ def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str
     section, *rest = path.split(".")
     is_of_another = section in CHOICES and len(rest) > 1 and (section, rest[0]) not in chosen
     is_as_before = path in OLDER and value == OLDER[path]
-    if is_of_another or is_as_before or any(fnmatch(path, key) for key in may_change):
+    if value is None or is_of_another or is_as_before or any(fnmatch(path, key) for key in may_change):
       continue
     found[path] = list(value) if isinstance(value, tuple) else value
   if isinstance(found.get("tokenizer.path"), str):  # a checkout may move; its file is the same one

@@ -30,6 +30,7 @@ from dmpo_jax import buckets, command, evaluate, processes, progress, sample, se
 from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.config import ConfigError, check_workdir, flatten, validate
 from dmpo_jax.files import Unreadable
+from dmpo_jax.pretrained import filled
 from dmpo_jax.processes import ABANDONED, Absent, Stopped
 from dmpo_jax.workdir import alone_in
 
@@ -118,6 +119,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
   _check_flags()
   _check_buckets(config, workdir)  # first: whether a path exists is among what is validated
   validate(config, mode=_MODE.value)
+  config = filled(config)
   if workdir is not None:
     check_workdir(workdir, config, mode=_MODE.value)
     keep_compiled_programs(workdir)

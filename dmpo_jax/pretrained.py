@@ -7,13 +7,16 @@ config.json, tokenizer.json, ...   files of the original folder, for tokenisatio
 digests.json    of the files beside params, which has its own
 """
 
+import copy
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from dmpo_jax import files
 from dmpo_jax.digests import DIGESTS
@@ -32,6 +35,22 @@ FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.
 _TYPES = {name: typing.get_type_hints(ModelConfig)[name] for name in FIELDS}
 _REMEDY = "convert the checkpoint again"
 
+# What the configuration may leave open, and its value where no checkpoint says it: a model for tests and laptops.
+SMALL = {
+  "d_model": 64,
+  "num_layers": 4,
+  "num_heads": 4,
+  "num_kv_heads": 4,
+  "mlp_hidden_size": 128,
+  "rope_theta": 10_000.0,
+  "rms_norm_eps": 1e-5,
+  "weight_tying": False,
+  "qkv_bias": False,
+  "shift_logits": False,
+  "quantization": "none",
+}
+ROUNDING = 1e-6  # of a float that a person has typed, relative: checkpoints hold float32 ones
+
 
 class Pretrained(NamedTuple):
   """What a converted folder says of its model."""
@@ -43,6 +62,27 @@ class Pretrained(NamedTuple):
   def model_config(self, **own: Any) -> ModelConfig:
     """Build the model's configuration with the run's own fields."""
     return ModelConfig(**self.fields, **own)
+
+
+def filled(config: ConfigDict) -> ConfigDict:
+  """Return a copy of the configuration in which `model` says everything: what it left open (None) is the checkpoint's.
+
+  Without a checkpoint that describes its model it is that of SMALL. A float that is the checkpoint's but for rounding
+  becomes the checkpoint's.
+
+  Raises:
+    ValueError: the checkpoint's description cannot be used.
+  """
+  config = copy.deepcopy(config)
+  own = config.model
+  stored = read_model(own.init_from) if own.get("init_from") else None
+  fields = SMALL if stored is None else stored.fields
+  for name in SMALL.keys() & own.keys():
+    value, known = own[name], fields[name]
+    is_rounded = stored is not None and isinstance(value, float) and math.isclose(value, known, rel_tol=ROUNDING)
+    if value is None or is_rounded:
+      own[name] = known
+  return config
 
 
 def params_path(folder: epath.PathLike) -> epath.Path:

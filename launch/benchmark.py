@@ -28,6 +28,7 @@ from rich.console import Console
 
 from dmpo_jax import buckets, command, progress
 from dmpo_jax.config import validate
+from dmpo_jax.pretrained import filled
 from launch import timing
 from launch.bench_report import Disagreement, Options, write_json
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
       raise ValueError(f"unexpected argument {argv[1]!r}")
     for option in ("json", "picture"):
       buckets.refuse(f"--{option}", given[option].value)
-    results = run(argv[0], given.config, given)
+    results = run(argv[0], filled(given.config), given)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

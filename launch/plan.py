@@ -30,6 +30,7 @@ from rich.table import Table
 from dmpo_jax import buckets, command, files, progress, sharding
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.pretrained import filled
 from launch import costs, programs
 from launch.programs import PROGRAMS
 
@@ -256,7 +257,7 @@ def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice)
 
 def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool, out: str, num_slices: int = 1) -> None:
   """Compile and print; a mistake is a ValueError."""
-  where, console = find_slice(topology, num_slices), Console(width=140)
+  where, console, config = find_slice(topology, num_slices), Console(width=140), filled(config)
   if not config.tokenizer.path and not config.model.init_from:
     checked = ConfigDict(config.to_dict())
     checked.tokenizer.path = "."  # a checkpoint is asked for before training, not here

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import buckets, command, files, progress, train
 from dmpo_jax.config import validate
+from dmpo_jax.pretrained import filled
 from launch import study_arms, study_page
 from launch.study_arms import GROUPS, TASKS, TUNING_SEED, Rates, Run, bench_config, with_changes
 
@@ -216,7 +217,7 @@ def train_base(task: str, seed: int, out: pathlib.Path, common: Mapping[str, Any
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, dict[str, float]]:
   validate(config)
-  return train.train(config, epath.Path(workdir))
+  return train.train(filled(config), epath.Path(workdir))
 
 
 def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

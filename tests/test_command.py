@@ -89,6 +89,13 @@ def test_what_is_right_is_left_alone(monkeypatch, capsys):
   assert capsys.readouterr().err == ""
 
 
+def test_what_a_configuration_leaves_open_can_be_given(monkeypatch):
+  overrides = {"d_model": "48", "rope_theta": "5", "qkv_bias": "true", "quantization": "int8"}
+  _, known = parse(monkeypatch, SMOKE, *(f"--config.model.{key}={value}" for key, value in overrides.items()))
+  model = known["config"].value.model
+  assert [model[key] for key in overrides] == [48, 5.0, True, "int8"]
+
+
 def test_an_argument_too_many(capsys):
   def main(argv):
     raise app.UsageError("unexpected arguments: ['x']")

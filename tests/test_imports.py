@@ -45,7 +45,7 @@ INSIDE = {
   "sharding": {"processes"},
   "digests": {"files", "processes"},
   "command": {"config", "rules"},
-  "config": {"relations", "rules"},
+  "config": {"pretrained", "relations", "rules"},
   "checks": {"checkpoints"},
   "checkpoints": {"pretrained"},
   "data": {"tokenizer"},

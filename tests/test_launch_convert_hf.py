@@ -307,15 +307,16 @@ def test_a_run_takes_a_checkpoint_and_says_what_differs(tmp_path):
   message = str(caught.value)
   assert "config.model has d_model = 16, the checkpoint 64" in message
   assert message.count("\n") == len(sizes)
-  config.model.update(sizes)
+  config.model.update(dict.fromkeys(sizes))  # all of them left open
   model = build.build_model(config, build.make_tokenizer(config))
   assert (model.config.vocab_size, model.config.embedding_size, model.config.mask_token_id) == (300, 320, 296)
+  assert {name: getattr(model.config, name) for name in sizes} == sizes
   config.model.vocab_size = 290
   with pytest.raises(ValueError, match=r"config.model has vocab_size = 290, the checkpoint 300"):
     build.build_model(config, build.make_tokenizer(config))
   config.tokenizer.update(tiny.config().tokenizer)
   config.model.vocab_size = 0
-  with pytest.raises(ValueError, match="the tokenizer has mask_token_id = 4, the checkpoint 296"):
+  with pytest.raises(ValueError, match=r"(?s)the tokenizer has mask_token_id = 4, the checkpoint 296.*its own"):
     build.build_model(config, build.make_tokenizer(config))
 
 

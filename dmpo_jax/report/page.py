@@ -22,6 +22,7 @@ from markupsafe import Markup
 from configs import base
 from dmpo_jax import files
 from dmpo_jax.config import CHOICES, flatten
+from dmpo_jax.pretrained import filled
 from dmpo_jax.report import charts
 from dmpo_jax.report.runs import Row, Run, is_number, read_runs
 from dmpo_jax.report.tables import settings_apart
@@ -146,7 +147,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
 
   Left out are the own keywords of choices that a run has not made, and where the tokenizer's file lies.
   """
-  default = flatten(base.get_config())
+  default = flatten(filled(base.get_config()))
   found = []
   for path in sorted(set().union(*(run.config for run in runs))):
     values = [_shown(run.config[path]) if path in run.config else ABSENT for run in runs]
