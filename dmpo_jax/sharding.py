@@ -138,10 +138,10 @@ def _fit(sizes: Sequence[int], num_devices: int, num_slices: int, section: str) 
   rest = num_devices // math.prod(size for size in fitted.values() if size != -1)
   fitted = {axis: max(rest, 1) if size == -1 else size for axis, size in fitted.items()}
   if math.prod(fitted.values()) != num_devices:
-    raise ValueError(
-      f"{given} need {math.prod(fitted.values())} devices, {num_devices} are there: "
-      f"sizes have to multiply to {num_devices}; one of them may be -1, for the devices that the others leave"
-    )
+    mend = f"sizes have to multiply to {num_devices}; one of them may be -1, for the devices that the others leave"
+    if -1 in sizes:
+      mend = f"the sizes that are not -1 have to multiply to a divisor of {num_devices}"
+    raise ValueError(f"{given} need {math.prod(fitted.values())} devices, {num_devices} are there: {mend}")
   if fitted["data"] % num_slices:
     raise ValueError(
       f"{given}: {num_devices} devices are in {num_slices} slices, and data alone is split over slices: "

@@ -89,7 +89,7 @@ def test_a_policy_on_a_checkpoint_needs_nothing_but_its_folder(use_devices, tmp_
   parts = build.build_model_parts(given)
   with jax.set_mesh(parts.mesh):
     checkpoints.save_params(folder / "params", build.initial_params(given, parts))
-  pretrained.write_model(folder, "llada", parts.model.config)
+  pretrained.write_model(folder, "llada", parts.model.config, origin="")
   left_open = base.get_config()
   left_open.model.init_from = str(folder)
   found = build.build_model_parts(left_open)
