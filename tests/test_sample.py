@@ -57,7 +57,7 @@ def test_a_bad_file_is_refused_by_its_line(tmp_path, text, message):
 
 
 def test_nothing_to_read_is_refused(monkeypatch):
-  monkeypatch.setattr("sys.stdin", io.StringIO())
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
   for prompt, path, message in (
     (None, None, "standard input: holds no prompt"),
     ("1", "file", "not both"),
