@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -18,6 +19,8 @@ _SHAPE = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 _OP = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|async_execution_thread)=\{?%?([\w.-]+)")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}")
+_COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)")
 
 
@@ -68,6 +71,11 @@ class Collective(NamedTuple):
   shapes: tuple[tuple[int, ...], ...]  # of what a device has after it (reduce-scatter: before)
   size: int  # bytes of these, once
   trips: int
+  groups: tuple[tuple[int, ...], ...] = ()  # devices that communicate with each other; (): all
+
+  def crosses(self, num_together: int) -> bool:
+    """Whether it leaves the groups of so many neighbouring devices, such as those of a slice."""
+    return not self.groups or any(len({device // num_together for device in group}) > 1 for group in self.groups)
 
 
 class _Computation(NamedTuple):
@@ -159,7 +167,20 @@ def _collective(line: str, trips: int) -> Collective | None:
     operands = line[match.end() :].split("), ")[0]
     shapes = [(d, tuple(map(int, filter(None, dims.split(","))))) for d, dims in _SHAPE.findall(operands)] or shapes
   size = sum(_ITEMSIZE.get(dtype, 4) * math.prod(dims) for dtype, dims in shapes)
-  return Collective(kind, tuple(dims for _, dims in shapes), size, trips)
+  return Collective(kind, tuple(dims for _, dims in shapes), size, trips, _groups(line))
+
+
+def _groups(line: str) -> tuple[tuple[int, ...], ...]:
+  """Read which devices communicate with each other, listed or counted: [groups, devices]<=[sizes]T(their order)."""
+  listed, counted = _LISTED.search(line), _COUNTED.search(line)
+  if listed:
+    return tuple(tuple(map(int, group.split(","))) for group in listed[1].strip("{}").split("},{"))
+  if counted:
+    shape, sizes = (tuple(map(int, counted[index].split(","))) for index in (1, 2))
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    devices = devices.transpose(tuple(map(int, counted[3].split(",")))) if counted[3] else devices
+    return tuple(map(tuple, devices.reshape(shape).tolist()))
+  return ()
 
 
 def link_bytes(collectives: list[Collective]) -> float:

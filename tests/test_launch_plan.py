@@ -64,6 +64,24 @@ def test_rows_that_chips_do_not_divide_compile_for_them(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_slices_exchange_gradients_alone(tmp_path):
+  """Weights are gathered inside a slice of four chips; two slices sum up gradients of adapters, and metrics."""
+  options = ["--topology=v5e:2x2", "--slices=2", "--programs=update", "--config.rollout.num_prompts=2"]
+  options += [
+    "--config.rollout.group_size=4",
+    "--config.train.microbatch_prompts=0",
+    "--config.objective.num_replicates=2",
+  ]
+  found, shown = plan_8b(tmp_path / "plan.json", *NARROW, *options)
+  assert found["topology"] == "2 x v5e:2x2"
+  assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+  assert "mesh data 2 fsdp 4 (16 asked for) tensor 1" in shown
+  cost = found["programs"]["update"]
+  adapters = 2 * 4 * (4 * 2 * 256) * 4  # bytes: 2 layers' 4 targets of 256 x 4 and 4 x 256 numbers in float32
+  assert 0 < cost["bytes_between_slices"] < 4 * adapters
+
+
+@pytest.mark.slow
 def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
   """2 antithetic pairs a chip: a prompt's 16 rollouts of 4 masks each, 456 positions a row."""
   options = ["--topology=v5e:4x4", "--programs=update"]
@@ -201,3 +219,12 @@ def test_the_compilers_refusal_is_read(message):
 def test_a_wrong_topology_is_one_message():
   with pytest.raises(ValueError, match="--topology=v5e:4by4"):
     plan.find_slice("v5e:4by4")
+
+
+def test_what_goes_between_slices_is_shown():
+  found = cost(bytes_between_slices=2.5e9)
+  cells = [
+    next(column for column in plan.table([found], where).columns if column.header == "collectives")
+    for where in (some_slice(), some_slice()._replace(num_slices=2))
+  ]
+  assert ["between slices 2.50 GB" in next(iter(column.cells)) for column in cells] == [False, True]
