@@ -11,8 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from dmpo_jax import progress
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 POLL_SECONDS = 0.1
+SHOWN = 80  # characters of a process's last line
 HEARTBEAT_SECONDS = 10  # a process that was silent for so long is taken for dead
 
 
@@ -71,7 +74,7 @@ class Job:
         raise Failed(f"waiting for {what}: process {ended[0]} ended with {code}", self.logs[ended[0]])
       if time.monotonic() > deadline:
         raise Failed(f"waiting for {what}: not in {seconds:.0f} s", self.logs[0])
-      time.sleep(POLL_SECONDS)
+      self._pause()
 
   def codes(self, seconds: float) -> list[int]:
     """Wait until all processes have ended; return the exit codes as a shell tells them (128 + n for signal n).
@@ -80,11 +83,10 @@ class Job:
       Failed: one is still running after so long.
     """
     deadline = time.monotonic() + seconds
-    for index, process in enumerate(self.processes):
-      try:
-        process.wait(max(deadline - time.monotonic(), 0.001))
-      except subprocess.TimeoutExpired:
-        raise Failed(f"process {index} did not end within {seconds:.0f} s", self.logs[index]) from None
+    while left := [index for index, process in enumerate(self.processes) if process.poll() is None]:
+      if time.monotonic() > deadline:
+        raise Failed(f"process {left[0]} did not end within {seconds:.0f} s", self.logs[left[0]])
+      self._pause()
     return [128 - process.returncode if process.returncode < 0 else process.returncode for process in self.processes]
 
   def expect(self, wanted: Sequence[int], seconds: float) -> None:
@@ -104,7 +106,14 @@ class Job:
 
   def output(self) -> str:
     """What process 0 printed."""
-    return self.logs[0].read_text()
+    return self.logs[0].read_text(errors="replace")  # a line may be half written
+
+  def _pause(self) -> None:
+    """Wait for a moment, and show what process 0 is at."""
+    said = [line for line in self.output().splitlines() if line.strip() and not line.startswith("[Gloo]")]
+    newest = said[-1][:SHOWN].translate(str.maketrans("[]", "()")) if said else ""  # brackets are rich's markup
+    progress.part(f"{self.logs[0].parent.name}: {newest}")
+    time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
