@@ -14,7 +14,7 @@ from dmpo_jax.models import convert
 from dmpo_jax.shards import Shards
 from dmpo_jax.tokenizer import HuggingFaceTokenizer
 from launch.outcome import compare
-from launch.rehearse import checkpoint, checks, jobs, task
+from launch.rehearse import bucket, checkpoint, checks, jobs, task
 from launch.rehearse.jobs import Failed
 from launch.rehearse.shrink import shrink
 
@@ -230,6 +230,25 @@ def test_mistakes_are_named(tmp_path, options, message):
   assert done.returncode == 2, done.stderr[-2000:]
   assert message in done.stderr
   assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("workdir", "message"),
+  [
+    ("gs://bucket/used", "--workdir=gs://bucket/used is not empty: give a new path, or remove it"),
+    ("gs://absent/new", "--workdir=gs://absent/new: there is no bucket absent"),
+  ],
+)
+def test_a_bucket_of_the_users_is_asked_first(monkeypatch, tmp_path, workdir, message):
+  with bucket.running(("bucket",), tmp_path / "bucket") as emulator:
+    emulator.buckets.put("bucket", "used/file", b"", {})
+    for name, value in emulator.environment.items():
+      monkeypatch.setenv(name, value)
+    options = ("--config=configs/llada_8b.py", f"--out={tmp_path / 'out'}", f"--workdir={workdir}")
+    done = finish(begin(*options, module="launch.rehearse"), timeout=120)
+  assert done.returncode == 2, done.stderr[-2000:]
+  assert message in done.stderr
+  assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

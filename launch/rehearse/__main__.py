@@ -54,6 +54,9 @@ MARK = "rehearsal"  # a file by which a folder is known as an earlier rehearsal'
 
 def main(argv: Sequence[str]) -> None:
   """Rehearse and print the table; exit code 1 if a check failed, 2 for a mistake in the command."""
+  jax.config.update("jax_platforms", "cpu")
+  absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what older versions of it would have written
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of which TensorFlow would speak
   try:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
@@ -62,9 +65,6 @@ def main(argv: Sequence[str]) -> None:
     _make_anew(folder)
   except ConfigError as error:
     command.complain(error)
-  jax.config.update("jax_platforms", "cpu")
-  absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what older versions of it would have written
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of which TensorFlow would speak
   with _bucket(folder) as (root, environment):
     threads = 2 * _DEVICES.value
     hosts = Hosts(_PROCESSES.value, _DEVICES.value, threads, folder / "hosts", environment)
@@ -113,9 +113,11 @@ def _check_flags() -> pathlib.Path:
   """Check the flags; return the local folder."""
   if _PROCESSES.value % 2:
     raise ConfigError(f"--processes={_PROCESSES.value}: must be even, as the run goes on with half of them")
-  if _WORKDIR.value and not _WORKDIR.value.startswith("gs://"):
+  if _WORKDIR.value and not buckets.is_in_bucket(_WORKDIR.value):
     raise ConfigError(f"--workdir={_WORKDIR.value}: must be a gs:// path; leave it out for a bucket in memory")
   buckets.check({}, {"--workdir": _WORKDIR.value})
+  if _WORKDIR.value and (root := epath.Path(_WORKDIR.value)).exists() and any(root.iterdir()):
+    raise ConfigError(f"--workdir={_WORKDIR.value} is not empty: give a new path, or remove it")
   buckets.refuse("--out", _OUT.value)
   folder = pathlib.Path(_OUT.value).expanduser().resolve()
   if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -172,10 +174,7 @@ def _check_start(config: ConfigDict) -> None:
 def _bucket(folder: pathlib.Path) -> Iterator[tuple[epath.Path, dict[str, str]]]:
   """The folder of a bucket to work in, and the variables by which processes find it."""
   if _WORKDIR.value:
-    root = epath.Path(_WORKDIR.value)
-    if root.exists() and any(root.iterdir()):
-      command.complain(f"--workdir={root} is not empty: give a new path, or remove it")
-    yield root, {}
+    yield epath.Path(_WORKDIR.value), {}
     return
   with bucket.running(("bucket",), folder / "bucket") as emulator:
     os.environ.update(emulator.environment)  # this process looks at what the runs leave, too

@@ -152,7 +152,7 @@ def sample(plan: Plan) -> list[str]:
 
 def export(plan: Plan) -> list[str]:
   """Export to Hugging Face's layout, and convert that again: what was not trained must come back as it was."""
-  out, again = plan.folder / "exported", plan.folder / "converted_again"
+  out, again = plan.bucket / "exported", plan.folder / "converted_again"
   with jobs.running(
     "launch.export_hf", [f"--run={plan.run}", f"--out={out}"], plan.one_host, plan.logs("export")
   ) as job:
@@ -181,7 +181,7 @@ STEPS = (
   Step("resume", "on half the hosts with twice the devices, to its end", resume),
   Step("evaluate", "--mode=eval", evaluate),
   Step("sample", "--mode=sample", sample),
-  Step("export", "launch.export_hf, to this machine", export),
+  Step("export", "launch.export_hf into the bucket, and converted again", export),
 )
 
 
