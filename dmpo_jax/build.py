@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -32,7 +32,6 @@ from dmpo_jax.workdir import folder_beside
 logger = logging.getLogger(__name__)
 
 EMBEDDING_MULTIPLE = 8  # rows of the embedding table come in this many, so that mesh axes divide it
-SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
 
 
 @runtime_checkable
@@ -179,12 +178,12 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> llada.LLaDA:
   own, lora = pretrained.filled(config).model, None
   if own.lora.rank:
     lora = LoraConfig(own.lora.rank, own.lora.alpha, own.lora.dropout, tuple(own.lora.targets))
-    _check_adapters(lora, own.lora.init_from)
+    pretrained.check_adapter(lora, own.lora.init_from)
   fields = {name: own[name] for name in pretrained.FIELDS if name in own}
-  fields |= {name: getattr(vocabulary, name) for name in SPECIAL_IDS}
+  fields |= {name: getattr(vocabulary, name) for name in pretrained.SPECIAL_IDS}
   checkpoint = pretrained.read_model(own.init_from) if own.init_from else None
   if checkpoint is not None:
-    _check_fields(fields, checkpoint.fields, own.init_from)
+    pretrained.check_model(fields, checkpoint.fields, own.init_from)
     fields = checkpoint.fields
   fields["vocab_size"] = fields["vocab_size"] or vocabulary.vocab_size
   fields["embedding_size"] = fields["embedding_size"] or _round_up(fields["vocab_size"], EMBEDDING_MULTIPLE)
@@ -195,34 +194,6 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> llada.LLaDA:
       **fields, dtype=own.dtype, param_dtype=own.param_dtype, remat=own.remat, layer_rows=own.layer_rows, lora=lora
     )
   )
-
-
-def _check_fields(asked: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
-  """Compare what the configuration and the tokenizer say of the model with what its checkpoint says."""
-  differing = [
-    f"{'the tokenizer' if name in SPECIAL_IDS else 'config.model'} has {name} = {value}, the checkpoint {stored[name]}"
-    for name, value in asked.items()
-    if value != stored[name] and not (value == 0 and name in ("vocab_size", "embedding_size"))
-  ]
-  if differing:
-    own = "\ntokenizer.name='huggingface' with tokenizer.path='' is its own" * any(
-      "the tokenizer has" in line for line in differing
-    )
-    raise ValueError(f"model.init_from={where!r} is of another model:\n  " + "\n  ".join(differing) + own)
-
-
-def _check_adapters(lora: LoraConfig, where: str) -> None:
-  """Compare the adapters that the configuration asks for with those that it starts from."""
-  stored = pretrained.read_adapter(where) if where else None
-  if stored is None:
-    return
-  differing = [
-    f"config.model.lora has {name} = {getattr(lora, name)}, the adapters {getattr(stored, name)}"
-    for name in ("rank", "alpha", "targets")
-    if getattr(lora, name) != getattr(stored, name)
-  ]
-  if differing:
-    raise ValueError(f"model.lora.init_from={where!r} holds other adapters:\n  " + "\n  ".join(differing))
 
 
 def _round_up(number: int, multiple: int) -> int:

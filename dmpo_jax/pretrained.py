@@ -32,6 +32,7 @@ SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")  # that travel al
 # Fields of the model that a checkpoint decides; the others are the run's own.
 OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora")
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
+SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")  # those that the tokenizer has, too
 _TYPES = {name: typing.get_type_hints(ModelConfig)[name] for name in FIELDS}
 _REMEDY = "convert the checkpoint again"
 
@@ -127,6 +128,41 @@ def read_adapter(folder: epath.PathLike) -> LoraConfig | None:
 def write_adapter(folder: epath.Path, lora: LoraConfig) -> None:
   """Say what the adapters in a folder's parameters are."""
   (folder / ADAPTER_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
+
+
+def check_model(asked: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+  """Compare what the configuration and the tokenizer say of the model with what its checkpoint says.
+
+  Raises:
+    ValueError: listing what differs.
+  """
+  differing = [
+    f"{'the tokenizer' if name in SPECIAL_IDS else 'config.model'} has {name} = {value}, the checkpoint {stored[name]}"
+    for name, value in asked.items()
+    if value != stored[name] and not (value == 0 and name in ("vocab_size", "embedding_size"))
+  ]
+  if differing:
+    if any(asked[name] != stored[name] for name in SPECIAL_IDS):
+      differing.append("(the folder's own tokenizer is tokenizer.name='huggingface' with tokenizer.path='')")
+    raise ValueError(f"model.init_from={where!r} is of another model:\n  " + "\n  ".join(differing))
+
+
+def check_adapter(lora: LoraConfig, where: str) -> None:
+  """Compare the adapters that the configuration asks for with those that it starts from.
+
+  Raises:
+    ValueError: listing what differs.
+  """
+  stored = read_adapter(where) if where else None
+  if stored is None:
+    return
+  differing = [
+    f"config.model.lora has {name} = {getattr(lora, name)}, the adapters {getattr(stored, name)}"
+    for name in ("rank", "alpha", "targets")
+    if getattr(lora, name) != getattr(stored, name)
+  ]
+  if differing:
+    raise ValueError(f"model.lora.init_from={where!r} holds other adapters:\n  " + "\n  ".join(differing))
 
 
 def copy_side_files(source: epath.Path, out: epath.Path) -> None:

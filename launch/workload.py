@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import build
+from dmpo_jax import build, pretrained
 from dmpo_jax.measure import Policies
 from dmpo_jax.models.llada import LLaDA, ModelConfig
 from dmpo_jax.structs import Experience, Prompts
@@ -90,7 +90,7 @@ def _experience(config: ConfigDict, model: LLaDA) -> Experience:
 
 def ordinary_ids(config: ModelConfig) -> np.ndarray:
   """List the ids that are no special token's."""
-  special = [getattr(config, name) for name in build.SPECIAL_IDS]
+  special = [getattr(config, name) for name in pretrained.SPECIAL_IDS]
   return np.setdiff1d(np.arange(config.vocab_size), special).astype(np.int32)
 
 

@@ -316,7 +316,7 @@ def test_a_run_takes_a_checkpoint_and_says_what_differs(tmp_path):
     build.build_model(config, build.make_tokenizer(config))
   config.tokenizer.update(tiny.config().tokenizer)
   config.model.vocab_size = 0
-  with pytest.raises(ValueError, match=r"(?s)the tokenizer has mask_token_id = 4, the checkpoint 296.*its own"):
+  with pytest.raises(ValueError, match=r"(?s)the tokenizer has mask_token_id = 4, the checkpoint 296.*folder's own"):
     build.build_model(config, build.make_tokenizer(config))
 
 
