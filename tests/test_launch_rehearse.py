@@ -64,6 +64,9 @@ def test_the_published_widths():
     ({"model.num_layers": 1, "train.num_buffers": 1}, {"model.num_layers": 1, "train.num_buffers": 3}),
     ({"rollout.chunk_prompts": 4}, {"rollout.chunk_prompts": 4}),
     ({"rollout.chunk_prompts": 32}, {"rollout.chunk_prompts": 8}),
+    ({"eval.batch_size": 64}, {"eval.batch_size": 8, "eval.num_prompts": 16}),
+    ({"eval.num_prompts": 0}, {"eval.num_prompts": 16}),
+    ({"model.d_model": None, "model.num_heads": None, "model.num_kv_heads": None}, {"model.d_model": None}),
     ({"sampler.block_length": 256, "sampler.steps": 256}, {"sampler.block_length": 16, "sampler.steps": 16}),
     ({"train.updates_per_buffer": 1}, {"train.updates_per_buffer": 1}),
     ({"model.vocab_size": 100, "model.embedding_size": 128}, {"model.vocab_size": 504, "model.embedding_size": 512}),
@@ -82,7 +85,7 @@ def test_the_checkpoint_is_one_of_the_family_with_a_tokenizer_that_fits(tmp_path
   count = checkpoint.write(tmp_path / "hf", config)
   about = json.loads((tmp_path / "hf" / "config.json").read_text())
   model = convert.model_config_from_hf(about)
-  assert (model.d_model, model.shift_logits) == (config.model.d_model, config.model.shift_logits)
+  assert (model.d_model, model.shift_logits) == (config.model.d_model, bool(config.model.shift_logits))
   stored = Shards(epath.Path(tmp_path / "hf")).tensors
   assert sum(int(np.prod(tensor.shape)) for tensor in stored.values()) == count
   places = convert.checkpoint_places(model, convert.family_of(about))
@@ -153,8 +156,8 @@ def test_an_evaluation_that_lacks_a_setting(tmp_path):
   (workdir / "evaluation").mkdir()
   rows = [{"task": "sudoku", "policy": "last", "num_prompts": 3}] * 2
   (workdir / "evaluation" / "result.json").write_text(json.dumps(rows))
-  assert checks.evaluations(workdir, ["sudoku"], 2, 3) == "2 settings of 3 prompts each"
-  for arguments in ((["sudoku"], 3, 3), (["sudoku", "countdown"], 2, 3), (["sudoku"], 2, 4)):
+  assert checks.evaluations(workdir, {"sudoku": 3}, 2) == "2 settings on 3 prompts of sudoku"
+  for arguments in (({"sudoku": 3}, 3), ({"sudoku": 3, "countdown": 3}, 2), ({"sudoku": 4}, 2)):
     with pytest.raises(Failed, match="evaluation complete"):
       checks.evaluations(workdir, *arguments)
 

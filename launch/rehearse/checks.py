@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -60,18 +60,16 @@ def _every_prompt_once(path: epath.Path, num_prompts: int) -> None:
     raise Failed(f"no prompt twice or lost: {path} has, by index, {wrong} where each of {num_prompts} comes once")
 
 
-def evaluations(workdir: epath.Path, tasks: Sequence[str], num_settings: int, num_prompts: int) -> str:
-  """`--mode=eval` has measured the last and the best policy on every task with every setting."""
+def evaluations(workdir: epath.Path, num_prompts: Mapping[str, int], num_settings: int) -> str:
+  """`--mode=eval` has measured the last and the best policy on every prompt of every task, with every setting."""
   rows = json.loads((workdir / "evaluation" / "result.json").read_text())
-  found = collections.Counter((row["task"], row["policy"]) for row in rows)
+  found = collections.Counter((row["task"], row["policy"], row["num_prompts"]) for row in rows)
   policies = ["last", *(["best"] if (workdir / "best").exists() else [])]
-  wanted = {(task, policy): num_settings for task in tasks for policy in policies}
+  wanted = {(task, policy, num): num_settings for task, num in num_prompts.items() for policy in policies}
   if found != wanted:
-    raise Failed(f"evaluation complete: {workdir}/evaluation/result.json has {dict(found)}, not {wanted}")
-  counts = {row["num_prompts"] for row in rows}
-  if counts != {num_prompts}:
-    raise Failed(f"evaluation complete: {workdir}/evaluation/result.json counts {counts} prompts, not {num_prompts}")
-  return f"{len(rows)} settings of {num_prompts} prompts each"
+    path = workdir / "evaluation" / "result.json"
+    raise Failed(f"evaluation complete: {path} has, by task, policy and prompts, {dict(found)}, not {wanted}")
+  return f"{len(rows)} settings on {', '.join(f'{num} prompts of {task}' for task, num in num_prompts.items())}"
 
 
 def ends_alike(undisturbed: epath.Path, disturbed: epath.Path) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dmpo_jax import pretrained
 from dmpo_jax.config import flatten
 
 HEAD_DIM = 16
@@ -26,8 +27,12 @@ MOST = {  # keys that are cut to a number of their own
   "train.updates_per_buffer": 2,
   "eval.every_buffers": 2,
   "eval.num_prompts": 16,
-  "eval.batch_size": 16,
   "checkpoint.every_updates": 3,
+}
+PARTS = {
+  "rollout.chunk_prompts": "rollout.num_prompts",
+  "train.microbatch_prompts": "rollout.num_prompts",
+  "eval.batch_size": "eval.num_prompts",
 }
 
 
@@ -35,14 +40,15 @@ def shrink(config: ConfigDict) -> dict[str, tuple[Any, Any]]:
   """Say which keys become what, by their paths: (old, new). All others stay as they are.
 
   Ratios are kept: query heads for each key head, feed-forward to model width, model calls for each token, adapters'
-  alpha to their rank. Where chunks or microbatches were parts of a buffer, there are two.
+  alpha to their rank. Where chunks, microbatches or batches were parts of a whole, there are two.
   """
-  old = flatten(config)
+  old = flatten(pretrained.filled(config))  # what is left open is small in the checkpoint that is made for it
   new: dict[str, Any] = {path: min(old[path], most) for path, most in MOST.items()}
   new |= _model(old) | _lengths(old, new) | {"train.num_buffers": BUFFERS}
-  for path in ("rollout.chunk_prompts", "train.microbatch_prompts"):
-    is_part = 0 < old[path] < old["rollout.num_prompts"]
-    new[path] = new["rollout.num_prompts"] // 2 if is_part else min(old[path], new["rollout.num_prompts"])
+  new["eval.num_prompts"] = new["eval.num_prompts"] or MOST["eval.num_prompts"]  # 0 is all
+  for path, whole in PARTS.items():
+    is_part = 0 < old[path] < old[whole]
+    new[path] = max(new[whole] // 2, 1) if is_part else min(old[path], new[whole])
   every, updates = "objective.sync_reference_every", "train.updates_per_buffer"
   new[every] = new[updates] if old[every] == old[updates] else min(old[every], new[updates])
   has_warm_start = old["warm_start.updates"] > 0

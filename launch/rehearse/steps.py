@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
+from dmpo_jax.tasks import user
 from launch.outcome import arrays, compare
 from launch.rehearse import checkpoint, checks, jobs
 from launch.rehearse.jobs import Failed, Hosts, Job
@@ -53,6 +54,13 @@ class Plan:
   def one_host(self) -> Hosts:
     """For commands that need no slice."""
     return dataclasses.replace(self.hosts, processes=1, devices=1)
+
+  def num_held_out(self, task: str) -> int:
+    """How many prompts of a task are evaluated: a user's file may have fewer than are asked for."""
+    num = self.config.eval.num_prompts
+    if not user.is_file(task):
+      return num
+    return min(len(list(user.load(task, grader=self.config.task.user.grader).records("test"))), num)
 
   def logs(self, step: str) -> pathlib.Path:
     """Where a step's processes write what they print."""
@@ -132,11 +140,11 @@ def resume(plan: Plan) -> list[str]:
 def evaluate(plan: Plan) -> list[str]:
   """Evaluate the policies; where no tasks are named, on one whose prompts are made on each host."""
   own = plan.config.eval
-  tasks = own.tasks or ("sudoku",)
-  with plan.start("eval", plan.run, plan.others, "--mode=eval", f"--config.eval.tasks={tuple(tasks)!r}") as job:
+  names = tuple(own.tasks or ("sudoku",))
+  with plan.start("eval", plan.run, plan.others, "--mode=eval", f"--config.eval.tasks={names!r}") as job:
     _finish(job, plan.others)
   num_settings = max(len(own.lengths), 1) * max(len(own.samplers), 1)
-  return [checks.evaluations(plan.run, tasks, num_settings, own.num_prompts)]
+  return [checks.evaluations(plan.run, {name: plan.num_held_out(name) for name in names}, num_settings)]
 
 
 def sample(plan: Plan) -> list[str]:
@@ -197,7 +205,7 @@ def _whole(plan: Plan, workdir: epath.Path) -> list[str]:
   """Check what a finished run must have left."""
   return [
     checks.rows_in_order(workdir, plan.config.train.num_buffers),
-    checks.generations(workdir, plan.config.eval.num_prompts),
+    checks.generations(workdir, plan.num_held_out(plan.config.task.name)),
     checks.exists(workdir / "report.html", "report"),
   ]
 
