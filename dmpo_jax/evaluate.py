@@ -26,7 +26,7 @@ from dmpo_jax import files, grading, noise, progress, sharding, tasks
 from dmpo_jax.build import Parts, base_name, build_parts, load_policies, make_sample
 from dmpo_jax.checkpoints import Preempted, check_preemption, identity, read_about
 from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
-from dmpo_jax.measure import Policies
+from dmpo_jax.measure import Policies, check_confidence
 from dmpo_jax.metrics import read_result
 from dmpo_jax.processes import HostShare, gather_texts
 from dmpo_jax.report import tables
@@ -219,6 +219,7 @@ def evaluate(
 
   Raises:
     Preempted: between two batches, those before it kept.
+    NotFinite: see `measure.check_confidence`.
   """
   start, compiled_before, num = time.monotonic(), seconds_compiling(), len(records)
   key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, max(num, 1))
@@ -238,6 +239,7 @@ def evaluate(
   for batch, following in itertools.zip_longest(batches, batches[1:]):
     progress.part("evaluating prompts", len({line["index"] for line in lines}), num)
     rollouts = jax.device_get(ahead)
+    check_confidence(rollouts)
     finish = _grade_batch(grading, tokenizer, records, rollouts, batch)
     notice = None
     try:

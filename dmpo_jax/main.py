@@ -30,6 +30,7 @@ from dmpo_jax import buckets, command, evaluate, processes, progress, sample, se
 from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.config import ConfigError, check_workdir, flatten, validate
 from dmpo_jax.files import Unreadable
+from dmpo_jax.measure import NotFinite
 from dmpo_jax.pretrained import filled
 from dmpo_jax.processes import ABANDONED, Absent, Stopped
 from dmpo_jax.workdir import alone_in
@@ -96,15 +97,15 @@ def _explain(error: Exception) -> tuple[int, str]:
   match error:
     case ConfigError() | Unreadable():
       return command.MISTAKE, str(error)
-    case train.Diverged() | Stopped() | OSError():
+    case train.Diverged() | NotFinite() | Stopped() | OSError():
       return 1, str(error)
     case Absent():
       return ABANDONED, f"{error}; its own log says what it was doing"
     case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
       return 1, (
-        f"a device's memory is not enough: {first}\nLess of it is needed with a smaller rollout.chunk_prompts or "
-        "train.microbatch_prompts, with model.layer_rows, or with model.remat='full'; python -m launch.plan says what "
-        "a program takes"
+        f"a device's memory is not enough: {first}\nLess of it is needed with a smaller rollout.chunk_prompts, "
+        "eval.batch_size or train.microbatch_prompts, with model.layer_rows, or with model.remat='full'; "
+        "python -m launch.plan says what a program takes"
       )
     case jax.errors.JaxRuntimeError() if _which_process():
       return ABANDONED, (

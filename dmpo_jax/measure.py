@@ -28,6 +28,24 @@ from dmpo_jax.sharding import replicated
 from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts
 
 
+class NotFinite(RuntimeError):
+  """The model gives no probabilities: its parameters hold NaN or infinities, or it overflows."""
+
+
+def check_confidence(rollouts: Rollouts) -> None:
+  """Stop where no rollout of a sampler's call has a probability for what it holds.
+
+  Raises:
+    NotFinite: there is none.
+  """
+  is_finite = np.isfinite(rollouts.confidence).all(-1)
+  if is_finite.size and not is_finite.any():
+    raise NotFinite(
+      f"none of {is_finite.size} rollouts has finite probabilities: the parameters hold NaN or infinities, or the "
+      "model overflows in model.dtype. See that model.init_from and model.lora.init_from are whole"
+    )
+
+
 class Policies(NamedTuple):
   """The policy that draws the rollouts, and the reference."""
 

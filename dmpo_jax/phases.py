@@ -7,6 +7,7 @@ hold rollouts (or demonstrations too, where the objective is supervised).
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -36,6 +37,8 @@ from dmpo_jax.models import llada
 from dmpo_jax.objectives import OBJECTIVES, needs_of, weights
 from dmpo_jax.objectives.estimators import make_estimator
 from dmpo_jax.structs import Drawn, Experience, TrainState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +275,10 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
       buffer=buffer,
       **common,
     )
+    lack = rollout.lack_of_signal(experience.reward, experience.is_kept, compares=_compares(config.objective))
+    if lack and jax.process_index() == 0:
+      logger.warning("buffer %d: %s", buffer + 1, lack)
+    metrics["without_signal"] = float(bool(lack))
     prompts_counted = {"prompts_skipped": parts.prompts.num_skipped, "prompts_cut": parts.prompts.num_cut}
     return experience, metrics | {name: float(count) for name, count in prompts_counted.items()}
 
@@ -303,6 +310,12 @@ def training_measure(config: ConfigDict, parts: Placed) -> Measure:
     seed=config.seed,
     with_reference=needs == "ratio_and_reference",
   )
+
+
+def _compares(objective: ConfigDict) -> bool:
+  """Whether a loss learns from the differences of rewards inside a group alone."""
+  is_weighted = OBJECTIVES[objective.name].needs == "weights"
+  return not (is_weighted and objective.weighting == "reward" and objective.baseline == "none")
 
 
 def _of_seed(seed: int, update: Callable) -> Callable:

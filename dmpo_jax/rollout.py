@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from dmpo_jax import noise, progress, samplers
 from dmpo_jax.checkpoints import Preempted
 from dmpo_jax.grading import Grades, Grading, grade
-from dmpo_jax.measure import Measure, Policies, chunks, concatenate, fetch_ahead, log_confidence
+from dmpo_jax.measure import Measure, Policies, check_confidence, chunks, concatenate, fetch_ahead, log_confidence
 from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
@@ -61,6 +61,7 @@ def draw(
 
   Raises:
     Preempted: between two chunks, with those that are finished.
+    NotFinite: see `measure.check_confidence`.
   """
   watch, key = Stopwatch(), noise.step_key(seed, "rollout", buffer)
   parts = chunks(len(records), chunk_prompts)
@@ -88,6 +89,7 @@ def draw(
   results = fetch_ahead(calls + [functools.partial(score_part, *each) for each in to_score])
   try:
     for (_, part), rollouts in zip(to_sample, results, strict=False):
+      check_confidence(rollouts)
       sampled.append(rollouts)
       waits.append(grade(grading, tokenizer, records[part], rollouts.completion))
     watch.lap("sample")
@@ -306,6 +308,21 @@ class Stopwatch:
     """The seconds, and the completion tokens a second, of each phase."""
     seconds = {f"seconds_{name}": value for name, value in self.seconds.items()}
     return seconds | {f"tokens_per_second_{name}": tokens / value for name, value in self.seconds.items()}
+
+
+def lack_of_signal(reward: Float[np.ndarray, "p g"], is_kept: Bool[np.ndarray, "p g"], *, compares: bool) -> str:
+  """Say that the rewards of a buffer teach nothing; "" where they teach something.
+
+  Args:
+    compares: the objective learns from differences inside a group; else from the rewards themselves.
+  """
+  num, highest = len(reward), np.where(is_kept, reward, -np.inf).max(-1)
+  if not reward[is_kept].any():
+    return f"no signal: all rewards equal in {num} of {num} groups, all are 0"
+  if not compares or (highest > np.where(is_kept, reward, np.inf).min(-1)).any():
+    return ""
+  alone = ", as rollout.group_size=1 leaves nothing to compare" if reward.shape[1] == 1 else ""
+  return f"no signal: all rewards equal in {num} of {num} groups{alone}"
 
 
 def describe(

@@ -23,7 +23,7 @@ from dmpo_jax import files, noise
 from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_sample
 from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_ids
-from dmpo_jax.measure import Policies
+from dmpo_jax.measure import Policies, check_confidence
 from dmpo_jax.processes import meet
 from dmpo_jax.progress import Progress
 from dmpo_jax.rollout import Compiled
@@ -115,6 +115,7 @@ def decode(
     prompts = encode(batch, numbers[start : start + size], parts.tokenizer, num_rows=size)
     sample.compile(policies, prompts, key)
     rollouts, seconds = _run(functools.partial(sample, policies, prompts, key), watcher, len(batch))
+    check_confidence(rollouts)
     rollouts = jax.tree.map(operator.itemgetter((slice(len(batch)), 0)), rollouts)
     yield from zip(batch, describe(rollouts, parts.tokenizer, seconds), strict=True)
 

@@ -36,7 +36,7 @@ PAGE = "report.html"  # the run to look at, in the workdir
 
 
 class Diverged(RuntimeError):
-  """Too many updates in a row were not finite; the last good parameters are in the checkpoint."""
+  """Too many updates in a row, or all of a run, were not finite; the last good parameters are in the checkpoint."""
 
 
 @dataclasses.dataclass
@@ -140,15 +140,12 @@ def run(
           if is_new and position.buffer:
             shown.advance(**position.scalars)
           step, is_done = int(state.step), position.buffer >= phase.num_buffers
-          is_diverged = int(state.num_skipped_in_a_row) >= config.optim.max_skips_in_a_row
+          problem = find_problem(phase, state, config.optim.max_skips_in_a_row, is_done=is_done)
           is_last_draw = phase.is_pipelined and step == phase.drawn_at(phase.num_buffers)
-          if is_done or is_diverged or is_last_draw or (step and step % config.checkpoint.every_updates == 0):
+          if is_done or problem or is_last_draw or (step and step % config.checkpoint.every_updates == 0):
             checkpoints.save(step, state, experience, dataclasses.asdict(position), drawn)
-          if is_diverged:
-            raise Diverged(
-              f"{int(state.num_skipped_in_a_row)} updates in a row had a loss or gradient that was not finite (phase "
-              f"{phase.name}, update {step}); a smaller optim.learning_rate or optim.clip_norm may help"
-            )
+          if problem:
+            raise Diverged(problem)
           if is_done:
             return state, position
           check_preemption()
@@ -165,6 +162,17 @@ def run(
         drawn = drawn if notice.drawn is None else notice.drawn
         checkpoints.save(int(state.step), state, experience, dataclasses.asdict(position), drawn)
         raise
+
+
+def find_problem(phase: Phase, state: TrainState, most_in_a_row: int, *, is_done: bool) -> str:
+  """Say why the phase cannot go on, or has come to nothing, as its updates were not finite; "" where it can."""
+  step, skipped, in_a_row = int(state.step), int(state.num_skipped), int(state.num_skipped_in_a_row)
+  what = f"had a loss or gradient that was not finite (phase {phase.name}, update {step})"
+  if in_a_row >= most_in_a_row:
+    return f"{in_a_row} updates in a row {what}; a smaller optim.learning_rate or optim.clip_norm may help"
+  if is_done and 0 < step == skipped:
+    return f"all {step} updates {what} and were skipped, so nothing was learned"
+  return ""
 
 
 def with_begun(phase: Phase, position: Position) -> Phase:

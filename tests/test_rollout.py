@@ -222,6 +222,39 @@ def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_dev
   np.testing.assert_array_equal(*rewards)
 
 
+@pytest.mark.parametrize(
+  ("reward", "compares", "said"),
+  [
+    ([[0, 0], [0, 0]], True, "no signal: all rewards equal in 2 of 2 groups, all are 0"),
+    ([[0, 0], [0, 0]], False, "no signal: all rewards equal in 2 of 2 groups, all are 0"),
+    ([[1, 1], [2, 2]], True, "no signal: all rewards equal in 2 of 2 groups"),
+    ([[1, 1], [2, 2]], False, ""),
+    ([[1, 1], [2, 1]], True, ""),
+    (
+      [[1], [2]],
+      True,
+      "no signal: all rewards equal in 2 of 2 groups, as rollout.group_size=1 leaves nothing to compare",
+    ),
+    ([[1, math.nan], [2, 2]], True, "no signal: all rewards equal in 2 of 2 groups"),
+  ],
+)
+def test_rewards_that_teach_nothing_are_told(reward, compares, said):
+  reward = np.array(reward, np.float32)
+  assert rollout.lack_of_signal(reward, np.isfinite(reward), compares=compares) == said
+
+
+def test_parameters_that_are_not_finite_stop_the_first_call(folder, use_devices):
+  use_devices(1)
+  config = tiny.config(warm_start__updates=0)
+  parts = build.build_parts(config, folder / "run")
+  with jax.set_mesh(parts.mesh):
+    params = jax.tree.map(lambda x: x * np.nan, build.initial_params(config, parts))
+    phase, state = phases.training_phase(config, folder / "run", parts, params)
+    for work in (lambda: phase.draw(state, 0), lambda: phase.evaluate(state.trainable, 0)):
+      with pytest.raises(NotFinite, match="of 16 rollouts has finite probabilities: the parameters hold NaN"):
+        work()
+
+
 def test_counted_positions_end_with_the_first_eos():
   completion = np.array([[5, 2, 5, 2], [5, 5, 5, 5], [2, 2, 2, 2]], np.int32)
   until = rollout.count_positions(completion, 2, "until_eos")

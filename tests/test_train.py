@@ -190,3 +190,22 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path, monkeypatc
     train.main(own, workdir)
   assert (workdir / "checkpoints" / "train" / "2").exists()
   assert metrics.read_result(workdir) is None
+
+
+def test_a_run_whose_updates_were_all_skipped_has_not_ended_well(tmp_path, monkeypatch):
+  own, workdir = config(warm_start__updates=0, train__num_buffers=1), epath.Path(tmp_path / "run")
+  monkeypatch.setattr(weights, "importance_weights", lambda reward, *args, **keywords: (reward * np.nan,) * 2)
+  for _ in range(2):  # nor when it is started again
+    with pytest.raises(train.Diverged, match="all 2 updates had a loss or gradient that was not finite"):
+      train.main(own, workdir)
+  assert metrics.read_result(workdir) is None
+
+
+def test_a_run_without_a_signal_says_so(tmp_path, capsys, caplog):
+  """While it runs, on the screen at its end, and on its page."""
+  workdir = epath.Path(tmp_path / "run")
+  train.main(config(warm_start__updates=0, train__num_buffers=1, rollout__group_size=1), workdir)
+  assert "no signal in 1 of 1 buffers: all rewards equal in every group" in capsys.readouterr().out
+  assert "buffer 1: no signal: all rewards equal in 4 of 4 groups" in caplog.text
+  assert "No signal in 1 of 1 buffers" in (workdir / "report.html").read_text()
+  assert rows_of(workdir)[-1]["without_signal"] == 1

@@ -25,6 +25,7 @@ from dmpo_jax.config import CHOICES, flatten
 from dmpo_jax.pretrained import filled
 from dmpo_jax.report import charts
 from dmpo_jax.report.runs import Row, Run, is_number, read_runs
+from dmpo_jax.report.summary import buffers_of, lack_of_signal
 from dmpo_jax.report.tables import settings_apart
 
 HERE = pathlib.Path(__file__).parent
@@ -61,6 +62,7 @@ def render(runs: Sequence[Run]) -> str:
     made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     facts=facts(runs),
     outcomes=[(run, *_outcome(run)) for run in runs],
+    lacking=[(run.name, lack) for run in runs if (lack := lack_of_signal(buffers_of(run)))],
     figures=figures,
     absent=absent,
     differences=differences(runs),

@@ -23,8 +23,13 @@ RUNNING = ("updates_skipped", "prompts_skipped", "prompts_cut")  # of the run so
 def summarize(workdir: epath.PathLike) -> list[str]:
   """Say in a few lines what a run has done; what it has not recorded is left out."""
   (run,) = read_runs([workdir])
-  rows = [row for row in run.rows.get("train", ()) if row["step"]]
+  rows = buffers_of(run)
   return [*_amounts(run, rows), *_first_and_last(rows), *_warnings(rows)]
+
+
+def buffers_of(run: Run) -> list[Row]:
+  """Return the rows of the buffers that were learned from."""
+  return [row for row in run.rows.get("train", ()) if row["step"]]
 
 
 def _amounts(run: Run, rows: Sequence[Row]) -> Iterator[str]:
@@ -55,7 +60,15 @@ def _first_and_last(rows: Sequence[Row]) -> Iterator[str]:
     yield "rollouts, first buffer to last: " + ", ".join(told)
 
 
+def lack_of_signal(rows: Sequence[Row]) -> str:
+  """Say how many buffers had rewards that teach nothing; "" if none had."""
+  count = sum(row.get("without_signal") == 1 for row in rows)
+  return f"no signal in {count} of {len(rows)} buffers: all rewards equal in every group" if count else ""
+
+
 def _warnings(rows: Sequence[Row]) -> Iterator[str]:
+  if lack := lack_of_signal(rows):
+    yield f"worth a look: {lack}"
   for name, what in COUNTED.items():
     values = [row[name] for row in rows if name in row]
     count = (values[-1] if name in RUNNING else sum(values)) if values else 0
