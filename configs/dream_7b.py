@@ -6,9 +6,13 @@ python -m dmpo_jax.main --config=configs/dream_7b.py --config.model.init_from=CH
 
 from configs import llada_8b
 
+ROW = {128: 286, 256: 796, 512: 2498}  # as in llada_8b.py
 
-def get_config(completion_length="256"):
-  c = llada_8b.get_config(completion_length)
+
+def get_config(settings="256"):
+  """Build it for completions of so many tokens on a slice: `256`, or `256,v5e-16`."""
+  c = llada_8b.get_config(settings)
+  length, where = c.sampler.completion_length, settings.partition(",")[2]
   with c.unlocked():
     m = c.model
     m.vocab_size = m.embedding_size = 152064
@@ -23,4 +27,5 @@ def get_config(completion_length="256"):
     m.shift_logits = True
     c.sampler.name = "parallel"  # whole rows: a cache would lack the position that predicts a block's first token
     c.sampler.parallel.rule = "count"
+    llada_8b.listen_often(c, where, ROW[length] if length in ROW else ROW[256] * (length / 256) ** 2)
   return c

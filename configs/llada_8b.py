@@ -3,14 +3,24 @@
     python -m launch.convert_hf --hf=GSAI-ML/LLaDA-8B-Instruct --out=CHECKPOINT
     python -m dmpo_jax.main --config=configs/llada_8b.py --config.model.init_from=CHECKPOINT --workdir=RUN
 
-Completions of 128 or 512 tokens: --config=configs/llada_8b.py:512. Another task: --config.task.name=countdown.
-`launch/plan.py` says what fits a slice before there is one. What is not as published says so, and why.
+Completions of 128 or 512 tokens: --config=configs/llada_8b.py:512. Another slice than v5e-16, on which rollouts and
+evaluation come in larger or smaller parts: --config=configs/llada_8b.py:256,v6e-16. Another task:
+--config.task.name=countdown. `launch/plan.py` says what fits a slice before there is one. What is not as published says
+so, and why.
 """
+
+import math
 
 from configs import base
 
+TERAFLOPS = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # a second, of a chip in bfloat16
+ROW = {128: 95, 256: 327, 512: 1204}  # TFLOP that a rollout of so many tokens takes, as launch/plan.py counts them
 
-def get_config(completion_length="256"):
+
+def get_config(settings="256"):
+  """Build it for completions of so many tokens on a slice: `256`, or `256,v5e-16`."""
+  length, _, where = settings.partition(",")
+  length = int(length)
   c = base.get_config()
   m = c.model
   m.vocab_size = m.embedding_size = 126464
@@ -34,7 +44,7 @@ def get_config(completion_length="256"):
   c.task.max_prompt_length = 200
   c.task.overlong_prompts = "skip"  # published: cut on the left, which takes the chat template's header
 
-  length = c.sampler.completion_length = int(completion_length)
+  c.sampler.completion_length = length
   c.sampler.block_length = 32
   c.sampler.steps = length // 2
   c.sampler.temperature = 0.2
@@ -66,5 +76,29 @@ def get_config(completion_length="256"):
   c.eval.every_buffers = 25
   c.eval.temperature = 0.0
   c.eval.lengths = (128, 256, 512)
-  c.checkpoint.every_updates = 40
+  c.checkpoint.every_updates = 8  # once a buffer: what is lost where a notice comes in the middle of an update
+  listen_often(c, where, ROW[length] if length in ROW else ROW[256] * (length / 256) ** 2)
   return c.lock()
+
+
+def listen_often(c, where, row):
+  """Size the parts of rollouts and evaluation on a slice so that the devices take 8 s or less for one.
+
+  A notice of preemption is asked for between two parts, and the machines are gone 30 s after it. Samplers have groups
+  of four chips, each with all of the weights: gathered over fsdp they would take 14 s for any part on v5e-16.
+
+  Args:
+    where: the slice, such as v5e-16, v6e-16 or v5p-8 (which counts cores, two a chip); "": v5e-16.
+    row: TFLOP that a rollout takes.
+  """
+  kind, _, number = (where or "v5e-16").partition("-")
+  if kind not in TERAFLOPS or not number.isdigit() or int(number) == 0:
+    raise ValueError(f"slice {where!r}: must be a kind ({', '.join(TERAFLOPS)}) and a size, such as v5e-16")
+  chips = max(int(number) // 2, 1) if kind in ("v4", "v5p") else int(number)
+  fitting = 8 * 0.5 * TERAFLOPS[kind] * chips / row  # rows, at half of the chips' peak
+  rows = 2 ** int(math.log2(max(fitting, 1)))
+  c.rollout.chunk_prompts = min(max(rows // c.rollout.group_size, 1), c.rollout.num_prompts)
+  c.eval.batch_size = min(rows, 256)
+  c.sharding.rollout.data = -1
+  c.sharding.rollout.fsdp = 1
+  c.sharding.rollout.tensor = 4

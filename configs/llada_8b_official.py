@@ -7,8 +7,9 @@ on a TPU (an NF4 base) stays as it is there.
 from configs import llada_8b
 
 
-def get_config(completion_length="256"):
-  c = llada_8b.get_config(completion_length)
+def get_config(settings="256"):
+  """Build it for completions of so many tokens on a slice: `256`, or `256,v5e-16`."""
+  c = llada_8b.get_config(settings)
   with c.unlocked():
     c.task.prompt = "published_train"  # and published_eval where its evaluation is to be repeated
     c.task.rewards = "published"

@@ -266,6 +266,18 @@ def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice)
   )
 
 
+def describe_polls(found: dict[str, Cost], config: ConfigDict) -> str:
+  """Say how long the devices work between two looks for a notice of preemption, by the roofline."""
+  names = {"sample": "rollouts", "measure": "scores", "update": "an update"}
+  seconds = {what: found[name].seconds for name, what in names.items() if name in found}
+  if "sample" in found:
+    rows = (config.rollout.chunk_prompts or config.rollout.num_prompts) * config.rollout.group_size
+    own = config.eval.batch_size * config.eval.num_samples
+    seconds["evaluation"] = found["sample"].seconds * own / rows
+  listed = ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items())
+  return f"a poll for preemption at least every {max(seconds.values(), default=0):.1f} s: {listed}"
+
+
 def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool, out: str, num_slices: int = 1) -> None:
   """Compile and print; a mistake is a ValueError."""
   where, console, config = find_slice(topology, num_slices), Console(width=140), filled(config)
@@ -305,6 +317,7 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
   if found:
     console.print(table(list(found.values()), where))
     console.print(describe_iteration(found, config, where), highlight=False, soft_wrap=True)
+    console.print(describe_polls(found, config), highlight=False, soft_wrap=True)
     wide = [shape for cost in found.values() for shape in cost.vocabulary]
     if wide:
       console.print(f"collectives of the size of logits, which cost dearly: {wide}")

@@ -46,6 +46,10 @@ NARROW = [
     "model.lora.rank": 4,
     "sampler.completion_length": 64,
     "sampler.steps": 4,
+    "rollout.chunk_prompts": 0,
+    "sharding.rollout.data": 0,  # the samplers' mesh is that of the updates
+    "sharding.rollout.fsdp": 0,
+    "sharding.rollout.tensor": 0,
   }.items()
 ]
 
@@ -86,6 +90,7 @@ def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
   """2 antithetic pairs a chip: a prompt's 16 rollouts of 4 masks each, 456 positions a row."""
   options = ["--topology=v5e:4x4", "--programs=update"]
   options += ["--config.rollout.num_prompts=1", "--config.train.microbatch_prompts=1"]
+  options += ["--config.rollout.chunk_prompts=1"]
   found, shown = plan_8b(tmp_path / "plan.json", *options)
   cost = found["programs"]["update"]
   assert found["attention"] == "splash"
@@ -164,11 +169,43 @@ def test_the_sweep_names_what_divides_a_buffer_and_is_spread_evenly(monkeypatch,
   assert "mesh data 1 fsdp 8 tensor 1" in shown
 
 
+def cost_of(name, seconds):
+  return plan.Cost(name, 1.0, 1.0, False, 1.0, {}, [], seconds, seconds / 2, 1.0)
+
+
+def test_a_plan_says_how_often_a_notice_is_looked_for():
+  config = tiny.config(rollout__chunk_prompts=2, rollout__group_size=4, eval__batch_size=16)
+  found = {name: cost_of(name, seconds) for name, seconds in (("sample", 4.0), ("measure", 1.0), ("move", 20.0))}
+  said = "a poll for preemption at least every 8.0 s: rollouts 4.0 s, scores 1.0 s, evaluation 8.0 s"
+  assert plan.describe_polls(found, config) == said
+  assert "at least every 25.0 s" in plan.describe_polls(found | {"update": cost_of("update", 25.0)}, config)
+
+
+@pytest.mark.parametrize(
+  ("settings", "chunk_prompts", "batch_size"),
+  [
+    ("256", 2, 32),
+    ("256,v5e-16", 2, 32),
+    ("256,v6e-16", 8, 128),
+    ("256,v5p-8", 1, 16),
+    ("128,v5e-64", 32, 256),
+    ("512", 1, 8),
+  ],
+)
+def test_a_slice_has_parts_that_take_seconds(settings, chunk_prompts, batch_size):
+  config = llada_8b.get_config(settings)
+  assert (config.rollout.chunk_prompts, config.eval.batch_size) == (chunk_prompts, batch_size)
+  assert config.sampler.completion_length == int(settings[:3])
+  with pytest.raises(ValueError, match="slice 'v9-16': must be a kind"):
+    llada_8b.get_config("256,v9-16")
+
+
 def test_a_plan_has_the_meshes_of_a_run():
   config = llada_8b.get_config()
   mesh, rollout_mesh = sharding.make_meshes(**config.sharding.to_dict())
   assert programs.make_meshes(config, jax.devices()) == (mesh, rollout_mesh)
   assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  assert dict(rollout_mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
   config = tiny.config(sharding__fsdp=2, sharding__rollout__tensor=2)
   mesh, rollout_mesh = programs.make_meshes(config, jax.devices())
   assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
