@@ -13,8 +13,9 @@ def outcome(workdir: epath.Path) -> dict[str, Any]:
   """Collect all that a finished run left, by name, without what is measured in time."""
   left: dict[str, Any] = {}
   for phase in sorted((workdir / "checkpoints").iterdir()):
-    steps = [int(path.name) for path in phase.iterdir() if path.name.isdigit()]
-    left |= {f"{phase.name} state {name}": array for name, array in arrays(phase / str(max(steps)) / "state").items()}
+    saved = [path for path in phase.iterdir() if path.name.replace(".", "").isdigit()]  # as 12, or 12.1: saved again
+    newest = max(saved, key=lambda path: [int(part) for part in path.name.split(".")])
+    left |= {f"{phase.name} state {name}": array for name, array in arrays(newest / "state").items()}
   for folder in ("policy", "best"):
     if (workdir / folder).exists():
       left |= {f"{folder} {name}": array for name, array in arrays(workdir / folder).items()}
