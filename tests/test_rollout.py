@@ -13,6 +13,7 @@ from etils import epath
 from dmpo_jax import build, phases, progress, rollout, sharding, structs
 from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.measure import (
+  NotFinite,
   Policies,
   log_confidence,
   make_measure_nothing,
