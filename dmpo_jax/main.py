@@ -13,6 +13,7 @@ Exit codes: 0 finished; 1 stopped, the message says why; 2 a mistake in the comm
 130 interrupted at once. Where one process of a job fails, all of them end with its code. Anything else is a crash.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -74,10 +75,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
     run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None)
-  except Preempted as error:
-    processes.ignore_failures()
-    print(f"preempted{_which_process()}: {error}", file=sys.stderr)
-    sys.exit(PREEMPTED)
+  except (Preempted, train.Diverged, Stopped) as error:  # in all processes at one point
+    if _TRACEBACK.value:
+      traceback.print_exc()
+    is_preempted = isinstance(error, Preempted)
+    print(f"{'preempted' if is_preempted else 'stopped'}{_which_process()}: {error}", file=sys.stderr)
+    with contextlib.suppress(Absent, jax.errors.JaxRuntimeError):  # none may leave while another is still saving
+      processes.finish()
+    sys.exit(PREEMPTED if is_preempted else 1)
   except KeyboardInterrupt:
     processes.fail(INTERRUPTED, f"interrupted{_which_process()}")
   except Exception as error:
@@ -97,7 +102,7 @@ def _explain(error: Exception) -> tuple[int, str]:
   match error:
     case ConfigError() | Unreadable():
       return command.MISTAKE, str(error)
-    case train.Diverged() | NotFinite() | Stopped() | OSError():
+    case NotFinite() | OSError():
       return 1, str(error)
     case Absent():
       return ABANDONED, f"{error}; its own log says what it was doing"

@@ -228,13 +228,12 @@ def fail(code: int, said: str) -> NoReturn:
 
 
 def finish() -> None:
-  """Wait for the others at the end of all work, as process 0 has still to report: JAX waits a few seconds alone."""
+  """Wait for the others at the end of all work, as process 0 has still to report: JAX waits a few seconds alone.
+
+  Raises:
+    Absent: see `meet`.
+  """
   meet("the end")
-  ignore_failures()
-
-
-def ignore_failures() -> None:
-  """Listen to the others no more: this process ends with an exit code that all of them have."""
   _is_ending.set()
 
 
