@@ -22,9 +22,13 @@ from ml_collections import ConfigDict
 from dmpo_jax import buckets, build, command, config, files, pretrained, progress
 from dmpo_jax.checkpoints import check_params, load_leaf, saved_dtypes
 from dmpo_jax.models import convert
+from dmpo_jax.models.families import FAMILIES
 from dmpo_jax.models.layers import KERNEL_SCALE
 from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.shards import ADAPTER, write_file, write_shards
+from dmpo_jax.tokenizer import FILES, QWEN_FILES
+
+SENTENCEPIECE = "tokenizer.model"  # its file beside exported weights
 
 
 class Source(NamedTuple):
@@ -36,6 +40,7 @@ class Source(NamedTuple):
   policy: epath.Path | None  # adapters, if config.lora; else parameters that replace the base's
   side: epath.Path | None  # the folder of the files that travel along
   origin: str = ""  # what the base was converted from, if its weights are the same; "": not known
+  tokenizer: epath.Path | None = None  # a run's own, if it is not the checkpoint's
 
 
 class Update:
@@ -92,9 +97,17 @@ def find_run(workdir: epath.Path) -> Source:
     raise ValueError(f"--run={workdir} has adapters on random parameters, which are not stored: they cannot be merged")
   if model.config.lora is not None:
     build.check_base(settings, workdir, workdir / "policy")
-  side = epath.Path(checkpoint) if described else None
+  side, tokenizer = epath.Path(checkpoint) if described else None, settings.tokenizer.path
   is_original = described is not None and base == side and model.config.quantization == "none"
-  return Source(model.config, family, base, workdir / "policy", side, described.origin if is_original else "")
+  return Source(
+    model.config,
+    family,
+    base,
+    workdir / "policy",
+    side,
+    origin=described.origin if is_original else "",
+    tokenizer=epath.Path(tokenizer) if tokenizer else None,
+  )
 
 
 def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: int, update: Update | None = None) -> int:
@@ -204,10 +217,43 @@ def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
   if source.side is not None:
     pretrained.copy_side_files(source.side, out)
     about = files.read_object(out / "config.json")
+  if source.tokenizer is not None:
+    _copy_tokenizer(source.tokenizer, out)
   about["torch_dtype"] = dtype
   if "dtype" in about:  # the key's name in later releases of transformers
     about["dtype"] = dtype
   (out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _copy_tokenizer(tokenizer: epath.Path, out: epath.Path) -> None:
+  """Copy a run's own tokenizer: a folder's files, or one of sentencepiece."""
+  if tokenizer.is_dir():
+    copies = {tokenizer / name: out / name for name in (*FILES, *QWEN_FILES) if (tokenizer / name).exists()}
+  else:
+    copies = {tokenizer: out / SENTENCEPIECE}
+  for path, copy in copies.items():
+    copy.write_bytes(path.read_bytes())
+
+
+def how_to_load(source: Source, out: epath.Path) -> str:
+  """Say how `transformers` loads an exported model, and which files of Python it needs for that and has not got."""
+  family, about = FAMILIES[source.family], files.read_object(out / "config.json")
+  code = {name.partition(".")[0] + ".py" for name in about.get("auto_map", family.code).values()}
+  lines = [
+    "from transformers import AutoModel, AutoTokenizer",
+    f'tokenizer = AutoTokenizer.from_pretrained("{out}", trust_remote_code=True)',
+    f'model = AutoModel.from_pretrained("{out}", trust_remote_code=True)',
+  ]
+  if (out / SENTENCEPIECE).exists() and not (out / FILES[0]).exists():  # of which transformers knows no class
+    lines[:2] = [
+      "import sentencepiece; from transformers import AutoModel",
+      f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="{out / SENTENCEPIECE}")',
+    ]
+  if missing := sorted(name for name in code if not (out / name).exists()):
+    lines.insert(0, f"# {' and '.join(missing)} first: copy them to {out} from {family.published_at} on the hub")
+  if "auto_map" not in about:  # the original has none, and what is exported is as it was
+    lines.insert(0, f'# and into its config.json: "auto_map": {json.dumps(dict(family.code))}')
+  return "\n".join(f"  {line}" for line in lines)
 
 
 def run() -> None:
@@ -226,8 +272,10 @@ def run() -> None:
   print(f"{out}: {count:,} parameters in {', '.join(sorted(path.name for path in out.glob('*.safetensors')))}")
   if given.adapter:
     print(f"for the base {files.read_object(out / 'adapter_config.json')['base_model_name_or_path']}")
-  elif error := update.error():
+    return
+  if error := update.error():
     print(_describe_error(*error, has_adapters=source.config.lora is not None))
+  print(f"In Python:\n{how_to_load(source, out)}")
 
 
 def _describe_error(error: float, worst: str, worst_error: float, *, has_adapters: bool) -> str:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 import standin_tokenizer
 import tiny
 from absl import flags
@@ -317,3 +318,29 @@ def test_a_target_of_the_layers_does_not_name_the_head():
   assert re.fullmatch(pattern, "model.transformer.blocks.11.ff_out")
   assert re.fullmatch(pattern, "model.transformer.blocks.0.q_proj")
   assert not re.fullmatch(pattern, "model.transformer.ff_out")
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "huggingface"])
+def test_a_run_is_exported_with_its_tokenizer(tmp_path, name):
+  workdir, out = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "out")
+  c = tiny.config(tokenizer__name=name, warm_start__updates=0)
+  if name == "huggingface":
+    special = {"<|mdm_mask|>": 260, "<|endoftext|>": 261}
+    names = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mdm_mask|>")
+    c.tokenizer.path = str(standin_tokenizer.write(tmp_path / "tokenizer", special, names, None))
+  model_parts = build.build_model_parts(c)
+  checkpoints.save_params(workdir / "policy", build.initial_params(c, model_parts))
+  config.save(workdir, c)
+  source = export_hf.find_run(workdir)
+  export_hf.export_model(source, out, dtype="same", shard_bytes=10**9)
+  said = export_hf.how_to_load(source, out)
+  if name == "huggingface":
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+      assert (out / file).read_text() == (epath.Path(c.tokenizer.path) / file).read_text()
+    assert f'AutoTokenizer.from_pretrained("{out}"' in said
+  else:
+    loaded = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    assert loaded.encode("1432") == model_parts.tokenizer.encode("1432")
+    assert f'model_file="{out}/tokenizer.model"' in said
+  assert "modeling_llada.py first" in said
+  assert json.loads((out / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_llada.LLaDAModelLM"

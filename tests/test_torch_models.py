@@ -1,6 +1,7 @@
 """The models, adapters and tokenizers against `transformers` and PEFT, where these are installed (make test-torch)."""
 
 import json
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,16 @@ import standin_tokenizer as standin
 from etils import epath
 from recorded_models import TINY, compiled, settings, tensors
 from safetensors.numpy import load_file, save_file
+from test_launch_convert_hf import checkpoint
 from test_models_dream import HF as DREAM
 from test_models_dream import random_tensors
 
 from dmpo_jax import chat, checkpoints
 from dmpo_jax.models import convert
+from dmpo_jax.models.families import FAMILIES
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.tokenizer import load_tokenizer
-from launch import export_hf
+from launch import convert_hf, export_hf
 
 pytestmark = pytest.mark.torch
 WHY = "PyTorch is not installed: make test-torch"
@@ -222,3 +225,58 @@ def test_dreams_files_are_read_as_qwens(tmp_path):
   theirs = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
   for text in ("hello  world 12\n\n\nIt's 34, you're", "é\u0301 <|im_end|>x", "tabs\t\tand  \n spaces "):
     assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+# Stands in for the published files: a model of LLaDA's names, whose parameters are all that is looked at.
+CONFIGURATION = """
+from transformers import PretrainedConfig
+
+class LLaDAConfig(PretrainedConfig):
+  model_type = "llada"
+"""
+MODELING = """
+import torch
+from transformers import PreTrainedModel
+from .configuration_llada import LLaDAConfig
+
+class LLaDAModelLM(PreTrainedModel):
+  config_class, base_model_prefix, _tied_weights_keys, all_tied_weights_keys = LLaDAConfig, "", None, {}
+
+  def __init__(self, config):
+    super().__init__(config)
+    part = lambda **parts: torch.nn.ModuleDict(parts)
+    line = lambda width, height: torch.nn.Linear(width, height, bias=False)
+    norm = lambda: torch.nn.LayerNorm(d, bias=False)
+    d, f = config.d_model, config.mlp_hidden_size
+    kv = d // config.n_heads * config.n_kv_heads
+    block = lambda: part(q_proj=line(d, d), k_proj=line(d, kv), v_proj=line(d, kv), attn_out=line(d, d),
+      ff_proj=line(d, f), up_proj=line(d, f), ff_out=line(f, d), attn_norm=norm(), ff_norm=norm())
+    self.model = part(transformer=part(wte=torch.nn.Embedding(config.embedding_size, d), ln_f=norm(),
+      ff_out=line(d, config.embedding_size), blocks=torch.nn.ModuleList(block() for _ in range(config.n_layers))))
+"""
+
+
+def test_the_lines_that_an_export_prints_load_it(tmp_path):
+  source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
+  checkpoint(source, "m2_gqa")
+  special = {"<|mdm_mask|>": 250, "<|endoftext|>": 251}
+  standin.write(source, special, dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>"), None)
+  about = settings("m2_gqa") | {"auto_map": dict(FAMILIES["llada"].code)}
+  (source / "config.json").write_text(json.dumps(about))
+  convert_hf.convert_model(source, middle)
+  found = export_hf.find_model(middle)
+  export_hf.export_model(found, out, dtype="same", shard_bytes=10**9)
+  said = export_hf.how_to_load(found, out)
+  first = f"configuration_llada.py and modeling_llada.py first: copy them to {out} from GSAI-ML/LLaDA-8B-Instruct"
+  assert said.splitlines()[0] == f"  # {first} on the hub"
+  (out / "configuration_llada.py").write_text(CONFIGURATION)
+  (out / "modeling_llada.py").write_text(MODELING)
+  lines = export_hf.how_to_load(found, out)
+  assert len(lines.splitlines()) == 3
+  loaded = {}
+  exec(textwrap.dedent(lines), loaded)
+  stored, state = tensors("m2_gqa"), loaded["model"].state_dict()
+  assert set(state) == set(stored)
+  for name, array in stored.items():
+    np.testing.assert_array_equal(state[name].float().numpy(), array.astype(np.float32))
+  assert loaded["tokenizer"].convert_tokens_to_ids("<|mdm_mask|>") == special["<|mdm_mask|>"]

@@ -149,6 +149,7 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   common = dict(
     model_type=family.model_type,
     architectures=[family.architecture],
+    auto_map=dict(family.code),
     mask_token_id=config.mask_token_id,
     eos_token_id=config.eos_token_id,
     pad_token_id=config.pad_token_id,

@@ -27,6 +27,8 @@ class Family:
   has_qkv_bias: bool  # where that key is absent
   vocab_size: str  # key of the ids that may be drawn; where it is absent, `vocab_size` of config.json
   embedding_size: str  # key of the table's rows; likewise
+  code: Mapping[str, str]  # `auto_map` of its config.json: the classes in Python files beside the published weights
+  published_at: str  # a repository of the hub that has these files
   fixed: Mapping[str, Any]  # options of which the model has one value only
   stated: tuple[str, ...] = ()  # those of them that a config.json must state: the family's default is another value
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # likewise, but read by its training alone
@@ -55,6 +57,12 @@ FAMILIES = {
     has_qkv_bias=False,
     vocab_size="vocab_size",
     embedding_size="embedding_size",
+    code={
+      "AutoConfig": "configuration_llada.LLaDAConfig",
+      "AutoModel": "modeling_llada.LLaDAModelLM",
+      "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    },
+    published_at="GSAI-ML/LLaDA-8B-Instruct",
     fixed=dict(
       activation_type="silu",
       alibi=False,
@@ -104,6 +112,8 @@ FAMILIES = {
     has_qkv_bias=True,
     vocab_size="used_vocab_size",  # ours: Dream gives its tables `vocab_size` rows and knows no padded ids
     embedding_size="vocab_size",
+    code={"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    published_at="Dream-org/Dream-v0-Instruct-7B",
     fixed=dict(hidden_act="silu", rope_scaling=None, use_mrope=False, use_sliding_window=False),
     shift_logits=True,
   ),
