@@ -52,6 +52,15 @@ def test_tokens_are_those_of_both_draws_written_out(temperature):
     np.testing.assert_allclose(found.log_prob[row, position], log_p[row, position, token], atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-30, 2e-38, [0.0, 1e-7, 2e-38, 1e-45]])
+def test_a_temperature_near_0_takes_the_most_likely(temperature):
+  logits = logits_of(4, scale=20.0)
+  given = jnp.array(temperature) if isinstance(temperature, list) else temperature
+  found = jax.jit(lambda hidden: predict(PARTED, hidden, keys(4), POSITIONS, given))(logits)
+  np.testing.assert_array_equal(found.tokens, logits[..., :MASK].argmax(-1))
+  assert np.isfinite(found.log_prob).all()
+
+
 def test_frequencies_are_the_probabilities():
   rows, temperature = 40_000, 0.7
   hidden = jnp.broadcast_to(logits_of(1, scale=0.7)[0], (rows, len(POSITIONS), SIZE))

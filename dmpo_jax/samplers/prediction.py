@@ -15,6 +15,7 @@ from dmpo_jax.samplers.loop import Denoiser
 from dmpo_jax.structs import VOCAB_GROUP
 
 NOWHERE = 2**31 - 1  # no id, and no group of ids
+GREEDY_BELOW = 1e-6  # a temperature whose noise is less than the rounding of logits; near 0 a logit over it is infinite
 
 
 class Prediction(NamedTuple):
@@ -168,9 +169,10 @@ def _best_group(
   logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (0, surplus)), constant_values=-jnp.inf)
   logits = logits.reshape(*logits.shape[:3], -1, VOCAB_GROUP)
   groups = ids[:, ::VOCAB_GROUP] // VOCAB_GROUP
-  together = jax.nn.logsumexp(logits / jnp.where(scale > 0, scale, 1.0)[..., None, None], axis=-1)
+  is_noisy = scale > GREEDY_BELOW
+  together = jax.nn.logsumexp(logits / jnp.where(is_noisy, scale, 1.0)[..., None, None], axis=-1)
   noisy = scale[..., None] * (together + group_noise(keys, positions, groups))
-  return _first_best(jnp.where(scale[..., None] > 0, noisy, logits.max(-1)), logits, groups)
+  return _first_best(jnp.where(is_noisy[..., None], noisy, logits.max(-1)), logits, groups)
 
 
 def _best_of_group(
