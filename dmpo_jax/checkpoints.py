@@ -59,7 +59,10 @@ def check_preemption() -> None:
 
 _INDEX_FILES = ("_METADATA", "manifest.ocdbt")
 _STATES = 1000  # saved at one step, at most: Orbax numbers them step * 1000, step * 1000 + 1, ...
-_REPLACE = "put a copy in its place, or write it again as it was written (convert it, or train in a new --workdir)"
+_REPLACE = (
+  "put a copy in its place, or write it again: convert it; of a run's policy/, remove it and result.json and repeat "
+  "the training's command, which goes on from the newest checkpoint"
+)
 
 
 class Restored(NamedTuple):

@@ -159,6 +159,7 @@ class TaskData:
     Raises:
       ValueError: `records_dir` is no folder of a file system (ArrayRecord cannot write to object stores), or a process
         cannot write to it; in every process.
+      Unreadable: the records are damaged.
     """
     if "://" in str(self._records_dir):
       raise ValueError(
@@ -169,9 +170,15 @@ class TaskData:
     self._write_together(split, is_mine=first, when="by process 0")
     if jax.process_count() > 1:
       self._write_together(split, is_mine=not first, when="by all")
-    with _quiet_tfds():
-      source = TaskRecords(data_dir=self._records_dir, config=self._config(split)).as_data_source(split)
-    return [json.loads(row["record"]) for row in source.__getitems__(list(range(len(source))))]
+    try:
+      with _quiet_tfds():
+        source = TaskRecords(data_dir=self._records_dir, config=self._config(split)).as_data_source(split)
+      return [json.loads(row["record"]) for row in source.__getitems__(list(range(len(source))))]
+    except Exception as error:  # ArrayRecord compares its checksums; it and TFDS raise what they like
+      problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+      raise files.Unreadable(
+        f"{self.path(split)} cannot be read ({problem:.200}): remove the folder, and its records are written again"
+      ) from error
 
   def _write_together(self, split: Split, *, is_mine: bool, when: str) -> None:
     """Write the records if it is this process's turn, and wait for the others; what one cannot do fails in all."""

@@ -12,6 +12,7 @@ import pytest
 from configs import base
 from dmpo_jax import data
 from dmpo_jax.data import PromptStream, TaskData, prompt_id, prompt_ids
+from dmpo_jax.files import Unreadable
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import sources, user
 from dmpo_jax.tasks.countdown import Countdown
@@ -56,6 +57,20 @@ def test_records_are_written_as_array_record_and_come_back(tmp_path):
     "task_records-train.array_record-00000-of-00001",
   ]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["task_records"]  # nothing else is left there
+
+
+def test_damaged_records_are_one_message_and_are_written_again_once_removed(tmp_path):
+  source = TaskData(TASK, "sudoku", records_dir=tmp_path, **SIZES)
+  expected = source.train()
+  path = source.path("train") / "task_records-train.array_record-00000-of-00001"
+  content = bytearray(path.read_bytes())
+  places = [place for place, byte in enumerate(content) if byte]  # the others are padding
+  content[places[len(places) // 3]] ^= 1
+  path.write_bytes(bytes(content))
+  with pytest.raises(Unreadable, match=r"cannot be read \(Corrupted .*remove the folder"):
+    source.train()
+  path.parent.rmtree()
+  assert source.train() == expected
 
 
 def test_prepared_records_are_used_again(tmp_path, monkeypatch):
