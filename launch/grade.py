@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from dmpo_jax import buckets, command
+from dmpo_jax import buckets, command, files
 from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS, Grade, answers
 from dmpo_jax.tasks.judge import NO_GRADE
@@ -238,11 +238,11 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   """Print the table, or the JSON object."""
   try:
-    files = [*flags.FLAGS.generations, *argv[1:]]
-    buckets.check({f"file {file}": file for file in files})
-    items = [item for file in files for item in read_items(file, flags.FLAGS.task)]
+    paths = [*flags.FLAGS.generations, *argv[1:]]
+    buckets.check({f"file {path}": path for path in paths})
+    items = [item for path in paths for item in read_items(path, flags.FLAGS.task)]
     if not items:
-      raise ValueError(f"no generations in {', '.join(files)}")
+      raise ValueError(f"no generations in {', '.join(paths)}")
     rows = grade_items(flags.FLAGS.task, items)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
