@@ -10,17 +10,15 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"  # what a host sends to other slices for a device, over the data centre's network
 _ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 _SHAPE = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 _OP = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|async_execution_thread)=\{?%?([\w.-]+)")
-_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}")
-_COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)")
 
 
@@ -71,11 +69,6 @@ class Collective(NamedTuple):
   shapes: tuple[tuple[int, ...], ...]  # of what a device has after it (reduce-scatter: before)
   size: int  # bytes of these, once
   trips: int
-  groups: tuple[tuple[int, ...], ...] = ()  # devices that communicate with each other; (): all
-
-  def crosses(self, num_together: int) -> bool:
-    """Whether it leaves the groups of so many neighbouring devices, such as those of a slice."""
-    return not self.groups or any(len({device // num_together for device in group}) > 1 for group in self.groups)
 
 
 class _Computation(NamedTuple):
@@ -111,7 +104,7 @@ def count_collectives(hlo: str, while_trips: int = 1) -> list[Collective]:
         if name.startswith("all-reduce-scatter"):
           collective = collective._replace(kind="reduce-scatter")
         channel = re.search(r"channel_id=(\d+)", line)
-        key = channel[1] if channel else f"{name}/{number}"
+        key = f"{collective.kind == BETWEEN_SLICES} {channel[1]}" if channel else f"{name}/{number}"  # hosts' are apart
         found[key] = max(found.get(key, collective), collective, key=lambda c: (c.trips, c.size))
   return list(found.values())
 
@@ -157,6 +150,10 @@ def _root(computation: _Computation) -> str:
 
 def _collective(line: str, trips: int) -> Collective | None:
   match = _OP.match(line)
+  if match and match[2] == "send" and "xla_megascale_runtime" in line:
+    dtype, dims = _SHAPE.findall(match[1])[0]  # of what is sent; a number and a token follow
+    shape = tuple(map(int, filter(None, dims.split(","))))
+    return Collective(BETWEEN_SLICES, (shape,), _ITEMSIZE.get(dtype, 4) * math.prod(shape), trips)
   if not match or match[2].removesuffix("-start") not in KINDS:
     return None
   result, kind = match[1], match[2].removesuffix("-start")
@@ -167,22 +164,10 @@ def _collective(line: str, trips: int) -> Collective | None:
     operands = line[match.end() :].split("), ")[0]
     shapes = [(d, tuple(map(int, filter(None, dims.split(","))))) for d, dims in _SHAPE.findall(operands)] or shapes
   size = sum(_ITEMSIZE.get(dtype, 4) * math.prod(dims) for dtype, dims in shapes)
-  return Collective(kind, tuple(dims for _, dims in shapes), size, trips, _groups(line))
-
-
-def _groups(line: str) -> tuple[tuple[int, ...], ...]:
-  """Read which devices communicate with each other, listed or counted: [groups, devices]<=[sizes]T(their order)."""
-  listed, counted = _LISTED.search(line), _COUNTED.search(line)
-  if listed:
-    return tuple(tuple(map(int, group.split(","))) for group in listed[1].strip("{}").split("},{"))
-  if counted:
-    shape, sizes = (tuple(map(int, counted[index].split(","))) for index in (1, 2))
-    devices = np.arange(math.prod(sizes)).reshape(sizes)
-    devices = devices.transpose(tuple(map(int, counted[3].split(",")))) if counted[3] else devices
-    return tuple(map(tuple, devices.reshape(shape).tolist()))
-  return ()
+  return Collective(kind, tuple(dims for _, dims in shapes), size, trips)
 
 
 def link_bytes(collectives: list[Collective]) -> float:
-  """Bytes that a device sends, about: once for every collective, twice for an all-reduce."""
-  return float(sum(c.size * c.trips * (2 if c.kind == "all-reduce" else 1) for c in collectives))
+  """Bytes that a device sends over its links, about: once for every collective, twice for an all-reduce."""
+  times = {"all-reduce": 2, BETWEEN_SLICES: 0}
+  return float(sum(c.size * c.trips * times.get(c.kind, 1) for c in collectives))

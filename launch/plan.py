@@ -83,7 +83,6 @@ class Cost:
   seconds_compute: float
   seconds_links: float
   seconds_compiling: float
-  bytes_between_slices: float = 0.0  # that a device sends in collectives of several slices' devices
 
   @property
   def seconds(self) -> float:
@@ -97,12 +96,6 @@ class Slice(NamedTuple):
   topology: str
   devices: Sequence[jax.Device]
   chip: Chip
-  num_slices: int = 1
-
-  @property
-  def num_together(self) -> int:
-    """Count the devices of one slice."""
-    return len(self.devices) // self.num_slices
 
   def fits(self, cost: Cost) -> bool:
     """Whether a program leaves the margin free."""
@@ -131,7 +124,7 @@ def find_slice(topology: str, num_slices: int = 1) -> Slice:
   kind = devices[0].device_kind
   if kind not in CHIPS:
     raise ValueError(f"--topology={topology}: no data sheet of {kind!r}; there are {', '.join(CHIPS)}")
-  return Slice(f"{num_slices} x {topology}" if num_slices > 1 else topology, devices, CHIPS[kind], num_slices)
+  return Slice(f"{num_slices} x {topology}" if num_slices > 1 else topology, devices, CHIPS[kind])
 
 
 def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
@@ -169,7 +162,6 @@ def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
     seconds_compute=flops / (len(where.devices) * where.chip.peak * MXU_SHARE),
     seconds_links=costs.link_bytes(collectives) / (where.chip.links * LINK_SHARE),
     seconds_compiling=time.monotonic() - start,
-    bytes_between_slices=costs.link_bytes([each for each in collectives if each.crosses(where.num_together)]),
   )
 
 
@@ -235,8 +227,6 @@ def table(costs_of: Sequence[Cost], where: Slice) -> Table:
     layout.add_column(column, justify="left" if column in ("program", "collectives") else "right")
   for cost in costs_of:
     kinds = [f"{kind} {row['times']:,.0f}x {row['bytes'] / 1e9:,.1f} GB" for kind, row in cost.collectives.items()]
-    if where.num_slices > 1:
-      kinds.append(f"between slices {cost.bytes_between_slices / 1e9:,.2f} GB")
     layout.add_row(
       cost.program,
       f"{cost.arguments:.2f} GiB",
@@ -262,7 +252,6 @@ def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice)
     f"= {sum(seconds.values()):.1f} s\n"
     f"assumed: {MXU_SHARE:.0%} of {where.chip.peak / 1e12:.0f} TFLOP/s, {LINK_SHARE:.0%} of "
     f"{where.chip.links / 1e9:.0f} GB/s, communication beside products; loops that end by their data at their longest"
-    + ("; what slices exchange as if over links" if where.num_slices > 1 else "")
   )
 
 
