@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
   m.shift_logits = placeholder(bool)  # the logits of a position predict the next one, as in Dream
   m.quantization = placeholder(str)  # of the layers' projections, which it freezes: none, int8
   m.dtype = "float32"  # of activations: float32, bfloat16
-  m.param_dtype = "float32"  # of the parameters that are trained; frozen ones too
+  m.param_dtype = "float32"  # of frozen parameters: the base under adapters, p_ref; what is trained is float32
   m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)
   m.layer_rows = 0  # rows of a device that a layer computes at one time, to hold less for the gradient; 0: all
   m.attention = "auto"  # xla, splash (TPU), cudnn (NVIDIA GPU; bfloat16); auto: the devices' kernel, or xla

@@ -31,6 +31,7 @@ from dmpo_jax.workdir import folder_beside
 
 logger = logging.getLogger(__name__)
 
+TRAINED = "float32"  # the dtype of what is trained: bfloat16 would round small updates away
 EMBEDDING_MULTIPLE = 8  # rows of the embedding table come in this many, so that mesh axes divide it
 
 
@@ -248,11 +249,21 @@ def _init_collection(model: llada.LLaDA, name: str) -> Callable[[jax.Array], Any
   return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))[name]
 
 
-def initial_params(config: ConfigDict, parts: ModelParts) -> Any:
-  """Return the parameters that `model.init_from` names, or random ones from the seed, laid out over the mesh."""
+def with_params(model: llada.LLaDA, dtype: str) -> llada.LLaDA:
+  """Give the model with parameters of another dtype."""
+  return type(model)(dataclasses.replace(model.config, param_dtype=dtype))
+
+
+def initial_params(config: ConfigDict, parts: ModelParts, *, are_trained: bool = False) -> Any:
+  """Return the parameters that `model.init_from` names, or random ones from the seed, laid out over the mesh.
+
+  Args:
+    are_trained: in float32 instead of `model.param_dtype`.
+  """
+  model = with_params(parts.model, TRAINED) if are_trained else parts.model
   if config.model.init_from:
-    return load_params(epath.Path(config.model.init_from), abstract_collection(parts.model, parts.mesh, "params"))
-  return random_collection(parts.model, parts.mesh, "params", noise.step_key(config.seed, "init", 0))
+    return load_params(epath.Path(config.model.init_from), abstract_collection(model, parts.mesh, "params"))
+  return random_collection(model, parts.mesh, "params", noise.step_key(config.seed, "init", 0))
 
 
 def initial_adapters(config: ConfigDict, workdir: epath.Path | None, parts: ModelParts) -> Any:
@@ -268,11 +279,16 @@ def initial_adapters(config: ConfigDict, workdir: epath.Path | None, parts: Mode
   return random_collection(parts.model, parts.mesh, "lora", noise.step_key(config.seed, "init", 1))
 
 
-def base_params(config: ConfigDict, workdir: epath.Path, parts: ModelParts) -> Any:
-  """Return the base: what the warm start left in `workdir/base`, or the initial parameters where there is none."""
+def base_params(config: ConfigDict, workdir: epath.Path, parts: ModelParts, *, are_trained: bool = False) -> Any:
+  """Return the base: what the warm start left in `workdir/base`, or the initial parameters where there is none.
+
+  Args:
+    are_trained: as for `initial_params`.
+  """
   if config.warm_start.updates:
-    return load_params(workdir / "base", abstract_collection(parts.model, parts.mesh, "params"))
-  return initial_params(config, parts)
+    model = with_params(parts.model, TRAINED) if are_trained else parts.model
+    return load_params(workdir / "base", abstract_collection(model, parts.mesh, "params"))
+  return initial_params(config, parts, are_trained=are_trained)
 
 
 def load_policy(config: ConfigDict, workdir: epath.Path | None, parts: ModelParts) -> tuple[Any, Any]:
@@ -305,7 +321,10 @@ def load_policies(
       raise ConfigError(f"{workdir} holds no finished policy: train first, with the same command without --mode")
     if has_adapters:
       check_base(config, workdir, workdir / folder)
-  abstract = abstract_collection(parts.model, parts.mesh, "lora" if has_adapters else "params")
+  if has_adapters:
+    abstract = abstract_collection(parts.model, parts.mesh, "lora")
+  else:  # saved in float32; rounded now to what the layers would round them to
+    abstract = abstract_collection(with_params(parts.model, parts.model.config.dtype), parts.mesh, "params")
   trained = [load_params(workdir / folder, abstract) for folder in folders]
   return trained, base_params(config, workdir, parts) if has_adapters else {}
 

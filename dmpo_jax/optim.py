@@ -18,11 +18,26 @@ def make_optimizer(
     learning_rate: of each update, counted from 0.
     weight_decay: of matrices and embeddings; norms are not decayed.
     clip_norm: the gradient is scaled down to this global norm.
+
+  Raises:
+    ValueError: from the `init` of what is returned, where a parameter is not float32.
   """
-  return optax.chain(
+  chain = optax.chain(
     optax.clip_by_global_norm(clip_norm),
     optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_is_decayed),
   )
+  return optax.GradientTransformation(lambda params: chain.init(_check_float32(params)), chain.update)
+
+
+def _check_float32(params: Any) -> Any:
+  # An update is often a ten-thousandth of a parameter, and bfloat16 keeps steps of a 256th: nearly all would be lost.
+  for path, leaf in jax.tree.leaves_with_path(params):
+    if leaf.dtype != jnp.float32:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise ValueError(
+        f"parameters are trained in float32, as small updates are lost in others: {name} is {leaf.dtype}"
+      )
+  return params
 
 
 def _is_decayed(params: Any) -> Any:

@@ -33,7 +33,7 @@ from dmpo_jax.measure import (
   measure_program,
   token_program,
 )
-from dmpo_jax.models import llada
+from dmpo_jax.models import llada, lora
 from dmpo_jax.objectives import OBJECTIVES, needs_of, weights
 from dmpo_jax.objectives.estimators import make_estimator
 from dmpo_jax.structs import Drawn, Experience, TrainState
@@ -108,7 +108,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
   warm = config.warm_start
   schedule = optim.warmup_cosine(warm.learning_rate, num_updates=warm.updates)
   optimizer = _make_optimizer(config, schedule)
-  state = fresh_state(initial_params(config, parts), optimizer, parts.mesh)
+  state = fresh_state(initial_params(config, parts, are_trained=True), optimizer, parts.mesh)
   draw, finish = _demonstrations(config, parts, warm.batch_size, num_flawless=round(warm.flawless * warm.updates))
   phase = Phase(
     name="warm_start",
@@ -143,15 +143,20 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
   """Build the training proper by `config.objective`, and its first state: the base, or fresh adapters on it."""
   objective, has_adapters = config.objective, parts.model.config.lora is not None
   optimizer = training_optimizer(config)
-  trainable = initial_adapters(config, workdir, parts) if has_adapters else jax.tree.map(jnp.copy, base)
+  if has_adapters:
+    trainable = initial_adapters(config, workdir, parts)
+  else:
+    trainable = jax.tree.map(lambda x: jnp.copy(x.astype(build.TRAINED)), base)
+    base = jax.tree.map(lambda x: x.astype(parts.model.config.param_dtype), base)
   state = fresh_state(trainable, optimizer, parts.mesh)
   is_supervised = OBJECTIVES[objective.name].needs == "demonstrations"
   if objective.sync_reference_every:
-    state = state.replace(reference=jax.tree.map(jnp.copy, trainable))
+    state = state.replace(reference=jax.tree.map(jnp.copy, _computing(config, trainable)))
   if is_supervised:
     draw, finish = _demonstrations(config, parts, config.rollout.num_prompts)
   else:
     draw, finish = _rollouts(config, parts, base)
+  evaluate = make_evaluate_training(config, workdir, parts, base)
   phase = Phase(
     name="train",
     num_buffers=config.train.num_buffers,
@@ -161,7 +166,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     draw=draw,
     finish=finish,
     update=_of_seed(config.seed, training_update(config, parts.model, optimizer, _shardings(state, parts.mesh))),
-    evaluate=make_evaluate_training(config, workdir, parts, base),
+    evaluate=lambda trainable, buffer: evaluate(_computing(config, trainable), buffer),
     evaluate_every=config.eval.every_buffers,
     is_pipelined=config.rollout.pipelined,
     keep_best=lambda trainable, buffer: save_params(
@@ -255,7 +260,7 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
   )
 
   def draw(state: TrainState, buffer: int, begun: Drawn | None = None) -> Drawn:
-    policies = Policies(state.trainable, base, state.reference)
+    policies = Policies(_computing(config, state.trainable), base, state.reference)
     return rollout.draw(
       policies,
       *parts.prompts.batch(buffer * num_prompts, num_prompts),
@@ -270,7 +275,7 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
   def finish(state: TrainState, drawn: Drawn, buffer: int) -> tuple[Experience, dict[str, float]]:
     experience, metrics = rollout.finish(
       drawn,
-      Policies(state.trainable, base, state.reference),
+      Policies(_computing(config, state.trainable), base, state.reference),
       *parts.prompts.batch(buffer * num_prompts, num_prompts),
       buffer=buffer,
       **common,
@@ -283,6 +288,11 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
     return experience, metrics | {name: float(count) for name, count in prompts_counted.items()}
 
   return draw, finish
+
+
+def _computing(config: ConfigDict, trainable: Any) -> Any:
+  """Give what is trained as samplers and scores take it."""
+  return lora.computing(trainable, config.model.dtype, config.model.lora.rank > 0)
 
 
 def training_measure(config: ConfigDict, parts: Placed) -> Measure:

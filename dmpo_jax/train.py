@@ -89,8 +89,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
   announce_start(workdir, config, parts.mesh, parts.rollout_mesh)
   log = Metrics(workdir, wandb_project=config.log.wandb_project, config=config.to_dict())
   with jax.set_mesh(parts.mesh), log as metrics:
-    base = warm_start(config, workdir, parts, metrics)
-    phase, state = phases.training_phase(config, workdir, parts, base)
+    phase, state = phases.training_phase(config, workdir, parts, warm_start(config, workdir, parts, metrics))
     state, position = run(phase, state, config, workdir, metrics)
     save_params(workdir / "policy", state.trainable, build.about_policy(config, workdir, position.buffer))
   return position.evaluations
@@ -116,7 +115,7 @@ def warm_start(config: ConfigDict, workdir: epath.Path, parts: Parts, metrics: M
     phase, state = phases.warm_start_phase(config, parts)
     state, _ = run(phase, state, config, workdir, metrics)
     save_params(workdir / "base", state.trainable)
-  base = build.base_params(config, workdir, parts)
+  base = build.base_params(config, workdir, parts, are_trained=parts.model.config.lora is None)
   write_parameter_overview(workdir, base)
   return base
 

@@ -31,7 +31,8 @@ def make_update(
 ) -> Callable[[TrainState, Any, Experience, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
   """Jit `update(state, frozen, experience, seed) -> (state, metrics)`; the state given is donated.
 
-  The gradient is of the mean over the experience's prompts, accumulated in float32 over microbatches of whole groups.
+  The gradient is of the mean over the experience's prompts, accumulated in float32 over microbatches of whole groups,
+  and so are the parameters that it moves; where all are trained, it is taken at these in the activations' dtype.
   A row's masks and dropout belong to (seed, step, prompt, rollout), so the split changes no number beyond rounding. The
   seed is given as its key, `jax.random.key(seed)`: runs that differ by it alone share one compiled program.
 
@@ -69,12 +70,14 @@ def make_update(
   def accumulate(state: TrainState, frozen: Any, experience: Experience, seed: jax.Array):
     num_prompts = experience.reward.shape[0]
     gradient_of = jax.value_and_grad(loss_and_metrics, has_aux=True)
-    if microbatch_prompts in (0, num_prompts):
-      return gradient_of(state.trainable, state, frozen, experience, seed, num_prompts)
+    trainable = lora.computing(state.trainable, model.config.dtype, has_adapters)
 
     def part(microbatch: Experience):
-      result = gradient_of(state.trainable, state, frozen, microbatch, seed, num_prompts)
+      result = gradient_of(trainable, state, frozen, microbatch, seed, num_prompts)
       return jax.tree.map(lambda x: x.astype(jnp.float32), result)
+
+    if microbatch_prompts in (0, num_prompts):
+      return part(experience)
 
     def add(total: Any, microbatch: Experience):
       return jax.tree.map(jnp.add, total, part(microbatch)), None
@@ -96,7 +99,8 @@ def make_update(
     trainable, reference = choose(optax.apply_updates(state.trainable, changes), state.trainable), state.reference
     if sync_reference_every:
       is_due = (state.step + 1) % sync_reference_every == 0  # a copy of what was chosen, so a skipped update syncs too
-      reference = jax.tree.map(lambda a, b: jnp.where(is_due, a, b), trainable, reference)
+      followed = lora.computing(trainable, model.config.dtype, has_adapters)
+      reference = jax.tree.map(lambda a, b: jnp.where(is_due, a, b), followed, reference)
     state = state.replace(
       step=state.step + 1,
       reference=reference,

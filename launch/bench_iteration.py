@@ -108,7 +108,7 @@ def _phase(work: workload.Workload) -> tuple[phases.Phase, TrainState]:
   )
   workdir = epath.Path(tempfile.mkdtemp())
   phase, state = phases.training_phase(config, workdir, parts, work.policies.frozen)
-  return phase, state.replace(trainable=work.policies.trainable)
+  return phase, state.replace(trainable=workload.as_trained(work.policies.trainable))
 
 
 def make_peer(config: ConfigDict, official: str) -> timing.Contender:

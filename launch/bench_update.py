@@ -55,7 +55,7 @@ def make_turn(work: workload.Workload, compiled: jax.stages.Compiled) -> Callabl
 
 def fresh_state(work: workload.Workload) -> TrainState:
   """Begin with a copy of what is trained, as a step is given its state for good."""
-  trainable = jax.tree.map(lambda x: x.copy(), work.policies.trainable)
+  trainable = workload.as_trained(work.policies.trainable)
   state = phases.fresh_state(trainable, phases.training_optimizer(work.config), work.mesh)
   return state.replace(reference=work.policies.reference)
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import build, phases, sharding
 from dmpo_jax.measure import Policies
+from dmpo_jax.models import lora
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import OBJECTIVES, needs_of
 from dmpo_jax.structs import Experience, Prompts
@@ -66,14 +67,15 @@ def trace(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mesh, Mesh]
   """Trace one of `PROGRAMS` as training would call it, with descriptions in the place of arrays."""
   mesh = meshes[1] if name == "sample" else meshes[0]
   params = build.abstract_collection(model, mesh, "params")
-  trainable = build.abstract_collection(model, mesh, "lora") if model.config.lora else params
+  trained = build.abstract_collection(model, mesh, "lora") if model.config.lora else _trained_params(model, mesh)
+  trainable = lora.computing(trained, model.config.dtype, model.config.lora is not None)
   num_prompts = config.rollout.num_prompts
   experience = _experience(config, config.rollout.chunk_prompts or num_prompts)
   reference = trainable if config.objective.sync_reference_every else None
   key = jax.eval_shape(lambda: jax.random.key(0))
   if name == "update":
     optimizer = phases.training_optimizer(config)
-    state = phases.abstract_state(trainable, optimizer, mesh).replace(reference=reference)
+    state = phases.abstract_state(trained, optimizer, mesh).replace(reference=reference)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
     program = phases.training_update(config, model, optimizer, layout)
     args = state, params, _experience(config, num_prompts), key
@@ -89,6 +91,10 @@ def trace(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mesh, Mesh]
     args = Policies(trainable, params, reference), experience.prompts, *about, key
   with jax.set_mesh(mesh):  # from here on nothing may be computed: the devices are not there
     return program.trace(*args)
+
+
+def _trained_params(model: LLaDA, mesh: Mesh) -> Any:
+  return build.abstract_collection(build.with_params(model, build.TRAINED), mesh, "params")
 
 
 def _experience(config: ConfigDict, num_prompts: int) -> Experience:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import build, pretrained
 from dmpo_jax.measure import Policies
+from dmpo_jax.models import lora
 from dmpo_jax.models.llada import LLaDA, ModelConfig
 from dmpo_jax.structs import Experience, Prompts
 from launch import costs, programs
@@ -50,13 +51,18 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
   params = build.random_collection(model, mesh, "params", jax.random.key(0))
   if not model.config.weight_tying:  # the published samplers cannot bear that MASK is the most likely token
     params = params | {"head": params["head"].at[:, model.config.mask_token_id].set(0) * sharpness}
-  trainable = params
-  if model.config.lora is not None:  # new adapters' B is 0, and with it their output and A's gradient
+  if model.config.lora is None:
+    trainable = lora.computing(as_trained(params), model.config.dtype, lora=False)
+  else:  # new adapters' B is 0, and with it their output and A's gradient
     trainable = build.random_collection(model, mesh, "lora", jax.random.key(1))
     trainable = jax.tree.map_with_path(_fill_b, trainable)
   reference = jax.tree.map(jnp.copy, trainable) if config.objective.sync_reference_every else None
-  frozen = params if model.config.lora is not None else jax.tree.map(jnp.copy, params)
-  return Workload(config, model, meshes, Policies(trainable, frozen, reference), _experience(config, model))
+  return Workload(config, model, meshes, Policies(trainable, params, reference), _experience(config, model))
+
+
+def as_trained(params: Any) -> Any:
+  """Copy parameters to what an optimizer is given."""
+  return jax.tree.map(lambda x: jnp.copy(x.astype(build.TRAINED)), params)
 
 
 def _fill_b(path: Any, array: jax.Array) -> jax.Array:

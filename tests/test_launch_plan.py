@@ -224,6 +224,24 @@ def test_the_programs_are_traced_as_training_calls_them():
       assert plan.costs.count_flops(traced.jaxpr) > 0 or name == "move"
 
 
+def test_full_fine_tuning_is_traced_with_a_float32_state_and_bfloat16_policies():
+  config = tiny.config(
+    model__dtype="bfloat16",
+    model__param_dtype="bfloat16",
+    objective__sync_reference_every=2,
+    train__microbatch_prompts=2,
+  )
+  meshes = sharding.make_meshes(2, 2, 2, rollout=dict(data=0, fsdp=0, tensor=0))
+  model = programs.make_model(config)
+  (state, frozen, *_), _ = programs.trace("update", config, model, meshes).args_info
+  (policies, *_), _ = programs.trace("sample", config, model, meshes).args_info
+  assert {str(x.dtype) for x in jax.tree.leaves((state.trainable, state.opt_state[1][0].mu))} == {"float32"}
+  assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {"bfloat16"}
+  for policy in (policies.trainable, policies.reference, state.reference):
+    kernel, embedding = policy["blocks"]["q_proj"]["kernel"], policy["embedding"]
+    assert (kernel.dtype, policy["head"].dtype, embedding.dtype) == ("bfloat16", "bfloat16", "float32")
+
+
 def test_scores_that_an_objective_does_not_need_are_left_out():
   assert not programs.is_needed("measure", tiny.config(objective__name="wd1"))
   assert not programs.is_needed("move", tiny.config())

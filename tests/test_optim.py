@@ -78,3 +78,10 @@ def test_warmup_then_cosine_to_zero():
   assert rates[19] > 0
   for num_updates in (1, 2, 9):  # too few for a warm-up
     assert np.isfinite(jax.vmap(optim.warmup_cosine(2.0, num_updates=num_updates))(jnp.arange(num_updates))).all()
+
+
+def test_parameters_that_would_lose_small_updates_are_refused():
+  optimizer = optim.make_optimizer(1e-6, b1=0.9, b2=0.99, weight_decay=0.1, clip_norm=0.2)
+  params = {"blocks": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}, "head": jnp.ones(2)}
+  with pytest.raises(ValueError, match=r"trained in float32.*blocks/kernel is bfloat16"):
+    optimizer.init(params)

@@ -1,12 +1,21 @@
 """The gradient step: microbatches, devices and padding change nothing; what is not finite is skipped."""
 
+import re
+
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, phases, rollout
+from dmpo_jax import build, noise, phases, rollout, sharding
+from dmpo_jax.checkpoints import Checkpoints, saved_dtypes
+from dmpo_jax.measure import Policies
+from dmpo_jax.models import lora
+from dmpo_jax.objectives import wdce
+from dmpo_jax.scoring import make_score
+from launch import programs
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +152,141 @@ def test_nothing_is_compiled_after_the_first_iteration(folder, use_devices):
     jax.monitoring.unregister_event_duration_listener(note)
   assert 3 <= counts[0] <= 12, "the sampler, the scores, the update, and few that are small"
   assert counts[1:] == [counts[0]] * 2
+
+
+HALF = dict(model__dtype="bfloat16", model__param_dtype="bfloat16")
+PUBLISHED = dict(optim__b1=0.9, optim__b2=0.99, optim__weight_decay=0.1, optim__clip_norm=0.2)
+
+
+def dtypes_of(tree):
+  return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)}
+
+
+def test_small_steps_move_parameters_that_compute_in_bfloat16(folder, use_devices):
+  """A learning rate of 1e-6 against LLaDA-8B's weights of about 0.02 is one of 1e-5 here."""
+  config = tiny.config(**HALF, **PUBLISHED, optim__learning_rate=1e-5)
+  parts, phase, state = begin(config, folder, 1, use_devices)
+  assert dtypes_of((state.trainable, state.opt_state)) == {"float32"}
+  assert dtypes_of(phase.frozen) == {"bfloat16"}
+  before, experience = jax.device_get(state.trainable), experience_of(parts, config)
+  jax.tree.map(lambda ours, base: np.testing.assert_array_equal(ours, base), before, jax.device_get(phase.frozen))
+  with jax.set_mesh(parts.mesh):
+    for _ in range(20):
+      state, _ = phase.update(state, phase.frozen, experience)
+  after = jax.device_get(state.trainable)
+  assert dtypes_of((state.trainable, state.opt_state)) == {"float32"}
+  moved = [(a != b).ravel() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)]
+  assert np.concatenate(moved).mean() > 0.99
+  rounded = jax.tree.map(lambda x: np.asarray(x, jax.numpy.bfloat16), (after, before))
+  stuck = [(a == b).ravel() for a, b in zip(*map(jax.tree.leaves, rounded), strict=True)]
+  assert np.concatenate(stuck).mean() > 0.5, "most of these steps are too small for bfloat16"
+
+
+@pytest.mark.parametrize(("rank", "frozen"), [(0, "bfloat16"), (2, "bfloat16"), (2, "float32")])
+def test_what_is_trained_and_its_moments_are_float32(folder, use_devices, rank, frozen):
+  config = tiny.config(model__dtype="bfloat16", model__param_dtype=frozen, model__lora__rank=rank)
+  parts, phase, state = begin(config, folder, 1, use_devices)
+  state, _ = step_of((parts, phase, state), experience_of(parts, config))
+  assert dtypes_of((state.trainable, state.opt_state)) == {"float32"}
+  assert dtypes_of(phase.frozen) == {frozen}
+  config.warm_start.updates = 1
+  with jax.set_mesh(parts.mesh):
+    _, state = phases.warm_start_phase(config, parts)
+  assert dtypes_of((state.trainable, state.opt_state)) == {"float32"}
+
+
+def test_parameters_rounded_once_are_those_rounded_at_every_use(folder, use_devices):
+  """Loss and gradient against a plain twin, whose layers round float32 parameters each time that they multiply."""
+  config = tiny.config(**HALF, optim__learning_rate=0.1, train__microbatch_prompts=2)
+  parts, phase, state = begin(config, folder, 1, use_devices)
+  experience = jax.tree.map(jax.numpy.asarray, experience_of(parts, config))
+  after, metrics = step_of((parts, phase, jax.tree.map(lambda x: x.copy(), state)), experience)
+
+  def loss(trainable):
+    score = make_score(parts.model, {"params": trainable}, experience.prompts, experience.completion)
+    keys = noise.row_keys(
+      noise.step_key(config.seed, "loss", 0), experience.prompts.prompt_id, config.rollout.group_size
+    )
+    return wdce.loss(score, experience, keys, num_prompts=4, **phases._loss_keywords(config.objective))[0]
+
+  whole, gradient = jax.jit(jax.value_and_grad(loss))(state.trainable)
+  np.testing.assert_allclose(metrics["loss"], whole, rtol=1e-5)
+  (moments,) = [part.mu for part in jax.tree.leaves(after.opt_state, is_leaf=is_adam) if is_adam(part)]
+  scale = 0.1 * min(1, config.optim.clip_norm / float(metrics["grad_norm"]))
+  for ours, theirs in zip(jax.tree.leaves(moments), jax.tree.leaves(gradient), strict=True):
+    wanted = scale * theirs
+    assert np.linalg.norm(ours - wanted) < 0.1 * np.linalg.norm(wanted), "as near as bfloat16's sums are"
+
+
+def is_adam(part):
+  return isinstance(part, optax.ScaleByAdamState)
+
+
+def test_groups_of_rows_have_their_gradients_summed_in_float32(folder, use_devices):
+  """As near to the gradient in float32 as one group of all rows is."""
+  gradients = {}
+  for name, own in (
+    ("exact", HALF | dict(model__dtype="float32")),
+    ("whole", HALF),
+    ("groups", HALF | dict(model__layer_rows=1)),
+  ):
+    config = tiny.config(**own, rollout__group_size=16)
+    parts, phase, state = begin(config, folder, 1, use_devices)
+    after, _ = step_of((parts, phase, state), experience_of(parts, config))
+    (moments,) = [part.mu for part in jax.tree.leaves(after.opt_state, is_leaf=is_adam) if is_adam(part)]
+    gradients[name] = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(moments["blocks"])])
+  errors = {
+    name: np.linalg.norm(gradients[name] - gradients["exact"]) / np.linalg.norm(gradients["exact"])
+    for name in ("whole", "groups")
+  }
+  assert errors["groups"] < 1.2 * errors["whole"] < 0.1
+
+
+@pytest.mark.parametrize("layer_rows", [0, 1])
+def test_parameters_are_gathered_in_the_activations_dtype(tmp_path, layer_rows):
+  """As the program is when it has been split over the devices; later a CPU's compiler widens all bfloat16."""
+  config = tiny.config(**HALF, sharding__fsdp=4, model__layer_rows=layer_rows, model__num_layers=3)
+  meshes = programs.make_meshes(config, jax.devices()[:4])
+  model = build.place_model(programs.make_model(config), config, *meshes)
+  options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+  jax.config.update("jax_enable_compilation_cache", False)  # what comes from there is not compiled, and not written out
+  try:
+    programs.trace("update", config, model, meshes).lower().compile(compiler_options=options)
+  finally:
+    jax.config.update("jax_enable_compilation_cache", True)
+  (path,) = tmp_path.glob("*jit_update*after_spmd-partitioning*")
+  gathered = re.findall(r"= (\w+)\[(?:1,)?(\d+,\d+)\]\S* all-gather", path.read_text())
+  assert {dtype for dtype, _ in gathered if dtype != "s32"} == {"bf16"}
+  assert {shape for dtype, shape in gathered if dtype == "bf16"} == {"16,16", "16,32", "32,16", "16,24"}
+  embedding = re.findall(r"= (\w+)\[24,(?:16|4)\]\S* (?:all-reduce|reduce-scatter)", path.read_text())
+  assert set(embedding) == {"f32"}, "a token may stand a thousand times in a batch"
+
+
+def test_a_checkpoint_that_was_trained_in_bfloat16_goes_on_in_float32(folder, use_devices, tmp_path):
+  config = tiny.config(**HALF)
+  _, _, state = begin(config, folder, 1, use_devices)
+  older = jax.tree.map(lambda x: x.astype("bfloat16") if x.dtype == "float32" else x, state)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(3, older.replace(step=older.step + 3), None, {})
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    restored = checkpoints.restore_latest(sharding.abstract(state)).state
+  assert dtypes_of((restored.trainable, restored.opt_state)) == {"float32"}
+  assert int(restored.step) == 3
+  wanted = jax.tree.map(lambda x: x.astype("float32"), older.trainable)
+  jax.tree.map(np.testing.assert_array_equal, restored.trainable, wanted)
+
+
+def test_the_best_policy_is_saved_in_float32_and_sampled_as_in_training(folder, use_devices):
+  config = tiny.config(**HALF, optim__learning_rate=0.01)
+  parts, phase, state = begin(config, folder, 1, use_devices)
+  with jax.set_mesh(parts.mesh):
+    state, _ = phase.update(state, phase.frozen, experience_of(parts, config))
+    phase.keep_best(state.trainable, 1)
+    assert set(map(str, saved_dtypes(folder / "run" / "best").values())) == {"float32"}
+    (loaded,), _ = build.load_policies(config, folder / "run", parts, ["best"])
+    trained = lora.computing(state.trainable, "bfloat16", lora=False)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_array_equal(ours, theirs.astype("bfloat16")), loaded, trained)
+    prompts, _ = parts.prompts.batch(0, 4)
+    sample = phases.training_sample(config, parts)
+    drawn = [sample(Policies(policy, {}), prompts, jax.random.key(0)) for policy in (loaded, trained)]
+  jax.tree.map(np.testing.assert_array_equal, *drawn)

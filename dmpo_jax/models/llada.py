@@ -178,6 +178,9 @@ class Block(nn.Module):
     The weights are gathered once for all of them.
     """
     layer, variables = Block(self.config, parent=None), _gather_layer(self.variables)
+    # Where kernels are trained, so that the groups' gradients are summed in float32.
+    if self.config.lora is None and self.config.quantization == "none":
+      variables = jax.tree.map(lambda array: array.astype(jnp.float32), variables)
 
     def run(x: jax.Array, context: Context) -> jax.Array:
       return layer.apply(variables, x, context, method="run_rows")
@@ -262,7 +265,10 @@ def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class LLaDA(nn.Module):
-  """The model. Parameters in `param_dtype`, activations in `dtype`; norms, softmax, positions and logits in float32."""
+  """The model. Parameters in `param_dtype`, activations in `dtype`; norms, softmax, positions and logits in float32.
+
+  Parameters that are trained are float32 whatever `param_dtype` is (see `lora.computing`).
+  """
 
   config: ModelConfig
 
@@ -349,7 +355,7 @@ class LLaDA(nn.Module):
   def head_of(self, variables: Mapping[str, Any]) -> Float[Array, "d v"]:
     """Give what `head` makes logits of the hidden states with."""
     params = variables["params"]
-    return params["embedding"].T if self.config.weight_tying else params["head"]
+    return params["embedding"].T.astype(self.config.dtype) if self.config.weight_tying else params["head"]
 
 
 def _count_positions(

@@ -8,6 +8,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 # Projections that can be adapted; a projection's index here also seeds its dropout.
 TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 
@@ -60,6 +63,29 @@ def expand_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
         f"model.lora.targets: the model has no projection {name!r}{hint} (there are {', '.join(TARGETS)}, or all)"
       )
   return TARGETS if "all" in targets else tuple(name for name in TARGETS if name in targets)
+
+
+COMPUTED = ("kernel", "head")  # parameters that layers round to the activations' dtype and gather from all devices
+
+
+def computing(trainable: Any, dtype: str, lora: bool) -> Any:
+  """Round trained parameters to the activations' dtype once, as layers would at every use; adapters stay as they are.
+
+  Trained parameters are float32. Once they are rounded, half the bytes are gathered. The embedding stays as it is: only
+  single rows of it are read, and the gradients of all uses of a token are summed in its dtype.
+
+  Args:
+    trainable: arrays, or their descriptions, whose dtypes are then other.
+  """
+  if lora:
+    return trainable
+
+  def cast(path: Any, leaf: Any) -> Any:
+    if path[-1].key not in COMPUTED or leaf.dtype == jnp.dtype(dtype):
+      return leaf
+    return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
+
+  return jax.tree.map_with_path(cast, trainable)
 
 
 def policy_variables(trainable: Any, frozen: Any, lora: bool) -> Mapping[str, Any]:
