@@ -8,6 +8,7 @@ import optax
 import pytest
 import tiny
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from dmpo_jax import build, noise, phases, rollout, sharding
 from dmpo_jax.checkpoints import Checkpoints, saved_dtypes
@@ -249,11 +250,13 @@ def test_parameters_are_gathered_in_the_activations_dtype(tmp_path, layer_rows):
   meshes = programs.make_meshes(config, jax.devices()[:4])
   model = build.place_model(programs.make_model(config), config, *meshes)
   options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-  jax.config.update("jax_enable_compilation_cache", False)  # what comes from there is not compiled, and not written out
-  try:
+  try:  # what comes from the cache is not compiled, and not written out; JAX asks once whether there is one
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     programs.trace("update", config, model, meshes).lower().compile(compiler_options=options)
   finally:
     jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
   (path,) = tmp_path.glob("*jit_update*after_spmd-partitioning*")
   gathered = re.findall(r"= (\w+)\[(?:1,)?(\d+,\d+)\]\S* all-gather", path.read_text())
   assert {dtype for dtype, _ in gathered if dtype != "s32"} == {"bf16"}
