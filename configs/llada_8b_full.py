@@ -17,4 +17,5 @@ def get_config(settings="256"):
     c.model.lora.rank = 0
     c.model.param_dtype = "bfloat16"  # of p_ref alone
     c.sharding.data, c.sharding.fsdp = 1, -1  # what is trained is split over all chips of a slice
+    c.checkpoint.every_updates = 40  # five buffers: one of 96 GB after each would take long
   return c

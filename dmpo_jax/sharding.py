@@ -51,12 +51,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
   devices = list(jax.devices() if devices is None else devices)
   num_slices = count_slices(devices)
   sizes = _fit((data, fsdp, tensor), len(devices), num_slices, "sharding")
-  types = (AxisType.Auto,) * len(MESH_AXES)
-  if num_slices == 1:
-    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
-  of_slice, across = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1)
-  grid = mesh_utils.create_hybrid_device_mesh(of_slice, across, devices, allow_split_physical_axes=True)
-  return Mesh(grid, MESH_AXES, axis_types=types)
+  if num_slices == 1:  # an axis may be a part of one of the torus's, such as 16 of 8 x 8 chips
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  else:
+    of_slice, across = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(of_slice, across, devices, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def count_slices(devices: Sequence[jax.Device]) -> int:

@@ -274,3 +274,21 @@ def test_the_compilers_refusal_is_read(message):
 def test_a_wrong_topology_is_one_message():
   with pytest.raises(ValueError, match="--topology=v5e:4by4"):
     plan.find_slice("v5e:4by4")
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="the TPU compiler is not installed: make libtpu")
+def test_an_axis_may_be_a_part_of_the_torus():
+  """16 of 8 x 8 chips, as the shipped configuration asks for: the devices of an axis are neighbours."""
+  program = """
+from configs import llada_8b
+from dmpo_jax import sharding
+from launch import plan
+mesh, rollout_mesh = sharding.make_meshes(**llada_8b.get_config().sharding, devices=plan.find_slice("v6e:8x8").devices)
+print(mesh.devices.shape, rollout_mesh.devices.shape)
+for group in (*mesh.devices.reshape(-1, 16), *rollout_mesh.devices.reshape(-1, 4)):
+  width, height = (max(d.coords[i] for d in group) - min(d.coords[i] for d in group) + 1 for i in (0, 1))
+  assert width * height == len(group), group
+"""
+  environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (0, "(4, 16, 1) (16, 1, 4)\n"), done.stderr[-3000:]

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import noise
 from dmpo_jax.build import ModelParts, make_sample
 from dmpo_jax.data import prompt_id
-from dmpo_jax.measure import Policies
+from dmpo_jax.measure import Policies, check_confidence
 from dmpo_jax.progress import Progress
 from dmpo_jax.sample import BUCKET, pad
 
@@ -154,6 +154,7 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
       current[0] = publish
       rollouts = jax.device_get(programs[length](*arguments))
       jax.effects_barrier()
+    check_confidence(rollouts)
     return Decoded(rollouts.completion[: len(jobs), 0], rollouts.confidence[: len(jobs), 0])
 
   decode([Job([parts.tokenizer.eos_token_id], deliver=lambda kind, value: None)], current[0])
