@@ -206,7 +206,7 @@ def get_config() -> ConfigDict:
   v.port = 8000  # 0: one that is free
   v.batch_size = 8  # requests decoded at one time
   v.max_queue = 64  # requests that may wait; more are refused (429)
-  v.max_prompt_length = 1024  # tokens; longer ones are refused (400), by --mode=sample too
+  v.max_prompt_length = 2048  # tokens; longer ones are refused (400), by --mode=sample too
   v.max_seconds = 300.0  # from a request's arrival to its answer (504)
 
   c.log = l = ConfigDict()

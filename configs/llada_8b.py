@@ -82,7 +82,8 @@ def get_config(settings="256"):
 
 
 def listen_often(c, where, row):
-  """Size the parts of rollouts and evaluation on a slice so that the devices take 8 s or less for one.
+  """Size the parts of rollouts and evaluation on a slice so that the devices take 8 s or less for one,
+  or as little as one prompt's rollouts take.
 
   A notice of preemption is asked for between two parts, and the machines are gone 30 s after it. Samplers have groups
   of four chips, each with all of the weights: gathered over fsdp they would take 14 s for any part on v5e-16.

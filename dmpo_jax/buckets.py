@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import pathlib
 import platform
 import sys
 import threading
@@ -167,6 +168,7 @@ class Lock:
     self._path, self._bucket, self._key = os.fspath(path), storage.Client().bucket(name), key
     self._on_lost, self._lease_seconds, self._options = on_lost, lease_seconds, _options()
     self._about = {"pid": os.getpid(), "host": platform.node(), "since": _now(), "token": uuid.uuid4().hex}
+    self._about["machine"] = _machine()
     self._generation = 0
     self._is_ending = threading.Event()
     self._thread = threading.Thread(target=self._renew_until_released, daemon=True, name="lock")
@@ -263,7 +265,8 @@ class Lock:
 
 def _has_died_here(about: Mapping[str, Any]) -> bool:
   """Whether a holder was a process of this host and is no more."""
-  if about.get("host") != platform.node() or not isinstance(about.get("pid"), int):
+  is_here = about.get("host") == platform.node() and about.get("machine") == _machine()
+  if not is_here or not isinstance(about.get("pid"), int):
     return False
   try:
     os.kill(about["pid"], 0)
@@ -272,6 +275,15 @@ def _has_died_here(about: Mapping[str, Any]) -> bool:
   except PermissionError:
     pass
   return False
+
+
+def _machine() -> str:
+  """Tell machines and containers apart that have one name: the boot, and the space that process ids are of."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:  # no Linux
+    return ""
 
 
 def _name(about: Mapping[str, Any]) -> str:

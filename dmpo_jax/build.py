@@ -117,7 +117,12 @@ def _build_model_parts(config: ConfigDict, is_training: bool) -> ModelParts:
       logger.warning("mesh %s", sharding.describe(mesh, asked))
   params = abstract_collection(model, mesh, "params")
   lora = abstract_collection(model, mesh, "lora") if model.config.lora else None
-  checks.check_parameters(config, params, lora, is_training=is_training)
+  held = [params, lora]
+  if is_training:  # what is trained and its two moments; and what is frozen, which without adapters is the reference
+    is_supervised = OBJECTIVES[config.objective.name].needs == "demonstrations"
+    trained = abstract_collection(with_params(model, TRAINED), mesh, "lora" if lora else "params")
+    held = [*3 * [trained], {} if is_supervised and lora is None else params]
+  checks.check_parameters(config, params, lora, held)
   if is_training:
     checks.check_rows(config, model.config.d_model, mesh)
   return ModelParts(mesh=mesh, rollout_mesh=rollout_mesh, tokenizer=tokenizer, model=model)

@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 
 from dmpo_jax import digests, files, pretrained
 from dmpo_jax.files import Unreadable
-from dmpo_jax.processes import Absent, agree, meet, poll
+from dmpo_jax.processes import Absent, Stopped, agree, meet, poll
 from dmpo_jax.structs import Drawn, Experience, Measures, Prompts, Rollouts, TrainState
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,8 @@ class Checkpoints:
       restored, problem = None, "another process could not read it"
       try:
         restored = self._restore(number, abstract_state)
+      except (Absent, Stopped):
+        raise
       except Exception as error:  # Orbax and TensorStore raise what they like
         problem = _first_line(error)
       if agree(restored is not None, "a checkpoint is read"):
@@ -225,6 +227,8 @@ class Checkpoints:
       state = None
       try:
         state = self._restore(number, abstract_state).state
+      except (Absent, Stopped):
+        raise
       except Exception as error:  # as above
         logger.error("checkpoint %s cannot be read: %s", self._path(number).name, _first_line(error))
       if agree(state is not None, "a checkpoint's state is read"):

@@ -6,6 +6,7 @@
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,22 +18,21 @@ from dmpo_jax.checkpoints import check_shapes
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # what a container may use; "max": all
 
 
-def check_parameters(config: ConfigDict, params: Any, lora: Any, *, is_training: bool) -> None:
+def check_parameters(config: ConfigDict, params: Any, lora: Any, held: Sequence[Any]) -> None:
   """Refuse parameters that are more than the devices' memory, or that are not in the folders named.
 
   Args:
     params, lora: shapes, dtypes and shardings; lora is None where there are no adapters.
-    is_training: whether two moments of what is trained are held too.
+    held: all that the devices hold at one time: these, or in training the optimizer's moments too.
 
   Raises:
     ValueError: they do not fit, or are not there (Unreadable).
   """
-  moments = 2 * [params if lora is None else lora] if is_training else []
-  leaves = jax.tree.leaves([params, lora, moments])
+  leaves = jax.tree.leaves(held)
   on_device = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
   limit, where = _device_bytes()
   if on_device > limit:
-    what = "the parameters and the optimizer's moments" if is_training else "the parameters"
+    what = "the parameters and the optimizer's moments" if len(held) > 2 else "the parameters"
     raise ValueError(
       f"{what} take {on_device / 1e9:,.1f} GB of a device's memory, {where}: choose smaller sizes in config.model, or "
       "split them over more devices with config.sharding.fsdp"

@@ -26,7 +26,7 @@ from etils import epath
 from jaxtyping import Int, UInt32
 
 from dmpo_jax import files
-from dmpo_jax.processes import meet
+from dmpo_jax.processes import meet, working
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import option_types, sources
 from dmpo_jax.tasks.base import GeneratedTask, Record, Split, Task
@@ -204,7 +204,7 @@ class TaskData:
       path.rmtree()
     logger.info("writing the records of %s to %s", self._name, path)
     try:
-      with _quiet_tfds(), tempfile.TemporaryDirectory() as downloads:
+      with working(RECORDS_SECONDS), _quiet_tfds(), tempfile.TemporaryDirectory() as downloads:
         builder = TaskRecords(data_dir=self._records_dir, config=self._config(split))
         builder.download_and_prepare(download_dir=downloads, file_format="array_record")
     except OSError:

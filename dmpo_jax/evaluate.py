@@ -4,6 +4,7 @@ During training the current policy is evaluated now and then, as it samples in t
 `--mode=eval` evaluates the last and the best policy of a workdir on all of `eval.tasks`, `lengths` and `samplers`.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -55,7 +56,7 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
   with progress.Progress("evaluation", len(settings) * len(policies), unit="settings") as shown:
     for task_name, group in itertools.groupby(settings, key=lambda setting: setting.task.name):
       parts = build_parts(config_of_task(config, task_name), workdir, is_training=False)
-      with jax.set_mesh(parts.mesh):
+      with contextlib.closing(parts.grading), jax.set_mesh(parts.mesh):
         trained, base = load_policies(config, workdir, parts, [POLICIES[name] for name in policies])
         for setting in group:
           evaluate_policy = make_evaluate(setting, parts, base)

@@ -41,6 +41,9 @@ _MAX_LOGGED = 5  # problems of one batch that the log describes; all are counted
 _MAX_LOGGED_LINES = 50  # of one worker's stderr
 
 
+CLOSED = Verdict("crash", problem="nobody waits for it any more")
+
+
 class Grading:
   """Grades the completions of one task.
 
@@ -64,19 +67,21 @@ class Grading:
     self._is_local = task is not None or self.task.is_bounded
     self._seconds = seconds
     self._threads = ThreadPoolExecutor(1 if self._is_local else workers, thread_name_prefix="grading")
+    self._workers = [] if self._is_local else [_Worker(spec, memory_gb) for _ in range(workers)]
     self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    if not self._is_local:
-      for _ in range(workers):
-        self._idle.put(_Worker(spec, memory_gb))
+    for worker in self._workers:
+      self._idle.put(worker)
+    self._is_closed = False
 
   def submit(self, records: Sequence[Record], completions: Sequence[str], is_ended: Sequence[bool]) -> "Pending":
     """Begin to grade completions, each with the record of its prompt; returns at once."""
     start = time.monotonic()
     items = list(zip(records, completions, map(bool, is_ended), strict=True))
     if self._is_local:
-      return Pending([self._threads.submit(self._judge, items)], len(items), start)
+      return Pending([self._threads.submit(self._judge, items)], len(items), start, 0.0)
     groups = itertools.groupby(items, key=lambda item: id(item[0]))  # a worker remembers a prompt's other answers
-    return Pending([self._threads.submit(self._ask, list(group)) for _, group in groups], len(items), start)
+    futures = [self._threads.submit(self._ask, list(group)) for _, group in groups]
+    return Pending(futures, len(items), start, self._seconds * len(items))
 
   def patience(self, num: int) -> float:
     """Return how many seconds one process may be behind the others with its share of `num` completions.
@@ -91,22 +96,27 @@ class Grading:
   def _ask(self, items: list[tuple]) -> list[Verdict]:
     worker = self._idle.get()
     try:
-      return [worker.ask(item, self._seconds) for item in items]
+      return [CLOSED if self._is_closed else worker.ask(item, self._seconds) for item in items]
     finally:
       self._idle.put(worker)
 
   def close(self) -> None:
-    """Drop what is not graded yet and end the workers."""
-    self._threads.shutdown(wait=True, cancel_futures=True)
-    while not self._idle.empty():
-      self._idle.get().stop()
+    """Drop what is not graded yet and end the workers, whatever they are at."""
+    self._is_closed = True
+    self._threads.shutdown(wait=False, cancel_futures=True)
+    for worker in self._workers:
+      worker.stop()
+    self._threads.shutdown(wait=True)  # one that was just being started has yet to end
+    for worker in self._workers:
+      worker.stop()
 
 
 class Pending:
   """Grading under way."""
 
-  def __init__(self, futures: list[Future], num: int, start: float):
-    self._start, self._end, self._num = start, start, num
+  def __init__(self, futures: list[Future], num: int, start: float, seconds: float):
+    """Take futures of the verdicts; `seconds`: the longest that they may take."""
+    self._start, self._end, self._num, self._seconds = start, start, num, seconds
     self._futures = futures
     for future in futures:
       future.add_done_callback(self._note)
@@ -116,7 +126,8 @@ class Pending:
 
   def result(self) -> list[Verdict]:
     """Wait for the verdicts, in the order of the completions."""
-    return [verdict for future in self._futures for verdict in future.result()]
+    with processes.working(self._seconds):
+      return [verdict for future in self._futures for verdict in future.result()]
 
   @property
   def per_second(self) -> float:
@@ -130,6 +141,7 @@ class _Worker:
   def __init__(self, spec: dict[str, Any], memory_gb: float):
     self._spec, self._memory_gb = spec, memory_gb
     self._process: subprocess.Popen | None = None
+    self._stopping = threading.Lock()  # by the thread that asks, or by the one that closes
 
   def ask(self, item: tuple, seconds: float) -> Verdict:
     """Return the verdict on (record, completion, is_ended), or that there is none within `seconds`."""
@@ -169,8 +181,11 @@ class _Worker:
 
   def stop(self) -> None:
     """End the process and all that it has started, whatever they are doing."""
-    if self._process is None:
-      return
+    with self._stopping:
+      if self._process is not None:
+        self._end()
+
+  def _end(self) -> None:
     os.close(self._life)  # its keeper sees it and ends them all
     try:
       self._process.wait(STOP_SECONDS)

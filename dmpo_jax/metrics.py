@@ -213,6 +213,7 @@ def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
     return None
   remedy = "remove it, and the training's command writes it again from the newest checkpoint"
   result = files.read_object(path, remedy)
-  if lacking := sorted({"buffers", "evaluations"} - result.keys()):
+  kinds = {"buffers": int, "base": dict, "last": dict, "best": dict, "evaluations": dict}
+  if lacking := sorted(name for name, kind in kinds.items() if not isinstance(result.get(name), kind)):
     raise files.Unreadable(f"{path} lacks {', '.join(lacking)}: {remedy}")
   return result

@@ -324,8 +324,9 @@ def training_measure(config: ConfigDict, parts: Placed) -> Measure:
 
 def _compares(objective: ConfigDict) -> bool:
   """Whether a loss learns from the differences of rewards inside a group alone."""
-  is_weighted = OBJECTIVES[objective.name].needs == "weights"
-  return not (is_weighted and objective.weighting == "reward" and objective.baseline == "none")
+  if OBJECTIVES[objective.name].needs != "weights" or objective.weighting != "reward":
+    return True
+  return objective.name == "wdce" and objective.baseline == "mean" and objective.baseline_strength == 1
 
 
 def _of_seed(seed: int, update: Callable) -> Callable:

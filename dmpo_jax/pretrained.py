@@ -97,13 +97,18 @@ def read_model(folder: epath.PathLike) -> Pretrained | None:
   """Read which model a converted folder is of; None if the folder holds nothing but parameters.
 
   Raises:
-    ValueError: the description cannot be used.
+    Unreadable: the description cannot be used.
   """
   path = epath.Path(folder) / MODEL_FILE
   if not path.exists():
     return None
   about = _read(path, {"family": str, "origin": str, **_TYPES}, OLDER | {"origin": ""})
-  return Pretrained(about.pop("family"), origin=about.pop("origin"), fields=about)
+  found = Pretrained(about.pop("family"), origin=about.pop("origin"), fields=about)
+  try:
+    found.model_config()
+  except ValueError as error:
+    raise Unreadable(f"{path} is of no model ({error}): {_REMEDY}") from error
+  return found
 
 
 def write_model(folder: epath.Path, family: str, config: ModelConfig, origin: str) -> None:

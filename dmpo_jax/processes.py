@@ -37,7 +37,8 @@ _MAX_NAMED = 8
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC looks for; in small letters alone
 
 _num_meetings: collections.Counter[str] = collections.Counter()  # by name
-_since: dict[str, Any] = {"name": "the start", "time": math.inf}  # the last meeting; its time is inf while it goes on
+# The last meeting; its time is inf while it goes on. Seconds of host's work after it that are allowed for besides.
+_since: dict[str, Any] = {"name": "the start", "time": math.inf, "allowed": 0.0}
 _is_ending = threading.Event()  # this process ends, and listens to nobody any more
 _reason: list[str] = []  # why this process wants the job to stop
 
@@ -151,10 +152,8 @@ def _listen(client: Any, own: int) -> None:
     except jax.errors.JaxRuntimeError:  # the service is gone, of which JAX speaks itself
       return
     if failed and not _is_ending.wait(_LISTEN_SECONDS):  # what all have noticed, each says itself
-      index, note = min(failed.items())
-      code, _, said = note.partition(" ")
-      fail(int(code), f"stopped in process {own} by process {index}, which has said: {said}")
-    if time.monotonic() - _since["time"] > STALL_SECONDS:
+      fail(*_last_words(own, failed))
+    if time.monotonic() - _since["time"] > STALL_SECONDS + _since["allowed"]:
       fail(
         ABANDONED,
         f"stopped in process {own}: nothing has gone on for {STALL_SECONDS:.0f} s since {_since['name']!r}: its "
@@ -171,6 +170,16 @@ def _without_proxies() -> Iterator[None]:
     yield
   finally:
     os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def working(seconds: float) -> Iterator[None]:
+  """Allow for work of this host, between two meetings, that may take so long and is no stall."""
+  _since["allowed"] += seconds
+  try:
+    yield
+  finally:
+    _since["allowed"] -= seconds
 
 
 def differing(name: str, own: Mapping[str, Any]) -> list[str]:
@@ -215,16 +224,38 @@ def fail(code: int, said: str) -> NoReturn:
   The usual exit of a process waits for the others, which wait for it, and JAX ends them all as crashed.
   """
   _is_ending.set()
-  print(said, file=sys.stderr, flush=True)
   state = distributed.global_state
+  print(said, file=sys.stderr, flush=True)
   if state.client is None or state.num_processes == 1:
     sys.exit(code)
+  if code == ABANDONED and (heard := _hear_of_failure(state.client, state.process_id)):
+    code, words = heard  # why the other does not answer; its code says whether to start again
+    print(words, file=sys.stderr, flush=True)
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there to hear it
     state.client.key_value_set(f"{_FAILED}{state.process_id}", f"{code} {said}", allow_overwrite=True)
   if state.process_id == 0:
     time.sleep(_LAST_WORDS_SECONDS)
   sys.stdout.flush()
   os._exit(code)
+
+
+def _hear_of_failure(client: Any, own: int) -> tuple[int, str] | None:
+  """Wait a moment for what another process has said as it failed: its connections close before its words are here."""
+  deadline = time.monotonic() + _LAST_WORDS_SECONDS
+  while time.monotonic() < deadline:
+    try:
+      if failed := _read_folder(client, _FAILED):
+        return _last_words(own, failed)
+    except jax.errors.JaxRuntimeError:  # the service has gone with process 0
+      return None
+    time.sleep(0.1)
+  return None
+
+
+def _last_words(own: int, failed: Mapping[int, str]) -> tuple[int, str]:
+  index, note = min(failed.items())
+  code, _, said = note.partition(" ")
+  return int(code), f"stopped in process {own} by process {index}, which has said: {said}"
 
 
 def finish() -> None:

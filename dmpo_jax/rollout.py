@@ -317,6 +317,8 @@ def lack_of_signal(reward: Float[np.ndarray, "p g"], is_kept: Bool[np.ndarray, "
     compares: the objective learns from differences inside a group; else from the rewards themselves.
   """
   num, highest = len(reward), np.where(is_kept, reward, -np.inf).max(-1)
+  if not is_kept.any():
+    return "no signal: no reward could be computed"
   if not reward[is_kept].any():
     return f"no signal: all rewards equal in {num} of {num} groups, all are 0"
   if not compares or (highest > np.where(is_kept, reward, np.inf).min(-1)).any():

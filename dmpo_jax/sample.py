@@ -188,7 +188,7 @@ def read_requests(prompt: str | None, path: str | None) -> list[Request]:
     raise ConfigError("nothing to sample: give --prompt=TEXT, --prompts=FILE.jsonl, or prompts by a pipe")
   else:
     where, content = "standard input", sys.stdin.buffer.read()
-  lines = _decode_text(content, where).splitlines()
+  lines = _decode_text(content, where).split("\n")  # JSON may hold the other characters that end a line
   requests = [
     _read_request(line, f"{where}, line {number}", is_json=path is not None or line.lstrip().startswith("{"))
     for number, line in enumerate(lines, start=1)

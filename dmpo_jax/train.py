@@ -5,6 +5,7 @@ collects rollouts of the current policy and learns from them by `config.objectiv
 the base: the policy that training starts from, and the reference that it is measured against.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -85,10 +86,11 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
   if parts.model.config.lora and (workdir / "policy").exists():
     build.check_base(config, workdir, workdir / "policy")
   take_over(workdir, config)
+  meet("the workdir is this run's")
   save_config(workdir, config)  # not before: a start that was refused leaves the workdir free for another configuration
   announce_start(workdir, config, parts.mesh, parts.rollout_mesh)
   log = Metrics(workdir, wandb_project=config.log.wandb_project, config=config.to_dict())
-  with jax.set_mesh(parts.mesh), log as metrics:
+  with contextlib.closing(parts.grading), jax.set_mesh(parts.mesh), log as metrics:
     phase, state = phases.training_phase(config, workdir, parts, warm_start(config, workdir, parts, metrics))
     state, position = run(phase, state, config, workdir, metrics)
     save_params(workdir / "policy", state.trainable, build.about_policy(config, workdir, position.buffer))

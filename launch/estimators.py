@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import scipy.special
 from absl import app, flags
 from etils import epath
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unknown argument {argv[1]!r}")
   buckets.refuse("--out", _OUT.value)
   logits = _SHARPNESS.value * np.random.default_rng(0).standard_normal((*[TOKENS + 1] * LENGTH, LENGTH, TOKENS))
-  table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  table = scipy.special.log_softmax(logits, axis=-1)
   exact = exact_log_likelihood(table)
   figures = [measure(name, estimator, table, exact) for name, estimator in candidates()]
   out = pathlib.Path(_OUT.value)
@@ -86,7 +87,7 @@ def exact_log_likelihood(table: np.ndarray) -> np.ndarray:
         total += table[tuple(state)][position, completion[position]]
         state[position] = completion[position]
       by_order.append(total)
-    totals.append(math.log(np.exp(by_order).mean()))
+    totals.append(scipy.special.logsumexp(by_order) - math.log(len(by_order)))
   return np.array(totals)
 
 

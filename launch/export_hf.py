@@ -239,20 +239,23 @@ def how_to_load(source: Source, out: epath.Path) -> str:
   """Say how `transformers` loads an exported model, and which files of Python it needs for that and has not got."""
   family, about = FAMILIES[source.family], files.read_object(out / "config.json")
   code = {name.partition(".")[0] + ".py" for name in about.get("auto_map", family.code).values()}
+  folder = "DIR" if buckets.is_in_bucket(out) else out
   lines = [
     "from transformers import AutoModel, AutoTokenizer",
-    f'tokenizer = AutoTokenizer.from_pretrained("{out}", trust_remote_code=True)',
-    f'model = AutoModel.from_pretrained("{out}", trust_remote_code=True)',
+    f'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)',
+    f'model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)',
   ]
   if (out / SENTENCEPIECE).exists() and not (out / FILES[0]).exists():  # of which transformers knows no class
     lines[:2] = [
       "import sentencepiece; from transformers import AutoModel",
-      f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="{out / SENTENCEPIECE}")',
+      f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="{folder}/{SENTENCEPIECE}")',
     ]
   if missing := sorted(name for name in code if not (out / name).exists()):
-    lines.insert(0, f"# {' and '.join(missing)} first: copy them to {out} from {family.published_at} on the hub")
+    lines.insert(0, f"# {' and '.join(missing)} first: copy them to {folder} from {family.published_at} on the hub")
   if "auto_map" not in about:  # the original has none, and what is exported is as it was
     lines.insert(0, f'# and into its config.json: "auto_map": {json.dumps(dict(family.code))}')
+  if buckets.is_in_bucket(out):  # from where transformers does not load
+    lines.insert(0, f"# gcloud storage cp -r {out} {folder}")
   return "\n".join(f"  {line}" for line in lines)
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # dmpo_jax on a Cloud TPU slice: create it, set it up, run on all of its workers, look on, stop, delete.
 #
-#   launch/tpu_vm.sh create --name=dmpo --zone=us-central2-b --type=v5litepod-16 [--spot] [--queued]
-#   launch/tpu_vm.sh setup  --name=dmpo --zone=us-central2-b       # copies this checkout; installs Python and requirements
-#   launch/tpu_vm.sh run    --name=dmpo --zone=us-central2-b -- --config=configs/llada_8b.py --workdir=gs://bucket/run
-#   launch/tpu_vm.sh tail   --name=dmpo --zone=us-central2-b       # the log of worker 0
-#   launch/tpu_vm.sh stop   --name=dmpo --zone=us-central2-b       # SIGTERM: the run saves and ends with exit code 75
-#   launch/tpu_vm.sh delete --name=dmpo --zone=us-central2-b [--queued]
+#   launch/tpu_vm.sh create --name=dmpo --zone=us-west4-a --type=v5litepod-16 [--spot] [--queued]
+#   launch/tpu_vm.sh setup  --name=dmpo --zone=us-west4-a       # copies this checkout; installs Python and requirements
+#   launch/tpu_vm.sh run    --name=dmpo --zone=us-west4-a -- --config=configs/llada_8b.py --workdir=gs://bucket/run
+#   launch/tpu_vm.sh tail   --name=dmpo --zone=us-west4-a       # the log of worker 0
+#   launch/tpu_vm.sh stop   --name=dmpo --zone=us-west4-a       # SIGTERM: the run saves and ends with exit code 75
+#   launch/tpu_vm.sh delete --name=dmpo --zone=us-west4-a [--queued]
 #
 # The images of TPU VMs, v2-alpha-tpuv5-lite (v5e, the default of --version), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e) and
 # tpu-ubuntu2204-base (v4), are Ubuntu 22.04 with Python 3.10, which is too old: `setup` has uv fetch a Python 3.11, which
@@ -95,7 +95,7 @@ case $action in
     on_workers all "cd dmpo_jax && nohup $command > run.log 2>&1 < /dev/null & disown"
     ;;
   tail) on_workers 0 'tail -n 100 -f dmpo_jax/run.log' ;;
-  stop) on_workers all 'pkill -TERM -f launch/supervise.sh || true' ;;
+  stop) on_workers all 'pkill -TERM -f "[l]aunch/supervise.sh" || true' ;;
   delete)
     if [[ -n $queued ]]; then
       call gcloud compute tpus queued-resources delete "$name" --force --quiet "${where[@]}"

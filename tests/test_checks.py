@@ -21,18 +21,23 @@ def num_parameters(config):
   return sum(leaf.size for leaf in jax.tree.leaves(build.abstract_collection(parts.model, parts.mesh, "params")))
 
 
-def test_parameters_fit_to_the_byte(monkeypatch, tmp_path):
-  """Sampling holds them once, training with two moments, 4 bytes each."""
-  config = tiny.config()
-  count = num_parameters(config)
-  monkeypatch.setattr(checks, "host_bytes", lambda: 4 * count)
-  build.build_model_parts(config)
-  with pytest.raises(ConfigError, match=r"the parameters and the optimizer's moments take .* GB of a device's memory"):
-    build.build_parts(config, epath.Path(tmp_path / "run"))
-  monkeypatch.setattr(checks, "host_bytes", lambda: 4 * count - 1)
-  with pytest.raises(ConfigError, match="the parameters take"):
-    build.build_model_parts(config)
-  monkeypatch.undo()
+@pytest.mark.parametrize(
+  ("changes", "needed"),
+  [
+    ({}, 16),  # what is trained, two moments and the reference, float32
+    (dict(model__param_dtype="bfloat16"), 14),  # the reference in bfloat16
+    (dict(objective__name="denoise"), 12),  # no reference
+  ],
+)
+def test_parameters_fit_to_the_byte(monkeypatch, changes, needed):
+  config = tiny.config(**changes)
+  count, size = num_parameters(config), 2 if "model__param_dtype" in changes else 4
+  for is_training, least, what in ((False, size, "the parameters"), (True, needed, "the optimizer's moments")):
+    monkeypatch.setattr(checks, "host_bytes", lambda least=least: least * count)
+    build._build_model_parts(config, is_training)
+    monkeypatch.setattr(checks, "host_bytes", lambda least=least: least * count - 1)
+    with pytest.raises(ValueError, match=f"{what} take .* GB of a device's memory"):
+      build._build_model_parts(config, is_training)
 
 
 def test_a_model_beyond_any_machine_is_one_message():

@@ -174,6 +174,19 @@ def test_a_reward_is_called_once_a_completion(tmp_path):
   assert [(x.reward, x.grade.is_correct) for x in verdicts] == [(1.0, True), (2.0, True)]
 
 
+def test_close_ends_workers_that_are_busy_and_drops_what_waits(spec):
+  pool = Grading(spec, workers=2, seconds=60.0)
+  pool.submit([{"n": 1}] * 2, ["1", "2"], [True] * 2).result()
+  records = [{"n": number} for number in range(6)]
+  pending = pool.submit(records, ["hang"] * 6, [True] * 6)
+  time.sleep(0.5)
+  start = time.monotonic()
+  pool.close()
+  assert time.monotonic() - start < 5
+  assert [future.cancelled() for future in pending._futures].count(True) == 4
+  assert not [process for process in psutil.Process().children() if "judge.serve" in " ".join(process.cmdline())]
+
+
 def test_a_worker_does_not_import_jax(tmp_path):
   path = tmp_path / "task.py"
   path.write_text(TASK.replace("  return float(completion)", "  import sys\n  return float('jax' in sys.modules)"))

@@ -59,7 +59,8 @@ def test_scripts_can_be_run(script):
     (("tail",), "gcloud compute tpus tpu-vm ssh pod --worker=0 --command=tail -n 100 -f dmpo_jax/run.log --zone=z1"),
     (
       ("stop",),
-      "gcloud compute tpus tpu-vm ssh pod --worker=all --command=pkill -TERM -f launch/supervise.sh || true --zone=z1",
+      'gcloud compute tpus tpu-vm ssh pod --worker=all --command=pkill -TERM -f "[l]aunch/supervise.sh" || true '
+      "--zone=z1",
     ),
     (("delete",), "gcloud compute tpus tpu-vm delete pod --quiet --zone=z1"),
     (("delete", "--queued"), "gcloud compute tpus queued-resources delete pod --force --quiet --zone=z1"),

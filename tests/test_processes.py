@@ -113,6 +113,22 @@ def test_a_process_that_fails_alone_ends_all_with_its_code(index):
     assert f"{own}stopped: the disk is full\n" in process.stderr
 
 
+def test_who_is_abandoned_ends_with_the_code_of_whoever_failed():
+  """Collectives of a CPU break at once, before the words of the process that failed are there."""
+  program = """
+  processes.join(address, count, index, heartbeat_seconds=30)
+  meet("the beginning", 60)
+  if index == 1:
+    time.sleep(1.0)
+    processes.fail(1, "stopped: a device's memory is not enough")
+  processes.fail(processes.ABANDONED, "stopped: the connection was closed by the peer")
+  """
+  done = run_job(2, program)
+  assert [process.returncode for process in done] == [1, 1], done
+  said = "stopped in process 0 by process 1, which has said: stopped: a device's memory is not enough"
+  assert done[0].stderr.endswith(f"stopped: the connection was closed by the peer\n{said}\n")
+
+
 def test_what_one_process_finds_stops_all_of_them_at_one_point():
   program = """
   processes.join(address, count, index, heartbeat_seconds=30)
@@ -137,6 +153,19 @@ def test_what_one_process_finds_stops_all_of_them_at_one_point():
   """
   done = run_job(2, program)
   assert [(process.returncode, process.stdout) for process in done] == [(1, "1 the lock is gone\n")] * 2, done
+
+
+def test_work_that_may_take_long_is_no_stall():
+  program = """
+  processes.STALL_SECONDS = 2.0
+  processes.join(address, count, index, heartbeat_seconds=30)
+  meet("the beginning", 60)
+  with processes.working(30):
+    time.sleep(6)
+  meet("the end", 60)
+  """
+  done = run_job(2, program)
+  assert [process.returncode for process in done] == [0, 0], done
 
 
 def test_a_process_that_meets_nobody_ends():

@@ -299,3 +299,24 @@ def test_a_probability_that_underflows_is_no_filled_position():
   grades = Grades(np.ones((1, 1)), np.ones((1, 1), bool), np.ones((1, 1), bool))
   figures = rollout.describe(grades, rollouts, np.ones((1, 1, 3), bool), 9)
   assert figures["sampled_nll"] == pytest.approx(-(math.log(0.5) + lowest) / 2)
+
+
+def test_rewards_that_all_failed_are_no_equal_ones():
+  said = rollout.lack_of_signal(np.zeros((2, 3)), np.zeros((2, 3), bool), compares=True)
+  assert said == "no signal: no reward could be computed"
+
+
+@pytest.mark.parametrize(
+  ("changes", "compares"),
+  [
+    ({}, True),
+    (dict(objective__name="coupled_grpo", objective__weighting="reward"), True),  # which reads no weighting
+    (dict(objective__weighting="reward"), False),  # r + r pushes where all rewards are 1
+    (dict(objective__weighting="reward", objective__baseline="none"), False),
+    (dict(objective__weighting="reward", objective__baseline="mean"), True),
+    (dict(objective__weighting="reward", objective__baseline="mean", objective__baseline_strength=0.5), False),
+    (dict(objective__name="wddo", objective__weighting="reward", objective__baseline="mean"), False),  # reads none
+  ],
+)
+def test_which_losses_learn_from_differences_alone(changes, compares):
+  assert phases._compares(tiny.config(**changes).objective) == compares

@@ -175,6 +175,23 @@ def test_log_probs_are_of_the_calls_that_decided(decode):
     decode.client.completions.create(model="tiny", prompt="12", logprobs=1, temperature=0.5)
 
 
+def test_a_character_of_several_tokens_is_one_piece(tmp_path):
+  tokenizer = load_tokenizer("huggingface", standin_tokenizer.write(tmp_path, model_config={"mask_token_id": 126336}))
+  limits = Limits(LENGTH, 4, False, 0.0, 4, 4, 10, 20.0)
+  ids = np.array(tokenizer.encode("aé!€"))
+  text = Reader(tokenizer, limits, read_asked({"logprobs": True}, limits, is_chat=True)).finish(ids, np.ones(len(ids)))
+  assert text.pieces == ["a", "", "é", "!", "", "", "€"]
+
+
+def test_letters_that_the_model_does_not_see_are_logged(decode):
+  decode.said.clear()
+  ask(decode.client, "12\N{SNOWMAN}")
+  deadline = time.monotonic() + 10
+  while not decode.said and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert ", the tokenizer lacks \N{SNOWMAN}, " in decode.said[0]
+
+
 def test_the_model_is_found_by_its_name_and_the_server_says_that_it_lives(decode):
   assert decode.client.models.retrieve("tiny").id == "tiny"
   with pytest.raises(openai.NotFoundError, match="'tiny' is served"):
@@ -186,14 +203,15 @@ def test_the_model_is_found_by_its_name_and_the_server_says_that_it_lives(decode
 def test_requests_are_logged(decode):
   decode.said.clear()
   ask(decode.client, "123", n=2)
+  list(ask(decode.client, "123", n=2, stream=True))
   post(f"{decode.address}/v1/completions", b"{")
   deadline = time.monotonic() + 10
-  while len(decode.said) < 2 and time.monotonic() < deadline:
+  while len(decode.said) < 3 and time.monotonic() < deadline:
     time.sleep(0.01)
-  first, second = (line.split(" ", 1)[1] for line in decode.said)
-  assert re.fullmatch(
-    r"127\.0\.0\.1 POST /v1/chat/completions 200 \d+\.\d\d s, 3 prompt tokens, 2 choices, 6 tokens", first
-  )
+  *answered, second = (line.split(" ", 1)[1] for line in decode.said)
+  for line in answered:
+    about = "3 prompt tokens, 2 choices, 6 tokens"
+    assert re.fullmatch(rf"127\.0\.0\.1 POST /v1/chat/completions 200 \d+\.\d\d s, {about}", line)
   assert re.fullmatch(r"127\.0\.0\.1 POST /v1/completions 400 \d+\.\d\d s", second)
 
 
@@ -228,6 +246,9 @@ def test_a_length_that_is_too_much_is_refused_before_its_body(decode):
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     client.sendall(f"{head}Content-Length: 99000000000\r\n\r\n".encode())
     assert client.recv(10_000).startswith(b"HTTP/1.1 413 ")
+    client.sendall(b"x")  # of the body, which nobody reads: it does not keep the connection open
+    while client.recv(10_000):
+      pass  # to its end
 
 
 def test_a_conversation_goes_through_the_chat_template(tmp_path):

@@ -139,9 +139,9 @@ def test_a_base_that_is_not_whole_is_written_again_unless_training_began_from_it
   (workdir / "base").rmtree()
   (workdir / "base").mkdir()
   with pytest.raises(Unreadable, match=r"base holds no whole parameters.*put a copy"):
-    train.main(tiny.config(), workdir)
+    train.main(config(), workdir)
   (workdir / "checkpoints" / "train").rmtree()
-  train.main(tiny.config(), workdir)
+  train.main(config(), workdir)
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
 
 

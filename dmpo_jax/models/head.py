@@ -4,7 +4,7 @@ This module defines the policy's distribution, for samplers, likelihoods, entrop
 of the logits over the vocabulary's ids. Rows of the table beyond them have no probability. MASK keeps its share, as in
 the published code: samplers never draw it, and training leaves it next to nothing, as it is never a target.
 
-No array of all tokens' logits over a large vocabulary ever exists, in the backward pass neither.
+Full [tokens, vocabulary] logits of a large vocabulary are never materialised, not even in the backward pass.
 """
 
 import functools

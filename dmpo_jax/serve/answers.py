@@ -58,7 +58,9 @@ class Reader:
     if not self.asked.with_logprobs:
       return text
     kept = slice(text.num_tokens)
-    pieces = [self._decode(ids[: end + 1])[len(self._decode(ids[:end])) :] for end in range(text.num_tokens)]
+    # A character of several tokens is the last one's: before it the text ends in what is not whole.
+    whole = [self._decode(ids[:end]).rstrip("\ufffd") for end in range(text.num_tokens)] + [self._decode(ids[kept])]
+    pieces = [after[len(before) :] for before, after in itertools.pairwise(whole)]
     return text._replace(pieces=pieces, log_probs=[math.log(max(p, TINY)) for p in confidence[kept].tolist()])
 
   def _end(self, kept: np.ndarray) -> Text:

@@ -1,6 +1,7 @@
 """The HTTP side of serving: OpenAI's requests -> jobs -> answers, whole or as the decided prefix grows."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -184,13 +185,17 @@ class Service:
   async def complete(self, request: Request) -> Response:
     """`/v1/completions`: texts go on; no chat template."""
     fields = await self._read(request)
-    prompts = read_prompts(fields.pop("prompt", None), self.tokenizer)
+    given = fields.pop("prompt", None)
+    prompts = read_prompts(given, self.tokenizer)
+    self._note_lacking(request, [one for one in ([given] if isinstance(given, str) else given) if isinstance(one, str)])
     return await self._answer(request, prompts, fields, is_chat=False)
 
   async def chat(self, request: Request) -> Response:
     """`/v1/chat/completions`: a conversation goes on, by the chat template if there is one."""
     asked = await self._read(request)
-    prompt = self._encode_chat(read_messages(asked.pop("messages", None)))
+    turns = read_messages(asked.pop("messages", None))
+    prompt = self._encode_chat(turns)
+    self._note_lacking(request, [text for _, text in turns])
     return await self._answer(request, [prompt], asked, is_chat=True)
 
   async def watch(self, request: Request) -> Response:
@@ -259,29 +264,34 @@ class Service:
     except ValueError as error:
       raise Refused(400, str(error), "messages") from error
 
+  def _note_lacking(self, request: Request, texts: list[str]) -> None:
+    """Let the log say which letters of a request the model does not see."""
+    if lacking := self.tokenizer.lacking("".join(texts)):
+      request.state.tokens = f", the tokenizer lacks {' '.join(lacking)}"
+
   async def _answer(
     self, request: Request, prompts: list[list[int]], fields: dict[str, Any], *, is_chat: bool
   ) -> Response:
     asked = read_asked(fields, self.limits, is_chat=is_chat)
     form, reader = Form(self.model, is_chat), Reader(self.tokenizer, self.limits, asked)
     num_prompt, num_choices = sum(map(len, prompts)), len(prompts) * asked.num_choices
-    request.state.tokens = f", {num_prompt} prompt tokens, {num_choices} choices"
+    request.state.tokens += f", {num_prompt} prompt tokens, {num_choices} choices"
     events = self._events(request, prompts, asked)
     if not asked.is_streamed:
       texts = {number: reader.finish(*value) async for number, kind, value in events if kind == "done"}
       request.state.tokens += f", {sum(text.num_tokens for text in texts.values())} tokens"
       return JSONResponse(files.finite(form.whole([texts[number] for number in sorted(texts)], num_prompt, asked)))
     first = await anext(events)  # an error before the first byte is still an error's status
-    stream = self._stream(_with_first(first, events), form, reader, num_prompt, num_choices)
+    stream = self._stream(request, _with_first(first, events), form, reader, num_prompt)
     return StreamingResponse(stream, media_type="text/event-stream")
 
   async def _stream(
-    self, events: AsyncIterator[Event], form: Form, reader: Reader, num_prompt: int, num_choices: int
+    self, request: Request, events: AsyncIterator[Event], form: Form, reader: Reader, num_prompt: int
   ) -> AsyncIterator[str]:
-    sent = [""] * num_choices
+    sent: collections.defaultdict[int, str] = collections.defaultdict(str)
     num_tokens = 0
     if form.is_chat:
-      for index in range(len(sent)):
+      for index in range(reader.asked.num_choices):
         yield form.event(index, "", role="assistant")
     try:
       async for index, kind, value in events:
@@ -292,6 +302,7 @@ class Service:
         if kind == "done":
           num_tokens += end.num_tokens
           yield form.event(index, "", reason=end.reason)
+      request.state.tokens += f", {num_tokens} tokens"
       if reader.asked.with_usage:
         yield form.last_event(num_prompt, num_tokens)
     except Refused as error:

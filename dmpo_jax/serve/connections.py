@@ -41,7 +41,9 @@ def bounded_protocol(max_connections: int, header_seconds: float = HEADER_SECOND
       super().connection_lost(exc)
 
     def _watch_header(self) -> None:
-      if self.conn.their_state is not h11.IDLE:  # its header is whole
+      # Nothing is read of a body once its request is answered: what still comes of it is waited for as a header is.
+      is_answered = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+      if self.conn.their_state is not h11.IDLE and not is_answered:
         self._forget_deadline()
       elif self._deadline is None:
         self._deadline = self.loop.call_later(header_seconds, self.transport.close)

@@ -50,6 +50,8 @@ class Hosts:
     own.mkdir(parents=True, exist_ok=True)
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={self.devices}"
     folders = dict(HOME=str(own), TMPDIR=str(own), XDG_CACHE_HOME=str(own / "cache"))
+    login = os.environ.get("CLOUDSDK_CONFIG", str(pathlib.Path.home() / ".config" / "gcloud"))  # for a real bucket
+    folders["CLOUDSDK_CONFIG"] = login
     cpu = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(self.threads)}
     return os.environ | self.environment | folders | cpu | {"TF_CPP_MIN_LOG_LEVEL": "3", "COLUMNS": "160"}
 

@@ -9,6 +9,7 @@ import pytest
 import standin_tokenizer
 from test_serve import serving
 
+from configs import base
 from dmpo_jax.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,7 @@ def lm_eval(folder, *arguments):
 @pytest.fixture
 def folder(tmp_path):
   # The stand-in for the model answers a prompt with its first tokens, reversed: bytes, which are characters here.
-  rows = [("1234567", "765"), ("123", "321"), ("321", "321")]
+  rows = [("1234567", "765"), ("123", "321"), ("9" * 1200 + "12", "21999999")]  # one as long as several examples
   texts = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
   (tmp_path / "rows.jsonl").write_text("\n".join(texts))
   (tmp_path / "reversed.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
@@ -53,20 +54,22 @@ def folder(tmp_path):
 
 def test_lm_eval_completes(folder):
   tokenizer = load_tokenizer("huggingface", folder / "checkpoint", is_chat=True)
-  with serving(tokenizer, max_prompt_length=100, batch_size=2) as decode:
+  with serving(tokenizer, max_prompt_length=base.get_config().serve.max_prompt_length, batch_size=2) as decode:
     at = f"base_url={decode.address}/v1/completions,tokenizer={folder / 'checkpoint'}"
     one = lm_eval(folder, "--model", "local-completions", "--model_args", f"model=tiny,{at}")
     assert decode.said[-1].count(", 1 choices")
     several = lm_eval(
       folder, "--model", "local-completions", "--model_args", f"model=tiny,{at},num_concurrent=2", "--batch_size", "3"
     )
-  assert one == several == pytest.approx(2 / 3)
+  assert one == several == 1.0
 
 
 def test_lm_eval_chats(folder):
   tokenizer = load_tokenizer("huggingface", folder / "checkpoint", is_chat=True)
-  with serving(tokenizer, max_prompt_length=100) as decode:
+  with serving(tokenizer, max_prompt_length=2048) as decode:
     at = f"base_url={decode.address}/v1/chat/completions"
     lm_eval(folder, "--model", "local-chat-completions", "--apply_chat_template", "--model_args", f"model=tiny,{at}")
     prompts = {tokenizer.decode(job.prompt) for job in decode.jobs}
-  assert {tokenizer.decode(tokenizer.encode_chat([("user", text)])) for text in ("1234567", "123", "321")} == prompts
+  assert {
+    tokenizer.decode(tokenizer.encode_chat([("user", text)])) for text in ("1234567", "123", "9" * 1200 + "12")
+  } == prompts
