@@ -79,7 +79,7 @@ def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
       found += [] if name.removeprefix("config.") in KEYS else [f"no key {name}"]
     elif name not in known:
       found.append(f"no flag --{name}")
-    elif name == "config" and not (ROOT / value).exists():
+    elif name == "config" and not (ROOT / value.partition(":")[0]).exists():  # what follows is its argument
       found.append(f"no file {value}")
   return found
 
