@@ -23,7 +23,7 @@ shift $((OPTIND - 1))
 
 # One attempt: all processes, and the exit code of the first that did not end well.
 attempt() {
-  local python=$1 processes=$2 port code=0 ended pids=()
+  local python=$1 processes=$2 port code=0 running pids=()
   shift 2
   port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   for ((i = 0; i < processes; i++)); do
@@ -33,13 +33,17 @@ attempt() {
   done
   trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
   while ((${#pids[@]})); do
-    wait -n -p ended "${pids[@]}"
-    ended_with=$?
-    if [[ -z ${ended:-} ]]; then continue; fi  # a signal, passed on above
-    ((code == 0)) && code=$ended_with
-    for i in "${!pids[@]}"; do [[ ${pids[i]} == "$ended" ]] && unset "pids[i]"; done
+    running=${#pids[@]}
+    wait -n "${pids[@]}" 2>/dev/null # until one ends, or a signal is passed on; of several that end at once it may name one
+    for i in "${!pids[@]}"; do
+      kill -0 "${pids[i]}" 2>/dev/null && continue
+      wait "${pids[i]}"
+      ended_with=$?
+      ((code == 0)) && code=$ended_with
+      unset "pids[i]"
+    done
     pids=("${pids[@]}")
-    ended=
+    ((${#pids[@]} < running)) || sleep 0.2
   done
   exit "$code"
 }

@@ -248,3 +248,19 @@ runpy.run_module("dmpo_jax.main", run_name="__main__", alter_sys=True)
 """
   done = subprocess.run([sys.executable, "-c", program], cwd=LAUNCH.parent, capture_output=True, text=True, timeout=120)
   assert "--workdir" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("fails", "code"), [("", 0), ("2", 7)])
+def test_processes_that_end_at_one_moment_end_the_job(tmp_path, fails, code):
+  """With the exit code of the first that failed, however few of them bash tells of."""
+  stand_in = tmp_path / "python"
+  stand_in.write_text(
+    "#!/usr/bin/env bash\n"
+    "[[ $1 == -c ]] && { echo 1; exit; }  # the port\n"
+    f'[[ "${{@: -1}}" == "--process_id={fails}" ]] && exit 7\n'
+    f'[[ -n "{fails}" ]] && {{ sleep 0.2; exit 76; }}\n'
+    "exit 0\n"
+  )
+  stand_in.chmod(0o755)
+  for _ in range(5):
+    assert run(LAUNCH / "local.sh", "-n", "6", "-r", "0", "--", "x", PYTHON=str(stand_in)).returncode == code
