@@ -290,7 +290,8 @@ def test_a_policy_of_before_it_said_its_buffers_has_those_of_the_result(tmp_path
   with pytest.raises(config_lib.ConfigError, match="run the training once more"):
     evaluate._num_buffers(workdir, "last")
   evaluations = {str(b): {"solve_rate": s, "reward_mean": 0.0} for b, s in ((0, 0.1), (15, 0.9), (22, 0.8))}
-  (workdir / "result.json").write_text(json.dumps({"buffers": 22, "evaluations": evaluations}))
+  rows = {name: {"solve_rate": 0.0} for name in ("base", "last", "best")}
+  (workdir / "result.json").write_text(json.dumps({"buffers": 22, "evaluations": evaluations} | rows))
   assert [evaluate._num_buffers(workdir, name) for name in ("last", "best")] == [22, 15]
 
 
