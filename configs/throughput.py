@@ -1,4 +1,4 @@
-"""What launch/benchmark.py measures unless it is told otherwise: LLaDA's proportions at sizes that two cores bear.
+"""What launch/bench/benchmark.py measures by default: LLaDA's proportions at sizes that two cores bear.
 
 `throughput.py:training` is a gradient step's share of one device in the published run: 4 rollouts, 4 masks of each.
 `throughput.py:iteration` is the same, half as wide; `throughput.py:sampling` is 16 rows to decode, and

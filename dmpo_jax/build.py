@@ -17,17 +17,19 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import checks, data, models, noise, pretrained, processes, rollout, samplers, sharding, tasks
-from dmpo_jax.checkpoints import identity, load_params, read_about
+from dmpo_jax import data, models, noise, processes, rollout, samplers, sharding, tasks
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
+from dmpo_jax.hub import pretrained
+from dmpo_jax.hub.tokenizer import Tokenizer, load_tokenizer
 from dmpo_jax.models import llada
 from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.run import checks
+from dmpo_jax.run.checkpoints import identity, load_params, read_about
+from dmpo_jax.run.workdir import folder_beside
 from dmpo_jax.structs import Prompts
-from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
-from dmpo_jax.workdir import folder_beside
 
 logger = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ from etils import epath
 from jaxtyping import Int, UInt32
 
 from dmpo_jax import files
+from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.processes import meet, working
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import option_types, sources
 from dmpo_jax.tasks.base import GeneratedTask, Record, Split, Task
-from dmpo_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

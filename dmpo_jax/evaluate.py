@@ -23,17 +23,19 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import files, grading, noise, progress, sharding, tasks
+from dmpo_jax import files, grading, noise, sharding, tasks
 from dmpo_jax.build import Parts, base_name, build_parts, load_policies, make_sample
-from dmpo_jax.checkpoints import Preempted, check_preemption, identity, read_about
 from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
+from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.measure import Policies, check_confidence
-from dmpo_jax.metrics import read_result
 from dmpo_jax.processes import HostShare, gather_texts
-from dmpo_jax.report import tables
 from dmpo_jax.rollout import Compiled
+from dmpo_jax.run import progress
+from dmpo_jax.run.checkpoints import identity, read_about
+from dmpo_jax.run.metrics import read_result
+from dmpo_jax.run.preemption import Preempted, check_preemption
+from dmpo_jax.run.report import tables
 from dmpo_jax.structs import Prompts, Rollouts
-from dmpo_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ import numpy as np
 from jaxtyping import Int
 
 from dmpo_jax import processes
+from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.processes import PATIENCE, HostShare
 from dmpo_jax.tasks import Record, Task, make_task
 from dmpo_jax.tasks.judge import Verdict, judge
-from dmpo_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -27,14 +27,15 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import buckets, command, evaluate, processes, progress, sample, serve, train
-from dmpo_jax.checkpoints import Preempted
-from dmpo_jax.config import ConfigError, check_workdir, flatten, validate
+from dmpo_jax import evaluate, processes, sample, serve, train
+from dmpo_jax.config import ConfigError, command, flatten, validate
 from dmpo_jax.files import Unreadable
+from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.measure import NotFinite
-from dmpo_jax.pretrained import filled
 from dmpo_jax.processes import ABANDONED, Absent, Stopped
-from dmpo_jax.workdir import alone_in
+from dmpo_jax.run import buckets, progress
+from dmpo_jax.run.preemption import Preempted
+from dmpo_jax.run.workdir import alone_in, check_workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file; override a key with --config.section.key=value.", lock_config=True

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from dmpo_jax import noise
-from dmpo_jax.checkpoints import Preempted, check_preemption
 from dmpo_jax.models import lora
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import weights
 from dmpo_jax.objectives.likelihood import Completions, Estimator
+from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.scoring import make_score
 from dmpo_jax.sharding import replicated
 from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts

@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import build, optim, rollout, sharding, update
 from dmpo_jax.build import Parts, Placed, initial_adapters, initial_params, make_sample
-from dmpo_jax.checkpoints import save_params
 from dmpo_jax.evaluate import make_evaluate_training
 from dmpo_jax.measure import (
   Measure,
@@ -36,6 +35,7 @@ from dmpo_jax.measure import (
 from dmpo_jax.models import llada, lora
 from dmpo_jax.objectives import OBJECTIVES, needs_of, weights
 from dmpo_jax.objectives.estimators import make_estimator
+from dmpo_jax.run.checkpoints import save_params
 from dmpo_jax.structs import Drawn, Experience, TrainState
 
 logger = logging.getLogger(__name__)

@@ -20,17 +20,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from dmpo_jax import noise, progress, samplers
-from dmpo_jax.checkpoints import Preempted
+from dmpo_jax import noise, samplers
 from dmpo_jax.grading import Grades, Grading, grade
+from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.measure import Measure, Policies, check_confidence, chunks, concatenate, fetch_ahead, log_confidence
 from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.objectives import weights
+from dmpo_jax.run import progress
+from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.sharding import everywhere, fill_rows, replicated
 from dmpo_jax.structs import Drawn, Experience, Prompts, Rollouts
-from dmpo_jax.tokenizer import Tokenizer
 
 
 def draw(

@@ -23,13 +23,13 @@ from dmpo_jax import files, noise
 from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_sample
 from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_ids
+from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.measure import Policies, check_confidence
 from dmpo_jax.processes import meet
-from dmpo_jax.progress import Progress
 from dmpo_jax.rollout import Compiled
+from dmpo_jax.run.progress import Progress
+from dmpo_jax.run.watch import Watcher
 from dmpo_jax.structs import Prompts, Rollouts
-from dmpo_jax.tokenizer import Tokenizer
-from dmpo_jax.watch import Watcher
 
 logger = logging.getLogger(__name__)
 

@@ -16,20 +16,21 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import build, phases, progress, sharding
+from dmpo_jax import build, phases, sharding
 from dmpo_jax.build import Parts
-from dmpo_jax.checkpoints import Checkpoints, Preempted, check_preemption, is_saved, save_params
 from dmpo_jax.config import ConfigError
-from dmpo_jax.config import save as save_config
 from dmpo_jax.evaluate import best_buffer
 from dmpo_jax.files import Unreadable
-from dmpo_jax.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.phases import Phase
 from dmpo_jax.processes import meet
-from dmpo_jax.report import summarize, tables
-from dmpo_jax.report import write as write_report
+from dmpo_jax.run import progress
+from dmpo_jax.run.checkpoints import Checkpoints, is_saved, save_params
+from dmpo_jax.run.metrics import Metrics, read_result, write_parameter_overview, write_result
+from dmpo_jax.run.preemption import Preempted, check_preemption
+from dmpo_jax.run.report import summarize, tables
+from dmpo_jax.run.report import write as write_report
+from dmpo_jax.run.workdir import announce_start, save_config, take_over
 from dmpo_jax.structs import TrainState
-from dmpo_jax.workdir import announce_start, take_over
 
 logger = logging.getLogger(__name__)
 

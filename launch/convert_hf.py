@@ -24,13 +24,15 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from dmpo_jax import buckets, command, digests, files, pretrained, progress
-from dmpo_jax.models import convert
-from dmpo_jax.models.convert import Place
+from dmpo_jax import digests, files
+from dmpo_jax.config import command
+from dmpo_jax.hub import convert, pretrained
+from dmpo_jax.hub.convert import Place
+from dmpo_jax.hub.piecewise import Index, PiecewiseArray, save_piecewise
+from dmpo_jax.hub.shards import ADAPTER, WEIGHTS, Shards
+from dmpo_jax.hub.tokenizer import FILES, HuggingFaceTokenizer
 from dmpo_jax.models.layers import KERNEL_SCALE, quantize
-from dmpo_jax.piecewise import Index, PiecewiseArray, save_piecewise
-from dmpo_jax.shards import ADAPTER, WEIGHTS, Shards
-from dmpo_jax.tokenizer import FILES, HuggingFaceTokenizer
+from dmpo_jax.run import buckets, progress
 
 PIECE_BYTES = 16 * 2**20
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

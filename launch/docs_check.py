@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 from configs import base
 from dmpo_jax.config import flatten
-from dmpo_jax.rules import RULES
-from launch.benchmark import SECTIONS
+from dmpo_jax.config.rules import RULES
+from launch.bench.benchmark import SECTIONS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -69,7 +69,7 @@ def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
   path = folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")
   if not path.exists():
     return [f"no module {module}"]
-  known = _flags(path) | _flags(ROOT / "dmpo_jax/progress.py")
+  known = _flags(path) | _flags(ROOT / "dmpo_jax/run/progress.py")
   found = []
   for arg in (arg.strip("[]") for arg in args):
     name, _, value = arg.removeprefix("--").partition("=")
@@ -85,11 +85,18 @@ def _wrong_arguments(module: str, args: Sequence[str]) -> list[str]:
 
 
 def _flags(path: pathlib.Path) -> set[str]:
-  """The names that a module defines flags by."""
-  calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+  """List the flags that a command defines, in its own module or in modules of `launch` that it imports."""
+  nodes = list(ast.walk(ast.parse(path.read_text())))
+  calls = [node for node in nodes if isinstance(node, ast.Call)]
   defining = [call for call in calls if getattr(call.func, "attr", "").startswith(("DEFINE_", "add_argument"))]
   names = {ast.literal_eval(call.args[0]) for call in defining if isinstance(call.args[0], ast.Constant)}
-  return {name.removeprefix("--") for name in names}
+  found = {name.removeprefix("--") for name in names}
+  for node in nodes:
+    if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "launch":
+      folder = ROOT / node.module.replace(".", "/")
+      files = [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]
+      found = found.union(*(_flags(file) for file in files if file.exists()))
+  return found
 
 
 def runnable(text: str, folder: pathlib.Path) -> list[list[str]]:

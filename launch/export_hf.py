@@ -19,14 +19,17 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import buckets, build, command, config, files, pretrained, progress
-from dmpo_jax.checkpoints import check_params, load_leaf, saved_dtypes
-from dmpo_jax.models import convert
-from dmpo_jax.models.families import FAMILIES
+from dmpo_jax import build, files
+from dmpo_jax.config import command
+from dmpo_jax.hub import convert, pretrained
+from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.hub.shards import ADAPTER, write_file, write_shards
+from dmpo_jax.hub.tokenizer import FILES, QWEN_FILES
 from dmpo_jax.models.layers import KERNEL_SCALE
 from dmpo_jax.models.llada import ModelConfig
-from dmpo_jax.shards import ADAPTER, write_file, write_shards
-from dmpo_jax.tokenizer import FILES, QWEN_FILES
+from dmpo_jax.run import buckets, progress
+from dmpo_jax.run import workdir as workdir_lib
+from dmpo_jax.run.checkpoints import check_params, load_leaf, saved_dtypes
 
 SENTENCEPIECE = "tokenizer.model"  # its file beside exported weights
 
@@ -84,9 +87,9 @@ def find_run(workdir: epath.Path) -> Source:
   Raises:
     ValueError: it is none, or its base is not stored anywhere.
   """
-  about = workdir / config.FILE
+  about = workdir / workdir_lib.FILE
   if not about.exists() or not (workdir / "policy").exists():
-    raise ValueError(f"--run={workdir} holds no finished run: there is no {config.FILE} or no policy")
+    raise ValueError(f"--run={workdir} holds no finished run: there is no {workdir_lib.FILE} or no policy")
   settings = ConfigDict(files.read_object(about))
   model = build.build_model(settings, build.make_tokenizer(settings))
   checkpoint = settings.model.init_from

@@ -14,7 +14,7 @@ import hypothesis
 from absl import app, flags
 from hypothesis import strategies as st
 
-from dmpo_jax import command
+from dmpo_jax.config import command
 from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.tasks.published import RANGES

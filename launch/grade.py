@@ -23,8 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from dmpo_jax import buckets, command, files
+from dmpo_jax import files
+from dmpo_jax.config import command
 from dmpo_jax.grading import Grading
+from dmpo_jax.run import buckets
 from dmpo_jax.tasks import TASKS, Grade, answers
 from dmpo_jax.tasks.judge import NO_GRADE
 from dmpo_jax.tasks.published import GRADERS

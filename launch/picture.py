@@ -13,9 +13,10 @@ import matplotlib
 from absl import flags
 from etils import epath
 
-from dmpo_jax import buckets, command
-from dmpo_jax.report.page import is_film
-from dmpo_jax.report.runs import Row, Run, find_generation, list_generations, read_runs
+from dmpo_jax.config import command
+from dmpo_jax.run import buckets
+from dmpo_jax.run.report.page import is_film
+from dmpo_jax.run.report.runs import Row, Run, find_generation, list_generations, read_runs
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt

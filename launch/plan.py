@@ -27,12 +27,13 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dmpo_jax import buckets, command, files, progress, sharding
-from dmpo_jax.config import ConfigError, validate
+from dmpo_jax import files, sharding
+from dmpo_jax.config import ConfigError, command, validate
+from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.models.llada import LLaDA
-from dmpo_jax.pretrained import filled
-from launch import costs, programs
-from launch.programs import PROGRAMS
+from dmpo_jax.run import buckets, progress
+from launch.bench import costs, programs
+from launch.bench.programs import PROGRAMS
 
 GIB = 2**30
 

@@ -12,9 +12,10 @@ from absl import flags
 from etils import epath
 from rich.console import Console
 
-from dmpo_jax import buckets, command, watch
-from dmpo_jax.report.page import is_film
-from dmpo_jax.report.runs import Row, find_generation, is_number, list_generations
+from dmpo_jax.config import command
+from dmpo_jax.run import buckets, watch
+from dmpo_jax.run.report.page import is_film
+from dmpo_jax.run.report.runs import Row, find_generation, is_number, list_generations
 
 
 def find_file(workdir: epath.Path, buffers: int | None) -> epath.Path:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from dmpo_jax import buckets, command, report
+from dmpo_jax.config import command
+from dmpo_jax.run import buckets, report
 
 
 def define_flags() -> None:

@@ -17,8 +17,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from dmpo_jax import buckets, command
-from dmpo_jax.progress import Progress
+from dmpo_jax.config import command
+from dmpo_jax.run import buckets
+from dmpo_jax.run.progress import Progress
 from launch.outcome import compare, outcome
 
 _KILLS = flags.DEFINE_integer("kills", 100, "How many times to kill.", lower_bound=1)

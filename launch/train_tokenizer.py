@@ -21,9 +21,10 @@ from absl import app, flags
 from etils import epath
 
 from configs import base
-from dmpo_jax import buckets, command
+from dmpo_jax.config import command
+from dmpo_jax.hub.tokenizer import MASK_PIECE
+from dmpo_jax.run import buckets
 from dmpo_jax.tasks import TASKS, answers
-from dmpo_jax.tokenizer import MASK_PIECE
 
 TASK_NAMES = ("sudoku", "countdown")  # whose text it is made for
 NUM_RECORDS = 1000  # of each task

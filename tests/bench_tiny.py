@@ -1,7 +1,7 @@
 """A workload small enough for tests of the benchmark."""
 
 from configs import throughput
-from launch import workload
+from launch.bench import workload
 
 TINY = {
   "model.d_model": 16,

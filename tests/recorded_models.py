@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from dmpo_jax.models import convert
+from dmpo_jax.hub import convert
 from dmpo_jax.models.llada import LLaDA, ModelConfig
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "models"

@@ -11,21 +11,16 @@ import programs
 import pytest
 
 from dmpo_jax.structs import Rollouts
-from launch import (
-  bench_compile,
-  bench_convert,
-  bench_grade,
-  bench_growth,
-  bench_iteration,
-  bench_report,
-  bench_sample,
-  bench_score,
-  bench_update,
-  benchmark,
-  costs,
-  timing,
-  workload,
-)
+from launch.bench import benchmark, costs, timing, workload
+from launch.bench import compile as bench_compile
+from launch.bench import convert as bench_convert
+from launch.bench import grade as bench_grade
+from launch.bench import growth as bench_growth
+from launch.bench import iteration as bench_iteration
+from launch.bench import report as bench_report
+from launch.bench import sample as bench_sample
+from launch.bench import score as bench_score
+from launch.bench import update as bench_update
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,10 @@ import pytest
 from etils import epath
 from programs import start
 
-from dmpo_jax import buckets, processes, workdir
-from dmpo_jax.buckets import Held, Lock
+from dmpo_jax import processes
 from dmpo_jax.config import ConfigError
+from dmpo_jax.run import buckets, workdir
+from dmpo_jax.run.buckets import Held, Lock
 from launch.rehearse import bucket
 from launch.rehearse.bucket import Fault
 

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dmpo_jax import sharding
-from dmpo_jax.checkpoints import Checkpoints, identity, load_params, read_about, save_params
+from dmpo_jax.run.checkpoints import Checkpoints, identity, load_params, read_about, save_params
 from dmpo_jax.structs import Experience, Prompts, TrainState
 
 

@@ -6,8 +6,9 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, checkpoints, checks, sharding
+from dmpo_jax import build, sharding
 from dmpo_jax.config import ConfigError
+from dmpo_jax.run import checkpoints, checks
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from absl import app, flags
 from conftest import ROOT
 from ml_collections import config_flags
 
-from dmpo_jax import command
+from dmpo_jax.config import command
 
 
 def parse(monkeypatch, *args):

@@ -5,11 +5,14 @@ import json
 import pathlib
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import base
 from dmpo_jax import config as config_lib
-from dmpo_jax import rules
-from dmpo_jax.rules import RULES
+from dmpo_jax.config import rules
+from dmpo_jax.config.rules import RULES
+from dmpo_jax.run import workdir as workdir_lib
+from dmpo_jax.samplers import SAMPLERS
 
 CONFIGS = sorted(path.stem for path in pathlib.Path(base.HERE).glob("*.py"))
 
@@ -182,7 +185,7 @@ def test_an_int8_base_is_not_trained(config):
 
 
 def test_a_run_of_before_there_was_int8_is_the_same_run(config):
-  older = config_lib.ConfigDict(config.to_dict())
+  older = ConfigDict(config.to_dict())
   del older.model.quantization
   assert config_lib.differences(older, config) == []
   assert config_lib.fingerprint(older) == config_lib.fingerprint(config)
@@ -244,12 +247,12 @@ def test_a_samplers_own_section_is_optional_where_its_signature_has_defaults(con
   config_lib.validate(config)
   del config.sampler["wino"]
   config_lib.validate(config)
-  monkeypatch.setitem(config_lib.SAMPLERS, "mine", lambda denoiser, keys, plan, *, depth, width=3: None)
-  monkeypatch.setitem(config_lib.RULES, "sampler.name", rules.one_of("mine"))
+  monkeypatch.setitem(SAMPLERS, "mine", lambda denoiser, keys, plan, *, depth, width=3: None)
+  monkeypatch.setitem(RULES, "sampler.name", rules.one_of("mine"))
   config.sampler.name = "mine"
   (line,) = problems(config)
   assert line == "config.sampler.mine.depth is missing"
-  config.sampler.mine = config_lib.ConfigDict({"depth": 2})
+  config.sampler.mine = ConfigDict({"depth": 2})
   config_lib.validate(config)
 
 
@@ -290,15 +293,15 @@ def test_fingerprint_belongs_to_what_decides_results(config):
 
 
 def test_workdir_of_another_config_is_refused(config, tmp_path):
-  config_lib.check_workdir(tmp_path, config)
-  config_lib.save(tmp_path, config)
+  workdir_lib.check_workdir(tmp_path, config)
+  workdir_lib.save_config(tmp_path, config)
   (tmp_path / "base").mkdir()
   config.train.num_buffers = 40
-  config_lib.check_workdir(tmp_path, config)
+  workdir_lib.check_workdir(tmp_path, config)
   config.objective.alpha = 0.5
   config.seed = 7
   with pytest.raises(config_lib.ConfigError) as caught:
-    config_lib.check_workdir(tmp_path, config)
+    workdir_lib.check_workdir(tmp_path, config)
   message = str(caught.value)
   assert "config.objective.alpha: 0.1 -> 0.5" in message
   assert "config.seed: 0 -> 7" in message
@@ -328,13 +331,13 @@ def test_the_prompts_of_a_task_are_named(config):
 
 
 def test_a_finished_run_may_be_evaluated_otherwise(config, tmp_path):
-  config_lib.save(tmp_path, config)
+  workdir_lib.save_config(tmp_path, config)
   (tmp_path / "policy").mkdir()
   config.eval.lengths = (8, 16)
   config.task.grader = "published"
-  config_lib.check_workdir(tmp_path, config, mode="eval")
+  workdir_lib.check_workdir(tmp_path, config, mode="eval")
   with pytest.raises(config_lib.ConfigError, match=r"config.eval.lengths"):
-    config_lib.check_workdir(tmp_path, config)
+    workdir_lib.check_workdir(tmp_path, config)
   config.sampler.steps = 32
   with pytest.raises(config_lib.ConfigError, match=r"config.sampler.steps"):
-    config_lib.check_workdir(tmp_path, config, mode="eval")
+    workdir_lib.check_workdir(tmp_path, config, mode="eval")

@@ -13,12 +13,12 @@ from configs import base
 from dmpo_jax import data
 from dmpo_jax.data import PromptStream, TaskData, prompt_id, prompt_ids
 from dmpo_jax.files import Unreadable
+from dmpo_jax.hub.tokenizer import Tokenizer, load_tokenizer
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import sources, user
 from dmpo_jax.tasks.countdown import Countdown
 from dmpo_jax.tasks.gsm8k import GSM8K
 from dmpo_jax.tasks.sudoku import Sudoku
-from dmpo_jax.tokenizer import Tokenizer, load_tokenizer
 
 TASK = Sudoku(min_blanks=4, max_blanks=6, demo_patience=11.0)
 COUNTDOWN = Countdown(num_numbers=3, max_number=99, demo_wrong=0.5)

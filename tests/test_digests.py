@@ -15,8 +15,8 @@ from etils import epath
 from test_checkpoints import assert_same, make_experience, make_state, restore
 
 from dmpo_jax import digests, sharding
-from dmpo_jax.checkpoints import Checkpoints, identity, load_params, read_about, save_params
 from dmpo_jax.files import Unreadable
+from dmpo_jax.run.checkpoints import Checkpoints, identity, load_params, read_about, save_params
 
 NUM_FLIPS = 60
 

@@ -12,11 +12,14 @@ from hosts import run_hosts
 from scipy import stats
 
 from configs import base
-from dmpo_jax import build, checkpoints, data, evaluate, grading, structs
+from dmpo_jax import build, data, evaluate, grading, structs
 from dmpo_jax import config as config_lib
+from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.rollout import Compiled
+from dmpo_jax.run import checkpoints
+from dmpo_jax.run import workdir as workdir_lib
+from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.tasks.sudoku import Sudoku
-from dmpo_jax.tokenizer import load_tokenizer
 
 TASK = Sudoku(min_blanks=4, max_blanks=6, demo_patience=11.0)
 NUM, LENGTH = 10, 18
@@ -159,11 +162,11 @@ def test_a_notice_of_preemption_is_heeded_between_two_batches(run, tmp_path, mon
   def listen():
     polls.append(1)
     if len(polls) == 3:
-      raise checkpoints.Preempted
+      raise Preempted
 
   with monkeypatch.context() as patch:
     patch.setattr(evaluate, "check_preemption", listen)
-    with pytest.raises(checkpoints.Preempted):
+    with pytest.raises(Preempted):
       run(3, path=path)
   kept = (tmp_path / ".b.jsonl.unfinished").read_text().splitlines()
   assert len(kept) == 1 + 2 * 3  # and what the evaluation is
@@ -253,7 +256,7 @@ def finished(workdir, buffers, scale, **changes):
   with jax.set_mesh(parts.mesh):
     params = jax.tree.map(lambda x: x * scale, init(*args))
   checkpoints.save_params(workdir / "policy", params, build.about_policy(config, workdir, buffers))
-  config_lib.save(workdir, config)
+  workdir_lib.save_config(workdir, config)
   return config
 
 

@@ -13,11 +13,11 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import config as configs
-from dmpo_jax import evaluate, files, metrics, sharding, workdir
+from dmpo_jax import evaluate, files, sharding
 from dmpo_jax.config import ConfigError
 from dmpo_jax.files import Unreadable
-from dmpo_jax.report.runs import read_runs
+from dmpo_jax.run import metrics, workdir
+from dmpo_jax.run.report.runs import read_runs
 
 GARBLED = {
   "empty": (b"", "it is empty"),
@@ -142,7 +142,7 @@ def test_a_garbled_configuration_is_one_message(tmp_path, content):
   (tmp_path / "config.json").write_bytes(content)
   (tmp_path / "policy").mkdir()  # as after a run
   with pytest.raises(Unreadable, match=r"config\.json cannot be read .*: if this is the run's own configuration"):
-    configs.check_workdir(tmp_path, tiny.config())
+    workdir.check_workdir(tmp_path, tiny.config())
 
 
 def test_starts_are_added_to_whatever_the_file_holds(tmp_path):

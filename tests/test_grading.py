@@ -13,12 +13,12 @@ from hosts import run_hosts
 from configs import base
 from dmpo_jax import grading
 from dmpo_jax.grading import Grades, Grading
+from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.processes import HostShare
 from dmpo_jax.tasks import Grade
 from dmpo_jax.tasks.judge import judge
 from dmpo_jax.tasks.sudoku import Sudoku
 from dmpo_jax.tasks.user import PythonTask
-from dmpo_jax.tokenizer import load_tokenizer
 
 TASK = """
 import os, signal, subprocess, sys, time

@@ -99,7 +99,8 @@ def test_processes_of_different_commands_do_not_begin(tmp_path):
 
 LATE = """
 import sys, time
-from dmpo_jax import command, main, processes, train
+from dmpo_jax.config import command
+from dmpo_jax import main, processes, train
 processes.meet.__defaults__ = (40.0, "")  # seconds of patience
 update, index = train.update, int(sys.argv[-1].partition("=")[2])
 

@@ -17,13 +17,13 @@ from recorded_models import TINY, compiled, recorded, settings, tensors
 from safetensors.numpy import save_file
 from test_digests import flips
 
-from dmpo_jax import build, pretrained, sharding
-from dmpo_jax.checkpoints import load_params
+from dmpo_jax import build, sharding
 from dmpo_jax.files import Unreadable
-from dmpo_jax.models import convert
+from dmpo_jax.hub import convert, pretrained
+from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.llada import LLaDA
-from dmpo_jax.shards import write_shards
+from dmpo_jax.run.checkpoints import load_params
 from launch import convert_hf
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dmpo_jax.models.attention import attend
-from launch import costs
+from launch.bench import costs
 
 SQUARE = jnp.zeros((8, 8))
 

@@ -18,11 +18,13 @@ from recorded_models import TINY, compiled, recorded, settings, tensors
 from safetensors.numpy import load_file
 from test_launch_convert_hf import checkpoint, load
 
-from dmpo_jax import build, checkpoints, config
-from dmpo_jax.models import convert
+from dmpo_jax import build
+from dmpo_jax.hub import convert
+from dmpo_jax.hub.shards import Shards
 from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.llada import LLaDA
-from dmpo_jax.shards import Shards
+from dmpo_jax.run import checkpoints
+from dmpo_jax.run import workdir as workdir_lib
 from launch import convert_hf, export_hf
 from launch.rehearse import bucket
 
@@ -178,7 +180,7 @@ def run(request, tmp_path_factory):
   )
   model = build.build_model(c, build.make_tokenizer(c))
   workdir = epath.Path(folder / "run")
-  config.save(workdir, c)
+  workdir_lib.save_config(workdir, c)
   checkpoints.save_params(workdir / "policy", convert.adapters_from_peft(tensors("adapter"), model.config))
   return workdir
 
@@ -280,7 +282,7 @@ def test_adapters_for_peft_are_the_recorded_ones(run, tmp_path):
 def test_all_parameters_of_a_run_from_random_ones(tmp_path):
   c = tiny.config()
   workdir = epath.Path(tmp_path / "run")
-  config.save(workdir, c)
+  workdir_lib.save_config(workdir, c)
   model = build.build_model(c, build.make_tokenizer(c))
   shapes = jax.tree.map(
     lambda x: np.random.default_rng(0).normal(size=x.shape).astype(x.dtype),
@@ -304,7 +306,7 @@ def test_what_cannot_be_exported(tmp_path):
   with pytest.raises(ValueError, match=r"has no model.json"):
     export_hf.find_model(epath.Path(tmp_path))
   c = tiny.config(model__lora__rank=2, warm_start__updates=0)
-  config.save(tmp_path, c)
+  workdir_lib.save_config(tmp_path, c)
   (tmp_path / "policy").mkdir()
   with pytest.raises(ValueError, match="adapters on random parameters"):
     export_hf.find_run(epath.Path(tmp_path))
@@ -330,7 +332,7 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, name):
     c.tokenizer.path = str(standin_tokenizer.write(tmp_path / "tokenizer", special, names, None))
   model_parts = build.build_model_parts(c)
   checkpoints.save_params(workdir / "policy", build.initial_params(c, model_parts))
-  config.save(workdir, c)
+  workdir_lib.save_config(workdir, c)
   source = export_hf.find_run(workdir)
   export_hf.export_model(source, out, dtype="same", shard_bytes=10**9)
   said = export_hf.how_to_load(source, out)

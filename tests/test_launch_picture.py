@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dmpo_jax.report.runs import read_runs
+from dmpo_jax.run.report.runs import read_runs
 from launch import picture
 
 SOLUTION = "1234341221434321"

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from configs import llada_8b
 from dmpo_jax import sharding
-from launch import plan, programs
+from launch import plan
+from launch.bench import programs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HAS_COMPILER = (pathlib.Path(sys.prefix) / "libtpu").exists() or "TPU_LIBRARY_PATH" in os.environ

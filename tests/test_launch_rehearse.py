@@ -10,9 +10,9 @@ from etils import epath
 from programs import begin, finish
 
 from dmpo_jax.config import flatten, validate
-from dmpo_jax.models import convert
-from dmpo_jax.shards import Shards
-from dmpo_jax.tokenizer import HuggingFaceTokenizer
+from dmpo_jax.hub import convert
+from dmpo_jax.hub.shards import Shards
+from dmpo_jax.hub.tokenizer import HuggingFaceTokenizer
 from launch.outcome import compare
 from launch.rehearse import bucket, checkpoint, checks, jobs, task
 from launch.rehearse.jobs import Failed

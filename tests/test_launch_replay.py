@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from dmpo_jax import watch
+from dmpo_jax.run import watch
 from launch import replay
 
 FILM = {"pieces": ["4", "2", "!"], "committed_at": [1, 0, 1], "confidence": [0.5, 0.75, 1.0]}

@@ -12,10 +12,12 @@ import sys
 import pytest
 import yaml
 
-from dmpo_jax import command, main
+from dmpo_jax import main
+from dmpo_jax.config import command
 
-LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PODS = ROOT / "launch" / "pods"
+SCRIPTS = sorted([*PODS.glob("*.sh"), *PODS.glob("*.sbatch")])
 
 
 def run(*command, **environment):
@@ -23,7 +25,7 @@ def run(*command, **environment):
 
 
 def tpu_vm(action, *options):
-  return run(LAUNCH / "tpu_vm.sh", action, "--name=pod", "--zone=z1", "--dry-run", *options)
+  return run(PODS / "tpu_vm.sh", action, "--name=pod", "--zone=z1", "--dry-run", *options)
 
 
 def test_the_linter_passes_every_script():
@@ -52,7 +54,7 @@ def test_scripts_can_be_run(script):
     ),
     (
       ("run", "--restarts=5", "--", "--config=configs/llada_8b.py", "--workdir=gs://b/run"),
-      "gcloud compute tpus tpu-vm ssh pod --worker=all --command=cd dmpo_jax && nohup launch/supervise.sh 5 "
+      "gcloud compute tpus tpu-vm ssh pod --worker=all --command=cd dmpo_jax && nohup launch/pods/supervise.sh 5 "
       ".venv/bin/python -m dmpo_jax.main --config=configs/llada_8b.py --workdir=gs://b/run  > run.log 2>&1 "
       "< /dev/null & disown --zone=z1",
     ),
@@ -94,7 +96,7 @@ def with_tpu():
 
 def requirements(name):
   """What a list asks for, without its comments and the lists that it includes."""
-  lines = ((LAUNCH.parent / name).read_text()).splitlines()
+  lines = ((ROOT / name).read_text()).splitlines()
   return [own for line in lines if (own := line.partition("#")[0].strip()) and not own.startswith("-r")]
 
 
@@ -129,14 +131,14 @@ def test_mistakes_are_named(options, message):
 @pytest.mark.parametrize(("code", "starts"), [(0, 1), (1, 1), (2, 1), (75, 3), (137, 3)])
 def test_only_what_was_interrupted_is_started_again(tmp_path, code, starts):
   command = ("bash", "-c", f"echo started >> {tmp_path / 'log'}; exit {code}")
-  done = run(LAUNCH / "supervise.sh", "2", *command, SUPERVISE_PAUSE="0")
+  done = run(PODS / "supervise.sh", "2", *command, SUPERVISE_PAUSE="0")
   assert done.returncode == code
   assert (tmp_path / "log").read_text().count("started") == starts
 
 
 def test_a_signal_is_passed_on_and_ends_the_supervision(tmp_path):
   command = f"trap 'exit 75' TERM; echo ready > {tmp_path / 'log'}; while :; do sleep 0.05; done"
-  process = subprocess.Popen([LAUNCH / "supervise.sh", "9", "bash", "-c", command])
+  process = subprocess.Popen([PODS / "supervise.sh", "9", "bash", "-c", command])
   while not (tmp_path / "log").exists():
     assert process.poll() is None
   process.terminate()
@@ -145,7 +147,7 @@ def test_a_signal_is_passed_on_and_ends_the_supervision(tmp_path):
 
 def test_a_signal_in_the_pause_ends_it():
   process = subprocess.Popen(
-    [LAUNCH / "supervise.sh", "9", "bash", "-c", "exit 75"],
+    [PODS / "supervise.sh", "9", "bash", "-c", "exit 75"],
     env={**os.environ, "SUPERVISE_PAUSE": "60"},
     stderr=subprocess.PIPE,
     text=True,
@@ -156,7 +158,7 @@ def test_a_signal_in_the_pause_ends_it():
 
 
 def test_the_job_set_is_one_pod_a_host_and_restarts_only_what_was_interrupted():
-  job_set = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+  job_set = yaml.safe_load((PODS / "gke_jobset.yaml").read_text())
   assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
   (job,) = job_set["spec"]["replicatedJobs"]
   job = job["template"]["spec"]
@@ -170,7 +172,7 @@ def test_the_job_set_is_one_pod_a_host_and_restarts_only_what_was_interrupted():
 
 def test_the_job_set_gives_up_where_the_supervisor_does(tmp_path):
   """With 1 and 2, whatever the program may end with."""
-  job_set = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+  job_set = yaml.safe_load((PODS / "gke_jobset.yaml").read_text())
   (job,) = job_set["spec"]["replicatedJobs"]
   (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
   assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
@@ -178,14 +180,14 @@ def test_the_job_set_gives_up_where_the_supervisor_does(tmp_path):
   assert (whole["action"], whole["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
   killed = (128 + 6, 128 + 9)  # aborted, as JAX does when a process of the job died; out of the host's memory
   for code in (1, command.MISTAKE, main.INTERRUPTED, main.PREEMPTED, main.ABANDONED, *killed):
-    supervised = run(LAUNCH / "supervise.sh", "1", "bash", "-c", f"exit {code}", SUPERVISE_PAUSE="0")
+    supervised = run(PODS / "supervise.sh", "1", "bash", "-c", f"exit {code}", SUPERVISE_PAUSE="0")
     is_started_again = "restart 1 of 1" in supervised.stderr
     assert is_started_again == (code not in rule["onExitCodes"]["values"]), code
 
 
 def dockerfile():
   """The instructions of the Dockerfile: their arguments by name, in order."""
-  text = re.sub(r"^#.*\n", "", (LAUNCH / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
+  text = re.sub(r"^#.*\n", "", (PODS / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
   found = {}
   for line in filter(None, text.splitlines()):
     name, _, rest = line.partition(" ")
@@ -195,7 +197,7 @@ def dockerfile():
 
 def test_the_image_has_what_runs_need():
   found = dockerfile()
-  root = LAUNCH.parent
+  root = ROOT
   for *sources, target in found["COPY"]:
     assert all((root / source).exists() for source in sources), sources
     assert target.startswith("./")
@@ -207,14 +209,15 @@ def test_the_image_has_what_runs_need():
 
 
 # what a person develops with, and draws the documents' figures with
-DEVELOPING = {"bench_growth", "estimators", "fuzz_grading", "picture", "study_page", "docs_check"}
+DEVELOPING = {"bench/growth", "study/estimators", "study/page", "fuzz_grading", "picture", "docs_check"}
 
 
 def test_what_a_run_imports_comes_with_its_list():
-  root, installed = LAUNCH.parent, with_what_they_need(packages("requirements.txt"))
+  root, installed = ROOT, with_what_they_need(packages("requirements.txt"))
   distributions = importlib.metadata.packages_distributions()
   own, optional = {"configs", "dmpo_jax", "launch"}, {"wandb", "torch", "transformers", "peft"}
-  for path in [path for folder in own for path in (root / folder).rglob("*.py") if path.stem not in DEVELOPING]:
+  developing = {root / "launch" / f"{name}.py" for name in DEVELOPING}
+  for path in [path for folder in own for path in (root / folder).rglob("*.py") if path not in developing]:
     for node in ast.walk(ast.parse(path.read_text())):
       names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
       names += [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -246,7 +249,7 @@ sys.modules.update(dict.fromkeys({absent!r}))  # which makes their import fail
 sys.argv = ["dmpo_jax.main", "--help"]
 runpy.run_module("dmpo_jax.main", run_name="__main__", alter_sys=True)
 """
-  done = subprocess.run([sys.executable, "-c", program], cwd=LAUNCH.parent, capture_output=True, text=True, timeout=120)
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert "--workdir" in done.stdout, done.stderr[-2000:]
 
 
@@ -263,4 +266,4 @@ def test_processes_that_end_at_one_moment_end_the_job(tmp_path, fails, code):
   )
   stand_in.chmod(0o755)
   for _ in range(5):
-    assert run(LAUNCH / "local.sh", "-n", "6", "-r", "0", "--", "x", PYTHON=str(stand_in)).returncode == code
+    assert run(PODS / "local.sh", "-n", "6", "-r", "0", "--", "x", PYTHON=str(stand_in)).returncode == code

@@ -8,8 +8,8 @@ import pytest
 from absl import app
 
 from dmpo_jax.config import validate
-from launch import study, study_arms, study_page
-from launch.study_arms import ARMS, CONFIGS, GROUPS, RATES, TASKS, TUNING_SEED
+from launch.study import arms, page, study
+from launch.study.arms import ARMS, CONFIGS, GROUPS, RATES, TASKS, TUNING_SEED
 
 OUT = pathlib.Path("runs/study")
 
@@ -30,19 +30,19 @@ def made_up(solved, reward=0.5, nll=0.3, unique=4.0, rate=1e-4):
 
 @pytest.fixture(scope="module")
 def all_runs():
-  rates = dict.fromkeys(study_arms.needed_rates(GROUPS, TASKS), 3e-4)
-  return list(study_arms.plan(rates, GROUPS, TASKS, (0, 1, 2)))
+  rates = dict.fromkeys(arms.needed_rates(GROUPS, TASKS), 3e-4)
+  return list(arms.plan(rates, GROUPS, TASKS, (0, 1, 2)))
 
 
 def test_every_arm_is_a_valid_configuration_of_one_budget(all_runs):
   of_seed_0 = [run for run in all_runs if run.seed == 0]
   assert len(of_seed_0) == len(ARMS) * len(TASKS)
   for run in of_seed_0:
-    config = study_arms.with_changes(study_arms.bench_config(run.arm.config, run.task), run.changes)
+    config = arms.with_changes(arms.bench_config(run.arm.config, run.task), run.changes)
     validate(config)
     assert config.optim.learning_rate == 3e-4
-    assert config.rollout.num_prompts * config.rollout.group_size == study_arms.ROLLOUTS
-    assert study_arms.get(config, "model.d_model") == config.model.d_model
+    assert config.rollout.num_prompts * config.rollout.group_size == arms.ROLLOUTS
+    assert arms.get(config, "model.d_model") == config.model.d_model
 
 
 def test_runs_that_are_the_same_are_one_file(all_runs):
@@ -74,7 +74,7 @@ def test_what_several_questions_ask_for_is_run_for_the_first(all_runs, tmp_path)
 
 
 def test_an_objective_whose_rate_is_not_chosen_is_left_out():
-  runs = list(study_arms.plan({("sudoku", "wd1"): 1e-4}, GROUPS, TASKS, (0,)))
+  runs = list(arms.plan({("sudoku", "wd1"): 1e-4}, GROUPS, TASKS, (0,)))
   assert [(run.arm.name, run.task, run.changes) for run in runs] == [("wd1", "sudoku", {})]
 
 
@@ -89,17 +89,17 @@ def test_an_objective_whose_rate_is_not_chosen_is_left_out():
 )
 def test_every_objective_has_three_learning_rates_to_choose_from(rewards, tried, best):
   of, scores = dict(zip(RATES, rewards, strict=True)), {}
-  while (rate := study_arms.next_rate(scores)) is not None:
+  while (rate := arms.next_rate(scores)) is not None:
     scores[rate] = of[rate]
   assert tuple(scores) == tried
-  assert study_arms.best_rate(scores) == best
+  assert arms.best_rate(scores) == best
 
 
 def test_learning_rates_are_read_from_the_runs_of_their_seed(tmp_path):
   who = ("countdown", "spg")
   for rate, reward in ((1e-4, 0.2), (3e-4, 0.4), (1e-3, 0.1)):
     assert study.chosen_rates([who], tmp_path) == {}
-    path = study_arms.tuning_run(*who, rate).path(tmp_path)
+    path = arms.tuning_run(*who, rate).path(tmp_path)
     assert path.parent == tmp_path / "countdown" / f"seed{TUNING_SEED}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(made_up(0.5, reward)))
@@ -108,8 +108,8 @@ def test_learning_rates_are_read_from_the_runs_of_their_seed(tmp_path):
 
 def test_model_calls_of_a_buffer_count_a_backward_pass_as_two():
   def calls(name, **changes):
-    config = study_arms.bench_config(name, "countdown")
-    return study_arms.calls_a_buffer(study_arms.with_changes(config, changes))
+    config = arms.bench_config(name, "countdown")
+    return arms.calls_a_buffer(arms.with_changes(config, changes))
 
   assert calls("wdce") == 12 + 2 * 8 + 8 * 4 * 3
   assert calls("wd1") == 12 + 12 * 1 * 3
@@ -132,11 +132,11 @@ def test_the_time_left_is_told_by_the_median_of_the_last_runs():
 
 def test_differences_are_paired_by_seed():
   def result(name, seed, solved, **others):
-    return study_page.Result("objectives", name, "sudoku", seed, made_up(solved, **others))
+    return page.Result("objectives", name, "sudoku", seed, made_up(solved, **others))
 
   better = [result("wdce", seed, 0.5 + 0.1 * seed, reward=0.6) for seed in range(3)]
   worse = [result("wd1", seed, 0.4 + 0.1 * seed, reward=0.6) for seed in range(4)]  # a seed more, which has no partner
-  (row,) = study_page.claim_rows([*better, *worse])["DMPO (wdce) against its rivals"]
+  (row,) = page.claim_rows([*better, *worse])["DMPO (wdce) against its rivals"]
   assert row[:4] == ["wdce", "wd1", "sudoku", "3"]
   assert row[4] == "+10.0 ± 0.0 % *"
   assert row[5] == "0.000 ± 0.000"
@@ -165,22 +165,22 @@ def test_a_change_that_is_not_json_is_refused():
 
 def test_an_interval_is_students():
   values = np.array([0.1, 0.2, 0.6])
-  assert study_page.half_width(values) == pytest.approx(4.302653 * values.std(ddof=1) / np.sqrt(3), rel=1e-6)
+  assert page.half_width(values) == pytest.approx(4.302653 * values.std(ddof=1) / np.sqrt(3), rel=1e-6)
 
 
 def test_pages_show_every_question(tmp_path):
   results = [
-    study_page.Result(group, name, task, seed, made_up(0.1 * index + 0.05 * seed))
+    page.Result(group, name, task, seed, made_up(0.1 * index + 0.05 * seed))
     for group, names in (("objectives", ("wdce", "<b>")), ("rates", ("one", "other")), ("reuse", ("alone",)))
     for index, name in enumerate(names)
     for task in TASKS
     for seed in (0, 1, 2)
   ]
-  study_page.write(tmp_path, results, tmp_path / "docs")
-  page, text = (tmp_path / "study.html").read_text(), (tmp_path / "docs" / "study.md").read_text()
-  assert page.count("<svg") == 4
-  assert "&lt;b&gt;" in page
-  assert "<b>" not in page
+  page.write(tmp_path, results, tmp_path / "docs")
+  html, text = (tmp_path / "study.html").read_text(), (tmp_path / "docs" / "study.md").read_text()
+  assert html.count("<svg") == 4
+  assert "&lt;b&gt;" in html
+  assert "<b>" not in html
   assert "\n## objectives, countdown\n" in text
   assert "reuse" not in text  # nothing to compare yet
   solved, same = "5.0 ± 12.4 %", "0.500 ± 0.000"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from dmpo_jax import metrics
 from dmpo_jax.config import ConfigError, validate
+from dmpo_jax.run import metrics
 
 
 def rows(workdir):

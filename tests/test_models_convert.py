@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from recorded_models import TINY, settings, tensors
 
-from dmpo_jax.models import convert
+from dmpo_jax.hub import convert
 
 
 @pytest.mark.parametrize("name", ["m2_gqa", "m3_tied", "m4_bf16"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from recorded_models import compiled
 
-from dmpo_jax.models import convert
+from dmpo_jax.hub import convert
 from dmpo_jax.models.denoiser import completion_hidden, make_denoiser
 from dmpo_jax.models.head import token_scores
 from dmpo_jax.models.llada import LLaDA

@@ -11,7 +11,7 @@ from dmpo_jax import sharding
 from dmpo_jax.models import head as head_module
 from dmpo_jax.models.head import Split, divergence, split_vocabulary, token_scores
 from dmpo_jax.structs import VOCAB_GROUP
-from launch.costs import count_collectives
+from launch.bench.costs import count_collectives
 
 TOKENS, WIDTH, SIZE = 6, 5, 1000
 RNG = np.random.default_rng(0)

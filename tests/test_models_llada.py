@@ -19,7 +19,7 @@ from dmpo_jax.models.attention import attend
 from dmpo_jax.models.layers import rotary_table, rotate
 from dmpo_jax.models.llada import Cache, LLaDA, count_groups, empty_cache
 from dmpo_jax.models.lora import LoraConfig
-from launch import costs
+from launch.bench import costs
 
 TOLERANCE = 5e-4  # of recorded float32 logits with a standard deviation of 2-3
 

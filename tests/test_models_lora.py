@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from recorded_models import TINY, compiled, load, recorded, settings, tensors, tiny
 
-from dmpo_jax.models import convert
+from dmpo_jax.hub import convert
 from dmpo_jax.models.layers import drop
 from dmpo_jax.models.lora import TARGETS, LoraConfig, policy_variables, reference_variables
 

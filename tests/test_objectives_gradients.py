@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dmpo_jax.models import convert, lora
+from dmpo_jax.hub import convert
+from dmpo_jax.models import lora
 from dmpo_jax.models.llada import LLaDA, ModelConfig
 from dmpo_jax.objectives import likelihood, wdce, wddo
 from dmpo_jax.scoring import make_score

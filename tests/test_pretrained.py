@@ -10,8 +10,10 @@ from etils import epath
 from recorded_models import TINY
 
 from configs import base, dream_7b, llada_8b
-from dmpo_jax import build, checkpoints, config, pretrained
+from dmpo_jax import build, config
 from dmpo_jax.config import ConfigError
+from dmpo_jax.hub import pretrained
+from dmpo_jax.run import checkpoints
 
 
 def described(folder, **fields):

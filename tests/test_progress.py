@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from dmpo_jax import progress as progress_lib
-from dmpo_jax.progress import Progress
+from dmpo_jax.run import progress as progress_lib
+from dmpo_jax.run.progress import Progress
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from dmpo_jax import report, train
-from dmpo_jax.report import charts, page, tables
-from dmpo_jax.report.runs import read_runs
+from dmpo_jax import train
+from dmpo_jax.run import report
+from dmpo_jax.run.report import charts, page, tables
+from dmpo_jax.run.report.runs import read_runs
 
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -260,7 +261,7 @@ def test_values_of_another_type_do_not_end_the_report(workdir, tmp_path, monkeyp
 
 
 def test_whatever_a_loss_says_of_itself_is_drawn():
-  sources = (page.HERE.parent / "objectives").glob("*.py")
+  sources = (page.HERE.parents[1] / "objectives").glob("*.py")
   said = {name for path in sources for name in re.findall(r'"(loss_\w+)"', path.read_text())}
   assert "loss_kl" in said
   assert said <= {name for curves in charts.CURVES for name in curves.figures}

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, phases, progress, rollout, sharding, structs
+from dmpo_jax import build, phases, rollout, sharding, structs
 from dmpo_jax.grading import Grades, Grading
+from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.measure import (
   NotFinite,
   Policies,
@@ -21,8 +22,8 @@ from dmpo_jax.measure import (
   make_measure_weights,
 )
 from dmpo_jax.objectives.estimators import Elbo
+from dmpo_jax.run import progress
 from dmpo_jax.tasks.sudoku import Sudoku
-from dmpo_jax.tokenizer import load_tokenizer
 
 WEIGHING = ("weighting", "alpha", "proximal", "kappa", "min_ess", "reward_scaling", "max_weight")
 

@@ -12,9 +12,10 @@ from absl.testing import flagsaver
 from etils import epath
 from rich.console import Console, Group
 
-from dmpo_jax import build, checkpoints, main, sample, watch
+from dmpo_jax import build, main, sample
 from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
+from dmpo_jax.run import checkpoints, watch
 from dmpo_jax.sample import Request
 
 

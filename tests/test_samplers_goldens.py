@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dmpo_jax.models import convert
+from dmpo_jax.hub import convert
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.samplers import SAMPLERS, Plan

@@ -9,7 +9,8 @@ import pytest
 from fake_denoiser import MASK, Fake, contextual, fixed, keys, run
 
 from dmpo_jax import samplers
-from dmpo_jax.samplers import llada, prediction, rules
+from dmpo_jax.samplers import llada, prediction
+from dmpo_jax.samplers import selection as rules
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
 PROBABILITIES = [[0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.75, 0.05], [0.1, 0.5, 0.3, 0.1], [0.05, 0.9, 0.05, 0.0]]

@@ -11,7 +11,7 @@ import pytest
 from fake_denoiser import MASK, contextual, keys, run
 from recorded_models import load, settings, tensors
 
-from dmpo_jax.models import convert
+from dmpo_jax.hub import convert
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.samplers import SAMPLERS, Plan, loop, prediction, random_order

@@ -11,7 +11,8 @@ import pytest
 from fake_denoiser import Fake, contextual, fixed, keys, run
 
 from dmpo_jax import samplers
-from dmpo_jax.samplers import prediction, rules
+from dmpo_jax.samplers import prediction
+from dmpo_jax.samplers import selection as rules
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
 CASES = json.loads((GOLDENS / "selections.json").read_text())

@@ -21,13 +21,13 @@ import uvicorn
 
 from configs import base
 from dmpo_jax import serve
+from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.serve import api
 from dmpo_jax.serve.answers import Reader
 from dmpo_jax.serve.api import MAX_BODY, make_app
 from dmpo_jax.serve.asked import Limits, read_asked
 from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Decoded, Engine, Job
-from dmpo_jax.tokenizer import load_tokenizer
 
 LENGTH = 8
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

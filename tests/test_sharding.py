@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dmpo_jax import sharding
-from launch import costs
+from launch.bench import costs
 
 
 def test_minus_one_takes_the_devices_that_are_left():

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from dmpo_jax.shards import Shards, read_header, write_file, write_shards
+from dmpo_jax.hub.shards import Shards, read_header, write_file, write_shards
 
 
 def some_tensors():

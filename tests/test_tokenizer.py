@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
+from dmpo_jax.hub.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from dmpo_jax.tasks import TASKS
-from dmpo_jax.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from launch import train_tokenizer
 
 CONFIG = base.get_config()

@@ -7,8 +7,8 @@ import pytest
 import standin_tokenizer as standin
 from tokenizers import pre_tokenizers
 
-from dmpo_jax import chat
-from dmpo_jax.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from dmpo_jax.hub import chat
+from dmpo_jax.hub.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 MODEL = dict(mask_token_id=126336, eos_token_id=126081, pad_token_id=126081, vocab_size=126464)
 DREAM_MODEL = dict(MODEL, mask_token_id=151666, eos_token_id=151643, pad_token_id=151643, vocab_size=152064)

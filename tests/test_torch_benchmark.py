@@ -4,7 +4,11 @@ import bench_tiny
 import numpy as np
 import pytest
 
-from launch import bench_iteration, bench_report, bench_sample, bench_score, bench_update
+from launch.bench import iteration as bench_iteration
+from launch.bench import report as bench_report
+from launch.bench import sample as bench_sample
+from launch.bench import score as bench_score
+from launch.bench import update as bench_update
 
 pytestmark = pytest.mark.torch
 WHY = "PyTorch is not installed: make test-torch"
@@ -46,7 +50,7 @@ def test_tokens():
 
 
 def test_an_iteration_changes_the_adapters():
-  from launch import peer_torch, workload
+  from launch.bench import peer_torch, workload
 
   config = bench_tiny.config(optim__learning_rate=1e-2)
   bench_iteration.make_peer(config, "").run()

@@ -15,11 +15,11 @@ from test_launch_convert_hf import checkpoint
 from test_models_dream import HF as DREAM
 from test_models_dream import random_tensors
 
-from dmpo_jax import chat, checkpoints
-from dmpo_jax.models import convert
-from dmpo_jax.models.families import FAMILIES
+from dmpo_jax.hub import chat, convert
+from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.models.llada import LLaDA
-from dmpo_jax.tokenizer import load_tokenizer
+from dmpo_jax.run import checkpoints
 from launch import convert_hf, export_hf
 
 pytestmark = pytest.mark.torch

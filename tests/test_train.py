@@ -11,10 +11,11 @@ import tiny
 from etils import epath
 from remains import leave_alone, policy_of, rows_of
 
-from dmpo_jax import checkpoints, metrics, train
+from dmpo_jax import train
 from dmpo_jax.config import ConfigError
 from dmpo_jax.files import Unreadable
 from dmpo_jax.objectives import weights
+from dmpo_jax.run import checkpoints, metrics
 
 
 def config(**overrides):

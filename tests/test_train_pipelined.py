@@ -8,7 +8,9 @@ import tiny
 from etils import epath
 from remains import leave_alone, policy_of, rows_of
 
-from dmpo_jax import build, checkpoints, measure, phases, train
+from dmpo_jax import build, measure, phases, train
+from dmpo_jax.run import checkpoints
+from dmpo_jax.run.preemption import Preempted
 
 
 def config(**overrides):
@@ -86,7 +88,7 @@ def notice_at_poll(patch, number):
   def listen():
     count[0] += 1
     if count[0] == number:
-      raise checkpoints.Preempted
+      raise Preempted
 
   patch.setattr(measure, "check_preemption", listen)
 
@@ -95,9 +97,9 @@ def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypa
   """Twice while one buffer is drawn, while the next is, in the middle of one, between two, and after a shorter run."""
   workdir = epath.Path(tmp_path / "run")
   interruptions = (
-    (notice_at_poll, 2, checkpoints.Preempted, "0", {"state", "drawn"}),  # a buffer: 2 chunks are sampled, then scored
-    (notice_at_poll, 3, checkpoints.Preempted, "0.1", {"state", "drawn"}),
-    (notice_at_poll, 3, checkpoints.Preempted, "0.2", {"state", "experience", "drawn"}),
+    (notice_at_poll, 2, Preempted, "0", {"state", "drawn"}),  # a buffer: 2 chunks are sampled, then scored
+    (notice_at_poll, 3, Preempted, "0.1", {"state", "drawn"}),
+    (notice_at_poll, 3, Preempted, "0.2", {"state", "experience", "drawn"}),
     (stop_at_save, 1, KeyboardInterrupt, "1", {"state", "experience", "drawn"}),
     (stop_at_save, 2, KeyboardInterrupt, "2", {"state", "drawn"}),  # the first is of the step that it begins at
   )

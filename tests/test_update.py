@@ -11,12 +11,12 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from dmpo_jax import build, noise, phases, rollout, sharding
-from dmpo_jax.checkpoints import Checkpoints, saved_dtypes
 from dmpo_jax.measure import Policies
 from dmpo_jax.models import lora
 from dmpo_jax.objectives import wdce
+from dmpo_jax.run.checkpoints import Checkpoints, saved_dtypes
 from dmpo_jax.scoring import make_score
-from launch import programs
+from launch.bench import programs
 
 
 @pytest.fixture(scope="module")

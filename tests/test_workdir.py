@@ -10,8 +10,10 @@ import tiny
 from clu import metric_writers
 from etils import epath
 
-from dmpo_jax import config, metrics, sharding, workdir
+from dmpo_jax import sharding
 from dmpo_jax.config import ConfigError
+from dmpo_jax.run import metrics, workdir
+from dmpo_jax.run import workdir as workdir_lib
 
 
 def test_the_folder_is_held_by_one_run_and_free_again(tmp_path):
@@ -29,7 +31,7 @@ def test_the_lock_of_a_process_that_died_is_taken_over(tmp_path):
   script = f"""
 import os
 from etils import epath
-from dmpo_jax import workdir
+from dmpo_jax.run import workdir
 with workdir.alone_in(epath.Path({str(folder)!r})):
   os._exit(9)
 """
@@ -74,8 +76,8 @@ def test_a_bucket_holds_a_run(tmp_path, monkeypatch):
   folder = epath.Path("gs://bucket/run")
   (tmp_path / "run").mkdir()  # which a bucket does not need
   with epath.testing.mock_epath(**dict.fromkeys(moved, at_home)):
-    config.save(folder, tiny.config())
-    config.check_workdir(folder, tiny.config())
+    workdir_lib.save_config(folder, tiny.config())
+    workdir_lib.check_workdir(folder, tiny.config())
     workdir.announce_start(folder, tiny.config(), sharding.make_mesh(data=8))
     for step in (1, 2):
       with metrics.Metrics(folder) as rows:
@@ -84,7 +86,7 @@ def test_a_bucket_holds_a_run(tmp_path, monkeypatch):
     metrics.write_result(folder, result)
     assert metrics.read_result(folder) == result
     with pytest.raises(ConfigError, match="another configuration"):
-      config.check_workdir(folder, tiny.config(seed=1))
+      workdir_lib.check_workdir(folder, tiny.config(seed=1))
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [1, 2]
   assert (tmp_path / "run" / workdir.STARTS).exists()
@@ -95,10 +97,10 @@ def test_a_bucket_holds_a_run(tmp_path, monkeypatch):
 )
 def test_what_a_run_has_finished_is_not_taken_over(tmp_path, kept):
   folder = epath.Path(tmp_path)
-  config.save(folder, tiny.config())
+  workdir_lib.save_config(folder, tiny.config())
   (folder / kept).mkdir(parents=True)
   with pytest.raises(ConfigError, match="another configuration"):
-    config.check_workdir(folder, tiny.config(seed=1))
+    workdir_lib.check_workdir(folder, tiny.config(seed=1))
   workdir.take_over(folder, tiny.config(seed=1))
   assert (folder / kept).exists()
 
@@ -109,11 +111,11 @@ def test_a_start_that_finished_no_step_is_taken_over(tmp_path, capsys):
   for name in ("generations", "tensorboard", "checkpoints/train/4.orbax-checkpoint-tmp-1"):
     (folder / name).mkdir(parents=True)
   (folder / "metrics.jsonl").write_text("{}\n")
-  config.save(folder, tiny.config())
+  workdir_lib.save_config(folder, tiny.config())
   other = tiny.config(seed=1)
-  config.check_workdir(folder, other)
+  workdir_lib.check_workdir(folder, other)
   with pytest.raises(ConfigError, match="another configuration"):
-    config.check_workdir(folder, other, mode="eval")
+    workdir_lib.check_workdir(folder, other, mode="eval")
   workdir.take_over(folder, tiny.config(train__num_buffers=9))
   assert (folder / "generations").exists()
   workdir.take_over(folder, other)

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Float, Int, Key
 
 from dmpo_jax.samplers.loop import Denoiser, Plan, View, decode, take_block
-from dmpo_jax.samplers.rules import make_accept
+from dmpo_jax.samplers.selection import make_accept
 from dmpo_jax.structs import Rollouts
 
 

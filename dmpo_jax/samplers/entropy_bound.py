@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.samplers.loop import Decision, Denoiser, Plan, View, decode, take_block
 from dmpo_jax.samplers.prediction import comes_before, predict
-from dmpo_jax.samplers.rules import check_number
+from dmpo_jax.samplers.selection import check_number
 from dmpo_jax.structs import Rollouts
 
 

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Key
 
 from dmpo_jax.samplers.loop import Decision, Denoiser, Plan, View, decode, take_block
 from dmpo_jax.samplers.prediction import predict, uniform_noise
-from dmpo_jax.samplers.rules import check_choice, num_transfer_tokens, select_count
+from dmpo_jax.samplers.selection import check_choice, num_transfer_tokens, select_count
 from dmpo_jax.structs import Rollouts
 
 REMASKING = ("low_confidence", "random")

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Key
 
 from dmpo_jax.samplers.loop import Denoiser, Plan, View, decode, take_block
-from dmpo_jax.samplers.rules import make_accept
+from dmpo_jax.samplers.selection import make_accept
 from dmpo_jax.structs import Rollouts
 
 

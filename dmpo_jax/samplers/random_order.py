@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Key
 
 from dmpo_jax.samplers.loop import Decision, Denoiser, Plan, View, decode, fold_calls, take_block
 from dmpo_jax.samplers.prediction import log_probs, predict, uniform_noise
-from dmpo_jax.samplers.rules import num_transfer_tokens, select_count
+from dmpo_jax.samplers.selection import num_transfer_tokens, select_count
 from dmpo_jax.structs import Rollouts
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dmpo_jax.samplers.loop import Decision, Denoiser, Plan, View, decode
 from dmpo_jax.samplers.prediction import log_probs, predict, rank
-from dmpo_jax.samplers.rules import check_number, select_count
+from dmpo_jax.samplers.selection import check_number, select_count
 from dmpo_jax.structs import Rollouts
 
 MOST_ACCEPTED = 20  # the bounds of the authors' code: at most 70 % of the masked positions of the block in one call,

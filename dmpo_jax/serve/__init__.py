@@ -16,10 +16,10 @@ import uvicorn
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import progress
 from dmpo_jax.build import build_model_parts, load_policy
 from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
+from dmpo_jax.run import progress
 from dmpo_jax.serve.api import is_loopback, make_app
 from dmpo_jax.serve.asked import Limits
 from dmpo_jax.serve.connections import bounded_protocol

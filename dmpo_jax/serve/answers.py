@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dmpo_jax import files
+from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.serve.asked import Asked, Limits
-from dmpo_jax.tokenizer import Tokenizer
 
 TINY = 1e-38  # the least probability whose logarithm is said; JSON has no infinity
 

@@ -25,11 +25,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmpo_jax import files
-from dmpo_jax.chat import Turn
+from dmpo_jax.hub.chat import Turn
+from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.serve.answers import Form, Reader, Text
 from dmpo_jax.serve.asked import Asked, Limits, Refused, read_asked, read_messages, read_prompts
 from dmpo_jax.serve.engine import Engine, Job
-from dmpo_jax.tokenizer import Tokenizer
 
 MAX_BODY = 2**20  # bytes
 MAX_DRAINED = 8 * MAX_BODY  # read to its end although it is too long, as clients listen once they have sent all

@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from dmpo_jax.chat import Turn
-from dmpo_jax.tokenizer import Tokenizer
+from dmpo_jax.hub.chat import Turn
+from dmpo_jax.hub.tokenizer import Tokenizer
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 256  # strings, characters of one
 MAX_TEMPERATURE = 2.0  # as at OpenAI

@@ -16,7 +16,7 @@ from dmpo_jax import noise
 from dmpo_jax.build import ModelParts, make_sample
 from dmpo_jax.data import prompt_id
 from dmpo_jax.measure import Policies, check_confidence
-from dmpo_jax.progress import Progress
+from dmpo_jax.run.progress import Progress
 from dmpo_jax.sample import BUCKET, pad
 
 Publish = Callable[[int, np.ndarray], None]  # number of the model call (from 0), completions [b, c]

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dmpo_jax import buckets, command, progress
-from dmpo_jax.config import ConfigError, validate
+from dmpo_jax.config import ConfigError, command, validate
+from dmpo_jax.run import buckets, progress
 from launch.rehearse import bucket, steps
 from launch.rehearse.jobs import ROOT, Failed, Hosts
 from launch.rehearse.shrink import shrink

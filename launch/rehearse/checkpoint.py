@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dmpo_jax import build, tasks
-from dmpo_jax.models import convert
-from dmpo_jax.shards import write_shards
+from dmpo_jax.hub import convert
+from dmpo_jax.hub.shards import write_shards
+from dmpo_jax.hub.tokenizer import FILES, MODEL_FILE
 from dmpo_jax.tasks import user
-from dmpo_jax.tokenizer import FILES, MODEL_FILE
 
 SPECIAL = {
   "bos_token": "<|startoftext|>",

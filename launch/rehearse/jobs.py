@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from dmpo_jax import progress
+from dmpo_jax.run import progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 POLL_SECONDS = 0.1

@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dmpo_jax import pretrained
 from dmpo_jax.config import flatten
+from dmpo_jax.hub import pretrained
 
 HEAD_DIM = 16
 RANK = 16

@@ -122,7 +122,7 @@ def kill(plan: Plan) -> list[str]:
     codes = job.codes(STEP_SECONDS)
     seconds = time.monotonic() - begun
   left = codes[:victim]
-  if codes[victim] != KILLED or min(left) <= 2:  # launch/supervise.sh starts again what ended with more than 2
+  if codes[victim] != KILLED or min(left) <= 2:  # launch/pods/supervise.sh starts again what ended with more than 2
     raise Failed(f"the others stop, to be started again: exit codes {codes}", job.logs[0])
   return [f"went on after row {before}", f"the others ended with {sorted(set(left))}, {seconds:.1f} s after the kill"]
 

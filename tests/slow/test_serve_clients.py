@@ -10,7 +10,7 @@ import standin_tokenizer
 from test_serve import serving
 
 from configs import base
-from dmpo_jax.tokenizer import load_tokenizer
+from dmpo_jax.hub.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,17 @@
+"""The configuration: which keys there are, which values they may have, and which of them decide a run's results."""
+
+from dmpo_jax.config.identity import NOT_OF_EVALUATION, deciding, differences, fingerprint
+from dmpo_jax.config.validation import CHOICES, Config, ConfigError, did_you_mean, flatten, validate
+
+__all__ = (
+  "CHOICES",
+  "NOT_OF_EVALUATION",
+  "Config",
+  "ConfigError",
+  "deciding",
+  "did_you_mean",
+  "differences",
+  "fingerprint",
+  "flatten",
+  "validate",
+)

@@ -1,0 +1,97 @@
+"""How every command of the project starts: what is wrong with its flags ends in one message and exit code 2.
+
+A configuration is a program of the user's: whatever it raises while it is loaded is such a mistake, too.
+"""
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import absl.logging
+from absl import app, flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from dmpo_jax.config import ConfigError, did_you_mean
+from dmpo_jax.config.rules import RULES
+
+HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
+MISTAKE = 2  # exit code of a mistake in the command, by which nothing was started
+_MISSING = re.compile(r"Flag --(\w+) must have a value other than None")  # as absl says it
+
+
+def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> None:
+  """Parse the flags and call `main` with what is left of the command line, `sys.argv` by default."""
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  app.run(lambda rest: _call(main, rest), argv=argv, flags_parser=parse)
+
+
+def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """Parse the flags and load the configurations that they name; return what is left of the command line."""
+  asked = set(argv[: argv.index("--")] if "--" in argv else argv)
+  if asked & HELP:
+    app.usage(shorthelp="--helpfull" not in asked, writeto_stdout=True)
+    sys.exit(0)
+  try:
+    rest = known(argv)
+    for name in known:
+      if config_flags.is_config_flag(known[name]) and known[name].present:
+        _check_loaded(known[name].value)
+  except Exception as error:  # the flags' own errors, or anything that the file of a configuration does
+    if "--traceback" in argv:
+      traceback.print_exc()
+    complain(_told(error, argv))
+  return rest
+
+
+def complain(problem: Any) -> None:
+  """End the command."""
+  print(f"error: {problem}", file=sys.stderr)
+  sys.exit(MISTAKE)
+
+
+def _call(main: Callable[[list[str]], Any], rest: list[str]) -> None:
+  try:
+    main(rest)
+  except (app.UsageError, ConfigError) as error:
+    complain(error)
+  except OSError as error:  # a disk that is full, a folder that cannot be written to
+    print(f"stopped: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _check_loaded(config: Any) -> None:
+  if not isinstance(config, ConfigDict):
+    config.items()  # a file that is not there is told of here
+    raise flags.IllegalFlagValueError("--config: the file's get_config() must return a ConfigDict")
+
+
+def _told(error: Exception, argv: Sequence[str]) -> str:
+  """Say what is wrong: with a flag as absl says it, with a configuration where in its file."""
+  given = next((arg for arg in argv if arg.startswith("--config=")), "--config")
+  if isinstance(error, OSError):
+    is_absent = "Failed loading config file" in f"{error} {error.__cause__}"
+    return f"{given}: {'no such file' if is_absent else error.__cause__ or error}"
+  if missing := _MISSING.search(str(error)):
+    return f"--{missing[1]} is missing; --help says what it is"
+  if "Error whilst parsing config file" in str(error):  # a traceback in the message, by ml_collections and then absl
+    error = error.__context__.__context__
+  elif isinstance(error, flags.Error):
+    return str(error)
+  if unknown := _unknown_keys(error, argv):
+    return "\n".join(unknown)
+  place = traceback.extract_tb(error.__traceback__)[-1]
+  where = "" if isinstance(error, SyntaxError) else f" ({place.filename}, line {place.lineno})"
+  kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+  return f"{given}: {kind}{error}{where}"
+
+
+def _unknown_keys(error: Exception, argv: Sequence[str]) -> list[str]:
+  """Name the overridden keys that the error is about, as there are none of that name."""
+  if not isinstance(error, AttributeError | KeyError):
+    return []
+  overrides = [arg[len("--config.") :].split("=")[0] for arg in argv if arg.startswith("--config.")]
+  unknown = [path for path in overrides if path not in RULES and any(part in str(error) for part in path.split("."))]
+  return [f"--config.{path}: no such key{did_you_mean(path, RULES)}" for path in unknown]

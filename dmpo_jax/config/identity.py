@@ -1,0 +1,83 @@
+"""Which keys decide a run's results: its fingerprint, and how two configurations differ."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+from etils import epath
+
+from dmpo_jax import tasks
+from dmpo_jax.config.validation import CHOICES, Config, flatten
+from dmpo_jax.models.llada import OLDER as OLDER_MODEL
+
+# What may differ when a run goes on: how long, how often, where, how much at one time, in which precision; and the path
+# of the base, whose identity is in every checkpoint. The rest decides results.
+MAY_CHANGE = (
+  "checkpoint.*",
+  "eval.batch_size",
+  "eval.every_buffers",
+  "model.attention",
+  "model.dtype",
+  "model.init_from",
+  "model.layer_rows",
+  "grading.workers",
+  "log.*",
+  "model.param_dtype",
+  "model.remat",
+  "optim.max_skips_in_a_row",
+  "rollout.chunk_prompts",
+  "serve.*",
+  "sharding.*",
+  "task.data_dir",
+  "task.records_dir",
+  "train.microbatch_prompts",
+  "train.num_buffers",
+)
+
+# What an evaluation does not depend on, beside the policy and its base, which have an identity.
+NOT_OF_EVALUATION = (
+  *("checkpoint.*", "log.*", "objective.*", "optim.*", "rollout.*", "serve.*", "sharding.*", "train.*", "warm_start.*"),
+  *("eval.batch_size", "eval.every_buffers", "eval.lengths", "eval.samplers", "eval.tasks", "grading.workers"),
+  *("model.init_from", "model.layer_rows", "model.lora.dropout", "model.lora.init_from", "model.remat"),
+  *("task.data_dir", "task.records_dir"),
+)
+
+# What the lack of a key means, in runs of before there was one.
+OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()}
+
+
+def fingerprint(config: Config) -> str:
+  """Hash what decides a run's results: the same for equal configurations on every machine and Python."""
+  leaves = {path: float(value) if type(value) is int else value for path, value in deciding(config).items()}
+  return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+  """List the keys by which two configurations decide different results, as `config.path: old -> new`."""
+  before, after = deciding(old), deciding(new)
+  return [
+    f"config.{path}: {before.get(path, 'absent')!r} -> {after.get(path, 'absent')!r}"
+    for path in sorted(before.keys() | after.keys())
+    if before.get(path) != after.get(path)
+  ]
+
+
+def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str, Any]:
+  """List the leaves that decide results: not those of `may_change`, nor of choices that were not made, nor OLDER."""
+  leaves = flatten(config)
+  chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
+  chosen.add(("objective", leaves.get("objective.likelihood")))
+  chosen.add(("task", tasks.section(str(leaves.get("task.name")))))
+  found = {}
+  for path, value in leaves.items():
+    section, *rest = path.split(".")
+    is_of_another = section in CHOICES and len(rest) > 1 and (section, rest[0]) not in chosen
+    is_as_before = path in OLDER and value == OLDER[path]
+    if value is None or is_of_another or is_as_before or any(fnmatch(path, key) for key in may_change):
+      continue
+    found[path] = list(value) if isinstance(value, tuple) else value
+  if isinstance(found.get("tokenizer.path"), str):  # a checkout may move; its file is the same one
+    found["tokenizer.path"] = epath.Path(found["tokenizer.path"]).name
+  return found

@@ -1,0 +1,310 @@
+"""Text to token ids and back: between a task's strings and the arrays that the model sees.
+
+Two kinds behind one interface: a sentencepiece model, and a folder in Hugging Face's layout with its chat template.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jinja2
+import sentencepiece
+import tokenizers
+from etils import epath
+
+from dmpo_jax.hub import chat
+
+MASK_PIECE = "<mask>"
+
+# the files of a tokenizer in Hugging Face's layout; the first is needed, or the two of QWEN_FILES
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+QWEN_FILES = ("vocab.json", "merges.txt")  # what Dream has, with its special tokens in tokenizer_config.json
+# how Qwen2's tokenizer cuts text before the merges
+QWEN_PIECES = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MODEL_FILE = "config.json"  # of the model that it belongs to, read for its special ids where it stands beside them
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+  """What the rest of the package knows of a tokenizer."""
+
+  vocab_size: int  # ids are 0 .. vocab_size - 1
+  pad_token_id: int  # fills prompts on the left; never attended to
+  bos_token_id: int | None
+  eos_token_id: int  # ends a completion and fills it to its length
+  eot_token_id: int  # ends a turn of a conversation; EOS where there are no turns
+  mask_token_id: int  # a position that is still to be decided
+
+  def encode(self, text: str) -> list[int]:
+    """Return the ids of a text, without any special tokens around it."""
+    ...
+
+  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
+    """Return the ids that a completion is to follow.
+
+    With a chat template that is the conversation in which the user has said `text` and the answer's turn has begun;
+    without one, the text itself. `prefill` is the answer's beginning, which the model is not to write any more.
+    """
+    ...
+
+  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
+    """Return the ids of a conversation, (role, text) for each turn, that the assistant is to answer.
+
+    Raises:
+      ValueError: the chat template refuses the conversation, or there is none and it is more than a user's turn.
+    """
+    ...
+
+  def lacking(self, text: str) -> str:
+    """Return the characters of a text that no token stands for: the model sees them as unknown, or not at all."""
+    ...
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
+    ...
+
+  def piece(self, token_id: int) -> str:
+    """Return what one token stands for: its text or a special token's name, U+FFFD for a part of a character."""
+    ...
+
+
+class SentencePieceTokenizer:
+  """A sentencepiece model with the special pieces <pad>, <s>, </s> and <mask>, and no conversations."""
+
+  def __init__(self, path: epath.PathLike):
+    """Load the model file at `path`, local or gs://.
+
+    Raises:
+      ValueError: there is no such file, it is no sentencepiece model, or it lacks a special piece.
+    """
+    self._model = sentencepiece.SentencePieceProcessor()
+    if not epath.Path(path).is_file():
+      raise ValueError(f"tokenizer.path={str(path)!r}: no such file")
+    try:
+      self._model.LoadFromSerializedProto(epath.Path(path).read_bytes())
+    except RuntimeError as error:
+      raise ValueError(f"tokenizer.path={str(path)!r}: not a sentencepiece model ({error})") from error
+    self.vocab_size = self._model.vocab_size()
+    self.pad_token_id = self._model.pad_id()
+    self.bos_token_id = self._model.bos_id()
+    self.eos_token_id = self.eot_token_id = self._model.eos_id()
+    self.mask_token_id = self._model.piece_to_id(MASK_PIECE)
+    self._specials = frozenset((self.pad_token_id, self.bos_token_id, self.eos_token_id, self.mask_token_id))
+    if min(self._specials) < 0 or self.mask_token_id == self._model.unk_id():
+      raise ValueError(
+        f"tokenizer.path={str(path)!r}: the model must have the pieces <pad>, <s>, </s> and {MASK_PIECE}; "
+        "launch/train_tokenizer.py makes one that has"
+      )
+
+  def encode(self, text: str) -> list[int]:
+    """Return the ids of a text, without any special tokens around it."""
+    return self._model.encode(text)
+
+  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
+    """Return the ids of the text and what the answer begins with."""
+    return self._model.encode(text + prefill)
+
+  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
+    """Return the ids of the one turn that there may be, without a template."""
+    return self._model.encode(_only_turn(turns))
+
+  def lacking(self, text: str) -> str:
+    """Return the characters of a text that are the unknown piece."""
+    return _lacking(text, self.encode, self._model.unk_id())
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Return the text of a completion: what stands before the first EOS, other special tokens left out."""
+    ids = list(ids)
+    end = ids.index(self.eos_token_id) if self.eos_token_id in ids else len(ids)
+    return self._model.decode([token for token in ids[:end] if token not in self._specials])
+
+  def piece(self, token_id: int) -> str:
+    """Return a token's text, or a special token's name."""
+    return self._model.id_to_piece(token_id).replace("\u2581", " ")  # sentencepiece's sign for a space
+
+
+class HuggingFaceTokenizer:
+  """A folder with tokenizer.json, tokenizer_config.json and, beside them, the config.json of the model.
+
+  Special ids are those of the tokenizer's special tokens; the model's config may add ids (LLaDA names its mask there
+  alone) and must not contradict them.
+  """
+
+  def __init__(self, path: epath.PathLike, *, is_chat: bool):
+    """Load the folder at `path`, local or gs://.
+
+    Args:
+      is_chat: whether prompts are rendered by the chat template.
+
+    Raises:
+      ValueError: files are missing or unreadable, there is no usable chat template though `is_chat`, or special ids are
+        missing or not the model's.
+    """
+    self._where = f"tokenizer.path={str(path)!r}"
+    folder = epath.Path(path)
+    config = _read_json(folder / FILES[2], self._where) | _read_json(folder / FILES[1], self._where)
+    self._model = self._load(folder, config)
+    names = {key: text for key, value in config.items() if key.endswith("_token") and (text := _content(value))}
+    self._template = None
+    if is_chat:
+      self._template = self._compile(chat.find_template(folder / FILES[3], config), names)
+    self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+    self._set_special_ids(names, _read_json(folder / MODEL_FILE, self._where))
+
+  def _load(self, folder: epath.Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    path, parts = folder / FILES[0], [folder / name for name in QWEN_FILES]
+    try:
+      if path.is_file():
+        return tokenizers.Tokenizer.from_str(path.read_text())
+      if all(part.is_file() for part in parts):
+        return _qwen_tokenizer(*(part.read_text() for part in parts), config["added_tokens_decoder"])
+    except Exception as error:  # the library's own errors are plain Exceptions
+      raise ValueError(f"{self._where}: {path.name} is not a tokenizer ({error})") from error
+    raise ValueError(f"{self._where}: no {path.name} there; give the folder of a model in Hugging Face's layout")
+
+  def _compile(self, source: str | None, names: Mapping[str, str]) -> chat.Template:
+    if source is None:
+      raise ValueError(f"{self._where} has no chat template: set tokenizer.is_chat=False for prompts of plain text")
+    try:
+      return chat.Template(source, names)
+    except jinja2.TemplateError as error:
+      raise ValueError(f"{self._where}: the chat template cannot be used ({error})") from error
+
+  def _set_special_ids(self, names: Mapping[str, str], model: dict[str, Any]) -> None:
+    problems = []
+
+    def find(kind: str, token: str | None, is_needed: bool = True) -> int | None:
+      own = None if token is None else self._model.token_to_id(token)
+      wanted = model.get(f"{kind}_token_id")
+      if wanted is not None and type(wanted) is not int:
+        problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted!r}, where one id is needed")
+      elif token is not None and own is None:
+        problems.append(f"the {kind} token {token!r} has no id")
+      elif own is None and wanted is None and is_needed:
+        problems.append(f"there is no {kind} token, neither in {FILES[1]} nor as {kind}_token_id in {MODEL_FILE}")
+      elif own is None and wanted is not None and self._model.id_to_token(wanted) is None:
+        problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted}, which is no token")
+      elif own is not None and wanted is not None and wanted != own:
+        problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted}, but the {kind} token {token!r} is {own}")
+      return wanted if own is None else own
+
+    self.mask_token_id = find("mask", names.get("mask_token"))
+    self.eos_token_id = find("eos", names.get("eos_token"))
+    self.pad_token_id = find("pad", names.get("pad_token"))
+    if model.get("model_type") == "Dream":  # whose config.json keeps the bos id of the Qwen model that it grew from
+      model = {key: value for key, value in model.items() if key != "bos_token_id"}
+    self.bos_token_id = find("bos", names.get("bos_token"), is_needed=False)
+    eot_token_id = find("eot", names.get("eot_token") or self._end_of_turn(), is_needed=False)
+    self.eot_token_id = self.eos_token_id if eot_token_id is None else eot_token_id
+    size = model.get("vocab_size")
+    if isinstance(size, int) and size < self.vocab_size:  # another kind of size is for the model's conversion to refuse
+      problems.append(f"{MODEL_FILE} has vocab_size={size}, but there are {self.vocab_size} tokens")
+    if problems:
+      raise ValueError(f"{self._where}: " + "; ".join(problems))
+
+  def _end_of_turn(self) -> str | None:
+    """Find the special token that the chat template puts after an answer."""
+    if self._template is None:
+      return None
+    special = {token.content for token in self._model.get_added_tokens_decoder().values() if token.special}
+    answer = "answer"
+    rest = self._template.render([("user", "question"), ("assistant", answer)], is_answering=False).split(answer)[-1]
+    return next(
+      (token for token in self._model.encode(rest, add_special_tokens=False).tokens if token in special), None
+    )
+
+  def encode(self, text: str) -> list[int]:
+    """Return the ids of a text, without any special tokens around it; those that it names become theirs."""
+    return self._model.encode(text, add_special_tokens=False).ids
+
+  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
+    """Return the ids of the conversation in which the user has said `text` and the answer has begun with `prefill`."""
+    if self._template is None:
+      return self.encode(text + prefill)
+    return self.encode(self._template.render([("user", text)]) + prefill)
+
+  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
+    """Return the ids of the conversation by the chat template, or of the one turn that there may be without it."""
+    return self.encode(_only_turn(turns) if self._template is None else self._template.render(turns))
+
+  def lacking(self, text: str) -> str:
+    """Return the characters of a text that are the unknown token, or none; a tokenizer of bytes lacks none."""
+    unknown = getattr(self._model.model, "unk_token", None)
+    return _lacking(text, self.encode, self._model.token_to_id(unknown) if unknown else None)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
+    ids = list(ids)
+    end = min((ids.index(token) for token in (self.eos_token_id, self.eot_token_id) if token in ids), default=len(ids))
+    kept = [token for token in ids[:end] if token != self.mask_token_id]
+    return self._model.decode(kept, skip_special_tokens=True)
+
+  def piece(self, token_id: int) -> str:
+    """Return a token's text, or a special token's name; nothing for an id that no token has."""
+    return self._model.decode([token_id], skip_special_tokens=False)
+
+
+def _lacking(text: str, encode: Callable[[str], list[int]], unknown: int | None) -> str:
+  found = ((letter, encode(letter)) for letter in sorted(set(text)) if not letter.isspace())
+  return "".join(letter for letter, ids in found if not ids or unknown in ids)
+
+
+def _only_turn(turns: Sequence[chat.Turn]) -> str:
+  if [role for role, _ in turns] != ["user"]:
+    raise ValueError("the model has no chat template: a conversation must be one message of the user")
+  return turns[0][1]
+
+
+def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, Any]]) -> tokenizers.Tokenizer:
+  """Build a tokenizer of Qwen2's kind, bytes merged to pieces, from its two files and its added tokens by id."""
+  pairs = [tuple(line.split(" ")) for line in merges.splitlines() if line and not line.startswith("#version")]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocab), pairs))
+  tokenizer.normalizer = tokenizers.normalizers.NFC()
+  cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_PIECES), behavior="isolated")
+  to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([cut, to_bytes])
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  for number, token in sorted(added.items(), key=lambda item: int(item[0])):
+    tokenizer.add_tokens([tokenizers.AddedToken(**token)])
+    if tokenizer.token_to_id(token["content"]) != int(number):
+      raise ValueError(f"the added token {token['content']!r} does not get its id {number}")
+  return tokenizer
+
+
+def _content(value: Any) -> str | None:
+  """The text of a special token, which may be given with its properties; None for a setting such as add_bos_token."""
+  text = value.get("content") if isinstance(value, Mapping) else value
+  return text if isinstance(text, str) else None
+
+
+def _read_json(path: epath.Path, where: str) -> dict[str, Any]:
+  """Read a JSON object; an absent file is an empty one."""
+  if not path.is_file():
+    return {}
+  try:
+    return dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{where}: {path.name} is not a JSON object ({error})") from error
+
+
+TOKENIZERS = ("sentencepiece", "huggingface")
+
+
+def load_tokenizer(name: str, path: epath.PathLike, *, is_chat: bool = False) -> Tokenizer:
+  """Load the tokenizer of kind `name` (see TOKENIZERS) from `path`.
+
+  Args:
+    is_chat: whether prompts are rendered by the tokenizer's chat template.
+
+  Raises:
+    ValueError: there is no such kind, the file cannot be used, or it has no chat template.
+  """
+  if name == "huggingface":
+    return HuggingFaceTokenizer(path, is_chat=is_chat)
+  if name != "sentencepiece":
+    raise ValueError(f"tokenizer.name={name!r}: must be one of {', '.join(TOKENIZERS)}")
+  if is_chat:
+    raise ValueError("tokenizer.is_chat=True: a sentencepiece model has no chat template; set it to False")
+  return SentencePieceTokenizer(path)

@@ -1,0 +1,234 @@
+"""The report's one file: runs and charts into a page that opens from disk and asks no network for anything.
+
+What models and users wrote is untrusted: the template escapes it, the page's script shows it as text only, and the
+page's own policy runs no script but the two that stand here by their hashes.
+"""
+
+import base64
+import datetime
+import functools
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import vl_convert
+from etils import epath
+from markupsafe import Markup
+
+from configs import base
+from dmpo_jax import files
+from dmpo_jax.config import CHOICES, flatten
+from dmpo_jax.hub.pretrained import filled
+from dmpo_jax.run.report import charts
+from dmpo_jax.run.report.runs import Row, Run, is_number, read_runs
+from dmpo_jax.run.report.summary import buffers_of, lack_of_signal
+from dmpo_jax.run.report.tables import settings_apart
+
+HERE = pathlib.Path(__file__).parent
+ABSENT = "absent"
+
+
+def write(workdirs: Sequence[epath.PathLike], path: epath.PathLike | None = None) -> epath.Path:
+  """Write the report of some runs, by default to `report.html` in the first workdir; return its path.
+
+  Raises:
+    ValueError: a workdir holds nothing of a run.
+  """
+  runs = read_runs(workdirs)
+  path = epath.Path(path) if path is not None else runs[0].workdir / "report.html"
+  files.write_whole(path, render(runs).encode(errors="replace").decode())  # JSON can hold halves of characters
+  return path
+
+
+def render(runs: Sequence[Run]) -> str:
+  """Render the page of some runs."""
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+  )
+  environment.filters |= {"percent": lambda value: f"{value:.1%}" if is_number(value) else "unknown", "number": _number}
+  environment.filters["with_settings"] = lambda rows: zip(rows, settings_apart(rows), strict=True)
+  figures, absent = draw(runs)
+  reels = {run.name: films(run) for run in runs}
+  if any(run.generations for run in runs) and not any(reels.values()):
+    absent.append("Denoising")
+  script = (HERE / "page.js").read_text()
+  return environment.get_template("page.html").render(
+    runs=runs,
+    title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
+    made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    facts=facts(runs),
+    outcomes=[(run, *_outcome(run)) for run in runs],
+    lacking=[(run.name, lack) for run in runs if (lack := lack_of_signal(buffers_of(run)))],
+    figures=figures,
+    absent=absent,
+    differences=differences(runs),
+    completions=[(run, buffers, rows) for run in runs for buffers, rows in [completions(run)] if rows],
+    films={name: reel for name, reel in reels.items() if reel},
+    specs=_as_json({figure["id"]: figure["spec"] for figure in figures}),
+    reels=_as_json(reels),
+    style=Markup((HERE / "page.css").read_text()),
+    vega=Markup(_vega()),
+    script=Markup(script),
+    hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (_vega(), script)),
+  )
+
+
+def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
+  """Return the figures that there are values for, and the titles of those that every run should have and none has."""
+  parts = [
+    ("Held-out solve rate", "Policy on prompts that it is not trained on, 95 % interval.", ("solve_rate", ".1%")),
+    ("Held-out reward", "Mean over the same prompts.", ("reward_mean", ".3~g")),
+    ("Model calls a prompt", "In evaluation.", ("model_calls", ".1f")),
+  ]
+  drawn = [(title, caption, charts.draw_held_out(runs, *how)) for title, caption, how in parts]
+  drawn += [(curves.title, curves.caption, charts.draw_curves(curves, runs)) for curves in charts.CURVES]
+  drawn.append(("Time by part", "Other is compiling, saving and waiting.", charts.draw_times(runs)))
+  figures = [
+    {"id": f"chart-{number}", "title": title, "caption": caption, "spec": spec}
+    for number, (title, caption, spec) in enumerate(drawn)
+    if spec
+  ]
+  special = {curves.title for curves in charts.CURVES if not curves.is_always}
+  return figures, [title for title, _, spec in drawn if not spec and title not in special]
+
+
+def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+  """What was run: a label and each run's value."""
+  return [(label, [_fact(of, run) for run in runs]) for label, of in FACTS.items()]
+
+
+def _fact(of: Any, run: Run) -> str:
+  try:
+    return str(of(run))
+  except (KeyError, IndexError, TypeError, ValueError):
+    return "unknown"
+
+
+FACTS = {
+  "task": lambda run: run.config["task.name"],
+  "objective": lambda run: (
+    f"{run.config['objective.name']}, alpha {run.config['objective.alpha']}, "
+    f"baseline {run.config['objective.baseline']}"
+  ),
+  "sampler": lambda run: (
+    f"{run.config['sampler.name']}, {run.config['sampler.completion_length']} tokens in blocks of "
+    f"{run.config['sampler.block_length']}, {run.config['sampler.steps']} steps, T {run.config['sampler.temperature']}"
+  ),
+  "model": lambda run: (
+    f"{run.config['model.init_from'] or run.config['model.name']}, {run.config['model.num_layers']} layers of "
+    f"{run.config['model.d_model']}"
+    + (f", LoRA rank {run.config['model.lora.rank']}" if run.config["model.lora.rank"] else "")
+  ),
+  "warm start": lambda run: f"{run.config['warm_start.updates']} updates",
+  "buffers": lambda run: f"{max(row['step'] for row in run.rows['train'])} of {run.config['train.num_buffers']}",
+  "rollouts a buffer": lambda run: (
+    f"{run.config['rollout.num_prompts']} prompts x {run.config['rollout.group_size']}, "
+    f"{run.config['train.updates_per_buffer']} updates"
+  ),
+  "seed": lambda run: run.config["seed"],
+  "devices": lambda run: f"{run.starts[-1]['devices']}, {run.starts[-1]['processes']} process(es)",
+  "started": lambda run: f"{len(run.starts)} time(s)" if run.starts else "unknown",
+  "seconds of the last start": lambda run: f"{run.result['seconds']:,.0f}",
+  "revision": lambda run: f"{run.starts[-1]['revision']}, jax {run.starts[-1]['versions']['jax']}",
+  "workdir": lambda run: run.workdir,
+}
+
+
+def _outcome(run: Run) -> tuple[Row | None, Row | None, int]:
+  """The base's figures, the last evaluation's, and after how many buffers that was."""
+  last = max(run.evaluations, default=0)
+  return run.evaluations.get(0), run.evaluations.get(last) if last else None, last
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
+  """List keys whose value differs from configs/base.py in some run: the key, the default, each run's value.
+
+  Left out are the own keywords of choices that a run has not made, and where the tokenizer's file lies.
+  """
+  default = flatten(filled(base.get_config()))
+  found = []
+  for path in sorted(set().union(*(run.config for run in runs))):
+    values = [_shown(run.config[path]) if path in run.config else ABSENT for run in runs]
+    normal = _shown(default[path]) if path in default else ABSENT
+    if any(value not in (normal, ABSENT) for value in values) and any(_counts(path, run) for run in runs):
+      found.append((path, normal, values))
+  return [row for row in found if not _is_same_file(row)]
+
+
+def _counts(path: str, run: Run) -> bool:
+  section, *rest = path.split(".")
+  names = (run.about(f"{section}.name"), run.about(f"{section}.likelihood"))
+  return not (section in CHOICES and len(rest) > 1 and rest[0] not in names)
+
+
+def _is_same_file(row: tuple[str, str, list[str]]) -> bool:
+  path, default, values = row
+  return path == "tokenizer.path" and {pathlib.PurePath(value).name for value in values} == {
+    pathlib.PurePath(default).name
+  }
+
+
+def _shown(value: Any) -> str:
+  return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False, default=str)
+
+
+def completions(run: Run) -> tuple[list[int], list[tuple[str, list[Row | None]]]]:
+  """Each prompt's completion in the first, the middle and the last evaluation, side by side."""
+  buffers = list(run.generations)
+  prompts: dict[str, list[Row | None]] = {}
+  for column, buffer in enumerate(buffers):
+    for line in run.generations[buffer]:
+      row = prompts.setdefault(str(line.get("prompt", "")), [None] * len(buffers))
+      row[column] = row[column] or line
+  return buffers, list(prompts.items())
+
+
+def films(run: Run) -> list[dict[str, Any]]:
+  """The generations that say when each token was committed, and how surely; those of the last evaluation first."""
+  found = []
+  for buffer, lines in reversed(run.generations.items()):
+    for line in lines:
+      film = line.get("denoising")
+      if is_film(film):
+        when = "base" if buffer == 0 else f"after {buffer} buffers"
+        about = {"prompt": str(line.get("prompt", "")), "reward": line.get("reward"), "when": when}
+        found.append(about | {name: list(film[name]) for name in ("pieces", "committed_at", "confidence")})
+  return found
+
+
+def is_film(film: Any) -> bool:
+  """Whether what a generation says of its denoising can be shown."""
+  if not isinstance(film, Mapping):
+    return False
+  pieces, calls, confidence = (film.get(name) for name in ("pieces", "committed_at", "confidence"))
+  if not all(isinstance(part, list) and part for part in (pieces, calls, confidence)):
+    return False
+  return (
+    len(pieces) == len(calls) == len(confidence)
+    and all(isinstance(piece, str) for piece in pieces)
+    and all(type(call) is int and call >= 0 for call in calls)
+    and all(map(is_number, confidence))
+  )
+
+
+def _number(value: Any) -> str:
+  return f"{value:.3f}" if is_number(value) and not (isinstance(value, float) and math.isnan(value)) else "unknown"
+
+
+def _as_json(value: Any) -> Markup:
+  """JSON for inside a script element, which no text in it can end."""
+  return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+@functools.cache
+def _vega() -> str:
+  """Vega-Lite and what draws it, as its package has them, for inside a script element."""
+  return vl_convert.javascript_bundle().replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _digest(text: str) -> str:
+  return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

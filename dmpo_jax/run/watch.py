@@ -1,0 +1,150 @@
+"""Denoising in the terminal: which tokens each model call decides, and how surely, while it happens.
+
+A token's colour is the call that decided it, from violet to yellow as in the report. Those of the newest call stand
+out, and the line below names them with the model's confidence. Small models decide faster than one can look, so a call
+is shown for a moment at least.
+"""
+
+import colorsys
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from rich.console import Console, Group
+from rich.live import Live
+from rich.style import Style
+from rich.text import Text
+
+from dmpo_jax.hub.tokenizer import Tokenizer
+
+MASKED = "\N{LIGHT SHADE}"  # how a position that is still to be decided is shown
+ENDED = "\N{MIDDLE DOT}"  # and one that holds an end token
+SECONDS_A_CALL = 0.15  # at least, where somebody looks
+SECONDS_LEFT = 6.0  # at most, for calls that have been made but not shown
+NUM_NAMED = 8  # new tokens that the line names
+
+
+class Frame(NamedTuple):
+  """The rows after a model call."""
+
+  completion: np.ndarray  # [b, c]
+  num_calls: np.ndarray  # [b]
+  confidence: np.ndarray  # [b, c]
+
+
+class Watcher:
+  """Shows completions on the terminal while they are decoded: called after every model call (`samplers.Plan`)."""
+
+  def __init__(self, tokenizer: Tokenizer, console: Console | None = None):
+    self._tokenizer = tokenizer
+    self._console = console or Console(stderr=True)  # the completions themselves go to standard output
+    self._ends = {tokenizer.eos_token_id, tokenizer.eot_token_id, tokenizer.pad_token_id}
+    self._news = threading.Condition()
+    self._last: np.ndarray | None = None  # the rows as they were drawn last
+    self._since: np.ndarray | None = None  # the calls by which their tokens were decided
+
+  @contextlib.contextmanager
+  def watching(self, num_rows: int) -> Iterator[None]:
+    """Show a batch, of which the first rows that fit are drawn; ends when all of its calls have been shown."""
+    self._num_rows = min(num_rows, max(self._console.height // 8, 1))
+    self._newest, self._frames, self._is_over = -1, [], False
+    self._last = self._since = None
+    with Live(console=self._console, auto_refresh=False) as live:
+      player = threading.Thread(target=self._play, args=[live], name="watch")
+      player.start()
+      try:
+        yield
+      finally:
+        with self._news:
+          self._is_over = True
+          self._news.notify()
+        player.join()
+
+  def __call__(self, number: Any, completion: Any, num_calls: Any, confidence: Any) -> None:
+    """Take the rows after model call `number`, unless those of a later one have come."""
+    rows = slice(self._num_rows)
+    frame = Frame(*(np.array(array)[rows] for array in (completion, num_calls, confidence)))
+    with self._news:
+      if int(number) > self._newest:
+        self._newest = int(number)
+        self._frames.append(frame)
+        self._news.notify()
+
+  def _play(self, live: Live) -> None:
+    pause = threading.Event()
+    while True:
+      with self._news:
+        self._news.wait_for(lambda: self._frames or self._is_over)
+        if not self._frames:
+          return
+        frame, num_waiting = self._frames.pop(0), len(self._frames)
+      live.update(self.draw(frame), refresh=True)
+      if self._console.is_terminal:
+        pause.wait(min(SECONDS_A_CALL, SECONDS_LEFT / max(num_waiting, 1)))
+
+  def draw(self, frame: Frame) -> Group:
+    """Draw the rows, each with the tokens of its newest call below it."""
+    if self._last is None:
+      self._last = np.full_like(frame.completion, self._tokenizer.mask_token_id)
+      self._since = np.zeros_like(frame.completion)
+    is_new = (frame.completion != self._last) & (frame.completion != self._tokenizer.mask_token_id)
+    self._since = np.where(is_new, frame.num_calls[:, None] - 1, self._since)
+    self._last = frame.completion
+    rows = zip(frame.completion, self._since, is_new, frame.confidence, frame.num_calls, strict=True)
+    return Group(*(draw_row([self._piece(token) for token in ids], *rest) for ids, *rest in rows))
+
+  def _piece(self, token: Any) -> str | None:
+    if token == self._tokenizer.mask_token_id:
+      return None
+    return ENDED if int(token) in self._ends else self._tokenizer.piece(int(token))
+
+
+def play(
+  pieces: Sequence[str], committed_at: Sequence[int], confidence: Sequence[float], console: Console, seconds: float
+) -> None:
+  """Show a finished completion as it was decided, a model call in so many seconds.
+
+  Args:
+    pieces: its tokens. committed_at: the calls that decided them. confidence: their probabilities.
+  """
+  since, sure = np.array(committed_at), np.array(confidence)
+  with Live(console=console, auto_refresh=False) as live:
+    for call in range(since.max() + 1):
+      shown = [piece if at <= call else None for piece, at in zip(pieces, since, strict=True)]
+      live.update(draw_row(shown, since, since == call, sure, call + 1), refresh=True)
+      if console.is_terminal:
+        time.sleep(seconds)
+  if not console.is_terminal:
+    console.print()  # to which the last picture alone has been written, without an end of its line
+
+
+def draw_row(
+  pieces: Sequence[str | None],
+  since: Int[np.ndarray, "c"],
+  is_new: Bool[np.ndarray, "c"],
+  confidence: Float[np.ndarray, "c"],
+  call: int | np.integer,
+) -> Group:
+  """Draw a completion in the colours of the calls `since` which its tokens stand there, and name the new ones below.
+
+  Args:
+    pieces: its tokens; None where a position is still to be decided.
+    call: number of the newest call, from 1.
+  """
+  text = Text()
+  for piece, at, stands_out in zip(pieces, since, is_new, strict=True):
+    if piece is None:
+      text.append(MASKED, style="dim")
+    else:
+      hue = (265 - 215 * min(at / max(len(pieces) - 1, 1), 1.0)) / 360
+      red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.65, 0.65))
+      text.append(piece, Style(color=f"rgb({red},{green},{blue})", reverse=bool(stands_out)))
+  named = [f"{pieces[i]!r} {confidence[i]:.2f}" for i in np.flatnonzero(is_new)]
+  if len(named) > NUM_NAMED:
+    named[NUM_NAMED:] = [f"{len(named) - NUM_NAMED} more"]
+  said = f"call {call}: {', '.join(named) or 'nothing new'}"
+  return Group(text, Text(said, style="dim", no_wrap=True, overflow="ellipsis"))

@@ -1,0 +1,83 @@
+"""How fast completions are graded, by each task and set of rewards.
+
+The completions are made up: about 256 tokens each, 16 to a prompt, of a few different answers each, as a buffer of
+rollouts has them.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dmpo_jax.grading import Grading
+from dmpo_jax.tasks import TASKS, answers
+from dmpo_jax.tasks.worded import CHOICES
+from launch.bench.report import Options, Result, Row
+from launch.grading_cases import RECORDS, spec
+
+NUM = 2048  # completions of each task
+GROUP = 16  # completions of one prompt
+WORDS = 190  # of reasoning, about 240 tokens
+
+
+def run(config: ConfigDict, options: Options) -> Result:
+  """Grade a batch of every task by every set, with the configuration's worker processes."""
+  rows = [measure(name, choice, config, options) for name in TASKS for choice in CHOICES]
+  settings = f"{NUM} completions of each task, {config.grading.workers} worker processes where a task needs them"
+  return Result("grade", settings, rows)
+
+
+def measure(name: str, choice: str, config: ConfigDict, options: Options) -> Row:
+  """Grade one task's batch several times, by workers that have started."""
+  records, completions = make_batch(name, NUM)
+  grading = Grading(spec(name, choice), **config.grading)
+  try:
+    for _ in range(2 * config.grading.workers):  # a prompt goes to one worker
+      grading.submit([{**records[0]} for _ in range(8)], completions[:8], [True] * 8).result()
+    seconds = []
+    for turn in range(options.repeats):
+      options.say(f"{name}, {choice}: turn {turn + 1} of {options.repeats}")
+      start = time.perf_counter()
+      grading.submit(records, completions, [True] * len(completions)).result()
+      seconds.append(time.perf_counter() - start)
+  finally:
+    grading.close()
+  return Row(f"{name}, {choice}", tuple(seconds), len(completions), "completions")
+
+
+def make_batch(name: str, num: int) -> tuple[list[dict[str, Any]], list[str]]:
+  """Make up records and completions: a right, some wrong and some odd answers for every prompt."""
+  rng = np.random.default_rng(0)
+  words = ["so", "the", "sum", "of", "both", "is", "12", "+", "7", "=", "19", "and", "then", "$x$", "we", "get"]
+  records, completions = [], []
+  for prompt in range(-(-num // GROUP)):
+    record, right = _puzzle(name, prompt)
+    odd = [
+      "",
+      "none",
+      f"{right} {right}",
+      f"x={right}",
+      f"{prompt}",
+      f"{right}+1",
+      f"\\frac{{{prompt}}}{{7}}",
+      f"{right}.",
+    ]
+    for rollout in range(GROUP):
+      answer = right if rollout % 2 else odd[int(rng.integers(len(odd)))]
+      boxed = f"\\boxed{{{answer}}}" if name == "math" else answer
+      records.append(record)
+      completions.append(answers.wrap(" ".join(rng.choice(words, WORDS)), boxed))
+  return records[:num], completions[:num]
+
+
+def _puzzle(name: str, prompt: int) -> tuple[dict[str, Any], str]:
+  if name == "gsm8k":
+    return {"question": "?", "solution": "", "answer": f"{1000 + prompt:,}"}, f"{1000 + prompt}"
+  if name == "math":
+    right = (f"\\frac{{{prompt + 1}}}{{\\sqrt{{3}}}}", f"({prompt}, \\pi]", f"{prompt}x^2+x", f"{prompt}")[prompt % 4]
+    return {"problem": "?", "answer": right}, right
+  if name == "countdown":
+    numbers = [prompt % 50 + 1, 30, 4]
+    return {"numbers": ",".join(map(str, numbers)), "target": numbers[0] + 120}, f"{numbers[0]}+30*4"
+  return RECORDS[name], RECORDS[name]["solution"]

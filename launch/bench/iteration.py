@@ -1,0 +1,132 @@
+"""A whole iteration of training: rollouts, their rewards, their scores under both policies, and the updates."""
+
+import tempfile
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from dmpo_jax import build, data, phases, tasks
+from dmpo_jax.grading import Grading
+from dmpo_jax.structs import TrainState
+from launch.bench import timing, workload
+from launch.bench.report import Options, Result, compare
+
+
+class Numbers:
+  """A tokenizer for random weights: a text is the numbers of its tokens, and every prompt has one length."""
+
+  def __init__(self, work: workload.Workload):
+    self._length = work.config.task.max_prompt_length
+    own = work.model.config
+    self.vocab_size, self.bos_token_id = own.vocab_size, None
+    self.pad_token_id, self.mask_token_id = own.pad_token_id, own.mask_token_id
+    self.eos_token_id = self.eot_token_id = own.eos_token_id
+    self._ordinary = workload.ordinary_ids(own)
+
+  def encode(self, text: str) -> list[int]:
+    """Give ids that belong to the text."""
+    drawn = np.random.default_rng(list(text.encode())).choice(self._ordinary, self._length)
+    return drawn.tolist()
+
+  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
+    """Give as many ids as a prompt may have."""
+    return self.encode(text + prefill)
+
+  def lacking(self, text: str) -> str:
+    """Return no character: all of them have a token."""
+    return ""
+
+  def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Give ids that belong to the conversation."""
+    return self.encode(str(list(turns)))
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Write the ids before the first EOS."""
+    ids = list(ids)
+    end = ids.index(self.eos_token_id) if self.eos_token_id in ids else len(ids)
+    return " ".join(map(str, ids[:end]))
+
+  def piece(self, token_id: int) -> str:
+    """Write one id."""
+    return str(token_id)
+
+
+def run(config: ConfigDict, options: Options) -> Result:
+  """Measure iterations; the parts are compared number by number in the sections sample, score and update."""
+  makers: dict[str, timing.Maker] = {"ours": (make_ours, (config,))}
+  for name, path in options.peers():
+    makers[name] = (make_peer, (config, path))
+  amount = config.rollout.num_prompts * config.rollout.group_size * config.sampler.completion_length
+  return compare("iteration", config, makers, options, amount=amount, unit="tokens", tolerances={})
+
+
+def make_ours(config: ConfigDict) -> timing.Contender:
+  """Build training's phase and let it collect buffers and learn from them."""
+  work = workload.make(config, sharpness=workload.SHARPNESS)
+  phase, state = _phase(work)
+  buffer = 0
+
+  def turn() -> None:
+    nonlocal state, buffer
+    with jax.set_mesh(work.mesh):
+      state, buffer = _iterate(phase, state, buffer, config.train.updates_per_buffer), buffer + 1
+
+  turn()  # compiles everything, which is no part of an iteration's memory
+  times = {"sample": 1, "measure": 1, "update": config.train.updates_per_buffer}
+  flops = sum(number * workload.count_flops(name, config) for name, number in times.items())
+  return timing.Contender(turn, facts={"flops": flops})
+
+
+def _iterate(phase: phases.Phase, state: TrainState, buffer: int, num_updates: int) -> TrainState:
+  experience, _ = phase.finish(state, phase.draw(state, buffer), buffer)
+  for _ in range(num_updates):
+    state, metrics = phase.update(state, phase.frozen, experience)
+    jax.device_get(metrics)  # as training does, for its log
+  return state
+
+
+def _phase(work: workload.Workload) -> tuple[phases.Phase, TrainState]:
+  config, tokenizer = work.config, Numbers(work)
+  spec = tasks.spec(config.task.to_dict())
+  task = tasks.make_task(**spec)
+  records = list(task.generate("train", 16, config.seed))
+  limits = dict(max_prompt_length=config.task.max_prompt_length, overlong="error")
+  prompts = data.PromptStream(records, task, tokenizer, seed=config.seed, **limits)
+  parts = build.Parts(
+    mesh=work.mesh,
+    rollout_mesh=work.meshes[1],
+    tokenizer=tokenizer,
+    model=work.model,
+    task=task,
+    grading=Grading(spec, **config.grading),
+    prompts=prompts,
+    flawless=None,
+    held_out=prompts.batch(0, 1),
+  )
+  workdir = epath.Path(tempfile.mkdtemp())
+  phase, state = phases.training_phase(config, workdir, parts, work.policies.frozen)
+  return phase, state.replace(trainable=workload.as_trained(work.policies.trainable))
+
+
+def make_peer(config: ConfigDict, official: str) -> timing.Contender:
+  """Build the same iteration in PyTorch; the rewards are graded by our code, in both."""
+  from launch.bench import peer_torch
+
+  if config.sampler.name != "prefix_cache":
+    raise ValueError(f"--peer: sampler.name={config.sampler.name!r}: the peer draws rollouts by prefix_cache alone")
+  work = workload.make(config, sharpness=workload.SHARPNESS)
+  peer, tokenizer = peer_torch.make_peer(work, official), Numbers(work)
+  task = tasks.make_task(**tasks.spec(config.task.to_dict()))
+  record = next(iter(task.generate("train", 1, config.seed)))
+
+  def reward(completion: np.ndarray) -> np.ndarray:
+    texts = [tokenizer.decode(row.tolist()) for row in completion]
+    return np.array([task.reward(record, text) for text in texts], np.float32)
+
+  def turn() -> None:
+    peer.iterate(reward)
+
+  return timing.Contender(turn)

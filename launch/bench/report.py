@@ -1,0 +1,260 @@
+"""What the benchmark's sections have in common: options, comparisons, and results as tables and JSON."""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from dmpo_jax import files
+from launch.bench import timing, workload
+
+MIB = 2**20
+
+
+class Disagreement(RuntimeError):
+  """Two contenders computed different numbers: their times say nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a run was asked for besides its configuration."""
+
+  repeats: int = 3
+  peer: str = "none"  # or torch
+  official: str = ""  # a checkout of the official code, which takes the place of ours in PyTorch
+  checkpointing: bool = False  # update: also PyTorch with its layers computed again
+  remat: tuple[str, ...] = ()  # values of model.remat; (): the configuration's
+  picture: str = ""  # growth: a file to draw to
+  say: Callable[[str], None] = print
+  peak_flops: float | None = None  # of the machine; None: nobody has asked for a utilisation
+
+  def peers(self) -> list[tuple[str, str]]:
+    """The names of the peers, and the checkout of each."""
+    if self.peer == "none":
+      return []
+    return [("official", self.official)] if self.official else [("PyTorch", "")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One contender."""
+
+  name: str
+  seconds: tuple[float, ...]
+  amount: float  # what a turn works off
+  unit: str  # of the amount
+  peak_bytes: int | None = None  # by which the process grew
+  planned_bytes: int | None = None  # of the compiler's account, arguments included
+  flops: float | None = None  # that the work takes
+  calls: int | None = None  # of the model
+
+  @property
+  def median(self) -> float:
+    return statistics.median(self.seconds)
+
+  @property
+  def rate(self) -> float:
+    return self.amount / self.median
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+  """Ours against a peer: how many times its speed, turn by turn, and which share of its memory."""
+
+  ours: str
+  peer: str
+  speeds: tuple[float, ...]
+  memory: float | None
+
+  @property
+  def speed(self) -> float:
+    return statistics.median(self.speeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+  """Numbers of ours and of a peer that were compared before anything was timed."""
+
+  ours: str
+  peer: str
+  what: str
+  error: float
+  tolerance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a section found."""
+
+  section: str
+  settings: str
+  rows: list[Row]
+  ratios: list[Ratio] = dataclasses.field(default_factory=list)
+  agreements: list[Agreement] = dataclasses.field(default_factory=list)
+  peak_flops: float | None = None
+
+  def utilisation(self, row: Row) -> float | None:
+    """The share of the machine's peak that the work took in the median turn."""
+    return None if row.flops is None or not self.peak_flops else row.flops / row.median / self.peak_flops
+
+  def tables(self) -> list[Table]:
+    """Lay out what was measured, and how ours compares."""
+    return [self._contenders(), *([self._ratios()] if self.ratios else [])]
+
+  def _contenders(self) -> Table:
+    table = Table(title=f"{self.section}: {self.settings}", title_justify="left")
+    has_calls = any(row.calls is not None for row in self.rows)
+    columns = ["contender", *(["calls"] if has_calls else []), "seconds", "least", "most", f"{self.rows[0].unit}/s"]
+    for column in (*columns, "memory", "planned", "GFLOP", "utilisation"):
+      table.add_column(column, justify="left" if column == "contender" else "right")
+    for row in self.rows:
+      share = self.utilisation(row)
+      table.add_row(
+        row.name,
+        *([shown(row.calls, "{}")] if has_calls else []),
+        f"{row.median:.3g}",
+        f"{min(row.seconds):.3g}",
+        f"{max(row.seconds):.3g}",
+        f"{row.rate:,.1f}",
+        shown_bytes(row.peak_bytes),
+        shown_bytes(row.planned_bytes),
+        shown(None if row.flops is None else row.flops / 1e9, "{:,.0f}"),
+        shown(share, "{:.0%}"),
+      )
+    return table
+
+  def _ratios(self) -> Table:
+    table = Table(title="in turns", title_justify="left")
+    for column in ("ours", "against", "times its speed", "least", "most", "of its memory", "agreed within"):
+      table.add_column(column, justify="left" if column in ("ours", "against", "agreed within") else "right")
+    for ratio in self.ratios:
+      agreed = [each for each in self.agreements if (each.ours, each.peer) == (ratio.ours, ratio.peer)]
+      table.add_row(
+        ratio.ours,
+        ratio.peer,
+        f"{ratio.speed:.2f} x",
+        f"{min(ratio.speeds):.2f} x",
+        f"{max(ratio.speeds):.2f} x",
+        shown(ratio.memory, "{:.2f}"),
+        ", ".join(f"{each.what} {each.error:.0e}" for each in agreed),
+      )
+    return table
+
+  def as_json(self) -> dict[str, Any]:
+    """Everything, for a file."""
+    return {
+      "section": self.section,
+      "settings": self.settings,
+      "peak_flops_per_second": self.peak_flops,
+      "rows": [
+        dataclasses.asdict(row) | {"median": row.median, "rate": row.rate, "utilisation": self.utilisation(row)}
+        for row in self.rows
+      ],
+      "ratios": [dataclasses.asdict(ratio) | {"speed": ratio.speed} for ratio in self.ratios],
+      "agreements": [dataclasses.asdict(agreement) for agreement in self.agreements],
+    }
+
+
+def compare(
+  section: str,
+  config: ConfigDict,
+  makers: Mapping[str, timing.Maker],
+  options: Options,
+  *,
+  amount: float,
+  unit: str,
+  tolerances: Mapping[str, float],
+  pairs: Sequence[tuple[str, str]] | None = None,
+) -> Result:
+  """Measure contenders in turns; the names of the peers among them begin with those of `Options.peers`.
+
+  Args:
+    amount: what a turn works off, in `unit`.
+    tolerances: largest error (`timing.relative_error`) of each of the numbers that the contenders' checks give.
+    pairs: whom to compare with whom; None: all of ours with all peers.
+
+  Raises:
+    Disagreement: a peer's numbers are not ours.
+  """
+  peers = [name for name in makers if name.startswith(tuple(peer for peer, _ in options.peers()) or "\0")]
+  ours = [name for name in makers if name not in peers]
+  if pairs is None:
+    pairs = [(name, peer) for name in ours for peer in peers]
+  checked = {name for pair in pairs if tolerances and pair[1] in peers for name in pair}
+  agreements: list[Agreement] = []
+
+  def judge(numbers: Mapping[str, timing.Numbers]) -> None:
+    for name, peer in pairs:
+      if peer in peers:
+        agreements.extend(agree(name, peer, numbers, tolerances))
+
+  measured = timing.run_in_turns(makers, options.repeats, say=options.say, checked=checked, judge=judge)
+  twins = {peer: name for name, peer in reversed(pairs) if peer in peers}  # a peer does the same work
+  rows = [
+    Row(
+      name,
+      timed.seconds,
+      amount,
+      unit,
+      timed.peak_bytes,
+      timed.facts.get("planned_bytes"),
+      measured[twins.get(name, name)].facts.get("flops"),
+      timed.facts.get("calls"),
+    )
+    for name, timed in measured.items()
+  ]
+  return Result(
+    section=section,
+    settings=workload.settings_line(config),
+    rows=rows,
+    ratios=[ratio(*pair, measured) for pair in pairs],
+    agreements=agreements,
+    peak_flops=options.peak_flops,
+  )
+
+
+def agree(
+  ours: str, peer: str, numbers: Mapping[str, timing.Numbers], tolerances: Mapping[str, float]
+) -> list[Agreement]:
+  """Compare what two contenders' checks gave.
+
+  Raises:
+    Disagreement: a number is off by more than its tolerance.
+  """
+  found = []
+  for what, tolerance in tolerances.items():
+    mine, other = (numbers[name][what] for name in (ours, peer))
+    error = timing.relative_error(mine, other)
+    if not error <= tolerance:
+      raise Disagreement(f"{what}: {ours} and {peer} differ by {error:.1e}, more than {tolerance:.0e}")
+    found.append(Agreement(ours, peer, what, error, tolerance))
+  return found
+
+
+def ratio(ours: str, peer: str, measured: Mapping[str, timing.Timing]) -> Ratio:
+  """Compare two contenders turn by turn."""
+  mine, other = measured[ours], measured[peer]
+  speeds = tuple(b / a for a, b in zip(mine.seconds, other.seconds, strict=True))
+  memory = mine.peak_bytes / other.peak_bytes if mine.peak_bytes is not None and other.peak_bytes else None
+  return Ratio(ours, peer, speeds, memory)
+
+
+def shown(value: Any, form: str) -> str:
+  """Format what may not be known."""
+  return "-" if value is None else form.format(value)
+
+
+def shown_bytes(value: int | None) -> str:
+  """Format bytes as MiB."""
+  return shown(None if value is None else value / MIB, "{:,.0f} MiB")
+
+
+def write_json(path: pathlib.Path, results: list[Any], machine: str) -> None:
+  """Write what was found beside the table."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  everything = {"machine": machine, "sections": [each.as_json() for each in results]}
+  path.write_text(files.to_json(everything, indent=2) + "\n")

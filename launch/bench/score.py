@@ -1,0 +1,74 @@
+"""Scoring a buffer: the bound on log p of every rollout under the old policy and the reference, on the same masks."""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dmpo_jax import noise
+from dmpo_jax.objectives.estimators import make_estimator
+from dmpo_jax.objectives.likelihood import Completions
+from launch.bench import timing, workload
+from launch.bench.report import Options, Result, compare
+
+TOLERANCES = {"log p_old": 1e-4, "log p_ref": 1e-4}
+
+
+def run(config: ConfigDict, options: Options) -> Result:
+  """Measure both policies' scores of a buffer."""
+  makers: dict[str, timing.Maker] = {"ours": (make_ours, (config,))}
+  for name, path in options.peers():
+    makers[name] = (make_peer, (config, path))
+  positions = config.task.max_prompt_length + config.sampler.completion_length
+  rows = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_elbo_replicates
+  amount = 2 * rows * positions  # two policies
+  return compare("score", config, makers, options, amount=amount, unit="tokens", tolerances=TOLERANCES)
+
+
+def make_ours(config: ConfigDict) -> timing.Contender:
+  """Compile the scores that training takes."""
+  work = workload.make(config)
+  compiled = workload.trace("measure", work).lower().compile()
+  own = work.experience
+
+  def scores() -> dict[str, np.ndarray]:
+    measures = compiled(work.policies, own.prompts, own.completion, own.is_counted, own.committed_at, key(config))
+    log_p_old, log_p_ref = jax.device_get((measures.log_p_old, measures.log_p_ref))
+    return {"log p_old": log_p_old.mean(-1).ravel(), "log p_ref": log_p_ref.mean(-1).ravel()}
+
+  facts = {"flops": workload.count_flops("measure", config), "planned_bytes": workload.planned_bytes(compiled)}
+
+  def turn() -> None:
+    scores()
+
+  return timing.Contender(turn, scores, facts)
+
+
+def key(config: ConfigDict) -> jax.Array:
+  """The key that scoring the first buffer takes."""
+  return noise.step_key(config.seed, "measure", 0)
+
+
+def masks(work: workload.Workload) -> np.ndarray:
+  """Draw the masks that the scores draw, [p, g, r, c]."""
+  own = work.config.objective
+  estimator = make_estimator(own.likelihood, own.to_dict(), own.num_elbo_replicates)
+  keys = noise.row_keys(key(work.config), work.experience.prompts.prompt_id, work.config.rollout.group_size)
+  known = Completions(work.experience.is_counted, work.experience.committed_at, work.experience.prompts.is_valid)
+  return np.asarray(estimator.views(keys, known).is_masked)
+
+
+def make_peer(config: ConfigDict, official: str) -> timing.Contender:
+  """Build the same scores in PyTorch."""
+  from launch.bench import peer_torch
+
+  work = workload.make(config)
+  peer, is_masked = peer_torch.make_peer(work, official), masks(work)
+
+  def check() -> dict[str, np.ndarray]:
+    log_p_old, log_p_ref = peer.elbo(is_masked)
+    return {"log p_old": log_p_old, "log p_ref": log_p_ref}
+
+  def turn() -> None:
+    peer.elbo()
+
+  return timing.Contender(turn, check)

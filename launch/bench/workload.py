@@ -1,0 +1,157 @@
+"""What the benchmark measures of a configuration: training's own programs, on random weights, prompts and rollouts."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dmpo_jax import build
+from dmpo_jax.hub import pretrained
+from dmpo_jax.measure import Policies
+from dmpo_jax.models import lora
+from dmpo_jax.models.llada import LLaDA, ModelConfig
+from dmpo_jax.structs import Experience, Prompts
+from launch.bench import costs, programs
+
+# Factor on the head where tokens are drawn: how sure random weights are of them. More, and confidences round to 1.
+SHARPNESS = 10.0
+
+
+class Workload(NamedTuple):
+  """A configuration with all that its programs are called with."""
+
+  config: ConfigDict
+  model: LLaDA
+  meshes: tuple[Mesh, Mesh]  # training's, and the samplers'
+  policies: Policies  # parameters, and adapters that change something
+  experience: Experience
+
+  @property
+  def mesh(self) -> Mesh:
+    """Training's."""
+    return self.meshes[0]
+
+  @property
+  def beside_state(self) -> tuple[Any, Experience, jax.Array]:
+    """What the gradient step takes beside its state."""
+    return self.policies.frozen, self.experience, jax.random.key(self.config.seed)
+
+
+def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
+  """Draw weights and a buffer; every process that draws them from one configuration has the same.
+
+  Args:
+    sharpness: factor on the head's weights.
+  """
+  model, meshes = programs.place(config, jax.devices())
+  mesh = meshes[0]
+  params = build.random_collection(model, mesh, "params", jax.random.key(0))
+  if not model.config.weight_tying:  # the published samplers cannot bear that MASK is the most likely token
+    params = params | {"head": params["head"].at[:, model.config.mask_token_id].set(0) * sharpness}
+  if model.config.lora is None:
+    trainable = lora.computing(as_trained(params), model.config.dtype, lora=False)
+  else:  # new adapters' B is 0, and with it their output and A's gradient
+    trainable = build.random_collection(model, mesh, "lora", jax.random.key(1))
+    trainable = jax.tree.map_with_path(_fill_b, trainable)
+  reference = jax.tree.map(jnp.copy, trainable) if config.objective.sync_reference_every else None
+  return Workload(config, model, meshes, Policies(trainable, params, reference), _experience(config, model))
+
+
+def as_trained(params: Any) -> Any:
+  """Copy parameters to what an optimizer is given."""
+  return jax.tree.map(lambda x: jnp.copy(x.astype(build.TRAINED)), params)
+
+
+def _fill_b(path: Any, array: jax.Array) -> jax.Array:
+  if path[-1].key != "B":
+    return array
+  key = jax.random.fold_in(jax.random.key(2), array.shape[-1])
+  return jax.device_put(0.02 * jax.random.normal(key, array.shape, array.dtype), array.sharding)
+
+
+def _experience(config: ConfigDict, model: LLaDA) -> Experience:
+  """Draw a buffer of rollouts: ordinary tokens, prompts without padding, some rewards and log-probabilities."""
+  rng, p, g = np.random.default_rng(0), config.rollout.num_prompts, config.rollout.group_size
+  ordinary = ordinary_ids(model.config)
+  prompt = rng.choice(ordinary, (p, config.task.max_prompt_length))
+  completion = rng.choice(ordinary, (p, g, config.sampler.completion_length))
+  weight, negative_weight = rng.dirichlet(np.ones(g), (2, p)).astype(np.float32)
+  drawn = Experience(
+    prompts=Prompts(prompt, np.ones(prompt.shape, bool), np.arange(p, dtype=np.uint32)),
+    completion=completion,
+    is_counted=np.ones(completion.shape, bool),
+    reward=rng.random((p, g), np.float32),
+    is_kept=np.ones((p, g), bool),
+    log_p_old=-rng.random((p, g), np.float32),
+    log_p_ref=-rng.random((p, g), np.float32),
+    weight=weight,
+    negative_weight=negative_weight,
+    committed_at=np.zeros(completion.shape, np.int32),
+  )
+  return jax.tree.map(jnp.asarray, drawn)
+
+
+def ordinary_ids(config: ModelConfig) -> np.ndarray:
+  """List the ids that are no special token's."""
+  special = [getattr(config, name) for name in pretrained.SPECIAL_IDS]
+  return np.setdiff1d(np.arange(config.vocab_size), special).astype(np.int32)
+
+
+def without_noise(config: ConfigDict) -> ConfigDict:
+  """Give the same work without what two implementations draw differently: dropout, and a sampler's temperature."""
+  return changed(config, {"model.lora.dropout": 0.0, "sampler.temperature": 0.0})
+
+
+def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
+  """Copy a configuration with some keys changed."""
+  copy = ConfigDict(config.to_dict())
+  copy.update_from_flattened_dict(keys)
+  return copy
+
+
+def trace(name: str, work: Workload) -> jax.stages.Traced:
+  """Trace one of `programs.PROGRAMS` for the workload's sizes."""
+  return programs.trace(name, work.config, work.model, work.meshes)
+
+
+def trace_on(name: str, config: ConfigDict, devices: Sequence[jax.Device]) -> jax.stages.Traced:
+  """Trace a program for a mesh of these devices; nothing is drawn."""
+  return programs.trace(name, config, *programs.place(config, devices))
+
+
+def count_flops(name: str, config: ConfigDict) -> float:
+  """Count the multiplications and additions that a program's work takes: nothing computed twice to save memory.
+
+  A sampler that ends by its data counts as many calls as its schedule has.
+  """
+  plain = changed(config, {"model.remat": "none"})
+  return costs.count_flops(trace_on(name, plain, jax.devices()).jaxpr, while_trips=loop_calls(config))
+
+
+def loop_calls(config: ConfigDict) -> int:
+  """The model calls that a sampler makes in a block's loop, by its schedule."""
+  own = config.sampler
+  calls = own.steps * own.block_length // own.completion_length
+  return calls - 1 if own.name in ("prefix_cache", "dual_cache") else calls  # their first call stands before the loop
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int:
+  """The compiler's own account of what a program holds at its peak: arguments, results and what lies between."""
+  memory = compiled.memory_analysis()
+  total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+  return total - memory.alias_size_in_bytes
+
+
+def settings_line(config: ConfigDict) -> str:
+  """Say what was measured, in a line."""
+  model, sampler, rollout = config.model, config.sampler, config.rollout
+  lora = f"LoRA rank {model.lora.rank}" if model.lora.rank else "all parameters trained"
+  return (
+    f"d_model {model.d_model}, {model.num_layers} layers, feed-forward {model.mlp_hidden_size}, vocabulary "
+    f"{model.vocab_size:,}, {model.dtype}, {lora}; {rollout.num_prompts} prompts x {rollout.group_size} rollouts, "
+    f"{config.task.max_prompt_length} prompt and {sampler.completion_length} completion tokens"
+  )

@@ -1,0 +1,1 @@
+"""Objectives compared: the same model, task and budget, one arm each, several seeds."""

@@ -1,0 +1,149 @@
+"""Measure the likelihood estimators against the exact likelihood: bias, spread and cost, as a table and a picture.
+
+  python -m launch.study.estimators --out=docs
+
+The model is a table over four positions and three tokens, so log p(y | x) is a sum over all orders; the estimates are
+averaged over all 81 completions. Writes estimators.md and estimators.svg.
+"""
+
+import itertools
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import scipy.special
+from absl import app, flags
+from etils import epath
+
+from dmpo_jax import files
+from dmpo_jax.config import command
+from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
+from dmpo_jax.objectives.likelihood import Completions, Estimator
+from dmpo_jax.run import buckets
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+TOKENS, LENGTH, MASK = 3, 4, 3
+COMPLETIONS = np.array(list(itertools.product(range(TOKENS), repeat=LENGTH)))
+DRAWS = 400  # independent estimates of each completion
+
+_OUT = flags.DEFINE_string("out", "docs", "Folder to write to.")
+_SHARPNESS = flags.DEFINE_float("sharpness", 1.5, "Standard deviation of the table's logits.")
+
+
+class Figures(NamedTuple):
+  """How an estimator does at one cost; nats a completion, over all completions by their probability."""
+
+  name: str
+  calls: int  # model calls a completion
+  bias: float  # mean of estimate - log p
+  spread: float  # standard deviation of the estimates of one completion
+  error: float  # root mean square of estimate - log p, less its mean: what differences between completions see
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measure all estimators and write the table and the picture."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown argument {argv[1]!r}")
+  buckets.refuse("--out", _OUT.value)
+  logits = _SHARPNESS.value * np.random.default_rng(0).standard_normal((*[TOKENS + 1] * LENGTH, LENGTH, TOKENS))
+  table = scipy.special.log_softmax(logits, axis=-1)
+  exact = exact_log_likelihood(table)
+  figures = [measure(name, estimator, table, exact) for name, estimator in candidates()]
+  out = pathlib.Path(_OUT.value)
+  files.write_whole(epath.Path(out / "estimators.md"), markdown(figures))
+  draw(figures, out / "estimators.svg")
+  print(markdown(figures))
+
+
+def candidates() -> Iterator[tuple[str, Estimator]]:
+  """List the estimators by name, each at several costs."""
+  everything = dict(min_mask_ratio=0.0, max_mask_ratio=1.0, mask_block_length=0)
+  for count in (1, 2, 4, 8, 16, 32):
+    yield "elbo", Elbo(count, antithetic=False, **everything)
+    if count > 1:
+      yield "elbo, antithetic", Elbo(count, antithetic=True, **everything)
+      yield "elbo_quadrature, 2 points", ElboQuadrature(count, num_points=2)
+      yield "eubo, beta 1", Eubo(count, antithetic=False, **everything, beta=1.0, mixture=1.0)
+      yield "eubo, beta 1.5, mixture 0.5", Eubo(count, antithetic=False, **everything, beta=1.5, mixture=0.5)
+      yield "coupled", Coupled(count + 1, min_mask_ratio=0.2, max_mask_ratio=0.8)
+  yield "one_step", OneStep(1, prompt_mask_ratio=0.0)
+  for count in (1, 2, 4):
+    yield "trajectory", Trajectory(count)
+
+
+def exact_log_likelihood(table: np.ndarray) -> np.ndarray:
+  """Compute log p of every completion: the mean over all orders of the product along each."""
+  totals = []
+  for completion in COMPLETIONS:
+    by_order = []
+    for order in itertools.permutations(range(LENGTH)):
+      state, total = [MASK] * LENGTH, 0.0
+      for position in order:
+        total += table[tuple(state)][position, completion[position]]
+        state[position] = completion[position]
+      by_order.append(total)
+    totals.append(scipy.special.logsumexp(by_order) - math.log(len(by_order)))
+  return np.array(totals)
+
+
+def measure(name: str, estimator: Any, table: np.ndarray, exact: np.ndarray) -> Figures:
+  """Estimate every completion `DRAWS` times."""
+  p = len(COMPLETIONS)
+  keys = jax.random.split(jax.random.key(0), (p, DRAWS))
+  order = jnp.argsort(jax.random.uniform(jax.random.key(1), (p, DRAWS, LENGTH)), axis=-1)
+  known = Completions(jnp.ones((p, DRAWS, LENGTH), bool), order, jnp.ones((p, 1), bool))
+
+  @jax.jit
+  def estimate(keys: jax.Array) -> jax.Array:
+    views = estimator.views(keys, known)
+    tokens = jnp.asarray(COMPLETIONS)[:, None, None]
+    state = jnp.where(views.is_masked, MASK, tokens)
+    rows = jnp.asarray(table, jnp.float32)[tuple(state[..., position] for position in range(LENGTH))]
+    log_prob = jnp.take_along_axis(rows, jnp.broadcast_to(tokens, state.shape)[..., None], axis=-1)[..., 0]
+    return estimator.tokens(log_prob, views).sum(-1)
+
+  estimates, weight = np.asarray(estimate(keys)), np.exp(exact)
+  errors = estimates - exact[:, None]
+  bias = float((weight * errors.mean(-1)).sum())
+  spread = float(np.sqrt((weight * errors.var(-1)).sum()))
+  centred = float(np.sqrt((weight * ((errors - bias) ** 2).mean(-1)).sum()))
+  return Figures(name, estimator.num_replicates, bias, spread, centred)
+
+
+def markdown(figures: Sequence[Figures]) -> str:
+  """Lay the figures out as a Markdown table."""
+  lines = ["| estimator | model calls | bias | spread | centred error |", "|---|---|---|---|---|"]
+  for row in sorted(figures, key=lambda row: (row.name, row.calls)):
+    lines.append(f"| {row.name} | {row.calls} | {row.bias:+.3f} | {row.spread:.3f} | {row.error:.3f} |")
+  return "\n".join(lines) + "\n"
+
+
+def draw(figures: Sequence[Figures], path: pathlib.Path) -> None:
+  """Draw bias and centred error against the cost."""
+  figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+  for name in dict.fromkeys(row.name for row in figures):
+    rows = [row for row in figures if row.name == name]
+    calls = [row.calls for row in rows]
+    axes[0].plot(calls, [row.bias for row in rows], marker="o", markersize=4, label=name)
+    axes[1].plot(calls, [row.error for row in rows], marker="o", markersize=4)
+  axes[0].set_ylabel("bias, nats")
+  axes[1].set_ylabel("error after taking the bias off, nats")
+  for axis in axes:
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("model calls a completion")
+    axis.grid(alpha=0.3)
+  figure.legend(loc="outside right upper", fontsize="small")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, metadata={"Date": None})
+  plt.close(figure)
+
+
+if __name__ == "__main__":
+  command.run(main)
