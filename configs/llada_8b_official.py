@@ -1,7 +1,7 @@
 """LLaDA-8B with every choice as the official DMPO code effectively makes it, on top of `llada_8b.py`.
 
-Choices only: what that code does by mistake is not imitated (the README lists the differences), and what it cannot do
-on a TPU (an NF4 base) stays as it is there.
+Choices only: its mistakes are not imitated (docs/official.md lists the differences). An NF4 base, which a TPU
+cannot have, stays as in `llada_8b.py`.
 """
 
 from configs import llada_8b
