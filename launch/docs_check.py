@@ -2,13 +2,15 @@
 
     python -m launch.docs_check
 
-Commands of `dmpo_jax.main` and of what looks at a run are run in the documents' order on the smoke configuration, in a
-folder that is thrown away; one that serves is asked by the `openai` client and stopped. Commands that need a pod, a
-bucket, a download or hours are only read. Links between the documents must lead somewhere, and the keys of a
-configuration that stand in backticks must exist.
+Commands of `dmpo_jax.main`, and those that look at a run, are run in the documents' order, on the smoke configuration
+and in a temporary folder. A server is queried by the `openai` client and stopped. The notebook is executed in the same
+way. Commands that need a pod, a bucket, a download or hours are only read. Links, and keys of a configuration in
+backticks, must exist.
 """
 
 import ast
+import functools
+import os
 import pathlib
 import re
 import shlex
@@ -19,17 +21,27 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
 from configs import base
 from dmpo_jax.config import flatten
 from dmpo_jax.config.rules import RULES
 from launch.bench.benchmark import SECTIONS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+DOCUMENTS = (
+  "README.md",
+  "CONTRIBUTING.md",
+  "CHANGELOG.md",
+  *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
+NOTEBOOK = "docs/tour.ipynb"
 PLACEHOLDERS = re.compile(r"gs://|[A-Z]{3,}|\*|hf=|runs/[ab]\b")  # what is not run
 RUN = ("dmpo_jax.main", "launch.report", "launch.export_hf", "launch.picture", "launch.replay")
 PATH = re.compile(r"`((?:dmpo_jax|configs|launch|tests|docs)/[\w/.-]+)`")
-LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 KEYS = {*RULES, *flatten(base.get_config())}  # with the own keywords of choices, which have no rules
 KEY = re.compile(
   rf"`(?:--config\.)?((?:{'|'.join(sorted({key.partition('.')[0] for key in KEYS}))})\.(?!json`)[\w.]+)[^`]*`"
@@ -45,7 +57,11 @@ def commands(text: str) -> list[str]:
 def problems(text: str, folder: pathlib.Path = ROOT) -> list[str]:
   """List what the commands, paths and links of a document in `folder` name and what does not exist."""
   found = [f"{path}: no such file" for path in PATH.findall(text) if not (ROOT / path).exists()]
-  found += [f"{path}: a link to nothing" for path in LINK.findall(text) if not (folder / path).exists()]
+  for path, anchor in LINK.findall(text):
+    if path and not (folder / path).exists():
+      found.append(f"{path}: a link to nothing")
+    elif anchor and anchor not in _anchors((folder / path).read_text() if path else text):
+      found.append(f"{path}#{anchor}: no such heading")
   found += [f"{key}: no such key" for key in KEY.findall(text) if not _is_key(key)]
   targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
   for command in commands(text):
@@ -55,6 +71,12 @@ def problems(text: str, folder: pathlib.Path = ROOT) -> list[str]:
     elif args[:1] == ["-m"] and args[1].split(".")[0] in ("dmpo_jax", "launch"):
       found += [f"{command}: {what}" for what in _wrong_arguments(args[1], args[2:])]
   return found
+
+
+def _anchors(text: str) -> set[str]:
+  """The anchors that GitHub gives to the headings of a page."""
+  headings = re.findall(r"^#+ (.+)$", text, re.M)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _is_key(path: str) -> bool:
@@ -106,11 +128,38 @@ def runnable(text: str, folder: pathlib.Path) -> list[list[str]]:
     args = shlex.split(command, comments=True)
     if args[1:2] != ["-m"] or args[2] not in RUN or PLACEHOLDERS.search(" ".join(args)):
       continue
-    args = [re.sub(r"configs/\w+\.py", "configs/smoke.py", arg) for arg in args]
-    args = [re.sub(r"(^|=)(runs|docs)/", rf"\1{folder}/", arg) for arg in args]
+    args = [_made_small(arg, folder) for arg in args]
     if [sys.executable, *args[1:]] not in found:
       found.append([sys.executable, *args[1:]])
   return found
+
+
+def _made_small(text: str, folder: pathlib.Path) -> str:
+  """Name the smoke configuration in place of others, and `folder` in place of those that are written to."""
+  text = re.sub(r"configs/\w+\.py", "configs/smoke.py", text)
+  return re.sub(r"(^|[=\"])(runs|docs)/", rf"\1{folder}/", text)
+
+
+def notebook_text(path: pathlib.Path) -> str:
+  """Write a notebook as a document: its text, and the commands that its cells run."""
+  cells = nbformat.read(path, as_version=4).cells
+  return "\n\n".join(re.sub(r"^!", "    ", cell.source, flags=re.M) for cell in cells)
+
+
+def execute_notebook(path: pathlib.Path, folder: pathlib.Path) -> str:
+  """Execute a notebook on the smoke configuration; return what went wrong, "" if nothing did."""
+  book = nbformat.read(path, as_version=4)
+  for cell in book.cells:
+    is_command = cell.cell_type == "code" and cell.source.startswith("!")
+    cell.source = _made_small(cell.source, folder) + "\nassert _exit_code == 0" * is_command
+  search = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+  client = NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+  try:
+    client.execute(env=search)
+  except CellExecutionError as error:
+    said = [output.get("text", "") for cell in book.cells for output in cell.get("outputs", [])]
+    return f"{''.join(said)[-1000:]}\n{error}"
+  return ""
 
 
 def execute(command: Sequence[str]) -> str:
@@ -140,14 +189,17 @@ def _ask(command: Sequence[str]) -> str:
 
 def main() -> None:
   """Check all documents, run their commands, and say what is wrong."""
-  texts = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+  texts = {name: (ROOT / name).read_text() for name in DOCUMENTS} | {NOTEBOOK: notebook_text(ROOT / NOTEBOOK)}
   wrong = [f"{name}: {what}" for name, text in texts.items() for what in problems(text, (ROOT / name).parent)]
   with tempfile.TemporaryDirectory() as folder:
-    for command in runnable("\n".join(texts.values()), pathlib.Path(folder)):
-      problem = execute(command)
-      print(f"{'FAILED' if problem else 'ok':8}{' '.join(command[1:])}", flush=True)
+    commands_to_run = runnable("\n".join(texts[name] for name in DOCUMENTS), pathlib.Path(folder))
+    steps = [(" ".join(command[1:]), functools.partial(execute, command)) for command in commands_to_run]
+    steps.append((NOTEBOOK, lambda: execute_notebook(ROOT / NOTEBOOK, pathlib.Path(folder))))
+    for name, step in steps:
+      problem = step()
+      print(f"{'FAILED' if problem else 'ok':8}{name}", flush=True)
       if problem:
-        wrong.append(f"{' '.join(command[1:])}: {problem}")
+        wrong.append(f"{name}: {problem}")
   if wrong:
     sys.exit("\n".join(["wrong in the documents:", *wrong]))
 

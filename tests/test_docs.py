@@ -4,6 +4,7 @@ import importlib.util
 import re
 
 import documents
+import nbformat
 import pytest
 
 from dmpo_jax.config import validate
@@ -18,6 +19,25 @@ from launch import docs_check
 def test_what_a_document_names_exists(name):
   path = docs_check.ROOT / name
   assert docs_check.problems(path.read_text(), path.parent) == []
+
+
+def test_what_the_notebook_names_exists_and_its_outputs_are_small():
+  path = docs_check.ROOT / docs_check.NOTEBOOK
+  text = docs_check.notebook_text(path)
+  assert docs_check.problems(text, path.parent) == []
+  assert [command.split()[2] for command in docs_check.commands(text)] == ["dmpo_jax.main"] * 3
+  assert path.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(
+  ("cell", "problem"), [("!exit 3", "AssertionError"), ("1 / 0", "ZeroDivisionError"), ("1", "")]
+)
+def test_a_notebook_whose_cell_fails_is_found(tmp_path, cell, problem):
+  book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+  nbformat.write(book, tmp_path / "book.ipynb")
+  found = docs_check.execute_notebook(tmp_path / "book.ipynb", tmp_path)
+  assert problem in found
+  assert bool(found) == bool(problem)
 
 
 def test_the_readme_is_short_and_has_commands():
@@ -81,11 +101,18 @@ def test_the_readme_lists_every_document():
     ("by `--config.task.sudoku.min_blank=3`", "task.sudoku.min_blank: no such key"),
     ("see `dmpo_jax/absent.py`", "no such file"),
     ("see [there](docs/absent.md)", "a link to nothing"),
+    ("see [there](docs/objectives.md#absent)", "no such heading"),
+    ("see [above](#absent)", "no such heading"),
   ],
 )
 def test_what_does_not_exist_is_found(line, problem):
   (found,) = docs_check.problems(line)
   assert problem in found
+
+
+def test_headings_are_found():
+  text = "## What is attended to, scored & `counted`\nsee [above](#what-is-attended-to-scored--counted)"
+  assert docs_check.problems(text) == []
 
 
 def test_keys_and_sections_of_keys_are_known():
