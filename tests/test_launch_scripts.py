@@ -61,7 +61,7 @@ def test_scripts_can_be_run(script):
     (("tail",), "gcloud compute tpus tpu-vm ssh pod --worker=0 --command=tail -n 100 -f dmpo_jax/run.log --zone=z1"),
     (
       ("stop",),
-      'gcloud compute tpus tpu-vm ssh pod --worker=all --command=pkill -TERM -f "[l]aunch/supervise.sh" || true '
+      'gcloud compute tpus tpu-vm ssh pod --worker=all --command=pkill -TERM -f "[l]aunch/pods/supervise.sh" || true '
       "--zone=z1",
     ),
     (("delete",), "gcloud compute tpus tpu-vm delete pod --quiet --zone=z1"),
@@ -72,6 +72,14 @@ def test_a_dry_run_prints_the_command(options, printed):
   done = tpu_vm(*options)
   assert done.returncode == 0, done.stderr
   assert done.stdout.replace("\\", "").strip() == printed
+
+
+def test_stop_finds_what_run_started():
+  """Its pattern matches the supervisor's command line, and not the shell that `stop` itself runs in."""
+  started, stopped = (tpu_vm(*options).stdout for options in (("run", "--", "--workdir=gs://b/run"), ("stop",)))
+  (pattern,) = re.findall(r'-f "(.*?)"', stopped.replace("\\", ""))
+  assert re.search(pattern, started.replace("\\", ""))
+  assert not re.search(pattern, stopped.replace("\\", ""))
 
 
 def test_set_up_copies_the_checkout_and_installs_it_with_a_python_of_its_own():
@@ -255,15 +263,17 @@ runpy.run_module("dmpo_jax.main", run_name="__main__", alter_sys=True)
 
 @pytest.mark.parametrize(("fails", "code"), [("", 0), ("2", 7)])
 def test_processes_that_end_at_one_moment_end_the_job(tmp_path, fails, code):
-  """With the exit code of the first that failed, however few of them bash tells of."""
-  stand_in = tmp_path / "python"
+  """The job's exit code is that of the first process that failed, even where bash reports only one of several."""
+  stand_in, failed = tmp_path / "python", tmp_path / "failed"
   stand_in.write_text(
     "#!/usr/bin/env bash\n"
     "[[ $1 == -c ]] && { echo 1; exit; }  # the port\n"
-    f'[[ "${{@: -1}}" == "--process_id={fails}" ]] && exit 7\n'
-    f'[[ -n "{fails}" ]] && {{ sleep 0.2; exit 76; }}\n'
-    "exit 0\n"
+    f'[[ "${{@: -1}}" == "--process_id={fails}" ]] && {{ touch {failed}; exit 7; }}\n'
+    f'[[ -z "{fails}" ]] && exit 0\n'
+    f"while [[ ! -e {failed} ]]; do sleep 0.02; done\n"
+    "sleep 0.5; exit 76\n"
   )
   stand_in.chmod(0o755)
-  for _ in range(5):
+  for _ in range(3):
+    failed.unlink(missing_ok=True)
     assert run(PODS / "local.sh", "-n", "6", "-r", "0", "--", "x", PYTHON=str(stand_in)).returncode == code

@@ -95,7 +95,7 @@ case $action in
     on_workers all "cd dmpo_jax && nohup $command > run.log 2>&1 < /dev/null & disown"
     ;;
   tail) on_workers 0 'tail -n 100 -f dmpo_jax/run.log' ;;
-  stop) on_workers all 'pkill -TERM -f "[l]aunch/supervise.sh" || true' ;;
+  stop) on_workers all 'pkill -TERM -f "[l]aunch/pods/supervise.sh" || true' ;;
   delete)
     if [[ -n $queued ]]; then
       call gcloud compute tpus queued-resources delete "$name" --force --quiet "${where[@]}"
