@@ -32,12 +32,16 @@ TEMPLATE = (
   "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 PIECES = 480  # of the tokenizer: fewer than the model has ids, as it is with LLaDA
-SCALE = 0.02  # standard deviation of the weights
+SCALE = 0.02
 SHARD_BYTES = 200_000  # several shards, as real checkpoints have
 
 
-def write(folder: pathlib.Path, config: ConfigDict) -> int:
-  """Write the model that `config.model` describes, with random weights; return its number of parameters."""
+def write(folder: pathlib.Path, config: ConfigDict, scale: float = SCALE) -> int:
+  """Write the model that `config.model` describes, with random weights; return its number of parameters.
+
+  Args:
+    scale: standard deviation of the weights.
+  """
   folder.mkdir(parents=True)
   ids = _write_tokenizer(folder, _prompts(config))
   with copy.deepcopy(config).unlocked() as own:
@@ -51,7 +55,7 @@ def write(folder: pathlib.Path, config: ConfigDict) -> int:
   def tensors() -> Iterable[tuple[str, np.ndarray]]:
     for name, shape in shapes.items():
       is_scale = places[name].path[-1] == "scale"
-      array = np.ones(shape) if is_scale else SCALE * rng.standard_normal(shape)
+      array = np.ones(shape) if is_scale else scale * rng.standard_normal(shape)
       yield name, array.astype(dtype)
 
   sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
