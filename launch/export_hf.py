@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import build, files
 from dmpo_jax.config import command
 from dmpo_jax.hub import convert, pretrained
-from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.hub.families import FAMILIES, Family
 from dmpo_jax.hub.shards import ADAPTER, write_file, write_shards
 from dmpo_jax.hub.tokenizer import FILES, QWEN_FILES
 from dmpo_jax.models.layers import KERNEL_SCALE
@@ -239,9 +239,8 @@ def _copy_tokenizer(tokenizer: epath.Path, out: epath.Path) -> None:
 
 
 def how_to_load(source: Source, out: epath.Path) -> str:
-  """Say how `transformers` loads an exported model, and which files of Python it needs for that and has not got."""
+  """Give the lines of Python that load an exported model with `transformers`, and what else that needs as comments."""
   family, about = FAMILIES[source.family], files.read_object(out / "config.json")
-  code = {name.partition(".")[0] + ".py" for name in about.get("auto_map", family.code).values()}
   folder = "DIR" if buckets.is_in_bucket(out) else out
   lines = [
     "from transformers import AutoModel, AutoTokenizer",
@@ -253,13 +252,23 @@ def how_to_load(source: Source, out: epath.Path) -> str:
       "import sentencepiece; from transformers import AutoModel",
       f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="{folder}/{SENTENCEPIECE}")',
     ]
-  if missing := sorted(name for name in code if not (out / name).exists()):
-    lines.insert(0, f"# {' and '.join(missing)} first: copy them to {folder} from {family.published_at} on the hub")
+  lines.insert(0, f"# The published code of {family.architecture} needs transformers 4: pip install 'transformers<5'")
+  if missing := sorted(name for name in _code_files(family, about, out) if not (out / name).exists()):
+    lines.insert(0, f"# Copy {', '.join(missing)} from {family.published_at} on the hub to {folder} first")
   if "auto_map" not in about:  # the original has none, and what is exported is as it was
-    lines.insert(0, f'# and into its config.json: "auto_map": {json.dumps(dict(family.code))}')
+    lines.insert(0, f'# Add to its config.json: "auto_map": {json.dumps(dict(family.code))}')
   if buckets.is_in_bucket(out):  # from where transformers does not load
     lines.insert(0, f"# gcloud storage cp -r {out} {folder}")
   return "\n".join(f"  {line}" for line in lines)
+
+
+def _code_files(family: Family, about: Mapping[str, Any], out: epath.Path) -> set[str]:
+  """Name the files that the classes of a config.json and of a tokenizer_config.json need."""
+  tokenizer = files.read_object(out / FILES[1]) if (out / FILES[1]).exists() else {}
+  classes = list(about.get("auto_map", family.code).values())
+  for entry in tokenizer.get("auto_map", {}).values():  # a class, or a slow and a fast one of which either may be null
+    classes += [entry] if isinstance(entry, str) else filter(None, entry)
+  return {name.partition(".")[0] + ".py" for name in classes} | set(family.code_needs)
 
 
 def run() -> None:

@@ -344,5 +344,5 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, name):
     loaded = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
     assert loaded.encode("1432") == model_parts.tokenizer.encode("1432")
     assert f'model_file="{out}/tokenizer.model"' in said
-  assert "modeling_llada.py first" in said
+  assert "Copy configuration_llada.py, modeling_llada.py from GSAI-ML/LLaDA-8B-Instruct on the hub" in said
   assert json.loads((out / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_llada.LLaDAModelLM"

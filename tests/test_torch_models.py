@@ -1,7 +1,10 @@
 """The models, adapters and tokenizers against `transformers` and PEFT, where these are installed (make test-torch)."""
 
 import json
+import pathlib
 import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +14,13 @@ import standin_tokenizer as standin
 from etils import epath
 from recorded_models import TINY, compiled, settings, tensors
 from safetensors.numpy import load_file, save_file
-from test_launch_convert_hf import checkpoint
+from test_launch_convert_hf import load
 from test_models_dream import HF as DREAM
 from test_models_dream import random_tensors
 
 from dmpo_jax.hub import chat, convert
 from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.run import checkpoints
@@ -54,12 +58,8 @@ def bidirectional_logits(model, ids):
     return model.eval()(torch.tensor(ids), attention_mask=mask, use_cache=False).logits.numpy()
 
 
-def test_llada_is_llama_in_both_directions():
-  config = TINY
-  rng = np.random.default_rng(0)
-  places = convert.checkpoint_places(config, "llada")
-  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
-  stored = {name: rng.normal(size=shape, scale=0.4).astype(np.float32) for name, shape in shapes.items()}
+def as_llama(config, stored):
+  """Give LLaDA's tensors, arrays or torch's, to transformers' Llama."""
   peer = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
       hidden_size=config.d_model,
@@ -77,11 +77,20 @@ def test_llada_is_llama_in_both_directions():
   for name, array in stored.items():
     for ours, theirs in AS_LLAMA.items():
       name = name.replace(ours, theirs)
-    renamed[name] = torch.tensor(array)
+    renamed[name] = torch.as_tensor(array)
   peer.load_state_dict(renamed)
+  return peer
+
+
+def test_llada_is_llama_in_both_directions():
+  config = TINY
+  rng = np.random.default_rng(0)
+  places = convert.checkpoint_places(config, "llada")
+  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+  stored = {name: rng.normal(size=shape, scale=0.4).astype(np.float32) for name, shape in shapes.items()}
   params = jax.tree.map(jnp.asarray, convert.params_from_hf(stored, config))
   logits = compiled(LLaDA(config))({"params": params}, IDS)
-  np.testing.assert_allclose(logits, bidirectional_logits(peer, IDS), rtol=0, atol=5e-4)
+  np.testing.assert_allclose(logits, bidirectional_logits(as_llama(config, stored), IDS), rtol=0, atol=5e-4)
 
 
 def test_dream_is_qwen_in_both_directions():
@@ -209,32 +218,39 @@ def test_templates_of_all_kinds_are_rendered_alike(tmp_path, source):
     assert template.render(turns, is_answering=is_answering) == wanted
 
 
-def test_dreams_files_are_read_as_qwens(tmp_path):
+def write_dreams_tokenizer(folder, **more):
+  """Write vocab.json, merges.txt and tokenizer_config.json, with further entries in the last."""
   from tokenizers import pre_tokenizers
 
   vocab = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
   merges = ["h e", "he l", "Ġ w", "1 2", "Ċ Ċ"]
   vocab |= {"".join(pair.split(" ")): 256 + i for i, pair in enumerate(merges)}
-  (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-  (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+  (folder / "vocab.json").write_text(json.dumps(vocab))
+  (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
   properties = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
   added = {str(len(vocab) + i): {"content": token} | properties for i, token in enumerate(standin.DREAM)}
-  about = standin.DREAM_CONFIG | {"added_tokens_decoder": added, "tokenizer_class": "Qwen2Tokenizer"}
-  (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+  about = standin.DREAM_CONFIG | {"added_tokens_decoder": added, "tokenizer_class": "Qwen2Tokenizer"} | more
+  (folder / "tokenizer_config.json").write_text(json.dumps(about))
+
+
+def test_dreams_files_are_read_as_qwens(tmp_path):
+  write_dreams_tokenizer(tmp_path)
   ours = load_tokenizer("huggingface", tmp_path)
   theirs = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
   for text in ("hello  world 12\n\n\nIt's 34, you're", "é\u0301 <|im_end|>x", "tabs\t\tand  \n spaces "):
     assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-# Stands in for the published files: a model of LLaDA's names, whose parameters are all that is looked at.
-CONFIGURATION = """
+# Stand-ins for the published files: modules of the same names. LLaDA's own class lacks `all_tied_weights_keys`, without
+# which transformers 5 does not load it.
+LLADA_FILES = {
+  "configuration_llada.py": """
 from transformers import PretrainedConfig
 
 class LLaDAConfig(PretrainedConfig):
   model_type = "llada"
-"""
-MODELING = """
+""",
+  "modeling_llada.py": """
 import torch
 from transformers import PreTrainedModel
 from .configuration_llada import LLaDAConfig
@@ -253,30 +269,120 @@ class LLaDAModelLM(PreTrainedModel):
       ff_proj=line(d, f), up_proj=line(d, f), ff_out=line(f, d), attn_norm=norm(), ff_norm=norm())
     self.model = part(transformer=part(wte=torch.nn.Embedding(config.embedding_size, d), ln_f=norm(),
       ff_out=line(d, config.embedding_size), blocks=torch.nn.ModuleList(block() for _ in range(config.n_layers))))
-"""
+""",
+}
+DREAM_FILES = {
+  "configuration_dream.py": """
+from transformers import Qwen2Config
+
+class DreamConfig(Qwen2Config):
+  model_type = "Dream"
+""",
+  "modeling_dream.py": """
+from transformers import Qwen2ForCausalLM
+from .configuration_dream import DreamConfig
+from .generation_utils import DreamGenerationConfig
+
+class DreamModel(Qwen2ForCausalLM):
+  config_class = DreamConfig
+
+  @classmethod
+  def from_pretrained(cls, path, *args, **options):
+    model = super().from_pretrained(path, *args, **options)
+    model.generation_config = DreamGenerationConfig.from_pretrained(path)
+    return model
+""",
+  "generation_utils.py": """
+from transformers import GenerationConfig
+
+class DreamGenerationConfig(GenerationConfig):
+  pass
+""",
+  "generation_config.json": "{}",
+  "tokenization_dream.py": """
+from transformers import Qwen2Tokenizer
+
+class DreamTokenizer(Qwen2Tokenizer):
+  pass
+""",
+}
 
 
-def test_the_lines_that_an_export_prints_load_it(tmp_path):
+class Published(NamedTuple):
+  """A family's checkpoint as it is published, but tiny."""
+
+  settings: Mapping[str, Any]  # config.json
+  stored: Mapping[str, np.ndarray]
+  write_tokenizer: Callable[[pathlib.Path], Any]
+  files: Mapping[str, str]  # that the model's code needs
+  as_causal: Callable[[torch.nn.Module], torch.nn.Module]  # a loaded model -> one of transformers' that computes it
+
+
+def published_llada():
+  about, stored = settings("m2_gqa"), tensors("m2_gqa")
+  special = {"<|mdm_mask|>": about["mask_token_id"], "<|endoftext|>": about["eos_token_id"]}
+  names = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+  config = convert.model_config_from_hf(about)
+  return Published(
+    about | {"auto_map": dict(FAMILIES["llada"].code)},
+    stored,
+    lambda folder: standin.write(folder, special, names, None),
+    LLADA_FILES,
+    lambda model: as_llama(config, model.state_dict()),
+  )
+
+
+def published_dream():
+  # as write_dreams_tokenizer numbers them
+  ids = dict(mask_token_id=265, bos_token_id=264, eos_token_id=261, pad_token_id=261)
+  about = DREAM | {"vocab_size": 272, "auto_map": dict(FAMILIES["dream"].code)} | ids
+  classes = dict(
+    tokenizer_class="DreamTokenizer", auto_map={"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
+  )
+  return Published(
+    about,
+    random_tensors(convert.model_config_from_hf(about)),
+    lambda folder: write_dreams_tokenizer(folder, **classes),
+    DREAM_FILES,
+    lambda model: model,
+  )
+
+
+PUBLISHED = {"llada": published_llada, "dream": published_dream}
+
+
+def test_every_family_that_is_exported_is_loaded_here():
+  assert PUBLISHED.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_lines_that_an_export_prints_load_it(tmp_path, family):
+  published = PUBLISHED[family]()
   source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
-  checkpoint(source, "m2_gqa")
-  special = {"<|mdm_mask|>": 250, "<|endoftext|>": 251}
-  standin.write(source, special, dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>"), None)
-  about = settings("m2_gqa") | {"auto_map": dict(FAMILIES["llada"].code)}
-  (source / "config.json").write_text(json.dumps(about))
+  source.mkdir()
+  published.write_tokenizer(tmp_path / "hf")
+  write_shards(
+    source, {name: array.nbytes for name, array in published.stored.items()}, published.stored.items(), 10**9
+  )
+  (source / "config.json").write_text(json.dumps(published.settings))
   convert_hf.convert_model(source, middle)
   found = export_hf.find_model(middle)
   export_hf.export_model(found, out, dtype="same", shard_bytes=10**9)
-  said = export_hf.how_to_load(found, out)
-  first = f"configuration_llada.py and modeling_llada.py first: copy them to {out} from GSAI-ML/LLaDA-8B-Instruct"
-  assert said.splitlines()[0] == f"  # {first} on the hub"
-  (out / "configuration_llada.py").write_text(CONFIGURATION)
-  (out / "modeling_llada.py").write_text(MODELING)
-  lines = export_hf.how_to_load(found, out)
-  assert len(lines.splitlines()) == 3
-  loaded = {}
-  exec(textwrap.dedent(lines), loaded)
-  stored, state = tensors("m2_gqa"), loaded["model"].state_dict()
-  assert set(state) == set(stored)
-  for name, array in stored.items():
+  names, hub = ", ".join(sorted(published.files)), FAMILIES[family].published_at
+  assert f"# Copy {names} from {hub} on the hub to {out} first\n" in export_hf.how_to_load(found, out)
+  for name, text in published.files.items():
+    (out / name).write_text(text)
+  lines, loaded = textwrap.dedent(export_hf.how_to_load(found, out)), {}
+  assert len([line for line in lines.splitlines() if not line.startswith("#")]) == 3
+  assert "Copy" not in lines
+  exec(lines, loaded)
+  state = loaded["model"].state_dict()
+  assert set(state) == set(published.stored)
+  for name, array in published.stored.items():
     np.testing.assert_array_equal(state[name].float().numpy(), array.astype(np.float32))
-  assert loaded["tokenizer"].convert_tokens_to_ids("<|mdm_mask|>") == special["<|mdm_mask|>"]
+  model, variables = load(middle)
+  logits = bidirectional_logits(published.as_causal(loaded["model"]), IDS)
+  np.testing.assert_allclose(compiled(model)(variables, IDS), logits, rtol=0, atol=5e-4)
+  ours, text = load_tokenizer("huggingface", out), "hello  world 12\n\n"
+  assert loaded["tokenizer"](text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+  assert loaded["tokenizer"].convert_ids_to_tokens(ours.mask_token_id) in ("<|mdm_mask|>", "<|mask|>")

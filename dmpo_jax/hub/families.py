@@ -32,6 +32,7 @@ class Family:
   fixed: Mapping[str, Any]  # options of which the model has one value only
   stated: tuple[str, ...] = ()  # those of them that a config.json must state: the family's default is another value
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # likewise, but read by its training alone
+  code_needs: tuple[str, ...] = ()  # further files there that this code reads
   mlp_ratio: str | None = None  # key of the FFN's width over the model's, for a width that is null
   shift_logits: bool = False
 
@@ -113,6 +114,7 @@ FAMILIES = {
     vocab_size="used_vocab_size",  # ours: Dream gives its tables `vocab_size` rows and knows no padded ids
     embedding_size="vocab_size",
     code={"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    code_needs=("generation_config.json", "generation_utils.py"),
     published_at="Dream-org/Dream-v0-Instruct-7B",
     fixed=dict(hidden_act="silu", rope_scaling=None, use_mrope=False, use_sliding_window=False),
     shift_logits=True,
