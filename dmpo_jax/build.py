@@ -22,9 +22,9 @@ from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
 from dmpo_jax.hub import pretrained
 from dmpo_jax.hub.tokenizer import Tokenizer, load_tokenizer
-from dmpo_jax.models import llada
 from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.run import checks
 from dmpo_jax.run.checkpoints import identity, load_params, read_about
@@ -54,7 +54,7 @@ class ModelParts:
   mesh: Mesh
   rollout_mesh: Mesh  # where samplers run
   tokenizer: Tokenizer
-  model: llada.LLaDA
+  model: Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Parts(ModelParts):
 class Placed(Protocol):
   """A model and the devices that it is laid over: all of the parts that compiled programs need."""
 
-  model: llada.LLaDA
+  model: Transformer
   mesh: Mesh
 
 
@@ -176,7 +176,7 @@ def make_tokenizer(config: ConfigDict) -> Tokenizer:
   return load_tokenizer(own.name, own.path or config.model.init_from, is_chat=own.is_chat)
 
 
-def build_model(config: ConfigDict, vocabulary: Vocabulary) -> llada.LLaDA:
+def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
   """Build the model of `config.model`; special ids and, unless they are given, sizes of the vocabulary are the
   tokenizer's.
 
@@ -198,7 +198,7 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> llada.LLaDA:
   if fields["vocab_size"] < vocabulary.vocab_size:
     raise ValueError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {vocabulary.vocab_size} ids")
   return models.MODELS[own.name](
-    llada.ModelConfig(
+    ModelConfig(
       **fields, dtype=own.dtype, param_dtype=own.param_dtype, remat=own.remat, layer_rows=own.layer_rows, lora=lora
     )
   )
@@ -208,7 +208,7 @@ def _round_up(number: int, multiple: int) -> int:
   return -(-number // multiple) * multiple
 
 
-def place_model(model: llada.LLaDA, config: ConfigDict, mesh: Mesh, rollout_mesh: Mesh) -> llada.LLaDA:
+def place_model(model: Transformer, config: ConfigDict, mesh: Mesh, rollout_mesh: Mesh) -> Transformer:
   """Give the model the attention that `model.attention` means on the devices of both meshes.
 
   Raises:
@@ -221,7 +221,7 @@ def place_model(model: llada.LLaDA, config: ConfigDict, mesh: Mesh, rollout_mesh
   return type(model)(dataclasses.replace(own, attention=attention))
 
 
-def check_fits(config: llada.ModelConfig, mesh: Mesh, section: str) -> None:
+def check_fits(config: ModelConfig, mesh: Mesh, section: str) -> None:
   """Refuse a mesh, whose sizes are those of the configuration's `section`, that does not divide the model's sizes."""
   for logical, path, size in (
     ("embed", "model.d_model", config.d_model),
@@ -234,7 +234,7 @@ def check_fits(config: llada.ModelConfig, mesh: Mesh, section: str) -> None:
     sharding.check_divides(mesh, logical, path, size, section)
 
 
-def abstract_collection(model: llada.LLaDA, mesh: Mesh, name: str) -> Any:
+def abstract_collection(model: Transformer, mesh: Mesh, name: str) -> Any:
   """Describe a collection of the model's variables (`params`, `lora`) by shape, dtype and sharding."""
   boxed = _boxed_shapes(model, name)
   shapes, shardings = nn.unbox(boxed), sharding.layout(boxed, mesh)
@@ -242,21 +242,21 @@ def abstract_collection(model: llada.LLaDA, mesh: Mesh, name: str) -> Any:
 
 
 @functools.cache  # a run asks for them several times
-def _boxed_shapes(model: llada.LLaDA, name: str) -> Any:
+def _boxed_shapes(model: Transformer, name: str) -> Any:
   return jax.eval_shape(lambda: _init_collection(model, name)(jax.random.key(0)))
 
 
-def random_collection(model: llada.LLaDA, mesh: Mesh, name: str, key: jax.Array) -> Any:
+def random_collection(model: Transformer, mesh: Mesh, name: str, key: jax.Array) -> Any:
   """Initialise a collection of the model's variables at random, each array made where it will live."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract_collection(model, mesh, name))
   return jax.jit(lambda key: nn.unbox(_init_collection(model, name)(key)), out_shardings=shardings)(key)
 
 
-def _init_collection(model: llada.LLaDA, name: str) -> Callable[[jax.Array], Any]:
+def _init_collection(model: Transformer, name: str) -> Callable[[jax.Array], Any]:
   return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))[name]
 
 
-def with_params(model: llada.LLaDA, dtype: str) -> llada.LLaDA:
+def with_params(model: Transformer, dtype: str) -> Transformer:
   """Give the model with parameters of another dtype."""
   return type(model)(dataclasses.replace(model.config, param_dtype=dtype))
 

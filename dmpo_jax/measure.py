@@ -19,13 +19,13 @@ from jaxtyping import Array, Bool, Float
 
 from dmpo_jax import noise
 from dmpo_jax.models import lora
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import weights
 from dmpo_jax.objectives.likelihood import Completions, Estimator
 from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.scoring import make_score
 from dmpo_jax.sharding import replicated
-from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts
+from dmpo_jax.structs import Experience, LogProbs, Prompts, Rollouts
 
 
 class NotFinite(RuntimeError):
@@ -65,9 +65,9 @@ class Measure(NamedTuple):
   measures of all chunks on the host, and returns it with figures for the log. The policies are those that were scored.
   """
 
-  score: Callable[..., Measures] | None
+  score: Callable[..., LogProbs] | None
   finish: Callable[
-    [Policies, Experience, Rollouts, Measures | None, int],
+    [Policies, Experience, Rollouts, LogProbs | None, int],
     tuple[Experience, dict[str, float]],
   ]
 
@@ -78,7 +78,7 @@ def make_measure_nothing() -> Measure:
 
 
 def make_measure_weights(
-  model: LLaDA,
+  model: Transformer,
   mesh: Mesh,
   *,
   estimator: Estimator,
@@ -106,7 +106,7 @@ def make_measure_weights(
     key = jax.random.fold_in(key, number) if number else key
     return program(policies, prompts, completion, is_counted, committed_at, key, seen)
 
-  def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: Measures, buffer: int):
+  def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: LogProbs, buffer: int):
     rounds = [measures]
     while True:
       weighed, figures = weigh(experience, _join(rounds))
@@ -139,13 +139,13 @@ def make_measure_sampled(**weighing: Any) -> Measure:
       for log_p in (rollouts.log_p_old, rollouts.log_p_ref)
     )
     entropy = -log_p_old[..., 0] / experience.is_counted.sum(-1)
-    return weigh(experience, Measures(log_p_old, log_p_ref, entropy))
+    return weigh(experience, LogProbs(log_p_old, log_p_ref, entropy))
 
   return Measure(None, finish)
 
 
 def make_measure_ratios(
-  model: LLaDA,
+  model: Transformer,
   mesh: Mesh,
   *,
   estimator: Estimator,
@@ -166,7 +166,7 @@ def make_measure_ratios(
     measured = [program(policies, prompts, completion, is_counted, committed_at, key, seen) for key in keys]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=2), *measured)
 
-  def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: Measures, buffer: int):
+  def finish(policies: Policies, experience: Experience, rollouts: Rollouts, measures: LogProbs, buffer: int):
     is_kept = experience.is_kept & np.isfinite(measures.log_p_old + measures.log_p_ref).all((2, 3))
     figures = {"entropy": float(measures.entropy.mean()), "scores_failed": _num_failed(experience.is_kept, is_kept)}
     return experience.replace(
@@ -178,17 +178,17 @@ def make_measure_ratios(
   return Measure(score, finish)
 
 
-def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator) -> Callable:
+def measure_program(model: Transformer, mesh: Mesh, *, estimator: Estimator) -> Callable:
   """Jit the estimates of both policies under one set of views."""
 
-  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None) -> Measures:
+  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None) -> LogProbs:
     views = estimator.views(
       noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
       Completions(is_counted, committed_at, prompts.is_valid),
     )
     about = dict(is_counted=is_counted, uncounted=seen if estimator.replays else None)
     old, ref = _score_both(model, policies, prompts, completion, estimator, views, about)
-    return Measures(
+    return LogProbs(
       log_p_old=estimator.estimates(old.log_prob, views),
       log_p_ref=estimator.estimates(ref.log_prob, views),
       entropy=_read_entropy(old, views),
@@ -197,17 +197,17 @@ def measure_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator) -> Callab
   return jax.jit(program, out_shardings=replicated(mesh))
 
 
-def token_program(model: LLaDA, mesh: Mesh, *, estimator: Estimator, with_reference: bool) -> Callable:
+def token_program(model: Transformer, mesh: Mesh, *, estimator: Estimator, with_reference: bool) -> Callable:
   """Jit the estimates position by position."""
 
-  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None) -> Measures:
+  def program(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None) -> LogProbs:
     views = estimator.views(
       noise.row_keys(key, prompts.prompt_id, completion.shape[1]),
       Completions(is_counted, committed_at, prompts.is_valid),
     )
     about = dict(is_counted=is_counted, uncounted=seen if estimator.replays else None)
     old, ref = _score_both(model, policies, prompts, completion, estimator, views, about, with_reference)
-    return Measures(
+    return LogProbs(
       log_p_old=estimator.tokens(old.log_prob, views),
       log_p_ref=estimator.tokens(ref.log_prob, views),
       entropy=_read_entropy(old, views),
@@ -235,26 +235,26 @@ def _read_entropy(scores, views):
   return jnp.where(is_read, scores.entropy, 0).sum((2, 3)) / jnp.maximum(is_read.sum((2, 3)), 1)
 
 
-def _in_chunks(score: Callable, policies: Policies, experience: Experience, size: int) -> Measures:
+def _in_chunks(score: Callable, policies: Policies, experience: Experience, size: int) -> LogProbs:
   """Score `size` prompts of the experience at a time (0: all); join the results along the prompt axis."""
   arrays = experience.prompts, experience.completion, experience.is_counted, experience.committed_at
   parts = [jax.tree.map(operator.itemgetter(part), arrays) for part in chunks(len(experience.completion), size)]
   return concatenate(list(fetch_ahead(functools.partial(score, policies, *part) for part in parts)))
 
 
-def _join(rounds: list[Measures]) -> Measures:
-  return Measures(
+def _join(rounds: list[LogProbs]) -> LogProbs:
+  return LogProbs(
     log_p_old=np.concatenate([measures.log_p_old for measures in rounds], axis=-1),
     log_p_ref=np.concatenate([measures.log_p_ref for measures in rounds], axis=-1),
     entropy=np.mean([measures.entropy for measures in rounds], axis=0),
   )
 
 
-def _make_weigh(**weighing: Any) -> Callable[[Experience, Measures], tuple[Experience, dict[str, float]]]:
+def _make_weigh(**weighing: Any) -> Callable[[Experience, LogProbs], tuple[Experience, dict[str, float]]]:
   """Close over the weighing of an experience, which also says how far weights are spread and how much is noise."""
   program = jax.jit(functools.partial(_weigh, **weighing))  # one, where each of its operations would be one
 
-  def weigh(experience: Experience, measures: Measures) -> tuple[Experience, dict[str, float]]:
+  def weigh(experience: Experience, measures: LogProbs) -> tuple[Experience, dict[str, float]]:
     weighed, figures = jax.device_get(
       program(experience.reward, experience.is_kept, measures.log_p_ref, measures.log_p_old)
     )

@@ -32,7 +32,8 @@ from dmpo_jax.measure import (
   measure_program,
   token_program,
 )
-from dmpo_jax.models import llada, lora
+from dmpo_jax.models import lora
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import OBJECTIVES, needs_of, weights
 from dmpo_jax.objectives.estimators import make_estimator
 from dmpo_jax.run.checkpoints import save_params
@@ -121,7 +122,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
     update=_of_seed(
       config.seed,
       update.make_update(
-        llada.LLaDA(dataclasses.replace(parts.model.config, lora=None)),
+        Transformer(dataclasses.replace(parts.model.config, lora=None)),
         optimizer,
         objective="denoise",
         microbatch_prompts=0,
@@ -183,7 +184,7 @@ def training_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 def training_update(
   config: ConfigDict,
-  model: llada.LLaDA,
+  model: Transformer,
   optimizer: optax.GradientTransformation,
   shardings: tuple[TrainState, NamedSharding],
 ) -> Callable:
@@ -211,7 +212,7 @@ def training_sample(config: ConfigDict, parts: Placed) -> Callable:
   )
 
 
-def training_scores(config: ConfigDict, model: llada.LLaDA, mesh: Mesh) -> Callable | None:
+def training_scores(config: ConfigDict, model: Transformer, mesh: Mesh) -> Callable | None:
   """Jit the forward passes of the objective's measure (see `measure.py`); None: it needs none."""
   objective, needs = config.objective, needs_of(config.objective.name, config.objective.kl_weight)
   if needs in ("rewards", "demonstrations") or objective.likelihood == "sampler":

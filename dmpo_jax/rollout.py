@@ -26,7 +26,7 @@ from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.measure import Measure, Policies, check_confidence, chunks, concatenate, fetch_ahead, log_confidence
 from dmpo_jax.models import lora
 from dmpo_jax.models.denoiser import make_denoiser
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import weights
 from dmpo_jax.run import progress
 from dmpo_jax.run.preemption import Preempted
@@ -205,7 +205,7 @@ def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experie
 
 
 def make_sample(
-  model: LLaDA,
+  model: Transformer,
   mesh: Mesh,
   *,
   sampler: str,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from dmpo_jax import sharding
 from dmpo_jax.models.denoiser import completion_hidden
 from dmpo_jax.models.head import Scores, divergence, token_scores
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.structs import Prompts
 
 Score = Callable[..., Scores]  # of is_masked [p, g, r, c], and prompt_is_masked [p, g, r, q] or None, and pairs
@@ -18,7 +18,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 def make_score(
-  model: LLaDA,
+  model: Transformer,
   variables: Mapping[str, Any],
   prompts: Prompts,
   completion: Int[Array, "p g c"],

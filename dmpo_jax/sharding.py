@@ -25,14 +25,14 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 # logical axis -> mesh axes it is split over
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-  "rows": ("data", "fsdp"),  # activations: rows of a batch
-  "gathered_rows": ("data",),  # activations: rows while the shards of a weight's width look at all of them
+  "batch": ("data", "fsdp"),  # activations: rows of a batch
+  "gathered_batch": ("data",),  # activations: rows while the shards of a weight's width look at all of them
   "embed": ("fsdp",),  # weights: the model width
   "heads": ("tensor",),  # weights and activations: query heads
   "kv_heads": ("tensor",),  # weights and activations: key/value heads
   "ffn": ("tensor",),  # weights and activations: feed-forward width
   "vocab": ("tensor",),  # weights and activations: vocabulary
-  "stream": ("tensor",),  # activations: the model width between layers
+  "act_embed": ("tensor",),  # activations: the model width between layers
   "layers": (),  # weights: the scanned layer axis
   "rank": ("fsdp",),  # weights: the LoRA rank, where the adapter's other axis is not the model width
 }
@@ -193,21 +193,21 @@ def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(array, spec(*logical))
 
 
-def split_rows(array: jax.Array, num_groups: int, *axes: str | None) -> jax.Array:
+def split_rows(array: jax.Array, num_chunks: int, *axes: str | None) -> jax.Array:
   """Split rows [b, ...] into groups [groups, b / groups, ...], each with as many rows of every device.
 
   Args:
     axes: the logical axes of a row's first dimensions; the others are whole on a device.
   """
-  parts = array.reshape(num_shares("rows"), num_groups, -1, *array.shape[1:]).swapaxes(0, 1)
-  return constrain(parts.reshape(num_groups, -1, *array.shape[1:]), None, "rows", *axes)
+  parts = array.reshape(num_shares("batch"), num_chunks, -1, *array.shape[1:]).swapaxes(0, 1)
+  return constrain(parts.reshape(num_chunks, -1, *array.shape[1:]), None, "batch", *axes)
 
 
-def join_rows(groups: jax.Array, *axes: str | None) -> jax.Array:
+def join_rows(chunks: jax.Array, *axes: str | None) -> jax.Array:
   """Undo `split_rows`."""
-  num_groups, rows, *rest = groups.shape
-  parts = groups.reshape(num_groups, num_shares("rows"), -1, *rest).swapaxes(0, 1)
-  return constrain(parts.reshape(num_groups * rows, *rest), "rows", *axes)
+  num_chunks, rows, *rest = chunks.shape
+  parts = chunks.reshape(num_chunks, num_shares("batch"), -1, *rest).swapaxes(0, 1)
+  return constrain(parts.reshape(num_chunks * rows, *rest), "batch", *axes)
 
 
 def fill_rows(array: jax.Array) -> jax.Array:
@@ -216,7 +216,7 @@ def fill_rows(array: jax.Array) -> jax.Array:
   A program that begins so spreads its rows evenly all the way; results of the copies are to be cut off. A copy rather
   than an empty row, as a loop over rows then ends when it would.
   """
-  missing = -array.shape[0] % num_shares("rows")
+  missing = -array.shape[0] % num_shares("batch")
   return jnp.concatenate([array, jnp.repeat(array[-1:], missing, axis=0)]) if missing else array
 
 
@@ -225,7 +225,7 @@ def pad_rows(array: jax.Array) -> jax.Array:
 
   They lie where the partitioner leaves room by itself, so no other row moves to another device.
   """
-  missing = -array.shape[0] % num_shares("rows")
+  missing = -array.shape[0] % num_shares("batch")
   return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), constant_values=array.dtype == bool)
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import struct
 
-VOCAB_GROUP = 32  # ids, from a multiple of it on, that no part of a large vocabulary divides: one is drawn among them
+VOCAB_TILE = 32  # ids, from a multiple of it on, that no part of a large vocabulary divides: one is drawn among them
 
 
 @struct.dataclass
@@ -66,7 +66,7 @@ class Rollouts:
 
 
 @struct.dataclass
-class Measures:
+class LogProbs:
   """Estimates of a buffer's log-probabilities under the sampling and the reference policy, by the same masks for both.
 
   One a mask draw for the whole completion, [p, g, draws]; or position by position, under the masks of update u of the
@@ -83,7 +83,7 @@ class Drawn:
   """A buffer of rollouts that has no rewards yet, or its first prompts: some sampled, fewer of them scored."""
 
   rollouts: Rollouts  # fields [p, g, c] and [p, g]
-  measures: Measures | None  # None where the objective needs none
+  measures: LogProbs | None  # None where the objective needs none
   seconds: dict[str, jax.Array]  # float32 []; what sampling and scoring took
   is_whole: jax.Array | np.ndarray | bool = True  # bool []; False: the run was stopped while it was drawn
   # Waits for their grades; None where grading is not under way, as in a buffer that comes from a checkpoint.

@@ -13,14 +13,14 @@ from jax.sharding import NamedSharding
 
 from dmpo_jax import noise
 from dmpo_jax.models import lora
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.scoring import make_score
 from dmpo_jax.structs import Experience, TrainState
 
 
 def make_update(
-  model: LLaDA,
+  model: Transformer,
   optimizer: optax.GradientTransformation,
   *,
   objective: str,

@@ -26,7 +26,7 @@ from dmpo_jax.hub.families import FAMILIES, Family
 from dmpo_jax.hub.shards import ADAPTER, write_file, write_shards
 from dmpo_jax.hub.tokenizer import FILES, QWEN_FILES
 from dmpo_jax.models.layers import KERNEL_SCALE
-from dmpo_jax.models.llada import ModelConfig
+from dmpo_jax.models.transformer import ModelConfig
 from dmpo_jax.run import buckets, progress
 from dmpo_jax.run import workdir as workdir_lib
 from dmpo_jax.run.checkpoints import check_params, load_leaf, saved_dtypes

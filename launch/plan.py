@@ -30,7 +30,7 @@ from rich.table import Table
 from dmpo_jax import files, sharding
 from dmpo_jax.config import ConfigError, command, validate
 from dmpo_jax.hub.pretrained import filled
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run import buckets, progress
 from launch.bench import costs, programs
 from launch.bench.programs import PROGRAMS
@@ -166,7 +166,7 @@ def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
   )
 
 
-def _is_of_logits(shape: tuple[int, ...], model: LLaDA, mesh: Mesh) -> bool:
+def _is_of_logits(shape: tuple[int, ...], model: Transformer, mesh: Mesh) -> bool:
   """Whether a shape has the vocabulary, or a device's share of it, beside other axes than the model's width."""
   size = model.config.embedding_size
   sizes = {size, size // mesh.shape["tensor"]}

@@ -22,7 +22,7 @@ class Fake(NamedTuple):
   hidden: collections.abc.Callable
   mask_token_id: int = MASK
   eos_token_id: int = -1  # none of the tokens
-  num_parts: int = 1
+  num_chunks: int = 1
   reference: Any = None
 
   def logits(self, hidden, number=0):
@@ -31,13 +31,13 @@ class Fake(NamedTuple):
   def prefill(self, completion):
     return self.hidden(completion), completion
 
-  def suffix(self, completion, start, memory, block_length):
+  def suffix(self, completion, start, kv_cache, block_length):
     is_before = jnp.arange(completion.shape[1]) < start
-    hidden = self.hidden(jnp.where(is_before, memory, completion))
+    hidden = self.hidden(jnp.where(is_before, kv_cache, completion))
     return jax.lax.dynamic_slice_in_dim(hidden, start, block_length, axis=1)
 
-  def block(self, tokens, start, memory):
-    hidden = self.hidden(jax.lax.dynamic_update_slice_in_dim(memory, tokens, start, axis=1))
+  def block(self, tokens, start, kv_cache):
+    hidden = self.hidden(jax.lax.dynamic_update_slice_in_dim(kv_cache, tokens, start, axis=1))
     return jax.lax.dynamic_slice_in_dim(hidden, start, tokens.shape[1], axis=1)
 
   def shadowed(self, completion, start, block_length):

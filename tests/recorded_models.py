@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from dmpo_jax.hub import convert
-from dmpo_jax.models.llada import LLaDA, ModelConfig
+from dmpo_jax.models.transformer import ModelConfig, Transformer
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "models"
 # where a checkpoint's weights are, if not beside its recorded outputs
@@ -54,13 +54,13 @@ def recorded(name):
 def load(name, **own):
   """Give (model, variables) of a checkpoint."""
   config = convert.model_config_from_hf(settings(name), **own)
-  return LLaDA(config), {"params": jax.tree.map(jnp.asarray, convert.params_from_hf(tensors(name), config))}
+  return Transformer(config), {"params": jax.tree.map(jnp.asarray, convert.params_from_hf(tensors(name), config))}
 
 
 @functools.cache
 def tiny(**changes):
   """Give (model, variables) of `TINY` with other fields, its numbers drawn here: nothing to compile."""
-  model = LLaDA(dataclasses.replace(TINY, **changes))
+  model = Transformer(dataclasses.replace(TINY, **changes))
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
   generator = np.random.default_rng(0)
 

@@ -22,7 +22,7 @@ from dmpo_jax.files import Unreadable
 from dmpo_jax.hub import convert, pretrained
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.models.layers import quantize
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run.checkpoints import load_params
 from launch import convert_hf
 
@@ -42,7 +42,7 @@ def checkpoint(folder, name, *, max_bytes=10**9, drop=None, **changes):
 def load(folder, **own):
   """Give (model, variables) of a converted folder."""
   config = pretrained.read_model(folder).model_config(**own)
-  model = LLaDA(config)
+  model = Transformer(config)
   return model, {"params": load_params(folder, build.abstract_collection(model, sharding.make_mesh(8), "params"))}
 
 
@@ -114,7 +114,7 @@ def test_every_bit_that_flips_in_a_converted_folder_is_noticed_or_harmless(tmp_p
   out = epath.Path(tmp_path / "out")
   convert_hf.convert_model(checkpoint(tmp_path / "hf", "m3_tied"), out)
   config = pretrained.read_model(out).model_config()
-  abstract = build.abstract_collection(LLaDA(config), sharding.make_mesh(8), "params")
+  abstract = build.abstract_collection(Transformer(config), sharding.make_mesh(8), "params")
   whole, unnoticed = load_params(out, abstract), set()
   for path, _ in flips(out):
     try:

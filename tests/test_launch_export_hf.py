@@ -22,7 +22,7 @@ from dmpo_jax import build
 from dmpo_jax.hub import convert
 from dmpo_jax.hub.shards import Shards
 from dmpo_jax.models.layers import quantize
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run import checkpoints
 from dmpo_jax.run import workdir as workdir_lib
 from launch import convert_hf, export_hf
@@ -100,7 +100,7 @@ SPECIAL = {"<s>": 253, "</s>": settings("m2_gqa")["eos_token_id"], "<mask>": set
 def test_biases_and_padded_ids_of_either_family(tmp_path, family):
   """There and back without the original's config.json, as for a run from random parameters."""
   config = dataclasses.replace(TINY, qkv_bias=True, shift_logits=family == "dream")
-  shapes = jax.eval_shape(LLaDA(config).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+  shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
   draw = np.random.default_rng(0).normal
   params = jax.tree.map(lambda x: draw(size=x.shape).astype(x.dtype), nn.unbox(shapes))
   policy, out, again = (epath.Path(tmp_path / part) for part in ("policy", "out", "again"))

@@ -9,7 +9,7 @@ from etils import epath
 from dmpo_jax import build, phases, rollout, sharding
 from dmpo_jax.measure import Policies, make_measure_ratios, make_measure_sampled
 from dmpo_jax.objectives.estimators import ESTIMATORS, OneStep
-from dmpo_jax.structs import Experience, Measures, Prompts, Rollouts
+from dmpo_jax.structs import Experience, LogProbs, Prompts, Rollouts
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_rollout_with_a_token_that_fails_is_dropped_and_counted():
   own = dict(estimator=OneStep(1, prompt_mask_ratio=0.1), seed=0, updates_per_buffer=3)
   model = build.build_model_parts(tiny.config()).model
   finish = make_measure_ratios(model, sharding.make_mesh(data=-1, fsdp=1, tensor=1), with_reference=True, **own).finish
-  measures = Measures(log_p_old, log_p_ref, np.zeros((1, 4, 3), np.float32))
+  measures = LogProbs(log_p_old, log_p_ref, np.zeros((1, 4, 3), np.float32))
   experience, figures = finish(Policies(None, None), experience, rollouts, measures, 0)
   assert figures["scores_failed"] == 2
   np.testing.assert_array_equal(experience.is_kept, [[True, False, True, False]])

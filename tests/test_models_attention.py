@@ -17,8 +17,8 @@ from recorded_models import tiny
 
 from dmpo_jax import build, sharding
 from dmpo_jax.models import attention
-from dmpo_jax.models.llada import LLaDA, empty_cache
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.models.transformer import Transformer, empty_kv_cache
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_a_training_step_has_no_scores_outside_the_kernel():
   tokens, is_valid = jnp.zeros((4, length), jnp.int32), jnp.ones((4, length), bool)
 
   def with_scores(name):
-    own = LLaDA(dataclasses.replace(model.config, attention=name))
+    own = Transformer(dataclasses.replace(model.config, attention=name))
 
     def loss(lora):
       return own.apply({**variables, "lora": lora}, tokens, is_valid=is_valid).sum()
@@ -141,7 +141,7 @@ def test_a_model_on_eight_devices_is_the_model_with_the_definition():
   is_valid = jnp.arange(130) >= jnp.arange(4)[:, None]
 
   def run(name):
-    own = LLaDA(dataclasses.replace(model.config, attention=name))
+    own = Transformer(dataclasses.replace(model.config, attention=name))
 
     def loss(params, tokens):
       logits = own.apply({"params": params}, tokens, is_valid=is_valid)
@@ -166,10 +166,10 @@ def test_a_cached_call_uses_the_kernel_if_it_has_queries_enough(queries, num_ker
   model, variables = tiny(attention="splash")
   tokens = jnp.zeros((2, queries), jnp.int32)
 
-  def run(variables, cache):
-    return model.apply(variables, tokens, cache=cache, cache_start=300 - queries, method="hidden")
+  def run(variables, kv_cache):
+    return model.apply(variables, tokens, kv_cache=kv_cache, cache_start=300 - queries, method="hidden")
 
-  assert shapes_and_kernels(run, variables, empty_cache(model.config, 2, 300))[1] == num_kernels
+  assert shapes_and_kernels(run, variables, empty_kv_cache(model.config, 2, 300))[1] == num_kernels
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])

@@ -172,10 +172,10 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
     denoiser = make_denoiser(model, variables, prompt, is_valid)
     return denoiser.logits(hidden)[0][:, :, 0]
 
-  def in_parts(part_size, temperature):
-    monkeypatch.setattr(head_module, "PART_SIZE", part_size)
+  def in_parts(chunk_size, temperature):
+    monkeypatch.setattr(head_module, "CHUNK_SIZE", chunk_size)
     denoiser = make_denoiser(model, variables, prompt, is_valid)
-    assert denoiser.num_parts == -(-1003 // part_size)
+    assert denoiser.num_chunks == -(-1003 // chunk_size)
     read = jax.jit(
       lambda hidden: (
         prediction.predict(denoiser, hidden, keys, jnp.arange(2), temperature),
@@ -206,7 +206,7 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
 
 def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
   """Each device reads runs of its own share, 9 groups of ids: other parts, the same tokens, noise and probabilities."""
-  monkeypatch.setattr(head_module, "PART_SIZE", 512)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 512)
   model, variables = tiny(vocab_size=1000, embedding_size=1152, mask_token_id=999)
   prompt, is_valid, _, _ = batch()
   hidden = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 2, TINY.d_model)), jnp.float32)
@@ -225,10 +225,10 @@ def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
     np.testing.assert_allclose(getattr(split, name), getattr(alone, name), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("part_size", "tensor"), [(1152, 1), (384, 1), (512, 4)])
-def test_samplers_and_scores_have_one_distribution(monkeypatch, part_size, tensor):
+@pytest.mark.parametrize(("chunk_size", "tensor"), [(1152, 1), (384, 1), (512, 4)])
+def test_samplers_and_scores_have_one_distribution(monkeypatch, chunk_size, tensor):
   """Over the vocabulary's 800 ids, whatever other rows the table has: read at once, in parts, in shares without ids."""
-  monkeypatch.setattr(head_module, "PART_SIZE", part_size)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", chunk_size)
   model, variables = tiny(vocab_size=800, embedding_size=1152, mask_token_id=799)
   prompt, is_valid, _, _ = batch()
   rng = np.random.default_rng(0)

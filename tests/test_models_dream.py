@@ -9,7 +9,7 @@ from recorded_models import compiled
 from dmpo_jax.hub import convert
 from dmpo_jax.models.denoiser import completion_hidden, make_denoiser
 from dmpo_jax.models.head import token_scores
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 
 HF = dict(
   model_type="Dream",
@@ -47,7 +47,7 @@ def dream():
   config = convert.model_config_from_hf(HF)
   tensors = random_tensors(config)
   params = jax.tree.map(jnp.asarray, convert.params_from_hf(tensors, config, "dream"))
-  return LLaDA(config), {"params": params}, tensors
+  return Transformer(config), {"params": params}, tensors
 
 
 def forward(tensors, ids):

@@ -10,7 +10,7 @@ from jaxprs import arrays_of, products_of
 from dmpo_jax import sharding
 from dmpo_jax.models import head as head_module
 from dmpo_jax.models.head import Split, divergence, split_vocabulary, token_scores
-from dmpo_jax.structs import VOCAB_GROUP
+from dmpo_jax.structs import VOCAB_TILE
 from launch.bench.costs import count_collectives
 
 TOKENS, WIDTH, SIZE = 6, 5, 1000
@@ -41,18 +41,18 @@ def assert_close(actual, wanted, **tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), tuple(actual), tuple(wanted))
 
 
-@pytest.mark.parametrize("part_size", [128, 384, SIZE])
-def test_parts_are_the_whole(monkeypatch, part_size):
-  monkeypatch.setattr(head_module, "PART_SIZE", part_size)
+@pytest.mark.parametrize("chunk_size", [128, 384, SIZE])
+def test_parts_are_the_whole(monkeypatch, chunk_size):
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", chunk_size)
   (_, scores), gradients = jax.jit(gradient_of(token_scores))(HIDDEN, HEAD)
   (_, wanted), wanted_gradients = gradient_of(plain)(HIDDEN, HEAD)
   assert_close(scores[:2], wanted, rtol=1e-5, atol=1e-6)
   assert_close(gradients, wanted_gradients, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("part_size", [128, 384, SIZE])
-def test_the_divergence_from_a_teacher(monkeypatch, part_size):
-  monkeypatch.setattr(head_module, "PART_SIZE", part_size)
+@pytest.mark.parametrize("chunk_size", [128, 384, SIZE])
+def test_the_divergence_from_a_teacher(monkeypatch, chunk_size):
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", chunk_size)
   teacher, teacher_head = HIDDEN[::-1], 1.5 * HEAD + 0.1
 
   def total(score):
@@ -65,13 +65,13 @@ def test_the_divergence_from_a_teacher(monkeypatch, part_size):
   found = jax.jit(total(divergence))(HIDDEN, HEAD, teacher, teacher_head)
   wanted = total(plainly)(HIDDEN, HEAD, teacher, teacher_head)
   assert_close(jax.tree.leaves(found), jax.tree.leaves(wanted), rtol=2e-5, atol=2e-5)
-  if part_size < SIZE:
+  if chunk_size < SIZE:
     jaxpr = jax.make_jaxpr(total(divergence))(HIDDEN, HEAD, teacher, teacher_head)
     assert not [shape for shape in arrays_of(jaxpr) if shape[:1] == (TOKENS,) and SIZE in shape]
 
 
 def test_one_gradient_alone_and_none_are_the_same_numbers(monkeypatch):
-  monkeypatch.setattr(head_module, "PART_SIZE", 384)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 384)
   wanted = gradient_of(plain)(HIDDEN, HEAD)[1]
   for argnum in (0, 1):
     gradient = jax.jit(gradient_of(token_scores, argnum))(HIDDEN, HEAD)[1]
@@ -80,7 +80,7 @@ def test_one_gradient_alone_and_none_are_the_same_numbers(monkeypatch):
 
 
 def test_extreme_logits_stay_finite(monkeypatch):
-  monkeypatch.setattr(head_module, "PART_SIZE", 384)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 384)
   hidden = HIDDEN * jnp.array([1e-6, 30, 100, 300, 1000, 3000])[:, None]
   (_, scores), gradients = jax.jit(gradient_of(token_scores))(hidden, HEAD)
   (_, wanted), wanted_gradients = gradient_of(plain)(hidden, HEAD)
@@ -91,7 +91,7 @@ def test_extreme_logits_stay_finite(monkeypatch):
 
 def test_bfloat16_is_summed_in_float32(monkeypatch):
   """As far from float32 as the same rounded inputs are in one product, though many more numbers are added up."""
-  monkeypatch.setattr(head_module, "PART_SIZE", 128)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 128)
   hidden, head = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
   (_, scores), gradients = jax.jit(gradient_of(token_scores))(hidden, head)
   (_, wanted), wanted_gradients = gradient_of(plain)(hidden.astype(jnp.float32), head.astype(jnp.float32))
@@ -102,8 +102,8 @@ def test_bfloat16_is_summed_in_float32(monkeypatch):
 
 
 def test_entropy_has_no_gradient(monkeypatch):
-  for part_size in (384, SIZE):
-    monkeypatch.setattr(head_module, "PART_SIZE", part_size)
+  for chunk_size in (384, SIZE):
+    monkeypatch.setattr(head_module, "CHUNK_SIZE", chunk_size)
     slope = jax.grad(lambda hidden: token_scores(hidden, HEAD, TARGETS).entropy.sum())(HIDDEN)
     np.testing.assert_array_equal(slope, 0)
 
@@ -111,7 +111,7 @@ def test_entropy_has_no_gradient(monkeypatch):
 @pytest.mark.parametrize("size", [1024, 1152])
 def test_a_head_split_over_devices_is_the_whole_one(monkeypatch, size):
   """Each device's columns are read from its own share, be it a number of runs (1024) or not (1152)."""
-  monkeypatch.setattr(head_module, "PART_SIZE", 512)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 512)
   hidden = jnp.asarray(RNG.normal(size=(8, 4)), jnp.float32)
   head, targets = jnp.asarray(RNG.normal(size=(4, size)), jnp.float32), jnp.arange(8) * (size // 8)
 
@@ -137,21 +137,21 @@ def test_a_head_split_over_devices_is_the_whole_one(monkeypatch, size):
 
 def test_parts_have_one_size_and_cover_the_vocabulary():
   for size in (8193, 32_000, 50_257, 126_464, 152_064):
-    split, num_parts = split_vocabulary(size)
-    assert num_parts == -(-size // head_module.PART_SIZE)
-    assert split.step <= head_module.PART_SIZE
-    assert num_parts * split.step - size < num_parts * head_module.RUN_MULTIPLE
-    parts = [(np.asarray(ids), np.asarray(is_new)) for ids, is_new in map(split.ids, range(num_parts))]
+    split, num_chunks = split_vocabulary(size)
+    assert num_chunks == -(-size // head_module.CHUNK_SIZE)
+    assert split.step <= head_module.CHUNK_SIZE
+    assert num_chunks * split.step - size < num_chunks * head_module.WIDTH_MULTIPLE
+    parts = [(np.asarray(ids), np.asarray(is_new)) for ids, is_new in map(split.ids, range(num_chunks))]
     np.testing.assert_array_equal(np.concatenate([ids[is_new] for ids, is_new in parts]), np.arange(size))
     for ids, is_new in parts:
-      assert ids[0, 0] % VOCAB_GROUP == ids[is_new][0] % VOCAB_GROUP == 0, "no part divides a group"
+      assert ids[0, 0] % VOCAB_TILE == ids[is_new][0] % VOCAB_TILE == 0, "no part divides a group"
 
 
 def test_where_groups_are_drawn_no_share_divides_one():
   with jax.set_mesh(sharding.make_mesh(data=1, fsdp=2, tensor=4)):
-    assert [split_vocabulary(size, VOCAB_GROUP)[0].num_shares for size in (10_240, 10_244)] == [4, 1]
-    split, num_parts = split_vocabulary(10_244)  # scores need no groups
-    seen = [np.asarray(ids)[np.asarray(is_new)] for ids, is_new in map(split.ids, range(num_parts))]
+    assert [split_vocabulary(size, VOCAB_TILE)[0].num_shares for size in (10_240, 10_244)] == [4, 1]
+    split, num_chunks = split_vocabulary(10_244)  # scores need no groups
+    seen = [np.asarray(ids)[np.asarray(is_new)] for ids, is_new in map(split.ids, range(num_chunks))]
   assert split.num_shares == 4
   np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(10_244))
 
@@ -159,7 +159,7 @@ def test_where_groups_are_drawn_no_share_divides_one():
 @pytest.mark.parametrize(("argnums", "products"), [(None, 1), (0, 2), ((0, 1), 4)])
 def test_a_part_at_a_time_and_no_product_too_many(monkeypatch, argnums, products):
   """Logits; for the gradient by hidden states one more; by the head's too, logits again and one more."""
-  monkeypatch.setattr(head_module, "PART_SIZE", 384)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 384)
   score = gradient_of(token_scores, argnums) if argnums is not None else lambda *arrays: weighted(token_scores, *arrays)
   program = jax.make_jaxpr(score)(HIDDEN, HEAD)
   assert len(products_of(program)) == products

@@ -13,8 +13,8 @@ from recorded_models import TINY, compiled, tiny
 
 from dmpo_jax import build, sharding
 from dmpo_jax.models.layers import quantize
-from dmpo_jax.models.llada import LLaDA
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.models.transformer import Transformer
 
 ADAPTERS = LoraConfig(4, 4.0, 0.0, ("q_proj", "ff_out"))
 
@@ -27,7 +27,7 @@ def rows(seed, b, l):
 def both(**changes):
   """Give an int8 model with its variables, and its plain twin: the same kernels, multiplied out."""
   plain, variables = tiny(lora=ADAPTERS, qkv_bias=True, **changes)
-  model = LLaDA(dataclasses.replace(plain.config, quantization="int8"))
+  model = Transformer(dataclasses.replace(plain.config, quantization="int8"))
   blocks, twins = {}, {}
   for name, leaves in variables["params"]["blocks"].items():
     blocks[name] = twins[name] = leaves
@@ -93,7 +93,7 @@ def test_int8_is_what_is_gathered():
 
 def test_a_new_model_has_columns_of_the_usual_size():
   """Random int8 parameters, as plans and benchmarks have, are of the size of others."""
-  model = LLaDA(dataclasses.replace(TINY, d_model=64, num_heads=4, quantization="int8"))
+  model = Transformer(dataclasses.replace(TINY, d_model=64, num_heads=4, quantization="int8"))
   params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]["blocks"]
   for name, gain in (("up_proj", 1.0), ("attn_out", (2 * TINY.num_layers) ** -0.5)):
     kernel = params[name]["kernel"] * params[name]["kernel_scale"][:, None]

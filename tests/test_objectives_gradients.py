@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from dmpo_jax.hub import convert
 from dmpo_jax.models import lora
-from dmpo_jax.models.llada import LLaDA, ModelConfig
+from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.objectives import likelihood, wdce, wddo
 from dmpo_jax.scoring import make_score
 from dmpo_jax.structs import Experience, Prompts
@@ -77,7 +77,7 @@ def log_prob_and_pullback(prompts, completion, is_masked, cotangent, *, policy):
 
   def compute(trainable):
     variables = lora.policy_variables(trainable, PARAMS, lora=policy == "adapters")
-    return make_score(LLaDA(CONFIG), variables, prompts, completion)(is_masked).log_prob
+    return make_score(Transformer(CONFIG), variables, prompts, completion)(is_masked).log_prob
 
   log_prob, pullback = jax.vjp(compute, ADAPTERS if policy == "adapters" else PARAMS)
   return log_prob, pullback(cotangent)[0]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from dmpo_jax.hub import convert
 from dmpo_jax.models.denoiser import make_denoiser
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.samplers import SAMPLERS, Plan
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
@@ -28,7 +28,7 @@ def load(checkpoint):
   config = convert.model_config_from_hf(json.loads((folder / "config.json").read_text()))
   config = dataclasses.replace(config, vocab_size=config.embedding_size)
   params = convert.params_from_hf(load_file(folder / "model.safetensors"), config)
-  return LLaDA(config), {"params": jax.tree.map(jnp.asarray, params)}
+  return Transformer(config), {"params": jax.tree.map(jnp.asarray, params)}
 
 
 def sample(case, prompt, padding=0, temperature=0.0, first_key=0):

@@ -7,14 +7,14 @@ import pytest
 from fake_denoiser import Fake, keys
 from jaxprs import equations
 
-from dmpo_jax.samplers.prediction import group_noise, member_noise, predict
-from dmpo_jax.structs import VOCAB_GROUP
+from dmpo_jax.samplers.prediction import id_noise, predict, tile_noise
+from dmpo_jax.structs import VOCAB_TILE
 
-SIZE, NUM_PARTS, MASK = 150, 3, 149  # parts of 64, 64 and 22 ids; the last group has 22
+SIZE, NUM_CHUNKS, MASK = 150, 3, 149  # parts of 64, 64 and 22 ids; the last group has 22
 POSITIONS = jnp.arange(3, 5)
 
 
-class Parted(Fake):
+class Chunked(Fake):
   """Hidden states are logits, read in parts of 64 ids, of which the last is filled up."""
 
   def logits(self, hidden, number=0):
@@ -22,7 +22,7 @@ class Parted(Fake):
     return jnp.where(ids < SIZE, jnp.take(hidden, ids, axis=-1, mode="clip"), -jnp.inf)[:, :, None], ids[None]
 
 
-PARTED = Parted(len, mask_token_id=MASK, num_parts=NUM_PARTS)
+CHUNKED = Chunked(len, mask_token_id=MASK, num_chunks=NUM_CHUNKS)
 
 
 def logits_of(rows, scale=1.5):
@@ -34,9 +34,9 @@ def test_tokens_are_those_of_both_draws_written_out(temperature):
   """Of rows with a temperature of their own too, also where it is 0."""
   logits, rows = logits_of(4), keys(4)
   given = jnp.array(temperature) if isinstance(temperature, list) else temperature
-  found = jax.jit(lambda hidden: predict(PARTED, hidden, rows, POSITIONS, given))(logits)
-  num_groups = -(-SIZE // VOCAB_GROUP)
-  of_groups = np.asarray(group_noise(rows, POSITIONS, jnp.arange(num_groups)[None]), np.float64)[:, :, 0]
+  found = jax.jit(lambda hidden: predict(CHUNKED, hidden, rows, POSITIONS, given))(logits)
+  num_tiles = -(-SIZE // VOCAB_TILE)
+  of_tiles = np.asarray(tile_noise(rows, POSITIONS, jnp.arange(num_tiles)[None]), np.float64)[:, :, 0]
   log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
   for row, position in np.ndindex(4, len(POSITIONS)):
     t = temperature[row] if isinstance(temperature, list) else temperature
@@ -44,10 +44,10 @@ def test_tokens_are_those_of_both_draws_written_out(temperature):
     allowed = np.where(np.arange(SIZE) == MASK, -np.inf, own)
     token = allowed.argmax()
     if t > 0:
-      padded = np.pad(allowed, (0, -SIZE % VOCAB_GROUP), constant_values=-np.inf).reshape(num_groups, VOCAB_GROUP)
-      group = (np.log(np.exp(padded / t).sum(1)) + of_groups[row, position]).argmax()
-      of_members = member_noise(rows[row : row + 1], POSITIONS[position : position + 1], jnp.array([[group]]))[0, 0]
-      token = group * VOCAB_GROUP + (padded[group] / t + np.asarray(of_members)).argmax()
+      padded = np.pad(allowed, (0, -SIZE % VOCAB_TILE), constant_values=-np.inf).reshape(num_tiles, VOCAB_TILE)
+      tile = (np.log(np.exp(padded / t).sum(1)) + of_tiles[row, position]).argmax()
+      of_ids = id_noise(rows[row : row + 1], POSITIONS[position : position + 1], jnp.array([[tile]]))[0, 0]
+      token = tile * VOCAB_TILE + (padded[tile] / t + np.asarray(of_ids)).argmax()
     assert found.tokens[row, position] == token
     np.testing.assert_allclose(found.log_prob[row, position], log_p[row, position, token], atol=1e-5)
 
@@ -56,7 +56,7 @@ def test_tokens_are_those_of_both_draws_written_out(temperature):
 def test_a_temperature_near_0_takes_the_most_likely(temperature):
   logits = logits_of(4, scale=20.0)
   given = jnp.array(temperature) if isinstance(temperature, list) else temperature
-  found = jax.jit(lambda hidden: predict(PARTED, hidden, keys(4), POSITIONS, given))(logits)
+  found = jax.jit(lambda hidden: predict(CHUNKED, hidden, keys(4), POSITIONS, given))(logits)
   np.testing.assert_array_equal(found.tokens, logits[..., :MASK].argmax(-1))
   assert np.isfinite(found.log_prob).all()
 
@@ -65,7 +65,7 @@ def test_frequencies_are_the_probabilities():
   rows, temperature = 40_000, 0.7
   hidden = jnp.broadcast_to(logits_of(1, scale=0.7)[0], (rows, len(POSITIONS), SIZE))
   tokens = np.asarray(
-    jax.jit(lambda hidden: predict(PARTED, hidden, keys(rows), POSITIONS, temperature))(hidden).tokens
+    jax.jit(lambda hidden: predict(CHUNKED, hidden, keys(rows), POSITIONS, temperature))(hidden).tokens
   )
   for position in range(len(POSITIONS)):
     weights = np.exp(np.asarray(hidden[0, position, :MASK], np.float64) / temperature)
@@ -73,7 +73,7 @@ def test_frequencies_are_the_probabilities():
     assert expected.min() > 5
     counts = np.bincount(tokens[:, position], minlength=MASK)
     assert ((counts - expected) ** 2 / expected).sum() < 207  # 0.999 quantile of chi-square with 149 - 1
-  together = np.bincount(tokens[:, 0] // VOCAB_GROUP * 5 + tokens[:, 1] // VOCAB_GROUP, minlength=25).reshape(5, 5)
+  together = np.bincount(tokens[:, 0] // VOCAB_TILE * 5 + tokens[:, 1] // VOCAB_TILE, minlength=25).reshape(5, 5)
   apart = np.outer(together.sum(1), together.sum(0)) / rows
   assert ((together - apart) ** 2 / apart).sum() < 39.3, "positions are independent: 0.999 quantile with 16 degrees"
 
@@ -83,14 +83,14 @@ def test_a_row_whose_logits_are_not_numbers_has_ids_too(temperature):
   """And the others have theirs."""
   logits = logits_of(4)
   given = jnp.array(temperature) if isinstance(temperature, list) else temperature
-  read = jax.jit(lambda hidden: predict(PARTED, hidden, keys(4), POSITIONS, given).tokens)
+  read = jax.jit(lambda hidden: predict(CHUNKED, hidden, keys(4), POSITIONS, given).tokens)
   found, wanted = read(logits.at[1].set(jnp.nan)), read(logits)
   assert ((found >= 0) & (found < SIZE)).all()
   np.testing.assert_array_equal(found[np.array([0, 2, 3])], wanted[np.array([0, 2, 3])])
 
 
 def test_noise_is_drawn_for_groups_and_for_the_ids_of_one():
-  program = jax.make_jaxpr(lambda hidden: predict(PARTED, hidden, keys(4), POSITIONS, 1.0))(logits_of(4))
+  program = jax.make_jaxpr(lambda hidden: predict(CHUNKED, hidden, keys(4), POSITIONS, 1.0))(logits_of(4))
   drawn = {x.outvars[0].aval.size for x in equations(program) if x.primitive.name == "random_bits"}
   two_words = 2 * 4 * len(POSITIONS)  # of random bits, for a number of each row and position
-  assert drawn == {two_words * 64 // VOCAB_GROUP, two_words * VOCAB_GROUP}
+  assert drawn == {two_words * 64 // VOCAB_TILE, two_words * VOCAB_TILE}

@@ -13,7 +13,7 @@ from recorded_models import load, settings, tensors
 
 from dmpo_jax.hub import convert
 from dmpo_jax.models.denoiser import make_denoiser
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.samplers import SAMPLERS, Plan, loop, prediction, random_order
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
@@ -26,7 +26,7 @@ def test_tokens_and_log_probabilities_recorded_from_the_official_code(monkeypatc
   """The policy is the adapted model, the reference the model without adapters; noise and order are recorded."""
   lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
   model, variables = load("m2_gqa", lora=lora)
-  model = LLaDA(dataclasses.replace(model.config, vocab_size=model.config.embedding_size))
+  model = Transformer(dataclasses.replace(model.config, vocab_size=model.config.embedding_size))
   adapters = jax.tree.map(jnp.asarray, convert.adapters_from_peft(tensors("adapter"), model.config))
   case = dict(CASES[name])
   guidance, plan = case.pop("guidance"), Plan(steps=case["completion_length"], **case)

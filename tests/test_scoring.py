@@ -81,7 +81,7 @@ def assert_close(actual, wanted):
 @pytest.mark.parametrize("case", CASES)
 def test_pairs_and_parts_change_no_number(monkeypatch, case):
   wanted = plainly(case)
-  monkeypatch.setattr(head_module, "PART_SIZE", 128)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 128)
   model, trainable, params = parts_of(case)
   assert_close(jax.jit(gradient_of(model, make_inputs(), PAIRS))(trainable, params), wanted)
 
@@ -90,8 +90,8 @@ def test_pairs_and_parts_change_no_number(monkeypatch, case):
 def test_devices_change_no_number(monkeypatch, sizes):
   """Four rows on as many devices, on three and on eight; the head's eight or so positions are spread, too."""
   wanted = plainly("adapters, dropout")
-  monkeypatch.setattr(head_module, "PART_SIZE", 128)
-  monkeypatch.setattr(head_module, "RUN_MULTIPLE", 8)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 128)
+  monkeypatch.setattr(head_module, "WIDTH_MULTIPLE", 8)
   model, trainable, params = parts_of("adapters, dropout")
   with jax.set_mesh(sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])):
     program = jax.jit(gradient_of(model, make_inputs(), PAIRS))
@@ -106,7 +106,7 @@ def rows_of_head(program):
 
 @pytest.mark.parametrize(("pairs", "rows"), [((), P * G * R * C), (PAIRS, P * G * R * C // 2)])
 def test_a_pair_has_one_row_of_the_head_for_each_position(monkeypatch, pairs, rows):
-  monkeypatch.setattr(head_module, "PART_SIZE", 128)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 128)
   model, trainable, params = parts_of("adapters, dropout")
   program = jax.make_jaxpr(gradient_of(model, make_inputs(), pairs))(trainable, params)
   assert rows_of_head(program) == {rows}
@@ -119,7 +119,7 @@ def test_a_pair_has_one_row_of_the_head_for_each_position(monkeypatch, pairs, ro
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_both_policies_are_scored_under_masks_that_are_drawn_once(monkeypatch, make, antithetic):
   """One program draws them as often as the estimator alone, and pairs share the head's rows for each policy."""
-  monkeypatch.setattr(head_module, "PART_SIZE", 128)
+  monkeypatch.setattr(head_module, "CHUNK_SIZE", 128)
   estimator = Elbo(R, antithetic, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0)
   model, trainable, params = parts_of("adapters, dropout")
   prompts, completion, is_masked, keys = make_inputs()

@@ -178,4 +178,4 @@ def test_rows_are_filled_up_to_what_devices_share():
 
 
 def test_constraints_need_no_mesh():
-  assert sharding.constrain(jnp.ones((2, 2)), "rows", None).shape == (2, 2)
+  assert sharding.constrain(jnp.ones((2, 2)), "batch", None).shape == (2, 2)

@@ -22,7 +22,7 @@ from dmpo_jax.hub import chat, convert
 from dmpo_jax.hub.families import FAMILIES
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.hub.tokenizer import load_tokenizer
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run import checkpoints
 from launch import convert_hf, export_hf
 
@@ -89,7 +89,7 @@ def test_llada_is_llama_in_both_directions():
   shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
   stored = {name: rng.normal(size=shape, scale=0.4).astype(np.float32) for name, shape in shapes.items()}
   params = jax.tree.map(jnp.asarray, convert.params_from_hf(stored, config))
-  logits = compiled(LLaDA(config))({"params": params}, IDS)
+  logits = compiled(Transformer(config))({"params": params}, IDS)
   np.testing.assert_allclose(logits, bidirectional_logits(as_llama(config, stored), IDS), rtol=0, atol=5e-4)
 
 
@@ -100,7 +100,7 @@ def test_dream_is_qwen_in_both_directions():
   peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**own))
   peer.load_state_dict({name: torch.tensor(array) for name, array in stored.items()})
   params = jax.tree.map(jnp.asarray, convert.params_from_hf(stored, config, "dream"))
-  logits = compiled(LLaDA(config))({"params": params}, IDS)
+  logits = compiled(Transformer(config))({"params": params}, IDS)
   np.testing.assert_allclose(logits, bidirectional_logits(peer, IDS), rtol=0, atol=5e-4)
 
 

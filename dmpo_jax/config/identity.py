@@ -10,7 +10,7 @@ from etils import epath
 
 from dmpo_jax import tasks
 from dmpo_jax.config.validation import CHOICES, Config, flatten
-from dmpo_jax.models.llada import OLDER as OLDER_MODEL
+from dmpo_jax.models.transformer import OLDER as OLDER_MODEL
 
 # What may differ when a run goes on: how long, how often, where, how much at one time, in which precision; and the path
 # of the base, whose identity is in every checkpoint. The rest decides results.

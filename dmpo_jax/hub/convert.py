@@ -14,8 +14,8 @@ import numpy as np
 
 from dmpo_jax.hub.entries import ANYTHING, FLAG, ID, POSITIVE, SHARE, SIZE, check_entries
 from dmpo_jax.hub.families import FAMILIES, Family
-from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.models.lora import TARGETS, LoraConfig
+from dmpo_jax.models.transformer import ModelConfig
 
 PEFT_ROOT = "base_model.model."
 BIASED = ("q_proj", "k_proj", "v_proj")

@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from dmpo_jax import files
 from dmpo_jax.digests import DIGESTS
 from dmpo_jax.files import Unreadable
-from dmpo_jax.models.llada import OLDER, ModelConfig
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.models.transformer import OLDER, ModelConfig
 
 MODEL_FILE = "model.json"
 ADAPTER_FILE = "adapter.json"

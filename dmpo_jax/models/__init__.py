@@ -1,5 +1,5 @@
 """Masked diffusion language models by name."""
 
-from dmpo_jax.models import llada
+from dmpo_jax.models.transformer import Transformer
 
-MODELS = {"llada": llada.LLaDA}
+MODELS = {"llada": Transformer}

@@ -85,7 +85,7 @@ def attend(
     mixed = kernel(*arrays)[: query.shape[0]]
   else:
     mixed = _attend_plainly(query, key, value, mask)
-  return constrain(mixed.reshape(*query.shape[:2], -1), "rows", None, "heads")
+  return constrain(mixed.reshape(*query.shape[:2], -1), "batch", None, "heads")
 
 
 def _attend_plainly(
@@ -142,10 +142,10 @@ def _attend_splash(
   """Attend by Pallas's TPU kernel, on every device with its own rows and heads."""
   attend_rows = _attend_splash_rows
   if not jax.sharding.get_abstract_mesh().empty:
-    queries, keys = spec("rows", None, "heads", None), spec("rows", None, "kv_heads", None)
+    queries, keys = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
     attend_rows = jax.shard_map(
       attend_rows,
-      in_specs=(queries, keys, keys, spec("rows", None)),
+      in_specs=(queries, keys, keys, spec("batch", None)),
       out_specs=queries,
       check_vma=False,  # the kernel does not say over which axes its results vary
     )

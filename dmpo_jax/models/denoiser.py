@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dmpo_jax.models.head import part_logits, split_vocabulary
-from dmpo_jax.models.llada import Cache, empty_cache
+from dmpo_jax.models.head import chunk_logits, split_vocabulary
+from dmpo_jax.models.transformer import KVCache, empty_kv_cache
 from dmpo_jax.sharding import constrain
-from dmpo_jax.structs import VOCAB_GROUP
+from dmpo_jax.structs import VOCAB_TILE
 
 
 class Denoiser(NamedTuple):
@@ -28,7 +28,7 @@ class Denoiser(NamedTuple):
   block: Callable[..., Any]  # (tokens [b, s], start, cache) -> [b, s, d]; the block alone, the rest cached
   shadowed: Callable[..., Any]  # (completion, start, block_length) -> [b, 2 * s, d]; see `make_denoiser`
   logits: Callable[..., Any]  # (hidden [z, s, d], number) -> (float32 [z, s, n, w], ids [n, w]); see `make_denoiser`
-  num_parts: int  # of the vocabulary
+  num_chunks: int  # of the vocabulary
   mask_token_id: int
   eos_token_id: int
   reference: Any = None  # a Denoiser of the reference policy with the same prompts; None: there is none
@@ -63,10 +63,10 @@ def make_denoiser(
   config = model.config
   head = constrain(model.head_of(variables), None, "vocab")  # gathered once, not for every part in every call
   rows = _Rows(model, variables, prompt_tokens, prompt_is_valid, is_guided=guidance > 0)
-  split, num_parts = split_vocabulary(config.embedding_size, VOCAB_GROUP, config.vocab_size)
+  split, num_chunks = split_vocabulary(config.embedding_size, VOCAB_TILE, config.vocab_size)
 
   def logits(hidden: Float[Array, "z s d"], number: Int[Array, ""] | int = 0) -> tuple[jax.Array, jax.Array]:
-    sides = [part_logits(side, head, split, number) for side in jnp.split(hidden, rows.num_sides, axis=-1)]
+    sides = [chunk_logits(side, head, split, number) for side in jnp.split(hidden, rows.num_sides, axis=-1)]
     ids, is_own = split.ids(number)
     joined = sides[0] if guidance == 0 else sides[1] + (guidance + 1) * (sides[0] - sides[1])
     return jnp.where(is_own, joined, -jnp.inf), ids
@@ -78,7 +78,7 @@ def make_denoiser(
     block=rows.block,
     shadowed=rows.shadowed,
     logits=logits,
-    num_parts=num_parts,
+    num_chunks=num_chunks,
     mask_token_id=config.mask_token_id,
     eos_token_id=config.eos_token_id,
     reference=None
@@ -117,28 +117,28 @@ class _Rows:
     tokens = self._spread(completion)
     return self._gather(completion_hidden(self._model, self._variables, prompt, is_valid, tokens))
 
-  def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], Cache]:
+  def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], KVCache]:
     tokens = jnp.concatenate([self._prompt, self._spread(completion)], axis=1)
-    cache = empty_cache(self._model.config, *tokens.shape)
-    hidden, cache = self._run(tokens, is_valid=self._join_valid(completion.shape[1]), cache=cache)
-    return self._gather(hidden[:, self._q :]), cache
+    kv_cache = empty_kv_cache(self._model.config, *tokens.shape)
+    hidden, kv_cache = self._run(tokens, is_valid=self._join_valid(completion.shape[1]), kv_cache=kv_cache)
+    return self._gather(hidden[:, self._q :]), kv_cache
 
   def suffix(
-    self, completion: Int[Array, "b c"], start: Int[Array, ""], cache: Cache, block_length: int
+    self, completion: Int[Array, "b c"], start: Int[Array, ""], kv_cache: KVCache, block_length: int
   ) -> Float[Array, "b s d"]:
     """One branch for every start, so that only what follows it is computed and all shapes are known."""
 
     def from_start(start: int) -> Callable[..., jax.Array]:
-      def run(completion: Int[Array, "b c"], cache: Cache) -> Float[Array, "b s d"]:
-        return self.block(completion[:, start:], start, cache)[:, :block_length]
+      def run(completion: Int[Array, "b c"], kv_cache: KVCache) -> Float[Array, "b s d"]:
+        return self.block(completion[:, start:], start, kv_cache)[:, :block_length]
 
       return run
 
     branches = [from_start(start) for start in range(0, completion.shape[1], block_length)]
-    return jax.lax.switch(start // block_length, branches, completion, cache)
+    return jax.lax.switch(start // block_length, branches, completion, kv_cache)
 
-  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""] | int, cache: Cache) -> Float[Array, "b s d"]:
-    hidden, _ = self._run(self._spread(tokens), cache=cache, cache_start=self._q + start)
+  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""] | int, kv_cache: KVCache) -> Float[Array, "b s d"]:
+    hidden, _ = self._run(self._spread(tokens), kv_cache=kv_cache, cache_start=self._q + start)
     return self._gather(hidden)
 
   def shadowed(self, completion: Int[Array, "b c"], start: Int[Array, ""], block_length: int) -> Float[Array, "b t d"]:
@@ -161,13 +161,13 @@ class _Rows:
     block = jax.lax.dynamic_slice_in_dim(hidden, self._q + start, block_length, axis=1)
     return self._gather(jnp.concatenate([block, hidden[:, length:]], axis=1))
 
-  def _run(self, tokens: Int[Array, "z l"], **keywords: Any) -> tuple[jax.Array, Cache | None]:
+  def _run(self, tokens: Int[Array, "z l"], **keywords: Any) -> tuple[jax.Array, KVCache | None]:
     if self._model.config.shift_logits:  # a part of a row lacks the position that predicts its first token
       raise ValueError(
         "model.shift_logits=True: samplers with a cache or a shadow block (prefix_cache, dual_cache, wino) read each "
         "position from itself; choose a sampler.name that runs whole rows, such as llada or parallel"
       )
-    return self._model.apply(self._variables, constrain(tokens, "rows", None), method="hidden", **keywords)
+    return self._model.apply(self._variables, constrain(tokens, "batch", None), method="hidden", **keywords)
 
   def _spread(self, completion: Int[Array, "z c"]) -> Int[Array, "y c"]:
     return jnp.repeat(completion, self.num_sides, axis=0) if self.num_sides > 1 else completion
@@ -196,7 +196,7 @@ def completion_hidden(
   Args:
     dropout_keys: the rows' keys of the adapters' dropout; None: no dropout.
   """
-  rows = constrain(jnp.concatenate([prompt_tokens, completion], axis=1), "rows", None)
+  rows = constrain(jnp.concatenate([prompt_tokens, completion], axis=1), "batch", None)
   is_valid = jnp.concatenate([prompt_is_valid, jnp.ones(completion.shape, bool)], axis=1)
   hidden, _ = model.apply(variables, rows, is_valid=is_valid, dropout_keys=dropout_keys, method="hidden")
   first = prompt_tokens.shape[1] - model.config.shift_logits  # whose logits predict the completion's first token

@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dmpo_jax import sharding
 from dmpo_jax.models.layers import project
 from dmpo_jax.sharding import constrain
-from dmpo_jax.structs import VOCAB_GROUP
+from dmpo_jax.structs import VOCAB_TILE
 
-PART_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
-RUN_MULTIPLE = 128  # parts have one width, about a multiple of it
+CHUNK_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
+WIDTH_MULTIPLE = 128  # parts have one width, about a multiple of it
 
 
 class Split(NamedTuple):
@@ -35,10 +35,10 @@ class Split(NamedTuple):
   @property
   def step(self) -> int:
     """From one part to the next: the width, but for the odd ids of a share that is no whole number of groups."""
-    return self.width if self.width == self.share else self.width - self.share % VOCAB_GROUP
+    return self.width if self.width == self.share else self.width - self.share % VOCAB_TILE
 
   @property
-  def num_parts(self) -> int:
+  def num_chunks(self) -> int:
     return -(-self.share // self.step)
 
   def start(self, number: Int[Array, ""] | int) -> Int[Array, ""]:
@@ -71,16 +71,16 @@ def split_vocabulary(size: int, multiple: int = 1, num_ids: int | None = None) -
     multiple: that each device's share has to be of. Where it cannot be, parts are read one device after the other.
     num_ids: the vocabulary's; rows from there on are none of its ids. None: all rows are.
   """
-  if size <= PART_SIZE:
+  if size <= CHUNK_SIZE:
     return Split(1, size, size, num_ids), 1
   num_shares = sharding.num_shares("vocab")
   if size % (num_shares * multiple):
     num_shares = 1  # correct, but parts then lie on few devices
   share = size // num_shares
-  num_parts = -(-size // PART_SIZE)
-  width = -(-share // (num_parts * RUN_MULTIPLE)) * RUN_MULTIPLE  # parts of one size, but for the rounding
-  split = Split(num_shares, share, min(share, width + share % VOCAB_GROUP), num_ids)
-  return split, split.num_parts
+  num_chunks = -(-size // CHUNK_SIZE)
+  width = -(-share // (num_chunks * WIDTH_MULTIPLE)) * WIDTH_MULTIPLE  # parts of one size, but for the rounding
+  split = Split(num_shares, share, min(share, width + share % VOCAB_TILE), num_ids)
+  return split, split.num_chunks
 
 
 class Scores(NamedTuple):
@@ -91,7 +91,7 @@ class Scores(NamedTuple):
   divergence: Float32[Array, "*t"] | None = None  # KL(teacher || that distribution), where there is a teacher
 
 
-def part_logits(
+def chunk_logits(
   hidden: Float[Array, "*t d"], head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int
 ) -> Float32[Array, "*t n w"]:
   """Give the float32 logits of one part of the vocabulary; the head is best whole on every device, or split by it."""
@@ -115,7 +115,7 @@ def _gather(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | in
 def _project(hidden: Float[Array, "*t d"], part: Float[Array, "d n w"], split: Split) -> Float32[Array, "*t n w"]:
   logits = project(hidden, part.reshape(part.shape[0], -1), jnp.float32)
   logits = logits.reshape(*hidden.shape[:-1], *part.shape[1:])
-  return constrain(logits, "rows", *(None,) * (hidden.ndim - 2), *split.axes)
+  return constrain(logits, "batch", *(None,) * (hidden.ndim - 2), *split.axes)
 
 
 def token_scores(
@@ -131,9 +131,9 @@ def token_scores(
   so where it is asked for it is summed up beside the logits, as flash attention sums up its output (arXiv 2205.14135):
   a head that is frozen costs nothing in the backward pass. One that is trained has its logits computed again there.
   """
-  split, num_parts = split_vocabulary(head.shape[1], num_ids=num_ids)
-  score = _score_whole if num_parts == 1 else _score_in_parts
-  log_prob, entropy = score(split, constrain(hidden, "rows", None), head, targets)
+  split, num_chunks = split_vocabulary(head.shape[1], num_ids=num_ids)
+  score = _score_whole if num_chunks == 1 else _score_in_chunks
+  log_prob, entropy = score(split, constrain(hidden, "batch", None), head, targets)
   return Scores(log_prob, jax.lax.stop_gradient(entropy))
 
 
@@ -159,8 +159,8 @@ def divergence(
   The teacher's distribution carries no gradient. The vocabulary is read in parts, whose logits are computed again in
   the backward pass.
   """
-  split, num_parts = split_vocabulary(head.shape[1], num_ids=num_ids)
-  hidden, teacher = constrain(hidden, "rows", None), constrain(jax.lax.stop_gradient(teacher), "rows", None)
+  split, num_chunks = split_vocabulary(head.shape[1], num_ids=num_ids)
+  hidden, teacher = constrain(hidden, "batch", None), constrain(jax.lax.stop_gradient(teacher), "batch", None)
 
   @jax.checkpoint
   def read(before: _Pair, number: Int[Array, ""]) -> tuple[_Pair, None]:
@@ -185,7 +185,7 @@ def divergence(
 
   zero = jnp.zeros(len(hidden))
   least = jnp.full_like(zero, -jnp.inf)
-  sums, _ = jax.lax.scan(read, _Pair(least, least, zero, zero, zero), jnp.arange(num_parts))
+  sums, _ = jax.lax.scan(read, _Pair(least, least, zero, zero, zero), jnp.arange(num_chunks))
   log_normalizer, taught_normalizer = (
     level + jnp.log(total) for level, total in ((sums.highest, sums.total), (sums.teacher_highest, sums.teacher_total))
   )
@@ -193,7 +193,7 @@ def divergence(
 
 
 def _score_whole(split: Split, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  logits = part_logits(hidden, head, split, 0)[:, 0]
+  logits = chunk_logits(hidden, head, split, 0)[:, 0]
   # Selecting the target by comparison rather than by index keeps a split vocabulary split, in the gradient too.
   is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
   is_id = split.has(jnp.arange(logits.shape[-1]))
@@ -256,10 +256,10 @@ def _read(
     )
 
   shape = (len(targets), split.num_shares)
-  zero = constrain(jnp.zeros(shape), "rows", split.axes[0])
-  column = constrain(jnp.zeros((*shape, head.shape[0])), "rows", split.axes[0], None) if with_column else None
+  zero = constrain(jnp.zeros(shape), "batch", split.axes[0])
+  column = constrain(jnp.zeros((*shape, head.shape[0])), "batch", split.axes[0], None) if with_column else None
   first = _Sums(jnp.full_like(zero, -jnp.inf), zero, zero, zero, column)
-  return jax.lax.fori_loop(0, split.num_parts, add, first).joined()
+  return jax.lax.fori_loop(0, split.num_chunks, add, first).joined()
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> Float32[Array, "..."]:
@@ -268,7 +268,7 @@ def _product(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> Float32[Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _score_in_parts(
+def _score_in_chunks(
   split: Split, hidden: jax.Array, head: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   return _verdict(_read(split, hidden, head, targets, with_column=False))
@@ -300,13 +300,13 @@ def _score_backward(split: Split, saved: tuple[Any, Any], from_above: tuple[Any,
   return by_hidden, None if again is None else _head_gradient(split, *again, of_log_prob), None
 
 
-_score_in_parts.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
+_score_in_chunks.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
 
 
 def _columns(head: Float[Array, "d v"], ids: Int[Array, "t"]) -> Float[Array, "t d"]:
   """Look up columns; each shard its part of the width for all rows, which then part."""
-  found = jnp.take(head, constrain(ids, "gathered_rows"), axis=1, mode="clip")
-  return constrain(constrain(found, "embed", "gathered_rows").T, "rows", None)
+  found = jnp.take(head, constrain(ids, "gathered_batch"), axis=1, mode="clip")
+  return constrain(constrain(found, "embed", "gathered_batch").T, "batch", None)
 
 
 def _head_gradient(
@@ -329,4 +329,4 @@ def _head_gradient(
     return jax.lax.dynamic_update_slice(gradient, found.astype(gradient.dtype), start)
 
   zero = jnp.zeros((head.shape[0], split.num_shares, split.share), head.dtype)
-  return jax.lax.fori_loop(0, split.num_parts, add, constrain(zero, "embed", split.axes[0], None)).reshape(head.shape)
+  return jax.lax.fori_loop(0, split.num_chunks, add, constrain(zero, "embed", split.axes[0], None)).reshape(head.shape)

@@ -24,7 +24,7 @@ from dmpo_jax import digests, files
 from dmpo_jax.files import Unreadable
 from dmpo_jax.hub import pretrained
 from dmpo_jax.processes import Absent, Stopped, agree, meet, poll
-from dmpo_jax.structs import Drawn, Experience, Measures, Prompts, Rollouts, TrainState
+from dmpo_jax.structs import Drawn, Experience, LogProbs, Prompts, Rollouts, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -454,7 +454,7 @@ def _experience(fields: dict[str, Any]) -> Experience:
 
 
 def _drawn(fields: dict[str, Any]) -> Drawn:
-  measures = fields["measures"] and Measures(**fields["measures"])
+  measures = fields["measures"] and LogProbs(**fields["measures"])
   return Drawn(**fields | {"rollouts": Rollouts(**fields["rollouts"]), "measures": measures})
 
 

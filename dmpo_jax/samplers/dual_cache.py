@@ -19,7 +19,7 @@ class DualDenoiser(Denoiser, Protocol):
 
   def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], Any]: ...
 
-  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""], memory: Any) -> Float[Array, "b s d"]: ...
+  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""], kv_cache: Any) -> Float[Array, "b s d"]: ...
 
 
 def sample(
@@ -45,11 +45,11 @@ def sample(
   accept, most_calls = make_accept(denoiser, plan, rule=rule, threshold=threshold, factor=factor)
 
   def enter(view: View) -> tuple[Float[Array, "b s d"], Any]:
-    hidden, memory = denoiser.prefill(view.completion)
-    return take_block(hidden, view.start, plan.block_length), memory
+    hidden, kv_cache = denoiser.prefill(view.completion)
+    return take_block(hidden, view.start, plan.block_length), kv_cache
 
-  def look(view: View, state: tuple[()], memory: Any) -> Float[Array, "b s d"]:
-    return denoiser.block(view.tokens, view.start, memory)
+  def look(view: View, state: tuple[()], kv_cache: Any) -> Float[Array, "b s d"]:
+    return denoiser.block(view.tokens, view.start, kv_cache)
 
   rollouts, _ = decode(look, accept, (), keys, plan, denoiser, most_calls=most_calls, enter=enter)
   return rollouts

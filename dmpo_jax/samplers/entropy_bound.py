@@ -20,7 +20,7 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, *, bound: floa
   """
   check_number("sampler.entropy_bound.bound", bound)
 
-  def look(view: View, state: tuple[()], memory: None) -> Float[Array, "b s d"]:
+  def look(view: View, state: tuple[()], kv_cache: None) -> Float[Array, "b s d"]:
     return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
 
   def accept(view: View, seen: Float[Array, "b s d"], state: tuple[()]) -> tuple[Decision, tuple[()]]:

@@ -49,7 +49,7 @@ def sample(
   steps = plan.steps_per_block
   schedule = num_transfer_tokens(jnp.int32(plan.block_length), steps)
 
-  def look(view: View, state: State, memory: None) -> Float[Array, "b k s d"]:
+  def look(view: View, state: State, kv_cache: None) -> Float[Array, "b k s d"]:
     blocks = _candidates(view, state)
     b, k, _ = blocks.shape
     rows = jnp.broadcast_to(view.completion[:, None], (b, k, view.completion.shape[1]))

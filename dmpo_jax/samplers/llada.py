@@ -28,7 +28,7 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, *, remasking: 
   check_choice("sampler.llada.remasking", remasking, REMASKING)
   schedule = num_transfer_tokens(jnp.int32(plan.block_length), plan.steps_per_block)
 
-  def look(view: View, state: tuple[()], memory: None) -> Float[Array, "b s d"]:
+  def look(view: View, state: tuple[()], kv_cache: None) -> Float[Array, "b s d"]:
     return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
 
   def accept(view: View, seen: Float[Array, "b s d"], state: tuple[()]) -> tuple[Decision, tuple[()]]:

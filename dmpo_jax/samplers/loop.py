@@ -29,7 +29,7 @@ class Denoiser(Protocol):
 
   mask_token_id: int
   eos_token_id: int
-  num_parts: int
+  num_chunks: int
 
   def hidden(self, completion: Int[Array, "z c"]) -> Float[Array, "z c d"]: ...
 
@@ -183,10 +183,10 @@ def decode(
     return carry
 
   def decode_block(carry: Carry, start: Int[Array, ""]) -> Carry:
-    loop, memory = (carry, jnp.int32(0)), None
+    loop, kv_cache = (carry, jnp.int32(0)), None
     if enter is not None:
       view = view_block(carry, start, jnp.int32(0))
-      seen, memory = enter(view)
+      seen, kv_cache = enter(view)
       loop = settle(carry, view, seen), jnp.int32(1)
 
     def is_going(loop: tuple[Carry, Any]) -> Bool[Array, ""]:
@@ -194,7 +194,7 @@ def decode(
 
     def call(loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
       view = view_block(loop[0], start, loop[1])
-      return settle(loop[0], view, look(view, loop[0].state, memory)), loop[1] + 1
+      return settle(loop[0], view, look(view, loop[0].state, kv_cache)), loop[1] + 1
 
     carry, step = jax.lax.while_loop(is_going, call, loop)
     if plan.early_exit and can_revoke:
@@ -231,7 +231,7 @@ def record(carry: Carry, view: View, decision: Decision, state: Any, is_live: Bo
 
   def write(rows: Num[Array, "b c"], new: Num[Array, "b s"]) -> Num[Array, "b c"]:
     block = jnp.where(is_changed, new.astype(rows.dtype), take_block(rows, view.start, is_changed.shape[1]))
-    return constrain(jax.lax.dynamic_update_slice_in_dim(rows, block, view.start, axis=1), "rows", None)
+    return constrain(jax.lax.dynamic_update_slice_in_dim(rows, block, view.start, axis=1), "batch", None)
 
   return carry._replace(
     completion=write(carry.completion, decision.tokens),
@@ -261,7 +261,7 @@ def _filled(carry: Carry, eos_token_id: int) -> tuple[Int[Array, "b c"], Bool[Ar
   """Fill rows that have ended with EOS behind their first one; also say where."""
   is_eos = carry.completion == eos_token_id
   is_filled = (jnp.cumsum(is_eos, axis=1) - is_eos > 0) & carry.is_ended[:, None]
-  return constrain(jnp.where(is_filled, eos_token_id, carry.completion), "rows", None), is_filled
+  return constrain(jnp.where(is_filled, eos_token_id, carry.completion), "batch", None), is_filled
 
 
 def _finish(carry: Carry, mask_token_id: int, eos_token_id: int) -> Rollouts:

@@ -27,7 +27,7 @@ def sample(
   """
   accept, most_calls = make_accept(denoiser, plan, rule=rule, threshold=threshold, factor=factor)
 
-  def look(view: View, state: tuple[()], memory: None) -> Float[Array, "b s d"]:
+  def look(view: View, state: tuple[()], kv_cache: None) -> Float[Array, "b s d"]:
     return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
 
   rollouts, _ = decode(look, accept, (), keys, plan, denoiser, most_calls=most_calls)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Integer, Key
 
 from dmpo_jax.samplers.loop import Denoiser
-from dmpo_jax.structs import VOCAB_GROUP
+from dmpo_jax.structs import VOCAB_TILE
 
 NOWHERE = 2**31 - 1  # no id, and no group of ids
 GREEDY_BELOW = 1e-6  # a temperature whose noise is less than the rounding of logits; near 0 a logit over it is infinite
@@ -70,20 +70,20 @@ def predict(
   is_of_rows = isinstance(temperature, jax.Array)
   is_noisy = is_of_rows or temperature > 0
   scale = jnp.asarray(temperature, jnp.float32)[..., None, None]  # beside [b, s, n]
-  in_groups = is_noisy and denoiser.num_parts > 1
+  in_groups = is_noisy and denoiser.num_chunks > 1
 
   def choose(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Choice:
     logits = jnp.where(ids == denoiser.mask_token_id, -jnp.inf, logits)
     if in_groups:
-      return _best_group(logits, ids, keys, positions, scale)
+      return _best_tile(logits, ids, keys, positions, scale)
     if is_noisy:
       noise = gumbel_noise(keys, positions, ids.size)[:, :, None]
       return _first_best(logits + scale[..., None] * noise, logits, ids)
     return _first_best(logits, logits, ids)
 
-  sums, found = _read_vocabulary(denoiser, hidden, choose, VOCAB_GROUP if in_groups else 1)
+  sums, found = _read_vocabulary(denoiser, hidden, choose, VOCAB_TILE if in_groups else 1)
   if in_groups:
-    found = _best_of_group(found, keys, positions, scale)
+    found = _best_in_tile(found, keys, positions, scale)
   tokens = jnp.where(found.place == NOWHERE, 0, found.place)  # where logits are not numbers, still an id
   logit, log_total = found.logits[..., 0], jnp.log(sums.total)
   confidence = jnp.exp(logit - sums.highest) / sums.total
@@ -135,9 +135,9 @@ def _read_vocabulary(
     Sums(least, zero, zero),
     Choice(least, jnp.full(shape, NOWHERE), jnp.full((*shape, num_kept), -jnp.inf)),
   )
-  if denoiser.num_parts == 1:
+  if denoiser.num_chunks == 1:
     return read(0, first)
-  return jax.lax.fori_loop(0, denoiser.num_parts, read, first)
+  return jax.lax.fori_loop(0, denoiser.num_chunks, read, first)
 
 
 def _first_best(
@@ -157,7 +157,7 @@ def _first_best(
   return Choice(best, place, logits.reshape(*best.shape, -1, logits.shape[-1]).max(-2))
 
 
-def _best_group(
+def _best_tile(
   logits: Float32[Array, "b s n w"],
   ids: Int[Array, "n w"],
   keys: Key[Array, "b"],
@@ -165,23 +165,23 @@ def _best_group(
   scale: Float32[Array, "*b"],
 ) -> Choice:
   """Draw a group of ids by what its members have together."""
-  surplus = -logits.shape[-1] % VOCAB_GROUP  # of a vocabulary that is no whole number of groups
+  surplus = -logits.shape[-1] % VOCAB_TILE  # of a vocabulary that is no whole number of groups
   logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (0, surplus)), constant_values=-jnp.inf)
-  logits = logits.reshape(*logits.shape[:3], -1, VOCAB_GROUP)
-  groups = ids[:, ::VOCAB_GROUP] // VOCAB_GROUP
+  logits = logits.reshape(*logits.shape[:3], -1, VOCAB_TILE)
+  groups = ids[:, ::VOCAB_TILE] // VOCAB_TILE
   is_noisy = scale > GREEDY_BELOW
   together = jax.nn.logsumexp(logits / jnp.where(is_noisy, scale, 1.0)[..., None, None], axis=-1)
-  noisy = scale[..., None] * (together + group_noise(keys, positions, groups))
+  noisy = scale[..., None] * (together + tile_noise(keys, positions, groups))
   return _first_best(jnp.where(is_noisy[..., None], noisy, logits.max(-1)), logits, groups)
 
 
-def _best_of_group(
+def _best_in_tile(
   group: Choice, keys: Key[Array, "b"], positions: Int[Array, "s"], scale: Float32[Array, "*b"]
 ) -> Choice:
   """Draw one of a group's ids."""
   logits = group.logits[:, :, None]
-  noise = member_noise(keys, positions, group.place)[:, :, None]
-  ids = group.place[..., None, None] * VOCAB_GROUP + jnp.arange(VOCAB_GROUP)
+  noise = id_noise(keys, positions, group.place)[:, :, None]
+  ids = group.place[..., None, None] * VOCAB_TILE + jnp.arange(VOCAB_TILE)
   return _first_best(logits + scale[..., None] * noise, logits, ids)
 
 
@@ -190,18 +190,16 @@ def gumbel_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], num_ids: int
   return _draw(position_keys(keys, positions), num_ids)
 
 
-def group_noise(
+def tile_noise(
   keys: Key[Array, "b"], positions: Int[Array, "s"], groups: Int[Array, "n m"]
 ) -> Float32[Array, "b s n m"]:
   """Draw Gumbel noise that belongs to (row, call, position, group of ids), whatever part of the vocabulary has it."""
   return _draw(_fold(_fold(position_keys(keys, positions), 0)[..., None, None], groups))
 
 
-def member_noise(
-  keys: Key[Array, "b"], positions: Int[Array, "s"], group: Int[Array, "b s"]
-) -> Float32[Array, "b s w"]:
+def id_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], group: Int[Array, "b s"]) -> Float32[Array, "b s w"]:
   """Draw Gumbel noise for the ids of each position's group, independent of `group_noise`."""
-  return _draw(_fold(_fold(position_keys(keys, positions), 1), group), VOCAB_GROUP)
+  return _draw(_fold(_fold(position_keys(keys, positions), 1), group), VOCAB_TILE)
 
 
 def uniform_noise(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Float32[Array, "b s"]:

@@ -20,7 +20,7 @@ class PrefixDenoiser(Denoiser, Protocol):
   def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], Any]: ...
 
   def suffix(
-    self, completion: Int[Array, "b c"], start: Int[Array, ""], memory: Any, block_length: int
+    self, completion: Int[Array, "b c"], start: Int[Array, ""], kv_cache: Any, block_length: int
   ) -> Float[Array, "b s d"]: ...
 
 
@@ -47,11 +47,11 @@ def sample(
   accept, most_calls = make_accept(denoiser, plan, rule=rule, threshold=threshold, factor=factor)
 
   def enter(view: View) -> tuple[Float[Array, "b s d"], Any]:
-    hidden, memory = denoiser.prefill(view.completion)
-    return take_block(hidden, view.start, plan.block_length), memory
+    hidden, kv_cache = denoiser.prefill(view.completion)
+    return take_block(hidden, view.start, plan.block_length), kv_cache
 
-  def look(view: View, state: tuple[()], memory: Any) -> Float[Array, "b s d"]:
-    return denoiser.suffix(view.completion, view.start, memory, plan.block_length)
+  def look(view: View, state: tuple[()], kv_cache: Any) -> Float[Array, "b s d"]:
+    return denoiser.suffix(view.completion, view.start, kv_cache, plan.block_length)
 
   rollouts, _ = decode(look, accept, (), keys, plan, denoiser, most_calls=most_calls, enter=enter)
   return rollouts

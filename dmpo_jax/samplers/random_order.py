@@ -19,7 +19,7 @@ class ComparedDenoiser(Denoiser, Protocol):
   reference: Denoiser | None
 
 
-LogProbs = tuple[Float32[Array, "b c"], Float32[Array, "b c"] | None]
+BothLogProbs = tuple[Float32[Array, "b c"], Float32[Array, "b c"] | None]
 Seen = tuple[Float[Array, "b s d"], Float[Array, "b s d"] | None]
 
 
@@ -36,14 +36,14 @@ def sample(denoiser: ComparedDenoiser, keys: Key[Array, "b"], plan: Plan) -> Rol
   """
   schedule = num_transfer_tokens(jnp.int32(plan.block_length), plan.steps_per_block)
 
-  def look(view: View, state: LogProbs, memory: None) -> Seen:
+  def look(view: View, state: BothLogProbs, kv_cache: None) -> Seen:
     policies = (denoiser, denoiser.reference)
     return tuple(
       None if policy is None else take_block(policy.hidden(view.completion), view.start, plan.block_length)
       for policy in policies
     )
 
-  def accept(view: View, seen: Seen, state: LogProbs) -> tuple[Decision, LogProbs]:
+  def accept(view: View, seen: Seen, state: BothLogProbs) -> tuple[Decision, BothLogProbs]:
     chosen = predict(denoiser, seen[0], view.keys, view.positions, plan.temperature)
     order = uniform_noise(fold_calls(view.row_keys, view.number - view.step), view.positions)
     is_kept = select_count(order, view.is_masked, schedule[view.step])

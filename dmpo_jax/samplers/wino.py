@@ -52,7 +52,7 @@ def sample(
   check_number("sampler.wino.threshold_back", threshold_back)
   size = plan.block_length
 
-  def look(view: View, state: Int[Array, "b"], memory: None) -> Float[Array, "b t d"]:
+  def look(view: View, state: Int[Array, "b"], kv_cache: None) -> Float[Array, "b t d"]:
     return denoiser.shadowed(view.completion, view.start, size)
 
   def accept(view: View, seen: Float[Array, "b t d"], num_before: Int[Array, "b"]) -> tuple[Decision, Int[Array, "b"]]:

@@ -19,8 +19,8 @@ from typing import Any
 from unittest import mock
 
 from dmpo_jax.hub import convert
-from dmpo_jax.models.llada import ModelConfig
 from dmpo_jax.models.lora import TARGETS
+from dmpo_jax.models.transformer import ModelConfig
 from launch.bench import workload
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it compiles one call of PyTorch's attention, nothing else

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import build, phases, sharding
 from dmpo_jax.measure import Policies
 from dmpo_jax.models import lora
-from dmpo_jax.models.llada import LLaDA
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import OBJECTIVES, needs_of
 from dmpo_jax.structs import Experience, Prompts
 
@@ -31,7 +31,7 @@ def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh
   return sharding.make_meshes(**config.sharding.to_dict(), devices=devices)
 
 
-def make_model(config: ConfigDict) -> LLaDA:
+def make_model(config: ConfigDict) -> Transformer:
   """Build the configuration's model; where its checkpoint is not at hand, special ids are any: no program depends on
   which they are.
 
@@ -47,7 +47,7 @@ def make_model(config: ConfigDict) -> LLaDA:
   return build.build_model(config, vocabulary)
 
 
-def place(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[LLaDA, tuple[Mesh, Mesh]]:
+def place(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Transformer, tuple[Mesh, Mesh]]:
   """Build the configuration's model for its meshes over the devices, and those."""
   meshes = make_meshes(config, devices)
   return build.place_model(make_model(config), config, *meshes), meshes
@@ -63,7 +63,7 @@ def is_needed(name: str, config: ConfigDict) -> bool:
   return name == "update" or needs != "demonstrations"
 
 
-def trace(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mesh, Mesh]) -> jax.stages.Traced:
+def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh, Mesh]) -> jax.stages.Traced:
   """Trace one of `PROGRAMS` as training would call it, with descriptions in the place of arrays."""
   mesh = meshes[1] if name == "sample" else meshes[0]
   params = build.abstract_collection(model, mesh, "params")
@@ -93,7 +93,7 @@ def trace(name: str, config: ConfigDict, model: LLaDA, meshes: tuple[Mesh, Mesh]
     return program.trace(*args)
 
 
-def _trained_params(model: LLaDA, mesh: Mesh) -> Any:
+def _trained_params(model: Transformer, mesh: Mesh) -> Any:
   return build.abstract_collection(build.with_params(model, build.TRAINED), mesh, "params")
 
 

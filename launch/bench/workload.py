@@ -13,7 +13,7 @@ from dmpo_jax import build
 from dmpo_jax.hub import pretrained
 from dmpo_jax.measure import Policies
 from dmpo_jax.models import lora
-from dmpo_jax.models.llada import LLaDA, ModelConfig
+from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.structs import Experience, Prompts
 from launch.bench import costs, programs
 
@@ -25,7 +25,7 @@ class Workload(NamedTuple):
   """A configuration with all that its programs are called with."""
 
   config: ConfigDict
-  model: LLaDA
+  model: Transformer
   meshes: tuple[Mesh, Mesh]  # training's, and the samplers'
   policies: Policies  # parameters, and adapters that change something
   experience: Experience
@@ -73,7 +73,7 @@ def _fill_b(path: Any, array: jax.Array) -> jax.Array:
   return jax.device_put(0.02 * jax.random.normal(key, array.shape, array.dtype), array.sharding)
 
 
-def _experience(config: ConfigDict, model: LLaDA) -> Experience:
+def _experience(config: ConfigDict, model: Transformer) -> Experience:
   """Draw a buffer of rollouts: ordinary tokens, prompts without padding, some rewards and log-probabilities."""
   rng, p, g = np.random.default_rng(0), config.rollout.num_prompts, config.rollout.group_size
   ordinary = ordinary_ids(model.config)

@@ -25,7 +25,9 @@ FILES = sorted(
 
 @pytest.mark.slow
 def test_recorded_numbers_hold_with_default_flags():
-  assert {"test_objectives_gradients.py", "test_samplers_goldens.py", "test_models_llada.py"} <= {f.name for f in FILES}
+  assert {"test_objectives_gradients.py", "test_samplers_goldens.py", "test_models_transformer.py"} <= {
+    f.name for f in FILES
+  }
   given = ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION")
   environment = {key: value for key, value in os.environ.items() if key not in given} | {DEFAULT_FLAGS: "1"}
   command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "not slow and not torch", "-rf", *map(str, FILES)]

@@ -17,8 +17,8 @@ from dmpo_jax import build, sharding
 from dmpo_jax.models import MODELS
 from dmpo_jax.models.attention import attend
 from dmpo_jax.models.layers import rotary_table, rotate
-from dmpo_jax.models.llada import Cache, LLaDA, count_groups, empty_cache
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.models.transformer import KVCache, Transformer, count_chunks, empty_kv_cache
 from launch.bench import costs
 
 TOLERANCE = 5e-4  # of recorded float32 logits with a standard deviation of 2-3
@@ -75,24 +75,24 @@ def test_prefix_and_dual_caches_give_the_recorded_logits(name):
   before, after = arrays["c_ids_full"], arrays["c_ids_after"]
   start, end = arrays["c_block"].tolist()
   run, logits = compiled(model, "hidden"), compiled(model, "logits")
-  _, cache = run(variables, before, cache=empty_cache(model.config, *before.shape), cache_start=0)
-  prefix, _ = run(variables, after[:, start:], cache=cache, cache_start=start)
+  _, kv_cache = run(variables, before, kv_cache=empty_kv_cache(model.config, *before.shape), cache_start=0)
+  prefix, _ = run(variables, after[:, start:], kv_cache=kv_cache, cache_start=start)
   close(logits(variables, prefix), arrays["c_logits_prefix"])
-  dual, written = run(variables, after[:, start:end], cache=cache, cache_start=start)
+  dual, written = run(variables, after[:, start:end], kv_cache=kv_cache, cache_start=start)
   close(logits(variables, dual), arrays["c_logits_dual"])
-  np.testing.assert_array_equal(written.keys[:, :, :start], cache.keys[:, :, :start])
-  np.testing.assert_array_equal(written.keys[:, :, end:], cache.keys[:, :, end:])
+  np.testing.assert_array_equal(written.keys[:, :, :start], kv_cache.keys[:, :, :start])
+  np.testing.assert_array_equal(written.keys[:, :, end:], kv_cache.keys[:, :, end:])
 
 
 def test_cached_keys_and_values_are_the_recorded_ones():
   model, variables = load("m1_base")
   arrays = recorded("m1_base")
   tokens = arrays["c_ids_full"]
-  _, cache = compiled(model, "hidden")(variables, tokens, cache=empty_cache(model.config, *tokens.shape))
+  _, kv_cache = compiled(model, "hidden")(variables, tokens, kv_cache=empty_kv_cache(model.config, *tokens.shape))
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   table = rotary_table(positions, model.config.head_dim, model.config.rope_theta)
-  close(cache.keys[1], rotate(arrays["c_k_1"].swapaxes(1, 2), table))  # recorded before rotation
-  close(cache.values[1].swapaxes(1, 2), arrays["c_v_1"])
+  close(kv_cache.keys[1], rotate(arrays["c_k_1"].swapaxes(1, 2), table))  # recorded before rotation
+  close(kv_cache.values[1].swapaxes(1, 2), arrays["c_v_1"])
 
 
 def test_bfloat16_run_is_near_the_recorded_one():
@@ -114,7 +114,7 @@ def test_parameters_and_activations_have_dtypes_of_their_own():
   hidden, _ = compiled(model, "hidden")(variables, tokens)
   assert hidden.dtype == jnp.bfloat16
   assert compiled(model, "logits")(variables, hidden).dtype == jnp.float32
-  assert empty_cache(model.config, 1, 6).keys.dtype == jnp.bfloat16
+  assert empty_kv_cache(model.config, 1, 6).keys.dtype == jnp.bfloat16
 
 
 def test_attention_is_a_softmax_in_float32():
@@ -148,11 +148,11 @@ def test_padding_changes_nothing(with_cache):
   alone, _ = run(variables, tokens)
   padded = jnp.pad(tokens, ((0, 0), (4, 0)), constant_values=5)
   is_valid = jnp.broadcast_to(jnp.arange(11) >= 4, padded.shape)
-  own = dict(cache=empty_cache(TINY, 2, 11)) if with_cache else {}
-  hidden, cache = run(variables, padded, is_valid=is_valid, **own)
+  own = dict(kv_cache=empty_kv_cache(TINY, 2, 11)) if with_cache else {}
+  hidden, kv_cache = run(variables, padded, is_valid=is_valid, **own)
   close(hidden[:, 4:], alone, 1e-5)
   if with_cache:  # the last three tokens again: their slots are rewritten, padding stays unseen, positions go on
-    again, _ = run(variables, tokens[:, 4:], cache=cache, cache_start=8)
+    again, _ = run(variables, tokens[:, 4:], kv_cache=kv_cache, cache_start=8)
     close(again, alone[:, 4:], 1e-5)
 
 
@@ -160,10 +160,10 @@ def test_a_cache_holds_only_what_was_written():
   model, variables = tiny()
   run, tokens = compiled(model, "hidden"), rows(1, 2, 6)
   alone, _ = run(variables, tokens)
-  junk = Cache(*(jnp.full_like(array, 7) for array in empty_cache(TINY, 2, 10)[:2]), jnp.zeros((2, 10), bool))
-  hidden, cache = run(variables, tokens, cache=junk, cache_start=0)
+  junk = KVCache(*(jnp.full_like(array, 7) for array in empty_kv_cache(TINY, 2, 10)[:2]), jnp.zeros((2, 10), bool))
+  hidden, kv_cache = run(variables, tokens, kv_cache=junk, cache_start=0)
   close(hidden, alone, 1e-5)
-  np.testing.assert_array_equal(cache.is_valid, np.broadcast_to(np.arange(10) < 6, (2, 10)))
+  np.testing.assert_array_equal(kv_cache.is_valid, np.broadcast_to(np.arange(10) < 6, (2, 10)))
 
 
 def test_a_row_does_not_depend_on_its_batch():
@@ -189,8 +189,10 @@ def gradient(model, variables, tokens, **own):
 def test_remat_policies_give_equal_gradients():
   _, variables = tiny()
   tokens = rows(4, 8, 6)
-  results = [gradient(LLaDA(dataclasses.replace(TINY, remat=policy)), variables, tokens) for policy in ("none", "dots")]
-  results.append(gradient(LLaDA(dataclasses.replace(TINY, remat="full")), variables, tokens))
+  results = [
+    gradient(Transformer(dataclasses.replace(TINY, remat=policy)), variables, tokens) for policy in ("none", "dots")
+  ]
+  results.append(gradient(Transformer(dataclasses.replace(TINY, remat="full")), variables, tokens))
   for other in results[1:]:
     jax.tree.map(lambda a, b: close(a, b, 1e-6), results[0], other)
   assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0][1]))
@@ -202,7 +204,7 @@ def test_remat_policies_compute_again_what_they_say():
   b, l, c = 8, 6, TINY
   flops = {}
   for remat in ("none", "dots", "full"):
-    model = LLaDA(dataclasses.replace(TINY, remat=remat))
+    model = Transformer(dataclasses.replace(TINY, remat=remat))
     program = jax.make_jaxpr(functools.partial(gradient, model))(variables, rows(4, b, l))
     flops[remat] = costs.count_flops(program)
   attention = c.num_layers * 2 * (2 * b * l * l * c.d_model)
@@ -218,7 +220,7 @@ def test_rows_in_groups_change_no_number():
   is_valid = jnp.arange(6) >= jnp.arange(16)[:, None] % 3
 
   def loss(layer_rows, variables):
-    own = LLaDA(dataclasses.replace(model.config, layer_rows=layer_rows))
+    own = Transformer(dataclasses.replace(model.config, layer_rows=layer_rows))
     logits = own.apply(variables, tokens, is_valid=is_valid, dropout_keys=keys)
     return (jax.nn.log_softmax(logits)[..., 3] * is_valid).mean()
 
@@ -245,14 +247,14 @@ def test_rows_in_groups_change_no_number():
   ("num_rows", "layer_rows", "groups"), [(32, 0, 1), (32, 4, 8), (6, 4, 2), (5, 4, 5), (3, 4, 1)]
 )
 def test_groups_are_equal_and_no_larger_than_asked_for(num_rows, layer_rows, groups):
-  assert count_groups(num_rows, layer_rows) == groups
+  assert count_chunks(num_rows, layer_rows) == groups
 
 
 def test_rows_that_devices_do_not_share_evenly_are_one_group():
   model, variables = tiny(num_layers=2)
   with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
-    assert [count_groups(n, 1) for n in (3, 10, 12)] == [1, 1, 3]
-    own = LLaDA(dataclasses.replace(model.config, layer_rows=1))
+    assert [count_chunks(n, 1) for n in (3, 10, 12)] == [1, 1, 3]
+    own = Transformer(dataclasses.replace(model.config, layer_rows=1))
     found = jax.jit(lambda variables: own.apply(variables, rows(7, 10, 6)))(variables)
   close(found, model.apply(variables, rows(7, 10, 6)), 1e-5)
 
@@ -300,7 +302,7 @@ def test_layers_are_stacked():
   blocks = variables["params"]["blocks"]
   assert {leaf.shape[0] for leaf in jax.tree.leaves(blocks)} == {TINY.num_layers}
   assert blocks["k_proj"]["kernel"].shape == (TINY.num_layers, TINY.d_model, TINY.num_kv_heads * TINY.head_dim)
-  boxed = jax.eval_shape(LLaDA(TINY).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  boxed = jax.eval_shape(Transformer(TINY).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   assert boxed["blocks"]["ff_out"]["kernel"].names == ("layers", "ffn", "embed")
   assert boxed["embedding"].names == ("vocab", "embed")
 
@@ -368,4 +370,4 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 
 
 def test_models_by_name():
-  assert MODELS["llada"] is LLaDA
+  assert MODELS["llada"] is Transformer

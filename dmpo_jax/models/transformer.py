@@ -94,7 +94,7 @@ class ModelConfig:
         raise ValueError(f"model.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
   """Keys (rotated) and values of m slots of every row, layer by layer (y), and which slots hold a token."""
 
   keys: Float[Array, "y b m k h"]
@@ -102,11 +102,11 @@ class Cache(NamedTuple):
   is_valid: Bool[Array, "b m"]
 
 
-def empty_cache(config: ModelConfig, num_rows: int, length: int) -> Cache:
+def empty_kv_cache(config: ModelConfig, num_rows: int, length: int) -> KVCache:
   """Make a cache of `length` slots, none of which holds a token yet."""
   shape = (config.num_layers, num_rows, length, config.num_kv_heads, config.head_dim)
-  zeros = constrain(jnp.zeros(shape, config.dtype), "layers", "rows", None, "kv_heads", None)
-  return Cache(zeros, zeros, jnp.zeros((num_rows, length), bool))
+  zeros = constrain(jnp.zeros(shape, config.dtype), "layers", "batch", None, "kv_heads", None)
+  return KVCache(zeros, zeros, jnp.zeros((num_rows, length), bool))
 
 
 class Context(NamedTuple):
@@ -167,12 +167,12 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
     if context.dropout_keys is not None:
       context = context._replace(dropout_keys=fold_all(context.dropout_keys, inputs.layer))
-    num_groups = count_groups(x.shape[0], self.config.layer_rows)
-    if num_groups > 1 and inputs.cached is None and not self.is_initializing():
-      return self._run_groups(num_groups, x, context), None
+    num_chunks = count_chunks(x.shape[0], self.config.layer_rows)
+    if num_chunks > 1 and inputs.cached is None and not self.is_initializing():
+      return self._run_chunks(num_chunks, x, context), None
     return self._run(x, inputs, context)
 
-  def _run_groups(self, num_groups: int, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
+  def _run_chunks(self, num_chunks: int, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
     """Compute groups of rows one after the other: what a layer holds for its gradient then has the size of a group.
 
     The weights are gathered once for all of them.
@@ -187,9 +187,9 @@ class Block(nn.Module):
 
     if self.config.remat != "none":
       run = jax.checkpoint(run, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
-    x = sharding.split_rows(x, num_groups, None, "stream")
-    context = jax.tree.map(lambda array: sharding.split_rows(array, num_groups), context)
-    return sharding.join_rows(jax.lax.map(lambda part: run(*part), (x, context)), None, "stream")
+    x = sharding.split_rows(x, num_chunks, None, "act_embed")
+    context = jax.tree.map(lambda array: sharding.split_rows(array, num_chunks), context)
+    return sharding.join_rows(jax.lax.map(lambda part: run(*part), (x, context)), None, "act_embed")
 
   def run_rows(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
     """Run the layer on rows that have no cache and dropout keys of this layer."""
@@ -198,10 +198,10 @@ class Block(nn.Module):
   def _run(
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
-    mixed, keys_values = self._attention(_gather_stream(self.attn_norm(x)), inputs, context)
-    x = _add_to_stream(x, mixed)
-    mixed = self._mlp(_gather_stream(self.ff_norm(x)), context.dropout_keys)
-    return _add_to_stream(x, mixed), keys_values
+    mixed, keys_values = self._attention(_gather_embed(self.attn_norm(x)), inputs, context)
+    x = _add_residual(x, mixed)
+    mixed = self._mlp(_gather_embed(self.ff_norm(x)), context.dropout_keys)
+    return _add_residual(x, mixed), keys_values
 
   def _attention(
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
@@ -210,7 +210,7 @@ class Block(nn.Module):
 
     def heads(projection: Dense, axis: str) -> Float[Array, "b l n h"]:
       y = projection(x, dropout_keys)
-      return constrain(y.reshape(*y.shape[:2], -1, h), "rows", None, axis, None)
+      return constrain(y.reshape(*y.shape[:2], -1, h), "batch", None, axis, None)
 
     query = rotate(heads(self.q_proj, "heads"), context.rotary)
     new = (rotate(heads(self.k_proj, "kv_heads"), context.rotary), heads(self.v_proj, "kv_heads"))
@@ -223,31 +223,31 @@ class Block(nn.Module):
 
   def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
     gate, up = self.ff_proj(x, dropout_keys), self.up_proj(x, dropout_keys)
-    return self.ff_out(constrain(nn.silu(gate) * up, "rows", None, "ffn"), dropout_keys)
+    return self.ff_out(constrain(nn.silu(gate) * up, "batch", None, "ffn"), dropout_keys)
 
 
-def count_groups(num_rows: int, layer_rows: int) -> int:
+def count_chunks(num_rows: int, layer_rows: int) -> int:
   """Count the equal groups of at most `layer_rows` rows of each device that rows are computed in; 0: one group.
 
   Rows that the devices do not share evenly are one group.
   """
-  own, left = divmod(num_rows, sharding.num_shares("rows"))
+  own, left = divmod(num_rows, sharding.num_shares("batch"))
   if left:
     return 1
   return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= (layer_rows or own))
 
 
-def _add_to_stream(x: Float[Array, "b l d"], y: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+def _add_residual(x: Float[Array, "b l d"], y: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
   """Add to the residual stream, of whose width each device of a tensor-parallel group holds its share alone.
 
   The group's sums are scattered over it, and only normed rows are gathered. Korthikanti et al. (arXiv 2205.05198)
   split the length; the width divides whatever the number of tokens is.
   """
-  return constrain(x + y, "rows", None, "stream")
+  return constrain(x + y, "batch", None, "act_embed")
 
 
-def _gather_stream(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-  return constrain(x, "rows", None, None)
+def _gather_embed(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+  return constrain(x, "batch", None, None)
 
 
 def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -264,7 +264,7 @@ def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
   return jax.tree_util.tree_map_with_path(gather, variables)
 
 
-class LLaDA(nn.Module):
+class Transformer(nn.Module):
   """The model. Parameters in `param_dtype`, activations in `dtype`; norms, softmax, positions and logits in float32.
 
   Parameters that are trained are float32 whatever `param_dtype` is (see `lora.computing`).
@@ -304,10 +304,10 @@ class LLaDA(nn.Module):
     is_valid: Bool[Array, "b l"] | None = None,
     positions: Int[Array, "b l"] | None = None,
     attention_mask: Bool[Array, "b l m"] | None = None,
-    cache: Cache | None = None,
+    kv_cache: KVCache | None = None,
     cache_start: Int[Array, ""] | int = 0,
     dropout_keys: Key[Array, "b"] | None = None,
-  ) -> tuple[Float[Array, "b l d"], Cache | None]:
+  ) -> tuple[Float[Array, "b l d"], KVCache | None]:
     """Run the layers and the final norm.
 
     Args:
@@ -323,10 +323,10 @@ class LLaDA(nn.Module):
     Returns:
       The final norm's output, and the cache with the tokens in it (None without a cache).
     """
-    start = None if cache is None else jnp.asarray(cache_start, jnp.int32)
-    if cache is not None:
+    start = None if kv_cache is None else jnp.asarray(cache_start, jnp.int32)
+    if kv_cache is not None:
       is_new_valid = jnp.ones(tokens.shape, bool) if is_valid is None else is_valid
-      is_valid = jax.lax.dynamic_update_slice(cache.is_valid, is_new_valid, (0, start))
+      is_valid = jax.lax.dynamic_update_slice(kv_cache.is_valid, is_new_valid, (0, start))
     if positions is None:
       positions = _count_positions(tokens, is_valid, start)
     context = Context(
@@ -336,21 +336,25 @@ class LLaDA(nn.Module):
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
     )
     # Each shard looks up its part of the width for all rows, which then part: no table is ever whole on a device.
-    x = jnp.take(self.embedding, constrain(tokens, "gathered_rows", None), axis=0).astype(self.config.dtype)
-    x = constrain(constrain(x, "gathered_rows", None, "embed"), "rows", None, "stream")
-    inputs = LayerInput(jnp.arange(self.config.num_layers), None if cache is None else (cache.keys, cache.values))
+    x = jnp.take(self.embedding, constrain(tokens, "gathered_batch", None), axis=0).astype(self.config.dtype)
+    x = constrain(constrain(x, "gathered_batch", None, "embed"), "batch", None, "act_embed")
+    inputs = LayerInput(
+      jnp.arange(self.config.num_layers), None if kv_cache is None else (kv_cache.keys, kv_cache.values)
+    )
     x, new = self.blocks(x, inputs, context)
-    if cache is not None:
+    if kv_cache is not None:
       keys, values = jax.tree.map(
-        lambda old, part: jax.lax.dynamic_update_slice(old, part, (0, 0, start, 0, 0)), (cache.keys, cache.values), new
+        lambda old, part: jax.lax.dynamic_update_slice(old, part, (0, 0, start, 0, 0)),
+        (kv_cache.keys, kv_cache.values),
+        new,
       )
-      cache = Cache(keys, values, is_valid)
-    return _gather_stream(self.final_norm(x)), cache
+      kv_cache = KVCache(keys, values, is_valid)
+    return _gather_embed(self.final_norm(x)), kv_cache
 
   def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
     """Give float32 logits over the whole embedding table, unused rows and MASK included; `head` reads it in parts."""
     head = self.embedding.T if self.config.weight_tying else self.head
-    return constrain(project(hidden, head, jnp.float32), "rows", None, "vocab")
+    return constrain(project(hidden, head, jnp.float32), "batch", None, "vocab")
 
   def head_of(self, variables: Mapping[str, Any]) -> Float[Array, "d v"]:
     """Give what `head` makes logits of the hidden states with."""
