@@ -25,7 +25,7 @@ test-slow: $(INSTALLED) $(PLANNING)
 
 # 100,000 random and mutated completions through every reward and grader
 fuzz: $(INSTALLED)
-	$(RUN) -m launch.fuzz_grading
+	FUZZ_COMPLETIONS=100000 $(RUN) -m pytest tests/slow/test_fuzz_grading.py
 
 # every part of training timed, and against PyTorch where it is installed (pip install -r requirements-torch.txt): about a quarter of an hour,
 # with one counted turn of each contender; a section alone takes three
@@ -47,7 +47,7 @@ libtpu: $(LIBTPU)
 
 # what the documents name exists, and their commands run, on the smoke configuration
 docs-check: $(INSTALLED)
-	$(RUN) -m launch.docs_check
+	PYTHONPATH=. $(RUN) tests/docs_check.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -9,7 +9,6 @@ count as one setting. The published Sudoku accuracy is that of blank cells, so i
 """
 
 import collections
-import dataclasses
 import json
 import math
 import re
@@ -23,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from dmpo_jax import files
+from configs import base
+from dmpo_jax import files, tasks
 from dmpo_jax.config import command
 from dmpo_jax.grading import Grading
 from dmpo_jax.run import buckets
@@ -98,7 +98,7 @@ def _their_item(path: str, index: int, row: dict[str, Any], task: str) -> Item:
 
 def _our_item(path: str, index: int, row: dict[str, Any], task: str) -> Item:
   record, text, prompt = row["record"], row["completion"], row.get("prompt_name", "default")
-  question, gold = _make_task(task, prompt).published_question(record)
+  question, gold = tasks.make_task(**spec(task, prompt=prompt)).published_question(record)
   return Item(path, index, text + END * row.get("is_ended", True), text, question, gold, record, prompt)
 
 
@@ -123,22 +123,10 @@ _RECORDS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
 }
 
 
-def _spec(name: str, prompt: str) -> dict[str, Any]:
-  fields = {field.name: field.type for field in dataclasses.fields(TASKS[name])}
-  options = {
-    "min_blanks": 1,
-    "max_blanks": 1,
-    "demo_patience": 1.0,
-    "num_numbers": 3,
-    "max_number": 99,
-    "demo_wrong": 0.0,
-  }
-  own = {key: value for key, value in options.items() if key in fields}  # of generated puzzles, which these are not
-  return dict(name=name, options=own, prompt=prompt, rewards="default", grader="default")
-
-
-def _make_task(name: str, prompt: str) -> Any:
-  return Grading(_spec(name, prompt)).task
+def spec(name: str, choice: str = "default", prompt: str = "default") -> dict[str, Any]:
+  """Return the arguments of `make_task` for one set of rewards and graders, with the task's default options."""
+  config = base.get_config().task.to_dict()
+  return tasks.spec(config | {"name": name, "prompt": prompt, "rewards": choice, "grader": choice})
 
 
 def grade_items(task: str, items: Sequence[Item]) -> list[Row]:
@@ -146,7 +134,7 @@ def grade_items(task: str, items: Sequence[Item]) -> list[Row]:
   rows = []
   for prompt in dict.fromkeys(item.prompt for item in items):
     part = [item for item in items if item.prompt == prompt]
-    grading = Grading(_spec(task, prompt), workers=flags.FLAGS.workers, seconds=flags.FLAGS.seconds)
+    grading = Grading(spec(task, prompt=prompt), workers=flags.FLAGS.workers, seconds=flags.FLAGS.seconds)
     completions, is_ended = [item.completion for item in part], [item.generation != item.completion for item in part]
     verdicts = grading.submit([item.record for item in part], completions, is_ended).result()
     grading.close()

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 
+import docs_check
 import documents
 import nbformat
 import pytest
@@ -12,7 +13,6 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.tasks import TASKS, make_task
-from launch import docs_check
 
 
 @pytest.mark.parametrize("name", docs_check.DOCUMENTS)

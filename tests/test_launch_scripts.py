@@ -217,7 +217,7 @@ def test_the_image_has_what_runs_need():
 
 
 # what a person develops with, and draws the documents' figures with
-DEVELOPING = {"bench/growth", "study/estimators", "study/page", "fuzz_grading", "picture", "docs_check"}
+DEVELOPING = {"bench/growth", "study/estimators", "study/page", "picture"}
 
 
 def test_what_a_run_imports_comes_with_its_list():

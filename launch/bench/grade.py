@@ -14,7 +14,7 @@ from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS, answers
 from dmpo_jax.tasks.worded import CHOICES
 from launch.bench.report import Options, Result, Row
-from launch.grading_cases import RECORDS, spec
+from launch.grade import spec
 
 NUM = 2048  # completions of each task
 GROUP = 16  # completions of one prompt
@@ -80,4 +80,5 @@ def _puzzle(name: str, prompt: int) -> tuple[dict[str, Any], str]:
   if name == "countdown":
     numbers = [prompt % 50 + 1, 30, 4]
     return {"numbers": ",".join(map(str, numbers)), "target": numbers[0] + 120}, f"{numbers[0]}+30*4"
-  return RECORDS[name], RECORDS[name]["solution"]
+  solution = "3142243142131324"
+  return {"puzzle": "3102200002100320", "solution": solution}, solution

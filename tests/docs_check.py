@@ -1,6 +1,6 @@
 """Check the documents' commands: every one names what exists, and what a laptop can run is run.
 
-    python -m launch.docs_check
+    make docs-check
 
 Commands of `dmpo_jax.main`, and those that look at a run, are run in the documents' order, on the smoke configuration
 and in a temporary folder. A server is queried by the `openai` client and stopped. The notebook is executed in the same
