@@ -1,8 +1,8 @@
-"""What every objective of the bench starts from and is given: `--config=configs/bench_wdce.py:countdown`, and so on.
+"""What all objectives of the bench share: tasks, models and budget. Used as `--config=configs/bench_wdce.py:countdown`.
 
-The base has learned a task's form and rules, and from demonstrations of which most are wrong. Its policy has to be told
-apart what is right, not only to do what it knows. One budget for all: prompts, group, updates' learning rate; what an
-objective publishes as its own (replicates, updates a buffer, clipping, KL) stands in its file.
+The base knows the form and the rules of its task, but most of the demonstrations that it has seen since are wrong. So
+the policy has to learn what is correct, not only to do what it knows. Prompts, group size and learning rate are the
+same for all; what an objective's paper prescribes (masks, updates per buffer, clipping, KL) is in the objective's file.
 """
 
 from ml_collections import ConfigDict

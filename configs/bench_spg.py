@@ -1,4 +1,4 @@
-"""SPG with the mixture (arXiv 2510.09541) on the bench: one block, as the bench's sampler has one."""
+"""SPG with the mixture (arXiv 2510.09541) on the bench: one block, like the bench's sampler."""
 
 from configs import bench
 

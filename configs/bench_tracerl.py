@@ -1,6 +1,6 @@
 """TraceRL without its value model (arXiv 2509.06949) on the bench: chunks of 4 model calls.
 
-Published is one pass over a buffer's chunks in several batches; 4 updates on all of them stand in for it.
+The paper makes one pass over the chunks of a buffer in several batches; here, 4 updates on all of them.
 """
 
 from configs import bench

@@ -1,4 +1,4 @@
-"""3-number Countdown on a laptop: a small model learns to search, then a habit of adding up that DMPO undoes."""
+"""3-number Countdown on a laptop: a small model learns to search, then to just add up, which DMPO undoes."""
 
 from configs import sudoku_tiny
 

@@ -1,4 +1,4 @@
-"""Dream-7B (arXiv 2508.15487) on a TPU slice, with the settings that were published for LLaDA-8B.
+"""Dream-7B (arXiv 2508.15487) on a TPU slice, with the settings published for LLaDA-8B.
 
 python -m launch.convert_hf --hf=Dream-org/Dream-v0-Instruct-7B --out=CHECKPOINT
 python -m dmpo_jax.main --config=configs/dream_7b.py --config.model.init_from=CHECKPOINT --workdir=RUN
@@ -10,7 +10,7 @@ ROW = {128: 286, 256: 796, 512: 2498}  # as in llada_8b.py
 
 
 def get_config(settings="256"):
-  """Build it for completions of so many tokens on a slice: `256`, or `256,v5e-16`."""
+  """Build it for a completion length and a slice: `256`, or `256,v5e-16`."""
   c = llada_8b.get_config(settings)
   length, where = c.sampler.completion_length, settings.partition(",")[2]
   with c.unlocked():
@@ -25,7 +25,7 @@ def get_config(settings="256"):
     m.rms_norm_eps = 1e-6
     m.qkv_bias = True
     m.shift_logits = True
-    c.sampler.name = "parallel"  # whole rows: a cache would lack the position that predicts a block's first token
+    c.sampler.name = "parallel"  # no cache: it would lack the position that predicts the first token of a block
     c.sampler.parallel.rule = "count"
     llada_8b.listen_often(c, where, ROW[length] if length in ROW else ROW[256] * (length / 256) ** 2)
   return c

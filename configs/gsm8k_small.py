@@ -1,11 +1,11 @@
-"""GSM8K with real prompts and real grading, and a model that is far too small for it: everything but the skill.
+"""GSM8K with its prompts and grading, and a model that is far too small to solve it: it shows that the path works.
 
     python -m launch.train_tokenizer --output=runs/gsm8k.model --text=DIR/gsm8k_train.jsonl --vocab_size=2048
     python -m dmpo_jax.main --config=configs/gsm8k_small.py --workdir=runs/gsm8k_small --config.task.data_dir=DIR \\
       --config.tokenizer.path=runs/gsm8k.model
 
-The data set is taken from DIR, or downloaded where `task.data_dir` is "". The warm start learns from its solutions; it
-can teach the form of an answer, and DMPO is rewarded for that and for every right number.
+The data set is read from DIR, or downloaded if `task.data_dir` is "". The warm start trains on its solutions and can
+teach the form of an answer. DMPO is rewarded for that form and for every correct number.
 """
 
 from configs import base

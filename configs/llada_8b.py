@@ -1,24 +1,23 @@
-"""LLaDA-8B on a TPU slice, with the settings that DMPO published (arXiv 2510.08233) for LLaDA-8B-Instruct.
+"""LLaDA-8B on a TPU slice, with the settings of the DMPO paper (arXiv 2510.08233) for LLaDA-8B-Instruct.
 
     python -m launch.convert_hf --hf=GSAI-ML/LLaDA-8B-Instruct --out=CHECKPOINT
     python -m dmpo_jax.main --config=configs/llada_8b.py --config.model.init_from=CHECKPOINT --workdir=RUN
 
-Completions of 128 or 512 tokens: --config=configs/llada_8b.py:512. Another slice than v5e-16, on which rollouts and
-evaluation come in larger or smaller parts: --config=configs/llada_8b.py:256,v6e-16. Another task:
---config.task.name=countdown. `launch/plan.py` says what fits a slice before there is one. What is not as published says
-so, and why.
+Completions of 128 or 512 tokens: --config=configs/llada_8b.py:512. Another slice than v5e-16, which changes the chunks
+of rollouts and evaluation: --config=configs/llada_8b.py:256,v6e-16. Another task: --config.task.name=countdown.
+`launch/plan.py` tells what fits a slice before you have one. Comments say where and why a value is not as published.
 """
 
 import math
 
 from configs import base
 
-TERAFLOPS = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # a second, of a chip in bfloat16
-ROW = {128: 95, 256: 327, 512: 1204}  # TFLOP that a rollout of so many tokens takes, as launch/plan.py counts them
+TERAFLOPS = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # per second, of a chip in bfloat16
+ROW = {128: 95, 256: 327, 512: 1204}  # TFLOP of a rollout of so many tokens, counted by launch/plan.py
 
 
 def get_config(settings="256"):
-  """Build it for completions of so many tokens on a slice: `256`, or `256,v5e-16`."""
+  """Build it for a completion length and a slice: `256`, or `256,v5e-16`."""
   length, _, where = settings.partition(",")
   length = int(length)
   c = base.get_config()
@@ -29,20 +28,20 @@ def get_config(settings="256"):
   m.num_heads = m.num_kv_heads = 32
   m.mlp_hidden_size = 12288
   m.rope_theta = 500_000.0
-  m.dtype = m.param_dtype = "bfloat16"  # published: a base in NF4, which is none of a TPU's formats
-  m.remat = "full"  # dots would keep 2.5 MiB a token, 36 GiB on each of 16 chips at this microbatch
-  m.layer_rows = 4  # 36 antithetic pairs of 512-token rows a v5e chip fit by it, and do not without (docs/pod.md)
+  m.dtype = m.param_dtype = "bfloat16"  # published: a base in NF4, which TPUs do not have
+  m.remat = "full"  # dots would store 2.5 MiB per token, 36 GiB on each of 16 chips at this microbatch
+  m.layer_rows = 4  # with it 36 antithetic pairs of 512-token rows fit a v5e chip, without it they do not (docs/pod.md)
   m.lora.rank = 128
   m.lora.alpha = 64.0
   m.lora.dropout = 0.05
-  m.lora.targets = ("q_proj", "k_proj", "v_proj", "up_proj")  # those of the published names that LLaDA has
+  m.lora.targets = ("q_proj", "k_proj", "v_proj", "up_proj")  # the published names that LLaDA has
 
   c.tokenizer.name = "huggingface"
   c.tokenizer.path = ""  # the checkpoint's own
   c.tokenizer.is_chat = True
   c.task.name = "gsm8k"  # or math, countdown, sudoku
   c.task.max_prompt_length = 200
-  c.task.overlong_prompts = "skip"  # published: cut on the left, which takes the chat template's header
+  c.task.overlong_prompts = "skip"  # published: cut on the left, which removes the header of the chat template
 
   c.sampler.completion_length = length
   c.sampler.block_length = 32
@@ -51,12 +50,12 @@ def get_config(settings="256"):
   c.sampler.name = "prefix_cache"
   c.sampler.prefix_cache.rule = "count"
 
-  c.rollout.num_prompts = 32  # of a buffer; the published number is that of eight GPUs' local batches
+  c.rollout.num_prompts = 32  # per buffer; published are the local batches of eight GPUs
   c.rollout.group_size = 16
   c.objective.alpha = 0.04
   c.objective.num_replicates = 4
   c.objective.num_elbo_replicates = 4
-  c.objective.min_mask_ratio = 0.1  # published as [0.1, 0.9]; what the official code draws is [0.1, 1]
+  c.objective.min_mask_ratio = 0.1  # published as [0.1, 0.9]; the official code draws from [0.1, 1]
   c.objective.max_mask_ratio = 1.0
 
   c.optim.learning_rate = 1e-6
@@ -70,33 +69,32 @@ def get_config(settings="256"):
   c.train.microbatch_prompts = 8
 
   c.sharding.data = -1
-  c.sharding.fsdp = 16  # a slice of fewer chips takes as many as it has
+  c.sharding.fsdp = 16  # capped at the number of chips
   c.sharding.tensor = 1
 
   c.eval.every_buffers = 25
   c.eval.temperature = 0.0
   c.eval.lengths = (128, 256, 512)
-  c.checkpoint.every_updates = 8  # once a buffer: what is lost where a notice comes in the middle of an update
+  c.checkpoint.every_updates = 8  # once per buffer: a notice in the middle of an update loses no more than that
   listen_often(c, where, ROW[length] if length in ROW else ROW[256] * (length / 256) ** 2)
   return c.lock()
 
 
 def listen_often(c, where, row):
-  """Size the parts of rollouts and evaluation on a slice so that the devices take 8 s or less for one,
-  or as little as one prompt's rollouts take.
+  """Size the chunks of rollouts and evaluation to take 8 s or less, but at least one prompt's rollouts.
 
-  A notice of preemption is asked for between two parts, and the machines are gone 30 s after it. Samplers have groups
-  of four chips, each with all of the weights: gathered over fsdp they would take 14 s for any part on v5e-16.
+  Hosts check for a notice of preemption between two chunks, and lose their machines 30 s after it. Samplers use groups
+  of four chips, each with all of the weights. Gathered over fsdp, the weights would take 14 s for any chunk on v5e-16.
 
   Args:
     where: the slice, such as v5e-16, v6e-16 or v5p-8 (which counts cores, two a chip); "": v5e-16.
-    row: TFLOP that a rollout takes.
+    row: TFLOP of a rollout.
   """
   kind, _, number = (where or "v5e-16").partition("-")
   if kind not in TERAFLOPS or not number.isdigit() or int(number) == 0:
     raise ValueError(f"slice {where!r}: must be a kind ({', '.join(TERAFLOPS)}) and a size, such as v5e-16")
   chips = max(int(number) // 2, 1) if kind in ("v4", "v5p") else int(number)
-  fitting = 8 * 0.5 * TERAFLOPS[kind] * chips / row  # rows, at half of the chips' peak
+  fitting = 8 * 0.5 * TERAFLOPS[kind] * chips / row  # rows, at half of the peak
   rows = 2 ** int(math.log2(max(fitting, 1)))
   c.rollout.chunk_prompts = min(max(rows // c.rollout.group_size, 1), c.rollout.num_prompts)
   c.eval.batch_size = min(rows, 256)

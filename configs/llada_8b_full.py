@@ -2,8 +2,8 @@
 
     python -m dmpo_jax.main --config=configs/llada_8b_full.py --config.model.init_from=CHECKPOINT --workdir=RUN
 
-The rest is as in `configs/llada_8b.py`, whose learning rate is a usual one for this, too. What is trained and its two
-moments are float32 (96 GB in all, and so is a checkpoint); rollouts, scores and the gradient step compute in bfloat16.
+The rest is as in `configs/llada_8b.py`; its learning rate is common for this, too. Trained parameters and their two
+moments are float32 (96 GB in all, and so is a checkpoint). Rollouts, scores and the gradient step compute in bfloat16.
 Another slice than v5p-16: --config=configs/llada_8b_full.py:256,v6e-64.
 """
 
@@ -11,11 +11,11 @@ from configs import llada_8b
 
 
 def get_config(settings="256"):
-  """Build it for completions of so many tokens on a slice: `256`, or `256,v5p-16`."""
+  """Build it for a completion length and a slice: `256`, or `256,v5p-16`."""
   c = llada_8b.get_config(settings if "," in settings else f"{settings},v5p-16")
   with c.unlocked():
     c.model.lora.rank = 0
-    c.model.param_dtype = "bfloat16"  # of p_ref alone
-    c.sharding.data, c.sharding.fsdp = 1, -1  # what is trained is split over all chips of a slice
-    c.checkpoint.every_updates = 40  # five buffers: one of 96 GB after each would take long
+    c.model.param_dtype = "bfloat16"  # of p_ref only
+    c.sharding.data, c.sharding.fsdp = 1, -1  # trained parameters are split over all chips of a slice
+    c.checkpoint.every_updates = 40  # every five buffers, because a checkpoint has 96 GB
   return c

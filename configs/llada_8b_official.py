@@ -8,17 +8,17 @@ from configs import llada_8b
 
 
 def get_config(settings="256"):
-  """Build it for completions of so many tokens on a slice: `256`, or `256,v5e-16`."""
+  """Build it for a completion length and a slice: `256`, or `256,v5e-16`."""
   c = llada_8b.get_config(settings)
   with c.unlocked():
-    c.task.prompt = "published_train"  # and published_eval where its evaluation is to be repeated
+    c.task.prompt = "published_train"  # and published_eval to repeat its evaluation
     c.task.rewards = "published"
     c.task.grader = "published"
-    c.task.overlong_prompts = "cut_user"  # it cuts the row on the left, and with it the header that this keeps
+    c.task.overlong_prompts = "cut_user"  # it cuts the row on the left and loses the header, which this keeps
     c.objective.name = "wdce"
     c.objective.likelihood = "elbo"
     c.objective.antithetic = True
-    c.objective.min_mask_ratio = 0.1  # documented as [0.1, 0.9], drawn from [0.1, 1]: the complements have [0, 0.9]
+    c.objective.min_mask_ratio = 0.1  # documented as [0.1, 0.9], drawn from [0.1, 1]; complements have [0, 0.9]
     c.objective.max_mask_ratio = 1.0
     c.objective.counted = "all"  # what follows the first EOS counts
     c.objective.weighting = "tilt"

@@ -1,4 +1,4 @@
-"""Everything that a run does, in about a minute on a laptop: for trying out a change, and for the tests."""
+"""Every part of a run, in about a minute on a laptop: for trying out a change, and for the tests."""
 
 from configs import sudoku_tiny
 

@@ -1,8 +1,8 @@
-"""What launch/bench/benchmark.py measures by default: LLaDA's proportions at sizes that two cores bear.
+"""What launch/bench/benchmark.py measures by default: LLaDA's proportions at sizes for two cores.
 
-`throughput.py:training` is a gradient step's share of one device in the published run: 4 rollouts, 4 masks of each.
-`throughput.py:iteration` is the same, half as wide; `throughput.py:sampling` is 16 rows to decode, and
-`throughput.py:growth` what sizes grow from. Weights are random.
+`throughput.py:training` is one device's share of a gradient step in the published run: 4 rollouts with 4 masks each.
+`throughput.py:iteration` is the same at half the width. `throughput.py:sampling` decodes 16 rows, and
+`throughput.py:growth` is the base for growing sizes. Weights are random.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ def get_config(workload: str = "training") -> ConfigDict:
   c.sampler.prefix_cache.rule = "count"
   c.sampler.completion_length = length
   c.sampler.block_length = 32
-  c.sampler.steps = length // 4  # published: 128 for 256 tokens, and 8 updates a buffer
+  c.sampler.steps = length // 4  # published: 128 for 256 tokens, and 8 updates per buffer
   c.sampler.temperature = 0.2
   c.train.updates_per_buffer = 2
   c.rollout.num_prompts = 4 if is_sampling else 1
