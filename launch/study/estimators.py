@@ -33,6 +33,14 @@ TOKENS, LENGTH, MASK = 3, 4, 3
 COMPLETIONS = np.array(list(itertools.product(range(TOKENS), repeat=LENGTH)))
 DRAWS = 400  # independent estimates of each completion
 
+INTRODUCTION = """# The likelihood estimators
+
+All figures of [objectives.md](objectives.md#bias-and-noise), in nats per completion, against the exact log p of a
+model with four positions and three tokens. Bias is the mean of estimate - log p. Spread is the standard deviation
+of the estimates of one completion. Centred error is the root mean square of estimate - log p after subtracting its
+mean: what differences between completions see. Written by `python -m launch.study.estimators --out=docs`.
+"""
+
 _OUT = flags.DEFINE_string("out", "docs", "Folder to write to.")
 _SHARPNESS = flags.DEFINE_float("sharpness", 1.5, "Standard deviation of the table's logits.")
 
@@ -118,8 +126,8 @@ def measure(name: str, estimator: Any, table: np.ndarray, exact: np.ndarray) -> 
 
 
 def markdown(figures: Sequence[Figures]) -> str:
-  """Lay the figures out as a Markdown table."""
-  lines = ["| estimator | model calls | bias | spread | centred error |", "|---|---|---|---|---|"]
+  """Lay the figures out as a Markdown page with one table."""
+  lines = [INTRODUCTION, "| estimator | model calls | bias | spread | centred error |", "|---|---|---|---|---|"]
   for row in sorted(figures, key=lambda row: (row.name, row.calls)):
     lines.append(f"| {row.name} | {row.calls} | {row.bias:+.3f} | {row.spread:.3f} | {row.error:.3f} |")
   return "\n".join(lines) + "\n"

@@ -32,12 +32,12 @@ td:first-child, th:first-child { text-align: left }
 svg { max-width: 100%; height: auto }
 """
 INTRODUCTION = (
-  "All runs of a task and seed start from one base and meet the same prompts, rewards and budget of model calls (of "
-  "each rollout of a buffer, a backward pass as two). Held-out prompts, greedy decoding. `solved` and `reward` are "
-  "means over the seeds after the last buffer, with 95 % t-intervals over the seeds (of three they are wide), and of "
-  "the best evaluation; `-log p` (nats a token) and `different` (rollouts of a group that differ) are of the rollouts "
-  "in the last quarter of the buffers, at temperature 1. Learning rates were chosen on another seed, by the held-out "
-  "reward at the end: see `rates`."
+  "All runs of a task and seed start from the same base, with the same prompts, rewards and budget of model calls (per "
+  "rollout of a buffer; a backward pass counts as two). Evaluation is greedy, on held-out prompts. `solved` and "
+  "`reward` are means over the seeds, after the last buffer and at the best evaluation, with 95 % t-intervals over the "
+  "seeds (wide for three). `-log p` (nats per token) and `different` (rollouts of a group that differ) are those of "
+  "the rollouts in the last quarter of the buffers, at temperature 1. The learning rates were chosen on another seed, "
+  "by the held-out reward at the end: see `rates`."
 )
 FEWEST = 3  # seeds for an interval; of two it says nothing
 COLUMNS = (
