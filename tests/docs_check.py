@@ -153,7 +153,10 @@ def execute_notebook(path: pathlib.Path, folder: pathlib.Path) -> str:
     is_command = cell.cell_type == "code" and cell.source.startswith("!")
     cell.source = _made_small(cell.source, folder) + "\nassert _exit_code == 0" * is_command
   search = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-  client = NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+  quiet = ["--log-level=ERROR"]  # it warns of its local port otherwise
+  client = NotebookClient(
+    book, timeout=600, kernel_name="python3", extra_arguments=quiet, resources={"metadata": {"path": str(ROOT)}}
+  )
   try:
     client.execute(env=search)
   except CellExecutionError as error:
