@@ -6,8 +6,8 @@ TEST_WORKERS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# The TPU compiler, for launch/plan.py: the version that belongs to the installed jax, in a folder of its own, since where
-# it is importable every start of JAX looks for a TPU. There is one for Linux on x86-64 alone.
+# The TPU compiler for launch/plan.py, in the version of the installed jax. It has its own folder, because JAX looks for a
+# TPU at every start if it can import it. It exists only for Linux on x86-64.
 LIBTPU := $(VENV)/libtpu
 PLANNING := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(LIBTPU))
 
@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(PLANNING)
 	$(RUN) -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-# what takes minutes: whole rehearsals, the matrix of settings, compilation for a pod
+# the tests that take minutes: whole rehearsals, the matrix of settings, compilation for a pod
 test-slow: $(INSTALLED) $(PLANNING)
 	$(RUN) -m pytest -m slow -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -27,25 +27,25 @@ test-slow: $(INSTALLED) $(PLANNING)
 fuzz: $(INSTALLED)
 	FUZZ_COMPLETIONS=100000 $(RUN) -m pytest tests/slow/test_fuzz_grading.py
 
-# every part of training timed, and against PyTorch where it is installed (pip install -r requirements-torch.txt): about a quarter of an hour,
-# with one counted turn of each contender; a section alone takes three
+# time every part of training, and compare with PyTorch where it is installed (pip install -r requirements-torch.txt). Takes
+# about a quarter of an hour, with one counted turn of each contender; a single section takes three turns
 bench: $(INSTALLED)
 	@if $(RUN) -c 'import torch, transformers, peft' 2>/dev/null; then peer=torch; else peer=none; \
 	  echo 'PyTorch is not installed (requirements-torch.txt): nothing is compared with it'; fi; \
 	$(RUN) -m launch.benchmark all --peer=$$peer --repeats=1 --json=runs/benchmark.json
 
-# how fast completions are graded, alone
+# only how fast completions are graded
 bench-grade: $(INSTALLED)
 	$(RUN) -m launch.benchmark grade
 
-# The comparisons with PyTorch, which the other tests skip where it is not installed.
+# the comparisons with PyTorch, which `make test` skips where PyTorch is not installed
 test-torch: $(INSTALLED)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements-torch.txt
 	$(RUN) -m pytest -m torch
 
 libtpu: $(LIBTPU)
 
-# what the documents name exists, and their commands run, on the smoke configuration
+# check what the documents name, and run their commands and the notebook on the smoke configuration
 docs-check: $(INSTALLED)
 	PYTHONPATH=. $(RUN) tests/docs_check.py
 
