@@ -6,13 +6,12 @@ python -m dmpo_jax.main --config=configs/dream_7b.py --config.model.init_from=CH
 
 from configs import llada_8b
 
-ROW = {128: 286, 256: 796, 512: 2498}  # as in llada_8b.py
+ROW = {128: (286, 50), 256: (796, 70), 512: (2498, 111)}  # as in llada_8b.py
 
 
 def get_config(settings="256"):
   """Build it for a completion length and a slice: `256`, or `256,v5e-16`."""
   c = llada_8b.get_config(settings)
-  length, where = c.sampler.completion_length, settings.partition(",")[2]
   with c.unlocked():
     m = c.model
     m.vocab_size = m.embedding_size = 152064
@@ -27,5 +26,5 @@ def get_config(settings="256"):
     m.shift_logits = True
     c.sampler.name = "parallel"  # no cache: it would lack the position that predicts the first token of a block
     c.sampler.parallel.rule = "count"
-    llada_8b.listen_often(c, where, ROW[length] if length in ROW else ROW[256] * (length / 256) ** 2)
+    llada_8b.listen_often(c, settings.partition(",")[2], ROW)
   return c

@@ -4,8 +4,9 @@
     python -m dmpo_jax.main --config=configs/llada_8b.py --config.model.init_from=CHECKPOINT --workdir=RUN
 
 Completions of 128 or 512 tokens: --config=configs/llada_8b.py:512. Another slice than v5e-16, which changes the chunks
-of rollouts and evaluation: --config=configs/llada_8b.py:256,v6e-16. Another task: --config.task.name=countdown.
-`launch/plan.py` tells what fits a slice before you have one. Comments say where and why a value is not as published.
+of rollouts and evaluation and the microbatches: --config=configs/llada_8b.py:256,v6e-16. Another task:
+--config.task.name=countdown. `launch/plan.py` tells what fits a slice before you have one. Comments say where and why a
+value is not as published.
 """
 
 import math
@@ -13,7 +14,8 @@ import math
 from configs import base
 
 TERAFLOPS = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # per second, of a chip in bfloat16
-ROW = {128: 95, 256: 327, 512: 1204}  # TFLOP of a rollout of so many tokens, counted by launch/plan.py
+# TFLOP of a rollout of so many tokens, and of its part of an update, counted by launch/plan.py
+ROW = {128: (95, 55), 256: (327, 77), 512: (1204, 122)}
 
 
 def get_config(settings="256"):
@@ -66,7 +68,6 @@ def get_config(settings="256"):
   c.optim.clip_norm = 0.2
   c.train.num_buffers = 500
   c.train.updates_per_buffer = 8
-  c.train.microbatch_prompts = 8
 
   c.sharding.data = -1
   c.sharding.fsdp = 16  # capped at the number of chips
@@ -75,28 +76,31 @@ def get_config(settings="256"):
   c.eval.every_buffers = 25
   c.eval.temperature = 0.0
   c.eval.lengths = (128, 256, 512)
-  c.checkpoint.every_updates = 8  # once per buffer: a notice in the middle of an update loses no more than that
-  listen_often(c, where, ROW[length] if length in ROW else ROW[256] * (length / 256) ** 2)
+  c.checkpoint.every_updates = 8  # once per buffer: a crash loses no more than that
+  listen_often(c, where, ROW)
   return c.lock()
 
 
 def listen_often(c, where, row):
-  """Size the chunks of rollouts and evaluation to take 8 s or less, but at least one prompt's rollouts.
+  """Size chunks of rollouts and evaluation, and microbatches, to take 8 s or less, but at least one prompt's rollouts.
 
-  Hosts check for a notice of preemption between two chunks, and lose their machines 30 s after it. Samplers use groups
+  Hosts check for a notice of preemption between two of them, and lose machines 30 s after it. Samplers use groups
   of four chips, each with all of the weights. Gathered over fsdp, the weights would take 14 s for any chunk on v5e-16.
 
   Args:
     where: the slice, such as v5e-16, v6e-16 or v5p-8 (which counts cores, two a chip); "": v5e-16.
-    row: TFLOP of a rollout.
+    row: TFLOP by completion length, as `ROW` has them.
   """
   kind, _, number = (where or "v5e-16").partition("-")
   if kind not in TERAFLOPS or not number.isdigit() or int(number) == 0:
     raise ValueError(f"slice {where!r}: must be a kind ({', '.join(TERAFLOPS)}) and a size, such as v5e-16")
   chips = max(int(number) // 2, 1) if kind in ("v4", "v5p") else int(number)
-  fitting = 8 * 0.5 * TERAFLOPS[kind] * chips / row  # rows, at half of the peak
-  rows = 2 ** int(math.log2(max(fitting, 1)))
+  budget = 8 * 0.5 * TERAFLOPS[kind] * chips  # TFLOP in 8 s, at half of the peak
+  length = c.sampler.completion_length
+  teraflop = row[length] if length in row else [each * (length / 256) ** 2 for each in row[256]]
+  rows, microbatch = (2 ** int(math.log2(max(budget / each, 1))) for each in teraflop)
   c.rollout.chunk_prompts = min(max(rows // c.rollout.group_size, 1), c.rollout.num_prompts)
+  c.train.microbatch_prompts = min(max(microbatch // c.rollout.group_size, 1), 8)
   c.eval.batch_size = min(rows, 256)
   c.sharding.rollout.data = -1
   c.sharding.rollout.fsdp = 1

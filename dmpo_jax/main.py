@@ -214,7 +214,8 @@ def keep_compiled_programs(workdir: epath.Path) -> None:
 def _join_processes() -> None:
   """Join the job's other processes; training on its own makes a job of one, to hear of its preemption.
 
-  JAX catches SIGTERM then, and `train.run` saves at the next update. Other modes have nothing to save and end at once.
+  JAX catches SIGTERM then, and `train.run` saves after the current microbatch or chunk of rollouts. Other modes
+  have nothing to save and end at once.
   """
   jax.config.update("jax_enable_preemption_service", _MODE.value == "train")
   seconds = _HEARTBEAT_SECONDS.value
@@ -239,7 +240,7 @@ def _save_when_interrupted() -> None:
 
   def interrupt(number: int, frame: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    print("interrupted: saving at the next update; Ctrl+C once more stops at once", file=sys.stderr, flush=True)
+    print("interrupted: saving after this microbatch; Ctrl+C once more stops at once", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
   signal.signal(signal.SIGINT, interrupt)

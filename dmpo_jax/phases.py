@@ -125,7 +125,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
         Transformer(dataclasses.replace(parts.model.config, lora=None)),
         optimizer,
         objective="denoise",
-        microbatch_prompts=0,
+        num_microbatches=1,
         sync_reference_every=0,
         shardings=_shardings(state, parts.mesh),
         num_replicates=1,
@@ -187,17 +187,22 @@ def training_update(
   model: Transformer,
   optimizer: optax.GradientTransformation,
   shardings: tuple[TrainState, NamedSharding],
-) -> Callable:
+) -> update.Update:
   """Jit the training proper's gradient step (see `update.make_update`)."""
   return update.make_update(
     model,
     optimizer,
     objective=config.objective.name,
-    microbatch_prompts=config.train.microbatch_prompts,
+    num_microbatches=num_microbatches(config),
     sync_reference_every=config.objective.sync_reference_every,
     shardings=shardings,
     **_loss_keywords(config.objective),
   )
+
+
+def num_microbatches(config: ConfigDict) -> int:
+  """Count the microbatches of a gradient step."""
+  return config.rollout.num_prompts // (config.train.microbatch_prompts or config.rollout.num_prompts)
 
 
 def training_sample(config: ConfigDict, parts: Placed) -> Callable:
@@ -330,10 +335,10 @@ def _compares(objective: ConfigDict) -> bool:
   return objective.name == "wdce" and objective.baseline == "mean" and objective.baseline_strength == 1
 
 
-def _of_seed(seed: int, update: Callable) -> Callable:
+def _of_seed(seed: int, step: update.Update) -> Callable:
   """Give a gradient step the run's seed, as its last argument."""
   key = jax.random.key(seed)
-  return lambda state, frozen, experience: update(state, frozen, experience, key)
+  return lambda state, frozen, experience: step(state, frozen, experience, key)
 
 
 def _make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -226,11 +226,14 @@ def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> tuple[T
 
 
 def update(phase: Phase, state: TrainState, experience: Any, position: Position) -> TrainState:
-  """Take one gradient step and add its metrics to the buffer's."""
+  """Take one gradient step and add its metrics to the buffer's.
+
+  Raises:
+    Preempted: before one of its microbatches; state and position are as they were.
+  """
   start = time.monotonic()
   if phase.updates_per_buffer > 1:
     progress.part("update", position.update + 1, phase.updates_per_buffer)
-  meet("the next update")
   state, scalars = phase.update(state, phase.frozen, experience)
   for name, value in jax.device_get(scalars).items():
     position.scalars[name] = position.scalars.get(name, 0.0) + float(value) / phase.updates_per_buffer

@@ -1,13 +1,17 @@
-"""The jitted gradient step: keys, masks, loss and gradient by microbatches, then one optimizer update.
+"""The gradient step: loss and gradient one microbatch at a time, then one optimizer update.
 
-A step whose loss or gradient is not finite changes nothing but the counters.
+Each is a jitted program. Between microbatches the processes look for a notice of preemption; a step that is interrupted
+has changed nothing. A step whose loss or gradient is not finite changes nothing but the counters.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
@@ -15,8 +19,56 @@ from dmpo_jax import noise
 from dmpo_jax.models import lora
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.run.preemption import check_preemption
 from dmpo_jax.scoring import make_score
 from dmpo_jax.structs import Experience, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """A gradient step as programs that a host calls one after another.
+
+  Args:
+    num_microbatches: equal parts of a buffer's prompts, whose gradients are added up.
+    zeros: `trainable -> gradient`, the sum before the first microbatch, float32 and laid out as what is trained.
+    accumulate: `(gradient, state, frozen, microbatch, seed) -> (gradient, metrics)`. Adds one microbatch's gradient to
+      the sum, which is donated; None in its place begins a sum. The metrics are the microbatch's share, with its loss.
+    apply: `(state, gradient, metrics of all microbatches) -> (state, metrics)`. Donates the state.
+  """
+
+  num_microbatches: int
+  zeros: Callable[[Any], Any]
+  accumulate: Callable[[Any, TrainState, Any, Experience, jax.Array], tuple[Any, Metrics]]
+  apply: Callable[[TrainState, Any, tuple[Metrics, ...]], tuple[TrainState, Metrics]]
+
+  def __call__(
+    self, state: TrainState, frozen: Any, experience: Experience, seed: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    """Take one gradient step on a buffer; the state given is donated.
+
+    The seed is given as its key, `jax.random.key(seed)`: runs that differ by it alone share compiled programs.
+
+    Raises:
+      Preempted: before one of the microbatches; the state is as it was.
+    """
+    gradient, shares = self.zeros(state.trainable) if self.num_microbatches > 1 else None, []
+    for microbatch in split(experience, self.num_microbatches):
+      check_preemption()
+      gradient, share = self.accumulate(gradient, state, frozen, microbatch, seed)
+      shares.append(share)
+      # One microbatch stays queued behind the one that runs. If the host ran further ahead, it would look for notices
+      # long before the devices are there.
+      jax.block_until_ready(shares[-2:-1])
+    return self.apply(state, gradient, tuple(shares))
+
+
+def split(experience: Experience, number: int) -> list[Experience]:
+  """Cut a buffer into equal parts of whole groups; parts of numpy arrays are views."""
+  leaves, structure = jax.tree.flatten(experience)
+  parts = zip(*(np.split(leaf, number) for leaf in leaves), strict=True)
+  return [jax.tree.unflatten(structure, part) for part in parts]
 
 
 def make_update(
@@ -24,73 +76,42 @@ def make_update(
   optimizer: optax.GradientTransformation,
   *,
   objective: str,
-  microbatch_prompts: int,
+  num_microbatches: int,
   sync_reference_every: int,
   shardings: tuple[TrainState, NamedSharding],
   **keywords: Any,
-) -> Callable[[TrainState, Any, Experience, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-  """Jit `update(state, frozen, experience, seed) -> (state, metrics)`; the state given is donated.
+) -> Update:
+  """Jit the gradient step.
 
-  The gradient is of the mean over the experience's prompts, accumulated in float32 over microbatches of whole groups,
-  and so are the parameters that it moves; where all are trained, it is taken at these in the activations' dtype.
-  A row's masks and dropout belong to (seed, step, prompt, rollout), so the split changes no number beyond rounding. The
-  seed is given as its key, `jax.random.key(seed)`: runs that differ by it alone share one compiled program.
+  The gradient is of the mean over a buffer's prompts, accumulated in float32 over microbatches of whole groups, and so
+  are the parameters that it moves; where all are trained, it is taken at these in the activations' dtype. A row's masks
+  and dropout belong to (seed, step, prompt, rollout), so the split changes no number beyond rounding.
 
   Args:
     objective: a name in `objectives.OBJECTIVES`; `keywords` are its own.
-    microbatch_prompts: prompts whose gradient is computed at one time; divides their number; 0 for all.
+    num_microbatches: divides the number of prompts.
     sync_reference_every: updates after which the state's reference becomes a copy of what is trained; 0: never.
     shardings: of the state and of the metrics.
   """
+  of_state, everywhere = shardings
   has_adapters = model.config.lora is not None
-  has_dropout = has_adapters and model.config.lora.dropout > 0
-  loss, _, has_teacher = OBJECTIVES[objective]
-  replays = "likelihood" in keywords and keywords["likelihood"].replays
+  loss_and_metrics = _make_loss(model, objective, num_microbatches, keywords)
 
-  def loss_and_metrics(
-    trainable: Any, state: TrainState, frozen: Any, experience: Experience, seed: jax.Array, num_prompts: int
-  ):
-    group_size = experience.reward.shape[1]
+  def zeros(trainable: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
 
-    def keys(purpose: str) -> jax.Array:
-      return noise.row_keys(noise.step_key(seed, purpose, state.step), experience.prompts.prompt_id, group_size)
-
-    score = make_score(
-      model,
-      lora.policy_variables(trainable, frozen, has_adapters),
-      experience.prompts,
-      experience.completion,
-      is_counted=experience.is_counted,
-      uncounted=experience.seen if replays else None,
-      dropout_keys=keys("dropout") if has_dropout else None,
-      teacher=lora.reference_variables(frozen, state.reference, has_adapters) if has_teacher else None,
-    )
-    return loss(score, experience, keys("loss"), num_prompts=num_prompts, **keywords)
-
-  def accumulate(state: TrainState, frozen: Any, experience: Experience, seed: jax.Array):
-    num_prompts = experience.reward.shape[0]
-    gradient_of = jax.value_and_grad(loss_and_metrics, has_aux=True)
+  def accumulate(gradient: Any, state: TrainState, frozen: Any, microbatch: Experience, seed: jax.Array):
     trainable = lora.computing(state.trainable, model.config.dtype, has_adapters)
+    microbatch = of_update(microbatch, state.step)
+    result = jax.value_and_grad(loss_and_metrics, has_aux=True)(trainable, state, frozen, microbatch, seed)
+    (loss, metrics), own = jax.tree.map(lambda x: x.astype(jnp.float32), result)
+    gradient = own if gradient is None else jax.tree.map(jnp.add, gradient, own)
+    return gradient, metrics | {"loss": loss}
 
-    def part(microbatch: Experience):
-      result = gradient_of(trainable, state, frozen, microbatch, seed, num_prompts)
-      return jax.tree.map(lambda x: x.astype(jnp.float32), result)
-
-    if microbatch_prompts in (0, num_prompts):
-      return part(experience)
-
-    def add(total: Any, microbatch: Experience):
-      return jax.tree.map(jnp.add, total, part(microbatch)), None
-
-    microbatches = jax.tree.map(lambda x: x.reshape(-1, microbatch_prompts, *x.shape[1:]), experience)
-    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], microbatches))
-    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), microbatches)[0]
-
-  def update(state: TrainState, frozen: Any, experience: Experience, seed: jax.Array):
-    experience = of_update(experience, state.step)
-    (loss, metrics), gradient = accumulate(state, frozen, experience, seed)
+  def apply(state: TrainState, gradient: Any, shares: tuple[Metrics, ...]):
+    metrics = functools.reduce(lambda total, share: jax.tree.map(jnp.add, total, share), shares)
     grad_norm = optax.global_norm(gradient)
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
 
     def choose(new: Any, old: Any) -> Any:
@@ -109,9 +130,44 @@ def make_update(
       num_skipped=state.num_skipped + ~is_finite,
       num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),
     )
-    return state, metrics | {"loss": loss, "grad_norm": grad_norm}
+    return state, metrics | {"grad_norm": grad_norm}
 
-  return jax.jit(update, donate_argnums=0, out_shardings=shardings)
+  return Update(
+    num_microbatches,
+    zeros=jax.jit(zeros, out_shardings=of_state.trainable),
+    # The optimizer's moments are unused, and kept as arguments: they lie on the devices meanwhile, and the compiler's
+    # account of memory (`launch/plan.py`) has to include them.
+    accumulate=jax.jit(accumulate, donate_argnums=0, keep_unused=True, out_shardings=(of_state.trainable, everywhere)),
+    apply=jax.jit(apply, donate_argnums=0, out_shardings=shardings),
+  )
+
+
+def _make_loss(model: Transformer, objective: str, num_microbatches: int, keywords: dict[str, Any]) -> Callable:
+  """Close over an objective's loss of one microbatch, a share of the mean over the buffer's prompts."""
+  has_adapters = model.config.lora is not None
+  has_dropout = has_adapters and model.config.lora.dropout > 0
+  loss, _, has_teacher = OBJECTIVES[objective]
+  replays = "likelihood" in keywords and keywords["likelihood"].replays
+
+  def loss_and_metrics(trainable: Any, state: TrainState, frozen: Any, microbatch: Experience, seed: jax.Array):
+    num_prompts, group_size = microbatch.reward.shape
+
+    def keys(purpose: str) -> jax.Array:
+      return noise.row_keys(noise.step_key(seed, purpose, state.step), microbatch.prompts.prompt_id, group_size)
+
+    score = make_score(
+      model,
+      lora.policy_variables(trainable, frozen, has_adapters),
+      microbatch.prompts,
+      microbatch.completion,
+      is_counted=microbatch.is_counted,
+      uncounted=microbatch.seen if replays else None,
+      dropout_keys=keys("dropout") if has_dropout else None,
+      teacher=lora.reference_variables(frozen, state.reference, has_adapters) if has_teacher else None,
+    )
+    return loss(score, microbatch, keys("loss"), num_prompts=num_microbatches * num_prompts, **keywords)
+
+  return loss_and_metrics
 
 
 def of_update(experience: Experience, step: jax.Array) -> Experience:

@@ -2,8 +2,9 @@
 
     python -m launch.plan --config=configs/llada_8b.py --topology=v5e:4x4 [--sweep]
 
-The gradient step, the sampler of the rollouts and the scores that weigh them are compiled by the real TPU compiler,
-which needs no TPU but the package libtpu (`make libtpu`, part of `make test`). A program takes minutes of one core.
+The gradient step (`accumulate`: the gradient of one microbatch; `apply`: the optimizer), the sampler of the rollouts
+and the scores that weigh them are compiled by the real TPU compiler, which needs no TPU but the package libtpu
+(`make libtpu`, part of `make test`). A program takes minutes of one core.
 Where samplers have a mesh of their own, so is the program that lays the parameters out for it: its collectives are what
 that costs, its memory beyond the arguments what stays taken while rollouts are sampled.
 
@@ -204,7 +205,7 @@ def largest_microbatch(
       own = ConfigDict(config.to_dict())
       own.rollout.num_prompts, own.train.microbatch_prompts = 2 * size, size  # two, so that gradients are accumulated
       begin(f"microbatch_prompts {size}")
-      tried[size] = cost_of("update", own, where)
+      tried[size] = cost_of("accumulate", own, where)
       log(f"microbatch_prompts {size:4}: {tried[size].peak:6.2f} GiB, {'fits' if where.fits(tried[size]) else 'no'}")
     return where.fits(tried[size])
 
@@ -244,8 +245,7 @@ def table(costs_of: Sequence[Cost], where: Slice) -> Table:
 
 def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice) -> str:
   """Say how long a buffer takes by the roofline, and under which assumptions."""
-  chunks = -(-config.rollout.num_prompts // (config.rollout.chunk_prompts or config.rollout.num_prompts))
-  times = {"sample": chunks, "measure": chunks, "update": config.train.updates_per_buffer, "move": 1}
+  times = {name: programs.calls_of(name, config) for name in found}
   seconds = {name: times[name] * cost.seconds for name, cost in found.items()}
   listed = " + ".join(f"{times[name]} x {name} {cost.seconds:.2f} s" for name, cost in found.items())
   return (
@@ -258,7 +258,7 @@ def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice)
 
 def describe_polls(found: dict[str, Cost], config: ConfigDict) -> str:
   """Say how long the devices work between two looks for a notice of preemption, by the roofline."""
-  names = {"sample": "rollouts", "measure": "scores", "update": "an update"}
+  names = {"sample": "rollouts", "measure": "scores", "accumulate": "a microbatch"}
   seconds = {what: found[name].seconds for name, what in names.items() if name in found}
   if "sample" in found:
     rows = (config.rollout.chunk_prompts or config.rollout.num_prompts) * config.rollout.group_size

@@ -70,9 +70,11 @@ def test_the_gradient_step():
 
 def test_recomputing_is_no_work():
   """Utilisation is of the work: a step that computes its layers twice has the same operations to its name."""
-  counted = {remat: workload.count_flops("update", bench_tiny.config(model__remat=remat)) for remat in ("none", "full")}
+  counted = {
+    remat: workload.count_flops("accumulate", bench_tiny.config(model__remat=remat)) for remat in ("none", "full")
+  }
   assert counted["none"] == counted["full"]
-  recomputing = workload.trace_on("update", bench_tiny.config(model__remat="full"), jax.devices())
+  recomputing = workload.trace_on("accumulate", bench_tiny.config(model__remat="full"), jax.devices())
   assert costs.count_flops(recomputing.jaxpr) > counted["none"]
 
 
@@ -99,8 +101,8 @@ def test_samplers_and_their_calls():
 def test_a_whole_iteration():
   contender = bench_iteration.make_ours(bench_tiny.config())
   contender.run()
-  parts = {name: workload.count_flops(name, bench_tiny.config()) for name in ("sample", "measure", "update")}
-  assert contender.facts["flops"] == parts["sample"] + parts["measure"] + 2 * parts["update"]
+  parts = {name: workload.count_flops(name, bench_tiny.config()) for name in ("sample", "measure", "accumulate")}
+  assert contender.facts["flops"] == parts["sample"] + parts["measure"] + 2 * parts["accumulate"]
 
 
 def test_conversion(tmp_path):

@@ -31,7 +31,7 @@ ROOMS = {
   "scoring": FOUNDATIONS | {"models"},
   "measure": FOUNDATIONS | {"models", "objectives", "run", "scoring"},
   "rollout": FOUNDATIONS | {"grading", "hub", "measure", "models", "objectives", "run", "samplers"},
-  "update": FOUNDATIONS | {"models", "objectives", "scoring"},
+  "update": FOUNDATIONS | {"models", "objectives", "run", "scoring"},
   "build": FOUNDATIONS
   | {"config", "data", "grading", "hub", "models", "objectives", "rollout", "run", "samplers", "tasks"},
   "evaluate": FOUNDATIONS | {"build", "config", "grading", "hub", "measure", "rollout", "run", "tasks"},

@@ -50,7 +50,7 @@ def test_a_workdir_has_one_run_and_an_interrupt_saves_it(tmp_path):
   process.send_signal(signal.SIGINT)
   done = finish(process, timeout=60)
   assert done.returncode == 75, done.stderr[-2000:]
-  assert "interrupted: saving at the next update" in done.stderr
+  assert "interrupted: saving after this microbatch" in done.stderr
   assert "everything is saved; run the same command again" in done.stderr
   buffers = rows_of(workdir)[-1]["step"]
   assert max(saved_steps(workdir)) in (2 * buffers, 2 * buffers + 1)  # not an update was lost
@@ -127,7 +127,7 @@ def test_one_late_host_does_not_hold_the_others(tmp_path):
     both[1].kill()
   assert done.returncode == 76, done.stderr[-3000:]
   late = f"process 1 on {platform.node()} (last at 'completions are graded')"
-  said = f"stopped in process 0: of 2 processes, {late} did not come to 'the next update' within 40 s; its own log"
+  said = f"stopped in process 0: of 2 processes, {late} did not come to 'the next step' within 40 s; its own log"
   assert said in done.stderr, done.stderr[-3000:]
   assert "asleep" in finish(both[1]).stdout
 

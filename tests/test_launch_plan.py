@@ -59,10 +59,10 @@ NARROW = [
 def test_rows_that_chips_do_not_divide_compile_for_them(tmp_path):
   """Three rollouts, and twice as many rows of scores, on four chips: with the kernel, and nothing gathered for it."""
   options = ["--config.rollout.num_prompts=1", "--config.rollout.group_size=3", "--config.objective.num_replicates=2"]
-  options += ["--config.train.microbatch_prompts=0", "--programs=sample,measure,update"]
+  options += ["--config.train.microbatch_prompts=0", "--programs=sample,measure,accumulate"]
   found, _ = plan_8b(tmp_path / "plan.json", "--topology=v5e:2x2", *NARROW, *options)
   assert found["attention"] == "splash"
-  assert found["programs"].keys() == {"sample", "measure", "update"}
+  assert found["programs"].keys() == {"sample", "measure", "accumulate"}
   for cost in found["programs"].values():
     assert not cost["is_refused"]
     assert cost["vocabulary"] == []
@@ -71,7 +71,7 @@ def test_rows_that_chips_do_not_divide_compile_for_them(tmp_path):
 @pytest.mark.slow
 def test_two_slices_exchange_gradients_alone(tmp_path):
   """Weights are gathered inside a slice of four chips; two slices sum up gradients of adapters, and metrics."""
-  options = ["--topology=v5e:2x2", "--slices=2", "--programs=update", "--config.rollout.num_prompts=2"]
+  options = ["--topology=v5e:2x2", "--slices=2", "--programs=accumulate", "--config.rollout.num_prompts=2"]
   options += [
     "--config.rollout.group_size=4",
     "--config.train.microbatch_prompts=0",
@@ -81,7 +81,7 @@ def test_two_slices_exchange_gradients_alone(tmp_path):
   assert found["topology"] == "2 x v5e:2x2"
   assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
   assert "mesh data 2 fsdp 4 (16 asked for) tensor 1" in shown
-  cost = found["programs"]["update"]
+  cost = found["programs"]["accumulate"]
   adapters = 2 * 4 * (4 * 2 * 256) * 4  # bytes: 2 layers' 4 targets of 256 x 4 and 4 x 256 numbers in float32
   assert adapters / 4 <= cost["collectives"]["between slices"]["bytes"] < adapters  # each chip its part of them
 
@@ -89,11 +89,11 @@ def test_two_slices_exchange_gradients_alone(tmp_path):
 @pytest.mark.slow
 def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
   """2 antithetic pairs a chip: a prompt's 16 rollouts of 4 masks each, 456 positions a row."""
-  options = ["--topology=v5e:4x4", "--programs=update"]
+  options = ["--topology=v5e:4x4", "--programs=accumulate"]
   options += ["--config.rollout.num_prompts=1", "--config.train.microbatch_prompts=1"]
   options += ["--config.rollout.chunk_prompts=1"]
   found, shown = plan_8b(tmp_path / "plan.json", *options)
-  cost = found["programs"]["update"]
+  cost = found["programs"]["accumulate"]
   assert found["attention"] == "splash"
   assert 0.9 < cost["arguments"] < 1.2  # a sixteenth of 16 GB, and of the adapters and their moments
   assert cost["peak"] < PEAK
@@ -101,13 +101,13 @@ def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
   assert cost["collectives"]["all-gather"]["bytes"] < 40e9  # the weights, twice, and the head once
   tokens, weights = 64 * 456, 7e9
   assert 2.5 * 2 * tokens * weights < cost["flops"] < 5 * 2 * tokens * weights  # forward twice, and back
-  assert "update" in shown
+  assert "accumulate" in shown
 
 
 PEAK = 2.25  # GiB; what has been seen is 2 % below
 
 
-def cost(program="update", peak=5.0, **changes):
+def cost(program="accumulate", peak=5.0, **changes):
   made = plan.Cost(program, 1.0, peak, False, 1e15, {}, [], 2.0, 1.0, 60.0)
   return dataclasses.replace(made, **changes)
 
@@ -124,11 +124,11 @@ def test_a_margin_is_left_free():
 
 
 def test_the_slower_of_products_and_links_is_the_time():
-  config = tiny.config(rollout__chunk_prompts=2)
-  found = {"update": cost(), "sample": cost("sample", seconds_links=3.0)}
+  config = tiny.config(rollout__chunk_prompts=2, train__microbatch_prompts=2)
+  found = {"accumulate": cost(), "sample": cost("sample", seconds_links=3.0)}
   assert found["sample"].seconds == 3.0
   text = plan.describe_iteration(found, config, some_slice())
-  assert f"{config.train.updates_per_buffer} x update 2.00 s + 2 x sample 3.00 s" in text
+  assert f"{2 * config.train.updates_per_buffer} x accumulate 2.00 s + 2 x sample 3.00 s" in text
   assert "50% of 197 TFLOP/s" in text
   assert plan.table(list(found.values()), some_slice()).row_count == 2
 
@@ -139,7 +139,7 @@ def test_the_sweep_finds_the_largest_that_fits(monkeypatch, limit, wanted):
   compiled = []
 
   def cost_of(name, config, where):
-    assert name == "update"
+    assert name == "accumulate"
     size = config.train.microbatch_prompts
     assert config.rollout.num_prompts == 2 * size
     compiled.append(size)
@@ -179,23 +179,25 @@ def test_a_plan_says_how_often_a_notice_is_looked_for():
   found = {name: cost_of(name, seconds) for name, seconds in (("sample", 4.0), ("measure", 1.0), ("move", 20.0))}
   said = "a poll for preemption at least every 8.0 s: rollouts 4.0 s, scores 1.0 s, evaluation 8.0 s"
   assert plan.describe_polls(found, config) == said
-  assert "at least every 25.0 s" in plan.describe_polls(found | {"update": cost_of("update", 25.0)}, config)
+  assert "at least every 25.0 s" in plan.describe_polls(found | {"accumulate": cost_of("accumulate", 25.0)}, config)
 
 
 @pytest.mark.parametrize(
-  ("settings", "chunk_prompts", "batch_size"),
+  ("settings", "chunk_prompts", "microbatch_prompts", "batch_size"),
   [
-    ("256", 2, 32),
-    ("256,v5e-16", 2, 32),
-    ("256,v6e-16", 8, 128),
-    ("256,v5p-8", 1, 16),
-    ("128,v5e-64", 32, 256),
-    ("512", 1, 8),
+    ("256", 2, 8, 32),
+    ("256,v5e-16", 2, 8, 32),
+    ("256,v6e-16", 8, 8, 128),
+    ("256,v5p-8", 1, 4, 16),
+    ("128,v5e-64", 32, 8, 256),
+    ("512", 1, 4, 8),
+    ("256,v5e-1", 1, 1, 2),
   ],
 )
-def test_a_slice_has_parts_that_take_seconds(settings, chunk_prompts, batch_size):
+def test_a_slice_has_parts_that_take_seconds(settings, chunk_prompts, microbatch_prompts, batch_size):
   config = llada_8b.get_config(settings)
   assert (config.rollout.chunk_prompts, config.eval.batch_size) == (chunk_prompts, batch_size)
+  assert config.train.microbatch_prompts == microbatch_prompts
   assert config.sampler.completion_length == int(settings[:3])
   with pytest.raises(ValueError, match="slice 'v9-16': must be a kind"):
     llada_8b.get_config("256,v9-16")
@@ -222,7 +224,7 @@ def test_the_programs_are_traced_as_training_calls_them():
     for name in programs.PROGRAMS:
       assert programs.is_needed(name, config)
       traced = programs.trace(name, config, model, meshes)
-      assert plan.costs.count_flops(traced.jaxpr) > 0 or name == "move"
+      assert plan.costs.count_flops(traced.jaxpr) > 0 or name in ("apply", "move")
 
 
 def test_full_fine_tuning_is_traced_with_a_float32_state_and_bfloat16_policies():
@@ -234,7 +236,12 @@ def test_full_fine_tuning_is_traced_with_a_float32_state_and_bfloat16_policies()
   )
   meshes = sharding.make_meshes(2, 2, 2, rollout=dict(data=0, fsdp=0, tensor=0))
   model = programs.make_model(config)
-  (state, frozen, *_), _ = programs.trace("update", config, model, meshes).args_info
+  (gradient, state, frozen, *_), _ = programs.trace("accumulate", config, model, meshes).args_info
+  assert jax.tree.map(lambda x: (x.shape, "float32"), state.trainable) == jax.tree.map(
+    lambda x: (x.shape, str(x.dtype)), gradient
+  )
+  (state_of_apply, *_), _ = programs.trace("apply", config, model, meshes).args_info
+  assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, state, state_of_apply))
   (policies, *_), _ = programs.trace("sample", config, model, meshes).args_info
   assert {str(x.dtype) for x in jax.tree.leaves((state.trainable, state.opt_state[1][0].mu))} == {"float32"}
   assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {"bfloat16"}
@@ -268,7 +275,7 @@ def test_a_model_without_a_tokenizer_needs_its_vocabulary():
   ],
 )
 def test_the_compilers_refusal_is_read(message):
-  refused = plan._refused("update", message, 1.0, some_slice(), 3.0)
+  refused = plan._refused("accumulate", message, 1.0, some_slice(), 3.0)
   assert (refused.peak, refused.is_refused) == (17.25, True)
 
 

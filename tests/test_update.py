@@ -1,5 +1,6 @@
 """The gradient step: microbatches, devices and padding change nothing; what is not finite is skipped."""
 
+import itertools
 import re
 
 import jax
@@ -8,13 +9,16 @@ import optax
 import pytest
 import tiny
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
+from remains import leave_alone, policy_of, rows_of
 
-from dmpo_jax import build, noise, phases, rollout, sharding
+from dmpo_jax import build, noise, phases, rollout, sharding, train
 from dmpo_jax.measure import Policies
 from dmpo_jax.models import lora
 from dmpo_jax.objectives import wdce
 from dmpo_jax.run.checkpoints import Checkpoints, saved_dtypes
+from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.scoring import make_score
 from launch.bench import programs
 
@@ -253,11 +257,11 @@ def test_parameters_are_gathered_in_the_activations_dtype(tmp_path, layer_rows):
   try:  # what comes from the cache is not compiled, and not written out; JAX asks once whether there is one
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
-    programs.trace("update", config, model, meshes).lower().compile(compiler_options=options)
+    programs.trace("accumulate", config, model, meshes).lower().compile(compiler_options=options)
   finally:
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
-  (path,) = tmp_path.glob("*jit_update*after_spmd-partitioning*")
+  (path,) = tmp_path.glob("*jit_accumulate*after_spmd-partitioning*")
   gathered = re.findall(r"= (\w+)\[(?:1,)?(\d+,\d+)\]\S* all-gather", path.read_text())
   assert {dtype for dtype, _ in gathered if dtype != "s32"} == {"bf16"}
   assert {shape for dtype, shape in gathered if dtype == "bf16"} == {"16,16", "16,32", "32,16", "16,24"}
@@ -293,3 +297,48 @@ def test_the_best_policy_is_saved_in_float32_and_sampled_as_in_training(folder, 
     sample = phases.training_sample(config, parts)
     drawn = [sample(Policies(policy, {}), prompts, jax.random.key(0)) for policy in (loaded, trained)]
   jax.tree.map(np.testing.assert_array_equal, *drawn)
+
+
+def notice_at(patch, number):
+  """Let JAX say that the machines are about to be taken away when it is asked for the `number`-th time."""
+  count = itertools.count(1)
+  patch.setattr(multihost_utils, "reached_preemption_sync_point", lambda poll: next(count) == number)
+
+
+def is_in_update(notice):
+  return any(entry.path.name == "update.py" for entry in notice.traceback)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_step_interrupted_between_microbatches_has_changed_nothing(folder, use_devices, monkeypatch, rank):
+  config = tiny.config(model__lora__rank=rank, train__microbatch_prompts=1)
+  parts, phase, state = begin(config, folder, 1, use_devices)
+  experience, before = experience_of(parts, config), jax.device_get(state)
+  for number in (1, 3, 4):
+    with monkeypatch.context() as patch, jax.set_mesh(parts.mesh):
+      notice_at(patch, number)
+      with pytest.raises(Preempted):
+        phase.update(state, phase.frozen, experience)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+  again = step_of((parts, phase, state), experience)
+  alone = step_of(begin(config, folder, 1, use_devices), experience)
+  jax.tree.map(np.testing.assert_array_equal, again, alone)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_interrupted_between_microbatches_ends_as_if_left_alone(tmp_path, use_devices, monkeypatch, rank):
+  """Polls come before a buffer, before it is sampled and scored, before an update, and before each microbatch."""
+  use_devices(1)
+  own = dict(model__lora__rank=rank, train__microbatch_prompts=2, train__num_buffers=1, warm_start__updates=0)
+  config = tiny.config(**own, objective__baseline="none", checkpoint__every_updates=100)
+  alone, workdir = leave_alone(config, tmp_path / "alone"), epath.Path(tmp_path / "run")
+  for number, step in ((5, "0"), (6, "1")):
+    with monkeypatch.context() as patch:
+      notice_at(patch, number)
+      with pytest.raises(Preempted) as notice:
+        train.main(config, workdir)
+    assert is_in_update(notice)
+    assert (workdir / "checkpoints" / "train" / step / "experience").exists()
+  train.main(config, workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(alone))
+  assert rows_of(workdir) == rows_of(alone)

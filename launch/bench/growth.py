@@ -10,7 +10,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +23,15 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from dmpo_jax import noise
-from launch.bench import costs, timing, workload
+from launch.bench import costs, programs, timing, workload
 from launch.bench import update as bench_update
 from launch.bench.report import Options, shown, shown_bytes
 
 NUM_DEVICES = 8
+
+
+# The programs behind what is measured; the first has its products and its peak of memory.
+PROGRAMS = {"update": programs.STEP, "sample": ("sample",)}
 
 
 class Axis(NamedTuple):
@@ -175,27 +179,27 @@ def run(config: ConfigDict, options: Options) -> Growth:
 
 
 def measure(axis: Axis, program: str, value: int, config: ConfigDict, repeats: int) -> Point:
-  """Compile one program and time it."""
+  """Compile a gradient step or a sampler, and time it."""
   work = workload.make(config, sharpness=workload.SHARPNESS)
-  traced = workload.trace(program, work)
-  compiled = traced.lower().compile()
-  turn = make_turn(program, work, compiled)
+  compiled, turn = make_turn(program, work)
   turn()
   seconds = []
   for _ in range(repeats):
     start = time.perf_counter()
     turn()
     seconds.append(time.perf_counter() - start)
+  traced = workload.trace(PROGRAMS[program][0], work)
   flops = costs.count_flops(traced.jaxpr, while_trips=workload.loop_calls(config))
   return point_of(axis, program, value, compiled, flops, statistics.median(seconds))
 
 
-def make_turn(program: str, work: workload.Workload, compiled: jax.stages.Compiled) -> Any:
-  """Close over a program's arguments."""
-  if program == "sample":
-    key = noise.step_key(work.config.seed, "rollout", 0)
-    return lambda: jax.block_until_ready(compiled(work.policies, work.experience.prompts, key))
-  return bench_update.make_turn(work, compiled)
+def make_turn(program: str, work: workload.Workload) -> tuple[jax.stages.Compiled, Callable[[], None]]:
+  """Compile, and close over the arguments; return the first of the programs with what is timed."""
+  if program == "update":
+    step = workload.compile_step(work)
+    return step.accumulate, bench_update.make_turn(work, step)
+  compiled, key = workload.trace("sample", work).lower().compile(), noise.step_key(work.config.seed, "rollout", 0)
+  return compiled, lambda: jax.block_until_ready(compiled(work.policies, work.experience.prompts, key))
 
 
 def point_of(
@@ -214,12 +218,12 @@ def make_devices(config: ConfigDict) -> timing.Contender:
   for value in DEVICES.values:
     own = workload.changed(config, {"sharding.data": 1, "sharding.fsdp": value, "rollout.num_prompts": NUM_DEVICES})
     for program in DEVICES.programs:
-      traced = workload.trace_on(program, own, devices[:value])
-      compiled = traced.lower().compile()
+      traced = [workload.trace_on(name, own, devices[:value]) for name in PROGRAMS[program]]
+      compiled = [each.lower().compile() for each in traced]
       calls = workload.loop_calls(own)
-      found = costs.count_collectives(compiled.as_text(), while_trips=calls)
-      flops = costs.count_flops(traced.jaxpr, while_trips=calls) / value
-      point = point_of(DEVICES, program, value, compiled, flops, None)
+      found = [each for part in compiled for each in costs.count_collectives(part.as_text(), while_trips=calls)]
+      flops = costs.count_flops(traced[0].jaxpr, while_trips=calls) / value
+      point = point_of(DEVICES, program, value, compiled[0], flops, None)
       times, size = sum(each.trips for each in found), sum(each.size * each.trips for each in found)
       points.append(point._replace(collectives=times, collective_bytes=size))
   return timing.Contender(lambda: None, facts={"points": points})

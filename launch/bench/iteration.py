@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import build, data, phases, tasks
 from dmpo_jax.grading import Grading
 from dmpo_jax.structs import TrainState
-from launch.bench import timing, workload
+from launch.bench import programs, timing, workload
 from launch.bench.report import Options, Result, compare
 
 
@@ -75,8 +75,8 @@ def make_ours(config: ConfigDict) -> timing.Contender:
       state, buffer = _iterate(phase, state, buffer, config.train.updates_per_buffer), buffer + 1
 
   turn()  # compiles everything, which is no part of an iteration's memory
-  times = {"sample": 1, "measure": 1, "update": config.train.updates_per_buffer}
-  flops = sum(number * workload.count_flops(name, config) for name, number in times.items())
+  names = ("sample", "measure", "accumulate")
+  flops = sum(programs.calls_of(name, config) * workload.count_flops(name, config) for name in names)
   return timing.Contender(turn, facts={"flops": flops})
 
 

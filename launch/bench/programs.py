@@ -17,9 +17,11 @@ from dmpo_jax.measure import Policies
 from dmpo_jax.models import lora
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import OBJECTIVES, needs_of
-from dmpo_jax.structs import Experience, Prompts
+from dmpo_jax.structs import Experience, Prompts, TrainState
+from dmpo_jax.update import Update
 
-PROGRAMS = ("update", "sample", "measure", "move")
+STEP = ("accumulate", "apply")  # the programs of a gradient step: one microbatch's gradient, and the optimizer
+PROGRAMS = (*STEP, "sample", "measure", "move")
 
 
 def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh, Mesh]:
@@ -60,35 +62,56 @@ def is_needed(name: str, config: ConfigDict) -> bool:
     return needs not in ("demonstrations", "rewards") and config.objective.likelihood != "sampler"
   if name == "move":
     return needs != "demonstrations" and any(config.sharding.rollout.values())
-  return name == "update" or needs != "demonstrations"
+  return name in STEP or needs != "demonstrations"
+
+
+def calls_of(name: str, config: ConfigDict) -> int:
+  """Count how often a program runs for one buffer."""
+  if name in STEP:
+    return config.train.updates_per_buffer * (phases.num_microbatches(config) if name == "accumulate" else 1)
+  chunks = -(-config.rollout.num_prompts // (config.rollout.chunk_prompts or config.rollout.num_prompts))
+  return 1 if name == "move" else chunks
+
+
+def make_step(config: ConfigDict, model: Transformer, mesh: Mesh) -> tuple[Update, TrainState]:
+  """Jit the gradient step for a mesh, and describe its state."""
+  optimizer = phases.training_optimizer(config)
+  trained = build.abstract_collection(model, mesh, "lora") if model.config.lora else _trained_params(model, mesh)
+  reference = lora.computing(trained, model.config.dtype, model.config.lora is not None)
+  state = phases.abstract_state(trained, optimizer, mesh)
+  state = state.replace(reference=reference if config.objective.sync_reference_every else None)
+  layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
+  return phases.training_update(config, model, optimizer, layout), state
 
 
 def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh, Mesh]) -> jax.stages.Traced:
   """Trace one of `PROGRAMS` as training would call it, with descriptions in the place of arrays."""
   mesh = meshes[1] if name == "sample" else meshes[0]
   params = build.abstract_collection(model, mesh, "params")
-  trained = build.abstract_collection(model, mesh, "lora") if model.config.lora else _trained_params(model, mesh)
-  trainable = lora.computing(trained, model.config.dtype, model.config.lora is not None)
-  num_prompts = config.rollout.num_prompts
-  experience = _experience(config, config.rollout.chunk_prompts or num_prompts)
-  reference = trainable if config.objective.sync_reference_every else None
+  step, state = make_step(config, model, mesh)
+  trainable = lora.computing(state.trainable, model.config.dtype, model.config.lora is not None)
+  policies = Policies(trainable, params, state.reference)
+  experience = _experience(config, config.rollout.chunk_prompts or config.rollout.num_prompts)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  if name == "update":
-    optimizer = phases.training_optimizer(config)
-    state = phases.abstract_state(trained, optimizer, mesh).replace(reference=reference)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
-    program = phases.training_update(config, model, optimizer, layout)
-    args = state, params, _experience(config, num_prompts), key
+  if name in STEP:
+    gradient = state.trainable  # in shapes, float32 and layout
+    microbatch = _experience(config, config.rollout.num_prompts // step.num_microbatches)
+    program, args = step.accumulate, (gradient if step.num_microbatches > 1 else None, state, params, microbatch, key)
+    if name == "apply":
+      with jax.set_mesh(mesh):
+        _, share = jax.eval_shape(program, *args)
+      share = jax.tree.map(lambda leaf: leaf.update(sharding=sharding.replicated(mesh)), share)
+      program, args = step.apply, (state, gradient, (share,) * step.num_microbatches)
   elif name == "sample":
     program = phases.training_sample(config, SimpleNamespace(model=model, mesh=mesh))
-    args = Policies(trainable, params, reference), experience.prompts, key
+    args = policies, experience.prompts, key
   elif name == "move":
-    args = (Policies(trainable, params, reference),)
-    program = sharding.moving(*args, meshes[1])
+    args = (policies,)
+    program = sharding.moving(policies, meshes[1])
   else:
     program = phases.training_scores(config, model, mesh)
     about = experience.completion, experience.is_counted, experience.committed_at
-    args = Policies(trainable, params, reference), experience.prompts, *about, key
+    args = policies, experience.prompts, *about, key
   with jax.set_mesh(mesh):  # from here on nothing may be computed: the devices are not there
     return program.trace(*args)
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import noise, phases
 from dmpo_jax.objectives.masking import draw_masks
 from dmpo_jax.structs import TrainState
+from dmpo_jax.update import Update
 from launch.bench import timing, workload
 from launch.bench.report import Options, Result, compare
 
@@ -36,18 +37,21 @@ def run(config: ConfigDict, options: Options) -> Result:
 def make_ours(config: ConfigDict) -> timing.Contender:
   """Compile the step that training takes."""
   work = workload.make(config)
-  compiled = workload.trace("update", work).lower().compile()
-  facts = {"flops": workload.count_flops("update", config), "planned_bytes": workload.planned_bytes(compiled)}
-  return timing.Contender(make_turn(work, compiled), lambda: _check(config), facts)
+  step = workload.compile_step(work)
+  facts = {
+    "flops": step.num_microbatches * workload.count_flops("accumulate", config),
+    "planned_bytes": max(map(workload.planned_bytes, (step.accumulate, step.apply))),
+  }
+  return timing.Contender(make_turn(work, step), lambda: _check(config), facts)
 
 
-def make_turn(work: workload.Workload, compiled: jax.stages.Compiled) -> Callable[[], None]:
+def make_turn(work: workload.Workload, step: Update) -> Callable[[], None]:
   """Take one gradient step after another."""
   state = fresh_state(work)
 
   def turn() -> None:
     nonlocal state
-    state, metrics = compiled(state, *work.beside_state)
+    state, metrics = step(state, *work.beside_state)
     jax.block_until_ready((state, metrics))
 
   return turn
@@ -63,8 +67,7 @@ def fresh_state(work: workload.Workload) -> TrainState:
 def _check(config: ConfigDict) -> dict[str, np.ndarray]:
   """Take one step without dropout; the gradient is read from AdamW's first moment, which the step has moved by it."""
   work = workload.make(workload.without_noise(config))
-  step = workload.trace("update", work).lower().compile()
-  state, metrics = step(fresh_state(work), *work.beside_state)
+  state, metrics = workload.compile_step(work)(fresh_state(work), *work.beside_state)
   moment = optax.tree_utils.tree_get(state.opt_state, "mu")
   gradient = jax.tree.map(lambda x: np.asarray(x) / (1 - config.optim.b1), moment)
   return {

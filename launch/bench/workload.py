@@ -1,5 +1,6 @@
 """What the benchmark measures of a configuration: training's own programs, on random weights, prompts and rollouts."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from dmpo_jax.measure import Policies
 from dmpo_jax.models import lora
 from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.structs import Experience, Prompts
+from dmpo_jax.update import Update
 from launch.bench import costs, programs
 
 # Factor on the head where tokens are drawn: how sure random weights are of them. More, and confidences round to 1.
@@ -116,6 +118,12 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
 def trace(name: str, work: Workload) -> jax.stages.Traced:
   """Trace one of `programs.PROGRAMS` for the workload's sizes."""
   return programs.trace(name, work.config, work.model, work.meshes)
+
+
+def compile_step(work: Workload) -> Update:
+  """Compile the programs of the gradient step."""
+  step, _ = programs.make_step(work.config, work.model, work.mesh)
+  return dataclasses.replace(step, **{name: trace(name, work).lower().compile() for name in programs.STEP})
 
 
 def trace_on(name: str, config: ConfigDict, devices: Sequence[jax.Device]) -> jax.stages.Traced:
