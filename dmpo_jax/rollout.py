@@ -213,7 +213,7 @@ def make_sample(
   plan: samplers.Plan,
   guidance: float = 0.0,
   with_reference: bool = False,
-  **own: Any,
+  options: Any,
 ) -> Callable:
   """Jit `sample(policies, prompts, key[, temperature]) -> Rollouts` with fields [p, g, c] and [p, g].
 
@@ -222,7 +222,8 @@ def make_sample(
 
   Args:
     mesh: where the rollouts are to lie, on every device; the sampler runs on the mesh that is set when it is called.
-    sampler: a name in `samplers.SAMPLERS`; `own` are its own keywords.
+    sampler: a name in `samplers.SAMPLERS`.
+    options: the sampler's own; see `samplers.make_options`.
     group_size: rollouts of each prompt.
     guidance: see `make_denoiser`.
     with_reference: let the sampler see the reference policy, for its log-probabilities of the tokens.
@@ -245,7 +246,7 @@ def make_sample(
     own_plan = plan
     if temperature is not None:
       own_plan = dataclasses.replace(plan, temperature=rows(temperature))
-    rollouts = samplers.SAMPLERS[sampler](denoiser, keys, own_plan, **own)
+    rollouts = samplers.SAMPLERS[sampler].sample(denoiser, keys, own_plan, options)
     return jax.tree.map(lambda array: array[:num_rows].reshape(-1, group_size, *array.shape[1:]), rollouts)
 
   return jax.jit(sample, out_shardings=replicated(mesh))

@@ -1,26 +1,35 @@
-"""The arrays that travel between the rooms, and the letters that name their axes.
+"""The arrays and interfaces that rooms share, and the letters that name axes.
 
 Axes, here and in every jaxtyping signature of the package:
 
-    p  prompts in a buffer          d  model width
-    g  rollouts of one prompt       n  attention heads
-    b  rows, usually p * g          k  key/value heads
-    r  mask replicates of a row     h  head width
-    q  prompt positions             f  feed-forward width
-    c  completion positions         v  vocabulary
-    l  q + c, a whole row
+    p  prompts in a buffer               d  model width
+    g  rollouts of one prompt            y  layers
+    b  rows, usually p * g               n  attention heads
+    r  mask samples of a rollout         k  key/value heads
+    q  prompt positions                  h  head width
+    c  completion positions              f  feed-forward width
+    l  q + c, a whole row                e  experts
+    m  keys that queries attend to       v  vocabulary
+    s  positions of a block              w  ids of one vocabulary chunk, beside each other
+    t  tokens, whatever their axes       u  updates on one buffer
 
-`g` stays an axis of its own wherever a group matters, so that a softmax over a group cannot mix prompts.
+`g` stays a real axis wherever a group matters, so that a softmax over a group cannot mix prompts. A letter may have
+another meaning within one function whose docstring says so.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
-VOCAB_TILE = 32  # ids, from a multiple of it on, that no part of a large vocabulary divides: one is drawn among them
+Params = Mapping[str, Any]  # nested: the arrays of a model, or one collection of its Flax variables
+
+# Samplers draw an id of a large vocabulary in two steps: a tile of this many neighbouring ids, then one of them. Tiles
+# begin at multiples of this number, and no chunk of the vocabulary cuts one.
+VOCAB_TILE = 32
 
 
 @struct.dataclass
@@ -67,15 +76,15 @@ class Rollouts:
 
 @struct.dataclass
 class LogProbs:
-  """Estimates of a buffer's log-probabilities under the sampling and the reference policy, by the same masks for both.
+  """Log-probabilities of a buffer under the sampling policy and the reference, nats; both under the same masks.
 
-  One a mask draw for the whole completion, [p, g, draws]; or position by position, under the masks of update u of the
-  buffer, [p, g, u, c] (of one update alone: [p, g, c]).
+  For whole completions: [p, g, n], one estimate for each of n independent mask draws. Position by position: [p, g, u,
+  c], under the masks of update u on the buffer; for a single update [p, g, c].
   """
 
   log_p_old: jax.Array  # float32
   log_p_ref: jax.Array  # float32
-  entropy: jax.Array  # float32 [p, g]; mean over masked positions, nats; position by position: [p, g, u]
+  entropy: jax.Array  # float32 [p, g], mean over masked positions, nats; position by position [p, g, u]
 
 
 @struct.dataclass
@@ -108,6 +117,89 @@ class Experience:
   token_log_p_old: jax.Array | None = None  # float32 [p, g, u, c]; under the masks of update u of the buffer
   token_log_p_ref: jax.Array | None = None  # float32 [p, g, u, c]; the same under the reference policy
   seen: jax.Array | None = None  # int32 [p, g, c]; see `Rollouts.seen`; None: what is not counted is unknown
+
+
+class Scores(NamedTuple):
+  """What a policy says of given tokens, nats."""
+
+  log_prob: Float32[Array, "*t"]  # of the token
+  entropy: Float32[Array, "*t"]  # of the distribution that it was scored under; carries no gradient
+  divergence: Float32[Array, "*t"] | None = None  # KL(teacher || that distribution), if there is a teacher
+
+
+Pairs = tuple[tuple[int, int], ...]  # indices of mask samples
+
+
+@runtime_checkable
+class Score(Protocol):
+  """Score the tokens of a group's completions under given masks: a policy, its prompts and completions closed over.
+
+  `log_prob` is log p(y_l | prompt, y with the masked positions hidden) at every position, [p, g, r, c].
+
+  Args:
+    is_masked: positions hidden from the model.
+    prompt_is_masked: the same for the prompt; None: none.
+    pairs: mask samples (i, j) of which one score is read at each position: that of i where i masks it, else that of j.
+      Both then hold this one score.
+  """
+
+  def __call__(
+    self, is_masked: Bool[Array, "p g r c"], prompt_is_masked: Bool[Array, "p g r q"] | None = None, pairs: Pairs = ()
+  ) -> Scores: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+  """The model as samplers see it: parameters and the prompts of b rows closed over.
+
+  Hidden states may hold several things side by side along d (with guidance: the row with and without its prompt).
+  Samplers only slice them by position and pass them to `logits`.
+  """
+
+  mask_token_id: int
+  eos_token_id: int
+  num_chunks: int  # of the vocabulary
+
+  @property
+  def reference(self) -> Self | None:
+    """The reference policy's denoiser with the same prompts, if it was asked for."""
+    ...
+
+  def hidden(self, completion: Int[Array, "z c"]) -> Float[Array, "z c d"]:
+    """Run whole rows [prompt; completion], for z a multiple of b, and return the completion's positions."""
+    ...
+
+  def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], PyTree]:
+    """Do the same for b rows, and return the whole row's kv cache too."""
+    ...
+
+  def suffix(
+    self, completion: Int[Array, "b c"], start: Int[Array, ""], kv_cache: PyTree, block_length: int
+  ) -> Float[Array, "b s d"]:
+    """Compute positions from `start` on (a multiple of `block_length`), the ones before cached; return a block."""
+    ...
+
+  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""], kv_cache: PyTree) -> Float[Array, "b s d"]:
+    """Compute positions [start, start + s), all others cached."""
+    ...
+
+  def shadowed(self, completion: Int[Array, "b c"], start: Int[Array, ""], block_length: int) -> Float[Array, "b t d"]:
+    """Compute a block, then its shadow: t = 2 * block_length.
+
+    The shadow is a second copy of the block's positions, all MASK. A shadow position sees the whole row but its own
+    token, and the row does not see the shadow: so it predicts each decided token as if that were still masked.
+    """
+    ...
+
+  def logits(
+    self, hidden: Float[Array, "z s d"], number: Int[Array, ""] | int
+  ) -> tuple[Float32[Array, "z s n w"], Int[Array, "n w"]]:
+    """Give the logits of vocabulary chunk `number`, and its ids: n runs of w neighbours.
+
+    If there are several chunks, runs begin at multiples of VOCAB_TILE and cut no tile. Logits of ids that belong to
+    another chunk, or to none, are -inf.
+    """
+    ...
 
 
 @struct.dataclass

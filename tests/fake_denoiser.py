@@ -16,7 +16,7 @@ MASK = 3
 class Fake(NamedTuple):
   """A denoiser whose hidden states are its logits, a pure function of the completion.
 
-  What it remembers for the caches is the completion as it was; the shadow of a position is the position masked.
+  Its kv cache is the completion as it was; the shadow of a position is the position masked.
   """
 
   hidden: collections.abc.Callable
@@ -77,10 +77,11 @@ def keys(n, seed=0):
 
 
 def run(name, denoiser, keys, own=None, **settings):
-  """Decode with a sampler; by default one block, one token a call, greedily."""
+  """Decode with a sampler and its own options; by default one block, one token a call, greedily."""
   length = settings["completion_length"]
   plan = samplers.Plan(**(dict(block_length=length, steps=length) | settings))
-  rollouts = jax.jit(lambda keys: samplers.SAMPLERS[name](denoiser, keys, plan, **(own or {})))(keys)
+  options = samplers.make_options(name, own or {})
+  rollouts = jax.jit(lambda keys: samplers.SAMPLERS[name].sample(denoiser, keys, plan, options))(keys)
   return jax.tree.map(np.asarray, rollouts)
 
 

@@ -1,5 +1,6 @@
 """Configurations: every problem in one message, and workdirs that belong to another configuration."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -12,7 +13,7 @@ from dmpo_jax import config as config_lib
 from dmpo_jax.config import rules
 from dmpo_jax.config.rules import RULES
 from dmpo_jax.run import workdir as workdir_lib
-from dmpo_jax.samplers import SAMPLERS
+from dmpo_jax.samplers import SAMPLERS, Sampler
 
 CONFIGS = sorted(path.stem for path in pathlib.Path(base.HERE).glob("*.py"))
 
@@ -241,13 +242,14 @@ def test_own_section_of_the_task(config):
   config_lib.validate(config)
 
 
-def test_a_samplers_own_section_is_optional_where_its_signature_has_defaults(config, monkeypatch):
+def test_a_samplers_own_section_is_optional_if_its_options_have_defaults(config, monkeypatch):
   config.sampler.name = "wino"
   del config.sampler.wino["threshold_back"]
   config_lib.validate(config)
   del config.sampler["wino"]
   config_lib.validate(config)
-  monkeypatch.setitem(SAMPLERS, "mine", lambda denoiser, keys, plan, *, depth, width=3: None)
+  options = dataclasses.make_dataclass("Options", [("depth", int), ("width", int, 3)], frozen=True)
+  monkeypatch.setitem(SAMPLERS, "mine", Sampler(options, lambda denoiser, keys, plan, options: None))
   monkeypatch.setitem(RULES, "sampler.name", rules.one_of("mine"))
   config.sampler.name = "mine"
   (line,) = problems(config)

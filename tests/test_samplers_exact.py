@@ -1,6 +1,7 @@
 """Every sampler's frequencies, where it commits one token a call, against exact probabilities; the documents' too."""
 
 import collections
+import dataclasses
 
 import documents
 import jax.numpy as jnp
@@ -44,11 +45,11 @@ def test_sampled_frequencies_are_the_exact_probabilities(name, own, order, tempe
 
 
 def test_the_sampler_that_the_documents_add(monkeypatch):
-  names = {"jnp": jnp, "predict": predict} | {
-    name: getattr(loop, name) for name in ("Decision", "decode", "take_block")
+  names = {"dataclasses": dataclasses, "jnp": jnp, "predict": predict} | {
+    name: getattr(loop, name) for name in ("Decision", "Rule", "decode", "take_block")
   }
-  exec(documents.code("extending.md", "def sample("), names)  # the page's own text
-  monkeypatch.setitem(samplers.SAMPLERS, "leftmost", names["sample"])
+  exec(documents.code("extending.md", "@dataclasses.dataclass(frozen=True)"), names)  # the page's own text
+  monkeypatch.setitem(samplers.SAMPLERS, "leftmost", samplers.Sampler(names["Options"], names["sample"]))
   rollouts = run("leftmost", contextual(c=3), keys(50), completion_length=3, block_length=3, temperature=1.0)
   assert (rollouts.completion != MASK).all()
   assert (rollouts.committed_at == np.arange(3)).all()

@@ -5,6 +5,8 @@ import pytest
 from fake_denoiser import contextual, keys, run
 from test_samplers_goldens import CASES, RECORDED, sample
 
+from dmpo_jax.samplers import freedave
+
 
 @pytest.mark.parametrize("name", ["llada_c", "llada_e_uneven"])
 def test_final_tokens_are_the_official_ones_of_the_sequential_sampler(name):
@@ -35,5 +37,5 @@ def test_row_by_row_the_tokens_are_those_of_the_sequential_sampler(remasking, te
 
 
 def test_no_state_to_run_is_refused():
-  with pytest.raises(ValueError, match=r"sampler.freedave.draft_length=0: must be at least 1"):
-    run("freedave", contextual(), keys(1), dict(draft_length=0), completion_length=2)
+  with pytest.raises(ValueError, match=r"^draft_length=0: must be 1 or more$"):
+    freedave.Options(draft_length=0)

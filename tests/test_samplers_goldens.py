@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from dmpo_jax.hub import convert
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.samplers import SAMPLERS, Plan
+from dmpo_jax.samplers import SAMPLERS, Plan, make_options
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
 CASES = json.loads((GOLDENS / "trajectories.json").read_text())
@@ -49,7 +49,7 @@ def sample(case, prompt, padding=0, temperature=0.0, first_key=0):
   @jax.jit
   def decode(variables, tokens, is_valid, keys):
     denoiser = make_denoiser(model, variables, tokens, is_valid, guidance=case["guidance"])
-    return SAMPLERS[case["sampler"]](denoiser, keys, plan, **case["own"])
+    return SAMPLERS[case["sampler"]].sample(denoiser, keys, plan, make_options(case["sampler"], case["own"]))
 
   data = [[0, first_key + row] for row in range(len(prompt))]
   keys = jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32))

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_denoiser import MASK, Fake, contextual, fixed, keys, run
+from fake_denoiser import MASK, Fake, fixed, keys, run
 
-from dmpo_jax import samplers
-from dmpo_jax.samplers import llada, prediction
-from dmpo_jax.samplers import selection as rules
+from dmpo_jax.samplers import llada, prediction, selection
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
 PROBABILITIES = [[0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.75, 0.05], [0.1, 0.5, 0.3, 0.1], [0.05, 0.9, 0.05, 0.0]]
@@ -65,9 +63,9 @@ def test_transfer_counts_recorded_from_the_official_code():
   goldens = np.load(GOLDENS / "functions.npz")
   for i in range(4):
     num_masked = jnp.asarray(goldens[f"ntt_mask_{i}"].sum(1))
-    counts = rules.num_transfer_tokens(num_masked, int(goldens[f"ntt_steps_{i}"]))
+    counts = selection.num_transfer_tokens(num_masked, int(goldens[f"ntt_steps_{i}"]))
     np.testing.assert_array_equal(counts, goldens[f"ntt_out_{i}"])
-  assert rules.num_transfer_tokens(jnp.int32(5), 3).tolist() == [2, 2, 1]
+  assert selection.num_transfer_tokens(jnp.int32(5), 3).tolist() == [2, 2, 1]
 
 
 @pytest.mark.parametrize("form", ["llada", "fast"])
@@ -84,6 +82,5 @@ def test_gumbel_argmax_recorded_from_the_official_code(monkeypatch, form):
 
 
 def test_an_unknown_remasking_is_refused():
-  plan = samplers.Plan(completion_length=8, block_length=4, steps=4)
-  with pytest.raises(ValueError, match=r"sampler.llada.remasking='low_confidense': .*did you mean 'low_confidence'"):
-    llada.sample(contextual(c=8), keys(1), plan, remasking="low_confidense")
+  with pytest.raises(ValueError, match=r"^remasking='low_confidense': .*did you mean 'low_confidence'"):
+    llada.Options(remasking="low_confidense")

@@ -10,7 +10,8 @@ from fake_denoiser import MASK, Fake, contextual, fixed, keys, run
 from jaxprs import equations
 
 from dmpo_jax import samplers
-from dmpo_jax.samplers.loop import Decision, decode
+from dmpo_jax.samplers import llada
+from dmpo_jax.samplers.loop import Decision, Rule, decode
 
 
 def test_the_loop_lets_a_sampler_take_tokens_back_and_keep_a_state():
@@ -20,17 +21,8 @@ def test_the_loop_lets_a_sampler_take_tokens_back_and_keep_a_state():
     return Decision(jnp.broadcast_to(written, view.tokens.shape), jnp.full(view.tokens.shape, state / 8)), state + 1
 
   plan = samplers.Plan(completion_length=4, block_length=2, steps=8)
-  rollouts, state = decode(
-    lambda *_: None,
-    accept,
-    jnp.float32(0),
-    keys(2),
-    plan,
-    contextual(c=4),
-    most_calls=4,
-    is_fixed=True,
-    can_revoke=True,
-  )
+  rule = Rule(lambda *_: None, accept, most_calls=4, is_fixed=True, can_revoke=True)
+  rollouts, state = decode(rule, keys(2), plan, contextual(c=4), jnp.float32(0))
   assert state == 8
   np.testing.assert_array_equal(rollouts.completion, [[2, 1, 2, 1]] * 2)
   np.testing.assert_array_equal(rollouts.committed_at, [[3, 1, 7, 5]] * 2)
@@ -108,7 +100,9 @@ def test_only_the_current_block_goes_through_the_head_and_has_noise(name):
 
   def draws(temperature):
     plan = samplers.Plan(completion_length=c, block_length=size, steps=8, temperature=temperature)
-    sample = functools.partial(samplers.SAMPLERS[name], Recording(contextual(c=c).hidden), plan=plan, **OWN[name])
+    options = samplers.make_options(name, OWN[name])
+    decode_with = functools.partial(samplers.SAMPLERS[name].sample, plan=plan, options=options)
+    sample = functools.partial(decode_with, Recording(contextual(c=c).hidden))
     program = jax.make_jaxpr(sample)(keys(b))
     return {x.outvars[0].aval.shape for x in equations(program) if x.primitive.name == "random_bits"}
 
@@ -135,7 +129,7 @@ def test_watching_sees_every_call():
   seen = {}
   denoiser = fixed([[0.6, 0.2, 0.1, 0.1]] * 4)
   plan = samplers.Plan(4, 2, 4, on_call=lambda number, *state: seen.update({int(number): state}))
-  jax.block_until_ready(samplers.SAMPLERS["llada"](denoiser, keys(1), plan))
+  jax.block_until_ready(llada.sample(denoiser, keys(1), plan, llada.Options()))
   jax.effects_barrier()
   assert [np.array(seen[call][0]).tolist() for call in range(4)] == [
     [[0, 3, 3, 3]],

@@ -14,7 +14,7 @@ from recorded_models import load, settings, tensors
 from dmpo_jax.hub import convert
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.samplers import SAMPLERS, Plan, loop, prediction, random_order
+from dmpo_jax.samplers import Plan, loop, prediction, random_order
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
 CASES = json.loads((GOLDENS / "random_order.json").read_text())
@@ -50,7 +50,7 @@ def test_tokens_and_log_probabilities_recorded_from_the_official_code(monkeypatc
   def decode(variables, keys):
     is_valid, reference = jnp.ones(prompt.shape, bool), {"params": variables["params"]}
     denoiser = make_denoiser(model, variables, prompt, is_valid, guidance=guidance, reference=reference)
-    return SAMPLERS["random_order"](denoiser, keys, plan)
+    return random_order.sample(denoiser, keys, plan, random_order.Options())
 
   rollouts = decode({**variables, "lora": adapters}, keys(len(prompt)))
   np.testing.assert_array_equal(rollouts.completion, RECORDED[f"{name}_completion"])

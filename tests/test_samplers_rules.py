@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_denoiser import Fake, contextual, fixed, keys, run
+from fake_denoiser import Fake, fixed, keys, run
 
-from dmpo_jax import samplers
-from dmpo_jax.samplers import prediction
-from dmpo_jax.samplers import selection as rules
+from dmpo_jax.samplers import parallel, prediction, selection
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "samplers"
 CASES = json.loads((GOLDENS / "selections.json").read_text())
@@ -37,12 +35,12 @@ def choose_tokens(logits, noise, temperature):
 @functools.partial(jax.jit, static_argnames=("rule", "bound"))
 def select(rule, confidence, is_masked, count, bound):
   if rule == "count":
-    return rules.select_count(confidence, is_masked, count)
-  choose = rules.select_threshold if rule == "threshold" else rules.select_factor
+    return selection.select_count(confidence, is_masked, count)
+  choose = selection.select_threshold if rule == "threshold" else selection.select_factor
   return choose(confidence, is_masked, bound)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", parallel.RULES)
 def test_selection_recorded_from_the_official_code(rule):
   """Tokens, and which are committed, from the recorded logits and uniform noise."""
   goldens = np.load(GOLDENS / "functions.npz")
@@ -68,10 +66,14 @@ CONFIDENCE = jnp.array([[0.9, 0.4, 0.7, 0.2], [0.4, 0.4, 0.3, 0.2]])
 @pytest.mark.parametrize(
   ("choose", "bound", "kept"),
   [
-    (rules.select_threshold, 0.7, [[1, 0, 1, 0], [1, 0, 0, 0]]),  # the best always, the leftmost of equals
-    (rules.select_factor, 1.0, [[1, 0, 1, 0], [1, 0, 0, 0]]),  # the second needs 2/3, the third 3/4
-    (rules.select_factor, 3.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),  # the second and third anything, the fourth 2/5: it alone
-    (rules.select_count, jnp.array([3, 0]), [[1, 1, 1, 0], [0, 0, 0, 0]]),
+    (selection.select_threshold, 0.7, [[1, 0, 1, 0], [1, 0, 0, 0]]),  # the best always, the leftmost of equals
+    (selection.select_factor, 1.0, [[1, 0, 1, 0], [1, 0, 0, 0]]),  # the second needs 2/3, the third 3/4
+    (
+      selection.select_factor,
+      3.0,
+      [[1, 1, 1, 1], [1, 1, 1, 1]],
+    ),  # only the fourth fails (2/5)
+    (selection.select_count, jnp.array([3, 0]), [[1, 1, 1, 0], [0, 0, 0, 0]]),
   ],
 )
 def test_selection_by_hand_row_by_row(choose, bound, kept):
@@ -86,14 +88,6 @@ def test_entropy_is_of_the_whole_distribution():
   p = [[0.6, 0.2, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]
   predicted = prediction.predict(Fake(len), jnp.log(jnp.array([p])), keys(1), jnp.arange(2), 0.0)
   np.testing.assert_allclose(predicted.entropy, [[-sum(q * np.log(q) for q in row) for row in p]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["parallel", "prefix_cache", "dual_cache"])
-@pytest.mark.parametrize("own", [dict(rule="treshold"), dict(threshold=-0.1), dict(rule="factor", factor=float("nan"))])
-def test_a_bad_rule_is_refused(name, own):
-  plan = samplers.Plan(completion_length=4, block_length=4, steps=4)
-  with pytest.raises(ValueError, match=r"sampler\.<name>\.(rule='treshold': .*did you mean 'threshold'|thresh|factor)"):
-    samplers.SAMPLERS[name](contextual(c=4), keys(1), plan, **own)
 
 
 def test_a_threshold_that_all_reach_takes_one_call_a_block():

@@ -19,7 +19,7 @@ from dmpo_jax.objectives import OBJECTIVES, wddo
 from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.objectives.weights import BASELINES, WEIGHTINGS
 from dmpo_jax.samplers import SAMPLERS, llada
-from dmpo_jax.samplers.selection import RULES as PARALLEL_RULES
+from dmpo_jax.samplers.parallel import RULES as PARALLEL_RULES
 from dmpo_jax.sharding import MESH_AXES
 from dmpo_jax.tasks import TASKS, user
 from dmpo_jax.tasks.worded import CHOICES

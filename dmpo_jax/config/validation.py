@@ -4,8 +4,8 @@
 each other.
 """
 
+import dataclasses
 import difflib
-import inspect
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from typing import Any
@@ -20,7 +20,6 @@ from dmpo_jax.samplers import SAMPLERS
 
 Config = Mapping[str, Any] | ConfigDict
 
-KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 CHOICES = ("task", "sampler", "objective")  # sections with a name, and a section of own keywords under each name
 
 
@@ -92,11 +91,19 @@ def _problem(path: str, values: Mapping[str, Any]) -> str:
 
 
 def _has_default(path: str) -> bool:
-  """Whether a key is a keyword of a sampler's own, whose signature says what its lack means."""
+  """Whether a key is an option of a sampler that has a default."""
   section, *rest = path.split(".")
   if section != "sampler" or len(rest) < 2:
     return False
-  return inspect.signature(SAMPLERS[rest[0]]).parameters[rest[1]].default is not inspect.Parameter.empty
+  return any(field.name == rest[1] and _is_optional(field) for field in _option_fields(rest[0]))
+
+
+def _option_fields(sampler: str) -> tuple[dataclasses.Field, ...]:
+  return dataclasses.fields(SAMPLERS[sampler].options)
+
+
+def _is_optional(field: dataclasses.Field) -> bool:
+  return field.default is not dataclasses.MISSING
 
 
 def _line(path: str, value: Any, allowed: str) -> str:
@@ -135,13 +142,12 @@ def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _sampler_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
-  """Check the names in the section of the chosen sampler against the sampler's own keywords."""
-  prefix, parameters = f"sampler.{name}.", inspect.signature(SAMPLERS[name]).parameters
-  known = {key: parameter.default for key, parameter in parameters.items() if parameter.kind is KEYWORD_ONLY}
+  """Check the names in the section of the chosen sampler against its options."""
+  prefix, known = f"sampler.{name}.", {field.name: _is_optional(field) for field in _option_fields(name)}
   own = {path.removeprefix(prefix) for path in values if path.startswith(prefix)}
   problems = {
     prefix + key: _line(prefix + key, values[prefix + key], f"no such key{did_you_mean(key, known)}")
     for key in own - known.keys()
   }
-  needed = {key for key, default in known.items() if default is inspect.Parameter.empty}
+  needed = {key for key, is_optional in known.items() if not is_optional}
   return problems | {prefix + key: f"config.{prefix}{key} is missing" for key in needed - own}

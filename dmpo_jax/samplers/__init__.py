@@ -1,20 +1,69 @@
-"""Decoding rules by name: one file each, on the loop of `loop.py`.
+"""Decoding rules by name, each on the loop of `loop.py`: `sample(denoiser, keys, plan, options) -> Rollouts`."""
 
-Each is `sample(denoiser, keys, plan, **own) -> structs.Rollouts`.
-"""
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from dmpo_jax.samplers import dual_cache, entropy_bound, freedave, llada, parallel, prefix_cache, random_order, wino
+from dmpo_jax.samplers import entropy_bound, freedave, llada, parallel, random_order, wino
 from dmpo_jax.samplers.loop import Plan
+from dmpo_jax.structs import Rollouts
 
-__all__ = ["SAMPLERS", "Plan"]
+__all__ = ["SAMPLERS", "Plan", "Sampler", "make_options"]
+
+
+class Sampler(NamedTuple):
+  """A decoding rule: a frozen dataclass of its options, and the function that takes them."""
+
+  options: type
+  sample: Callable[..., Rollouts]  # (denoiser, keys [b], plan, options) -> Rollouts of b rows
+
 
 SAMPLERS = {
-  "random_order": random_order.sample,
-  "llada": llada.sample,
-  "parallel": parallel.sample,
-  "prefix_cache": prefix_cache.sample,
-  "dual_cache": dual_cache.sample,
-  "wino": wino.sample,
-  "freedave": freedave.sample,
-  "entropy_bound": entropy_bound.sample,
+  "random_order": Sampler(random_order.Options, random_order.sample),
+  "llada": Sampler(llada.Options, llada.sample),
+  "parallel": Sampler(parallel.Options, parallel.sample),
+  "prefix_cache": Sampler(parallel.Options, parallel.sample_with_prefix_cache),
+  "dual_cache": Sampler(parallel.Options, parallel.sample_with_dual_cache),
+  "wino": Sampler(wino.Options, wino.sample),
+  "freedave": Sampler(freedave.Options, freedave.sample),
+  "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample),
 }
+
+KINDS = {  # types that an option may be declared with: what its value may be
+  bool: ((bool,), "True or False"),
+  float: ((int, float), "a number"),
+  int: ((int,), "a whole number"),
+  str: ((str,), "a string"),
+}
+
+
+def make_options(name: str, section: Mapping[str, Any]) -> Any:
+  """Build a sampler's options from the configuration's section `sampler.<name>`.
+
+  Args:
+    section: the options that differ from their defaults.
+
+  Raises:
+    ValueError: options are unknown, missing or have wrong values; a line for each, `sampler.<name>.option=value: ...`.
+  """
+  options = SAMPLERS[name].options
+  fields = {field.name: field for field in dataclasses.fields(options)}
+  problems = [problem for key, value in section.items() if (problem := _find_problem(key, value, fields))]
+  problems += [
+    f"{key} is missing" for key, field in fields.items() if field.default is dataclasses.MISSING and key not in section
+  ]
+  if not problems:
+    try:
+      return options(**section)
+    except ValueError as error:
+      problems = str(error).splitlines()
+  raise ValueError("\n".join(f"sampler.{name}.{problem}" for problem in problems))
+
+
+def _find_problem(key: str, value: object, fields: Mapping[str, dataclasses.Field]) -> str:
+  if key not in fields:
+    near = difflib.get_close_matches(key, fields, n=1)
+    return f"{key}={value!r}: no such option" + (f"; did you mean {near[0]!r}?" if near else "")
+  types, allowed = KINDS[fields[key].type]
+  return "" if type(value) in types else f"{key}={value!r}: must be {allowed}"

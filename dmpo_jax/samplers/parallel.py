@@ -1,34 +1,111 @@
-"""Parallel decoding without a cache: how many tokens a model call keeps follows from its confidence (Fast-dLLM)."""
+"""Parallel decoding (Fast-dLLM, arXiv 2505.22618): a model call commits as many tokens as their confidence allows.
 
-from jaxtyping import Array, Float, Key
+Three samplers share the rules. They differ in what the calls after a block's first one compute: whole rows; the block
+and what follows it (prefix cache); or the block alone (dual cache).
+"""
 
-from dmpo_jax.samplers.loop import Denoiser, Plan, View, decode, take_block
-from dmpo_jax.samplers.selection import make_accept
-from dmpo_jax.structs import Rollouts
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from dmpo_jax.samplers import checks
+from dmpo_jax.samplers.loop import Decision, Forward, Plan, Prefill, Rule, View, decode, take_block
+from dmpo_jax.samplers.prediction import predict
+from dmpo_jax.samplers.selection import num_transfer_tokens, select_count, select_factor, select_threshold
+from dmpo_jax.structs import Denoiser, Rollouts
+
+RULES = ("count", "threshold", "factor")
 
 
-def sample(
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How many tokens a model call commits.
+
+  Args:
+    rule: `count`: the number that `plan.steps` asks for; `threshold`, `factor`: see `select_threshold` and
+      `select_factor`, at least one token a call.
+    threshold, factor: of the rule with that name, at least 0.
+
+  Raises:
+    ValueError: an option has a wrong value; see `checks.refuse`.
+  """
+
+  rule: str = "threshold"
+  threshold: float = 0.9
+  factor: float = 1.0
+
+  def __post_init__(self) -> None:
+    checks.refuse(
+      checks.one_of("rule", self.rule, RULES),
+      checks.from_zero("threshold", self.threshold),
+      checks.from_zero("factor", self.factor),
+    )
+
+
+def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
+  """Decode b completions, running the model on whole rows (arXiv 2505.22618, algorithm 1 without its cache)."""
+
+  def forward(view: View, state: tuple[()], kv_cache: None) -> Float[Array, "b s d"]:
+    return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
+
+  return _decode(denoiser, keys, plan, options, forward)
+
+
+def sample_with_prefix_cache(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
+  """Decode b completions with each block's prefix cached (arXiv 2505.22618, algorithm 1).
+
+  A block's first call runs whole rows and commits tokens too. Until the block is done, later calls take the keys and
+  values of the prompt and the earlier blocks from that call.
+  """
+
+  def forward(view: View, state: tuple[()], kv_cache: PyTree) -> Float[Array, "b s d"]:
+    return denoiser.suffix(view.completion, view.start, kv_cache, plan.block_length)
+
+  return _decode(denoiser, keys, plan, options, forward, _make_prefill(denoiser, plan))
+
+
+def sample_with_dual_cache(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
+  """Decode b completions with everything but the current block cached (arXiv 2505.22618, section 3.2).
+
+  As with the prefix cache, but the masked positions behind the block are cached too.
+  """
+
+  def forward(view: View, state: tuple[()], kv_cache: PyTree) -> Float[Array, "b s d"]:
+    return denoiser.block(view.tokens, view.start, kv_cache)
+
+  return _decode(denoiser, keys, plan, options, forward, _make_prefill(denoiser, plan))
+
+
+def _make_prefill(denoiser: Denoiser, plan: Plan) -> Prefill:
+  def prefill(view: View) -> tuple[Float[Array, "b s d"], PyTree]:
+    hidden, kv_cache = denoiser.prefill(view.completion)
+    return take_block(hidden, view.start, plan.block_length), kv_cache
+
+  return prefill
+
+
+def _decode(
   denoiser: Denoiser,
   keys: Key[Array, "b"],
   plan: Plan,
-  *,
-  rule: str = "threshold",
-  threshold: float = 0.9,
-  factor: float = 1.0,
+  options: Options,
+  forward: Forward,
+  prefill: Prefill | None = None,
 ) -> Rollouts:
-  """Decode b completions by one of the rules of parallel decoding (arXiv 2505.22618, algorithm 1 without its cache).
+  schedule = num_transfer_tokens(jnp.int32(plan.block_length), plan.steps_per_block)
 
-  Args:
-    rule: count, threshold, factor; see `rules.make_accept`.
-    threshold, factor: of the rules of that name.
+  def select(view: View, confidence: Float[Array, "b s"]) -> Bool[Array, "b s"]:
+    if options.rule == "count":
+      return select_count(confidence, view.is_masked, schedule[view.step])
+    if options.rule == "threshold":
+      return select_threshold(confidence, view.is_masked, options.threshold)
+    return select_factor(confidence, view.is_masked, options.factor)
 
-  Raises:
-    ValueError: see `rules.make_accept`.
-  """
-  accept, most_calls = make_accept(denoiser, plan, rule=rule, threshold=threshold, factor=factor)
+  def accept(view: View, hidden: Float[Array, "b s d"], state: tuple[()]) -> tuple[Decision, tuple[()]]:
+    tokens, confidence, *_ = predict(denoiser, hidden, view.keys, view.positions, plan.temperature)
+    is_kept = select(view, confidence)
+    return Decision(jnp.where(is_kept, tokens, view.tokens), confidence), state
 
-  def look(view: View, state: tuple[()], kv_cache: None) -> Float[Array, "b s d"]:
-    return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
-
-  rollouts, _ = decode(look, accept, (), keys, plan, denoiser, most_calls=most_calls)
-  return rollouts
+  most_calls = plan.steps_per_block if options.rule == "count" else plan.block_length
+  return decode(Rule(forward, accept, most_calls, prefill), keys, plan, denoiser)[0]

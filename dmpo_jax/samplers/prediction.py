@@ -1,6 +1,6 @@
-"""From hidden states to tokens and their probabilities: what the decoding rules choose among.
+"""From hidden states to tokens and their probabilities, among which the decoding rules choose.
 
-The vocabulary is read part after part, so that no array of all rows' logits over all of it ever exists.
+The vocabulary is read chunk by chunk: full [rows, positions, vocab] logits are never materialised.
 """
 
 import functools
@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Integer, Key
 
-from dmpo_jax.samplers.loop import Denoiser
-from dmpo_jax.structs import VOCAB_TILE
+from dmpo_jax.structs import VOCAB_TILE, Denoiser
 
-NOWHERE = 2**31 - 1  # no id, and no group of ids
-GREEDY_BELOW = 1e-6  # a temperature whose noise is less than the rounding of logits; near 0 a logit over it is infinite
+NOWHERE = 2**31 - 1  # no id, and no tile
+# Below this temperature the noise is less than the rounding of logits, and logits / temperature may be infinite.
+GREEDY_BELOW = 1e-6
 
 
 class Prediction(NamedTuple):
-  """The token that each position would take now, and what the model says of it."""
+  """The token that each position would take now, and its probability."""
 
   tokens: Int[Array, "b s"]
   confidence: Float32[Array, "b s"]  # the token's probability
@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
 
 
 class Sums(NamedTuple):
-  """What is known of every position's distribution after some parts of the vocabulary."""
+  """Running sums over each position's distribution, after some chunks of the vocabulary."""
 
   highest: Float32[Array, "b s"]  # logit
   total: Float32[Array, "b s"]  # sum of exp(logit - highest)
@@ -36,11 +36,11 @@ class Sums(NamedTuple):
 
 
 class Choice(NamedTuple):
-  """The best among the ids so far, or among their groups."""
+  """The best of the ids read so far, or of their tiles."""
 
-  score: Float32[Array, "b s"]  # the logit, or that of a group, with noise
-  place: Int[Array, "b s"]  # the id, or the group's number
-  logits: Float32[Array, "b s k"]  # of the id, or of the group's ids
+  score: Float32[Array, "b s"]  # logit with noise, of the id or of the whole tile
+  place: Int[Array, "b s"]  # the id, or the tile's number
+  logits: Float32[Array, "b s k"]  # of the id, or of the tile's ids
 
 
 Choose = Callable[[Float32[Array, "b s n w"], Int[Array, "n w"]], Choice]
@@ -53,45 +53,44 @@ def predict(
   positions: Int[Array, "s"],
   temperature: float | Float[Array, "b"],
 ) -> Prediction:
-  """Sample softmax(logits / temperature) at every position by Gumbel-max; temperature 0 takes the most likely.
+  """Sample softmax(logits / temperature) at every position by Gumbel-max; temperature 0 takes the most likely token.
 
-  Of a large vocabulary, read in parts, a group of ids is drawn first, then one of its ids: the highest of a group's
-  logits / temperature with Gumbel noise is its log-sum-exp with Gumbel noise (arXiv 1411.0030), so that the
-  distribution is the same for a VOCAB_GROUPth of the noise.
+  If the vocabulary has several chunks, a tile of ids is drawn first and then one of its ids. The maximum over a tile of
+  logits / temperature plus Gumbel noise is distributed as the tile's log-sum-exp plus Gumbel noise (arXiv 1411.0030),
+  so the distribution is the same, with a VOCAB_TILEth of the noise.
 
-  MASK is never chosen. Confidence and entropy are those of softmax(logits): without the noise and at temperature 1, as
-  LLaDA has it (arXiv 2502.09992, algorithm 5). All in float32.
+  MASK is never chosen. Confidence and entropy are those of softmax(logits), without noise and at temperature 1, as in
+  LLaDA (arXiv 2502.09992, algorithm 5). All in float32.
 
   Args:
     keys: the rows' keys for this call; unused at temperature 0.
     positions: of the hidden states in the completion, for their noise.
-    temperature: of all rows, or of each.
+    temperature: one for all rows, or one for each.
   """
-  is_of_rows = isinstance(temperature, jax.Array)
-  is_noisy = is_of_rows or temperature > 0
-  scale = jnp.asarray(temperature, jnp.float32)[..., None, None]  # beside [b, s, n]
-  in_groups = is_noisy and denoiser.num_chunks > 1
+  is_noisy = isinstance(temperature, jax.Array) or temperature > 0
+  scale = jnp.asarray(temperature, jnp.float32)[..., None, None]  # broadcasts with [b, s, n]
+  in_tiles = is_noisy and denoiser.num_chunks > 1
 
   def choose(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Choice:
     logits = jnp.where(ids == denoiser.mask_token_id, -jnp.inf, logits)
-    if in_groups:
+    if in_tiles:
       return _best_tile(logits, ids, keys, positions, scale)
     if is_noisy:
       noise = gumbel_noise(keys, positions, ids.size)[:, :, None]
       return _first_best(logits + scale[..., None] * noise, logits, ids)
     return _first_best(logits, logits, ids)
 
-  sums, found = _read_vocabulary(denoiser, hidden, choose, VOCAB_TILE if in_groups else 1)
-  if in_groups:
+  sums, found = _read_vocabulary(denoiser, hidden, choose, VOCAB_TILE if in_tiles else 1)
+  if in_tiles:
     found = _best_in_tile(found, keys, positions, scale)
-  tokens = jnp.where(found.place == NOWHERE, 0, found.place)  # where logits are not numbers, still an id
+  tokens = jnp.where(found.place == NOWHERE, 0, found.place)  # an id even where logits are NaN
   logit, log_total = found.logits[..., 0], jnp.log(sums.total)
   confidence = jnp.exp(logit - sums.highest) / sums.total
   return Prediction(tokens, confidence, logit - sums.highest - log_total, log_total - sums.weighted / sums.total)
 
 
 def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Array, "b s"]) -> Float32[Array, "b s"]:
-  """Give the log-probabilities of tokens under softmax(logits), in float32 nats."""
+  """Return the log-probabilities of tokens under softmax(logits), float32 nats."""
 
   def choose(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Choice:
     return _first_best(jnp.where(ids == tokens[..., None, None], logits, -jnp.inf), logits, ids)
@@ -103,10 +102,10 @@ def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Arr
 def _read_vocabulary(
   denoiser: Denoiser, hidden: Float[Array, "b s d"], choose: Choose, num_kept: int
 ) -> tuple[Sums, Choice]:
-  """Reduce the logits over the vocabulary's parts: their log-sum-exp and entropy, and the first best by `choose`.
+  """Reduce the logits over the vocabulary's chunks: their log-sum-exp and entropy, and the first best by `choose`.
 
   Args:
-    num_kept: logits in a choice.
+    num_kept: number of logits in a choice.
   """
 
   def read(number: Int[Array, ""] | int, before: tuple[Sums, Choice]) -> tuple[Sums, Choice]:
@@ -143,14 +142,14 @@ def _read_vocabulary(
 def _first_best(
   scores: Float32[Array, "b s n w"], logits: Float32[Array, "b s n w *k"], places: Int[Array, "*z n w"]
 ) -> Choice:
-  """Give the highest score, the lowest place that has it and that place's logits.
+  """Return the highest score, the lowest place that has it, and that place's logits.
 
-  Plain reductions instead of an argmax of the scores: XLA would draw the noise into it, away from vector code, and on
-  CPU the noise would take three times as long. A split vocabulary stays split in them, too; the logits are reduced over
-  runs and places as one axis, as over two a TPU's compiler reduces whole parts over the devices.
+  Plain reductions, no argmax: XLA would fuse the noise into an argmax and no longer vectorise it, which takes three
+  times as long on CPU. They also keep a sharded vocabulary sharded. The logits are reduced over runs and places as one
+  axis: over two, the TPU compiler all-reduces whole chunks.
   """
   best = scores.max((-2, -1))
-  is_best = (scores != -jnp.inf) & ~(scores < best[..., None, None])  # one that is not a number may be it
+  is_best = (scores != -jnp.inf) & ~(scores < best[..., None, None])  # NaN may be the best
   place = jnp.where(is_best, places, NOWHERE).min((-2, -1))
   is_place = places == place[..., None, None]
   logits = jnp.where(is_place[..., None], logits.reshape(*scores.shape, -1), -jnp.inf)
@@ -164,42 +163,42 @@ def _best_tile(
   positions: Int[Array, "s"],
   scale: Float32[Array, "*b"],
 ) -> Choice:
-  """Draw a group of ids by what its members have together."""
-  surplus = -logits.shape[-1] % VOCAB_TILE  # of a vocabulary that is no whole number of groups
+  """Draw a tile by the log-sum-exp of its ids."""
+  surplus = -logits.shape[-1] % VOCAB_TILE  # the vocabulary's last tile may be incomplete
   logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (0, surplus)), constant_values=-jnp.inf)
   logits = logits.reshape(*logits.shape[:3], -1, VOCAB_TILE)
-  groups = ids[:, ::VOCAB_TILE] // VOCAB_TILE
+  tiles = ids[:, ::VOCAB_TILE] // VOCAB_TILE
   is_noisy = scale > GREEDY_BELOW
   together = jax.nn.logsumexp(logits / jnp.where(is_noisy, scale, 1.0)[..., None, None], axis=-1)
-  noisy = scale[..., None] * (together + tile_noise(keys, positions, groups))
-  return _first_best(jnp.where(is_noisy[..., None], noisy, logits.max(-1)), logits, groups)
+  noisy = scale[..., None] * (together + tile_noise(keys, positions, tiles))
+  return _first_best(jnp.where(is_noisy[..., None], noisy, logits.max(-1)), logits, tiles)
 
 
 def _best_in_tile(
-  group: Choice, keys: Key[Array, "b"], positions: Int[Array, "s"], scale: Float32[Array, "*b"]
+  tile: Choice, keys: Key[Array, "b"], positions: Int[Array, "s"], scale: Float32[Array, "*b"]
 ) -> Choice:
-  """Draw one of a group's ids."""
-  logits = group.logits[:, :, None]
-  noise = id_noise(keys, positions, group.place)[:, :, None]
-  ids = group.place[..., None, None] * VOCAB_TILE + jnp.arange(VOCAB_TILE)
+  """Draw one of a tile's ids."""
+  logits = tile.logits[:, :, None]
+  noise = id_noise(keys, positions, tile.place)[:, :, None]
+  ids = tile.place[..., None, None] * VOCAB_TILE + jnp.arange(VOCAB_TILE)
   return _first_best(logits + scale[..., None] * noise, logits, ids)
 
 
 def gumbel_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], num_ids: int) -> Float32[Array, "b s v"]:
-  """Draw Gumbel noise that belongs to (row, call, position, id), whatever block or batch it is drawn for."""
+  """Draw Gumbel noise that depends on (row, call, position, id) alone, not on block or batch."""
   return _draw(position_keys(keys, positions), num_ids)
 
 
 def tile_noise(
-  keys: Key[Array, "b"], positions: Int[Array, "s"], groups: Int[Array, "n m"]
+  keys: Key[Array, "b"], positions: Int[Array, "s"], tiles: Int[Array, "n m"]
 ) -> Float32[Array, "b s n m"]:
-  """Draw Gumbel noise that belongs to (row, call, position, group of ids), whatever part of the vocabulary has it."""
-  return _draw(_fold(_fold(position_keys(keys, positions), 0)[..., None, None], groups))
+  """Draw Gumbel noise that depends on (row, call, position, tile) alone, not on the vocabulary's chunks."""
+  return _draw(_fold(_fold(position_keys(keys, positions), 0)[..., None, None], tiles))
 
 
-def id_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], group: Int[Array, "b s"]) -> Float32[Array, "b s w"]:
-  """Draw Gumbel noise for the ids of each position's group, independent of `group_noise`."""
-  return _draw(_fold(_fold(position_keys(keys, positions), 1), group), VOCAB_TILE)
+def id_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], tile: Int[Array, "b s"]) -> Float32[Array, "b s w"]:
+  """Draw Gumbel noise for the ids of each position's tile, independent of `tile_noise`."""
+  return _draw(_fold(_fold(position_keys(keys, positions), 1), tile), VOCAB_TILE)
 
 
 def uniform_noise(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Float32[Array, "b s"]:
@@ -209,7 +208,7 @@ def uniform_noise(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Float32[
 
 
 def position_keys(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Key[Array, "b s"]:
-  """Derive the keys of positions from those of their rows."""
+  """Derive the positions' keys from their rows' keys."""
   return _fold(keys[:, None], positions)
 
 
@@ -223,10 +222,9 @@ def _draw(keys: Key[Array, "..."], *shape: int) -> Float32[Array, "..."]:
 
 
 def comes_before(score: Float[Array, "b s"], is_masked: Bool[Array, "b s"]) -> Bool[Array, "b s s"]:
-  """Tell for positions [.., i, j] whether masked j has the higher score than i, or the same and stands left of it.
+  """Return at [.., i, j] whether j is masked and ranks before i: a higher score, or the same and further left.
 
-  Comparing all pairs is little work for a block and, unlike sorting or `top_k`, is computed where the rows are, without
-  gathering them on every device.
+  Comparing all pairs is little work for a block and, unlike sorting or `top_k`, gathers no rows on every device.
   """
   index = jnp.arange(score.shape[1])
   mine, other = score[:, :, None], score[:, None, :]
@@ -234,5 +232,5 @@ def comes_before(score: Float[Array, "b s"], is_masked: Bool[Array, "b s"]) -> B
 
 
 def rank(score: Float[Array, "b s"], is_masked: Bool[Array, "b s"]) -> Int[Array, "b s"]:
-  """Number each row's masked positions from 0, highest score first; others get the number they would come at."""
+  """Rank each row's masked positions from 0, highest score first; other positions get the rank they would have."""
   return comes_before(score, is_masked).sum(-1)
