@@ -27,7 +27,7 @@ from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.run import checks
-from dmpo_jax.run.checkpoints import identity, load_params, read_about
+from dmpo_jax.run.params import identity, load_params, read_metadata
 from dmpo_jax.run.workdir import folder_beside
 from dmpo_jax.structs import Prompts
 
@@ -347,7 +347,7 @@ def check_base(config: ConfigDict, workdir: epath.Path | None, adapters: epath.P
   Raises:
     ConfigError: naming both.
   """
-  trained_on, given = read_about(adapters).get("base"), base_name(config, workdir)
+  trained_on, given = read_metadata(adapters).get("base"), base_name(config, workdir)
   if trained_on is None:
     _warn_once(f"{adapters} does not say which base its adapters were trained on: taken for those of {given}")
   elif trained_on != given:

@@ -1,4 +1,4 @@
-"""Digests of saved files: written with a checkpoint, compared before it is loaded, so that damage is noticed.
+"""Digests of saved files: written with a checkpoint and compared before it is loaded, so that damage is noticed.
 
 Orbax commits a checkpoint once every process has written and process 0 has finalized it. The digests are written before
 that, so a checkpoint has all of them or does not exist. Each process digests what it has written itself; when a
@@ -22,9 +22,9 @@ from dmpo_jax.processes import gather_texts
 
 DIGESTS = "digests.json"
 ALGORITHM = "xxh3_128"
-_ABOUT = "_CHECKPOINT_METADATA"  # Orbax's description of a checkpoint, its last file; keeps what `mark` returns
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's description of a checkpoint, its last file; it keeps what `mark` returns
 _KEY = "digests"
-_PIECE = 16 * 2**20  # bytes that are read at one time
+_PIECE = 16 * 2**20  # bytes read at a time
 _THREADS = 8
 
 Entries = dict[str, tuple[int, str]]  # bytes and digest of files, by their paths in the folder
@@ -48,27 +48,27 @@ def with_digests(handler: Any) -> Any:
   return handler
 
 
-def mark(items: Sequence[str] = (".",), about: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """Say which folders of a checkpoint have digests, for Orbax's `custom_metadata`: so a loss of them is noticed.
+def mark(items: Sequence[str] = (".",), metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """Return Orbax's `custom_metadata`, which lists the folders that have digests, so that lost digests are noticed.
 
   Args:
-    about: what else the metadata shall hold; `read_about` returns it.
+    metadata: further metadata; `read_metadata` returns it.
   """
-  about = dict(about or {})
-  return {**about, _KEY: {"items": list(items), "about": _digest_of(about)}}
+  metadata = dict(metadata or {})
+  return {**metadata, _KEY: {"items": list(items), "about": _digest_of(metadata)}}
 
 
-def read_about(folder: epath.Path) -> dict[str, Any]:
-  """Return what `mark` was told of a checkpoint; {} if it was told nothing.
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+  """Return the metadata that `mark` was given; {} if there was none.
 
   Raises:
-    Unreadable: it is not what was written.
+    Unreadable: it is damaged.
   """
   return _read_marked(folder)[1]
 
 
 class _Saving:
-  """The futures of a save; what several processes have written is digested by each of them."""
+  """The futures of a save; with several processes, each digests the files that it has written."""
 
   def __init__(self, futures: Sequence[Any], directory: epath.Path):
     self._futures, self._directory = futures, directory
@@ -87,27 +87,27 @@ class _Saving:
 
 
 def write(folder: epath.Path) -> None:
-  """Write the digests of all files of a folder and its subfolders; what processes have digested is taken over.
+  """Write the digests of all files of a folder and its subfolders, and collect those that processes have written.
 
-  Orbax's description is not among them: it says when the checkpoint was committed, and no array depends on it.
+  Orbax's own metadata is left out: it records when the checkpoint was committed, and no array depends on it.
   """
   entries: Entries = {}
   parts = [path for path in folder.iterdir() if path.name.endswith(_part(""))]
   for path in parts:
     entries |= _read_entries(path)
-  others = {*entries, _ABOUT, *(path.name for path in parts)}
+  others = {*entries, _METADATA, *(path.name for path in parts)}
   _write_entries(folder / DIGESTS, entries | _digest(folder, [name for name in _files(folder) if name not in others]))
   for path in parts:
     path.unlink()
 
 
 def check(folder: epath.Path) -> None:
-  """Compare the files of a checkpoint, or of another folder with digests, with them.
+  """Compare the files of a checkpoint, or of any folder with digests, with their digests.
 
-  Every process has to call this. What was saved before there were digests passes.
+  Every process calls this. Folders of versions that wrote no digests pass.
 
   Raises:
-    Unreadable: in every process, naming a file that is lost or not as it was written.
+    Unreadable: in every process, naming a file that is missing or has changed since it was written.
   """
   entries, problems, stamp = {}, [], ""
   try:
@@ -129,20 +129,20 @@ def identity(folder: epath.Path) -> str:
 
 
 def _read_marked(folder: epath.Path) -> tuple[list[str], dict[str, Any]]:
-  """Return which folders of a checkpoint have digests, and what else `mark` was told."""
-  path = folder / _ABOUT
+  """Return which folders of a checkpoint have digests, and the metadata that `mark` was given."""
+  path = folder / _METADATA
   custom = files.read_object(path).get("custom_metadata") if path.exists() else None
-  about = dict(custom) if isinstance(custom, dict) else {}
-  marked = about.pop(_KEY, None)
+  metadata = dict(custom) if isinstance(custom, dict) else {}
+  marked = metadata.pop(_KEY, None)
   if marked is None:
-    return [], about
+    return [], metadata
   if (
     not isinstance(marked, dict)
-    or marked.get("about") != _digest_of(about)
+    or marked.get("about") != _digest_of(metadata)
     or not isinstance(marked.get("items"), list)
   ):
-    raise Unreadable(f"{path} is not as it was written")
-  return marked["items"], about
+    raise Unreadable(f"{path} has changed since it was written")
+  return marked["items"], metadata
 
 
 def _entries(folder: epath.Path) -> Entries:
@@ -154,18 +154,18 @@ def _entries(folder: epath.Path) -> Entries:
   for item in items:
     path = folder / item / DIGESTS
     if not path.exists():
-      raise Unreadable(f"{path} is lost")
+      raise Unreadable(f"{path} is missing")
     prefix = "" if item == "." else f"{item}/"
     found |= {prefix + name: entry for name, entry in _read_entries(path).items()}
   return found
 
 
 def _read_entries(path: epath.Path) -> Entries:
-  about = files.read_object(path)
+  content = files.read_object(path)
   try:
-    if about["algorithm"] != ALGORITHM:
-      raise Unreadable(f"{path} has digests by {about['algorithm']!r}, and {ALGORITHM} alone is known")
-    return {name: (entry["bytes"], entry["digest"]) for name, entry in about["files"].items()}
+    if content["algorithm"] != ALGORITHM:
+      raise Unreadable(f"{path} has digests by {content['algorithm']!r}, this version knows {ALGORITHM} only")
+    return {name: (entry["bytes"], entry["digest"]) for name, entry in content["files"].items()}
   except (KeyError, TypeError, AttributeError) as error:
     raise Unreadable(f"{path} has no digests ({error!r})") from error
 
@@ -176,13 +176,13 @@ def _write_entries(path: epath.Path, entries: Entries) -> None:
 
 
 def _compare(folder: epath.Path, entries: Entries) -> dict[str, str]:
-  """Say what is wrong with files."""
+  """Return what is wrong with each damaged file."""
 
   def problem(name: str) -> str:
     try:
-      return "" if _digest_file(folder / name) == entries[name] else "is not as it was written"
+      return "" if _digest_file(folder / name) == entries[name] else "has changed since it was written"
     except FileNotFoundError:
-      return "is lost"
+      return "is missing"
     except OSError as error:
       return f"cannot be read ({error})"
 
@@ -204,8 +204,8 @@ def _digest_file(path: epath.Path) -> tuple[int, str]:
   return size, digest.hexdigest()
 
 
-def _digest_of(about: Mapping[str, Any]) -> str:
-  return xxhash.xxh3_128(json.dumps(about, sort_keys=True).encode()).hexdigest()
+def _digest_of(metadata: Mapping[str, Any]) -> str:
+  return xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: epath.Path, inside: str = "") -> list[str]:
@@ -222,16 +222,16 @@ def _part(name: str) -> str:
 
 
 def _stamp(folder: epath.Path) -> str:
-  """Tell folders apart: processes that see the same one have the same stamp, those with copies of their own do not."""
-  own = next((folder / name for name in (_ABOUT, DIGESTS) if (folder / name).exists()), None)
+  """Identify a folder: processes that see the same one get the same stamp, processes with copies do not."""
+  own = next((folder / name for name in (_METADATA, DIGESTS) if (folder / name).exists()), None)
   if "://" in os.fspath(folder) or own is None:
     return os.fspath(folder)
-  about = os.stat(own)
-  return f"{about.st_ino} {about.st_mtime_ns} {about.st_ctime_ns}"
+  status = os.stat(own)
+  return f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _share(entries: Mapping[str, tuple[int, str]], stamps: Sequence[str]) -> Entries:
-  """Return the files that this process compares: the largest first, each for the process with the fewest bytes."""
+  """Return the files that this process compares: largest first, each goes to the process with the fewest bytes."""
   own = stamps[jax.process_index()]
   loads = {process: 0 for process, stamp in enumerate(stamps) if stamp == own}
   mine: Entries = {}

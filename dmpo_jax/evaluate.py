@@ -31,8 +31,8 @@ from dmpo_jax.measure import Policies, check_confidence
 from dmpo_jax.processes import HostShare, gather_texts
 from dmpo_jax.rollout import Compiled
 from dmpo_jax.run import progress
-from dmpo_jax.run.checkpoints import identity, read_about
 from dmpo_jax.run.metrics import read_result
+from dmpo_jax.run.params import identity, read_metadata
 from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.run.report import tables
 from dmpo_jax.structs import Prompts, Rollouts
@@ -138,7 +138,7 @@ def _prompts_identity(setting: ConfigDict, parts: Parts) -> dict[str, str]:
 
 def _num_buffers(workdir: epath.Path, name: str) -> int:
   """Say how many buffers a saved policy has learned from; in runs of before it said so, the result does."""
-  about = read_about(workdir / POLICIES[name])
+  about = read_metadata(workdir / POLICIES[name])
   if "buffers" in about:
     return about["buffers"]
   result = read_result(workdir)

@@ -6,21 +6,19 @@
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=serve
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/other --config.objective.baseline=mean
 
-Running the same command again goes on where the last run stopped, or says that it had finished.
+Re-running the command resumes the run.
 
 Exit codes: 0 finished; 1 stopped, the message says why; 2 a mistake in the command, nothing was started; 75 preempted
-(SIGTERM, or Ctrl+C), the state is saved: run the same command again; 76 another process of the job is gone: the same;
-130 interrupted at once. Where one process of a job fails, all of them end with its code. Anything else is a crash.
+(SIGTERM or Ctrl+C) with its state saved, 76 another process of the job is gone: re-running the command resumes both;
+130 interrupted at once. If one process of a job fails, all end with its code. Anything else is a crash.
 """
 
 import contextlib
 import os
 import re
-import signal
 import socket
 import sys
 import traceback
-from typing import Any
 
 import jax
 from absl import flags
@@ -33,7 +31,7 @@ from dmpo_jax.files import Unreadable
 from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.measure import NotFinite
 from dmpo_jax.processes import ABANDONED, Absent, Stopped
-from dmpo_jax.run import buckets, progress
+from dmpo_jax.run import buckets, preemption, progress
 from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.run.workdir import alone_in, check_workdir
 
@@ -52,53 +50,53 @@ _PROMPTS = flags.DEFINE_string("prompts", None, '--mode=sample: a file of lines 
 _JSON = flags.DEFINE_bool("json", False, "--mode=sample: print one JSON object a prompt: ids, text, calls, ...")
 _WATCH = flags.DEFINE_bool("watch", False, "--mode=sample: show the denoising in the terminal while it happens.")
 flags.adopt_module_key_flags(progress)  # --quiet
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a message comes from.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "host:port of process 0. Not needed on TPU pods, Slurm and the like, which are recognised."
+  "coordinator", None, "host:port of process 0. Not needed where JAX finds it: TPU pods, Slurm and the like."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in the job, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, with --coordinator.")
 _HEARTBEAT_SECONDS = flags.DEFINE_integer(
   "heartbeat_seconds",
   30,
-  "A process that was silent for so long is taken for dead, and the others stop.",
+  "After this many seconds without a heartbeat a process counts as dead, and the others stop.",
   lower_bound=1,
 )
 
 INTERRUPTED = 130  # by Ctrl+C, at once
-_OF_HOSTS = ("task.data_dir", "task.records_dir")  # where each host may have a folder of its own
-PREEMPTED = 75  # sysexits' "temporary failure": running the same command again goes on
+_OF_HOSTS = ("task.data_dir", "task.records_dir")  # keys that may differ between hosts
+PREEMPTED = 75  # sysexits' "temporary failure": re-running the command resumes the run
 
 
 def main(argv: list[str]) -> None:
-  """Run the mode; what a user can mend ends in one message and an exit code of its own."""
+  """Run the mode; an error that the user can fix ends in one message and its own exit code."""
   try:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
     run(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None)
-  except (Preempted, train.Diverged, Stopped) as error:  # in all processes at one point
+  except (Preempted, train.Diverged, Stopped) as error:  # raised in all processes at the same point
     if _TRACEBACK.value:
       traceback.print_exc()
     is_preempted = isinstance(error, Preempted)
     print(f"{'preempted' if is_preempted else 'stopped'}{_which_process()}: {error}", file=sys.stderr)
-    with contextlib.suppress(Absent, jax.errors.JaxRuntimeError):  # none may leave while another is still saving
+    with contextlib.suppress(Absent, jax.errors.JaxRuntimeError):  # no process may leave while another is still saving
       processes.finish()
     sys.exit(PREEMPTED if is_preempted else 1)
   except KeyboardInterrupt:
     processes.fail(INTERRUPTED, f"interrupted{_which_process()}")
   except Exception as error:
-    code, said = _explain(error)
-    if not said and not _which_process():
+    code, message = _explain(error)
+    if not message and not _which_process():
       raise
-    if _TRACEBACK.value or not said:
+    if _TRACEBACK.value or not message:
       traceback.print_exc()
     processes.fail(
-      code, f"{'error' if code == command.MISTAKE else 'stopped'}{_which_process()}: {said or repr(error)}"
+      code, f"{'error' if code == command.MISTAKE else 'stopped'}{_which_process()}: {message or repr(error)}"
     )
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-  """Return the exit code and the message of what has ended the run; "": nobody has foreseen it."""
+  """Return the exit code and the message for an error; "": it is unexpected."""
   first = (str(error).splitlines() or [""])[0][:300]
   match error:
     case ConfigError() | Unreadable():
@@ -106,25 +104,24 @@ def _explain(error: Exception) -> tuple[int, str]:
     case NotFinite() | OSError():
       return 1, str(error)
     case Absent():
-      return ABANDONED, f"{error}; its own log says what it was doing"
+      return ABANDONED, f"{error}; its log says what it was doing"
     case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
       return 1, (
-        f"a device's memory is not enough: {first}\nLess of it is needed with a smaller rollout.chunk_prompts, "
-        "eval.batch_size or train.microbatch_prompts, with model.layer_rows, or with model.remat='full'; "
-        "python -m launch.plan says what a program takes"
+        f"out of device memory: {first}\nReduce rollout.chunk_prompts, eval.batch_size or train.microbatch_prompts, "
+        "set model.layer_rows, or set model.remat='full'; python -m launch.plan shows what a program needs"
       )
     case jax.errors.JaxRuntimeError() if _which_process():
       return ABANDONED, (
-        f"{first}\nIf another process of the job died, its own log says why. Started again, all of them go on from the "
-        "newest checkpoint."
+        f"{first}\nIf another process of the job died, its log says why. Re-running the command on all hosts resumes "
+        "from the newest checkpoint."
       )
   return 1, ""
 
 
 def run(config: ConfigDict, workdir: epath.Path | None) -> None:
-  """Check everything that can be checked before devices are touched, then dispatch on the mode."""
+  """Check all that can be checked without devices, then run the mode."""
   _check_flags()
-  _check_buckets(config, workdir)  # first: whether a path exists is among what is validated
+  _check_buckets(config, workdir)  # first, as validation looks whether paths exist
   validate(config, mode=_MODE.value)
   config = filled(config)
   if workdir is not None:
@@ -141,14 +138,14 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
     evaluate.main(config, workdir)
     _renew_page(workdir)
   else:
-    _save_when_interrupted()
+    preemption.save_on_interrupt()
     with alone_in(workdir):
       train.main(config, workdir)
   processes.finish()
 
 
 def _check_flags() -> None:
-  """Check what the modes need of the flags."""
+  """Check that the flags suit the mode."""
   is_sample = _MODE.value == "sample"
   if not _WORKDIR.value and _MODE.value not in ("sample", "serve"):
     raise ConfigError(f"--workdir is missing: --mode={_MODE.value} reads and writes it")
@@ -160,7 +157,7 @@ def _check_flags() -> None:
 
 
 def _check_cluster() -> None:
-  """Check that the flags that name a job's processes are all there, and what they must be."""
+  """Check the flags that describe a job of several processes: all or none, and in range."""
   cluster = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
   missing = [f"--{flag.name}" for flag in cluster if flag.value is None]
   if len(missing) == len(cluster):
@@ -176,7 +173,7 @@ def _check_cluster() -> None:
 
 
 def _check_buckets(config: ConfigDict, workdir: epath.Path | None) -> None:
-  """Ask the buckets among all paths that are given: the workdir's and those of any key of the configuration."""
+  """Check access to every bucket that the workdir or a key of the configuration names."""
   read = {
     f"config.{key}": value for key, value in flatten(config).items() if isinstance(value, str) and "gs://" in value
   }
@@ -188,36 +185,36 @@ def _check_buckets(config: ConfigDict, workdir: epath.Path | None) -> None:
 
 
 def _renew_page(workdir: epath.Path) -> None:
-  """Write the report again, if there is one: it shows what has been evaluated."""
+  """Rewrite the report, if there is one, with the new evaluations."""
   if jax.process_index() == 0 and (workdir / train.PAGE).exists():
     print(f"report       {workdir / train.write_page(workdir)}")
 
 
 def _which_process() -> str:
-  """Name the process in a message, where there are several and the job has been joined."""
+  """Name this process for a message; "" if it is the only one or has not joined the job yet."""
   is_one_of_several = jax.distributed.is_initialized() and jax.process_count() > 1
   return f" in process {jax.process_index()}" if is_one_of_several else ""
 
 
 def keep_compiled_programs(workdir: epath.Path) -> None:
-  """Turn JAX's persistent compilation cache on, beside the workdir, unless the environment has set it.
+  """Keep JAX's compilation cache beside the workdir, unless the environment sets one.
 
-  Of several processes JAX lets the first alone write to it: in a bucket it serves all of them, on new hosts too.
+  Only process 0 writes to it; in a bucket all processes read it, on new hosts too.
   """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    beside = workdir if os.fspath(workdir.parent) == buckets.PREFIX else workdir.parent  # of a whole bucket: in it
+    beside = workdir if os.fspath(workdir.parent) == buckets.PREFIX else workdir.parent  # a bucket's root has no parent
     jax.config.update("jax_compilation_cache_dir", os.fspath(beside / ".jax_cache"))
-    if not buckets.is_in_bucket(workdir):  # where asking for a program takes as long as compiling a small one
+    if not buckets.is_in_bucket(workdir):  # there a lookup takes as long as compiling a small program
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # dozens of small ones cost seconds too
 
 
 def _join_processes() -> None:
-  """Join the job's other processes; training on its own makes a job of one, to hear of its preemption.
+  """Join the job's other processes; training alone becomes a job of one, as JAX's preemption service needs a job.
 
-  JAX catches SIGTERM then, and `train.run` saves after the current microbatch or chunk of rollouts. Other modes
+  In training JAX catches SIGTERM, and `train.run` saves after the current microbatch or chunk of rollouts. Other modes
   have nothing to save and end at once.
   """
-  jax.config.update("jax_enable_preemption_service", _MODE.value == "train")
+  preemption.listen(_MODE.value == "train")
   seconds = _HEARTBEAT_SECONDS.value
   is_job = processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, heartbeat_seconds=seconds)
   if not is_job and _MODE.value == "train":
@@ -228,22 +225,11 @@ def _join_processes() -> None:
 
 
 def _compare_commands(config: ConfigDict, workdir: epath.Path | None) -> None:
-  """Refuse a job whose processes were not given the same: they compute one program, and would wait for each other."""
+  """Refuse a job whose processes got different commands: they run one program and would wait for each other."""
   given = {f"config.{key}": value for key, value in flatten(config).items() if key not in _OF_HOSTS}
   given |= {"--mode": _MODE.value, "--workdir": workdir and os.fspath(workdir)}
   if lines := processes.differing("the commands are compared", given):
     raise ConfigError("the processes of the job were given different commands:\n  " + "\n  ".join(lines))
-
-
-def _save_when_interrupted() -> None:
-  """Let the first Ctrl+C end training as a preemption does, with everything saved; a second one ends it at once."""
-
-  def interrupt(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    print("interrupted: saving after this microbatch; Ctrl+C once more stops at once", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-  signal.signal(signal.SIGINT, interrupt)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from dmpo_jax.models import lora
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import OBJECTIVES, needs_of, weights
 from dmpo_jax.objectives.estimators import make_estimator
-from dmpo_jax.run.checkpoints import save_params
+from dmpo_jax.run.params import save_params
 from dmpo_jax.structs import Drawn, Experience, TrainState
 
 logger = logging.getLogger(__name__)

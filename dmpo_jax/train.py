@@ -24,8 +24,9 @@ from dmpo_jax.files import Unreadable
 from dmpo_jax.phases import Phase
 from dmpo_jax.processes import meet
 from dmpo_jax.run import progress
-from dmpo_jax.run.checkpoints import Checkpoints, is_saved, save_params
+from dmpo_jax.run.checkpoints import Checkpoints
 from dmpo_jax.run.metrics import Metrics, read_result, write_parameter_overview, write_result
+from dmpo_jax.run.params import is_saved, save_params
 from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.run.report import summarize, tables
 from dmpo_jax.run.report import write as write_report

@@ -29,7 +29,7 @@ from dmpo_jax.models.layers import KERNEL_SCALE
 from dmpo_jax.models.transformer import ModelConfig
 from dmpo_jax.run import buckets, progress
 from dmpo_jax.run import workdir as workdir_lib
-from dmpo_jax.run.checkpoints import check_params, load_leaf, saved_dtypes
+from dmpo_jax.run.params import check_params, load_leaf, saved_dtypes
 
 SENTENCEPIECE = "tokenizer.model"  # its file beside exported weights
 

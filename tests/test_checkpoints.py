@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dmpo_jax import sharding
-from dmpo_jax.run.checkpoints import Checkpoints, identity, load_params, read_about, save_params
+from dmpo_jax.run.checkpoints import Checkpoints
+from dmpo_jax.run.params import identity, load_params, read_metadata, save_params
 from dmpo_jax.structs import Experience, Prompts, TrainState
 
 
@@ -216,10 +217,10 @@ def test_parameters_are_known_by_their_index(mesh, tmp_path):
 def test_what_made_parameters_is_saved_with_them(mesh, tmp_path):
   for name, about in (("first", {"buffers": 22, "base": "abc"}), ("second", None)):
     save_params(tmp_path / name, make_state(mesh, 1).trainable, about)
-  assert read_about(tmp_path / "first") == {"buffers": 22, "base": "abc"}
-  assert read_about(tmp_path / "second") == {}
+  assert read_metadata(tmp_path / "first") == {"buffers": 22, "base": "abc"}
+  assert read_metadata(tmp_path / "second") == {}
   save_params(tmp_path / "first", make_state(mesh, 1).trainable, {"buffers": 23})
-  assert read_about(tmp_path / "first") == {"buffers": 23}
+  assert read_metadata(tmp_path / "first") == {"buffers": 23}
 
 
 def test_params_of_another_model_are_refused(mesh, tmp_path):

@@ -8,7 +8,8 @@ from etils import epath
 
 from dmpo_jax import build, sharding
 from dmpo_jax.config import ConfigError
-from dmpo_jax.run import checkpoints, checks
+from dmpo_jax.run import checks
+from dmpo_jax.run import params as params_lib
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_a_folder_without_parameters_is_refused_before_data_is_made(tmp_path):
     config = tiny.config(**{"model__lora__rank": 2, key: str(tmp_path / "folder")})
     with pytest.raises(ConfigError, match="folder: no parameters there; give a folder that a run"):
       build.build_parts(config, epath.Path(tmp_path / "run"))
-  checkpoints.save_params(tmp_path / "other", {"embedding": np.zeros((3, 3))})
+  params_lib.save_params(tmp_path / "other", {"embedding": np.zeros((3, 3))})
   with pytest.raises(ConfigError, match=r"other holds the parameters of another model:\n  blocks"):
     build.build_parts(tiny.config(model__init_from=str(tmp_path / "other")), epath.Path(tmp_path / "run"))
   assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "other"]

@@ -16,7 +16,8 @@ from test_checkpoints import assert_same, make_experience, make_state, restore
 
 from dmpo_jax import digests, sharding
 from dmpo_jax.files import Unreadable
-from dmpo_jax.run.checkpoints import Checkpoints, identity, load_params, read_about, save_params
+from dmpo_jax.run.checkpoints import Checkpoints
+from dmpo_jax.run.params import identity, load_params, read_metadata, save_params
 
 NUM_FLIPS = 60
 
@@ -99,26 +100,26 @@ def test_the_error_names_the_file_and_what_would_do(params, mesh):
   content = bytearray(data.read_bytes())
   content[5_000] ^= 1
   data.write_bytes(bytes(content))
-  with pytest.raises(Unreadable, match=re.escape(str(data)) + " is not as it was written; .*put a copy in its place"):
+  with pytest.raises(Unreadable, match=re.escape(f"{data} has changed") + ".*replace it by a copy"):
     load(params, mesh)
   data.unlink()
-  with pytest.raises(Unreadable, match=re.escape(str(data)) + " is lost"):
+  with pytest.raises(Unreadable, match=re.escape(str(data)) + " is missing"):
     load(params, mesh)
 
 
 def test_digests_that_are_lost_are_not_taken_for_those_of_an_earlier_version(params, mesh):
   (params / digests.DIGESTS).unlink()
-  with pytest.raises(Unreadable, match=r"digests\.json is lost"):
+  with pytest.raises(Unreadable, match=r"digests\.json is missing"):
     load(params, mesh)
 
 
 def test_what_was_said_of_parameters_is_not_taken_for_something_else(mesh, tmp_path):
   save_params(tmp_path / "policy", make_state(mesh).trainable, {"buffers": 20})
-  assert read_about(tmp_path / "policy") == {"buffers": 20}
+  assert read_metadata(tmp_path / "policy") == {"buffers": 20}
   path = tmp_path / "policy" / "_CHECKPOINT_METADATA"
   path.write_text(path.read_text().replace('"buffers": 20', '"buffers": 21'))
-  for read in (read_about, lambda path: load(path, mesh)):
-    with pytest.raises(Unreadable, match="_CHECKPOINT_METADATA is not as it was written"):
+  for read in (read_metadata, lambda path: load(path, mesh)):
+    with pytest.raises(Unreadable, match="_CHECKPOINT_METADATA has changed since it was written"):
       read(tmp_path / "policy")
 
 
@@ -151,7 +152,7 @@ def test_a_save_whose_digests_cannot_be_written_leaves_no_checkpoint(mesh, tmp_p
 
     monkeypatch.setattr(digests, "write", fail)
     checkpoints.save(2, make_state(mesh, 2), None, {"buffer": 2})
-    with pytest.raises(OSError, match=r"the disk is full.*that of step 1 stands"):
+    with pytest.raises(OSError, match=r"the disk is full.*the one of step 1 is intact"):
       checkpoints.wait()
     monkeypatch.undo()
   assert restore(tmp_path / "run", mesh)[0] == 1

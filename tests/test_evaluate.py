@@ -16,7 +16,7 @@ from dmpo_jax import build, data, evaluate, grading, structs
 from dmpo_jax import config as config_lib
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.rollout import Compiled
-from dmpo_jax.run import checkpoints
+from dmpo_jax.run import params as params_lib
 from dmpo_jax.run import workdir as workdir_lib
 from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.tasks.sudoku import Sudoku
@@ -255,7 +255,7 @@ def finished(workdir, buffers, scale, **changes):
   args = (config, workdir, parts) if name == "lora" else (config, parts)
   with jax.set_mesh(parts.mesh):
     params = jax.tree.map(lambda x: x * scale, init(*args))
-  checkpoints.save_params(workdir / "policy", params, build.about_policy(config, workdir, buffers))
+  params_lib.save_params(workdir / "policy", params, build.about_policy(config, workdir, buffers))
   workdir_lib.save_config(workdir, config)
   return config
 
@@ -289,7 +289,7 @@ def test_a_row_is_never_handed_back_for_another_evaluation(use_devices, tmp_path
 def test_a_policy_of_before_it_said_its_buffers_has_those_of_the_result(tmp_path):
   workdir = epath.Path(tmp_path)
   for folder in ("policy", "best"):
-    checkpoints.save_params(workdir / folder, {"x": np.zeros(1)})
+    params_lib.save_params(workdir / folder, {"x": np.zeros(1)})
   with pytest.raises(config_lib.ConfigError, match="run the training once more"):
     evaluate._num_buffers(workdir, "last")
   evaluations = {str(b): {"solve_rate": s, "reward_mean": 0.0} for b, s in ((0, 0.1), (15, 0.9), (22, 0.8))}

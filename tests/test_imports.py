@@ -56,7 +56,7 @@ def imported_rooms(path):
     if isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{path.name} imports relatively"
       if node.module == "dmpo_jax":
-        rooms |= {alias.name for alias in node.names}
+        rooms |= {alias.name for alias in node.names} - {"__version__"}
       elif node.module.startswith("dmpo_jax."):
         rooms.add(node.module.split(".")[1])
     elif isinstance(node, ast.Import):

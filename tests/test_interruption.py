@@ -51,7 +51,7 @@ def test_a_workdir_has_one_run_and_an_interrupt_saves_it(tmp_path):
   done = finish(process, timeout=60)
   assert done.returncode == 75, done.stderr[-2000:]
   assert "interrupted: saving after this microbatch" in done.stderr
-  assert "everything is saved; run the same command again" in done.stderr
+  assert "everything is saved; re-running the command" in done.stderr
   buffers = rows_of(workdir)[-1]["step"]
   assert max(saved_steps(workdir)) in (2 * buffers, 2 * buffers + 1)  # not an update was lost
   done = start(*command, f"--config.train.num_buffers={buffers + 2}")
@@ -68,8 +68,8 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path):
   full = start(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
   assert full.returncode == 1, full.stderr[-2000:]
   assert "a checkpoint could not be written" in full.stderr
-  stands = re.search(r"that of step (\d+) stands", full.stderr)  # small files may have fitted once or twice
-  assert int(stands[1]) in saved_steps(workdir)
+  intact = re.search(r"the one of step (\d+) is intact", full.stderr)  # small files may have fitted once or twice
+  assert int(intact[1]) in saved_steps(workdir)
   done = start(*command)
   assert done.returncode == 0, done.stderr[-2000:]
   assert [row["step"] for row in rows_of(workdir)] == [0, 1, 2, 3]

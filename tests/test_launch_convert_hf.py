@@ -23,7 +23,7 @@ from dmpo_jax.hub import convert, pretrained
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.run.checkpoints import load_params
+from dmpo_jax.run.params import load_params
 from launch import convert_hf
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ def test_every_bit_that_flips_in_a_converted_folder_is_noticed_or_harmless(tmp_p
   assert unnoticed <= {"_CHECKPOINT_METADATA", "commit_success.txt"}
   with (out / "config.json").open("a") as file:
     file.write(" ")
-  with pytest.raises(Unreadable, match=r"config\.json is not as it was written.*remove .*digests\.json"):
+  with pytest.raises(Unreadable, match=r"config\.json has changed since it was written.*remove .*digests\.json"):
     load_params(out, abstract)
   (out / "digests.json").unlink()
   load_params(out, abstract)

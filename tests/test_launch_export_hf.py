@@ -23,7 +23,7 @@ from dmpo_jax.hub import convert
 from dmpo_jax.hub.shards import Shards
 from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.run import checkpoints
+from dmpo_jax.run import params as params_lib
 from dmpo_jax.run import workdir as workdir_lib
 from launch import convert_hf, export_hf
 from launch.rehearse import bucket
@@ -104,7 +104,7 @@ def test_biases_and_padded_ids_of_either_family(tmp_path, family):
   draw = np.random.default_rng(0).normal
   params = jax.tree.map(lambda x: draw(size=x.shape).astype(x.dtype), nn.unbox(shapes))
   policy, out, again = (epath.Path(tmp_path / part) for part in ("policy", "out", "again"))
-  checkpoints.save_params(policy, params)
+  params_lib.save_params(policy, params)
   export_hf.export_model(export_hf.Source(config, family, None, policy, None), out, dtype="same", shard_bytes=10**9)
   about = json.loads((out / "config.json").read_text())
   assert (about["torch_dtype"], about.get("attention_dropout", 0.0)) == ("float32", 0.0)
@@ -181,7 +181,7 @@ def run(request, tmp_path_factory):
   model = build.build_model(c, build.make_tokenizer(c))
   workdir = epath.Path(folder / "run")
   workdir_lib.save_config(workdir, c)
-  checkpoints.save_params(workdir / "policy", convert.adapters_from_peft(tensors("adapter"), model.config))
+  params_lib.save_params(workdir / "policy", convert.adapters_from_peft(tensors("adapter"), model.config))
   return workdir
 
 
@@ -238,7 +238,7 @@ def test_a_policy_that_is_not_finite_is_not_exported(run, tmp_path):
   shutil.copytree(run, workdir)
   adapters = convert.adapters_from_peft(tensors("adapter"), export_hf.find_run(run).config)
   adapters["blocks"]["k_proj"]["B"][1, 0, 0] = np.nan
-  checkpoints.save_params(workdir / "policy", adapters)
+  params_lib.save_params(workdir / "policy", adapters)
   name = "model.transformer.blocks.1.k_proj.weight"
   with pytest.raises(ValueError, match=f"tensor {name} has values that are not finite"):
     export_hf.export_model(export_hf.find_run(workdir), epath.Path(tmp_path / "out"), dtype="same", shard_bytes=10**9)
@@ -258,7 +258,7 @@ def test_adapters_are_not_exported_with_another_base(run, tmp_path):
   workdir = epath.Path(tmp_path / "run")
   shutil.copytree(run, workdir)
   adapters = convert.adapters_from_peft(tensors("adapter"), export_hf.find_run(run).config)
-  checkpoints.save_params(workdir / "policy", adapters, {"base": "0123", "buffers": 1})
+  params_lib.save_params(workdir / "policy", adapters, {"base": "0123", "buffers": 1})
   with pytest.raises(ValueError, match=r"were trained on the base 0123, and this base is"):
     export_hf.find_run(workdir)
 
@@ -288,7 +288,7 @@ def test_all_parameters_of_a_run_from_random_ones(tmp_path):
     lambda x: np.random.default_rng(0).normal(size=x.shape).astype(x.dtype),
     build.abstract_collection(model, build.sharding.make_mesh(8), "params"),
   )
-  checkpoints.save_params(workdir / "policy", shapes)
+  params_lib.save_params(workdir / "policy", shapes)
   out = epath.Path(tmp_path / "out")
   export_hf.export_model(export_hf.find_run(workdir), out, dtype="bfloat16", shard_bytes=10**9)
   hf = json.loads((out / "config.json").read_text())
@@ -331,7 +331,7 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, name):
     names = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mdm_mask|>")
     c.tokenizer.path = str(standin_tokenizer.write(tmp_path / "tokenizer", special, names, None))
   model_parts = build.build_model_parts(c)
-  checkpoints.save_params(workdir / "policy", build.initial_params(c, model_parts))
+  params_lib.save_params(workdir / "policy", build.initial_params(c, model_parts))
   workdir_lib.save_config(workdir, c)
   source = export_hf.find_run(workdir)
   export_hf.export_model(source, out, dtype="same", shard_bytes=10**9)

@@ -1,6 +1,7 @@
 """The program as a user starts it: help, mistakes in one message, and the smoke run from beginning to end."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -41,6 +42,8 @@ def test_every_mistake_is_listed_before_anything_starts(workdir):
   assert not workdir.exists()
 
 
+# words in what libraries print as they start: Abseil's and TensorFlow's log lines, warnings
+LIBRARIES = {"WARNING", "InitializeLog", "oneDNN", "tensorflow", "TensorFlow", "orbax", "Warning", "UserWarning"}
 SHORT = ("--config.sampler.completion_length=8", "--config.sampler.block_length=8")
 
 
@@ -105,6 +108,7 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   assert "3 buffers of 32 rollouts, 6 updates" in first.stdout
   assert "warm start 20/20" in first.stderr
   assert "loss" in first.stderr
+  assert not (LIBRARIES & set(re.findall(r"\w+", first.stdout + first.stderr))), "a library printed something"
   second = start(*command, "--quiet")
   assert second.returncode == 0
   assert "has finished its 3 buffers: nothing left to do" in second.stdout
@@ -138,7 +142,7 @@ def test_a_full_device_is_no_crash_of_another_process():
   full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nand a page of buffers")
   code, said = main._explain(full)
   assert code == 1
-  assert said.startswith("a device's memory is not enough: RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\n")
+  assert said.startswith("out of device memory: RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\n")
   assert "buffers" not in said
   for key in ("rollout.chunk_prompts", "train.microbatch_prompts", "model.layer_rows", "model.remat"):
     assert key in said

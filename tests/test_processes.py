@@ -120,12 +120,12 @@ def test_who_is_abandoned_ends_with_the_code_of_whoever_failed():
   meet("the beginning", 60)
   if index == 1:
     time.sleep(1.0)
-    processes.fail(1, "stopped: a device's memory is not enough")
+    processes.fail(1, "stopped: out of device memory")
   processes.fail(processes.ABANDONED, "stopped: the connection was closed by the peer")
   """
   done = run_job(2, program)
   assert [process.returncode for process in done] == [1, 1], done
-  said = "stopped in process 0 by process 1, which has said: stopped: a device's memory is not enough"
+  said = "stopped in process 0 by process 1, which has said: stopped: out of device memory"
   assert done[0].stderr.endswith(f"stopped: the connection was closed by the peer\n{said}\n")
 
 

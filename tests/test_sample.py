@@ -15,7 +15,8 @@ from rich.console import Console, Group
 from dmpo_jax import build, main, sample
 from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
-from dmpo_jax.run import checkpoints, watch
+from dmpo_jax.run import params as params_lib
+from dmpo_jax.run import watch
 from dmpo_jax.sample import Request
 
 
@@ -191,14 +192,14 @@ def test_adapters_are_used_on_their_own_base_alone(use_devices, tmp_path, caplog
   with jax.set_mesh(parts.mesh):
     for path, seed in ((own, 1), (other, 2)):
       config.seed = seed
-      checkpoints.save_params(path, build.initial_params(config, parts))
+      params_lib.save_params(path, build.initial_params(config, parts))
     config.model.init_from = str(own)
     adapters = build.initial_adapters(config, workdir, parts)
-    checkpoints.save_params(workdir / "policy", adapters, build.about_policy(config, workdir, 3))
+    params_lib.save_params(workdir / "policy", adapters, build.about_policy(config, workdir, 3))
     base = build.load_policies(config, workdir, parts, ["policy"])[1]
-    np.testing.assert_array_equal(base["embedding"], checkpoints.load_leaf(own, ["embedding"]))
+    np.testing.assert_array_equal(base["embedding"], params_lib.load_leaf(own, ["embedding"]))
     config.model.init_from = str(other)
-    names = rf"trained on the base {checkpoints.identity(own)}, and this base is {checkpoints.identity(other)}"
+    names = rf"trained on the base {params_lib.identity(own)}, and this base is {params_lib.identity(other)}"
     with pytest.raises(ConfigError, match=names):
       build.load_policy(config, workdir, parts)
     config.model.lora.init_from = str(workdir / "policy")
@@ -207,7 +208,7 @@ def test_adapters_are_used_on_their_own_base_alone(use_devices, tmp_path, caplog
     config.model.init_from = ""
     with pytest.raises(ConfigError, match=r"and this base is random, seed 2, float32: .* config.seed"):
       build.load_policy(config, workdir, parts)
-    checkpoints.save_params(workdir / "policy", adapters)
+    params_lib.save_params(workdir / "policy", adapters)
     assert caplog.text == ""
     for _ in range(2):
       build.load_policy(config, workdir, parts)

@@ -23,7 +23,7 @@ from dmpo_jax.hub.families import FAMILIES
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.run import checkpoints
+from dmpo_jax.run import params as params_lib
 from launch import convert_hf, export_hf
 
 pytestmark = pytest.mark.torch
@@ -136,7 +136,7 @@ def test_peft_loads_an_exported_adapter(tmp_path, targets):
     *_, name, part = place.path
     adapters.setdefault(name, {})[part] = rng.normal(size=(config.num_layers, *place.shape)).astype(np.float32)
   folder = epath.Path(tmp_path)
-  checkpoints.save_params(folder / "policy", {"blocks": adapters})
+  params_lib.save_params(folder / "policy", {"blocks": adapters})
   source = export_hf.Source(config, "llada", folder / "base", folder / "policy", None)
   export_hf.export_adapter(source, folder / "out")
   model = peft.PeftModel.from_pretrained(Named(tensors("m2_gqa")), str(folder / "out"))
@@ -153,8 +153,8 @@ def test_a_merged_export_is_what_peft_merges(tmp_path):
   lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
   config = convert.model_config_from_hf(settings("m2_gqa"), lora=lora)
   folder = epath.Path(tmp_path)
-  checkpoints.save_params(folder / "base", convert.params_from_hf(tensors("m2_gqa"), config))
-  checkpoints.save_params(folder / "policy", convert.adapters_from_peft(tensors("adapter"), config))
+  params_lib.save_params(folder / "base", convert.params_from_hf(tensors("m2_gqa"), config))
+  params_lib.save_params(folder / "policy", convert.adapters_from_peft(tensors("adapter"), config))
   source = export_hf.Source(config, "llada", folder / "base", folder / "policy", None)
   export_hf.export_model(source, folder / "out", dtype="same", shard_bytes=10**9)
   adapter = tmp_path / "adapter"

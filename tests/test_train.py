@@ -16,6 +16,7 @@ from dmpo_jax.config import ConfigError
 from dmpo_jax.files import Unreadable
 from dmpo_jax.objectives import weights
 from dmpo_jax.run import checkpoints, metrics
+from dmpo_jax.run import params as params_lib
 
 
 def config(**overrides):
@@ -61,8 +62,8 @@ def test_a_run_writes_what_it_promises(left_alone):
     json.loads(generations[0])
   )
   for folder in ("policy", "best"):
-    about = checkpoints.read_about(left_alone / folder)
-    assert about == {"buffers": 3, "base": checkpoints.identity(left_alone / "base")}
+    about = params_lib.read_metadata(left_alone / folder)
+    assert about == {"buffers": 3, "base": params_lib.identity(left_alone / "base")}
   assert "embedding" in (left_alone / "parameters.txt").read_text()
 
 
@@ -126,7 +127,7 @@ def test_a_checkpoint_goes_on_from_its_own_base_only(left_alone, tmp_path):
   workdir = epath.Path(tmp_path / "run")
   shutil.copytree(left_alone, workdir)
   base = ocp.StandardCheckpointer().restore((left_alone / "base").resolve())
-  checkpoints.save_params(workdir / "base", jax.tree.map(lambda x: x + 1, base))
+  params_lib.save_params(workdir / "base", jax.tree.map(lambda x: x + 1, base))
   before = rows_of(workdir)
   with pytest.raises(ConfigError, match=r"was trained from the base \w+, and this one is \w+: give --workdir a new"):
     train.main(config(train__num_buffers=4), workdir)

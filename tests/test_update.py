@@ -17,7 +17,8 @@ from dmpo_jax import build, noise, phases, rollout, sharding, train
 from dmpo_jax.measure import Policies
 from dmpo_jax.models import lora
 from dmpo_jax.objectives import wdce
-from dmpo_jax.run.checkpoints import Checkpoints, saved_dtypes
+from dmpo_jax.run.checkpoints import Checkpoints
+from dmpo_jax.run.params import saved_dtypes
 from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.scoring import make_score
 from launch.bench import programs

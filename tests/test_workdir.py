@@ -10,6 +10,7 @@ import tiny
 from clu import metric_writers
 from etils import epath
 
+import dmpo_jax
 from dmpo_jax import sharding
 from dmpo_jax.config import ConfigError
 from dmpo_jax.run import metrics, workdir
@@ -131,8 +132,9 @@ def test_every_start_leaves_a_line(tmp_path, capsys):
   assert first["devices"] == "8 x cpu"
   assert first["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
   assert first["config"] == second["config"]
+  assert first["version"] == dmpo_jax.__version__
   assert set(first["versions"]) >= {"jax", "flax", "orbax-checkpoint"}
   assert "mesh data 2 fsdp 4 tensor 1" in capsys.readouterr().out
   few = tiny.config(sharding__fsdp=16)
   workdir.announce_start(folder, few, *sharding.make_meshes(**few.sharding.to_dict()))
-  assert "mesh data 1 fsdp 8 (16 asked for) tensor 1; jax" in capsys.readouterr().out
+  assert "mesh data 1 fsdp 8 (16 asked for) tensor 1; dmpo_jax 0" in capsys.readouterr().out

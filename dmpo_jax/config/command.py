@@ -3,6 +3,7 @@
 A configuration is a program of the user's: whatever it raises while it is loaded is such a mistake, too.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -25,7 +26,14 @@ _MISSING = re.compile(r"Flag --(\w+) must have a value other than None")  # as a
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> None:
   """Parse the flags and call `main` with what is left of the command line, `sys.argv` by default."""
   absl.logging.set_verbosity(absl.logging.WARNING)
+  _silence_tensorflow()
   app.run(lambda rest: _call(main, rest), argv=argv, flags_parser=parse)
+
+
+def _silence_tensorflow() -> None:
+  """Turn off what TensorFlow prints as it is imported, for TensorBoard's files or gs:// paths."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it prints, below any log level, that oneDNN is in use
 
 
 def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -1,6 +1,6 @@
 """Orbax checkpoints written piece by piece, for arrays that are never in memory as a whole.
 
-What comes out is an ordinary checkpoint: `checkpoints.load_params` reads it. Its chunks are the pieces, so hosts of a
+What comes out is an ordinary checkpoint: `params.load_params` reads it. Its chunks are the pieces, so hosts of a
 pod that need a part of a stacked array read that part's pieces and not all layers.
 """
 

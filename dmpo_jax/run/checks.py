@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax.run.checkpoints import check_shapes
+from dmpo_jax.run.params import check_shapes
 
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # what a container may use; "max": all
 

@@ -167,7 +167,6 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _fresh_writer(directory: epath.Path, rows: list[dict[str, Any]]) -> Any:
   """Make clu's writer to log and TensorBoard, with the rows that are there already as its beginning."""
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   import tensorflow as tf  # here, because it takes seconds
 
   for kind in ("GPU", "TPU"):  # they are JAX's

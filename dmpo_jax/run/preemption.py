@@ -1,6 +1,10 @@
-"""Notices that the machines are about to be taken away, heard by all processes of a job at the same step."""
+"""Preemption: a notice (SIGTERM or Ctrl+C) reaches all processes of a job at one step; they save and stop."""
 
 import itertools
+import os
+import signal
+import sys
+from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
@@ -14,20 +18,36 @@ _num_polls = itertools.count(1)
 class Preempted(RuntimeError):
   """The machines are about to be taken away."""
 
-  drawn: Drawn | None = None  # of a buffer that was being drawn, the chunks that are finished
+  drawn: Drawn | None = None  # the finished chunks of the buffer whose generation was interrupted
+
+
+def listen(is_enabled: bool) -> None:
+  """Let JAX catch SIGTERM as a notice of preemption, or not; call this before the processes join."""
+  jax.config.update("jax_enable_preemption_service", is_enabled)
 
 
 def check_preemption() -> None:
-  """Meet before the next step, and ask whether a notice of preemption (SIGTERM) has reached any process of the job.
+  """Check whether any process of the job has received a notice of preemption (SIGTERM).
 
-  Every process calls this at the same points of the program, so that all of them stop at the same one. Where JAX does
-  not listen for notices (modes that have nothing to save), there is none.
+  Every process calls this at the same points of the program, so that all stop at the same one. Where JAX does not
+  listen for notices (modes with nothing to save), there are none.
 
   Raises:
-    Preempted: it has.
+    Preempted: a process has received one.
     Absent, Stopped: see `processes.poll`.
   """
   poll("the next step")
   is_listening = jax.config.jax_enable_preemption_service
   if is_listening and multihost_utils.reached_preemption_sync_point(next(_num_polls)):
-    raise Preempted("everything is saved; run the same command again to go on")
+    raise Preempted("everything is saved; re-running the command resumes the run")
+
+
+def save_on_interrupt() -> None:
+  """Treat the first Ctrl+C as a preemption, which saves everything; a second one stops at once."""
+
+  def interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("interrupted: saving after this microbatch; press Ctrl+C again to stop at once", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  signal.signal(signal.SIGINT, interrupt)

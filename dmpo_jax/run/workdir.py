@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import files, sharding
+from dmpo_jax import __version__, files, sharding
 from dmpo_jax.config import Config, ConfigError, differences, fingerprint
 from dmpo_jax.processes import meet, stop_job
 from dmpo_jax.run import buckets
@@ -144,14 +145,16 @@ def take_over(workdir: epath.Path, config: Config) -> None:
 
 
 def announce_start(workdir: epath.Path, config: Config, mesh: Mesh, rollout_mesh: Mesh | None = None) -> dict[str, Any]:
-  """Print one line on where and with what this start runs, add it to the workdir's starts.jsonl, and return it.
+  """Describe this start: print one line, append it to the workdir's starts.jsonl, and return it.
 
   Args:
-    rollout_mesh: of the samplers, where they have one of their own.
+    rollout_mesh: the samplers' mesh, if it is a different one.
   """
   devices = mesh.devices.flatten()
   start = {
     "time": time.time(),
+    "arguments": shlex.join(sys.argv[1:]),
+    "version": __version__,
     "devices": f"{devices.size} x {devices[0].device_kind}",
     "processes": jax.process_count(),
     "mesh": dict(mesh.shape),
@@ -171,20 +174,20 @@ def announce_start(workdir: epath.Path, config: Config, mesh: Mesh, rollout_mesh
     meshes = sharding.describe_both(mesh, rollout_mesh or mesh, config.sharding.to_dict())
     print(
       f"{start['devices']}{memory}, {start['processes']} process(es), {meshes}; "
-      f"jax {start['versions']['jax']}, revision {start['revision']}, config {start['config']}",
+      f"dmpo_jax {start['version']} ({start['revision']}), jax {start['versions']['jax']}, config {start['config']}",
       flush=True,
     )
   return start
 
 
 def _device_memory_gb(device: jax.Device) -> float | None:
-  """Memory of a device as its backend reports it; None where it does not (CPU)."""
+  """Return a device's memory as its backend reports it; None if it does not (CPU)."""
   stats = device.memory_stats() if device.process_index == jax.process_index() else None
   return stats["bytes_limit"] / 1e9 if stats and "bytes_limit" in stats else None
 
 
 def _git_revision() -> str:
-  """The checkout's commit, with a + where files differ from it; "unknown" outside a checkout or without git."""
+  """Return the checkout's commit, with a + if files differ from it; "unknown" without a checkout or git."""
   command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty=+"]
   try:
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

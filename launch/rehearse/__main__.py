@@ -56,7 +56,6 @@ def main(argv: Sequence[str]) -> None:
   """Rehearse and print the table; exit code 1 if a check failed, 2 for a mistake in the command."""
   jax.config.update("jax_platforms", "cpu")
   absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what older versions of it would have written
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of which TensorFlow would speak
   try:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
