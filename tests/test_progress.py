@@ -160,6 +160,6 @@ def test_the_flag_is_heard(monkeypatch):
   given = progress_lib.flags.FlagValues()
   progress_lib.flags.DEFINE_bool("quiet", False, "", flag_values=given)
   monkeypatch.setattr(progress_lib.flags, "FLAGS", given)
-  assert not progress_lib.asked_for_quiet()  # not parsed: a library's user has no flags
+  assert not progress_lib.wants_quiet()  # not parsed: a library's user has no flags
   given([sys.argv[0], "--quiet"])
-  assert progress_lib.asked_for_quiet()
+  assert progress_lib.wants_quiet()

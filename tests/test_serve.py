@@ -23,11 +23,11 @@ from configs import base
 from dmpo_jax import serve
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.serve import api
-from dmpo_jax.serve.answers import Reader
 from dmpo_jax.serve.api import MAX_BODY, make_app
-from dmpo_jax.serve.asked import Limits, read_asked
 from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Decoded, Engine, Job
+from dmpo_jax.serve.requests import Limits, read_options
+from dmpo_jax.serve.responses import Reader
 
 LENGTH = 8
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -80,7 +80,7 @@ def serving(
     max_seconds=max_seconds,
   )
   said = []
-  app = make_app(engine, tokenizer, limits, model="tiny", api_key=api_key, say=said.append)
+  app = make_app(engine, tokenizer, limits, model="tiny", api_key=api_key, log=said.append)
   http = bounded_protocol(20, header_seconds=1.0)
   server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, log_level="error", timeout_graceful_shutdown=10))
   thread = threading.Thread(target=server.run)
@@ -179,7 +179,9 @@ def test_a_character_of_several_tokens_is_one_piece(tmp_path):
   tokenizer = load_tokenizer("huggingface", standin_tokenizer.write(tmp_path, model_config={"mask_token_id": 126336}))
   limits = Limits(LENGTH, 4, False, 0.0, 4, 4, 10, 20.0)
   ids = np.array(tokenizer.encode("aé!€"))
-  text = Reader(tokenizer, limits, read_asked({"logprobs": True}, limits, is_chat=True)).finish(ids, np.ones(len(ids)))
+  text = Reader(tokenizer, limits, read_options({"logprobs": True}, limits, is_chat=True)).finish(
+    ids, np.ones(len(ids))
+  )
   assert text.pieces == ["a", "", "é", "!", "", "", "€"]
 
 
@@ -223,7 +225,7 @@ def test_half_open_connections_are_closed(tokenizer):
     many = [socket.create_connection(("127.0.0.1", decode.port)) for _ in range(15)]
     refused = many[-1].recv(10_000)
     assert refused.startswith(b"HTTP/1.1 503 ")
-    assert b"20 connections are open already" in refused
+    assert b"20 connections are open" in refused
     for client in [*silent, *many]:
       client.settimeout(5)
       while client.recv(10_000):
@@ -284,7 +286,7 @@ def test_what_may_become_a_stop_string_is_not_streamed(tokenizer):
   limits = Limits(LENGTH, 4, False, 0.0, 4, 4, 10, 20.0)
   ids = np.array([*tokenizer.encode("4321"), *[tokenizer.mask_token_id] * 4])
   for stops, shown in (([], "4321"), (["19"], "432"), (["215", "x"], "43"), (["321"], "4"), (["3", "4321"], "")):
-    reader = Reader(tokenizer, limits, read_asked({"stop": stops}, limits, is_chat=True))
+    reader = Reader(tokenizer, limits, read_options({"stop": stops}, limits, is_chat=True))
     assert reader.decided(ids) == shown, stops
 
 

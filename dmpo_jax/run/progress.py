@@ -54,7 +54,7 @@ class Progress:
   ):
     self._work, self._total, self._done, self._unit = work.replace("_", " "), total, done, unit
     self._console = console or Console(stderr=True, quiet=not _is_first())
-    self._is_quiet = asked_for_quiet() if is_quiet is None else is_quiet
+    self._is_quiet = wants_quiet() if is_quiet is None else is_quiet
     self._begun = time.monotonic()
     self._finished: deque[tuple[float, int]] = deque(maxlen=21)  # the last 20 steps tell the pace: the first compiles
     self._printed_at: float | None = None
@@ -181,7 +181,7 @@ def part(what: str, done: int = 0, total: int = 0) -> None:
     _open[-1].part(what, done, total)
 
 
-def asked_for_quiet() -> bool:
+def wants_quiet() -> bool:
   """Whether --quiet was given; a program without flags was not asked."""
   return flags.FLAGS.is_parsed() and flags.FLAGS.quiet
 

@@ -1,7 +1,7 @@
-"""A policy behind an address, `--mode=serve`: OpenAI's completions, decoded in batches, and a page to watch it denoise.
+"""Serve a policy over HTTP, `--mode=serve`: OpenAI's API with batched decoding, and a page that shows denoising.
 
-`engine` owns the model and a bounded queue, `api` speaks HTTP, and the two meet in `engine.Job`. `asked` reads what a
-request wants, `answers` writes what it gets, `connections` bounds what clients can hold.
+`engine` owns the model and a bounded queue, `api` speaks HTTP; they share `engine.Job`. `requests` checks what a client
+sends, `responses` formats what it gets, `connections` limits what clients can hold open.
 """
 
 import contextlib
@@ -21,26 +21,26 @@ from dmpo_jax.config import ConfigError
 from dmpo_jax.measure import Policies
 from dmpo_jax.run import progress
 from dmpo_jax.serve.api import is_loopback, make_app
-from dmpo_jax.serve.asked import Limits
 from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Engine, make_decode
+from dmpo_jax.serve.requests import Limits
 
-SPARE_CONNECTIONS = 64  # beside those whose requests wait or are decoded: idle ones, pages, health checks
-API_KEY = "DMPO_JAX_API_KEY"  # environment variable; a key on a command line is everyone's to read
+SPARE_CONNECTIONS = 64  # besides those of waiting or running requests: idle ones, pages, health checks
+API_KEY = "DMPO_JAX_API_KEY"  # environment variable, as everyone on a machine can read its command lines
 
 
 def main(config: ConfigDict, workdir: epath.Path | None) -> None:
-  """Serve the policy until SIGINT or SIGTERM; requests that have begun are finished first.
+  """Serve the policy until SIGINT or SIGTERM, then finish the requests that have begun.
 
   Raises:
-    ConfigError: there is no policy, the address cannot be had, it is open to others without a key, or the job has
+    ConfigError: there is no policy, the address is taken or open to other machines without a key, or the job has
       several processes.
   """
   own, api_key = config.serve, os.environ.get(API_KEY, "")
   if jax.process_count() > 1:
     raise ConfigError("--mode=serve needs a job of one process")
   if not is_loopback(own.host) and not api_key:
-    raise ConfigError(f"config.serve.host = {own.host!r} is open to others: set {API_KEY} in the environment")
+    raise ConfigError(f"config.serve.host = {own.host!r} is open to other machines: set {API_KEY} in the environment")
   parts = build_model_parts(config)
   with _listening(own.host, own.port) as listener:
     policies = Policies(*load_policy(config, workdir, parts))
@@ -58,7 +58,7 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
     )
     name = epath.Path(workdir or config.model.init_from).name
     app = make_app(
-      engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=is_loopback(own.host), say=_say
+      engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=is_loopback(own.host), log=_log
     )
     url = _url(own.host, listener.getsockname()[1])
     print(f"serving {name} on {url}/ and {url}/v1", flush=True)
@@ -69,7 +69,7 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
       timeout_graceful_shutdown=int(own.max_seconds) + 1,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, lambda *_: None)  # uvicorn hears them, and when it has ended it raises them once more
+      signal.signal(number, lambda *_: None)  # uvicorn handles them, and raises them again after it has stopped
     try:
       uvicorn.Server(settings).run(sockets=[listener])
     finally:
@@ -77,20 +77,20 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
   print("stopped serving", file=sys.stderr)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
   """Write a line of the request log to standard error, unless --quiet."""
-  if not progress.asked_for_quiet():
+  if not progress.wants_quiet():
     print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-  """Take the address before the model is loaded, so that a mistake costs nothing."""
+  """Listen on the address before the model is loaded, so that a mistake shows at once."""
   try:
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.create_server(address[:2], family=family)
   except OSError as error:
-    raise ConfigError(f"config.serve.host = {host!r}, port {port}: cannot be listened on ({error})") from error
+    raise ConfigError(f"config.serve.host = {host!r}, port {port}: cannot listen there ({error})") from error
   with listener:
     yield listener
 

@@ -1,4 +1,4 @@
-"""The server's connections: how many there may be, and how long one may take to say what it wants."""
+"""Limits on connections: how many may be open, and how long a request's header may take."""
 
 import asyncio
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dmpo_jax.serve.asked import Refused
+from dmpo_jax.serve.requests import RequestError
 
-HEADER_SECONDS = 10.0  # from the connection, or the last answer, to the end of a request's header
+HEADER_SECONDS = 10.0  # from the connection or the last response to the end of a request's header
 
 
 def bounded_protocol(max_connections: int, header_seconds: float = HEADER_SECONDS) -> type[H11Protocol]:
-  """Make uvicorn's HTTP protocol with a limit on connections, and a time-out on headers, which uvicorn has not.
+  """Make uvicorn's HTTP protocol with a limit on connections and a time-out on headers, which uvicorn lacks.
 
-  A connection beyond the limit is answered with 503 and closed; one whose header does not come in time is closed.
+  A connection above the limit gets 503 and is closed; one whose header is late is closed.
   """
 
   class Bounded(H11Protocol):
@@ -41,7 +41,7 @@ def bounded_protocol(max_connections: int, header_seconds: float = HEADER_SECOND
       super().connection_lost(exc)
 
     def _watch_header(self) -> None:
-      # Nothing is read of a body once its request is answered: what still comes of it is waited for as a header is.
+      # The rest of a body is not read once its request has a response; it has as long as a header to end.
       is_answered = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
       if self.conn.their_state is not h11.IDLE and not is_answered:
         self._forget_deadline()
@@ -57,6 +57,6 @@ def bounded_protocol(max_connections: int, header_seconds: float = HEADER_SECOND
 
 
 def _too_many(max_connections: int) -> bytes:
-  body = Refused(503, f"{max_connections} connections are open already: try again later").response().body
+  body = RequestError(503, f"{max_connections} connections are open: try again later").response().body
   head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
   return f"{head}Connection: close\r\n\r\n".encode() + bytes(body)

@@ -1,6 +1,6 @@
-"""The model's side of serving: a bounded queue of jobs -> batches of them -> what every model call decided.
+"""The model's side of serving: a bounded queue of jobs -> batches -> the completions after every model call.
 
-One thread has the device. Jobs that wait together are decoded together, so a batch is whatever has come meanwhile.
+One thread owns the device. A batch is made of the jobs that arrived while the last one was decoded.
 """
 
 import dataclasses
@@ -24,34 +24,34 @@ Decode = Callable[[Sequence["Job"], Publish], "Decoded"]
 
 
 class Decoded(NamedTuple):
-  """What a batch of jobs came to."""
+  """The completions of a batch of jobs."""
 
   completion: np.ndarray  # [b, c]
-  confidence: np.ndarray  # [b, c]; of the model in each token, at the call that decided it
+  confidence: np.ndarray  # [b, c]; the model's probability of each token, at the call that decided it
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-  """One prompt on its way.
+  """One completion to decode.
 
-  `deliver` is called in the engine's thread with ("state", (call, ids)) after model calls, and once, at the end, with
+  The engine's thread calls `deliver` with ("state", (call, ids)) after model calls, and once at the end with
   ("done", (ids, confidence)) or ("failed", message).
   """
 
   prompt: list[int]
   deliver: Callable[[str, Any], None]
-  seed: int | None = None  # None: the server's; the same prompt then gets the same completion
+  seed: int | None = None  # None: the server's, which gives a prompt the same completion every time
   temperature: float = 0.0
-  choice: int = 0  # number of this completion among those of one request
+  choice: int = 0  # index of this completion among those of its prompt
 
   @property
   def bucket(self) -> int:
-    """Prompts of one bucket share a program."""
+    """Length class of the prompt; prompts of one bucket share a program."""
     return max(-(-len(self.prompt) // BUCKET), 1)
 
   @property
   def prompt_id(self) -> int:
-    """What the noise of its row belongs to."""
+    """The id from which the noise of its row is derived."""
     return prompt_id(f"{self.prompt} {self.seed} {self.choice}")
 
 
@@ -60,19 +60,19 @@ class Engine:
 
   Args:
     decode: decodes up to `batch_size` jobs of one bucket.
-    max_queue: jobs that may wait.
+    max_queue: the most jobs that may wait.
   """
 
   def __init__(self, decode: Decode, *, batch_size: int, max_queue: int):
     self._decode, self._batch_size, self._max_queue = decode, batch_size, max_queue
     self._waiting: list[Job] = []  # the oldest first
     self._is_closed = False
-    self._news = threading.Condition()  # guards both
+    self._news = threading.Condition()  # guards the two above
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
     self._thread.start()
 
   def submit(self, jobs: Sequence[Job]) -> bool:
-    """Queue all of a request's jobs; False: there is no room for them, or the engine is closed."""
+    """Queue all jobs of a request, or none; False: the queue is full or the engine is closed."""
     with self._news:
       if self._is_closed or len(self._waiting) + len(jobs) > self._max_queue:
         return False
@@ -81,12 +81,12 @@ class Engine:
       return True
 
   def withdraw(self, jobs: Sequence[Job]) -> None:
-    """Give the places of jobs that nobody waits for any more to others; a batch that has begun is finished."""
+    """Remove jobs from the queue; a batch that has begun is finished."""
     with self._news:
       self._waiting = [job for job in self._waiting if job not in jobs]
 
   def close(self) -> None:
-    """Finish what is queued, and stop."""
+    """Finish the queued jobs, then stop."""
     with self._news:
       self._is_closed = True
       self._news.notify()
@@ -97,7 +97,7 @@ class Engine:
       self._decode_batch(batch)
 
   def _take(self) -> list[Job]:
-    """Wait for jobs and take the oldest with others of its bucket; none are left where the engine has been closed."""
+    """Wait for jobs; take the oldest and others of its bucket, or none once the engine is closed and has no more."""
     with self._news:
       self._news.wait_for(lambda: self._waiting or self._is_closed)
       batch = [job for job in self._waiting if job.bucket == self._waiting[0].bucket][: self._batch_size]
@@ -109,14 +109,14 @@ class Engine:
 
     def publish(number: int, completion: np.ndarray) -> None:
       nonlocal newest
-      if number > newest:  # calls may come out of order
+      if number > newest:  # callbacks may come out of order
         newest = number
         for job, ids in zip(batch, completion, strict=False):
           job.deliver("state", (number, ids))
 
     try:
       decoded = self._decode(batch, publish)
-    except Exception as error:  # a batch that fails must not end the server
+    except Exception as error:  # a failed batch must not end the server
       for job in batch:
         job.deliver("failed", f"{type(error).__name__}: {error}")
       return
@@ -125,9 +125,9 @@ class Engine:
 
 
 def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> Decode:
-  """Close over the model: one program for each bucket of prompt lengths, compiled when it is first needed.
+  """Make the function that decodes a batch; each bucket of prompt lengths has a program, compiled on first use.
 
-  The shortest bucket's is compiled here, so that a server that listens can answer.
+  That of the shortest bucket is compiled here, so that a server that listens can respond.
   """
   own, programs, current = config.serve, {}, [lambda number, completion: None]
   sample = make_sample(

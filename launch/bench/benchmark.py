@@ -114,7 +114,7 @@ def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
   start = time.monotonic()
 
   def say(what: str) -> None:  # in lines, as redrawing one would take from what is measured
-    if not progress.asked_for_quiet():
+    if not progress.wants_quiet():
       print(f"{name} {time.monotonic() - start:5.0f} s  {what}", file=sys.stderr, flush=True)
 
   peak_flops = None

@@ -1,6 +1,6 @@
-"""What a request asks for, read from its body and checked: every mistake is answered by name.
+"""Requests: the body of a request, checked field by field. Errors name the field.
 
-What would change the result and is not supported is refused rather than left out.
+Fields that would change the result and are not supported are refused, not ignored.
 """
 
 import dataclasses
@@ -15,11 +15,16 @@ from dmpo_jax.hub.tokenizer import Tokenizer
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 256  # strings, characters of one
 MAX_TEMPERATURE = 2.0  # as at OpenAI
-MAX_WHOLE = 2**31  # of tokens; more than the completion has are as many as it has
+MAX_WHOLE = 2**31  # tokens; more than the completion length means the completion length
 LENGTHS = ("max_tokens", "max_completion_tokens")
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # theirs -> a template's
-IGNORED = {"user", "metadata", "store"}  # say nothing of the result
-FIXED = {  # OpenAI's defaults, which may be said as well
+ROLES = {
+  "system": "system",
+  "developer": "system",
+  "user": "user",
+  "assistant": "assistant",
+}  # OpenAI -> template
+IGNORED = {"user", "metadata", "store"}  # they do not change the result
+FIXED = {  # only OpenAI's default is allowed
   "top_p": 1,
   "frequency_penalty": 0,
   "presence_penalty": 0,
@@ -30,7 +35,7 @@ FIXED = {  # OpenAI's defaults, which may be said as well
   "response_format": {"type": "text"},
   "modalities": ["text"],
 }
-HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # of answers with errors, by status
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # of error responses, by status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +44,16 @@ class Limits:
 
   completion_length: int  # tokens
   block_length: int
-  can_revoke: bool  # the sampler may take tokens of its current block back
-  temperature: float  # where a request names none
-  max_choices: int  # completions of one prompt
-  max_jobs: int  # completions of all prompts of one request
+  can_revoke: bool  # the sampler may mask tokens of its current block again
+  temperature: float  # default of a request
+  max_choices: int  # completions a prompt
+  max_jobs: int  # completions a request, over all its prompts
   max_prompt_length: int  # tokens
-  max_seconds: float  # from its arrival to its answer
+  max_seconds: float  # from a request's arrival to its response
 
 
-class Refused(Exception):
-  """A request that is answered with an error of OpenAI's form."""
+class RequestError(Exception):
+  """A request is refused; the client gets an error in OpenAI's format."""
 
   def __init__(self, status: int, message: str, param: str | None = None):
     super().__init__(message)
@@ -63,25 +68,25 @@ class Refused(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-  """How a prompt is to be completed."""
+class Options:
+  """How to complete a prompt."""
 
   max_tokens: int
   temperature: float
   seed: int | None
   num_choices: int
-  stops: tuple[str, ...]  # the answer ends before the first of them
+  stops: tuple[str, ...]  # the completion ends before the first of them
   is_streamed: bool
-  with_usage: bool  # a stream ends with the tokens' numbers
-  with_logprobs: bool  # each token with the log-probability of the model call that decided it
-  with_top: bool  # and as the most likely one of that call, which a greedy answer's token is
+  with_usage: bool  # a stream ends with token counts
+  with_logprobs: bool  # each token comes with its log-prob at the model call that decided it
+  with_top: bool  # and with the most likely token of that call; greedy only, where it is the token itself
 
 
-def read_asked(fields: dict[str, Any], limits: Limits, *, is_chat: bool) -> Asked:
-  """Check a body's fields, of which the prompt or the messages have been taken.
+def read_options(fields: dict[str, Any], limits: Limits, *, is_chat: bool) -> Options:
+  """Check the fields of a body without its prompt or messages.
 
   Raises:
-    Refused: a field is not what it may be, or is not supported.
+    RequestError: a field has a bad value or is not supported.
   """
   fields = dict(fields)
   fields.pop("model", None)
@@ -91,7 +96,7 @@ def read_asked(fields: dict[str, Any], limits: Limits, *, is_chat: bool) -> Aske
   is_streamed = _flag(fields.pop("stream", None), "stream")
   temperature = _temperature(fields.pop("temperature", None), limits.temperature)
   with_logprobs, with_top = _logprobs(fields, is_chat, is_streamed=is_streamed, is_greedy=temperature == 0)
-  asked = Asked(
+  options = Options(
     max_tokens=min(most, *lengths),
     temperature=temperature,
     seed=_whole(fields.pop("seed", None), "seed", -(2**63), 2**63 - 1),
@@ -104,46 +109,46 @@ def read_asked(fields: dict[str, Any], limits: Limits, *, is_chat: bool) -> Aske
   )
   for name, only in (FIXED | {"best_of": num_choices}).items():
     value = fields.pop(name, None)
-    is_same = value == only and (type(value) is bool) == (type(only) is bool)  # to Python true is 1
+    is_same = value == only and (type(value) is bool) == (type(only) is bool)  # in Python True == 1
     if value is not None and not is_same:
-      raise Refused(400, f"{name} is {json.dumps(only)} on this server: leave it out", name)
+      raise RequestError(400, f"{name} must be {json.dumps(only)} here: leave it out", name)
   for name, value in fields.items():
     if name not in IGNORED and value is not None:
-      raise Refused(400, f"{name} is not supported", name)
-  return asked
+      raise RequestError(400, f"{name} is not supported", name)
+  return options
 
 
 def _logprobs(fields: dict[str, Any], is_chat: bool, *, is_streamed: bool, is_greedy: bool) -> tuple[bool, bool]:
-  """Take what is asked of log-probabilities: whether they are, and the most likely token of each position with them."""
+  """Take the fields on log-probs: whether to return them, and whether with the most likely token of each position."""
   value, top = fields.pop("logprobs", None), fields.pop("top_logprobs", None)
   if is_chat:
-    is_asked, num_top, name = _flag(value, "logprobs"), _whole(top, "top_logprobs", 0, 1) or 0, "top_logprobs"
-  else:  # where the number of the most likely tokens stands in logprobs itself
+    is_wanted, num_top, name = _flag(value, "logprobs"), _whole(top, "top_logprobs", 0, 1) or 0, "top_logprobs"
+  else:  # here logprobs itself is the number of most likely tokens
     value = None if value is False else value
-    is_asked, num_top, name = value is not None, _whole(value, "logprobs", 0, 1) or 0, "logprobs"
+    is_wanted, num_top, name = value is not None, _whole(value, "logprobs", 0, 1) or 0, "logprobs"
     if top is not None:
-      raise Refused(400, "top_logprobs is for chats: set logprobs", "top_logprobs")
-  if num_top and not is_asked:
-    raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs")
+      raise RequestError(400, "top_logprobs is for chat completions: set logprobs", "top_logprobs")
+  if num_top and not is_wanted:
+    raise RequestError(400, "top_logprobs needs logprobs: true", "top_logprobs")
   if num_top and not is_greedy:
-    raise Refused(400, f"{name} must be 0 where temperature is not: only the answer's own tokens are known", name)
-  if is_asked and is_streamed:
-    raise Refused(400, "logprobs needs stream: false", "logprobs")
-  return is_asked, bool(num_top)
+    raise RequestError(400, f"{name} must be 0 unless temperature is 0: only the sampled tokens are known", name)
+  if is_wanted and is_streamed:
+    raise RequestError(400, "logprobs needs stream: false", "logprobs")
+  return is_wanted, bool(num_top)
 
 
 def read_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
-  """Read the prompts of `/v1/completions`: a text, ids, or a list of texts or of ids.
+  """Read the prompts of `/v1/completions`: a text, token ids, or a list of either.
 
   Raises:
-    Refused: they are none of these, or an id is not the tokenizer's.
+    RequestError: they are something else, or an id is outside the vocabulary.
   """
   prompts = prompt if isinstance(prompt, list) and not _are_ids(prompt) else [prompt]
   if not prompts or not all(isinstance(one, str) or _are_ids(one) for one in prompts):
-    raise Refused(400, "prompt must be a string, a list of token ids, or a list of strings or of such lists", "prompt")
+    raise RequestError(400, "prompt must be a string, a list of token ids, or a list of either", "prompt")
   for ids in prompts:
     if not isinstance(ids, str) and not all(0 <= token < tokenizer.vocab_size for token in ids):
-      raise Refused(400, f"prompt must have token ids from 0 to {tokenizer.vocab_size - 1}", "prompt")
+      raise RequestError(400, f"prompt must have token ids from 0 to {tokenizer.vocab_size - 1}", "prompt")
   return [tokenizer.encode(one) if isinstance(one, str) else one for one in prompts]
 
 
@@ -152,30 +157,30 @@ def _are_ids(value: Any) -> bool:
 
 
 def read_messages(messages: Any) -> list[Turn]:
-  """Read a conversation: roles as a chat template knows them, and texts.
+  """Read a conversation as turns with the chat template's roles.
 
   Raises:
-    Refused: it is none, or it ends with the assistant's turn.
+    RequestError: it is no conversation, or its last turn is the assistant's.
   """
   if not isinstance(messages, list) or not messages:
-    raise Refused(400, "messages must be a list of at least one message", "messages")
+    raise RequestError(400, "messages must be a list of at least one message", "messages")
   turns = [_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
   if turns[-1][0] == "assistant":
-    raise Refused(400, "the last message must not be the assistant's, who is to answer", "messages")
+    raise RequestError(400, "the last message must not be the assistant's", "messages")
   return turns
 
 
 def _turn(message: Any, where: str) -> Turn:
-  if not isinstance(message, Mapping) or message.get("role") not in list(ROLES):  # not even hashable, perhaps
-    raise Refused(400, f"{where} must have a role, one of {', '.join(ROLES)}", "messages")
+  if not isinstance(message, Mapping) or message.get("role") not in list(ROLES):  # may not be hashable
+    raise RequestError(400, f"{where} must have a role, one of {', '.join(ROLES)}", "messages")
   extra = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
   if extra:
-    raise Refused(400, f"{where}: {extra[0]} is not supported", "messages")
+    raise RequestError(400, f"{where}: {extra[0]} is not supported", "messages")
   content = message.get("content")
-  if isinstance(content, list):  # in parts, of which there may be texts alone
+  if isinstance(content, list):  # parts, which must all be text
     content = "".join(map(_text_of, content)) if all(_text_of(part) is not None for part in content) else None
   if not isinstance(content, str):
-    raise Refused(400, f"{where} must have a text as its content", "messages")
+    raise RequestError(400, f"{where} must have text content", "messages")
   return ROLES[message["role"]], content
 
 
@@ -186,7 +191,7 @@ def _text_of(part: Any) -> str | None:
 
 def _whole(value: Any, name: str, low: int, high: int) -> int | None:
   if value is not None and (type(value) is not int or not low <= value <= high):
-    raise Refused(400, f"{name} must be a whole number from {low} to {high}", name)
+    raise RequestError(400, f"{name} must be a whole number from {low} to {high}", name)
   return value
 
 
@@ -194,13 +199,13 @@ def _temperature(value: Any, otherwise: float) -> float:
   if value is None:
     return otherwise
   if type(value) not in (int, float) or not 0 <= value <= MAX_TEMPERATURE:
-    raise Refused(400, f"temperature must be a number from 0 (greedy) to {MAX_TEMPERATURE:g}", "temperature")
+    raise RequestError(400, f"temperature must be a number from 0 (greedy) to {MAX_TEMPERATURE:g}", "temperature")
   return float(value)
 
 
 def _flag(value: Any, name: str) -> bool:
   if value is not None and type(value) is not bool:
-    raise Refused(400, f"{name} must be true or false", name)
+    raise RequestError(400, f"{name} must be true or false", name)
   return bool(value)
 
 
@@ -208,10 +213,10 @@ def _usage(options: Any, is_streamed: bool) -> bool:
   if options is None:
     return False
   if not isinstance(options, Mapping) or not is_streamed:
-    raise Refused(400, "stream_options must be an object, and needs stream: true", "stream_options")
+    raise RequestError(400, "stream_options must be an object, and needs stream: true", "stream_options")
   unknown = [name for name, value in options.items() if name != "include_usage" and value is not None]
   if unknown:
-    raise Refused(400, f"stream_options: {unknown[0]} is not supported", "stream_options")
+    raise RequestError(400, f"stream_options: {unknown[0]} is not supported", "stream_options")
   return _flag(options.get("include_usage"), "stream_options")
 
 
@@ -220,5 +225,5 @@ def _stops(value: Any) -> tuple[str, ...]:
   is_list = isinstance(stops, list) and len(stops) <= MAX_STOPS
   if not is_list or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
     allowed = f"a string or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters each"
-    raise Refused(400, f"stop must be {allowed}", "stop")
+    raise RequestError(400, f"stop must be {allowed}", "stop")
   return tuple(stops)
