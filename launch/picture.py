@@ -15,7 +15,7 @@ from etils import epath
 
 from dmpo_jax.config import command
 from dmpo_jax.run import buckets
-from dmpo_jax.run.report.page import is_film
+from dmpo_jax.run.report.page import is_animation
 from dmpo_jax.run.report.runs import Row, Run, find_generation, list_generations, read_runs
 
 matplotlib.use("svg")
@@ -72,23 +72,23 @@ def _generation(workdir: epath.Path, buffer: int, index: int) -> Row:
   if name is None:
     raise ValueError(f"--workdir={workdir}: there are no generations of the evaluation after {buffer} buffers")
   line = find_generation(workdir / name, index)
-  record, film = line.get("record"), line.get("denoising")
+  record, animation = line.get("record"), line.get("denoising")
   grids = [record.get(key) for key in ("puzzle", "solution")] if isinstance(record, dict) else []
   if not grids or not all(isinstance(grid, str) and len(grid) == SIDE**2 for grid in grids):
     raise ValueError(f"--workdir={workdir}: only {SIDE}x{SIDE} Sudoku can be drawn, and {name} is of another task")
-  if not is_film(film) or len(film["pieces"]) < SIDE**2 or type(line.get("num_calls")) is not int:
+  if not is_animation(animation) or len(animation["pieces"]) < SIDE**2 or type(line.get("num_calls")) is not int:
     raise ValueError(f"--workdir={workdir}: {name} does not say when cells were decided")
   return line
 
 
 def _draw_frame(axes: plt.Axes, line: Row, column: int, label: str, *, is_top: bool) -> None:
   """Draw the grid after some of the model calls."""
-  film, num_calls = line["denoising"], line["num_calls"]
+  animation, num_calls = line["denoising"], line["num_calls"]
   call = round(column * num_calls / (NUM_FRAMES - 1))
   solution, puzzle = line["record"]["solution"], line["record"]["puzzle"]
   for cell in range(SIDE**2):
     x, y = cell % SIDE, SIDE - 1 - cell // SIDE
-    decided_at, piece = film["committed_at"][cell], film["pieces"][cell]
+    decided_at, piece = animation["committed_at"][cell], animation["pieces"][cell]
     is_decided = decided_at < call
     face = COLOURS(0.08 + 0.42 * decided_at / max(num_calls - 1, 1)) if is_decided else "white"
     axes.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=face, edgecolor=LINE, linewidth=0.6))

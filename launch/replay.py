@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dmpo_jax.config import command
 from dmpo_jax.run import buckets, watch
-from dmpo_jax.run.report.page import is_film
+from dmpo_jax.run.report.page import is_animation
 from dmpo_jax.run.report.runs import Row, find_generation, is_number, list_generations
 
 
@@ -32,14 +32,14 @@ def find_file(workdir: epath.Path, buffers: int | None) -> epath.Path:
   return workdir / known[max(known) if buffers is None else buffers]
 
 
-def read_film(path: epath.Path, index: int, sample: int) -> Row:
+def read_animation(path: epath.Path, index: int, sample: int) -> Row:
   """Read one line of a file of generations.
 
   Raises:
     ValueError: there is no such file or line, or it does not say when tokens were decided.
   """
   found = find_generation(path, index, sample)
-  if not is_film(found.get("denoising")):
+  if not is_animation(found.get("denoising")):
     raise ValueError(f"{path} does not say when tokens were decided")
   return found
 
@@ -54,14 +54,14 @@ def main(argv: Sequence[str]) -> None:
       raise ValueError("give either --workdir or --generations")
     buckets.check({"--workdir": given.workdir or "", "--generations": given.generations or ""})
     path = epath.Path(given.generations or find_file(epath.Path(given.workdir).expanduser(), given.buffers))
-    line = read_film(path.expanduser(), given.index, given.sample)
+    line = read_animation(path.expanduser(), given.index, given.sample)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   console = Console()
   console.print(str(line.get("prompt", "")), style="dim", markup=False, highlight=False)
-  film = line["denoising"]
-  watch.play(film["pieces"], film["committed_at"], film["confidence"], console, given.seconds)
+  animation = line["denoising"]
+  watch.play(animation["pieces"], animation["committed_at"], animation["confidence"], console, given.seconds)
   verdict = "solved" if line.get("is_solved") else "not solved"
   reward = line.get("reward")
   console.print(f"reward {f'{reward:.3f}' if is_number(reward) else 'unknown'}, {verdict}", highlight=False)

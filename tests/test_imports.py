@@ -77,6 +77,15 @@ def test_imports_point_downward(path):
   assert imported_rooms(path) <= ROOMS[room(path)]
 
 
+def test_the_package_imports_neither_configs_nor_launch():
+  """They are not installed with it."""
+  for path in MODULES:
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+      names += [node.module] if isinstance(node, ast.ImportFrom) else []
+      assert not {name.split(".")[0] for name in names} & {"configs", "launch"}, path
+
+
 def test_processes_wait_for_each_other_at_named_and_bounded_places_alone():
   """The devices' collectives wait for ever: `processes` alone uses them, behind a meeting."""
   for path in MODULES:

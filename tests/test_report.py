@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 
+from configs import base
 from dmpo_jax import train
 from dmpo_jax.run import report
 from dmpo_jax.run.report import charts, page, tables
@@ -66,11 +67,18 @@ def write_run(folder, *, num_buffers=8, rate=0.5):
   evaluations = {str(step): figures(rate * step / num_buffers) for step in range(0, num_buffers + 1, 4)}
   result = {"objective": "wdce", "buffers": num_buffers, "evaluations": evaluations, "seconds": 600.0}
   (folder / "result.json").write_text(json.dumps(result))
-  config = page.base.get_config()
+  config = base.get_config()
   config.objective.alpha, config.train.num_buffers = 0.025, num_buffers
   config.sampler.wino.threshold = 0.7  # of a sampler that is not chosen
   (folder / "config.json").write_text(config.to_json())
-  start = {"devices": "4 x tpu", "processes": 1, "revision": "abc1234", "versions": {"jax": "0.10.2"}}
+  start = {
+    "version": "0.2.0",
+    "arguments": "--config=configs/one.py",
+    "devices": "4 x tpu",
+    "processes": 1,
+    "revision": "abc1234",
+    "versions": {"jax": "0.10.2"},
+  }
   (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
   return folder
 
@@ -91,7 +99,17 @@ def specs_of(text):
 
 def test_a_finished_run_is_shown(workdir, tmp_path):
   text = report.write([workdir], tmp_path / "page.html").read_text()
-  for shown in ("50.0%", "45.0% to 55.0%", "4 x tpu", "abc1234", "8 of 8", "objective.alpha", "0.025"):
+  for shown in (
+    "50.0%",
+    "45.0% to 55.0%",
+    "4 x tpu",
+    "abc1234",
+    "8 of 8",
+    "objective.alpha",
+    "0.025",
+    "0.2.0",
+    "--config=configs/one.py",
+  ):
     assert shown in text
   assert "sampler.wino.threshold" not in text
   assert "answer 7 after 8" in text
@@ -193,7 +211,7 @@ def test_a_workdir_without_metrics(tmp_path):
   assert "there is no metrics.jsonl" in text
   assert specs_of(text) == {}
   (folder / "config.json").unlink()
-  with pytest.raises(ValueError, match="nothing of a run is in it"):
+  with pytest.raises(ValueError, match="it holds no files of a run"):
     report.write([folder])
   with pytest.raises(ValueError, match="no such folder"):
     report.write([tmp_path / "absent"])
@@ -213,7 +231,7 @@ def test_a_run_of_another_version_is_shown_with_what_it_has(workdir, tmp_path):
   text = report.write([old]).read_text()
   assert "50.0%" in text  # the solve rate, from the rows
   assert "unknown" in text
-  assert "<code>objective.kl_beta</code></th><td>absent</td><td>0.25</td>" in text
+  assert "<code>objective.kl_beta</code></th><td>0.25</td>" in text
   assert '<pre tabindex="0">4</pre>' in text
   assert len(specs_of(text)) > 8
 
@@ -260,6 +278,15 @@ def test_values_of_another_type_do_not_end_the_report(workdir, tmp_path, monkeyp
   assert report.summarize(copy)[-1].startswith("rollouts, first buffer to last")
 
 
+def test_settings_that_differ_come_before_all_settings(workdir, other):
+  runs = read_runs([workdir, other])
+  assert page.differing(page.settings(runs)) == [("train.num_buffers", ["8", "4"])]
+  text = page.render(runs)
+  assert text.count("<code>train.num_buffers</code>") == 2
+  assert text.count("<code>objective.alpha</code>") == 1
+  assert "Settings that differ" not in page.render(runs[:1])
+
+
 def test_whatever_a_loss_says_of_itself_is_drawn():
   sources = (page.HERE.parents[1] / "objectives").glob("*.py")
   said = {name for path in sources for name in re.findall(r'"(loss_\w+)"', path.read_text())}
@@ -292,7 +319,7 @@ def test_the_table_of_evaluations_fits_a_narrow_terminal():
   assert "last (20)" in text
   assert "\u2026" not in text  # nothing is cut
   said = " ".join(text.split())
-  assert "everywhere: task sudoku, tokens 16, prompts 256, form 50.0%" in said
+  assert "in all rows: task sudoku, tokens 16, prompts 256, form 50.0%" in said
 
 
 def test_rows_that_differ_in_their_settings_alone_say_so():
@@ -306,16 +333,16 @@ def test_rows_that_differ_in_their_settings_alone_say_so():
   "denoising",
   [None, {}, {"pieces": ["a"], "committed_at": [0]}, {"pieces": ["a"], "committed_at": [-1], "confidence": [0.5]}],
 )
-def test_generations_that_do_not_say_when_are_no_films(workdir, tmp_path, denoising):
+def test_generations_without_times_are_not_animated(workdir, tmp_path, denoising):
   copy = tmp_path / "copy"
   shutil.copytree(workdir, copy)
   line = generation(0, 8) | {"denoising": denoising}
   for path in (copy / "generations").iterdir():
     path.write_text(json.dumps(line) + "\n")
   (run,) = read_runs([copy])
-  assert page.films(run) == []
+  assert page.animations(run) == []
   text = page.render([run])
-  assert 'class="film"' not in text
+  assert 'class="animation"' not in text
   assert "not recorded, so not drawn:" in text
   assert "Denoising</li>" in text
 
@@ -349,9 +376,9 @@ def test_the_summary_is_short_and_says_what_is_worth_a_look(workdir, tmp_path):
   rows = [row | bad if row["phase"] == "train" and row["step"] else row for row in rows]
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   assert report.summarize(tmp_path)[2:] == [
-    "worth a look: 3 updates skipped, as their loss or gradient was not finite",
-    "worth a look: 16 rollouts dropped, as their reward failed",
-    "worth a look: the log-ratio's noise exceeded the spread of reward / alpha in 8 of 8 buffers",
+    "warning: 3 updates skipped: loss or gradient not finite",
+    "warning: 16 rollouts dropped: their reward failed",
+    "warning: the log-ratio's noise exceeded the spread of reward / alpha in 8 of 8 buffers",
   ]
 
 
@@ -371,7 +398,7 @@ const drawn = setInterval(() => {
   clearInterval(drawn);
   const cell = document.querySelectorAll("#chart-0 .mark-path path")[1];  // what the nearest point is looked for in
   cell.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX: 9, clientY: 9 }));
-  const slider = document.querySelector(".film input");
+  const slider = document.querySelector(".animation input");
   slider.value = 1;
   slider.dispatchEvent(new Event("input"));
   document.querySelector("details summary").click();

@@ -1,7 +1,7 @@
-"""A run as one page: what stands in its workdir -> curves, comparisons and completions in one report.html.
+"""A run's report: its workdir -> one report.html with curves, comparisons and completions.
 
-`runs` reads workdirs, `charts` says what is drawn of them, `page` puts all of it into one file without any network.
-`summary` is the same in a few lines of text, `tables` are for a terminal.
+`runs` reads workdirs, `charts` specifies what is drawn, `page` renders it all into one file that needs no network.
+`summary` describes a run in a few lines of text; `tables` are for a terminal.
 """
 
 from dmpo_jax.run.report.page import write

@@ -1,6 +1,6 @@
-"""What the report draws: a table of charts, and their Vega-Lite specifications for some runs.
+"""Charts of the report: a table of what is drawn, and its Vega-Lite specifications for given runs.
 
-A specification has its values in it and no colours: the page has those, light and dark.
+A specification contains its values but no colours; the page has those, for light and dark.
 """
 
 import dataclasses
@@ -10,21 +10,21 @@ from typing import Any
 
 from dmpo_jax.run.report.runs import Row, Run
 
-MOST_POINTS = 300  # of one curve; longer ones are drawn as means of neighbouring rows
+MOST_POINTS = 300  # per curve; longer ones are drawn as means of neighbouring rows
 
 Spec = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-  """A chart of figures over the steps of a phase: some of `figures`, under their labels."""
+  """A chart of one or more figures over the steps of a phase."""
 
   title: str
-  figures: dict[str, str]  # name in the metrics -> label
+  figures: dict[str, str]  # name in the metrics -> label in the chart
   caption: str
-  form: str = ".3~g"  # of the values, in d3's language
+  form: str = ".3~g"  # how values are written, as a d3 format
   phase: str = "train"
-  is_always: bool = True  # a run without it lacks something; else some objectives or settings have it
+  is_always: bool = True  # False: only some objectives or settings record it
 
 
 CURVES = (
@@ -48,12 +48,12 @@ CURVES = (
   Curves(
     "Surprise of drawn tokens",
     {"sampled_nll": "nats"},
-    "-log p as they were drawn, the same measure for every objective.",
+    "-log p of the tokens when they were sampled; the same for every objective.",
   ),
   Curves(
     "Log-ratio noise",
     {"log_ratio_error": "noise", "tilt_std": "tilt, reward / alpha", "log_ratio_std": "log-ratio"},
-    "Standard error of log p_ref - log p_old against the spreads inside a group: above the tilt the signal drowns.",
+    "Standard error of log p_ref - log p_old, and the spreads inside a group: noise above the tilt hides the signal.",
     is_always=False,
   ),
   Curves(
@@ -78,23 +78,23 @@ CURVES = (
   Curves(
     "KL in the updates",
     {"loss_kl": "nats"},
-    "To the policy that the objective keeps to, nats a token, mean over a buffer's updates.",
+    "To the policy that the objective stays close to, nats a token, mean over a buffer's updates.",
     is_always=False,
   ),
   Curves(
     "Weight less baseline",
     {"loss_coefficient": "sum"},
-    "Absolute, summed over a group; 0 where both pick the same rollout.",
+    "Absolute, summed over a group; 0 if both pick the same rollout.",
     is_always=False,
   ),
   Curves(
     "Held back",
     {"loss_clipped": "clipped tokens", "loss_stopped": "stopped rollouts"},
-    "Share without a gradient, by clipping or at the bound of unlearning.",
+    "Share without a gradient, clipped or at the bound of unlearning.",
     ".1%",
     is_always=False,
   ),
-  Curves("Tokens per model call", {"tokens_per_call": "tokens"}, "That the sampler commits."),
+  Curves("Tokens per model call", {"tokens_per_call": "tokens"}, "Decided by the sampler."),
   Curves("Completion length", {"completion_length": "tokens"}, "Before EOS."),
   Curves("Completions with EOS", {"eos_rate": "share"}, "Share of the rollouts.", ".1%"),
   Curves(
@@ -106,7 +106,7 @@ CURVES = (
   Curves("Warm start: loss", {"loss": "loss"}, "On demonstrations.", phase="warm_start", is_always=False),
   Curves("Warm start: gradient norm", {"grad_norm": "norm"}, "Before clipping.", phase="warm_start", is_always=False),
 )
-TIMES = {  # where the seconds of a run go
+TIMES = {  # parts of a run's time, by their figures
   "warm_start/seconds_update": "warm start",
   "train/seconds_sample": "sampling",
   "train/seconds_reward": "rewards",
@@ -114,7 +114,7 @@ TIMES = {  # where the seconds of a run go
   "train/seconds_update": "updates",
   "train/eval_seconds": "evaluation",
 }
-SYMBOLS = {"symbolOpacity": 1, "symbolStrokeWidth": 2}  # a legend's: else those of the faintest layer
+SYMBOLS = {"symbolOpacity": 1, "symbolStrokeWidth": 2}  # of a legend; by default those of the faintest layer
 STEPS = {"train": "buffers", "warm_start": "updates"}
 
 
@@ -130,7 +130,7 @@ def draw_curves(curves: Curves, runs: Sequence[Run]) -> Spec | None:
 
 
 def draw_held_out(runs: Sequence[Run], figure: str, form: str) -> Spec | None:
-  """Draw a figure of the evaluations over the buffers, with its 95 % interval where that is known."""
+  """Draw a figure of the evaluations over the buffers, with its 95 % interval if recorded."""
   values = [
     {"run": run.name, "figure": "held-out prompts", "x": buffer, "y": row[figure]}
     | ({"low": row[f"{figure}_low"], "high": row[f"{figure}_high"]} if f"{figure}_low" in row else {})
@@ -152,7 +152,7 @@ def draw_held_out(runs: Sequence[Run], figure: str, form: str) -> Spec | None:
 
 
 def draw_times(runs: Sequence[Run]) -> Spec | None:
-  """Draw the seconds of each run by what they went to."""
+  """Draw the seconds that each run spent on each part."""
   values = [
     {"run": run.name, "part": part, "seconds": seconds, "order": order}
     for run in runs
@@ -175,7 +175,7 @@ def draw_times(runs: Sequence[Run]) -> Spec | None:
 
 
 def times(run: Run) -> dict[str, float]:
-  """The seconds of a run by what they went to; `other` (compiling, saving) where it ran in one go and has finished."""
+  """Return the seconds that a run spent on each part; `other` (compiling, saving) if it finished in one start."""
   spent = {}
   for path, label in TIMES.items():
     phase, name = path.split("/")
@@ -189,7 +189,7 @@ def times(run: Run) -> dict[str, float]:
 
 
 def _lines(values: list[Row], steps: str, form: str, runs: Sequence[Run]) -> Spec:
-  """Lines over steps: a run has its colour and a figure its dashes; with one run, figures have colours."""
+  """Draw lines over steps: colours tell runs apart and dashes figures; with one run, colours tell figures apart."""
   is_single, labels = len(runs) == 1, list(dict.fromkeys(value["figure"] for value in values))
   names, field = (labels, "figure") if is_single else ([run.name for run in runs], "run")
   below = {"orient": "bottom", "title": None, "columns": 3, "labelLimit": 160} | SYMBOLS
@@ -220,7 +220,7 @@ def _lines(values: list[Row], steps: str, form: str, runs: Sequence[Run]) -> Spe
   }
   line = {"mark": {"type": "line", "strokeWidth": 2}}
   is_sparse = len(values) < 12 * len(labels) * len(runs)
-  # points of a layer of their own: the legend of dashes is the lines'
+  # points are a layer of their own, so that the legend of dashes shows lines
   points = {
     "mark": {"type": "point", "filled": True, "size": 30, "opacity": 1},
     "encoding": {"strokeDash": {"value": [1, 0]}},
@@ -236,14 +236,14 @@ def _tooltip(*fields: tuple[str, str, str]) -> list[Spec]:
 
 
 def _rows_with(run: Run, phase: str, name: str) -> list[Row]:
-  """The phase's rows that have a figure; the KL is made from the log-ratio, whose sign it turns."""
+  """Return the phase's rows that have a figure; the KL is minus the mean log-ratio."""
   source = "log_ratio_mean" if name == "kl_to_reference" else name
   sign = -1.0 if source != name else 1.0
   return [{"step": row["step"], name: sign * row[source]} for row in run.rows.get(phase, ()) if source in row]
 
 
 def _thin(rows: Sequence[Row], name: str) -> Iterable[Row]:
-  """Yield at most MOST_POINTS rows: each the mean of neighbours, at the step of the last of them."""
+  """Yield at most MOST_POINTS rows: means of neighbouring rows, at the step of the last of them."""
   width = math.ceil(len(rows) / MOST_POINTS) if rows else 1
   for start in range(0, len(rows), width):
     part = rows[start : start + width]

@@ -1,7 +1,7 @@
 "use strict";
 
-// The report's behaviour: charts in the page's colours, their values as tables, and completions as they were decided.
-// Whatever a model wrote goes into the page as text, never as markup.
+// The page's script: draws charts in the page's colours, lists their values as tables, and animates denoising.
+// Text by a model is inserted as text, never as markup.
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const specs = read("specs");
@@ -28,7 +28,7 @@
     };
   }
 
-  // Where the nearest point is looked for, Vega-Lite reads numbers from the point but names from its cell, which has none.
+  // Around the nearest point, Vega-Lite reads numbers from the point but names from its Voronoi cell, which has none.
   function nameNearest(vega) {
     for (const mark of vega.marks) {
       const update = mark.name?.endsWith("voronoi") && mark.encode?.update;
@@ -80,24 +80,24 @@
     });
   }
 
-  function play(element, films) {
+  function play(element, animations) {
     const [select, button, slider] = ["select", "button", "input"].map((name) => element.querySelector(name));
     const [prompt, tokens] = [".prompt", ".tokens"].map((name) => element.querySelector(name));
     const output = element.querySelector("output");
-    let film, timer;
+    let animation, timer;
 
     function show() {
       const call = Number(slider.value), last = Number(slider.max);
       const fresh = [];
       [...tokens.children].forEach((token, i) => {
-        const isDecided = film.committed_at[i] < call, isNew = film.committed_at[i] === call - 1;
+        const isDecided = animation.committed_at[i] < call, isNew = animation.committed_at[i] === call - 1;
         token.className = `token${isDecided ? "" : " masked"}${isNew ? " new" : ""}`;
-        token.textContent = isDecided ? film.pieces[i] : "·";
-        token.title = isDecided ? `call ${film.committed_at[i] + 1}, confidence ${film.confidence[i].toFixed(3)}` : "not decided";
-        if (isNew) fresh.push(`${JSON.stringify(film.pieces[i])} (${film.confidence[i].toFixed(3)})`);
+        token.textContent = isDecided ? animation.pieces[i] : "·";
+        token.title = isDecided ? `call ${animation.committed_at[i] + 1}, confidence ${animation.confidence[i].toFixed(3)}` : "not decided";
+        if (isNew) fresh.push(`${JSON.stringify(animation.pieces[i])} (${animation.confidence[i].toFixed(3)})`);
       });
       const what = fresh.length ? `committed ${fresh.join(", ")}` : call ? "committed nothing" : "nothing is decided";
-      const reward = typeof film.reward === "number" ? ` Reward ${film.reward.toFixed(3)}.` : "";
+      const reward = typeof animation.reward === "number" ? ` Reward ${animation.reward.toFixed(3)}.` : "";
       output.textContent = `Call ${call} of ${last}: ${what}.${call === last ? reward : ""}`;
       slider.setAttribute("aria-valuetext", `call ${call} of ${last}`);
     }
@@ -110,15 +110,15 @@
 
     function load() {
       stop();
-      film = films[Number(select.value)];
-      const calls = Math.max(...film.committed_at) + 1;
+      animation = animations[Number(select.value)];
+      const calls = Math.max(...animation.committed_at) + 1;
       slider.max = calls;
       slider.value = calls;
-      prompt.textContent = film.prompt;
-      tokens.replaceChildren(...film.pieces.map((_, i) => {
+      prompt.textContent = animation.prompt;
+      tokens.replaceChildren(...animation.pieces.map((_, i) => {
         const token = document.createElement("span");
-        token.style.setProperty("--when", calls > 1 ? film.committed_at[i] / (calls - 1) : 0);
-        token.style.setProperty("--sure", film.confidence[i]);
+        token.style.setProperty("--when", calls > 1 ? animation.committed_at[i] / (calls - 1) : 0);
+        token.style.setProperty("--sure", animation.confidence[i]);
         return token;
       }));
       show();
@@ -140,8 +140,8 @@
     load();
   }
 
-  const reels = read("reels");
-  for (const element of document.querySelectorAll(".film")) play(element, reels[element.dataset.run]);
+  const animations = read("animations");
+  for (const element of document.querySelectorAll(".animation")) play(element, animations[element.dataset.run]);
 
   const button = document.getElementById("theme");
   const isDark = () => (document.documentElement.dataset.theme || (dark.matches ? "dark" : "light")) === "dark";

@@ -1,7 +1,7 @@
-"""The report's one file: runs and charts into a page that opens from disk and asks no network for anything.
+"""The report page: runs and charts as one HTML file that opens from disk and loads nothing from the network.
 
-What models and users wrote is untrusted: the template escapes it, the page's script shows it as text only, and the
-page's own policy runs no script but the two that stand here by their hashes.
+Text by models and users is untrusted: the template escapes it, the page's script inserts it as text only, and the
+page's content security policy allows just its two scripts, by their hashes.
 """
 
 import base64
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -19,10 +19,8 @@ import vl_convert
 from etils import epath
 from markupsafe import Markup
 
-from configs import base
 from dmpo_jax import files
-from dmpo_jax.config import CHOICES, flatten
-from dmpo_jax.hub.pretrained import filled
+from dmpo_jax.config import CHOICES
 from dmpo_jax.run.report import charts
 from dmpo_jax.run.report.runs import Row, Run, is_number, read_runs
 from dmpo_jax.run.report.summary import buffers_of, lack_of_signal
@@ -30,6 +28,8 @@ from dmpo_jax.run.report.tables import settings_apart
 
 HERE = pathlib.Path(__file__).parent
 ABSENT = "absent"
+
+Animation = dict[str, Any]  # of a completion: when each token was decided, with its prompt and reward
 
 
 def write(workdirs: Sequence[epath.PathLike], path: epath.PathLike | None = None) -> epath.Path:
@@ -40,7 +40,7 @@ def write(workdirs: Sequence[epath.PathLike], path: epath.PathLike | None = None
   """
   runs = read_runs(workdirs)
   path = epath.Path(path) if path is not None else runs[0].workdir / "report.html"
-  files.write_whole(path, render(runs).encode(errors="replace").decode())  # JSON can hold halves of characters
+  files.write_whole(path, render(runs).encode(errors="replace").decode())  # JSON can hold half of a surrogate pair
   return path
 
 
@@ -52,8 +52,8 @@ def render(runs: Sequence[Run]) -> str:
   environment.filters |= {"percent": lambda value: f"{value:.1%}" if is_number(value) else "unknown", "number": _number}
   environment.filters["with_settings"] = lambda rows: zip(rows, settings_apart(rows), strict=True)
   figures, absent = draw(runs)
-  reels = {run.name: films(run) for run in runs}
-  if any(run.generations for run in runs) and not any(reels.values()):
+  animated = {run.name: animations(run) for run in runs}
+  if any(run.generations for run in runs) and not any(animated.values()):
     absent.append("Denoising")
   script = (HERE / "page.js").read_text()
   return environment.get_template("page.html").render(
@@ -65,11 +65,12 @@ def render(runs: Sequence[Run]) -> str:
     lacking=[(run.name, lack) for run in runs if (lack := lack_of_signal(buffers_of(run)))],
     figures=figures,
     absent=absent,
-    differences=differences(runs),
+    settings=settings(runs),
+    differing=differing(settings(runs)),
     completions=[(run, buffers, rows) for run in runs for buffers, rows in [completions(run)] if rows],
-    films={name: reel for name, reel in reels.items() if reel},
+    animations={name: found for name, found in animated.items() if found},
     specs=_as_json({figure["id"]: figure["spec"] for figure in figures}),
-    reels=_as_json(reels),
+    animation_data=_as_json(animated),
     style=Markup((HERE / "page.css").read_text()),
     vega=Markup(_vega()),
     script=Markup(script),
@@ -78,7 +79,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-  """Return the figures that there are values for, and the titles of those that every run should have and none has."""
+  """Return the charts that have values, and the titles of those that every run should have but none has."""
   parts = [
     ("Held-out solve rate", "Policy on prompts that it is not trained on, 95 % interval.", ("solve_rate", ".1%")),
     ("Held-out reward", "Mean over the same prompts.", ("reward_mean", ".3~g")),
@@ -97,18 +98,18 @@ def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-  """What was run: a label and each run's value."""
+  """List facts on the runs: a label and the value of each run."""
   return [(label, [_fact(of, run) for run in runs]) for label, of in FACTS.items()]
 
 
-def _fact(of: Any, run: Run) -> str:
+def _fact(of: Callable[[Run], object], run: Run) -> str:
   try:
     return str(of(run))
   except (KeyError, IndexError, TypeError, ValueError):
     return "unknown"
 
 
-FACTS = {
+FACTS: dict[str, Callable[[Run], object]] = {
   "task": lambda run: run.config["task.name"],
   "objective": lambda run: (
     f"{run.config['objective.name']}, alpha {run.config['objective.alpha']}, "
@@ -133,51 +134,48 @@ FACTS = {
   "devices": lambda run: f"{run.starts[-1]['devices']}, {run.starts[-1]['processes']} process(es)",
   "started": lambda run: f"{len(run.starts)} time(s)" if run.starts else "unknown",
   "seconds of the last start": lambda run: f"{run.result['seconds']:,.0f}",
+  "arguments": lambda run: run.starts[-1]["arguments"],
+  "version": lambda run: f"{run.starts[-1]['version']}",
   "revision": lambda run: f"{run.starts[-1]['revision']}, jax {run.starts[-1]['versions']['jax']}",
   "workdir": lambda run: run.workdir,
 }
 
 
 def _outcome(run: Run) -> tuple[Row | None, Row | None, int]:
-  """The base's figures, the last evaluation's, and after how many buffers that was."""
+  """Return the figures of the base and of the last evaluation, and the number of buffers before the latter."""
   last = max(run.evaluations, default=0)
   return run.evaluations.get(0), run.evaluations.get(last) if last else None, last
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
-  """List keys whose value differs from configs/base.py in some run: the key, the default, each run's value.
+def settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+  """List the configurations: each key and its value in every run.
 
-  Left out are the own keywords of choices that a run has not made, and where the tokenizer's file lies.
+  Keys of choices that no run has made, such as another sampler's, are left out.
   """
-  default = flatten(filled(base.get_config()))
-  found = []
-  for path in sorted(set().union(*(run.config for run in runs))):
-    values = [_shown(run.config[path]) if path in run.config else ABSENT for run in runs]
-    normal = _shown(default[path]) if path in default else ABSENT
-    if any(value not in (normal, ABSENT) for value in values) and any(_counts(path, run) for run in runs):
-      found.append((path, normal, values))
-  return [row for row in found if not _is_same_file(row)]
+  return [
+    (path, [_shown(run.config[path]) if path in run.config else ABSENT for run in runs])
+    for path in sorted(set().union(*(run.config for run in runs)))
+    if any(_is_in_use(path, run) for run in runs)
+  ]
 
 
-def _counts(path: str, run: Run) -> bool:
+def differing(rows: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+  """Return the rows of `settings` in which the runs differ."""
+  return [(path, values) for path, values in rows if len(set(values)) > 1]
+
+
+def _is_in_use(path: str, run: Run) -> bool:
   section, *rest = path.split(".")
-  names = (run.about(f"{section}.name"), run.about(f"{section}.likelihood"))
-  return not (section in CHOICES and len(rest) > 1 and rest[0] not in names)
+  chosen = (run.setting(f"{section}.name"), run.setting(f"{section}.likelihood"))
+  return not (section in CHOICES and len(rest) > 1 and rest[0] not in chosen)
 
 
-def _is_same_file(row: tuple[str, str, list[str]]) -> bool:
-  path, default, values = row
-  return path == "tokenizer.path" and {pathlib.PurePath(value).name for value in values} == {
-    pathlib.PurePath(default).name
-  }
-
-
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
   return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False, default=str)
 
 
 def completions(run: Run) -> tuple[list[int], list[tuple[str, list[Row | None]]]]:
-  """Each prompt's completion in the first, the middle and the last evaluation, side by side."""
+  """Return the prompts, each with its completions in the first, the middle and the last evaluation."""
   buffers = list(run.generations)
   prompts: dict[str, list[Row | None]] = {}
   for column, buffer in enumerate(buffers):
@@ -187,24 +185,24 @@ def completions(run: Run) -> tuple[list[int], list[tuple[str, list[Row | None]]]
   return buffers, list(prompts.items())
 
 
-def films(run: Run) -> list[dict[str, Any]]:
-  """The generations that say when each token was committed, and how surely; those of the last evaluation first."""
+def animations(run: Run) -> list[Animation]:
+  """Return the generations that record when each token was decided; those of the last evaluation come first."""
   found = []
   for buffer, lines in reversed(run.generations.items()):
     for line in lines:
-      film = line.get("denoising")
-      if is_film(film):
+      record = line.get("denoising")
+      if is_animation(record):
         when = "base" if buffer == 0 else f"after {buffer} buffers"
-        about = {"prompt": str(line.get("prompt", "")), "reward": line.get("reward"), "when": when}
-        found.append(about | {name: list(film[name]) for name in ("pieces", "committed_at", "confidence")})
+        metadata = {"prompt": str(line.get("prompt", "")), "reward": line.get("reward"), "when": when}
+        found.append(metadata | {name: list(record[name]) for name in ("pieces", "committed_at", "confidence")})
   return found
 
 
-def is_film(film: Any) -> bool:
-  """Whether what a generation says of its denoising can be shown."""
-  if not isinstance(film, Mapping):
+def is_animation(record: object) -> bool:
+  """Whether the `denoising` of a generation is complete and can be animated."""
+  if not isinstance(record, Mapping):
     return False
-  pieces, calls, confidence = (film.get(name) for name in ("pieces", "committed_at", "confidence"))
+  pieces, calls, confidence = (record.get(name) for name in ("pieces", "committed_at", "confidence"))
   if not all(isinstance(part, list) and part for part in (pieces, calls, confidence)):
     return False
   return (
@@ -215,18 +213,18 @@ def is_film(film: Any) -> bool:
   )
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
   return f"{value:.3f}" if is_number(value) and not (isinstance(value, float) and math.isnan(value)) else "unknown"
 
 
-def _as_json(value: Any) -> Markup:
-  """JSON for inside a script element, which no text in it can end."""
+def _as_json(value: object) -> Markup:
+  """Write JSON for a script element, such that no text in it can end the element."""
   return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 @functools.cache
 def _vega() -> str:
-  """Vega-Lite and what draws it, as its package has them, for inside a script element."""
+  """Return the bundle of Vega-Lite and its renderer, for a script element."""
   return vl_convert.javascript_bundle().replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 

@@ -1,4 +1,4 @@
-"""What a workdir holds, read so that whatever is missing or damaged is named and the rest is still there."""
+"""Read workdirs for the report. Missing and damaged files are listed, the rest is read."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from dmpo_jax.run.workdir import FILE as CONFIG
 from dmpo_jax.run.workdir import STARTS
 
 METRICS, GENERATIONS = "metrics.jsonl", "generations"
-NUM_SAMPLES = 8  # completions of an evaluation that the page shows: those of the first prompts, not chosen ones
+NUM_SAMPLES = 8  # completions of an evaluation that the page shows: of the first prompts, not a selection
 
 Row = dict[str, Any]
 
@@ -24,32 +24,32 @@ Row = dict[str, Any]
 class Run:
   """One workdir."""
 
-  name: str  # unlike that of the other runs on the page
+  name: str  # unique on the page
   workdir: epath.Path
-  config: dict[str, Any]  # leaves by their dotted paths; empty where there is none
+  config: dict[str, Any]  # leaves by their dotted paths; empty if there is none
   rows: dict[str, list[Row]]  # figures by phase, each sorted by step
   result: Row
   evaluations: dict[int, Row]  # figures on the held-out prompts by number of finished buffers
   starts: list[Row]
   generations: dict[int, list[Row]]  # of the first, the middle and the last evaluation, by number of buffers
-  grid: list[Row]  # what --mode=eval has evaluated: tasks, lengths and samplers
-  missing: list[str]  # what a person should know is not there
+  grid: list[Row]  # rows of --mode=eval: tasks, lengths and samplers
+  missing: list[str]  # what is missing or damaged, for the reader
 
-  def about(self, path: str, otherwise: Any = "unknown") -> Any:
-    """The configuration's value of a key, which a run of another version may not have."""
-    return self.config.get(path, otherwise)
+  def setting(self, path: str) -> Any:
+    """Return the configuration's value of a key; "unknown" if the run's version did not have it."""
+    return self.config.get(path, "unknown")
 
   def count(self, path: str) -> int | None:
-    """The configuration's value of a key that counts something; None where it says no number."""
+    """Return the configuration's value of a key that is a count; None if it is not an integer."""
     value = self.config.get(path)
     return value if type(value) is int else None
 
 
 def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
-  """Read workdirs; each gets a name of its own.
+  """Read workdirs; each run gets a unique name.
 
   Raises:
-    ValueError: a folder does not exist, or none of what a run leaves is in it.
+    ValueError: a folder does not exist, or holds no files of a run.
   """
   folders = [epath.Path(workdir).expanduser() for workdir in workdirs]
   folders = list(dict.fromkeys(folders))
@@ -57,17 +57,17 @@ def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
     if not folder.is_dir():
       raise ValueError(f"--workdir={folder}: no such folder")
     if not any((folder / name).exists() for name in (CONFIG, METRICS, RESULT)):
-      raise ValueError(f"--workdir={folder}: nothing of a run is in it; give the folder that training wrote to")
+      raise ValueError(f"--workdir={folder}: it holds no files of a run; give a training run's workdir")
   return [_read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def _names(folders: Sequence[epath.Path]) -> list[str]:
-  """Name runs by as many of the last parts of their paths as tell them apart."""
+  """Name runs by the shortest ends of their paths that tell them apart."""
   for count in itertools.count(1):
     names = ["/".join(folder.parts[-count:]) for folder in folders]
     if len(set(names)) == len(names):
       return names
-  raise AssertionError("folders are unlike each other")
+  raise AssertionError("folders are unique")
 
 
 def _read_run(workdir: epath.Path, name: str) -> Run:
@@ -137,12 +137,12 @@ def _read_rows(workdir: epath.Path, missing: list[str]) -> dict[str, list[Row]]:
     else:
       strange += 1
   if strange:
-    missing.append(f"{METRICS}: {strange} row(s) without phase and step, as of another version, are left out")
+    missing.append(f"{METRICS}: {strange} row(s) without phase and step, of another version, are left out")
   return {phase: [rows[step] for step in sorted(rows)] for phase, rows in phases.items()}
 
 
 def _read_grid(workdir: epath.Path, missing: list[str]) -> list[Row]:
-  """Read the evaluations of --mode=eval; those of another version, which were one object, are named and left out."""
+  """Read the evaluations of --mode=eval. Those of other versions, one object, are reported as missing."""
   path = workdir / "evaluation" / RESULT
   try:
     rows = files.read_json(path) if path.exists() else []
@@ -152,17 +152,17 @@ def _read_grid(workdir: epath.Path, missing: list[str]) -> list[Row]:
   listed = rows if isinstance(rows, list) else []
   known = [row for row in listed if isinstance(row, dict) and is_number(row.get("solve_rate"))]
   if not isinstance(rows, list) or len(known) < len(rows):
-    missing.append(f"evaluation/{RESULT} is of another version: what is not understood is left out")
+    missing.append(f"evaluation/{RESULT} is of another version: unknown rows are left out")
   return known
 
 
-def is_number(value: Any) -> bool:
-  """Whether it is a number that can be drawn; JSON's NaN and Infinity, which the record does not have, are none."""
+def is_number(value: object) -> bool:
+  """Whether a value is a finite number, which can be drawn."""
   return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _evaluations(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> dict[int, Row]:
-  """Collect the evaluations of the result and, for a run that has not finished, of the rows."""
+  """Collect the evaluations of the result and, for an unfinished run, of the rows."""
   found = {}
   for row in rows.get("train", ()):
     figures = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
@@ -176,7 +176,7 @@ def _evaluations(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -
 
 
 def _figures(row: Mapping[str, Any]) -> Row:
-  """The numbers of a row, but of an interval both ends or none."""
+  """Return the numbers of a row; an interval with one end is dropped."""
   figures = {name: value for name, value in row.items() if is_number(value)}
   for name in [name for name in figures if name.endswith(("_low", "_high"))]:
     interval = name.rpartition("_")[0]
@@ -186,7 +186,7 @@ def _figures(row: Mapping[str, Any]) -> Row:
 
 
 def list_generations(workdir: epath.Path) -> dict[int, str]:
-  """The files of a run's evaluations, as paths in the workdir, by the number of finished buffers."""
+  """Return the files of a run's evaluations, as paths in the workdir, by number of finished buffers."""
   folder = workdir / GENERATIONS
   names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
   numbers = {name: name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")}
@@ -194,10 +194,10 @@ def list_generations(workdir: epath.Path) -> dict[int, str]:
 
 
 def find_generation(path: epath.Path, index: int, sample: int = 0) -> Row:
-  """Find one of a prompt's completions in a file of generations.
+  """Find one completion of a prompt in a file of generations.
 
   Raises:
-    ValueError: it is not there; lines that cannot be read are named.
+    ValueError: it is not there; unreadable lines are reported.
   """
   try:
     lines = files.read_lines(path)

@@ -1,4 +1,4 @@
-"""A run in a few lines, for the end of its output: how much was done, where the time went, what is worth a look."""
+"""A run in a few lines, printed at its end: amounts, time, first and last figures, warnings."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,28 +7,32 @@ from etils import epath
 from dmpo_jax.run.report.charts import times
 from dmpo_jax.run.report.runs import Row, Run, read_runs
 
-# figures that count something that went wrong, and how they are told
+# figures that count failures, and their texts
 COUNTED = {
-  "updates_skipped": "updates skipped, as their loss or gradient was not finite",
-  "rewards_failed": "rollouts dropped, as their reward failed",
-  "scores_failed": "rollouts dropped, as their log-probabilities were not finite",
-  "grading_timeouts": "completions worth 0, as grading them took too long",
-  "grading_crashes": "completions worth 0, as grading them crashed",
-  "prompts_skipped": "prompts skipped, as they are too long",
-  "prompts_cut": "prompts cut, as they are too long",
+  "updates_skipped": "updates skipped: loss or gradient not finite",
+  "rewards_failed": "rollouts dropped: their reward failed",
+  "scores_failed": "rollouts dropped: log-probs not finite",
+  "grading_timeouts": "completions graded 0: grading took too long",
+  "grading_crashes": "completions graded 0: grading crashed",
+  "prompts_skipped": "prompts skipped: too long",
+  "prompts_cut": "prompts cut: too long",
 }
-RUNNING = ("updates_skipped", "prompts_skipped", "prompts_cut")  # of the run so far; the others are of one buffer
+RUNNING = (
+  "updates_skipped",
+  "prompts_skipped",
+  "prompts_cut",
+)  # totals of the run; the others are of one buffer
 
 
 def summarize(workdir: epath.PathLike) -> list[str]:
-  """Say in a few lines what a run has done; what it has not recorded is left out."""
+  """Describe a run in a few lines; what it has not recorded is left out."""
   (run,) = read_runs([workdir])
   rows = buffers_of(run)
   return [*_amounts(run, rows), *_first_and_last(rows), *_warnings(rows)]
 
 
 def buffers_of(run: Run) -> list[Row]:
-  """Return the rows of the buffers that were learned from."""
+  """Return the rows of buffers with updates, without the evaluation before them."""
   return [row for row in run.rows.get("train", ()) if row["step"]]
 
 
@@ -48,32 +52,32 @@ def _first_and_last(rows: Sequence[Row]) -> Iterator[str]:
     ("reward", ("reward_mean",), "{:.3f}"),
     ("solved", ("solve_rate",), "{:.1%}"),
     ("effective sample size", ("effective_sample_size",), "{:.2f}"),
-    ("entropy", ("entropy", "loss_entropy"), "{:.3f}"),  # where nothing is measured before the updates, theirs
+    ("entropy", ("entropy", "loss_entropy"), "{:.3f}"),  # the updates' own, if nothing is scored before them
   )
-  told = []
+  ranges = []
   for label, names, form in shown:
     found = ([row[name] for row in rows if name in row] for name in names)
     values = next(filter(None, found), [])
     if values:
-      told.append(f"{label} {form.format(values[0])} to {form.format(values[-1])}")
-  if told:
-    yield "rollouts, first buffer to last: " + ", ".join(told)
+      ranges.append(f"{label} {form.format(values[0])} to {form.format(values[-1])}")
+  if ranges:
+    yield "rollouts, first buffer to last: " + ", ".join(ranges)
 
 
 def lack_of_signal(rows: Sequence[Row]) -> str:
-  """Say how many buffers had rewards that teach nothing; "" if none had."""
+  """Report how many buffers had rewards without a signal; "" if none had."""
   count = sum(row.get("without_signal") == 1 for row in rows)
   return f"no signal in {count} of {len(rows)} buffers: all rewards equal in every group" if count else ""
 
 
 def _warnings(rows: Sequence[Row]) -> Iterator[str]:
   if lack := lack_of_signal(rows):
-    yield f"worth a look: {lack}"
+    yield f"warning: {lack}"
   for name, what in COUNTED.items():
     values = [row[name] for row in rows if name in row]
     count = (values[-1] if name in RUNNING else sum(values)) if values else 0
     if count:
-      yield f"worth a look: {count:,.0f} {what}"
+      yield f"warning: {count:,.0f} {what}"
   noisy = sum(row.get("log_ratio_error", 0.0) > row.get("tilt_std", float("inf")) for row in rows)
-  if noisy > len(rows) / 2:  # at the end of a run that succeeds it is so, as rewards no longer differ
-    yield f"worth a look: the log-ratio's noise exceeded the spread of reward / alpha in {noisy} of {len(rows)} buffers"
+  if noisy > len(rows) / 2:  # a few are normal: at the end of a successful run rewards hardly differ
+    yield f"warning: the log-ratio's noise exceeded the spread of reward / alpha in {noisy} of {len(rows)} buffers"

@@ -1,4 +1,4 @@
-"""Figures of evaluations as tables for a terminal."""
+"""Tables of evaluations for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,24 +6,24 @@ from typing import Any
 from etils import epath
 from rich.table import Table
 
-NEEDED = {  # what a row of `evaluations` must have
+NEEDED = {  # keys that a row of `evaluations` must have
   *("policy", "buffers", "task", "completion_length", "sampler", "steps", "is_as_in_training", "num_prompts"),
   *("solve_rate", "solve_rate_low", "solve_rate_high", "format_rate", "eos_rate", "effective_tokens"),
   *("model_calls", "tokens_per_second", "settings", "generations"),
 }
-NAMED = ("policy", "buffers", "task", "completion_length", "sampler", "steps")  # what tells rows of a table apart
+NAMED = ("policy", "buffers", "task", "completion_length", "sampler", "steps")  # columns that identify a row
 
 
 def settings_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Say for each row by which settings it differs from rows that have the same policy, task, sampler and length."""
+  """Return for each row the settings in which it differs from rows with the same policy, task, sampler and length."""
   names = [str([row.get(name) for name in NAMED]) for row in rows]
   settings = [row["settings"] if isinstance(row.get("settings"), Mapping) else {} for row in rows]
-  said = []
+  labels = []
   for name, own in zip(names, settings, strict=True):
     others = [other for like, other in zip(names, settings, strict=True) if like == name]
     paths = sorted({path for other in others for path in other.keys() | own.keys() if other.get(path) != own.get(path)})
-    said.append(", ".join(f"{path.removeprefix('sampler.')}={own.get(path)}" for path in paths))
-  return said
+    labels.append(", ".join(f"{path.removeprefix('sampler.')}={own.get(path)}" for path in paths))
+  return labels
 
 
 def outcome(rows: Mapping[str, Mapping[str, float]]) -> Table:
@@ -39,9 +39,9 @@ def outcome(rows: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
-  """Lay out the evaluations of a workdir; a sampler that training did not use has a star.
+  """Lay out the evaluations of a workdir; a star marks a sampler or setting that training did not use.
 
-  What is the same in all rows is said once, below, so that the table fits a narrow terminal.
+  Columns with the same value in all rows become one line below the table, so that it fits a narrow terminal.
   """
   k = max((int(name.rpartition("_")[2]) for row in rows for name in row if name.startswith("pass_at_")), default=0)
   columns: dict[str, list[str]] = {
@@ -62,10 +62,10 @@ def evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
   }
   always = ("policy", "sampler", "solved", "95 % interval")
   shared = {name: values[0] for name, values in columns.items() if name not in always and len(set(values)) == 1}
-  said = ", ".join(f"{name} {value}" for name, value in shared.items() if value)
+  common = ", ".join(f"{name} {value}" for name, value in shared.items() if value)
   layout = Table(
     title="held-out prompts; * another setting than in training; tokens/s without compiling",
-    caption=said and f"everywhere: {said}",
+    caption=common and f"in all rows: {common}",
   )
   kept = {name: values for name, values in columns.items() if name not in shared}
   for name in kept:
