@@ -127,7 +127,7 @@ def test_one_late_host_does_not_hold_the_others(tmp_path):
     both[1].kill()
   assert done.returncode == 76, done.stderr[-3000:]
   late = f"process 1 on {platform.node()} (last at 'completions are graded')"
-  said = f"stopped in process 0: of 2 processes, {late} did not come to 'the next step' within 40 s; its own log"
+  said = f"stopped in process 0: of 2 processes, {late} did not come to 'the next step' within 40 s; its log"
   assert said in done.stderr, done.stderr[-3000:]
   assert "asleep" in finish(both[1]).stdout
 
