@@ -171,7 +171,7 @@ def test_log_probs_are_of_the_calls_that_decided(decode):
   assert text.top_logprobs == [{"5": text.token_logprobs[0]}, {"4": text.token_logprobs[1]}]
   sampled = decode.client.completions.create(model="tiny", prompt="12", logprobs=0, temperature=0.5).choices[0]
   assert (sampled.logprobs.tokens, sampled.logprobs.top_logprobs) == (["2", "1"], [{}, {}])
-  with pytest.raises(openai.BadRequestError, match="own tokens are known"):
+  with pytest.raises(openai.BadRequestError, match="sampled tokens are known"):
     decode.client.completions.create(model="tiny", prompt="12", logprobs=1, temperature=0.5)
 
 
