@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
   o.name = "wdce"  # see dmpo_jax.objectives.OBJECTIVES
   # completion positions in the likelihood: all, until_eos (up to and including the first EOS; later ones are hidden)
   o.counted = "all"
-  o.num_replicates = 2  # masks of each rollout in a gradient step
+  o.num_mask_samples = 2  # masks of each rollout in a gradient step
   o.antithetic = True  # draw masks in complementary pairs
   o.min_mask_ratio = 0.1  # mask ratios are drawn from U(min, max); a complement has 1 - ratio
   o.max_mask_ratio = 1.0
@@ -122,8 +122,8 @@ def get_config() -> ConfigDict:
 
   # estimates log p_old and log p_ref of a buffer (wdce, wddo), or the likelihood to optimise (the others)
   o.likelihood = "elbo"  # see dmpo_jax.objectives.estimators.ESTIMATORS; sampler: reported by random_order
-  o.num_elbo_replicates = 4  # masks of each rollout for log p_ref and log p_old (wdce, wddo)
-  o.replicates = "fixed"  # or adaptive: rounds of num_elbo_replicates until the log-ratio has little noise
+  o.num_elbo_samples = 4  # masks of each rollout for log p_ref and log p_old (wdce, wddo)
+  o.elbo_rounds = "fixed"  # or adaptive: rounds of num_elbo_samples until the log-ratio has little noise
   o.max_noise = 0.25  # adaptive: largest standard error of the log-ratio, relative to the spread of reward / alpha
   o.max_rounds = 4
   o.one_step = ConfigDict(dict(prompt_mask_ratio=0.15))  # probability that a prompt token is masked too
@@ -140,17 +140,21 @@ def get_config() -> ConfigDict:
   o.reward_scaling = "none"  # standardise: subtract the mean of the group, divide by its standard deviation
   o.max_weight = 1.0  # larger weights are cut to this; 1: no cut
 
-  # wdce
-  o.baseline = "negative"  # subtracted from the weights: none, mean, model, negative
-  o.baseline_strength = 1.0
-  o.unlearning = "unbounded"  # bounded: a rollout that is pushed down stops counting below min_log_ratio
-  o.min_log_ratio = -5.0  # of log p_theta - log p_old, nats
+  # keys of one objective each
+  o.wdce = d = ConfigDict()
+  d.baseline = "negative"  # subtracted from the weights: none, mean, model, negative
+  d.baseline_strength = 1.0
+  d.unlearning = "unbounded"  # bounded: a rollout that is pushed down stops counting below min_log_ratio
+  d.min_log_ratio = -5.0  # of log p_theta - log p_old, nats
   o.wddo = ConfigDict(dict(sets="shared", alpha_ddo=1.0, beta=1.0))  # sets of masks: shared, independent
 
-  # other objectives
-  o.clip = 0.5  # ratios are clipped to 1 - clip, 1 + clip (diffu_grpo, coupled_grpo, gdpo, tracerl)
-  o.kl_weight = 0.04  # of the KL to the reference (tracerl: to the policy that sampled)
-  o.sharpness = 1.0  # wd1: multiplies the advantages in the softmax
+  # ratios are clipped to [1 - clip, 1 + clip]; the KL is to the reference (tracerl: to the policy that sampled)
+  clipped = dict(clip=0.5, kl_weight=0.04)
+  o.diffu_grpo = ConfigDict(clipped)
+  o.coupled_grpo = ConfigDict(clipped)
+  o.gdpo = ConfigDict(clipped)
+  o.tracerl = ConfigDict(clipped)
+  o.wd1 = ConfigDict(dict(sharpness=1.0))  # multiplies the advantages in the softmax
   # tilt: multiplies the reward. control_variate: multiple of the old policy's distribution in the target
   o.dtm = ConfigDict(dict(tilt=1.0, control_variate=1.0))
 
@@ -159,7 +163,9 @@ def get_config() -> ConfigDict:
   w.batch_size = 128
   w.learning_rate = 3e-3  # peak: linear warm-up over the first tenth, then cosine to 0
   w.min_mask_ratio = 0.001
-  w.flawless = 0.0  # share of the updates, from the start, that see only correct demonstrations: skill before habits
+  w.correct_share = (
+    0.0  # share of the updates, from the start, that see only correct demonstrations: skill before habits
+  )
 
   c.optim = p = ConfigDict()
   p.learning_rate = 1e-4

@@ -7,10 +7,10 @@ def get_config(task: str = "sudoku"):
   c = bench.get_config(task)
   c.objective.name = "coupled_grpo"
   c.objective.likelihood = "coupled"
-  c.objective.num_replicates = 3
+  c.objective.num_mask_samples = 3
   c.objective.min_mask_ratio = 0.2
   c.objective.max_mask_ratio = 0.8
-  c.objective.clip = 0.5
-  c.objective.kl_weight = 0.01
+  c.objective.coupled_grpo.clip = 0.5
+  c.objective.coupled_grpo.kl_weight = 0.01
   c.train.updates_per_buffer = 2
   return c

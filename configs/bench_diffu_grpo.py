@@ -8,9 +8,9 @@ def get_config(task: str = "sudoku"):
   c.objective.name = "diffu_grpo"
   c.objective.likelihood = "one_step"
   c.objective.one_step.prompt_mask_ratio = 0.15
-  c.objective.num_replicates = 1
+  c.objective.num_mask_samples = 1
   c.objective.antithetic = False
-  c.objective.clip = 0.5
-  c.objective.kl_weight = 0.04
+  c.objective.diffu_grpo.clip = 0.5
+  c.objective.diffu_grpo.kl_weight = 0.04
   c.train.updates_per_buffer = 8  # published for both tasks
   return c

@@ -8,8 +8,8 @@ def get_config(task: str = "sudoku"):
   c.objective.name = "gdpo"
   c.objective.likelihood = "elbo_quadrature"
   c.objective.elbo_quadrature.num_points = 2
-  c.objective.num_replicates = 2
-  c.objective.clip = 0.5
-  c.objective.kl_weight = 0.0
+  c.objective.num_mask_samples = 2
+  c.objective.gdpo.clip = 0.5
+  c.objective.gdpo.kl_weight = 0.0
   c.train.updates_per_buffer = 12
   return c

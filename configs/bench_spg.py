@@ -9,7 +9,7 @@ def get_config(task: str = "sudoku"):
   c.objective.likelihood = "eubo"
   c.objective.eubo.beta = 1.0 if task == "sudoku" else 1.5
   c.objective.eubo.mixture = 0.5
-  c.objective.num_replicates = 2
+  c.objective.num_mask_samples = 2
   c.objective.antithetic = False
   c.objective.min_mask_ratio = 0.0
   c.train.updates_per_buffer = 4

@@ -10,8 +10,8 @@ def get_config(task: str = "sudoku"):
   c = bench.get_config(task)
   c.objective.name = "tracerl"
   c.objective.likelihood = "trajectory"
-  c.objective.num_replicates = c.sampler.steps // 4
-  c.objective.clip = 0.2
-  c.objective.kl_weight = 0.01
+  c.objective.num_mask_samples = c.sampler.steps // 4
+  c.objective.tracerl.clip = 0.2
+  c.objective.tracerl.kl_weight = 0.01
   c.train.updates_per_buffer = 4
   return c

@@ -8,8 +8,8 @@ def get_config(task: str = "sudoku"):
   c.objective.name = "wd1"
   c.objective.likelihood = "one_step"
   c.objective.one_step.prompt_mask_ratio = 0.15
-  c.objective.num_replicates = 1
+  c.objective.num_mask_samples = 1
   c.objective.antithetic = False
-  c.objective.sharpness = 1.0
+  c.objective.wd1.sharpness = 1.0
   c.train.updates_per_buffer = 8 if task == "sudoku" else 12  # published
   return c

@@ -7,7 +7,7 @@ def get_config(task: str = "sudoku"):
   c = bench.get_config(task)
   c.objective.name = "wdce"
   c.objective.alpha = 0.05  # published: 0.04, for rewards of another range
-  c.objective.num_replicates = 4
-  c.objective.num_elbo_replicates = 8
+  c.objective.num_mask_samples = 4
+  c.objective.num_elbo_samples = 8
   c.train.updates_per_buffer = 8
   return c

@@ -55,8 +55,8 @@ def get_config(settings="256"):
   c.rollout.num_prompts = 32  # per buffer; published are the local batches of eight GPUs
   c.rollout.group_size = 16
   c.objective.alpha = 0.04
-  c.objective.num_replicates = 4
-  c.objective.num_elbo_replicates = 4
+  c.objective.num_mask_samples = 4
+  c.objective.num_elbo_samples = 4
   c.objective.min_mask_ratio = 0.1  # published as [0.1, 0.9]; the official code draws from [0.1, 1]
   c.objective.max_mask_ratio = 1.0
 

@@ -24,7 +24,7 @@ def get_config(settings="256"):
     c.objective.weighting = "tilt"
     c.objective.proximal = "fixed"
     c.objective.kappa = 1.0
-    c.objective.baseline = "negative"
-    c.objective.baseline_strength = 1.0
+    c.objective.wdce.baseline = "negative"
+    c.objective.wdce.baseline_strength = 1.0
     c.objective.sync_reference_every = 0  # its key has no effect with adapters
   return c

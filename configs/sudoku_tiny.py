@@ -18,7 +18,7 @@ def get_config():
   c.warm_start.batch_size = 64
   c.warm_start.learning_rate = 2e-3
   c.warm_start.min_mask_ratio = 0.2  # below, the weights 1 / ratio would dominate the noise of the gradient
-  c.warm_start.flawless = 0.7
+  c.warm_start.correct_share = 0.7
   c.objective.alpha = 0.05
-  c.objective.num_elbo_replicates = 8
+  c.objective.num_elbo_samples = 8
   return c.lock()

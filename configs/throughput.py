@@ -42,8 +42,8 @@ def get_config(workload: str = "training") -> ConfigDict:
   c.rollout.group_size = 4
 
   c.objective.alpha = 0.04
-  c.objective.num_replicates = 4
-  c.objective.num_elbo_replicates = 4
+  c.objective.num_mask_samples = 4
+  c.objective.num_elbo_samples = 4
   c.optim.weight_decay = 0.1
   c.optim.clip_norm = 0.2
   c.optim.learning_rate = 1e-6
@@ -56,5 +56,5 @@ def get_config(workload: str = "training") -> ConfigDict:
     c.sampler.completion_length = 64
     c.sampler.steps = 32
     c.rollout.num_prompts = 1
-    c.objective.num_replicates = 2
+    c.objective.num_mask_samples = 2
   return c.lock()

@@ -64,7 +64,7 @@ class Parts(ModelParts):
   task: tasks.Task
   grading: Grading  # of the task's completions
   prompts: data.PromptStream | None  # training prompts; None where nothing is trained
-  flawless: data.PromptStream | None  # the same with demonstrations that are always right
+  correct_demonstrations: data.PromptStream | None  # the same with demonstrations that are always right
   held_out: tuple[Prompts, list[tasks.Record]]  # evaluation prompts and their records
 
 
@@ -147,14 +147,14 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
   limits = dict(max_prompt_length=config.task.max_prompt_length, overlong=config.task.overlong_prompts)
   test = source.test()[: config.eval.num_prompts or None]
   held_out = data.PromptStream(test, task, tokenizer, seed=None, **limits)
-  prompts = flawless = None
+  prompts = correct_demonstrations = None
   if is_training:
     train = source.train()
     prompts = data.PromptStream(train, task, tokenizer, seed=config.seed, **limits)
-    flawless = data.PromptStream(train, task.flawless(), tokenizer, seed=config.seed, **limits)
+    correct_demonstrations = data.PromptStream(train, task.only_correct(), tokenizer, seed=config.seed, **limits)
     is_warm = config.warm_start.updates and not (workdir / "base").exists()
     if is_warm or OBJECTIVES[config.objective.name].needs == "demonstrations":
-      for stream in (prompts, flawless):
+      for stream in (prompts, correct_demonstrations):
         stream.check_demonstrations(config.sampler.completion_length)
   streams = {"evaluation": held_out, "training": prompts}
   digests = {f"the digest of the {name} prompts": stream.digest() for name, stream in streams.items() if stream}
@@ -165,7 +165,7 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     task=task,
     grading=Grading(spec, **config.grading),
     prompts=prompts,
-    flawless=flawless,
+    correct_demonstrations=correct_demonstrations,
     held_out=held_out.batch(0, len(held_out)),
   )
 

@@ -4,7 +4,7 @@
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=eval
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=sample --prompt="..."
   python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny --mode=serve
-  python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/other --config.objective.baseline=mean
+  python -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/other --config.objective.wdce.baseline=mean
 
 Re-running the command resumes the run.
 

@@ -84,7 +84,7 @@ def make_measure_weights(
   estimator: Estimator,
   chunk_prompts: int,
   seed: int,
-  replicates: str,
+  elbo_rounds: str,
   max_noise: float,
   max_rounds: int,
   **weighing: Any,
@@ -94,7 +94,7 @@ def make_measure_weights(
   Both policies are scored under the same masks, so that their noise largely cancels in the log-ratio.
 
   Args:
-    replicates: `fixed`: one round of the estimator's draws. `adaptive`: further rounds of as many fresh draws, until
+    elbo_rounds: `fixed`: one round of the estimator's draws. `adaptive`: further rounds of as many fresh draws, until
       the log-ratio's standard error is at most max_noise times the spread of reward / alpha, or after max_rounds. All
       rounds are one compiled program.
     weighing: keywords of `weights.weigh`.
@@ -110,7 +110,7 @@ def make_measure_weights(
     rounds = [measures]
     while True:
       weighed, figures = weigh(experience, _join(rounds))
-      if replicates == "fixed" or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
+      if elbo_rounds == "fixed" or figures["log_ratio_noise"] <= max_noise or len(rounds) == max_rounds:
         break
       again = functools.partial(score, buffer=buffer, number=len(rounds))  # by estimators that draw masks: none replays
       rounds.append(_in_chunks(again, policies, experience, chunk_prompts))

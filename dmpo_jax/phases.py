@@ -110,7 +110,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
   schedule = optim.warmup_cosine(warm.learning_rate, num_updates=warm.updates)
   optimizer = _make_optimizer(config, schedule)
   state = fresh_state(initial_params(config, parts, are_trained=True), optimizer, parts.mesh)
-  draw, finish = _demonstrations(config, parts, warm.batch_size, num_flawless=round(warm.flawless * warm.updates))
+  draw, finish = _demonstrations(config, parts, warm.batch_size, num_correct=round(warm.correct_share * warm.updates))
   phase = Phase(
     name="warm_start",
     num_buffers=warm.updates,
@@ -128,7 +128,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
         num_microbatches=1,
         sync_reference_every=0,
         shardings=_shardings(state, parts.mesh),
-        num_replicates=1,
+        num_mask_samples=1,
         antithetic=False,
         min_mask_ratio=warm.min_mask_ratio,
         max_mask_ratio=1.0,
@@ -219,20 +219,20 @@ def training_sample(config: ConfigDict, parts: Placed) -> Callable:
 
 def training_scores(config: ConfigDict, model: Transformer, mesh: Mesh) -> Callable | None:
   """Jit the forward passes of the objective's measure (see `measure.py`); None: it needs none."""
-  objective, needs = config.objective, needs_of(config.objective.name, config.objective.kl_weight)
+  objective, needs = config.objective, needs_of(config.objective)
   if needs in ("rewards", "demonstrations") or objective.likelihood == "sampler":
     return None
-  num_replicates = objective.num_elbo_replicates if needs == "weights" else objective.num_replicates
-  estimator = make_estimator(objective.likelihood, objective.to_dict(), num_replicates)
+  num_mask_samples = objective.num_elbo_samples if needs == "weights" else objective.num_mask_samples
+  estimator = make_estimator(objective.likelihood, objective.to_dict(), num_mask_samples)
   if needs == "weights":
     return measure_program(model, mesh, estimator=estimator)
   return token_program(model, mesh, estimator=estimator, with_reference=needs == "ratio_and_reference")
 
 
 def _demonstrations(
-  config: ConfigDict, parts: Parts, batch_size: int, num_flawless: int = 0
+  config: ConfigDict, parts: Parts, batch_size: int, num_correct: int = 0
 ) -> tuple[Callable, Callable]:
-  """Make buffers of demonstrations, of which the first `num_flawless` are all right: `draw` and `finish`.
+  """Make buffers of demonstrations, of which the first `num_correct` are all right: `draw` and `finish`.
 
   The next one is made while the devices learn from this one, by a thread that leaves them alone.
   """
@@ -240,7 +240,7 @@ def _demonstrations(
   ahead: dict[int, Future[Experience]] = {}
 
   def make(buffer: int) -> Experience:
-    stream = parts.flawless if buffer < num_flawless else parts.prompts
+    stream = parts.correct_demonstrations if buffer < num_correct else parts.prompts
     prompts, completion, _ = stream.demonstrations(
       buffer * batch_size, batch_size, completion_length=config.sampler.completion_length
     )
@@ -303,7 +303,7 @@ def _computing(config: ConfigDict, trainable: Any) -> Any:
 
 def training_measure(config: ConfigDict, parts: Placed) -> Measure:
   """Build what completes the rollouts for the objective (`objectives.Needs`)."""
-  objective, needs = config.objective, needs_of(config.objective.name, config.objective.kl_weight)
+  objective, needs = config.objective, needs_of(config.objective)
   if needs == "rewards":
     return make_measure_nothing()
   if objective.likelihood == "sampler":
@@ -312,7 +312,7 @@ def training_measure(config: ConfigDict, parts: Placed) -> Measure:
     return make_measure_weights(
       parts.model,
       parts.mesh,
-      estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_elbo_replicates),
+      estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_elbo_samples),
       chunk_prompts=config.rollout.chunk_prompts,
       seed=config.seed,
       **_keywords(make_measure_weights, objective),
@@ -321,7 +321,7 @@ def training_measure(config: ConfigDict, parts: Placed) -> Measure:
   return make_measure_ratios(
     parts.model,
     parts.mesh,
-    estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_replicates),
+    estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_mask_samples),
     updates_per_buffer=config.train.updates_per_buffer,
     seed=config.seed,
     with_reference=needs == "ratio_and_reference",
@@ -332,7 +332,7 @@ def _compares(objective: ConfigDict) -> bool:
   """Whether a loss learns from the differences of rewards inside a group alone."""
   if OBJECTIVES[objective.name].needs != "weights" or objective.weighting != "reward":
     return True
-  return objective.name == "wdce" and objective.baseline == "mean" and objective.baseline_strength == 1
+  return objective.name == "wdce" and objective.wdce.baseline == "mean" and objective.wdce.baseline_strength == 1
 
 
 def _of_seed(seed: int, step: update.Update) -> Callable:
@@ -355,7 +355,7 @@ def _loss_keywords(objective: ConfigDict) -> dict[str, Any]:
   loss = OBJECTIVES[objective.name].loss
   keywords = _keywords(loss, objective) | _keywords(loss, objective.get(objective.name, ConfigDict()))
   if "likelihood" in keywords:
-    keywords["likelihood"] = make_estimator(objective.likelihood, objective.to_dict(), objective.num_replicates)
+    keywords["likelihood"] = make_estimator(objective.likelihood, objective.to_dict(), objective.num_mask_samples)
   return keywords
 
 

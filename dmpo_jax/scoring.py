@@ -33,7 +33,7 @@ def make_score(
   `score(is_masked, prompt_is_masked=None, pairs=())`, [p, g, r, c] and [p, g, r, q], gives log p(y_l | prompt, y with
   the masked positions hidden) and the entropy of that distribution at every completion position, float32 [p, g, r, c].
 
-  `pairs` names replicates (i, j) that are wanted where i masks a position, and of j at the others, as complementary
+  `pairs` names mask samples (i, j) that are wanted where i masks a position, and of j at the others, as complementary
   masks are: both then have the scores of the one that is wanted, and only these go through the head.
 
   This is the one place that decides what the model attends to: the prompt, the counted positions that are not masked,
@@ -43,7 +43,7 @@ def make_score(
   Args:
     is_counted: positions that the likelihood counts; None: all.
     uncounted: what stands at the others instead of MASK, for a likelihood that `replays` what the sampler saw.
-    dropout_keys: keys of the rollouts when the adapters' dropout is on; a replicate folds in its index.
+    dropout_keys: keys of the rollouts when the adapters' dropout is on; a mask sample folds in its index.
     teacher: variables of another policy; the scores then have the divergence from it, too.
   """
 
@@ -93,16 +93,16 @@ def make_score(
 def _pack(
   hidden: Float[Array, "p g r c d"], is_masked: Bool[Array, "p g r c"], pairs: Pairs
 ) -> tuple[Float[Array, "p g s c d"], list[int]]:
-  """Take one hidden state of each pair at every position; also says where each replicate's is now."""
+  """Take one hidden state of each pair at every position; also says where each mask sample's is now."""
   if not pairs:
     return hidden, list(range(is_masked.shape[2]))
   chosen = [jnp.where(is_masked[:, :, i, :, None], hidden[:, :, i], hidden[:, :, j]) for i, j in pairs]
-  source = {replicate: number for number, pair in enumerate(pairs) for replicate in pair}
-  for replicate in range(is_masked.shape[2]):
-    if replicate not in source:
-      source[replicate] = len(chosen)
-      chosen.append(hidden[:, :, replicate])
-  return jnp.stack(chosen, axis=2), [source[replicate] for replicate in range(is_masked.shape[2])]
+  source = {mask_sample: number for number, pair in enumerate(pairs) for mask_sample in pair}
+  for mask_sample in range(is_masked.shape[2]):
+    if mask_sample not in source:
+      source[mask_sample] = len(chosen)
+      chosen.append(hidden[:, :, mask_sample])
+  return jnp.stack(chosen, axis=2), [source[mask_sample] for mask_sample in range(is_masked.shape[2])]
 
 
 def _stack(array: Float[Array, "p g s c"], source: list[int]) -> Float[Array, "p g r c"]:

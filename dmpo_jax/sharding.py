@@ -1,7 +1,7 @@
 """Where arrays live: the mesh, and one table from logical axes to mesh axes.
 
 Weights and activations name their axes logically; this table alone says which mesh axis each is split over.
-Rows (prompts x rollouts x replicates) are split over `data` and `fsdp`; weights over `fsdp` and `tensor`. A laptop
+Rows (prompts x rollouts x mask samples) are split over `data` and `fsdp`; weights over `fsdp` and `tensor`. A laptop
 is a mesh of one device, so nothing else in the package asks how many devices there are.
 """
 

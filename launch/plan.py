@@ -185,7 +185,7 @@ def _refused(name: str, message: str, flops: float, where: Slice, seconds: float
 def _spread(config: ConfigDict, where: Slice) -> tuple[int, int]:
   """Count the rows of a prompt in a gradient step, and the shares that rows are spread over."""
   mesh, _ = programs.make_meshes(config, where.devices)
-  return config.rollout.group_size * config.objective.num_replicates, mesh.shape["data"] * mesh.shape["fsdp"]
+  return config.rollout.group_size * config.objective.num_mask_samples, mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def largest_microbatch(

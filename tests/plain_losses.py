@@ -15,7 +15,7 @@ class View:
 
   log_p: np.ndarray  # [r, c]
   is_masked: np.ndarray  # [r, c]
-  ratio: np.ndarray  # [r]; with which probability each replicate masks a position
+  ratio: np.ndarray  # [r]; with which probability each mask sample masks a position
   is_counted: np.ndarray  # [c]
   committed_at: np.ndarray  # [c]
   divergence: np.ndarray | None = None  # [r, c]; from the teacher
@@ -25,11 +25,11 @@ class View:
     return int(self.is_counted.sum())
 
   def is_read(self, r):
-    """Which positions replicate r predicts."""
+    """Which positions mask sample r predicts."""
     return self.is_masked[r] & self.is_counted
 
   def mean(self, values):
-    """Average over each replicate's masked positions, then over the replicates; an empty mask counts as 0."""
+    """Average over each mask sample's masked positions, then over the mask samples; an empty mask counts as 0."""
     sums = [values[r][self.is_read(r)].sum() / max(self.is_read(r).sum(), 1) for r in range(len(values))]
     return float(np.mean(sums))
 
@@ -58,12 +58,12 @@ def chunks_of(view, num_chunks):
 
 def tokens(name, o, view):
   """Each position's part of the estimate of log p."""
-  result, num_replicates = np.zeros(len(view.is_counted)), len(view.log_p)
+  result, num_mask_samples = np.zeros(len(view.is_counted)), len(view.log_p)
   for l in np.flatnonzero(view.is_counted):
     of_position = view.log_p[:, l]
-    read = [r for r in range(num_replicates) if view.is_masked[r, l]]
+    read = [r for r in range(num_mask_samples) if view.is_masked[r, l]]
     by_count = [
-      view.num_counted / view.is_read(r).sum() / num_replicates if r in read else 0 for r in range(num_replicates)
+      view.num_counted / view.is_read(r).sum() / num_mask_samples if r in read else 0 for r in range(num_mask_samples)
     ]
     lower = sum(by_count[r] * of_position[r] for r in read)
     if name == "one_step":
@@ -78,11 +78,11 @@ def tokens(name, o, view):
       num_points = o.elbo_quadrature.num_points
       nodes, weights = np.polynomial.legendre.leggauss(num_points)
       share = [weights[i] / 2 / ((nodes[i] + 1) / 2) for i in range(num_points)]
-      result[l] = sum(share[r % num_points] * of_position[r] for r in read) * num_points / num_replicates
+      result[l] = sum(share[r % num_points] * of_position[r] for r in read) * num_points / num_mask_samples
     elif name == "coupled":
-      result[l] = sum(of_position[r] / view.ratio[r] for r in read) / (num_replicates // 2 + 1)
+      result[l] = sum(of_position[r] / view.ratio[r] for r in read) / (num_mask_samples // 2 + 1)
     elif name == "trajectory":
-      result[l] = of_position[chunks_of(view, num_replicates)[l]]
+      result[l] = of_position[chunks_of(view, num_mask_samples)[l]]
     else:
       raise ValueError(name)
   return result
@@ -112,11 +112,11 @@ def wdce(group, o):
     "mean": np.full(len(group), np.mean([rollout.weight for rollout in group])),
     "model": softmax(ratio),
     "negative": np.array([rollout.negative_weight for rollout in group]),
-  }[o.baseline]
+  }[o.wdce.baseline]
   total = 0.0
   for i, rollout in enumerate(group):
-    coefficient = rollout.weight - o.baseline_strength * subtracted[i]
-    if o.unlearning == "bounded" and coefficient < 0 and ratio[i] < o.min_log_ratio:
+    coefficient = rollout.weight - o.wdce.baseline_strength * subtracted[i]
+    if o.wdce.unlearning == "bounded" and coefficient < 0 and ratio[i] < o.wdce.min_log_ratio:
       continue
     total -= coefficient * rollout.view.mean(rollout.view.log_p)
   return total
@@ -133,8 +133,8 @@ def wddo(group, o):
 
 
 def surrogate(log_ratio, advantage, o):
-  ratio = math.exp(log_ratio)
-  return min(ratio * advantage, min(max(ratio, 1 - o.clip), 1 + o.clip) * advantage)
+  ratio, clip = math.exp(log_ratio), o[o.name].clip
+  return min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
 
 
 def k3(distance):
@@ -147,8 +147,8 @@ def _by_token(group, o, name, advantage):
     new = tokens(name, o, rollout.view)
     for l in np.flatnonzero(rollout.view.is_counted):
       token_loss = -surrogate(new[l] - rollout.token_old[l], own, o)
-      if o.kl_weight:
-        token_loss += o.kl_weight * k3(rollout.token_ref[l] - new[l])
+      if o[o.name].kl_weight:
+        token_loss += o[o.name].kl_weight * k3(rollout.token_ref[l] - new[l])
       total += token_loss / rollout.view.num_counted
   return total / len(group)
 
@@ -168,8 +168,8 @@ def gdpo(group, o):
     n = rollout.view.num_counted
     new = tokens(o.likelihood, o, rollout.view).sum() / n
     total -= surrogate(new - rollout.token_old.sum() / n, advantage, o)
-    if o.kl_weight:
-      total += o.kl_weight * k3(rollout.token_ref.sum() / n - new)
+    if o[o.name].kl_weight:
+      total += o[o.name].kl_weight * k3(rollout.token_ref.sum() / n - new)
   return total / len(group)
 
 
@@ -179,26 +179,26 @@ def tracerl(group, o):
   total = 0.0
   for rollout, advantage in zip(group, centred / deviation if deviation > 1e-6 else 0 * centred, strict=True):
     view, new = rollout.view, tokens(o.likelihood, o, rollout.view)
-    chunks = [np.flatnonzero(is_read) for is_read in _read_by_replicate(o.likelihood, view) if is_read.any()]
+    chunks = [np.flatnonzero(is_read) for is_read in _read_by_mask_sample(o.likelihood, view) if is_read.any()]
     for chunk in chunks:
       mean = np.mean([surrogate(new[l] - rollout.token_old[l], advantage, o) for l in chunk])
       divergence = sum(k3(rollout.token_old[l] - new[l]) for l in chunk)
-      total += (o.kl_weight * divergence - mean) / len(chunks)
+      total += (o[o.name].kl_weight * divergence - mean) / len(chunks)
   return total / len(group)
 
 
-def _read_by_replicate(name, view):
-  num_replicates = len(view.log_p)
+def _read_by_mask_sample(name, view):
+  num_mask_samples = len(view.log_p)
   if name == "one_step":
-    return [view.is_counted] * num_replicates
+    return [view.is_counted] * num_mask_samples
   if name == "trajectory":
-    chunk = chunks_of(view, num_replicates)
-    return [view.is_counted & (chunk == number) for number in range(num_replicates)]
-  return [view.is_read(r) for r in range(num_replicates)]
+    chunk = chunks_of(view, num_mask_samples)
+    return [view.is_counted & (chunk == number) for number in range(num_mask_samples)]
+  return [view.is_read(r) for r in range(num_mask_samples)]
 
 
 def wd1(group, o):
-  advantage = o.sharpness * advantages(group)
+  advantage = o.wd1.sharpness * advantages(group)
   coefficient = softmax(advantage) - softmax(-advantage)
   return -sum(c * tokens(o.likelihood, o, rollout.view).sum() for c, rollout in zip(coefficient, group, strict=True))
 

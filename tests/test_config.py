@@ -88,8 +88,8 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("objective.kappa", 0.0, "a number in (0, 1]"),
     ("objective.kappa", 1.5, "a number in (0, 1]"),
     ("objective.alpha", 0.0, "a number in (0, inf)"),
-    ("objective.num_replicates", 3, "even, as objective.antithetic = True"),
-    ("objective.num_elbo_replicates", 1, "even, as objective.antithetic = True"),
+    ("objective.num_mask_samples", 3, "even, as objective.antithetic = True"),
+    ("objective.num_elbo_samples", 1, "even, as objective.antithetic = True"),
     ("objective.min_mask_ratio", 1.0, "below objective.max_mask_ratio = 1.0"),
     ("rollout.group_size", 0, "a whole number, 1 or more"),
     ("rollout.num_prompts", 9000, "at most task.num_train = 8192"),
@@ -114,12 +114,12 @@ def test_all_problems_stand_in_one_message(config):
   with config.ignore_type():
     config.train.num_buffers = "ten"
     config.optim.learning_rate = "1e-4"
-    config.objective.baseline = "negatve"
+    config.objective.wdce.baseline = "negatve"
     config.sampler.steps = 0
   lines = problems(config)
   assert [line.split(" = ")[0] for line in lines] == [
     "config.sampler.steps",
-    "config.objective.baseline",
+    "config.objective.wdce.baseline",
     "config.optim.learning_rate",
     "config.train.num_buffers",
   ]
@@ -134,7 +134,7 @@ def test_training_and_evaluation_have_one_dtype_policy(config):
 @pytest.mark.parametrize(
   ("path", "value", "reason"),
   [
-    ("objective.replicates", "adaptive", "asks for more of the policy once rewards are known"),
+    ("objective.elbo_rounds", "adaptive", "asks for more of the policy once rewards are known"),
     ("objective.name", "denoise", "learns from demonstrations"),
   ],
 )
@@ -150,16 +150,16 @@ def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
   ("changes", "path", "allowed"),
   [
     (dict(name="wddo", likelihood="trajectory"), "likelihood", "elbo or sampler, as objective.name = 'wddo'"),
-    (dict(baseline="model", likelihood="one_step"), "likelihood", "with objective.baseline = 'model'"),
-    (dict(unlearning="bounded", likelihood="eubo"), "likelihood", "objective.unlearning = 'bounded'"),
-    (dict(unlearning="bounded", mask_block_length=4), "mask_block_length", "0, as objective.name = 'wdce'"),
+    ({"wdce.baseline": "model", "likelihood": "one_step"}, "likelihood", "with objective.wdce.baseline = 'model'"),
+    ({"wdce.unlearning": "bounded", "likelihood": "eubo"}, "likelihood", "objective.wdce.unlearning = 'bounded'"),
+    ({"wdce.unlearning": "bounded", "mask_block_length": 4}, "mask_block_length", "0, as objective.name = 'wdce'"),
     (dict(weighting="reward", proximal="adaptive"), "proximal", "fixed, as objective.weighting = 'reward'"),
     (dict(weighting="reward", max_weight=0.5), "max_weight", "1.0, as objective.weighting = 'reward'"),
-    (dict(replicates="adaptive", likelihood="trajectory"), "replicates", "as objective.likelihood = 'trajectory'"),
+    (dict(elbo_rounds="adaptive", likelihood="trajectory"), "elbo_rounds", "as objective.likelihood = 'trajectory'"),
   ],
 )
 def test_what_would_be_compared_wrongly_or_not_be_read_is_refused(config, changes, path, allowed):
-  config.objective.update(changes)
+  config.objective.update_from_flattened_dict(changes)
   (line,) = problems(config)
   assert line.startswith(f"config.objective.{path} = ")
   assert allowed in line
@@ -195,7 +195,7 @@ def test_a_run_of_before_there_was_int8_is_the_same_run(config):
 
 
 def test_an_estimate_without_noise_has_no_rounds(config):
-  config.objective.update(dict(replicates="adaptive", likelihood="one_step"))
+  config.objective.update(dict(elbo_rounds="adaptive", likelihood="one_step"))
   config_lib.validate(config)
   config.objective.one_step.prompt_mask_ratio = 0.0
   (line,) = problems(config)
@@ -213,7 +213,7 @@ def test_steps_are_a_multiple_of_the_blocks(config):
 
 def test_single_masks_may_be_odd(config):
   config.objective.antithetic = False
-  config.objective.num_replicates = 3
+  config.objective.num_mask_samples = 3
   config_lib.validate(config)
 
 

@@ -154,4 +154,4 @@ def test_the_configuration_that_the_documents_add(tmp_path):
   spec.loader.exec_module(module)
   config = module.get_config()
   validate(config)
-  assert (config.sampler.name, config.objective.baseline, config.rollout.group_size) == ("wino", "mean", 16)
+  assert (config.sampler.name, config.objective.wdce.baseline, config.rollout.group_size) == ("wino", "mean", 16)

@@ -137,7 +137,7 @@ def test_two_processes_equal_one_and_stop_when_one_of_them_dies(tmp_path):
   workdir = tmp_path / "two"
   mesh = ("--config.sharding.data=1", "--config.sharding.fsdp=2", "--config.sharding.tensor=2")
   # From parameters at random, without a baseline: it would leave nothing to learn where all rewards are the same.
-  own = (TINY, *mesh, "--config.warm_start.updates=0", "--config.objective.baseline=none")
+  own = (TINY, *mesh, "--config.warm_start.updates=0", "--config.objective.wdce.baseline=none")
   own += ("--config.rollout.pipelined=True", "--config.sharding.rollout.data=2", "--config.sharding.rollout.fsdp=1")
   both = begin_two(*own, f"--workdir={workdir}", ENDLESS)
   wait_for(lambda: len(rows_of(workdir)) > 1, both[0], timeout=300)

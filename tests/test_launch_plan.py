@@ -58,7 +58,7 @@ NARROW = [
 @pytest.mark.slow
 def test_rows_that_chips_do_not_divide_compile_for_them(tmp_path):
   """Three rollouts, and twice as many rows of scores, on four chips: with the kernel, and nothing gathered for it."""
-  options = ["--config.rollout.num_prompts=1", "--config.rollout.group_size=3", "--config.objective.num_replicates=2"]
+  options = ["--config.rollout.num_prompts=1", "--config.rollout.group_size=3", "--config.objective.num_mask_samples=2"]
   options += ["--config.train.microbatch_prompts=0", "--programs=sample,measure,accumulate"]
   found, _ = plan_8b(tmp_path / "plan.json", "--topology=v5e:2x2", *NARROW, *options)
   assert found["attention"] == "splash"
@@ -75,7 +75,7 @@ def test_two_slices_exchange_gradients_alone(tmp_path):
   options += [
     "--config.rollout.group_size=4",
     "--config.train.microbatch_prompts=0",
-    "--config.objective.num_replicates=2",
+    "--config.objective.num_mask_samples=2",
   ]
   found, shown = plan_8b(tmp_path / "plan.json", *NARROW, *options)
   assert found["topology"] == "2 x v5e:2x2"
@@ -161,7 +161,7 @@ def test_the_sweep_names_what_divides_a_buffer_and_is_spread_evenly(monkeypatch,
   monkeypatch.setattr(plan, "find_slice", lambda *where: some_slice())
   monkeypatch.setattr(plan, "cost_of", lambda name, config, where: cost(peak=2.0 * config.train.microbatch_prompts))
   config = tiny.config(
-    rollout__num_prompts=num_prompts, rollout__group_size=2, objective__num_replicates=2, sharding__fsdp=8
+    rollout__num_prompts=num_prompts, rollout__group_size=2, objective__num_mask_samples=2, sharding__fsdp=8
   )
   plan.run(config, "v5e:2x4", [], True, "")
   shown = capsys.readouterr().out

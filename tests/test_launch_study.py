@@ -51,7 +51,7 @@ def test_runs_that_are_the_same_are_one_file(all_runs):
     return run.path(OUT)
 
   same = {("objectives", "wdce"), ("baselines", "negative, g = 8"), ("reuse", "8 updates"), ("alpha", "alpha = 0.05")}
-  assert len({path(*who) for who in same | {("replicates", "4 replicates")}}) == 1
+  assert len({path(*who) for who in same | {("mask samples", "4 mask samples")}}) == 1
   paths = {run.path(OUT) for run in all_runs}
   assert len(paths) == (len(ARMS) - 4) * len(TASKS) * 3
 

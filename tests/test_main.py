@@ -28,13 +28,13 @@ def test_every_mistake_is_listed_before_anything_starts(workdir):
   done = start(
     "--config=configs/smoke.py",
     f"--workdir={workdir}",
-    "--config.objective.baseline=negativ",
+    "--config.objective.wdce.baseline=negativ",
     "--config.sampler.block_length=5",
     "--config.optim.clip_norm=-1.0",
   )
   assert done.returncode == 2
   assert "3 problems in the configuration" in done.stderr
-  assert "config.objective.baseline = 'negativ'" in done.stderr
+  assert "config.objective.wdce.baseline = 'negativ'" in done.stderr
   assert "did you mean 'negative'?" in done.stderr
   assert "config.sampler.block_length = 5" in done.stderr
   assert "config.optim.clip_norm = -1.0" in done.stderr

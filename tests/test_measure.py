@@ -33,19 +33,18 @@ def collect(phase, state, buffer):
 
 
 @pytest.mark.parametrize(
-  ("name", "likelihood", "replicates", "kl_weight"),
+  ("name", "likelihood", "mask_samples", "kl_weight"),
   [("diffu_grpo", "one_step", 2, 0.04), ("tracerl", "trajectory", 2, 0.04), ("gdpo", "elbo_quadrature", 2, 0.0)],
 )
 def test_the_first_update_meets_the_views_that_were_measured(
-  folder, use_devices, name, likelihood, replicates, kl_weight
+  folder, use_devices, name, likelihood, mask_samples, kl_weight
 ):
   config = tiny.config(
     seed=3,  # the views are a run's own: another seed's would not meet
     objective__name=name,
     objective__likelihood=likelihood,
-    objective__num_replicates=replicates,
-    objective__kl_weight=kl_weight,
-    objective__clip=1e-4,
+    objective__num_mask_samples=mask_samples,
+    **{f"objective__{name}__kl_weight": kl_weight, f"objective__{name}__clip": 1e-4},
   )
   parts, phase, state = begin(config, folder, use_devices)
   with jax.set_mesh(parts.mesh):
@@ -110,7 +109,7 @@ def test_a_teacher_is_the_policy_that_drew_the_buffer(folder, use_devices):
 
 
 def test_rounds_of_masks_are_added_until_the_noise_is_small(folder, use_devices):
-  adaptive = dict(objective__replicates="adaptive", objective__max_rounds=3, objective__num_elbo_replicates=2)
+  adaptive = dict(objective__elbo_rounds="adaptive", objective__max_rounds=3, objective__num_elbo_samples=2)
   for max_noise, rounds in ((1e-9, 3), (1e9, 2)):  # one pair says nothing of its own noise
     config = tiny.config(objective__max_noise=max_noise, objective__sync_reference_every=9, **adaptive)
     parts, phase, state = begin(config, folder, use_devices)
@@ -188,7 +187,7 @@ def test_a_trajectory_is_replayed_as_the_sampler_saw_it(folder, use_devices, sam
   config = tiny.config(
     objective__name="tracerl",
     objective__likelihood="trajectory",
-    objective__num_replicates=16,
+    objective__num_mask_samples=16,
     sampler__name=sampler,
     rollout__early_exit=early_exit,
     rollout__group_size=16,
@@ -211,8 +210,8 @@ def test_a_trajectory_is_replayed_as_the_sampler_saw_it(folder, use_devices, sam
 def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(folder, use_devices, likelihood):
   config = tiny.config(
     objective__likelihood=likelihood,
-    objective__num_replicates=2,
-    objective__num_elbo_replicates=3 if likelihood == "coupled" else 2,
+    objective__num_mask_samples=2,
+    objective__num_elbo_samples=3 if likelihood == "coupled" else 2,
     objective__sync_reference_every=9,
     sampler__name="random_order",
     **UNTIL_EOS,

@@ -19,7 +19,7 @@ P, G, C = 4, 1, 6
 OWN = dict(
   baseline="negative",
   baseline_strength=1.0,
-  num_replicates=2,
+  num_mask_samples=2,
   antithetic=False,
   min_mask_ratio=0.001,
   max_mask_ratio=1.0,
@@ -87,7 +87,7 @@ def test_a_ratio_of_zero_counts_as_nothing():
 def test_over_all_ratios_the_loss_is_the_bound():
   # two positions, three tokens: log p of each position when both are masked, and when the other one is seen
   alone, seen = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.9, 0.3]))
-  # a grid over (lambda, noise of position 1, noise of position 2), averaged as replicates; lambda of it is masked
+  # a grid over (lambda, noise of position 1, noise of position 2), averaged as mask samples; lambda of it is masked
   ratios, noises = ((np.arange(n, dtype=np.float32) + 0.5) / n for n in (20, 40))
   u_ratio, first, second = (
     jnp.asarray(x.reshape(1, 1, -1)) for x in np.meshgrid(ratios, noises, noises, indexing="ij")

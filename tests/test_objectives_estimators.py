@@ -219,7 +219,7 @@ def test_the_upper_bound_is_right_where_powers_underflow():
     np.testing.assert_allclose(gradient, (shares / shares.sum() + [0.75, 0.5]) / 2, rtol=1e-3)
 
 
-def test_the_upper_bound_of_what_no_replicate_masked_has_no_gradient():
+def test_the_upper_bound_of_what_no_mask_sample_masked_has_no_gradient():
   case = Eubo(2, False, 0.0, 1.0, 0, beta=1.5, mixture=1.0)
   share = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])[None, None]
 
@@ -267,7 +267,7 @@ def test_blocks_hide_what_comes_after():
 
 
 @pytest.mark.parametrize(
-  ("name", "replicates", "message"),
+  ("name", "mask_samples", "message"),
   [
     ("elbo", 3, "must be even"),
     ("eubo", 3, "must be even"),
@@ -277,7 +277,7 @@ def test_blocks_hide_what_comes_after():
     ("elbow", 2, "did you mean 'elbo'"),
   ],
 )
-def test_what_an_estimator_cannot_have_is_refused(name, replicates, message):
+def test_what_an_estimator_cannot_have_is_refused(name, mask_samples, message):
   settings = dict(antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, elbo_quadrature=dict(num_points=2))
   with pytest.raises(ValueError, match=message):
-    make_estimator(name, settings, replicates)
+    make_estimator(name, settings, mask_samples)

@@ -45,7 +45,7 @@ ADAPTERS = jax.tree.map(
 
 
 class Case:
-  """A recorded batch: four prompts with one completion each, in our axes [4, 1, r, c], filled up to four replicates."""
+  """A recorded batch: four prompts with one completion each, in our axes [4, 1, r, c], padded to four mask samples."""
 
   def __init__(self, file, name):
     arrays = np.load(GOLDENS / f"{file}.npz")
@@ -56,7 +56,7 @@ class Case:
     self.prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jnp.arange(G, dtype=jnp.uint32))
     self.completion = jnp.asarray(np.pad(self["completion_ids"], fill), jnp.int32)[:, None]
     is_masked = self["mask"].reshape(-1, self.rows, C).swapaxes(0, 1)
-    self.replicates = is_masked.shape[1]
+    self.mask_samples = is_masked.shape[1]
     self.is_masked = self.fill(jnp.asarray(is_masked)[None])
 
   def __getitem__(self, name):
@@ -64,11 +64,11 @@ class Case:
 
   def fill(self, array):
     """From the recorded rows as one group, [1, rows, r, c], to what the model runs on."""
-    return jnp.pad(array[0], ((0, G - self.rows), (0, R - self.replicates), (0, 0)))[:, None]
+    return jnp.pad(array[0], ((0, G - self.rows), (0, R - self.mask_samples), (0, 0)))[:, None]
 
   def crop(self, array):
     """The way back."""
-    return array[: self.rows, 0, : self.replicates][None]
+    return array[: self.rows, 0, : self.mask_samples][None]
 
 
 @functools.partial(jax.jit, static_argnames="policy")
@@ -142,7 +142,7 @@ def wddo_and_gradient(log_prob, is_masked, log_p_old, weight, *, halves, alpha_d
 @pytest.mark.parametrize("name", WDDO)
 def test_recorded_discriminative_losses_and_parameter_gradients(name):
   # The official code averages both terms over the batch, where the weights' softmax already sums to one: its loss is
-  # ours divided by g, with a fake term g times as strong. And without two sets it adds the bounds of the replicates up
+  # ours divided by g, with a fake term g times as strong. Without two sets it adds up the bounds of the mask samples,
   # where we take their mean: R times beta, and R times the old log-probability that it is compared with divided out.
   case, settings = Case("wddo", name), WDDO[name]
   is_shared = settings["sets"] == "shared"

@@ -33,7 +33,7 @@ def token_log_prob(is_masked):
 
 
 def bounds_under(masks):
-  """The bounds of the nine completions, [9, r], each mask as a replicate."""
+  """The bounds of the nine completions, [9, r], each mask as a mask sample."""
   is_masked = np.broadcast_to(np.array(masks, bool), (9, 1, len(masks), 2))
   return np.asarray(jax.jit(lambda m: elbo(token_log_prob(m), m, jnp.ones((9, 1, 2), bool)))(is_masked)[:, 0])
 
@@ -54,10 +54,10 @@ BOUND = np.array([by_orders(y).mean() for y in COMPLETIONS])
 
 
 @functools.cache
-def estimates(antithetic, min_ratio=0.0, num_replicates=8192, group_size=1):
+def estimates(antithetic, min_ratio=0.0, num_mask_samples=8192, group_size=1):
   """Estimates of the bound of each completion, [9, g, r], under masks from NumPy's noise."""
   rng = np.random.default_rng(0)
-  shape = (9, group_size, num_replicates // 2 if antithetic else num_replicates)
+  shape = (9, group_size, num_mask_samples // 2 if antithetic else num_mask_samples)
   is_counted = jnp.ones((9, group_size, 2), bool)
 
   @jax.jit
@@ -98,9 +98,9 @@ def test_over_all_masks_the_estimate_is_the_bound():
   np.testing.assert_allclose(estimate, BOUND, rtol=1e-5)
 
 
-def average_pairs(replicates):
-  """One estimate a pair: its halves (replicates i and i + r/2) are not independent."""
-  return replicates.reshape(*replicates.shape[:2], 2, -1).mean(2)
+def average_pairs(mask_samples):
+  """One estimate a pair: its halves (mask samples i and i + r/2) are not independent."""
+  return mask_samples.reshape(*mask_samples.shape[:2], 2, -1).mean(2)
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
@@ -122,7 +122,7 @@ def test_drawn_estimates_converge_to_their_expectation(antithetic, min_ratio):
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_the_standard_error_is_the_spread_of_the_mean(antithetic):
-  estimate = estimates(antithetic, num_replicates=8, group_size=500)
+  estimate = estimates(antithetic, num_mask_samples=8, group_size=500)
   spread = np.asarray(estimate.mean(-1)).std(-1)
   error = error_of(average_pairs(estimate) if antithetic else estimate)
   error = np.sqrt(np.mean(np.asarray(error) ** 2, axis=-1))
@@ -130,12 +130,12 @@ def test_the_standard_error_is_the_spread_of_the_mean(antithetic):
 
 
 def test_the_standard_error_by_hand():
-  replicates = jnp.array([[[1.0, 2, 3, 6]]])
-  assert error_of(replicates).item() == pytest.approx(np.std([1, 2, 3, 6], ddof=1) / 2)
+  mask_samples = jnp.array([[[1.0, 2, 3, 6]]])
+  assert error_of(mask_samples).item() == pytest.approx(np.std([1, 2, 3, 6], ddof=1) / 2)
   # the pairs are (1, 3) and (2, 6)
-  assert error_of(average_pairs(replicates)).item() == pytest.approx(np.std([2, 4], ddof=1) / math.sqrt(2))
-  assert np.isnan(error_of(average_pairs(replicates[..., :2]))).all()
-  assert np.isnan(error_of(replicates[..., :1])).all()
+  assert error_of(average_pairs(mask_samples)).item() == pytest.approx(np.std([2, 4], ddof=1) / math.sqrt(2))
+  assert np.isnan(error_of(average_pairs(mask_samples[..., :2]))).all()
+  assert np.isnan(error_of(mask_samples[..., :1])).all()
 
 
 @pytest.mark.parametrize("case", json.loads((GOLDENS / "elbo.json").read_text()))

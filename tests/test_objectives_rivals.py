@@ -26,7 +26,7 @@ LIKELIHOODS = {
   "spg": Eubo(2, False, 0.3, 1.0, 0, beta=1.5, mixture=0.5),
 }
 OWN = dict(clip=0.2, kl_weight=0.1, sharpness=1.0, sets="shared", alpha_ddo=1.0, beta=0.1) | dict(
-  num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0
+  num_mask_samples=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0
 )
 OWN |= dict(tilt=2.0, control_variate=1.0)
 OWN |= dict(baseline="negative", baseline_strength=1.0, unlearning="unbounded", min_log_ratio=0.0)
@@ -255,7 +255,7 @@ def test_dtm_is_least_where_the_old_policy_is_tilted(control_variate):
       return SimpleNamespace(log_prob=log_prob, entropy=log_prob, divergence=divergence)
 
     keys = jnp.broadcast_to(jax.random.key(0), completion.shape[:2])
-    own = dict(num_replicates=1, antithetic=False, min_mask_ratio=1.0, max_mask_ratio=1.0, tilt=tilt)
+    own = dict(num_mask_samples=1, antithetic=False, min_mask_ratio=1.0, max_mask_ratio=1.0, tilt=tilt)
     return OBJECTIVES["dtm"].loss(score, experience, keys, num_prompts=1, control_variate=control_variate, **own)[0]
 
   slope = jax.jit(jax.grad(compute))
@@ -370,7 +370,7 @@ def test_independent_sets_of_wddo_are_no_complements():
   wide = make_experience(is_counted=np.ones((1, 2, 64), bool), completion=np.zeros((1, 2, 64), np.int32))
   wide = jax.tree.map(jnp.asarray, wide)
   keys = jax.random.split(jax.random.key(0), (1, 2))
-  own = dict(num_prompts=1, alpha_ddo=1.0, beta=1.0, num_replicates=2, antithetic=True)
+  own = dict(num_prompts=1, alpha_ddo=1.0, beta=1.0, num_mask_samples=2, antithetic=True)
   for sets in wddo.SETS:
     wddo.loss(score, wide, keys, sets=sets, min_mask_ratio=0.1, max_mask_ratio=1.0, **own)
   shared, both = seen

@@ -18,7 +18,7 @@ from dmpo_jax.structs import Experience
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 CASES = json.loads((GOLDENS / "wdce.json").read_text())["cases"]
-MASKS = dict(num_replicates=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0)
+MASKS = dict(num_mask_samples=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0)
 UNBOUNDED = dict(unlearning="unbounded", min_log_ratio=0.0)
 THETA = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)
 P, G, C = 4, 3, 6
@@ -114,7 +114,7 @@ def group_loss(log_prob, is_masked, experience, *, baseline, strength, min_log_r
 
 
 def test_the_loss_by_hand():
-  # two rollouts, two replicates, three positions
+  # two rollouts, two mask samples, three positions
   probability = np.array([[[0.5, 0.1, 0.25], [0.5, 0.125, 0.9]], [[0.25, 0.25, 0.5], [0.9, 0.9, 0.9]]], np.float32)
   is_masked = np.array([[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [0, 0, 0]]], bool)
   everything = np.ones((1, 2, 3), bool)
@@ -322,10 +322,10 @@ def test_the_recorded_losses_and_their_gradients(case):
     log_prob, is_masked, experience, baseline=settings["baseline"], strength=settings["strength"]
   )
   np.testing.assert_allclose(loss, [settings["loss"]], rtol=1e-4)
-  rows, replicates = is_masked.shape[1:3]
-  coefficient = arrays["advantages_centered"].reshape(replicates, rows).T[None, :, :, None]
+  rows, mask_samples = is_masked.shape[1:3]
+  coefficient = arrays["advantages_centered"].reshape(mask_samples, rows).T[None, :, :, None]
   num_masked = np.maximum(is_masked.sum(-1, keepdims=True), 1)
-  expected = np.where(is_masked, -coefficient / num_masked / replicates, 0)
+  expected = np.where(is_masked, -coefficient / num_masked / mask_samples, 0)
   np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -195,7 +195,7 @@ def test_baselines_by_hand(name, expected):
 def test_an_unknown_baseline_is_refused_with_a_hint():
   names = ("weight", "negative_weight", "log_p_theta", "log_p_old")
   arrays = {name: jnp.zeros((3, 4)) for name in names}
-  with pytest.raises(ValueError, match=r"objective.baseline='negativ'.*did you mean 'negative'"):
+  with pytest.raises(ValueError, match=r"objective.wdce.baseline='negativ'.*did you mean 'negative'"):
     weights.baseline("negativ", **arrays, is_kept=KEPT)
 
 

@@ -222,7 +222,7 @@ def test_a_run_of_another_version_is_shown_with_what_it_has(workdir, tmp_path):
   old = tmp_path / "old"
   shutil.copytree(workdir, old)
   config = json.loads((old / "config.json").read_text())
-  del config["objective"]["baseline"], config["sampler"], config["model"]
+  del config["objective"]["wdce"], config["sampler"], config["model"]
   config["objective"]["kl_beta"] = 0.25
   (old / "config.json").write_text(json.dumps(config))
   (old / "result.json").write_text('{"buffers": 8, "accuracy": 0.5}')

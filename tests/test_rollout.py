@@ -59,7 +59,7 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
         estimator=Elbo(2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0),
         chunk_prompts=config.rollout.chunk_prompts,
         seed=config.seed,
-        **{name: objective[name] for name in ("replicates", "max_noise", "max_rounds")},
+        **{name: objective[name] for name in ("elbo_rounds", "max_noise", "max_rounds")},
         **weighing,
       )
     prompts, records = parts.prompts.batch(0, config.rollout.num_prompts)
@@ -313,10 +313,16 @@ def test_rewards_that_all_failed_are_no_equal_ones():
     ({}, True),
     (dict(objective__name="coupled_grpo", objective__weighting="reward"), True),  # which reads no weighting
     (dict(objective__weighting="reward"), False),  # r + r pushes where all rewards are 1
-    (dict(objective__weighting="reward", objective__baseline="none"), False),
-    (dict(objective__weighting="reward", objective__baseline="mean"), True),
-    (dict(objective__weighting="reward", objective__baseline="mean", objective__baseline_strength=0.5), False),
-    (dict(objective__name="wddo", objective__weighting="reward", objective__baseline="mean"), False),  # reads none
+    (dict(objective__weighting="reward", objective__wdce__baseline="none"), False),
+    (dict(objective__weighting="reward", objective__wdce__baseline="mean"), True),
+    (
+      dict(objective__weighting="reward", objective__wdce__baseline="mean", objective__wdce__baseline_strength=0.5),
+      False,
+    ),
+    (
+      dict(objective__name="wddo", objective__weighting="reward", objective__wdce__baseline="mean"),
+      False,
+    ),  # reads none
   ],
 )
 def test_which_losses_learn_from_differences_alone(changes, compares):

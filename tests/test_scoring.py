@@ -37,7 +37,7 @@ def make_inputs():
   )
   completion = jax.random.randint(keys[1], (P, G, C), 0, 300)
   is_counted = (jnp.arange(C) < C - 1)[None, None]
-  masks = dict(num_replicates=R, antithetic=True, min_ratio=0.2, max_ratio=0.8)
+  masks = dict(num_mask_samples=R, antithetic=True, min_ratio=0.2, max_ratio=0.8)
   is_masked, _ = draw_masks(jax.random.split(keys[2], (P, G)), is_counted, **masks)
   return prompts, completion, is_masked, jax.random.split(keys[3], (P, G))
 
@@ -69,7 +69,7 @@ def parts_of(case):
 
 @functools.cache
 def plainly(case):
-  """Every replicate's own hidden states, and all logits at one time."""
+  """Every mask sample's own hidden states, and all logits at one time."""
   model, trainable, params = parts_of(case)
   return jax.jit(gradient_of(model, make_inputs(), ()))(trainable, params)
 
@@ -137,7 +137,7 @@ def num_draws(program):
   return sum(equation.primitive.name == "random_bits" for equation in equations(program))
 
 
-def test_replicates_without_a_partner_keep_their_own():
+def test_mask_samples_without_a_partner_keep_their_own():
   """As in the coupled estimate: the full mask, then a pair."""
   model, variables = tiny(**WIDE)
   prompts, completion, is_masked, _ = make_inputs()

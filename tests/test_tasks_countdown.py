@@ -211,10 +211,10 @@ def test_demonstrations_keep_the_rules_and_miss_as_often_as_asked(records):
   assert rewards[0.1] / 600 == pytest.approx(0.7, abs=0.06)
 
 
-def test_flawless_demonstrations_all_hit_the_target(records):
+def test_correct_demonstrations_all_hit_the_target(records):
   rng = np.random.default_rng(0)
-  flawless = TASK.flawless()
-  assert {TASK.reward(record, flawless.demonstration(record, rng)) for record in records["train"]} == {1.0}
+  only_correct = TASK.only_correct()
+  assert {TASK.reward(record, only_correct.demonstration(record, rng)) for record in records["train"]} == {1.0}
 
 
 @pytest.mark.parametrize(("demo_wrong", "reward"), [(0.0, 1.0), (1.0, 0.1)])

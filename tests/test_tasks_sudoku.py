@@ -120,7 +120,7 @@ def test_demonstrations_leave_only_blank_cells_and_the_right_share():
       assert shown == right or (shown == "0" and given_cell == "0")
   blanks = RECORD["puzzle"].count("0")
   assert np.mean([text.count("0") for text in texts]) / blanks == pytest.approx(0.5 * (blanks / 11) ** 4, abs=0.03)
-  assert {TASK.flawless().demonstration(RECORD, rng) for _ in range(20)} == {RECORD["solution"]}
+  assert {TASK.only_correct().demonstration(RECORD, rng) for _ in range(20)} == {RECORD["solution"]}
 
 
 # puzzle   3102 2000 0210 0320    8 blanks

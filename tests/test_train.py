@@ -21,7 +21,7 @@ from dmpo_jax.run import params as params_lib
 
 def config(**overrides):
   """Without a baseline every rollout is learned from: rewards of a policy at random may all be the same."""
-  return tiny.config(**{"objective__baseline": "none"} | overrides)
+  return tiny.config(**{"objective__wdce__baseline": "none"} | overrides)
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +167,9 @@ def test_adapters_are_trained_on_an_int8_base(tmp_path, use_devices):
   """With samplers on a mesh of their own, which the base in int8 moves to."""
   use_devices(2)
   workdir = epath.Path(tmp_path / "run")
-  own = dict(objective__baseline="none", model__lora__rank=2, train__num_buffers=1)  # so that any rewards have weights
+  own = dict(
+    objective__wdce__baseline="none", model__lora__rank=2, train__num_buffers=1
+  )  # so that any rewards have weights
   own |= dict(sharding__fsdp=2, sharding__rollout__fsdp=1, sharding__rollout__tensor=2, warm_start__updates=0)
   train.main(tiny.config(model__quantization="int8", **own), workdir)
   policy = policy_of(workdir)

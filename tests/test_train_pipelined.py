@@ -15,7 +15,7 @@ from dmpo_jax.run.preemption import Preempted
 
 def config(**overrides):
   """Without a baseline every rollout is learned from: rewards of a policy at random may all be the same."""
-  own = dict(rollout__pipelined=True, rollout__chunk_prompts=2, objective__baseline="none", warm_start__updates=0)
+  own = dict(rollout__pipelined=True, rollout__chunk_prompts=2, objective__wdce__baseline="none", warm_start__updates=0)
   return tiny.config(**own | overrides)
 
 

@@ -68,9 +68,11 @@ def step_of(begun, experience):
 
 @pytest.mark.parametrize("baseline", ["negative", "model"])
 def test_microbatches_and_devices_change_nothing(folder, use_devices, baseline):
-  whole = tiny.config(objective__baseline=baseline, optim__learning_rate=0.1)
-  parted = tiny.config(objective__baseline=baseline, optim__learning_rate=0.1, train__microbatch_prompts=1)
-  sharded = tiny.config(objective__baseline=baseline, optim__learning_rate=0.1, sharding__fsdp=2, sharding__tensor=2)
+  whole = tiny.config(objective__wdce__baseline=baseline, optim__learning_rate=0.1)
+  parted = tiny.config(objective__wdce__baseline=baseline, optim__learning_rate=0.1, train__microbatch_prompts=1)
+  sharded = tiny.config(
+    objective__wdce__baseline=baseline, optim__learning_rate=0.1, sharding__fsdp=2, sharding__tensor=2
+  )
   results = []
   for config, num_devices in ((whole, 1), (parted, 1), (sharded, 8)):
     begun = begin(config, folder, num_devices, use_devices)
@@ -138,7 +140,7 @@ def test_adapters_learn_and_dropout_is_in_the_gradient_step_alone(folder, use_de
 
 def test_nothing_is_compiled_after_the_first_iteration(folder, use_devices):
   """Buffers of other prompts and completions run the programs that are there: rollouts, scores, weights, updates."""
-  config = tiny.config(rollout__chunk_prompts=2, sampler__name="parallel", objective__replicates="adaptive")
+  config = tiny.config(rollout__chunk_prompts=2, sampler__name="parallel", objective__elbo_rounds="adaptive")
   parts, phase, state = begin(config, folder, 1, use_devices)
   compiled, counts = [], []
 
@@ -331,7 +333,7 @@ def test_a_run_interrupted_between_microbatches_ends_as_if_left_alone(tmp_path, 
   """Polls come before a buffer, before it is sampled and scored, before an update, and before each microbatch."""
   use_devices(1)
   own = dict(model__lora__rank=rank, train__microbatch_prompts=2, train__num_buffers=1, warm_start__updates=0)
-  config = tiny.config(**own, objective__baseline="none", checkpoint__every_updates=100)
+  config = tiny.config(**own, objective__wdce__baseline="none", checkpoint__every_updates=100)
   alone, workdir = leave_alone(config, tmp_path / "alone"), epath.Path(tmp_path / "run")
   for number, step in ((5, "0"), (6, "1")):
     with monkeypatch.context() as patch:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from dmpo_jax.config import ConfigError, did_you_mean
+from dmpo_jax.config.renamed import RENAMED, new_name
 from dmpo_jax.config.rules import RULES
 
 HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
@@ -93,7 +94,7 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
   place = traceback.extract_tb(error.__traceback__)[-1]
   where = "" if isinstance(error, SyntaxError) else f" ({place.filename}, line {place.lineno})"
   kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-  return f"{given}: {kind}{error}{where}"
+  return f"{given}: {kind}{error}{where}{_renamed_keys(error)}"
 
 
 def _unknown_keys(error: Exception, argv: Sequence[str]) -> list[str]:
@@ -102,4 +103,16 @@ def _unknown_keys(error: Exception, argv: Sequence[str]) -> list[str]:
     return []
   overrides = [arg[len("--config.") :].split("=")[0] for arg in argv if arg.startswith("--config.")]
   unknown = [path for path in overrides if path not in RULES and any(part in str(error) for part in path.split("."))]
-  return [f"--config.{path}: no such key{did_you_mean(path, RULES)}" for path in unknown]
+  return [
+    f"--config.{path}: " + (new_name(path) if path in RENAMED else f"no such key{did_you_mean(path, RULES)}")
+    for path in unknown
+  ]
+
+
+def _renamed_keys(error: Exception) -> str:
+  """Name the keys that a configuration's file may mean, where it sets one by a name of before."""
+  if not isinstance(error, AttributeError | KeyError):
+    return ""
+  named = re.match(r"""["']*(?:Key ")?(\w+)""", str(error))
+  old = [path for path in RENAMED if named and path.rpartition(".")[2] == named[1]]
+  return "".join(f"; {path} {new_name(path)}" for path in old)

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from dmpo_jax import tasks
+from dmpo_jax.config.renamed import current
 from dmpo_jax.config.validation import CHOICES, Config, flatten
 from dmpo_jax.models.transformer import OLDER as OLDER_MODEL
 
@@ -66,7 +67,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str, Any]:
   """List the leaves that decide results: not those of `may_change`, nor of choices that were not made, nor OLDER."""
-  leaves = flatten(config)
+  leaves = current(flatten(config))
   chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
   chosen.add(("objective", leaves.get("objective.likelihood")))
   chosen.add(("task", tasks.section(str(leaves.get("task.name")))))

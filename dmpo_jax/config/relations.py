@@ -31,18 +31,18 @@ def is_paired(value: int, antithetic: bool, drawn_for: str) -> bool:
 
 
 def drawn_for(key: str, objective: str, likelihood: str) -> str:
-  """The estimator that so many replicates are drawn for; "" where they are not used.
+  """The estimator that so many mask samples are drawn for; "" where they are not used.
 
   A loss that takes no estimator draws its masks as `elbo` does.
   """
   loss, needs, _ = OBJECTIVES[objective]
-  if key == "num_replicates":
+  if key == "num_mask_samples":
     return likelihood if "likelihood" in inspect.signature(loss).parameters else "elbo"
   return likelihood if needs == "weights" else ""
 
 
-def replicate_relations(key: str) -> tuple[Relation, ...]:
-  """What a number of replicates must be to the estimator that it is for."""
+def mask_sample_relations(key: str) -> tuple[Relation, ...]:
+  """What a number of mask samples must be to the estimator that it is for."""
   path, names = f"objective.{key}", ("objective.name", "objective.likelihood")
   return (
     Relation(
@@ -76,7 +76,7 @@ def has_no_noise(likelihood: str, prompt_mask_ratio: float) -> bool:
   return likelihood in ("sampler", "trajectory") or (likelihood == "one_step" and prompt_mask_ratio == 0)
 
 
-COMPARED = ("objective.name", "objective.baseline", "objective.unlearning")
+COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning")
 
 RELATIONS = (
   Relation("model.d_model", ("model.num_heads",), is_multiple, "a multiple of {0}"),
@@ -121,8 +121,8 @@ RELATIONS = (
     lambda steps, length, block: length % block > 0 or steps % (length // block) == 0,
     "a multiple of the number of blocks, {0} / {1}",
   ),
-  *replicate_relations("num_replicates"),
-  *replicate_relations("num_elbo_replicates"),
+  *mask_sample_relations("num_mask_samples"),
+  *mask_sample_relations("num_elbo_samples"),
   Relation(
     "objective.likelihood",
     ("objective.name",),
@@ -160,9 +160,9 @@ RELATIONS = (
     "1.0, as {0} leaves no share of a group to cut",
   ),
   Relation(
-    "objective.replicates",
+    "objective.elbo_rounds",
     ("objective.likelihood", "objective.one_step.prompt_mask_ratio"),
-    lambda replicates, likelihood, ratio: replicates == "fixed" or not has_no_noise(likelihood, ratio),
+    lambda rounds, likelihood, ratio: rounds == "fixed" or not has_no_noise(likelihood, ratio),
     "fixed, as {0} (one_step: with {1}) has no noise to average",
   ),
   Relation("objective.min_mask_ratio", ("objective.max_mask_ratio",), operator.lt, "below {0}"),
@@ -199,8 +199,8 @@ RELATIONS = (
   ),
   Relation(
     "rollout.pipelined",
-    ("objective.replicates",),
-    lambda pipelined, replicates: not pipelined or replicates == "fixed",
+    ("objective.elbo_rounds",),
+    lambda pipelined, rounds: not pipelined or rounds == "fixed",
     "False, as {0} asks for more of the policy once rewards are known, and by then it has moved on",
   ),
   Relation(

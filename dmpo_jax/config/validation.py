@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import tasks
 from dmpo_jax.config.relations import RELATIONS
+from dmpo_jax.config.renamed import RENAMED, new_name
 from dmpo_jax.config.rules import RULES
 from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.samplers import SAMPLERS
@@ -81,6 +82,8 @@ def _problem(path: str, values: Mapping[str, Any]) -> str:
   if path not in values:
     return "" if _has_default(path) else f"config.{path} is missing: {rule.allowed}"
   value = values[path]
+  if path in RENAMED:
+    return _line(path, value, new_name(path))
   if rule is None:
     is_own = path.count(".") == 2 and path.split(".")[0] in CHOICES
     return "" if is_own else _line(path, value, "no such key" + did_you_mean(path, RULES))

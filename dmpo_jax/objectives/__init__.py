@@ -10,6 +10,8 @@ the configuration names.
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from ml_collections import ConfigDict
+
 from dmpo_jax.objectives import coupled_grpo, denoise, diffu_grpo, dtm, gdpo, spg, tracerl, wd1, wdce, wddo
 
 Needs = Literal["demonstrations", "rewards", "weights", "ratio", "ratio_and_reference"]
@@ -39,7 +41,7 @@ OBJECTIVES = {
 }
 
 
-def needs_of(name: str, kl_weight: float) -> Needs:
-  """Say what a buffer must hold for an objective whose KL has this weight: without one, nothing of a reference."""
-  needs = OBJECTIVES[name].needs
-  return "ratio" if needs == "ratio_and_reference" and kl_weight == 0 else needs
+def needs_of(settings: ConfigDict) -> Needs:
+  """Say what a buffer must hold for the objective of a configuration's section; without a KL, no reference."""
+  needs = OBJECTIVES[settings.name].needs
+  return "ratio" if needs == "ratio_and_reference" and settings[settings.name].kl_weight == 0 else needs

@@ -20,7 +20,7 @@ def loss(
   """Compute DiffuCoder's loss (arXiv 2506.20639): `clipped.token_loss`, KL to the reference policy.
 
   The advantage is the reward minus the mean of the group's other rewards. Published: likelihood coupled with one pair
-  (3 replicates), mask ratios from U(0.2, 0.8), clip 0.5, kl_weight 0.01, 2 updates a buffer, groups of 10.
+  (3 mask samples), mask ratios from U(0.2, 0.8), clip 0.5, kl_weight 0.01, 2 updates a buffer, groups of 10.
 
   Args:
     experience, likelihood: as in `diffu_grpo.loss`.

@@ -15,7 +15,7 @@ def loss(
   keys: Key[Array, "p g"],
   *,
   num_prompts: int,
-  num_replicates: int,
+  num_mask_samples: int,
   antithetic: bool,
   min_mask_ratio: float,
   max_mask_ratio: float,
@@ -33,12 +33,12 @@ def loss(
   is_masked, ratio = draw_masks(
     keys,
     experience.is_counted,
-    num_replicates=num_replicates,
+    num_mask_samples=num_mask_samples,
     antithetic=antithetic,
     min_ratio=min_mask_ratio,
     max_ratio=max_mask_ratio,
   )
-  scores, is_kept = score(is_masked, pairs=complementary_pairs(num_replicates, antithetic)), experience.is_kept
+  scores, is_kept = score(is_masked, pairs=complementary_pairs(num_mask_samples, antithetic)), experience.is_kept
   losses = mean_kept(bound(scores.log_prob, is_masked, ratio, experience.is_counted), is_kept)
   entropy = mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept)
   return losses.sum() / num_prompts, {"loss_entropy": entropy.sum() / num_prompts}
@@ -50,7 +50,7 @@ def bound(
   ratio: Float[Array, "p g r"],
   is_counted: Bool[Array, "p g c"],
 ) -> Float[Array, "p g"]:
-  """Average over replicates (1/n) (1/t) sum_{l in M} -log p(y_l | ...): n counted positions, t the mask ratio.
+  """Average over mask samples (1/n) (1/t) sum_{l in M} -log p(y_l | ...): n counted positions, t the mask ratio.
 
   In nats a position; n times it bounds -log p(y | x) from above, in expectation over t ~ U(0, 1). A ratio of 0 masks
   nothing and counts as 0.

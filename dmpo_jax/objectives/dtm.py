@@ -16,7 +16,7 @@ def loss(
   keys: Key[Array, "p g"],
   *,
   num_prompts: int,
-  num_replicates: int,
+  num_mask_samples: int,
   antithetic: bool,
   min_mask_ratio: float,
   max_mask_ratio: float,
@@ -42,19 +42,19 @@ def loss(
 
   Args:
     score: with p_old as its teacher, which the reference is where it is synchronised after every buffer.
-    num_replicates, antithetic, min_mask_ratio, max_mask_ratio: of the masks, as in `wdce.loss`.
+    num_mask_samples, antithetic, min_mask_ratio, max_mask_ratio: of the masks, as in `wdce.loss`.
     tilt: h, at least 0.
     control_variate: c.
   """
   is_masked, _ = draw_masks(
     keys,
     experience.is_counted,
-    num_replicates=num_replicates,
+    num_mask_samples=num_mask_samples,
     antithetic=antithetic,
     min_ratio=min_mask_ratio,
     max_ratio=max_mask_ratio,
   )
-  scores = score(is_masked, pairs=complementary_pairs(num_replicates, antithetic))
+  scores = score(is_masked, pairs=complementary_pairs(num_mask_samples, antithetic))
   weight = bounded_exp(tilt * centred_advantage(experience.reward, experience.is_kept)) - control_variate
   losses = masked_mean(control_variate * scores.divergence - weight[..., None, None] * scores.log_prob, is_masked)
   entropy = masked_mean(scores.entropy, is_masked).mean(-1)

@@ -1,7 +1,7 @@
 """The likelihood estimators by name: which noised copies of a completion each of them shows, and what it makes of them.
 
 Of n counted positions y_1..y_n; M is a set of masked ones and log p(y_l | M) the model's log-probability of y_l when it
-sees the prompt and y without M. `num_replicates` is what an estimate costs: model calls a completion.
+sees the prompt and y without M. `num_mask_samples` is what an estimate costs: model calls a completion.
 """
 
 import dataclasses
@@ -27,22 +27,22 @@ class OneStep(Linear):
   masked with probability `prompt_mask_ratio`, which is the only noise.
   """
 
-  num_replicates: int
+  num_mask_samples: int
   prompt_mask_ratio: float
 
   @property
   def draws(self) -> tuple[int, ...]:
-    return tuple(range(self.num_replicates)) if self.prompt_mask_ratio else (-1,) * self.num_replicates
+    return tuple(range(self.num_mask_samples)) if self.prompt_mask_ratio else (-1,) * self.num_mask_samples
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     p, g, c = completions.is_counted.shape
-    is_masked = jnp.ones((p, g, self.num_replicates, c), bool)
-    share = jnp.broadcast_to(completions.is_counted[:, :, None], is_masked.shape) / self.num_replicates
+    is_masked = jnp.ones((p, g, self.num_mask_samples, c), bool)
+    share = jnp.broadcast_to(completions.is_counted[:, :, None], is_masked.shape) / self.num_mask_samples
     if not self.prompt_mask_ratio:
       return Views(is_masked, share)
     width = completions.prompt_is_valid.shape[-1]
     # Counted from the right, where a prompt's tokens stand whatever its padding.
-    noise = jnp.flip(uniform_noise(keys, self.num_replicates, width), -1)
+    noise = jnp.flip(uniform_noise(keys, self.num_mask_samples, width), -1)
     return Views(is_masked, share, (noise < self.prompt_mask_ratio) & completions.prompt_is_valid[:, None, None])
 
 
@@ -52,11 +52,11 @@ class Elbo(Linear):
 
   Args:
     antithetic, min_mask_ratio, max_mask_ratio: see `masking.draw_masks`.
-    mask_block_length: where positive, a replicate masks some of one block of so many positions and everything after it,
-      as a block-wise sampler meets it (SPG, arXiv 2510.09541); 0: anywhere.
+    mask_block_length: where positive, a mask sample masks some of one block of so many positions and everything after
+      it, as a block-wise sampler meets it (SPG, arXiv 2510.09541); 0: anywhere.
   """
 
-  num_replicates: int
+  num_mask_samples: int
   antithetic: bool
   min_mask_ratio: float
   max_mask_ratio: float
@@ -64,25 +64,25 @@ class Elbo(Linear):
 
   @property
   def draws(self) -> tuple[int, ...]:
-    count = self.num_replicates
+    count = self.num_mask_samples
     return tuple(range(count // 2)) * 2 if self.antithetic else tuple(range(count))
 
   @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
-    return complementary_pairs(self.num_replicates, self.antithetic)
+    return complementary_pairs(self.num_mask_samples, self.antithetic)
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
     is_read, is_masked = draw_block_masks(
       keys,
       is_counted,
-      num_replicates=self.num_replicates,
+      num_mask_samples=self.num_mask_samples,
       antithetic=self.antithetic,
       min_ratio=self.min_mask_ratio,
       max_ratio=self.max_mask_ratio,
       block_length=self.mask_block_length,
     )
-    return Views(is_masked, _by_count(is_read, is_counted) / self.num_replicates)
+    return Views(is_masked, _by_count(is_read, is_counted) / self.num_mask_samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Eubo(Elbo):
   EUBO = (1/beta) sum_l log mean_r [(n/m) 1(l in M_r) p(y_l | M_r)^beta] over the positions that were masked at all, and
   mixture * EUBO + (1 - mixture) * ELBO, on the same masks.
 
-  The bound holds for beta >= 1 once the constant is added that depends on the masking alone. From few replicates the
+  The bound holds for beta >= 1 once the constant is added that depends on the masking alone. From few mask samples the
   logarithm of the mean is biased downwards, and masks that may be empty shift it by about n log(n / (n + 1)).
   """
 
@@ -107,7 +107,7 @@ class Eubo(Elbo):
     return super().tokens(log_prob, views)
 
   def upper(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
-    """Compute each position's part of the EUBO; 0 where no replicate masked it."""
+    """Compute each position's part of the EUBO; 0 where no mask sample masked it."""
     is_read = views.share > 0
     is_any = is_read.any(2)
     # as a log-sum-exp: p^beta itself is 0 in float32 from log p = -58 on where beta is 1.5
@@ -129,23 +129,23 @@ class ElboQuadrature(Linear):
   n <= 2 * num_points.
 
   Args:
-    num_replicates: a multiple of num_points; the rest are masks at each point.
+    num_mask_samples: a multiple of num_points; the rest are masks at each point.
   """
 
-  num_replicates: int
+  num_mask_samples: int
   num_points: int
 
   @property
   def draws(self) -> tuple[int, ...]:
-    return tuple(np.repeat(np.arange(self.num_replicates // self.num_points), self.num_points).tolist())
+    return tuple(np.repeat(np.arange(self.num_mask_samples // self.num_points), self.num_points).tolist())
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
     nodes, weights = np.polynomial.legendre.leggauss(self.num_points)
-    masks_a_point = self.num_replicates // self.num_points
+    masks_a_point = self.num_mask_samples // self.num_points
     ratio = np.tile((nodes + 1) / 2, masks_a_point).astype(np.float32)
     share = np.tile(weights / 2, masks_a_point).astype(np.float32) / ratio / masks_a_point
-    noise = uniform_noise(keys, self.num_replicates, is_counted.shape[-1])
+    noise = uniform_noise(keys, self.num_mask_samples, is_counted.shape[-1])
     is_masked = (noise < ratio[:, None]) & is_counted[:, :, None]
     return Views(is_masked, jnp.where(is_masked, share[:, None], 0))
 
@@ -159,28 +159,28 @@ class Coupled(Linear):
   them all again. It adds 2k + 1 bounds and divides by k + 1: as published, it is no likelihood but up to twice one.
 
   Args:
-    num_replicates: 2k + 1.
+    num_mask_samples: 2k + 1.
   """
 
-  num_replicates: int
+  num_mask_samples: int
   min_mask_ratio: float
   max_mask_ratio: float
 
   @property
   def draws(self) -> tuple[int, ...]:
-    return (-1, *tuple(range(self.num_replicates // 2)) * 2)
+    return (-1, *tuple(range(self.num_mask_samples // 2)) * 2)
 
   @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
-    return complementary_pairs(self.num_replicates - 1, antithetic=True, first=1)
+    return complementary_pairs(self.num_mask_samples - 1, antithetic=True, first=1)
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
-    num_pairs = self.num_replicates // 2
+    num_pairs = self.num_mask_samples // 2
     is_drawn, ratio = draw_masks(
       keys,
       is_counted,
-      num_replicates=2 * num_pairs,
+      num_mask_samples=2 * num_pairs,
       antithetic=True,
       min_ratio=self.min_mask_ratio,
       max_ratio=self.max_mask_ratio,
@@ -195,7 +195,7 @@ class Coupled(Linear):
 class Trajectory(Linear):
   """sum_k sum_{l in C_k} log p(y_l | C_k and all later chunks masked): along the sampler's own order.
 
-  A completion's model calls, in the order in which they decided its positions, form `num_replicates` chunks C_k of
+  A completion's model calls, in the order in which they decided its positions, form `num_mask_samples` chunks C_k of
   neighbouring calls (TraceRL, arXiv 2509.06949, whose shrinkage parameter is the calls of a chunk; d2's
   estimator, arXiv 2509.21474). With as many chunks as calls it is the log-probability of the tokens along the
   trajectory that was sampled; with fewer, tokens of a chunk count as independent. No noise: nothing is drawn.
@@ -204,17 +204,17 @@ class Trajectory(Linear):
   when it decided the tokens before it is shown, and not read.
   """
 
-  num_replicates: int
+  num_mask_samples: int
   replays: ClassVar[bool] = True
 
   @property
   def draws(self) -> tuple[int, ...]:
-    return (-1,) * self.num_replicates
+    return (-1,) * self.num_mask_samples
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     last = jnp.where(completions.is_counted, completions.committed_at, 0).max(-1, keepdims=True)
-    chunk = completions.committed_at * self.num_replicates // (last + 1)
-    number = jnp.arange(self.num_replicates)[:, None]
+    chunk = completions.committed_at * self.num_mask_samples // (last + 1)
+    number = jnp.arange(self.num_mask_samples)[:, None]
     is_masked = chunk[:, :, None] >= number
     is_read = (chunk[:, :, None] == number) & completions.is_counted[:, :, None]
     return Views(is_masked, is_read.astype(jnp.float32))
@@ -236,29 +236,29 @@ ESTIMATORS = {
 }
 
 
-def make_estimator(name: str, settings: Mapping[str, Any], num_replicates: int) -> Estimator:
+def make_estimator(name: str, settings: Mapping[str, Any], num_mask_samples: int) -> Estimator:
   """Build an estimator from a configuration's section: its keywords, and those of its own section in it.
 
   Raises:
-    ValueError: an unknown name, or a number of replicates that the estimator cannot have.
+    ValueError: an unknown name, or a number of mask samples that the estimator cannot have.
   """
   if name not in ESTIMATORS:
     near = difflib.get_close_matches(name, ESTIMATORS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"objective.likelihood={name!r}: must be one of {', '.join(ESTIMATORS)}{hint}")
-  own = {**settings, **settings.get(name, {}), "num_replicates": num_replicates}
-  problem = replicates_problem(name, num_replicates, own)
+  own = {**settings, **settings.get(name, {}), "num_mask_samples": num_mask_samples}
+  problem = mask_samples_problem(name, num_mask_samples, own)
   if problem:
-    raise ValueError(f"objective.num_replicates (num_elbo_replicates)={num_replicates}: {problem}")
+    raise ValueError(f"objective.num_mask_samples (num_elbo_samples)={num_mask_samples}: {problem}")
   return ESTIMATORS[name](**{key: own[key] for key in inspect.signature(ESTIMATORS[name]).parameters})
 
 
-def replicates_problem(name: str, num_replicates: int, own: Mapping[str, Any]) -> str:
-  """Say what a number of replicates must be for this estimator, or nothing where it is right."""
-  if name in ("elbo", "eubo") and own["antithetic"] and num_replicates % 2:
+def mask_samples_problem(name: str, num_mask_samples: int, own: Mapping[str, Any]) -> str:
+  """Say what a number of mask samples must be for this estimator, or nothing where it is right."""
+  if name in ("elbo", "eubo") and own["antithetic"] and num_mask_samples % 2:
     return "must be even, as objective.antithetic = True draws masks in complementary pairs"
-  if name == "coupled" and (num_replicates < 3 or num_replicates % 2 == 0):
+  if name == "coupled" and (num_mask_samples < 3 or num_mask_samples % 2 == 0):
     return "must be odd and at least 3 for objective.likelihood = 'coupled': pairs and the full mask"
-  if name == "elbo_quadrature" and num_replicates % own["num_points"]:
+  if name == "elbo_quadrature" and num_mask_samples % own["num_points"]:
     return f"must be a multiple of objective.elbo_quadrature.num_points = {own['num_points']}"
   return ""

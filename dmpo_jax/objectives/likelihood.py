@@ -28,7 +28,7 @@ class Views(NamedTuple):
   """Noised copies of completions, and each position's share in the estimate."""
 
   is_masked: Bool[Array, "p g r c"]  # hidden from the model
-  share: Float[Array, "p g r c"]  # of a replicate's log-probability of a position; 0 where it is not read
+  share: Float[Array, "p g r c"]  # of a mask sample's log-probability of a position; 0 where it is not read
   prompt_is_masked: Bool[Array, "p g r q"] | None = None
 
 
@@ -44,8 +44,8 @@ class Completions(NamedTuple):
 class Estimator(Protocol):
   """One way to estimate log p(y | x)."""
 
-  draws: tuple[int, ...]  # the independent draw that each replicate belongs to; -1: none, it is not random
-  pairs: tuple[tuple[int, int], ...]  # replicates (i, j): what is read of j is not masked in i, and all read of i is
+  draws: tuple[int, ...]  # the independent draw that each mask sample belongs to; -1: none, it is not random
+  pairs: tuple[tuple[int, int], ...]  # mask samples (i, j): what is read of j is not masked in i, and all read of i is
   replays: bool  # its views are states that the sampler saw, with what stood at positions that are not counted
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
@@ -83,7 +83,7 @@ def _shared(log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p 
 
 
 def masked_mean(values: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"]) -> Float[Array, "p g r"]:
-  """Average over a replicate's masked positions: (1/m) sum_{l in M} values_l, m = max(|M|, 1); 0 for an empty mask."""
+  """Average over the masked positions of each mask sample, (1/m) sum_{l in M} values_l; 0 for an empty mask."""
   num_masked = jnp.maximum(is_masked.sum(-1), 1)
   return jnp.where(is_masked, values, 0).sum(-1) / num_masked
 
@@ -91,7 +91,7 @@ def masked_mean(values: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c
 def elbo(
   token_log_prob: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"], is_counted: Bool[Array, "p g c"]
 ) -> Float[Array, "p g r"]:
-  """Estimate the denoising bound of log p(y | x), once a mask replicate.
+  """Estimate the denoising bound of log p(y | x), once a mask sample.
 
   (n/m) * sum_{l in M} log p(y_l | x, y with M masked), n counted positions, m = max(|M|, 1): DMPO, arXiv 2510.08233,
   after LLaDA's likelihood evaluation, arXiv 2502.09992, section 2.4. Given a non-empty mask and lambda ~ U(0, 1) it is
@@ -108,7 +108,7 @@ def elbo(
     is_masked: within the counted positions.
 
   Returns:
-    Nats, one estimate a replicate; their mean over r is the estimate.
+    Nats, one estimate a mask sample; their mean over r is the estimate.
   """
   return is_counted.sum(-1)[:, :, None] * masked_mean(token_log_prob, is_masked)
 

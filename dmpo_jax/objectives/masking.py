@@ -9,31 +9,31 @@ def draw_masks(
   keys: Key[Array, "p g"],
   is_counted: Bool[Array, "p g c"],
   *,
-  num_replicates: int,
+  num_mask_samples: int,
   antithetic: bool,
   min_ratio: float,
   max_ratio: float,
-) -> tuple[Bool[Array, "p g {num_replicates} c"], Float[Array, "p g {num_replicates}"]]:
+) -> tuple[Bool[Array, "p g {num_mask_samples} c"], Float[Array, "p g {num_mask_samples}"]]:
   """Draw masks of each rollout: lambda ~ U(min_ratio, max_ratio), then each counted position with probability lambda.
 
-  Replicate i of a rollout depends on the rollout's key and on i, and its position l on these and on l: not on the
-  other rows, the number of replicates or of positions.
+  Mask sample i of a rollout depends on the rollout's key and on i, and its position l on these and on l: not on the
+  other rows, the number of mask samples or of positions.
 
   Args:
     keys: the rollouts' keys.
     is_counted: positions that may be masked.
-    num_replicates: masks of each rollout.
+    num_mask_samples: masks of each rollout.
     antithetic: see `place_masks`.
     min_ratio, max_ratio: range of lambda, 0 <= min_ratio <= max_ratio <= 1.
 
   Returns:
-    is_masked, and the probability with which each replicate's positions were masked (see `place_masks`).
+    is_masked, and the probability with which each mask sample's positions were masked (see `place_masks`).
 
   Raises:
-    ValueError: an odd number of antithetic replicates, or a range outside [0, 1].
+    ValueError: an odd number of antithetic mask samples, or a range outside [0, 1].
   """
-  _check(num_replicates, antithetic, min_ratio, max_ratio)
-  num_draws = num_replicates // 2 if antithetic else num_replicates
+  _check(num_mask_samples, antithetic, min_ratio, max_ratio)
+  num_draws = num_mask_samples // 2 if antithetic else num_mask_samples
 
   uniform = uniform_noise(keys, num_draws, 1 + is_counted.shape[-1])
   return place_masks(
@@ -45,13 +45,13 @@ def draw_block_masks(
   keys: Key[Array, "p g"],
   is_counted: Bool[Array, "p g c"],
   *,
-  num_replicates: int,
+  num_mask_samples: int,
   antithetic: bool,
   min_ratio: float,
   max_ratio: float,
   block_length: int,
-) -> tuple[Bool[Array, "p g {num_replicates} c"], Bool[Array, "p g {num_replicates} c"]]:
-  """Draw masks within one block of each replicate, drawn among those with a counted position; all after it is hidden.
+) -> tuple[Bool[Array, "p g {num_mask_samples} c"], Bool[Array, "p g {num_mask_samples} c"]]:
+  """Draw masks within one block of each mask sample, drawn among those with a counted position; all after it is hidden.
 
   A block-wise sampler's view of a completion: the blocks before are whole, those after are MASK.
 
@@ -63,10 +63,10 @@ def draw_block_masks(
   """
   ratios = dict(antithetic=antithetic, min_ratio=min_ratio, max_ratio=max_ratio)
   if not block_length:
-    is_masked, _ = draw_masks(keys, is_counted, num_replicates=num_replicates, **ratios)
+    is_masked, _ = draw_masks(keys, is_counted, num_mask_samples=num_mask_samples, **ratios)
     return is_masked, is_masked
-  _check(num_replicates, antithetic, min_ratio, max_ratio)
-  num_draws = num_replicates // 2 if antithetic else num_replicates
+  _check(num_mask_samples, antithetic, min_ratio, max_ratio)
+  num_draws = num_mask_samples // 2 if antithetic else num_mask_samples
   uniform = uniform_noise(keys, num_draws, 2 + is_counted.shape[-1])
   block = jnp.arange(is_counted.shape[-1]) // block_length
   num_blocks = jnp.where(is_counted, block + 1, 1).max(-1)
@@ -77,21 +77,21 @@ def draw_block_masks(
   return is_read, is_read | (block > chosen)
 
 
-def complementary_pairs(num_replicates: int, antithetic: bool, first: int = 0) -> tuple[tuple[int, int], ...]:
-  """Name the replicates (i, j) that `draw_masks` makes complements of each other, counted from `first`."""
-  half = num_replicates // 2 if antithetic else 0
+def complementary_pairs(num_mask_samples: int, antithetic: bool, first: int = 0) -> tuple[tuple[int, int], ...]:
+  """Name the mask samples (i, j) that `draw_masks` makes complements of each other, counted from `first`."""
+  half = num_mask_samples // 2 if antithetic else 0
   return tuple((first + i, first + half + i) for i in range(half))
 
 
 def uniform_noise(keys: Key[Array, "p g"], num_draws: int, width: int) -> Float[Array, "p g {num_draws} {width}"]:
   """Draw numbers in [0, 1) that belong to (rollout, draw, position), whatever the numbers of draws and positions."""
 
-  def draw(key: Key[Array, ""], replicate: jax.Array) -> jax.Array:
+  def draw(key: Key[Array, ""], mask_sample: jax.Array) -> jax.Array:
     # element i of uniform(key, (n,)) depends on the key and on i alone
-    return jax.random.uniform(jax.random.fold_in(key, replicate), (width,))
+    return jax.random.uniform(jax.random.fold_in(key, mask_sample), (width,))
 
-  over_replicates = jax.vmap(draw, (None, 0))
-  return jax.vmap(jax.vmap(over_replicates, (0, None)), (0, None))(keys, jnp.arange(num_draws))
+  over_mask_samples = jax.vmap(draw, (None, 0))
+  return jax.vmap(jax.vmap(over_mask_samples, (0, None)), (0, None))(keys, jnp.arange(num_draws))
 
 
 def place_masks(
@@ -117,12 +117,12 @@ def place_masks(
   return is_drawn & is_counted[:, :, None], ratio
 
 
-def _check(num_replicates: int, antithetic: bool, min_ratio: float, max_ratio: float) -> None:
-  if num_replicates < 1:
-    raise ValueError(f"objective.num_replicates (num_elbo_replicates)={num_replicates}: must be at least 1")
-  if antithetic and num_replicates % 2:
+def _check(num_mask_samples: int, antithetic: bool, min_ratio: float, max_ratio: float) -> None:
+  if num_mask_samples < 1:
+    raise ValueError(f"objective.num_mask_samples (num_elbo_samples)={num_mask_samples}: must be at least 1")
+  if antithetic and num_mask_samples % 2:
     raise ValueError(
-      f"objective.num_replicates (num_elbo_replicates)={num_replicates} with objective.antithetic=True: masks come in "
+      f"objective.num_mask_samples (num_elbo_samples)={num_mask_samples} with objective.antithetic=True: masks come in "
       "complementary pairs, so give an even number or set objective.antithetic=False"
     )
   if not 0 <= min_ratio <= max_ratio <= 1:

@@ -22,11 +22,11 @@ def loss(
 
   - (1 / num_prompts) sum_prompts mean_i A_i L(y_i), A the reward minus the group's mean, L the ELBO / n_i where A is
   positive, and where it is not mixture * EUBO / u_i + (1 - mixture) * ELBO / n_i on the same masks: n_i counted
-  positions, of which u_i were masked by some replicate. Published: block-wise masks, 2 replicates, beta 1.5 (1 for
+  positions, of which u_i were masked by some mask sample. Published: block-wise masks, 2 mask samples, beta 1.5 (1 for
   Sudoku), mixture 0.5, 4 updates a buffer, groups of 6, no clipping and no KL.
 
   The published code also masks prompt tokens with probability 0.15, draws the number of masked positions uniformly from
-  1 to n (here a ratio is drawn, and each position masked with it: a mask may be empty), takes the two replicates from
+  1 to n (here a ratio is drawn, and each position masked with it: a mask may be empty), takes the two mask samples from
   different blocks where there are as many, hides what follows the first EOS, and weighs rollouts by their length.
 
   Args:

@@ -36,7 +36,7 @@ def loss(
     experience, likelihood: as in `diffu_grpo.loss`; the reference policy is not read.
   """
   policy, is_kept = estimate(score, experience, keys, likelihood), experience.is_kept
-  is_read = policy.views.share > 0  # a replicate reads a chunk
+  is_read = policy.views.share > 0  # a mask sample reads a chunk
   size = is_read.sum(-1, keepdims=True)
   num_chunks = jnp.maximum((size > 0).sum(2), 1)
   share = (is_read / jnp.maximum(size, 1)).sum(2) / num_chunks

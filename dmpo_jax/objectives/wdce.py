@@ -20,14 +20,14 @@ def loss(
   baseline_strength: float,
   unlearning: str,
   min_log_ratio: float,
-  num_replicates: int,
+  num_mask_samples: int,
   antithetic: bool,
   min_mask_ratio: float,
   max_mask_ratio: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Compute the cross-entropy of the policy to the target, on fresh masks of the buffer's rollouts.
 
-  (1 / num_prompts) sum_prompts sum_g (w_i - s * b_i) * mean_replicates[(1/m) sum_{l in M} -log p_theta(y_il | ...)]
+  (1 / num_prompts) sum_prompts sum_g (w_i - s * b_i) * mean_r[(1/m) sum_{l in M} -log p_theta(y_il | ...)]
   (DMPO, arXiv 2510.08233); w the importance weights, b the baseline (`weights.baseline`), m = max(|M|, 1).
 
   Args:
@@ -37,7 +37,7 @@ def loss(
     baseline: b, a name in `weights.BASELINES`; baseline_strength: s.
     unlearning: `unbounded`, or `bounded`: a rollout with a negative coefficient stops counting once
       log p_theta - log p_old (each on its own masks) is below min_log_ratio, in nats.
-    num_replicates, antithetic, min_mask_ratio, max_mask_ratio: see `masking.draw_masks`.
+    num_mask_samples, antithetic, min_mask_ratio, max_mask_ratio: see `masking.draw_masks`.
 
   Returns:
     The loss, and of the kept rollouts, averaged over prompts: `loss_cross_entropy` and `loss_entropy` (nats a masked
@@ -49,13 +49,13 @@ def loss(
   is_masked, _ = draw_masks(
     keys,
     experience.is_counted,
-    num_replicates=num_replicates,
+    num_mask_samples=num_mask_samples,
     antithetic=antithetic,
     min_ratio=min_mask_ratio,
     max_ratio=max_mask_ratio,
   )
   losses, metrics = group_loss(
-    score(is_masked, pairs=complementary_pairs(num_replicates, antithetic)),
+    score(is_masked, pairs=complementary_pairs(num_mask_samples, antithetic)),
     is_masked,
     experience,
     baseline=baseline,
@@ -108,5 +108,5 @@ def group_loss(
 
 
 def cross_entropy(token_log_prob: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"]) -> Float[Array, "p g"]:
-  """Average -log p over each replicate's masked tokens, then over the replicates (an empty one counts as 0)."""
+  """Average -log p over each mask sample's masked tokens, then over the mask samples (an empty one counts as 0)."""
   return -masked_mean(token_log_prob, is_masked).mean(-1)

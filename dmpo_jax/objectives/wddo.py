@@ -21,7 +21,7 @@ def loss(
   sets: str,
   alpha_ddo: float,
   beta: float,
-  num_replicates: int,
+  num_mask_samples: int,
   antithetic: bool,
   min_mask_ratio: float,
   max_mask_ratio: float,
@@ -29,11 +29,11 @@ def loss(
   """Discriminate the target's samples from p_old's (DMPO, arXiv 2510.08233, after DDO).
 
   (1 / num_prompts) sum_prompts [- sum_g w_i log sigmoid(beta d_i^real) - alpha_ddo mean_g log sigmoid(-beta d_i^fake)],
-  d_i = log p_theta(y_i) - log p_old(y_i), log p_theta the mean of the bound over the mask replicates.
+  d_i = log p_theta(y_i) - log p_old(y_i), log p_theta the mean of the bound over the mask sample.
 
   Args:
     score, experience, keys, num_prompts and the masks' keywords: as in `wdce.loss`.
-    sets: `shared`: real and fake are one estimate; `independent`: two, each from num_replicates masks of its own.
+    sets: `shared`: real and fake are one estimate; `independent`: two, each from num_mask_samples masks of its own.
     alpha_ddo: weight of the fake term. beta: steepness.
 
   Returns:
@@ -44,7 +44,7 @@ def loss(
     draw_masks(
       key,
       experience.is_counted,
-      num_replicates=num_replicates,
+      num_mask_samples=num_mask_samples,
       antithetic=antithetic,
       min_ratio=min_mask_ratio,
       max_ratio=max_mask_ratio,
@@ -52,10 +52,10 @@ def loss(
     for key in _keys_of(keys, sets)
   ]
   is_masked = jnp.concatenate(drawn, axis=2)
-  pairs = [complementary_pairs(num_replicates, antithetic, number * num_replicates) for number in range(len(drawn))]
+  pairs = [complementary_pairs(num_mask_samples, antithetic, number * num_mask_samples) for number in range(len(drawn))]
   scores = score(is_masked, pairs=sum(pairs, ()))
   bounds = elbo(scores.log_prob, is_masked, experience.is_counted)
-  log_p_real, log_p_fake = bounds[:, :, :num_replicates].mean(-1), bounds[:, :, -num_replicates:].mean(-1)
+  log_p_real, log_p_fake = bounds[:, :, :num_mask_samples].mean(-1), bounds[:, :, -num_mask_samples:].mean(-1)
   real, fake = terms(log_p_real, log_p_fake, experience.log_p_old, experience.weight, experience.is_kept, beta=beta)
   is_kept = experience.is_kept
   metrics = {

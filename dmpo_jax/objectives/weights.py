@@ -188,7 +188,7 @@ def baseline(
     return jnp.where(is_kept, negative_weight, 0)
   near = difflib.get_close_matches(name, BASELINES, n=1)
   hint = f"; did you mean {near[0]!r}?" if near else ""
-  raise ValueError(f"objective.baseline={name!r}: must be one of {', '.join(BASELINES)}{hint}")
+  raise ValueError(f"objective.wdce.baseline={name!r}: must be one of {', '.join(BASELINES)}{hint}")
 
 
 def softmax_kept(logits: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:

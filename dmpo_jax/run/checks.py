@@ -50,14 +50,14 @@ def check_rows(config: ConfigDict, d_model: int, mesh: Mesh) -> None:
   """
   completion, own = config.sampler.completion_length, config.rollout
   length = config.task.max_prompt_length + completion
-  rows = (config.train.microbatch_prompts or own.num_prompts) * own.group_size * config.objective.num_replicates
-  scored = (own.chunk_prompts or own.num_prompts) * own.group_size * config.objective.num_elbo_replicates
+  rows = (config.train.microbatch_prompts or own.num_prompts) * own.group_size * config.objective.num_mask_samples
+  scored = (own.chunk_prompts or own.num_prompts) * own.group_size * config.objective.num_elbo_samples
   on_device = rows * length * d_model * 2 / (mesh.shape["data"] * mesh.shape["fsdp"])
   on_host = {  # an id, a call's number and a confidence for each token of a rollout; an id for one of a demonstration
     "rollout.num_prompts * rollout.group_size rollouts of sampler.completion_length tokens": (
       12 * own.num_prompts * own.group_size * completion
     ),
-    "rollout.num_prompts * rollout.group_size * objective.num_elbo_replicates masks": (scored * completion),
+    "rollout.num_prompts * rollout.group_size * objective.num_elbo_samples masks": (scored * completion),
     "warm_start.batch_size demonstrations of task.max_prompt_length + sampler.completion_length tokens": (
       4 * config.warm_start.batch_size * length * bool(config.warm_start.updates)
     ),
@@ -75,7 +75,7 @@ def check_rows(config: ConfigDict, d_model: int, mesh: Mesh) -> None:
   limit, where = _device_bytes()
   if on_device > limit:
     raise ValueError(
-      f"a gradient step's {rows:,} rows (train.microbatch_prompts * rollout.group_size * objective.num_replicates) "
+      f"a gradient step's {rows:,} rows (train.microbatch_prompts * rollout.group_size * objective.num_mask_samples) "
       f"take {on_device / 1e9:,.1f} GB of a device's memory for one layer's states, {where}: choose less"
     )
 

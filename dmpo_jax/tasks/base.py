@@ -61,7 +61,7 @@ class Task(Protocol):
     """Return a completion to imitate; it knows the rules of the task, but not always the answer."""
     ...
 
-  def flawless(self) -> "Task":
+  def only_correct(self) -> "Task":
     """Return this task with demonstrations that are always right."""
     ...
 

@@ -132,7 +132,7 @@ class Countdown(WordedTask):
       answer = solve(sorted(numbers, reverse=True), target)
     return self.write_answer(answer, f"The numbers are to give {target}.")
 
-  def flawless(self) -> "Countdown":
+  def only_correct(self) -> "Countdown":
     """Return this task with demonstrations that all hit the target."""
     return dataclasses.replace(self, demo_wrong=0.0)
 

@@ -109,7 +109,7 @@ class Sudoku(WordedTask):
     answer = "".join("0" if given == "0" and unfilled else right for given, right, unfilled in cells)
     return self.write_answer(answer, "Every row, column and box needs each digit once.")
 
-  def flawless(self) -> "Sudoku":
+  def only_correct(self) -> "Sudoku":
     """Return this task with demonstrations that leave nothing blank and are right."""
     return dataclasses.replace(self, demo_patience=math.inf, demo_wrong=0.0)
 

@@ -109,7 +109,7 @@ class JsonlTask:
     """Return the row's answer."""
     return record["answer"]
 
-  def flawless(self) -> "JsonlTask":
+  def only_correct(self) -> "JsonlTask":
     """Return this task: its demonstrations are right."""
     return self
 
@@ -208,7 +208,7 @@ class PythonTask:
       raise ValueError(f"task.name={self.path!r}: demonstration({record!r:.60}) returned {text!r:.60}, not a text")
     return text
 
-  def flawless(self) -> "PythonTask":
+  def only_correct(self) -> "PythonTask":
     """Return this task: one kind of demonstrations is all it has."""
     return self
 

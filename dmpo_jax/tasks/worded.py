@@ -108,7 +108,7 @@ class WordedTask:
     """Whether a text has the form that the prompt asks for: both blocks, unless it asks for no tags."""
     return answers.has_blocks(text) or not self._prompt.is_tagged
 
-  def flawless(self) -> "WordedTask":
+  def only_correct(self) -> "WordedTask":
     """Return this task with demonstrations that are always right: they are."""
     return self
 

@@ -1,4 +1,4 @@
-"""How cost grows: time and memory against completion length, group size, replicates, vocabulary and devices.
+"""How cost grows: time and memory against completion length, group size, mask samples, vocabulary and devices.
 
     python -m launch.benchmark growth [--picture=docs/growth.svg]
 
@@ -48,7 +48,7 @@ class Axis(NamedTuple):
     return {
       "completion": {"sampler.completion_length": value, "sampler.steps": value // 2},
       "group": {"rollout.group_size": value},
-      "replicates": {"objective.num_replicates": value},
+      "mask samples": {"objective.num_mask_samples": value},
       "vocabulary": {"model.vocab_size": value, "model.embedding_size": value},
       "devices": {},
     }[self.name]
@@ -57,7 +57,7 @@ class Axis(NamedTuple):
 AXES = (
   Axis("completion", (64, 128, 256, 512, 1024), ("update", "sample"), "1 to 2; sampling one more", "1 to 2"),
   Axis("group", (2, 4, 8, 16), ("update", "sample"), "1", "1"),
-  Axis("replicates", (2, 4, 8, 16), ("update",), "1", "1"),
+  Axis("mask samples", (2, 4, 8, 16), ("update",), "1", "1"),
   Axis("vocabulary", (1024, 4096, 16384, 65536, 126464), ("update", "sample"), "0 to 1", "0 above 8192"),
 )
 DEVICES = Axis("devices", (1, 2, 4, 8), ("update",), "-1", "-1")
@@ -171,7 +171,7 @@ def run(config: ConfigDict, options: Options) -> Growth:
         points.append(measure(axis, program, value, workload.changed(config, axis.keys(value)), options.repeats))
   options.say(f"{NUM_DEVICES} virtual devices")
   points += timing.facts_of(make_devices, (config,))["points"]
-  settings = f"{workload.settings_line(config)}; {config.objective.num_replicates} masks of each"
+  settings = f"{workload.settings_line(config)}; {config.objective.num_mask_samples} masks of each"
   growth = Growth(settings, points, options.peak_flops)
   if options.picture:
     draw(growth, pathlib.Path(options.picture))

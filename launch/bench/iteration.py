@@ -103,7 +103,7 @@ def _phase(work: workload.Workload) -> tuple[phases.Phase, TrainState]:
     task=task,
     grading=Grading(spec, **config.grading),
     prompts=prompts,
-    flawless=None,
+    correct_demonstrations=None,
     held_out=prompts.batch(0, 1),
   )
   workdir = epath.Path(tempfile.mkdtemp())

@@ -73,10 +73,10 @@ class OfficialPeer(Peer):
     """Score the rollouts by its trainer."""
     self.model.eval()
     completion_mask = torch.ones_like(self.completion, dtype=torch.int)
-    replicates = self.config.objective.num_elbo_replicates
+    mask_samples = self.config.objective.num_elbo_samples
     with self._given(None if is_masked is None else self._rows(is_masked)):
       found = self._method("compute_log_prob_elbo")(
-        self.model, self.prompt, self.completion, completion_mask, replicates
+        self.model, self.prompt, self.completion, completion_mask, mask_samples
       )
     log_p_ref, log_p_old = (scores.sum(-1).numpy() for scores in found)
     return log_p_old, log_p_ref
@@ -104,15 +104,15 @@ class OfficialPeer(Peer):
     trainer.accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
     trainer.args = types.SimpleNamespace(
       mask_id=self.mask_token_id,
-      num_replicates=own.num_replicates,
+      num_replicates=own.num_mask_samples,
       loss="wdce",
       loss_antithetic=True,
       loss_mask_prob_clamp=True,
       loss_mask_non_eos=False,
-      advantage_centering=own.baseline != "none",
-      advantage_centering_unbias=own.baseline == "model",
-      advantage_centering_neg=own.baseline == "negative",
-      centering_strength=own.baseline_strength,
+      advantage_centering=own.wdce.baseline != "none",
+      advantage_centering_unbias=own.wdce.baseline == "model",
+      advantage_centering_neg=own.wdce.baseline == "negative",
+      centering_strength=own.wdce.baseline_strength,
     )
     return getattr(trainer, name)
 

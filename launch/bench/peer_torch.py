@@ -150,20 +150,20 @@ class Peer:
   def loss(self, is_masked: torch.Tensor | None) -> torch.Tensor:
     """Compute the weighted denoising cross-entropy (DMPO, arXiv 2510.08233); masks are drawn unless they are given."""
     own = self.config.objective
-    replicates = own.num_replicates
-    rows = torch.cat([self.prompt, self.completion], dim=1).repeat(replicates, 1)
-    is_hidden, num_masked = self._hide(rows, replicates, is_masked)
+    mask_samples = own.num_mask_samples
+    rows = torch.cat([self.prompt, self.completion], dim=1).repeat(mask_samples, 1)
+    is_hidden, num_masked = self._hide(rows, mask_samples, is_masked)
     logits = self.logits(torch.where(is_hidden, self.mask_token_id, rows))
     losses = _cross_entropy(logits, rows, is_hidden)
-    coefficient = (self.weight - own.baseline_strength * self.negative_weight).repeat(replicates)
-    return (losses.sum(-1) / num_masked * coefficient).sum() / replicates / self.config.rollout.num_prompts
+    coefficient = (self.weight - own.wdce.baseline_strength * self.negative_weight).repeat(mask_samples)
+    return (losses.sum(-1) / num_masked * coefficient).sum() / mask_samples / self.config.rollout.num_prompts
 
   def _rows(self, is_masked: np.ndarray) -> torch.Tensor:
-    """Order our masks [p, g, r, c] as the published code orders its rows: a replicate of all samples after another."""
+    """Order our masks [p, g, r, c] as the published code orders its rows: mask sample by mask sample."""
     return torch.tensor(np.moveaxis(is_masked, 2, 0).reshape(-1, self.c))
 
   def _hide(
-    self, rows: torch.Tensor, replicates: int, is_masked: torch.Tensor | None
+    self, rows: torch.Tensor, mask_samples: int, is_masked: torch.Tensor | None
   ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mark what the model is not to see, in antithetic pairs, and count it."""
     if is_masked is None:
@@ -196,16 +196,16 @@ class Peer:
   def elbo(self, is_masked: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Estimate log p of the completions under the policy and under the reference, on the same masks, [b] each."""
     self.model.eval()
-    replicates = self.config.objective.num_elbo_replicates
-    rows = torch.cat([self.prompt, self.completion], dim=1).repeat(replicates, 1)
-    is_hidden, num_masked = self._hide(rows, replicates, None if is_masked is None else self._rows(is_masked))
+    mask_samples = self.config.objective.num_elbo_samples
+    rows = torch.cat([self.prompt, self.completion], dim=1).repeat(mask_samples, 1)
+    is_hidden, num_masked = self._hide(rows, mask_samples, None if is_masked is None else self._rows(is_masked))
     noised, found = torch.where(is_hidden, self.mask_token_id, rows), []
     logits_old = self.logits(noised)
     with self.model.disable_adapter():
       logits_ref = self.logits(noised)  # as published, both at one time
     for logits in (logits_old, logits_ref):
       bound = (self.c / num_masked)[:, None] * -_cross_entropy(logits, rows, is_hidden)
-      found.append(bound.view(replicates, len(self.prompt), -1).mean(0).sum(-1).numpy())
+      found.append(bound.view(mask_samples, len(self.prompt), -1).mean(0).sum(-1).numpy())
     return found[0], found[1]
 
   # rollouts, and the whole iteration

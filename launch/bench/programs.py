@@ -123,7 +123,7 @@ def _trained_params(model: Transformer, mesh: Mesh) -> Any:
 def _experience(config: ConfigDict, num_prompts: int) -> Experience:
   """Describe a buffer of rollouts."""
   p, g = num_prompts, config.rollout.group_size
-  needs, num_updates = needs_of(config.objective.name, config.objective.kl_weight), config.train.updates_per_buffer
+  needs, num_updates = needs_of(config.objective), config.train.updates_per_buffer
   names = {"ratio": ["token_log_p_old"], "ratio_and_reference": ["token_log_p_old", "token_log_p_ref"]}.get(needs, [])
   q, c = config.task.max_prompt_length, config.sampler.completion_length
 

@@ -19,7 +19,7 @@ def run(config: ConfigDict, options: Options) -> Result:
   for name, path in options.peers():
     makers[name] = (make_peer, (config, path))
   positions = config.task.max_prompt_length + config.sampler.completion_length
-  rows = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_elbo_replicates
+  rows = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_elbo_samples
   amount = 2 * rows * positions  # two policies
   return compare("score", config, makers, options, amount=amount, unit="tokens", tolerances=TOLERANCES)
 
@@ -51,7 +51,7 @@ def key(config: ConfigDict) -> jax.Array:
 def masks(work: workload.Workload) -> np.ndarray:
   """Draw the masks that the scores draw, [p, g, r, c]."""
   own = work.config.objective
-  estimator = make_estimator(own.likelihood, own.to_dict(), own.num_elbo_replicates)
+  estimator = make_estimator(own.likelihood, own.to_dict(), own.num_elbo_samples)
   keys = noise.row_keys(key(work.config), work.experience.prompts.prompt_id, work.config.rollout.group_size)
   known = Completions(work.experience.is_counted, work.experience.committed_at, work.experience.prompts.is_valid)
   return np.asarray(estimator.views(keys, known).is_masked)

@@ -29,7 +29,7 @@ def run(config: ConfigDict, options: Options) -> Result:
     makers[name] = (make_peer, (config, path, False))
     if options.checkpointing:
       makers[f"{name}, checkpointing"] = (make_peer, (config, path, True))
-  tokens = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_replicates
+  tokens = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_mask_samples
   tokens *= config.task.max_prompt_length + config.sampler.completion_length
   return compare("update", config, makers, options, amount=tokens, unit="tokens", tolerances=TOLERANCES)
 
@@ -90,7 +90,7 @@ def masks_of_step(work: workload.Workload, step: int) -> np.ndarray:
   is_masked, _ = draw_masks(
     noise.row_keys(key, experience.prompts.prompt_id, config.rollout.group_size),
     experience.is_counted,
-    num_replicates=own.num_replicates,
+    num_mask_samples=own.num_mask_samples,
     antithetic=own.antithetic,
     min_ratio=own.min_mask_ratio,
     max_ratio=own.max_mask_ratio,

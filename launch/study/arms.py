@@ -55,7 +55,7 @@ def folder(out: pathlib.Path, task: str, seed: int) -> pathlib.Path:
 
 def _baseline(baseline: str, group_size: int) -> Arm:
   changes = {
-    "objective.baseline": baseline,
+    "objective.wdce.baseline": baseline,
     "rollout.group_size": group_size,
     "rollout.num_prompts": ROLLOUTS // group_size,
   }
@@ -70,11 +70,13 @@ CONFIGS = ("wdce", "wddo", "diffu_grpo", "wd1", "coupled_grpo", "spg", "gdpo", "
 ARMS = (
   *(Arm("objectives", name, name) for name in CONFIGS),
   *(_baseline(name, size) for size in (8, 4, 16) for name in ("none", "mean", "model", "negative")),
-  _changed("alternatives", "none, clipped", objective__baseline="none", objective__max_weight=0.5),
-  _changed("alternatives", "none, standardised", objective__baseline="none", objective__reward_scaling="standardise"),
+  _changed("alternatives", "none, clipped", objective__wdce__baseline="none", objective__max_weight=0.5),
+  _changed(
+    "alternatives", "none, standardised", objective__wdce__baseline="none", objective__reward_scaling="standardise"
+  ),
   *(_changed("reuse", f"{count} updates", train__updates_per_buffer=count) for count in (1, 4, 8)),
   *(_changed("alpha", f"alpha = {alpha}", objective__alpha=alpha) for alpha in (0.02, 0.05, 0.2)),
-  *(_changed("replicates", f"{count} replicates", objective__num_replicates=count) for count in (2, 4, 8)),
+  *(_changed("mask samples", f"{count} mask samples", objective__num_mask_samples=count) for count in (2, 4, 8)),
 )
 GROUPS = tuple(dict.fromkeys(arm.group for arm in ARMS))
 
@@ -99,20 +101,20 @@ def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def calls_a_buffer(config: ConfigDict) -> float:
-  """Model calls for each rollout of a buffer: sampling, measuring, and three for each replicate of an update.
+  """Model calls for each rollout of a buffer: sampling, measuring, and three for each mask sample of an update.
 
   A teacher is called once more.
   """
   objective, updates = config.objective, config.train.updates_per_buffer
   measured = {
     "rewards": 0,
-    "weights": 2 * objective.num_elbo_replicates,
-    "ratio": objective.num_replicates * (1 if objective.likelihood == "trajectory" else updates),
-    "ratio_and_reference": 2 * objective.num_replicates * updates,
-  }[needs_of(objective.name, objective.kl_weight)]
+    "weights": 2 * objective.num_elbo_samples,
+    "ratio": objective.num_mask_samples * (1 if objective.likelihood == "trajectory" else updates),
+    "ratio_and_reference": 2 * objective.num_mask_samples * updates,
+  }[needs_of(objective)]
   has_teacher = OBJECTIVES[objective.name].has_teacher
   sets = 2 if objective.name == "wddo" and objective.wddo.sets == "independent" else 1
-  return config.sampler.steps + measured + (3 + has_teacher) * sets * objective.num_replicates * updates
+  return config.sampler.steps + measured + (3 + has_teacher) * sets * objective.num_mask_samples * updates
 
 
 def needed_rates(groups: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, str]]:

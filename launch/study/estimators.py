@@ -122,7 +122,7 @@ def measure(name: str, estimator: Any, table: np.ndarray, exact: np.ndarray) -> 
   bias = float((weight * errors.mean(-1)).sum())
   spread = float(np.sqrt((weight * errors.var(-1)).sum()))
   centred = float(np.sqrt((weight * ((errors - bias) ** 2).mean(-1)).sum()))
-  return Figures(name, estimator.num_replicates, bias, spread, centred)
+  return Figures(name, estimator.num_mask_samples, bias, spread, centred)
 
 
 def markdown(figures: Sequence[Figures]) -> str:

@@ -89,7 +89,9 @@ def _claims() -> tuple[Claim, ...]:
     claims.append(Claim("the target's temperature", "alpha", f"alpha = {alpha}", "alpha", "alpha = 0.05"))
   for count in (2, 8):
     claims.append(
-      Claim("masks of a rollout in an update", "replicates", f"{count} replicates", "replicates", "4 replicates")
+      Claim(
+        "masks of a rollout in an update", "mask samples", f"{count} mask samples", "mask samples", "4 mask samples"
+      )
     )
   return tuple(claims)
 

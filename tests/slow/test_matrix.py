@@ -47,12 +47,14 @@ OWN_MASKS = ("wdce", "wddo", "dtm", "denoise")  # whose updates draw masks whate
 
 
 def config_of(objective, likelihood, sampler, antithetic=True, has_adapters=False, ending=ENDINGS[0]):
-  replicates = 3 if likelihood == "coupled" else 2
+  mask_samples = 3 if likelihood == "coupled" else 2
   own = dict(likelihood=likelihood, name=objective, antithetic=antithetic, alpha=1.0, kappa=0.5, counted=ending[0])
-  own |= dict(num_replicates=2 if objective in OWN_MASKS else replicates)
-  own |= dict(num_elbo_replicates=replicates, clip=0.2, sync_reference_every=2 * (objective == "dtm"))
+  own |= dict(num_mask_samples=2 if objective in OWN_MASKS else mask_samples)
+  own |= dict(num_elbo_samples=mask_samples, sync_reference_every=2 * (objective == "dtm"))
   if objective == "wdce" and likelihood in ("elbo", "sampler"):  # the others compare with nothing
-    own |= dict(baseline="model", unlearning="bounded", min_log_ratio=-1.0)
+    own |= dict(wdce__baseline="model", wdce__unlearning="bounded", wdce__min_log_ratio=-1.0)
+  if OBJECTIVES[objective].needs in ("ratio", "ratio_and_reference"):
+    own[f"{objective}__clip"] = 0.2
   changes = {f"objective__{key}": value for key, value in own.items()}
   changes |= dict(sampler__name=sampler, sampler__completion_length=C, sampler__block_length=4, sampler__steps=C)
   changes |= dict(model__num_layers=1, model__lora__rank=2 * has_adapters, model__lora__dropout=0.0)
@@ -164,7 +166,7 @@ class Case:
     self.has_adapters = config.model.lora.rank > 0
     self.parts = parts_of(self.has_adapters)
     self.base, self.old, self.new = policies_of(self.has_adapters)
-    self.needs = needs_of(self.objective.name, self.objective.kl_weight)
+    self.needs = needs_of(self.objective)
     self.has_teacher = OBJECTIVES[self.objective.name].has_teacher
     optimizer = phases.training_optimizer(config)
     self.state = phases.fresh_state(self.new, optimizer, self.parts.mesh)
@@ -231,17 +233,17 @@ def log_distributions(variables, has_adapters, prompts, rows, prompt_is_masked):
   return np.stack(result)
 
 
-@functools.partial(jax.jit, static_argnames=("estimator", "purpose", "num_replicates", "step"))
-def draw(prompts, is_counted, committed_at, *, estimator, purpose, step, num_replicates):
-  """The views of an update or a measure, with the probability that each replicate masks a position with."""
+@functools.partial(jax.jit, static_argnames=("estimator", "purpose", "num_mask_samples", "step"))
+def draw(prompts, is_counted, committed_at, *, estimator, purpose, step, num_mask_samples):
+  """The views of an update or a measure, with the probability that each mask sample masks a position with."""
   keys = noise.row_keys(noise.step_key(0, purpose, step), prompts.prompt_id, is_counted.shape[1])
-  own = dict(num_replicates=num_replicates, min_ratio=0.1, max_ratio=1.0)
+  own = dict(num_mask_samples=num_mask_samples, min_ratio=0.1, max_ratio=1.0)
   if isinstance(estimator, bool):  # of a loss that draws its masks itself: whether they are antithetic
     return *draw_masks(keys, is_counted, antithetic=estimator, **own), None
   views = estimator.views(keys, Completions(is_counted, committed_at, prompts.is_valid))
   ratio = jnp.ones(views.is_masked.shape[:3])
   if type(estimator).__name__ == "Coupled":
-    own["num_replicates"] -= 1
+    own["num_mask_samples"] -= 1
     _, ratio = draw_masks(keys, is_counted, antithetic=True, **own)
     ratio = jnp.pad(ratio, ((0, 0), (0, 0), (1, 0)), constant_values=1)
   return views.is_masked, ratio, views.prompt_is_masked
@@ -299,9 +301,9 @@ def check_measure(case, experience, rollouts):
   """Compare what was measured with the plain way; returns it by group and rollout: sequences, and tokens."""
   o, likelihood = case.objective, case.objective.likelihood
   if case.needs == "weights" and likelihood != "sampler":
-    estimator = make_estimator(likelihood, o.to_dict(), o.num_elbo_replicates)
+    estimator = make_estimator(likelihood, o.to_dict(), o.num_elbo_samples)
     about = draw(
-      *arrays_of(experience), estimator=estimator, purpose="measure", step=0, num_replicates=o.num_elbo_replicates
+      *arrays_of(experience), estimator=estimator, purpose="measure", step=0, num_mask_samples=o.num_elbo_samples
     )
     found = look(case, experience, about, ("old", "ref"), replays=likelihood == "trajectory")
     for name, measured in (("old", experience.log_p_old), ("ref", experience.log_p_ref)):
@@ -326,8 +328,10 @@ def check_measure(case, experience, rollouts):
 
 def update_masks(case, experience):
   o = case.objective
-  estimator = o.antithetic if o.name in OWN_MASKS else make_estimator(o.likelihood, o.to_dict(), o.num_replicates)
-  return draw(*arrays_of(experience), estimator=estimator, purpose="loss", step=STEP, num_replicates=o.num_replicates)
+  estimator = o.antithetic if o.name in OWN_MASKS else make_estimator(o.likelihood, o.to_dict(), o.num_mask_samples)
+  return draw(
+    *arrays_of(experience), estimator=estimator, purpose="loss", step=STEP, num_mask_samples=o.num_mask_samples
+  )
 
 
 def plain_loss(case, experience):

@@ -113,7 +113,7 @@ FACTS: dict[str, Callable[[Run], object]] = {
   "task": lambda run: run.config["task.name"],
   "objective": lambda run: (
     f"{run.config['objective.name']}, alpha {run.config['objective.alpha']}, "
-    f"baseline {run.config['objective.baseline']}"
+    f"baseline {run.config['objective.wdce.baseline']}"
   ),
   "sampler": lambda run: (
     f"{run.config['sampler.name']}, {run.config['sampler.completion_length']} tokens in blocks of "

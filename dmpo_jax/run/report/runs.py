@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from dmpo_jax import files
-from dmpo_jax.config import flatten
+from dmpo_jax.config import current, flatten
 from dmpo_jax.run.metrics import RESULT
 from dmpo_jax.run.workdir import FILE as CONFIG
 from dmpo_jax.run.workdir import STARTS
@@ -83,7 +83,7 @@ def _read_run(workdir: epath.Path, name: str) -> Run:
   return Run(
     name,
     workdir,
-    flatten(config),
+    current(flatten(config)),
     rows,
     result,
     evaluations,

@@ -1,0 +1,28 @@
+"""Keys that had another name once: an old name is refused where it is given, and read where an old run has it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_CLIPPED = ("diffu_grpo", "coupled_grpo", "gdpo", "tracerl")
+RENAMED = {
+  "objective.num_replicates": ("objective.num_mask_samples",),
+  "objective.num_elbo_replicates": ("objective.num_elbo_samples",),
+  "objective.replicates": ("objective.elbo_rounds",),
+  **{f"objective.{key}": tuple(f"objective.{name}.{key}" for name in _CLIPPED) for key in ("clip", "kl_weight")},
+  "objective.sharpness": ("objective.wd1.sharpness",),
+  **{
+    f"objective.{key}": (f"objective.wdce.{key}",)
+    for key in ("baseline", "baseline_strength", "unlearning", "min_log_ratio")
+  },
+  "warm_start.flawless": ("warm_start.correct_share",),
+}
+
+
+def current(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Give the keys of a configuration, which may be an old run's, the names that they have now."""
+  return {new: value for path, value in leaves.items() for new in RENAMED.get(path, (path,))}
+
+
+def new_name(path: str) -> str:
+  """Say what a renamed key is called now, as part of an error message."""
+  return f"is now {' or '.join(f'config.{new}' for new in RENAMED[path])}"
