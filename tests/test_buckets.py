@@ -46,9 +46,9 @@ def test_a_bucket_that_can_be_used_is_left_as_it_was(emulator):
 @pytest.mark.parametrize(
   ("pattern", "status", "message"),
   [
-    ("GET .*/o[?]", 403, "--hf=gs://one/hf: the bucket does not allow it .* roles/storage.objectViewer to"),
-    ("POST .*/o[?]", 403, "--workdir=gs://one/run: the bucket does not allow it .*objectUser and .*legacyBucketReader"),
-    ("GET .*/b/one[?]", 403, "--workdir=gs://one/run: the bucket does not allow it"),
+    ("GET .*/o[?]", 403, "--hf=gs://one/hf: access is denied .* roles/storage.objectViewer to"),
+    ("POST .*/o[?]", 403, "--workdir=gs://one/run: access is denied .*objectUser and .*legacyBucketReader"),
+    ("GET .*/b/one[?]", 403, "--workdir=gs://one/run: access is denied"),
     ("GET .*/o[?]", 503, "it cannot be reached .ServiceUnavailable: "),
     ("GET .*/o[?]", 0, "it cannot be reached .ConnectionError: "),
   ],
@@ -95,7 +95,7 @@ def test_nobody_logged_in_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv(name, value)
   for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
     monkeypatch.delenv(name, raising=False)
-  with pytest.raises(ConfigError, match="no credentials were found: gcloud auth application-default login"):
+  with pytest.raises(ConfigError, match="no credentials found: run gcloud auth application-default login"):
     buckets.check({"--hf": "gs://one/hf"})
 
 
@@ -109,7 +109,7 @@ def test_a_missing_library_is_named(monkeypatch):
 
 
 def test_other_stores_are_refused():
-  with pytest.raises(ConfigError, match="--workdir=s3://one/run: of paths with :// only gs://"):
+  with pytest.raises(ConfigError, match="--workdir=s3://one/run: give a folder or a gs:// path"):
     buckets.check({}, {"--workdir": "s3://one/run"})
 
 
@@ -185,7 +185,7 @@ def test_the_lock_of_a_dead_run_is_taken_over_after_its_lease_and_the_dead_one_l
   assert LEASE <= time.monotonic() - began < 4 * LEASE
   first._is_ending.clear()  # it was only asleep
   first._renew_until_released()
-  assert first.lost == [f"process {os.getpid()} on {platform.node()}, since {second._about['since']}"]
+  assert first.lost == [f"process {os.getpid()} on {platform.node()}, since {second._metadata['since']}"]
   first._thread = threading.Thread(target=lambda: None)
   first._thread.start()
   first.release()
@@ -198,7 +198,7 @@ def test_the_lock_of_a_process_that_died_on_this_host_is_taken_over_at_once(make
   gone = subprocess.Popen([sys.executable, "-c", ""])
   gone.wait()
   first, second = make_lock(), make_lock()
-  first._about["pid"] = gone.pid
+  first._metadata["pid"] = gone.pid
   first.acquire()
   die(first)
   began = time.monotonic()

@@ -106,8 +106,8 @@ def test_a_record_with_a_garbled_line_is_kept_beside_and_goes_on_with_the_other_
     log.write("train", 4, {"loss": 14.0})
   assert steps_of(tmp_path) == [0, 1, 3, 4]
   assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == garbled
-  assert "1 line(s) cannot be read: kept as metrics.jsonl.damaged" in caplog.text
-  assert "the rows of phase train, steps 2, are lost" in caplog.text
+  assert "1 line(s) cannot be read: the file is copied to metrics.jsonl.damaged" in caplog.text
+  assert "the rows of phase train, steps 2, are missing" in caplog.text
 
 
 def test_rows_that_were_cut_off_are_named(tmp_path, caplog):
@@ -115,7 +115,7 @@ def test_rows_that_were_cut_off_are_named(tmp_path, caplog):
   with caplog.at_level(logging.WARNING), metrics.Metrics(tmp_path) as log:
     log.forget("train", after=9)
     log.write("train", 10, {"loss": 1.0})
-  assert "the rows of phase train, steps 3-9, are lost" in caplog.text
+  assert "the rows of phase train, steps 3-9, are missing" in caplog.text
   assert metrics._ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
 
 
@@ -133,7 +133,7 @@ def test_a_half_line_at_the_end_is_a_killed_runs_and_nothing_to_speak_of(tmp_pat
 @pytest.mark.parametrize("content", [b"", b'{"buffers": 3', b"\0\0", b"[]", b'{"buffers": 3}'])
 def test_a_garbled_result_says_how_it_is_written_again(tmp_path, content):
   (tmp_path / "result.json").write_bytes(content)
-  with pytest.raises(Unreadable, match=r"result\.json .*: remove it, and the training's command writes it again"):
+  with pytest.raises(Unreadable, match=r"result\.json .*: remove it and re-run training"):
     metrics.read_result(tmp_path)
 
 
@@ -141,7 +141,7 @@ def test_a_garbled_result_says_how_it_is_written_again(tmp_path, content):
 def test_a_garbled_configuration_is_one_message(tmp_path, content):
   (tmp_path / "config.json").write_bytes(content)
   (tmp_path / "policy").mkdir()  # as after a run
-  with pytest.raises(Unreadable, match=r"config\.json cannot be read .*: if this is the run's own configuration"):
+  with pytest.raises(Unreadable, match=r"config\.json cannot be read .*: if the command's configuration is the run's"):
     workdir.check_workdir(tmp_path, tiny.config())
 
 
@@ -172,7 +172,7 @@ def test_a_garbled_lock_is_taken_over_if_nobody_renews_it(tmp_path, content, mon
   other.join()
   with workdir.alone_in(epath.Path(tmp_path)):
     assert "pid=" in (tmp_path / "run.lock").read_text()
-  assert "run.lock is garbled and nobody renews it: taken over" in capsys.readouterr().err
+  assert "run.lock is damaged and nobody renews it: taken over" in capsys.readouterr().err
 
 
 def test_a_garbled_table_of_evaluations_is_set_aside_and_made_again(tmp_path, capsys):

@@ -83,7 +83,7 @@ def test_a_start_that_writes_nothing_leaves_the_record_alone(tmp_path):
 def test_a_second_row_of_a_step_is_refused(tmp_path):
   with metrics.Metrics(tmp_path) as log:
     log.write("train", 3, {"loss": 1.0})
-    with pytest.raises(ValueError, match="phase train, step 3: its rows go up to 3"):
+    with pytest.raises(ValueError, match="phase train, step 3: there are rows up to step 3"):
       log.write("train", 3, {"loss": 1.0})
     log.write("warm_start", 3, {"loss": 1.0})
 

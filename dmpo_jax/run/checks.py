@@ -1,7 +1,4 @@
-"""What is known of a run before it starts, beyond its configuration: whether its arrays fit, and are where it says.
-
-`build.py` calls these; everything here goes by shapes alone.
-"""
+"""Checks before a run starts, by shapes alone: its arrays fit into memory, and saved parameters match the model."""
 
 import math
 import os
@@ -15,18 +12,18 @@ from ml_collections import ConfigDict
 
 from dmpo_jax.run.params import check_shapes
 
-CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # what a container may use; "max": all
+CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # memory limit of a container; "max": none
 
 
 def check_parameters(config: ConfigDict, params: Any, lora: Any, held: Sequence[Any]) -> None:
-  """Refuse parameters that are more than the devices' memory, or that are not in the folders named.
+  """Refuse parameters that exceed the devices' memory, or that the folders in the configuration do not hold.
 
   Args:
-    params, lora: shapes, dtypes and shardings; lora is None where there are no adapters.
-    held: all that the devices hold at one time: these, or in training the optimizer's moments too.
+    params, lora: shapes, dtypes and shardings; lora is None without adapters.
+    held: everything on the devices at one time: these, and in training the optimizer's moments too.
 
   Raises:
-    ValueError: they do not fit, or are not there (Unreadable).
+    ValueError: they do not fit into memory, or are missing or of another model (Unreadable).
   """
   leaves = jax.tree.leaves(held)
   on_device = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -34,8 +31,8 @@ def check_parameters(config: ConfigDict, params: Any, lora: Any, held: Sequence[
   if on_device > limit:
     what = "the parameters and the optimizer's moments" if len(held) > 2 else "the parameters"
     raise ValueError(
-      f"{what} take {on_device / 1e9:,.1f} GB of a device's memory, {where}: choose smaller sizes in config.model, or "
-      "split them over more devices with config.sharding.fsdp"
+      f"{what} take {on_device / 1e9:,.1f} GB of a device's memory, {where}: reduce the sizes in config.model, or "
+      "shard them over more devices with config.sharding.fsdp"
     )
   for path, abstract in ((config.model.init_from, params), (config.model.lora.init_from, lora)):
     if path and abstract is not None:
@@ -43,17 +40,17 @@ def check_parameters(config: ConfigDict, params: Any, lora: Any, held: Sequence[
 
 
 def check_rows(config: ConfigDict, d_model: int, mesh: Mesh) -> None:
-  """Refuse batches that are more than the memory, by the least that they take.
+  """Refuse batches that exceed the memory, by a lower bound of what they need.
 
   Raises:
-    ValueError: naming the keys that they follow from.
+    ValueError: naming the keys that determine their size.
   """
   completion, own = config.sampler.completion_length, config.rollout
   length = config.task.max_prompt_length + completion
   rows = (config.train.microbatch_prompts or own.num_prompts) * own.group_size * config.objective.num_mask_samples
   scored = (own.chunk_prompts or own.num_prompts) * own.group_size * config.objective.num_elbo_samples
   on_device = rows * length * d_model * 2 / (mesh.shape["data"] * mesh.shape["fsdp"])
-  on_host = {  # an id, a call's number and a confidence for each token of a rollout; an id for one of a demonstration
+  on_host = {  # bytes a token: id, call and confidence for rollouts; id for demonstrations
     "rollout.num_prompts * rollout.group_size rollouts of sampler.completion_length tokens": (
       12 * own.num_prompts * own.group_size * completion
     ),
@@ -81,7 +78,7 @@ def check_rows(config: ConfigDict, d_model: int, mesh: Mesh) -> None:
 
 
 def _device_bytes() -> tuple[float, str]:
-  """Return what a device may hold, and say so; the CPU's devices share the memory of their host."""
+  """Return a device's memory, as a number and in words; CPU devices share the memory of their host."""
   stats = jax.local_devices()[0].memory_stats()
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"], f"which has {stats['bytes_limit'] / 1e9:,.1f} GB"
@@ -90,7 +87,7 @@ def _device_bytes() -> tuple[float, str]:
 
 
 def host_bytes() -> int:
-  """Return the memory of this host, or what its container may use of it."""
+  """Return the memory of this host, or its container's limit."""
   physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
   return physical if limit == "max" else min(physical, int(limit))

@@ -1,7 +1,7 @@
-"""What a person sees while long work goes on: its steps, some figures, the time left, and which part is running.
+"""Progress of long work: steps, some figures, the time left, and the part that is running.
 
-On a terminal two lines are redrawn. Where there is none lines are printed now and then; with --quiet one, when the work
-is done. All of it goes to standard error, as results go to standard output.
+A terminal shows two lines that are redrawn. Otherwise a line is printed every few seconds, or with --quiet one line at
+the end. Progress goes to standard error; results go to standard output.
 """
 
 import sys
@@ -17,28 +17,28 @@ from rich import progress as rich_progress
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-flags.DEFINE_bool("quiet", False, "Show no progress but a line where a piece of work is done.")
+flags.DEFINE_bool("quiet", False, "Print one line when a piece of work is done, and no other progress.")
 
-# figures of a buffer that are shown, and how
+# figures of a buffer that are shown: name, label, format
 SHOWN = (
   ("reward_mean", "reward", "{:.3f}"),
   ("solve_rate", "solved", "{:.1%}"),
   ("loss", "loss", "{:.3f}"),
   ("tokens_per_second_sample", "tokens/s", "{:,.0f}"),
 )
-PLAIN_SECONDS = 10.0  # between two lines where the output is no terminal
-COMPILING = "/jax/core/compile/backend_compile_duration"  # what jax says as it begins, and again as it has compiled
+PLAIN_SECONDS = 10.0  # between two lines if the output is not a terminal
+COMPILING = "/jax/core/compile/backend_compile_duration"  # jax's event at the beginning and end of compiling
 
-_open: list["Progress"] = []  # the newest last: parts belong to it
+_open: list["Progress"] = []  # the newest is last; parts belong to it
 
 
 class Progress:
-  """The progress of one piece of work; nothing on processes other than 0. Inside another one's it is a part of that.
+  """Shows the progress of one piece of work, on process 0. Inside another `Progress` it is shown as a part of that.
 
   Args:
-    work: what is done, such as `warm_start`.
-    total: its steps, of which `done` were finished at an earlier start.
-    unit: what a step is, where the line should say so; `bytes` are shown as MB or GB, with their speed.
+    work: name of the work, such as `warm_start`.
+    total: number of steps, of which `done` were finished by an earlier start.
+    unit: what a step is, if it should be shown; `bytes` are shown as MB or GB, with their speed.
     is_quiet: None: as --quiet says.
   """
 
@@ -56,14 +56,14 @@ class Progress:
     self._console = console or Console(stderr=True, quiet=not _is_first())
     self._is_quiet = wants_quiet() if is_quiet is None else is_quiet
     self._begun = time.monotonic()
-    self._finished: deque[tuple[float, int]] = deque(maxlen=21)  # the last 20 steps tell the pace: the first compiles
+    self._finished: deque[tuple[float, int]] = deque(maxlen=21)  # the last 20 steps set the pace
     self._printed_at: float | None = None
     self._figures, self._part, self._compiling = "", "", ""
     self._bar: _Bar | None = None
     self._around: Progress | None = None
 
   def advance(self, by: int = 1, **scalars: float) -> None:
-    """Count finished steps; `scalars` are their figures, of which some are shown."""
+    """Count finished steps; some of their figures, `scalars`, are shown."""
     self._done += by
     self._finished.append((time.monotonic(), self._done))
     shown = [f"{label} {form.format(scalars[name])}" for name, label, form in SHOWN if name in scalars]
@@ -71,12 +71,12 @@ class Progress:
     self._show(is_step=True)
 
   def part(self, what: str, done: int = 0, total: int = 0) -> None:
-    """Say what the next step is at: a part of it, of which `done` of `total` are finished."""
+    """Show the current part of the next step, of which `done` of `total` are finished."""
     self._part = f"{what} {done}/{total}" if total else what
     self._show()
 
   def compiling(self, name: str) -> None:
-    """Say that a program is being compiled; "": no longer."""
+    """Show that a program is being compiled; "": it is compiled."""
     self._compiling = name
     if self._around is not None:
       self._around.compiling(name)
@@ -93,7 +93,7 @@ class Progress:
 
   def _show(self, is_step: bool = False) -> None:
     if self._around is not None:
-      self._around.part("  ".join([f"{self._work} {self._count()}", *self._said()]))
+      self._around.part("  ".join([f"{self._work} {self._count()}", *self._details()]))
       return
     if self._bar is not None:
       self._redraw()
@@ -104,16 +104,16 @@ class Progress:
     if (is_step and is_last) or ((is_due or is_first) and not self._is_quiet):
       self._printed_at = now
       time_text = f"in {_clock(now - self._begun)}" if is_last else self._time_left()
-      text = "  ".join(filter(None, [f"{self._work} {self._count()}", *self._said(), time_text]))
+      text = "  ".join(filter(None, [f"{self._work} {self._count()}", *self._details(), time_text]))
       self._console.print(text, highlight=False, soft_wrap=True)
 
   def _redraw(self) -> None:
     assert self._bar is not None
-    self._bar.said = "  ".join(self._said())
+    self._bar.details = "  ".join(self._details())
     time_left = self._time_left() if self._done < self._total else ""
     self._bar.update(self._task, completed=self._done, count=self._count(), time=time_left)
 
-  def _said(self) -> list[str]:
+  def _details(self) -> list[str]:
     compiling = f"compiling {self._compiling}" if self._compiling else ""
     return [text for text in (self._part, compiling, self._figures) if text]
 
@@ -154,10 +154,10 @@ class Progress:
 
 
 class _Bar(rich_progress.Progress):
-  """The bar, and under it what is said besides."""
+  """The bar, and a line of details under it."""
 
   def __init__(self, console: Console):
-    self.said = ""
+    self.details = ""
     super().__init__(
       rich_progress.TextColumn("{task.description}"),
       rich_progress.BarColumn(bar_width=24),
@@ -166,28 +166,28 @@ class _Bar(rich_progress.Progress):
       rich_progress.TextColumn("{task.fields[time]}"),
       console=console,
       refresh_per_second=5,
-      redirect_stdout=sys.stdout.isatty(),  # what is printed stands above the bar; to a file or a pipe it goes as it is
+      redirect_stdout=sys.stdout.isatty(),  # printed text appears above the bar; files and pipes get it unchanged
     )
 
   def get_renderables(self) -> Iterable[RenderableType]:
     yield self.make_tasks_table(self.tasks)
-    if self.said:
-      yield Text(self.said, style="dim", no_wrap=True, overflow="ellipsis")
+    if self.details:
+      yield Text(self.details, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def part(what: str, done: int = 0, total: int = 0) -> None:
-  """Say what the work that is going on is at, see `Progress.part`; where none is, nobody looks."""
+  """Show the part that the current work is at, see `Progress.part`; does nothing without a `Progress`."""
   if _open:
     _open[-1].part(what, done, total)
 
 
 def wants_quiet() -> bool:
-  """Whether --quiet was given; a program without flags was not asked."""
+  """Whether --quiet was given; False in programs that parse no flags."""
   return flags.FLAGS.is_parsed() and flags.FLAGS.quiet
 
 
 def _is_first() -> bool:
-  """Whether this is process 0; a program that has not joined a job is, and touches no device to know it."""
+  """Whether this is process 0, or has not joined a job; no device is touched to find out."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -201,7 +201,7 @@ _is_listening = False
 
 
 def _listen_to_the_compiler() -> None:
-  """Hear of every program that JAX compiles, once in this process."""
+  """Register for JAX's compilation events, once a process."""
   global _is_listening
   if not _is_listening:
     jax.monitoring.register_scalar_listener(_begins_to_compile)
@@ -209,12 +209,12 @@ def _listen_to_the_compiler() -> None:
     _is_listening = True
 
 
-def _begins_to_compile(event: str, value: float, **about: Any) -> None:
+def _begins_to_compile(event: str, value: float, **details: Any) -> None:
   if event == COMPILING and _open:
-    name = str(about.get("fun_name", "a program"))  # as jit(update) or jit_update
+    name = str(details.get("fun_name", "a program"))  # jit(update) or jit_update
     _open[-1].compiling(name.removeprefix("jit").strip("_()"))
 
 
-def _has_compiled(event: str, seconds: float, **about: Any) -> None:
+def _has_compiled(event: str, seconds: float, **details: Any) -> None:
   if event == COMPILING and _open:
     _open[-1].compiling("")

@@ -1,8 +1,7 @@
-"""Denoising in the terminal: which tokens each model call decides, and how surely, while it happens.
+"""Denoising in the terminal: the tokens that each model call decides, with the model's confidence, as it happens.
 
-A token's colour is the call that decided it, from violet to yellow as in the report. Those of the newest call stand
-out, and the line below names them with the model's confidence. Small models decide faster than one can look, so a call
-is shown for a moment at least.
+A token's colour shows the call that decided it, from violet to yellow as in the report. The newest call's tokens are
+highlighted and listed below the text. Each call is shown for a minimum time, as small models decide too fast to see.
 """
 
 import colorsys
@@ -21,15 +20,15 @@ from rich.text import Text
 
 from dmpo_jax.hub.tokenizer import Tokenizer
 
-MASKED = "\N{LIGHT SHADE}"  # how a position that is still to be decided is shown
-ENDED = "\N{MIDDLE DOT}"  # and one that holds an end token
-SECONDS_A_CALL = 0.15  # at least, where somebody looks
-SECONDS_LEFT = 6.0  # at most, for calls that have been made but not shown
-NUM_NAMED = 8  # new tokens that the line names
+MASKED = "\N{LIGHT SHADE}"  # shown for a masked position
+ENDED = "\N{MIDDLE DOT}"  # shown for an end token
+SECONDS_A_CALL = 0.15  # minimum time on a terminal
+SECONDS_LEFT = 6.0  # maximum time for calls that are decided but not shown yet
+NUM_NAMED = 8  # new tokens listed
 
 
 class Frame(NamedTuple):
-  """The rows after a model call."""
+  """Completions after a model call."""
 
   completion: np.ndarray  # [b, c]
   num_calls: np.ndarray  # [b]
@@ -37,19 +36,19 @@ class Frame(NamedTuple):
 
 
 class Watcher:
-  """Shows completions on the terminal while they are decoded: called after every model call (`samplers.Plan`)."""
+  """Shows completions on the terminal while they are decoded; a callback after every model call (`samplers.Plan`)."""
 
   def __init__(self, tokenizer: Tokenizer, console: Console | None = None):
     self._tokenizer = tokenizer
-    self._console = console or Console(stderr=True)  # the completions themselves go to standard output
+    self._console = console or Console(stderr=True)  # standard output is for the completions
     self._ends = {tokenizer.eos_token_id, tokenizer.eot_token_id, tokenizer.pad_token_id}
     self._news = threading.Condition()
-    self._last: np.ndarray | None = None  # the rows as they were drawn last
-    self._since: np.ndarray | None = None  # the calls by which their tokens were decided
+    self._last: np.ndarray | None = None  # the rows as last drawn
+    self._since: np.ndarray | None = None  # the calls that decided their tokens
 
   @contextlib.contextmanager
   def watching(self, num_rows: int) -> Iterator[None]:
-    """Show a batch, of which the first rows that fit are drawn; ends when all of its calls have been shown."""
+    """Show a batch, as many rows as fit; returns once all of its calls have been shown."""
     self._num_rows = min(num_rows, max(self._console.height // 8, 1))
     self._newest, self._frames, self._is_over = -1, [], False
     self._last = self._since = None
@@ -65,7 +64,7 @@ class Watcher:
         player.join()
 
   def __call__(self, number: Any, completion: Any, num_calls: Any, confidence: Any) -> None:
-    """Take the rows after model call `number`, unless those of a later one have come."""
+    """Take the rows after model call `number`, unless later ones have arrived."""
     rows = slice(self._num_rows)
     frame = Frame(*(np.array(array)[rows] for array in (completion, num_calls, confidence)))
     with self._news:
@@ -87,7 +86,7 @@ class Watcher:
         pause.wait(min(SECONDS_A_CALL, SECONDS_LEFT / max(num_waiting, 1)))
 
   def draw(self, frame: Frame) -> Group:
-    """Draw the rows, each with the tokens of its newest call below it."""
+    """Draw the rows, each above the list of its newest tokens."""
     if self._last is None:
       self._last = np.full_like(frame.completion, self._tokenizer.mask_token_id)
       self._since = np.zeros_like(frame.completion)
@@ -106,10 +105,13 @@ class Watcher:
 def play(
   pieces: Sequence[str], committed_at: Sequence[int], confidence: Sequence[float], console: Console, seconds: float
 ) -> None:
-  """Show a finished completion as it was decided, a model call in so many seconds.
+  """Animate a finished completion.
 
   Args:
-    pieces: its tokens. committed_at: the calls that decided them. confidence: their probabilities.
+    pieces: its tokens.
+    committed_at: the calls that decided them.
+    confidence: their probabilities.
+    seconds: time that each call is shown.
   """
   since, sure = np.array(committed_at), np.array(confidence)
   with Live(console=console, auto_refresh=False) as live:
@@ -119,7 +121,7 @@ def play(
       if console.is_terminal:
         time.sleep(seconds)
   if not console.is_terminal:
-    console.print()  # to which the last picture alone has been written, without an end of its line
+    console.print()  # a file gets only the last frame, without a newline
 
 
 def draw_row(
@@ -129,10 +131,12 @@ def draw_row(
   confidence: Float[np.ndarray, "c"],
   call: int | np.integer,
 ) -> Group:
-  """Draw a completion in the colours of the calls `since` which its tokens stand there, and name the new ones below.
+  """Draw a completion, coloured by the calls that decided its tokens, with the new tokens listed below.
 
   Args:
-    pieces: its tokens; None where a position is still to be decided.
+    pieces: its tokens; None for a masked position.
+    since: the call that decided each token, from 0.
+    is_new: the tokens of the newest call.
     call: number of the newest call, from 1.
   """
   text = Text()
@@ -146,5 +150,5 @@ def draw_row(
   named = [f"{pieces[i]!r} {confidence[i]:.2f}" for i in np.flatnonzero(is_new)]
   if len(named) > NUM_NAMED:
     named[NUM_NAMED:] = [f"{len(named) - NUM_NAMED} more"]
-  said = f"call {call}: {', '.join(named) or 'nothing new'}"
-  return Group(text, Text(said, style="dim", no_wrap=True, overflow="ellipsis"))
+  listed = f"call {call}: {', '.join(named) or 'nothing new'}"
+  return Group(text, Text(listed, style="dim", no_wrap=True, overflow="ellipsis"))

@@ -1,4 +1,4 @@
-"""A run's folder: used by one run at a time, and told of every start."""
+"""A run's workdir: locked for one run at a time; it records the configuration and every start."""
 
 import contextlib
 import json
@@ -26,23 +26,23 @@ from dmpo_jax.config import Config, ConfigError, differences, fingerprint
 from dmpo_jax.processes import meet, stop_job
 from dmpo_jax.run import buckets
 
-FILE = "config.json"  # the configuration that a workdir was begun with
-OUTCOMES = ("base", "policy", "best", "result.json", "evaluation")  # what a workdir keeps besides checkpoints
-_CHECKPOINT = re.compile(r"\d+(\.\d+)?(\.damaged.*)?")  # a name; unfinished ones have another
+FILE = "config.json"  # the run's configuration
+OUTCOMES = ("base", "policy", "best", "result.json", "evaluation")  # results of a run besides checkpoints
+_CHECKPOINT = re.compile(r"\d+(\.\d+)?(\.damaged.*)?")  # name of a finished checkpoint
 LOCK = "run.lock"
 STARTS = "starts.jsonl"
 LEFT_BY_A_START = ("checkpoints", "generations", "metrics.jsonl", "parameters.txt", "tensorboard", "wandb_id.txt")
-LEASE_SECONDS = 30.0  # a lock on another host that was not renewed for so long has lost its process
+LEASE_SECONDS = 30.0  # a lock of another host that was not renewed for this long belongs to a dead process
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 @contextlib.contextmanager
 def alone_in(workdir: epath.Path) -> Iterator[None]:
-  """Hold the workdir for this run, all of its processes together.
+  """Lock the workdir for this run, for all of its processes.
 
-  Process 0 keeps `run.lock`, which names its host and process and is renewed while it lives. A lock whose process died
-  is taken over: at once on its own host, elsewhere after `LEASE_SECONDS` without a sign of life. In a bucket it is an
-  object; a run that finds that its lock was taken over stops (`processes.stop_job`).
+  Process 0 holds `run.lock`, which names its host and process, and renews it while alive. The lock of a dead process is
+  taken over: at once on the same host, elsewhere after `LEASE_SECONDS` without a renewal. In a bucket the lock is an
+  object; a run whose lock was taken over stops (`processes.stop_job`).
 
   Raises:
     ConfigError: another run is using the workdir, or it cannot be written to; in every process.
@@ -53,8 +53,8 @@ def alone_in(workdir: epath.Path) -> Iterator[None]:
       lease = _acquire_in_bucket(workdir) if buckets.is_in_bucket(workdir) else _acquire(workdir)
     except buckets.Held as held:
       problem = f"{workdir} is in use by another run, {held}: wait for it, stop it, or give another --workdir"
-    except Exception as error:  # of the disk, or of Google's libraries
-      problem = f"{workdir} cannot be written to ({error}): give another --workdir, or make room"
+    except Exception as error:  # of the disk or of Google's libraries
+      problem = f"{workdir} cannot be written to ({error}): give another --workdir, or free some space"
   if notes := meet("the workdir is locked", note=problem):
     raise ConfigError(notes[0])
   try:
@@ -68,8 +68,8 @@ def _acquire_in_bucket(workdir: epath.Path) -> buckets.Lock:
   def stop(holder: str) -> None:
     stop_job(
       f"{workdir} was taken over by {holder}: this run could not renew {LOCK} for more than {LEASE_SECONDS:.0f} s, and "
-      "two runs would delete each other's files. What was saved before stands; follow the other run, or stop it and "
-      "run this command again"
+      "two runs would delete each other's files. Everything saved before is intact; follow the other run, or stop it "
+      "and re-run this command"
     )
 
   lock = buckets.Lock(workdir / LOCK, on_lost=stop, lease_seconds=LEASE_SECONDS)
@@ -83,60 +83,60 @@ def _acquire(workdir: epath.Path) -> filelock.SoftFileLease:
   try:
     lease.acquire(timeout=0)
   except filelock.Timeout as timeout:
-    if _holder(lease).endswith(f" on {platform.node()}"):  # alive, or it would have been taken over
+    if _holder(lease).endswith(f" on {platform.node()}"):  # alive, as else it would have been taken over
       raise buckets.Held(_holder(lease)) from timeout
-    print(f"{workdir} is locked by {_holder(lease)}: looking for a sign of life", file=sys.stderr, flush=True)
+    print(f"{workdir} is locked by {_holder(lease)}: waiting for a sign of life", file=sys.stderr, flush=True)
     try:
       lease.acquire(timeout=1.5 * LEASE_SECONDS)
     except filelock.Timeout as again:
       path = pathlib.Path(lease.lock_file)
-      if _said(lease) or time.time() - path.stat().st_mtime < LEASE_SECONDS:
+      if _read_lock(lease) or time.time() - path.stat().st_mtime < LEASE_SECONDS:
         raise buckets.Held(_holder(lease)) from again
-      print(f"{path} is garbled and nobody renews it: taken over", file=sys.stderr, flush=True)
+      print(f"{path} is damaged and nobody renews it: taken over", file=sys.stderr, flush=True)
       path.unlink(missing_ok=True)
       lease.acquire(timeout=0)
   return lease
 
 
 def _holder(lease: filelock.SoftFileLease) -> str:
-  """Say who holds the lock, as its file has it."""
-  said = _said(lease)
-  if not said:
+  """Name the process that holds the lock."""
+  holder = _read_lock(lease)
+  if not holder:
     return f"{lease.lock_file} does not say which (remove it if there is none)"
-  return f"process {said['pid']} on {said['host']}"
+  return f"process {holder['pid']} on {holder['host']}"
 
 
-def _said(lease: filelock.SoftFileLease) -> dict[str, str]:
-  """Read the lock's file; {} if it is garbled."""
+def _read_lock(lease: filelock.SoftFileLease) -> dict[str, str]:
+  """Read the lock's file; {} if it is damaged."""
   try:
     lines = pathlib.Path(lease.lock_file).read_text().splitlines()
   except UnicodeDecodeError:
     return {}
-  said = dict(line.split("=", 1) for line in lines if "=" in line)
-  return said if said.get("pid", "").isdecimal() and "host" in said else {}
+  holder = dict(line.split("=", 1) for line in lines if "=" in line)
+  return holder if holder.get("pid", "").isdecimal() and "host" in holder else {}
 
 
 def folder_beside(workdir: epath.Path, name: str) -> epath.Path:
-  """Return a folder for what several runs share: beside the workdir, or in this host's cache where that is a bucket."""
+  """Return a folder that several runs share: beside the workdir, or in this host's cache if that is in a bucket."""
   if buckets.is_in_bucket(workdir):
     return epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dmpo_jax" / name
   return workdir.parent / name
 
 
 def take_over(workdir: epath.Path, config: Config) -> None:
-  """Remove what a start of another configuration has left where no step was finished (process 0).
+  """Remove the files of a start of another configuration that did not finish a step (process 0).
 
-  `check_workdir` has let the configuration pass, so nothing that is worth keeping is there.
+  `check_workdir` has accepted the configuration, so there is nothing worth keeping.
   """
   path = workdir / FILE
   if jax.process_index() > 0 or not path.exists() or has_finished_a_step(workdir):
     return
   try:
     is_same = not differences(files.read_object(path), config)
-  except files.Unreadable:  # cut, by the crash that ended that start
+  except files.Unreadable:  # cut off by the crash that ended that start
     is_same = False
   if not is_same:
-    print(f"{workdir}: a start of another configuration ended before its first step; begun anew", flush=True)
+    print(f"{workdir}: a start of another configuration ended before its first step; its files are removed", flush=True)
     for name in LEFT_BY_A_START:
       if (workdir / name).is_dir():
         (workdir / name).rmtree()
@@ -167,7 +167,7 @@ def announce_start(workdir: epath.Path, config: Config, mesh: Mesh, rollout_mesh
   }
   if jax.process_index() == 0:
     path = workdir / STARTS
-    before = path.read_bytes() if path.exists() else b""  # kept as it is, even where it is damaged
+    before = path.read_bytes() if path.exists() else b""  # kept unchanged, even if damaged
     cut = b"" if before.endswith(b"\n") or not before else b"\n"
     files.write_whole(path, before + cut + json.dumps(start).encode() + b"\n")
     memory = f" of {start['device_memory_gb']:.0f} GB" if start["device_memory_gb"] else ""
@@ -195,11 +195,11 @@ def _git_revision() -> str:
     return "unknown"
 
 
-# What may differ where a finished run is used. A sample needs only the model and how its base was made.
+# Keys that may differ from the run's when it is used. Sampling needs only the model and how its base was made.
 _OF_EVALUATION = ("eval.*", "task.eval_path", "task.grader", "task.num_test")
 _OF_SAMPLING = ("eval.*", "grading.*", "objective.*", "optim.*", "rollout.*", "sampler.*", "seed", "task.*", "train.*")
 MAY_DIFFER = {"train": (), "eval": _OF_EVALUATION, "sample": _OF_SAMPLING, "serve": _OF_SAMPLING}  # by mode
-UNREADABLE = "if this is the run's own configuration, remove the file: the training's command writes it again"
+UNREADABLE = "if the command's configuration is the run's, remove the file, and training writes it again"
 
 
 def save_config(workdir: epath.PathLike, config: ConfigDict) -> None:
@@ -209,7 +209,7 @@ def save_config(workdir: epath.PathLike, config: ConfigDict) -> None:
 
 
 def has_finished_a_step(workdir: epath.PathLike) -> bool:
-  """Whether a run has left something in the workdir to go on from or to keep: a base, a checkpoint or a result."""
+  """Whether the workdir holds anything to resume from or to keep: a base, a checkpoint or a result."""
   folder, saved = epath.Path(workdir), epath.Path(workdir) / "checkpoints"
   phases = [phase for phase in saved.iterdir() if phase.is_dir()] if saved.exists() else []
   names = [path.name for phase in phases for path in phase.iterdir()]
@@ -217,15 +217,15 @@ def has_finished_a_step(workdir: epath.PathLike) -> bool:
 
 
 def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, mode: str = "train") -> None:
-  """Refuse a workdir that holds a run of a configuration of other results.
+  """Refuse a workdir whose run has a configuration with other results.
 
-  A new workdir passes, and for training one where no step was finished, as a start that failed leaves it.
+  A new workdir passes. For training, so does one where a failed start did not finish a step.
 
   Args:
-    mode: what the workdir is for; what the mode has no need of may differ (MAY_DIFFER).
+    mode: of the program; keys that it does not use may differ (MAY_DIFFER).
 
   Raises:
-    ConfigError: naming the keys that differ and what would do.
+    ConfigError: naming the keys that differ.
   """
   path = epath.Path(workdir) / FILE
   if not path.exists() or (mode == "train" and not has_finished_a_step(workdir)):
@@ -239,5 +239,5 @@ def check_workdir(workdir: epath.PathLike, config: ConfigDict, *, mode: str = "t
     listed = "\n  ".join(differing)
     raise ConfigError(
       f"{workdir} holds a run of another configuration ({path}):\n  {listed}\n"
-      "Give --workdir a new folder, or set these keys back to go on with that run."
+      "Give --workdir a new folder, or set these keys back to resume that run."
     )
