@@ -1,6 +1,6 @@
 """Between the model and the objectives: the log-probabilities of a group's completions under given masks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,12 +9,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dmpo_jax import sharding
 from dmpo_jax.models.denoiser import completion_hidden
-from dmpo_jax.models.head import Scores, divergence, token_scores
+from dmpo_jax.models.head import divergence, token_scores
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.structs import Prompts
-
-Score = Callable[..., Scores]  # of is_masked [p, g, r, c], and prompt_is_masked [p, g, r, q] or None, and pairs
-Pairs = tuple[tuple[int, int], ...]
+from dmpo_jax.structs import Pairs, Prompts, Score, Scores
 
 
 def make_score(

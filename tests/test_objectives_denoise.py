@@ -3,7 +3,6 @@
 import functools
 import inspect
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import pytest
 from dmpo_jax import noise
 from dmpo_jax.objectives import OBJECTIVES, denoise
 from dmpo_jax.objectives.masking import place_masks
-from dmpo_jax.structs import Experience
+from dmpo_jax.structs import Experience, Scores
 
 P, G, C = 4, 1, 6
 OWN = dict(
@@ -55,7 +54,7 @@ def value_and_grad(theta, experience, *, name, num_prompts):
   def score(theta, is_masked, pairs=()):
     chosen = theta[jnp.arange(C), experience.completion][:, :, None]
     log_prob = jax.nn.log_sigmoid(jnp.broadcast_to(chosen, is_masked.shape))
-    return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones(is_masked.shape))
+    return Scores(log_prob=log_prob, entropy=jnp.ones(is_masked.shape))
 
   def compute(theta):
     keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts, G)

@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from dmpo_jax.models import lora
 from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.objectives import likelihood, wdce, wddo
 from dmpo_jax.scoring import make_score
-from dmpo_jax.structs import Experience, Prompts
+from dmpo_jax.structs import Experience, Prompts, Scores
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 RECORDED = json.loads((GOLDENS / "wdce.json").read_text())
@@ -91,7 +90,7 @@ def log_prob_of(case, policy):
 @functools.partial(jax.jit, static_argnames=("baseline", "strength"))
 def loss_and_gradient(log_prob, is_masked, experience, *, baseline, strength):
   def compute(log_prob):
-    scores = SimpleNamespace(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
+    scores = Scores(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
     return wdce.group_loss(scores, is_masked, experience, baseline=baseline, baseline_strength=strength)[0][0]
 
   return jax.value_and_grad(compute)(log_prob)

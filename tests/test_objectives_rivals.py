@@ -3,7 +3,6 @@
 import functools
 import inspect
 import math
-from types import SimpleNamespace
 
 import documents
 import jax
@@ -15,7 +14,7 @@ from dmpo_jax.objectives import OBJECTIVES, clipped, wddo
 from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions
-from dmpo_jax.structs import Experience, Prompts
+from dmpo_jax.structs import Experience, Prompts, Scores
 
 LIKELIHOODS = {
   "diffu_grpo": OneStep(1, prompt_mask_ratio=0.0),
@@ -72,7 +71,7 @@ def value_and_grad(log_p, experience, *, name, kl_weight=0.1, seed=1):
       old = jnp.asarray(OLD)[:, : log_p.shape[1], None]  # of two tokens, by the policy that drew the completions
       log_ratios = old - log_prob, jnp.log1p(-jnp.exp(old)) - jnp.log1p(-jnp.exp(log_prob))
       divergence = jnp.exp(old) * log_ratios[0] + (1 - jnp.exp(old)) * log_ratios[1]
-      return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones_like(log_prob), divergence=divergence)
+      return Scores(log_prob=log_prob, entropy=jnp.ones_like(log_prob), divergence=divergence)
 
     keys = jax.random.split(jax.random.key(seed), log_p.shape[:2])
     return loss(score, experience, keys, num_prompts=1, **own)
@@ -91,7 +90,7 @@ def test_the_objective_that_the_documents_add():
 
   def score(is_masked, prompt_is_masked=None, pairs=()):
     log_prob = jnp.broadcast_to(jnp.asarray(OLD)[:, :, None], is_masked.shape)
-    return SimpleNamespace(log_prob=log_prob, entropy=jnp.ones_like(log_prob))
+    return Scores(log_prob=log_prob, entropy=jnp.ones_like(log_prob))
 
   keys = jax.random.split(jax.random.key(1), (1, 2))
   likelihood = OneStep(1, prompt_mask_ratio=0.0)
@@ -160,7 +159,7 @@ def test_tracerl_takes_a_chunks_mean_of_the_surrogate_and_its_sum_of_the_kl():
   def compute(log_p):
     def score(is_masked, prompt_is_masked=None, pairs=()):
       log_prob = jnp.broadcast_to(log_p[:, :, None], is_masked.shape)
-      return SimpleNamespace(log_prob=log_prob, entropy=log_prob)
+      return Scores(log_prob=log_prob, entropy=log_prob)
 
     keys = jax.random.split(jax.random.key(1), (1, 2))
     own = dict(likelihood=LIKELIHOODS["tracerl"], clip=0.2, kl_weight=0.1)
@@ -252,7 +251,7 @@ def test_dtm_is_least_where_the_old_policy_is_tilted(control_variate):
       )
       log_prob = jnp.take_along_axis(log_p, y[..., None], -1)[..., 0]
       divergence = (jnp.exp(log_old) * (log_old - log_p)).sum(-1)
-      return SimpleNamespace(log_prob=log_prob, entropy=log_prob, divergence=divergence)
+      return Scores(log_prob=log_prob, entropy=log_prob, divergence=divergence)
 
     keys = jnp.broadcast_to(jax.random.key(0), completion.shape[:2])
     own = dict(num_mask_samples=1, antithetic=False, min_mask_ratio=1.0, max_mask_ratio=1.0, tilt=tilt)
@@ -345,7 +344,7 @@ def test_a_position_of_a_pair_is_read_in_one_of_the_two(name, own):
       for i, j in pairs if is_shared else ():
         wanted = jnp.where(is_masked[:, :, i], log_prob[:, :, i], log_prob[:, :, j])
         log_prob = log_prob.at[:, :, i].set(wanted).at[:, :, j].set(wanted)
-      return SimpleNamespace(log_prob=log_prob, entropy=jnp.exp(log_prob), divergence=log_prob**2)
+      return Scores(log_prob=log_prob, entropy=jnp.exp(log_prob), divergence=log_prob**2)
 
     return loss(score, experience, keys, num_prompts=1, **keywords)
 
@@ -365,7 +364,7 @@ def test_independent_sets_of_wddo_are_no_complements():
 
   def score(is_masked, prompt_is_masked=None, pairs=()):
     seen.append(np.asarray(is_masked))
-    return SimpleNamespace(log_prob=jnp.full(is_masked.shape, -1.0), entropy=jnp.zeros(is_masked.shape))
+    return Scores(log_prob=jnp.full(is_masked.shape, -1.0), entropy=jnp.zeros(is_masked.shape))
 
   wide = make_experience(is_counted=np.ones((1, 2, 64), bool), completion=np.zeros((1, 2, 64), np.int32))
   wide = jax.tree.map(jnp.asarray, wide)

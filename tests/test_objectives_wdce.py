@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import pathlib
-from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -14,7 +13,7 @@ import pytest
 
 from dmpo_jax import noise
 from dmpo_jax.objectives import wdce, weights
-from dmpo_jax.structs import Experience
+from dmpo_jax.structs import Experience, Scores
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 CASES = json.loads((GOLDENS / "wdce.json").read_text())["cases"]
@@ -60,7 +59,7 @@ def make_score(theta, experience):
   def score(is_masked, pairs=()):
     chosen = jnp.asarray(theta)[jnp.arange(is_masked.shape[-1]), experience.completion][:, :, None]
     logit = chosen - 0.1 * is_masked.sum(-1, keepdims=True)
-    return SimpleNamespace(log_prob=jax.nn.log_sigmoid(logit), entropy=jnp.exp(-(logit**2)))
+    return Scores(log_prob=jax.nn.log_sigmoid(logit), entropy=jnp.exp(-(logit**2)))
 
   return score
 
@@ -104,7 +103,7 @@ def group_loss(log_prob, is_masked, experience, *, baseline, strength, min_log_r
   """Each prompt's loss and metrics under given masks, and the gradient of the losses' sum by the log-probabilities."""
 
   def compute(log_prob):
-    scores = SimpleNamespace(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
+    scores = Scores(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
     own = {} if min_log_ratio is None else dict(unlearning="bounded", min_log_ratio=min_log_ratio)
     loss, metrics = wdce.group_loss(scores, is_masked, experience, baseline=baseline, baseline_strength=strength, **own)
     return loss.sum(), (loss, metrics)

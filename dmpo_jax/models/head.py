@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dmpo_jax import sharding
 from dmpo_jax.models.layers import project
 from dmpo_jax.sharding import constrain
-from dmpo_jax.structs import VOCAB_TILE
+from dmpo_jax.structs import VOCAB_TILE, Scores
 
 CHUNK_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
 WIDTH_MULTIPLE = 128  # parts have one width, about a multiple of it
@@ -81,14 +81,6 @@ def split_vocabulary(size: int, multiple: int = 1, num_ids: int | None = None) -
   width = -(-share // (num_chunks * WIDTH_MULTIPLE)) * WIDTH_MULTIPLE  # parts of one size, but for the rounding
   split = Split(num_shares, share, min(share, width + share % VOCAB_TILE), num_ids)
   return split, split.num_chunks
-
-
-class Scores(NamedTuple):
-  """The model's verdict on tokens, in nats."""
-
-  log_prob: Float32[Array, "*t"]  # of the token
-  entropy: Float32[Array, "*t"]  # of the distribution that it was scored under; carries no gradient
-  divergence: Float32[Array, "*t"] | None = None  # KL(teacher || that distribution), where there is a teacher
 
 
 def chunk_logits(

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from dmpo_jax.objectives.likelihood import Completions, Estimator, Score, Views
+from dmpo_jax.objectives.likelihood import Completions, Estimator, Views
 from dmpo_jax.objectives.weights import mean_kept
-from dmpo_jax.structs import Experience
+from dmpo_jax.structs import Experience, Score
 
 # Beyond exp(30), about 1e13, a ratio says only that two policies have nothing in common. exp overflows float32 at 88.7,
 # and the square of a gradient, which its norm is made of, halfway there.

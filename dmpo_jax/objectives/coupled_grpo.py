@@ -3,8 +3,8 @@
 from jaxtyping import Array, Float, Key
 
 from dmpo_jax.objectives.clipped import leave_one_out_advantage, ratio_loss
-from dmpo_jax.objectives.likelihood import Estimator, Score
-from dmpo_jax.structs import Experience
+from dmpo_jax.objectives.likelihood import Estimator
+from dmpo_jax.structs import Experience, Score
 
 
 def loss(

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dmpo_jax.objectives.clipped import averaged, bounded_exp, centred_advantage
-from dmpo_jax.objectives.likelihood import Score, masked_mean
+from dmpo_jax.objectives.likelihood import masked_mean
 from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
 from dmpo_jax.objectives.weights import mean_kept
-from dmpo_jax.structs import Experience
+from dmpo_jax.structs import Experience, Score
 
 
 def loss(

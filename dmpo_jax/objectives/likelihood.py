@@ -5,23 +5,11 @@ how what it says of them adds up, position by position. All of them share this i
 any.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
-
-
-@runtime_checkable
-class Scores(Protocol):
-  """What a policy says of a completion's own tokens, under given masks."""
-
-  log_prob: Float[Array, "p g r c"]  # log p(y_l | prompt, y with the masked positions hidden), where it is to be read
-  entropy: Float[Array, "p g r c"]  # of that distribution, nats
-
-
-Score = Callable[..., Scores]  # of is_masked [p, g, r, c], prompt_is_masked [p, g, r, q] or None, and pairs
 
 
 class Views(NamedTuple):

@@ -5,9 +5,8 @@ from jaxtyping import Array, Float, Key
 
 from dmpo_jax.objectives.clipped import averaged, centred_advantage, estimate
 from dmpo_jax.objectives.estimators import Eubo
-from dmpo_jax.objectives.likelihood import Score
 from dmpo_jax.objectives.weights import mean_kept
-from dmpo_jax.structs import Experience
+from dmpo_jax.structs import Experience, Score
 
 
 def loss(

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dmpo_jax.objectives.clipped import averaged, estimate, token_loss
-from dmpo_jax.objectives.likelihood import Estimator, Score
+from dmpo_jax.objectives.likelihood import Estimator
 from dmpo_jax.objectives.weights import standardise
-from dmpo_jax.structs import Experience
+from dmpo_jax.structs import Experience, Score
 
 
 def loss(

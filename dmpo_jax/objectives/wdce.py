@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives import weights
-from dmpo_jax.objectives.likelihood import Score, Scores, elbo, masked_mean
+from dmpo_jax.objectives.likelihood import elbo, masked_mean
 from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
 from dmpo_jax.objectives.weights import mean_kept
-from dmpo_jax.structs import Experience
+from dmpo_jax.structs import Experience, Score, Scores
 
 
 def loss(
@@ -31,7 +31,7 @@ def loss(
   (DMPO, arXiv 2510.08233); w the importance weights, b the baseline (`weights.baseline`), m = max(|M|, 1).
 
   Args:
-    score: the policy under update, differentiable (see `likelihood.Scores`).
+    score: the policy under update, differentiable (see `structs.Scores`).
     keys: the rollouts' keys for this step.
     num_prompts: what the sum over prompts is divided by: prompts of the whole buffer.
     baseline: b, a name in `weights.BASELINES`; baseline_strength: s.
