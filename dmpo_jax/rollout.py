@@ -337,7 +337,7 @@ def describe(
   reward = grades.reward[kept]
   completion = rollouts.completion
   drawn = log_confidence(rollouts)[rollouts.is_drawn]
-  unique = weights.unique_rollouts(jnp.asarray(completion), jnp.asarray(kept))
+  unique = weights.unique_rollouts(*map(jnp.asarray, (completion, is_until_eos, kept)))
   return {
     "reward_mean": _mean(reward),
     "reward_std": float(reward.std()) if reward.size else math.nan,

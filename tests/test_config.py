@@ -150,6 +150,7 @@ def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
   ("changes", "path", "allowed"),
   [
     (dict(name="wddo", likelihood="trajectory"), "likelihood", "elbo or sampler, as objective.name = 'wddo'"),
+    (dict(name="wdce", likelihood="coupled", num_elbo_samples=3), "likelihood", "one that estimates log p (elbo, "),
     ({"wdce.baseline": "model", "likelihood": "one_step"}, "likelihood", "with objective.wdce.baseline = 'model'"),
     ({"wdce.unlearning": "bounded", "likelihood": "eubo"}, "likelihood", "objective.wdce.unlearning = 'bounded'"),
     ({"wdce.unlearning": "bounded", "mask_block_length": 4}, "mask_block_length", "0, as objective.name = 'wdce'"),

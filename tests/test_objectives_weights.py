@@ -381,7 +381,11 @@ def test_the_mean_baseline_leaves_nothing_of_equal_rewards_where_weights_do_not_
 
 
 def test_unique_rollouts_by_hand():
-  completion = jnp.array([[[1, 2], [1, 2], [1, 3], [1, 2]], [[0, 0]] * 4, [[0, 0]] * 4])
-  is_kept = jnp.array([[True] * 4, [True, True, False, False], [False] * 4])
-  # shares 3/4 and 1/4; one of two; nothing
-  np.testing.assert_allclose(weights.unique_rollouts(completion, is_kept), [1 / (9 / 16 + 1 / 16), 1, 0], rtol=1e-6)
+  completion = jnp.array(
+    [[[1, 2], [1, 2], [1, 3], [1, 2]], [[0, 0]] * 4, [[0, 0]] * 4, [[9, 1], [9, 2], [1, 9], [1, 1]]]
+  )
+  is_until_eos = jnp.ones(completion.shape, bool).at[3, :2, 1].set(False)
+  is_kept = jnp.array([[True] * 4, [True, True, False, False], [False] * 4, [True] * 4])
+  # shares 3/4 and 1/4; one of two; nothing; 1/2 that end at once, and two of 1/4
+  wanted = [1 / (9 / 16 + 1 / 16), 1, 0, 1 / (1 / 4 + 2 / 16)]
+  np.testing.assert_allclose(weights.unique_rollouts(completion, is_until_eos, is_kept), wanted, rtol=1e-6)

@@ -290,6 +290,15 @@ def test_what_the_log_says_of_completions():
   }
 
 
+def test_rollouts_that_differ_behind_their_eos_alone_are_the_same():
+  completion = np.array([[[5, 2, 2, 2], [5, 2, 6, 2], [5, 6, 2, 2], [5, 2, 7, 7]]], np.int32)
+  count = np.full((1, 4), 4)
+  rollouts = structs.Rollouts(completion, 0 * completion, np.full(completion.shape, 0.5), count, count, 0 * count)
+  grades = Grades(np.eye(1, 4), np.ones((1, 4), bool), np.ones((1, 4), bool))
+  figures = rollout.describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
+  np.testing.assert_allclose(figures["unique_rollouts"], 1 / (9 / 16 + 1 / 16), rtol=1e-6)
+
+
 def test_a_probability_that_underflows_is_no_filled_position():
   count, confidence = np.array([[2]]), np.array([[[0.5, 0.0, 0.0]]], np.float32)
   rollouts = structs.Rollouts(

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.estimators import ESTIMATORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ def has_no_noise(likelihood: str, prompt_mask_ratio: float) -> bool:
   return likelihood in ("sampler", "trajectory") or (likelihood == "one_step" and prompt_mask_ratio == 0)
 
 
+def estimates_log_p(likelihood: str) -> bool:
+  """Whether a likelihood estimates log p itself, not a multiple of it."""
+  return likelihood not in ESTIMATORS or ESTIMATORS[likelihood].is_log_p
+
+
 COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning")
 
 RELATIONS = (
@@ -128,6 +134,13 @@ RELATIONS = (
     ("objective.name",),
     lambda likelihood, name: name != "spg" or likelihood == "eubo",
     "eubo, as {0} sets an upper bound against a lower one",
+  ),
+  Relation(
+    "objective.likelihood",
+    ("objective.name",),
+    lambda likelihood, name: OBJECTIVES[name].needs != "weights" or estimates_log_p(likelihood),
+    "one that estimates log p (elbo, elbo_quadrature, ...), as {0} weighs rollouts by log p_ref - log p_old: coupled "
+    "estimates a multiple of it",
   ),
   Relation(
     "objective.sync_reference_every",

@@ -165,6 +165,7 @@ class Coupled(Linear):
   num_mask_samples: int
   min_mask_ratio: float
   max_mask_ratio: float
+  is_log_p: ClassVar[bool] = False
 
   @property
   def draws(self) -> tuple[int, ...]:

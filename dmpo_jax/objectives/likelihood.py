@@ -35,6 +35,7 @@ class Estimator(Protocol):
   draws: tuple[int, ...]  # the independent draw that each mask sample belongs to; -1: none, it is not random
   pairs: tuple[tuple[int, int], ...]  # mask samples (i, j): what is read of j is not masked in i, and all read of i is
   replays: bool  # its views are states that the sampler saw, with what stood at positions that are not counted
+  is_log_p: bool  # it estimates log p(y | x) or a bound of it, not a multiple
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     """Choose the copies from the rollouts' keys."""
@@ -55,6 +56,7 @@ class Linear:
   draws: tuple[int, ...]
   pairs: tuple[tuple[int, int], ...] = ()
   replays: bool = False
+  is_log_p: bool = True
 
   def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
     return _shared(log_prob, views).sum(2)

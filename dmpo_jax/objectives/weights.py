@@ -247,13 +247,16 @@ def log_ratio_figures(
 
 
 @jax.jit  # as above
-def unique_rollouts(completion: Int[Array, "p g c"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p"]:
+def unique_rollouts(
+  completion: Int[Array, "p g c"], is_until_eos: Bool[Array, "p g c"], is_kept: Bool[Array, "p g"]
+) -> Float[Array, "p"]:
   """Effective number of different completions in each group: 1 / sum over them of the share squared, in [1, g].
 
-  That of the kept rollouts; 0 for a group with none kept.
+  That of the kept rollouts, compared up to their first EOS; 0 for a group with none kept.
   """
+  text = jnp.where(is_until_eos, completion, -1)
   is_pair = is_kept[:, :, None] & is_kept[:, None]
-  is_same = (completion[:, :, None] == completion[:, None]).all(-1) & is_pair
+  is_same = (text[:, :, None] == text[:, None]).all(-1) & is_pair
   pairs = is_same.sum((1, 2))
   return jnp.where(pairs > 0, is_kept.sum(-1) ** 2 / jnp.maximum(pairs, 1), 0)
 
