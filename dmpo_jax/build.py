@@ -406,5 +406,5 @@ def make_sample(
     ),
     guidance=sampler.guidance,
     with_reference=with_reference,
-    options=samplers.make_options(sampler.name, sampler.get(sampler.name, {})),
+    options=samplers.make_options(sampler.name, sampler.to_dict().get(sampler.name, {})),
   )
