@@ -3,10 +3,9 @@
     python -m launch.convert_hf --hf=DIR_OR_REPO --out=DIR_OR_GS [--dtype=bfloat16|float32|int8]
     python -m launch.convert_hf --hf=ADAPTER_DIR --base=CONVERTED_DIR --out=DIR    # for model.lora.init_from
 
-Everything is checked before anything is written: names, shapes and the length of every shard. Then tensors are read and
-written in pieces of at most 16 MiB, so the memory that it takes does not depend on the checkpoint's size; int8 reads
-projections twice. The files
-beside the weights (tokenizer, config, the model's code) travel along.
+All names, shapes and shard lengths are checked before anything is written. Tensors are then read and written in pieces
+of at most 16 MiB, so memory use does not depend on the size of the checkpoint; --dtype=int8 reads projections twice.
+The other files of the checkpoint (tokenizer, config, the model's code) are copied.
 """
 
 import dataclasses
@@ -14,18 +13,16 @@ import functools
 import os
 import re
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from dmpo_jax import digests, files
-from dmpo_jax.config import command
 from dmpo_jax.hub import convert, pretrained
 from dmpo_jax.hub.convert import Place
 from dmpo_jax.hub.piecewise import Index, PiecewiseArray, save_piecewise
@@ -33,35 +30,35 @@ from dmpo_jax.hub.shards import ADAPTER, WEIGHTS, Shards
 from dmpo_jax.hub.tokenizer import FILES, HuggingFaceTokenizer
 from dmpo_jax.models.layers import KERNEL_SCALE, quantize
 from dmpo_jax.run import buckets, progress
+from launch import commands
 
 PIECE_BYTES = 16 * 2**20
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-Report = Callable[[int], None]  # called with the number of bytes that have been converted
+Report = Callable[[int], None]  # called with the number of bytes just converted
 
 
 def find_folder(hf: str, revision: str | None = None) -> epath.Path:
-  """Return the folder of a checkpoint; what is no folder is taken for the hub's and downloaded.
+  """Return the folder of a checkpoint; a name that is not a folder is downloaded from the hub.
 
   Raises:
-    ValueError: there is no such folder, and the hub does not have it or cannot be reached; or there is one, which has
-      no revisions.
+    ValueError: there is no such folder and the hub does not provide it, or a revision of a folder is asked for.
   """
   folder = epath.Path(hf).expanduser()
   if folder.is_dir():
     if revision is not None:
-      raise ValueError(f"--revision={revision}: --hf={hf} is a folder, and the hub alone has revisions; leave it out")
+      raise ValueError(f"--revision={revision}: --hf={hf} is a folder, and only the hub has revisions; leave it out")
     return folder
   if not HUB_ID.fullmatch(hf):
-    raise ValueError(f"--hf={hf}: no such folder, and no name of a repository such as GSAI-ML/LLaDA-8B-Instruct")
-  from huggingface_hub import snapshot_download  # here, as it is slow to import and seldom needed
+    raise ValueError(f"--hf={hf}: neither a folder nor the name of a repository such as GSAI-ML/LLaDA-8B-Instruct")
+  from huggingface_hub import snapshot_download  # slow to import and seldom needed
 
   try:
     return epath.Path(
       snapshot_download(hf, revision=revision, allow_patterns=[*pretrained.SIDE_FILES, "*.safetensors"])
     )
-  except Exception as error:  # the hub's client raises what its network library does
-    raise ValueError(f"--hf={hf}: no such folder, and the hub does not give it ({error})") from error
+  except Exception as error:  # the hub's client raises its network library's errors
+    raise ValueError(f"--hf={hf}: no such folder, and the hub does not provide it ({error})") from error
 
 
 def convert_model(
@@ -74,12 +71,12 @@ def convert_model(
   """Convert the checkpoint in `source`; return its number of parameters.
 
   Args:
-    dtype: of all parameters, "same" as stored, or "int8": projections quantised (see `layers.quantize`), others stored.
-    report: is told how many of the checkpoint's bytes have been converted.
-    origin: what the checkpoint is called, for exports of adapters; "": the path of `source`.
+    dtype: of all parameters; "same": as stored; "int8": projections quantised by `layers.quantize`, others as stored.
+    report: gets the number of bytes of each piece that has been converted.
+    origin: the checkpoint's name, for exports of adapters; "": the path of `source`.
 
   Raises:
-    ValueError: something does not fit, is damaged or not finite; nothing is left in `out`.
+    ValueError: the checkpoint does not match its description, is damaged or not finite; nothing is left in `out`.
   """
   hf = _read_json(source / "config.json")
   family, config = convert.family_of(hf), convert.model_config_from_hf(hf)
@@ -88,7 +85,7 @@ def convert_model(
   shards, places = Shards(source), convert.checkpoint_places(config, family)
   convert.check_tensors({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
   if any((source / name).exists() for name in (FILES[0], "vocab.json")):
-    HuggingFaceTokenizer(source, is_chat=False)  # raises where its special ids are not the model's
+    HuggingFaceTokenizer(source, is_chat=False)  # raises if its special ids differ from the model's
   with files.new_folder(out, "--out"):
     pretrained.write_model(out, family, config, origin or _absolute(source))
     pretrained.copy_side_files(source, out)
@@ -101,7 +98,7 @@ def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, repor
   """Convert the PEFT adapter in `source`, for the converted model in `base`; return its number of parameters.
 
   Raises:
-    ValueError: something does not fit or is damaged; nothing is left in `out`.
+    ValueError: the adapter does not match the model or is damaged; nothing is left in `out`.
   """
   model = pretrained.read_model(base)
   if model is None:
@@ -122,7 +119,7 @@ def _absolute(path: epath.Path) -> str:
 
 
 def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Report) -> dict[str, Any]:
-  """Describe our variables as arrays that are read piece by piece; the tensors of an int8 kernel are read twice."""
+  """Describe our parameters as arrays that are read in pieces; the tensors of an int8 kernel are read twice."""
   tree: dict[str, Any] = {}
   for path, names in convert.leaves_of(places).items():
     *parents, last = path
@@ -150,9 +147,9 @@ def _array(
   keep: Callable[[np.ndarray], np.ndarray],
   report: Report,
 ) -> PiecewiseArray:
-  """Describe one array, of a layer's `shape`; `keep` says what is kept of a tensor's piece, with our axes."""
+  """Describe one array in pieces; `shape` is one layer's, `keep` turns a piece, in our axes, into the saved one."""
   first, place = shards.tensors[names[0]], places[names[0]]
-  rows = first.shape[0]  # of the tensor on disk: our last axis if it is transposed, else our first
+  rows = first.shape[0]  # of the tensor on disk: our last axis if it is transposed, otherwise our first
   num_rows = max(1, min(rows, PIECE_BYTES // (max(first.size, 1) // rows)))
   is_stacked = place.layer is not None
 
@@ -167,8 +164,8 @@ def _array(
         report(piece.nbytes)
         if not np.isfinite(piece).all():
           raise ValueError(
-            f"tensor {name} in {shards.tensors[name].file} has values that are not finite: the file is damaged, or the "
-            "training that it comes from has diverged"
+            f"tensor {name} in {shards.tensors[name].file} has values that are not finite: the file is damaged, or its "
+            "training diverged"
           )
         piece = keep(piece.T if place.is_transposed else piece)
         index = along_rows([slice(None)] * len(shape), slice(start, stop))
@@ -185,12 +182,12 @@ def _array(
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
   if not path.is_file():
-    raise ValueError(f"{path} is not there: give a folder in Hugging Face's layout")
+    raise ValueError(f"{path} does not exist: give a folder in Hugging Face's layout")
   return files.read_object(path)
 
 
 def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None, dtype: str) -> None:
-  """Convert with a progress bar, and say what came out."""
+  """Convert with a progress bar, and print a summary."""
   start, source = time.monotonic(), find_folder(hf, revision)
   is_adapter = (source / "adapter_config.json").exists()
   if is_adapter and base is None:
@@ -210,7 +207,7 @@ def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None,
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f"{out}: {count:,} parameters, {time.monotonic() - start:.1f} s, at most {peak:.2f} GiB of memory")
   if not is_adapter and not any((out / name).exists() for name in (FILES[0], "vocab.json")):
-    print(f"{source} has no tokenizer: put its files into {out}")
+    print(f"{source} has no tokenizer: copy one into {out}")
 
 
 def define_flags() -> None:
@@ -220,27 +217,19 @@ def define_flags() -> None:
   flags.DEFINE_string("revision", None, "Branch, tag or commit of the hub's repository.")
   flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
   flags.DEFINE_string("base", None, "For an adapter: the converted folder of the model that it is for.")
-  about = (
-    "Of the parameters written. int8: the layers' projections in int8, the others as stored; to train adapters on."
-  )
+  about = "Of the parameters written. int8: only the projections of the layers, the rest as stored."
   flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32", "int8"], about)
   flags.mark_flags_as_required(["hf", "out"])
 
 
-def main(argv: Sequence[str]) -> None:
-  """Convert what the flags name; a mistake ends in one message and exit code 2."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main() -> None:
+  """Convert what the flags name."""
   given = flags.FLAGS
   base = epath.Path(given.base).expanduser() if given.base else None
-  try:
-    buckets.check({"--hf": given.hf, "--base": given.base or ""}, {"--out": given.out})
-    run(given.hf, given.revision, epath.Path(given.out).expanduser(), base, given.dtype)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  buckets.check({"--hf": given.hf, "--base": given.base or ""}, {"--out": given.out})
+  run(given.hf, given.revision, epath.Path(given.out).expanduser(), base, given.dtype)
 
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  commands.start(main)

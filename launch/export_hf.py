@@ -1,26 +1,24 @@
-"""Write what a run has learned, or a converted checkpoint, in Hugging Face's layout.
+"""Export the policy of a run, or a converted checkpoint, to Hugging Face's layout.
 
     python -m launch.export_hf --run=WORKDIR --out=DIR_OR_GS          # the policy, adapters merged into the weights
     python -m launch.export_hf --run=WORKDIR --out=DIR --adapter      # its adapters alone, for PEFT
     python -m launch.export_hf --model=CONVERTED_DIR --out=DIR        # a converted checkpoint, as it was
 
-Arrays are read one at a time and written shard by shard.
+Arrays are read one at a time and written one shard at a time.
 """
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from dmpo_jax import build, files
-from dmpo_jax.config import command
 from dmpo_jax.hub import convert, pretrained
 from dmpo_jax.hub.families import FAMILIES, Family
 from dmpo_jax.hub.shards import ADAPTER, write_file, write_shards
@@ -30,8 +28,9 @@ from dmpo_jax.models.transformer import ModelConfig
 from dmpo_jax.run import buckets, progress
 from dmpo_jax.run import workdir as workdir_lib
 from dmpo_jax.run.params import check_params, load_leaf, saved_dtypes
+from launch import commands
 
-SENTENCEPIECE = "tokenizer.model"  # its file beside exported weights
+SENTENCEPIECE = "tokenizer.model"  # file name of a sentencepiece tokenizer beside exported weights
 
 
 class Source(NamedTuple):
@@ -39,27 +38,27 @@ class Source(NamedTuple):
 
   config: ModelConfig
   family: str
-  base: epath.Path | None  # the parameters under the adapters, or all that there are
-  policy: epath.Path | None  # adapters, if config.lora; else parameters that replace the base's
-  side: epath.Path | None  # the folder of the files that travel along
-  origin: str = ""  # what the base was converted from, if its weights are the same; "": not known
-  tokenizer: epath.Path | None = None  # a run's own, if it is not the checkpoint's
+  base: epath.Path | None  # the parameters under the adapters, or all parameters
+  policy: epath.Path | None  # adapters, if config.lora; otherwise parameters that replace the base's
+  side: epath.Path | None  # folder of the files that are copied along
+  origin: str = ""  # the checkpoint that the base was converted from, if its weights are the same; "": unknown
+  tokenizer: epath.Path | None = None  # the run's own, where the checkpoint has none
 
 
 class Update:
-  """How much of what a run has learned is lost where its weights are rounded."""
+  """Measures how much of the update that a run has learned is lost when its weights are rounded."""
 
   def __init__(self) -> None:
-    self._squares: dict[str, tuple[float, float]] = {}  # of what is lost and of the update, by tensor
+    self._squares: dict[str, tuple[float, float]] = {}  # of the lost part and of the update, by tensor
 
   def add(self, name: str, base: np.ndarray, merged: np.ndarray, written: np.ndarray) -> None:
-    """Compare the change of a tensor, float32 before it is rounded, with that of the rounded base."""
+    """Add a tensor: compare its change in float32 with the change from the rounded base to what is written."""
     update = merged - base
     lost = written.astype(np.float32) - base.astype(written.dtype).astype(np.float32) - update
     self._squares[name] = (float(np.square(lost).sum()), float(np.square(update).sum()))
 
   def error(self) -> tuple[float, str, float] | None:
-    """Return the norm of what is lost over that of the update, and the worst tensor with its own; None: no update."""
+    """Return the norm of the lost part relative to the update's, the worst tensor and its value; None: no update."""
     changed = {name: pair for name, pair in self._squares.items() if pair[1] > 0}
     if not changed:
       return None
@@ -70,10 +69,10 @@ class Update:
 
 
 def find_model(folder: epath.Path) -> Source:
-  """Look at a converted folder.
+  """Describe the export of a converted folder.
 
   Raises:
-    ValueError: it is none.
+    ValueError: it is not a converted folder.
   """
   model = pretrained.read_model(folder)
   if model is None:
@@ -82,14 +81,14 @@ def find_model(folder: epath.Path) -> Source:
 
 
 def find_run(workdir: epath.Path) -> Source:
-  """Look at a finished run.
+  """Describe the export of a finished run.
 
   Raises:
-    ValueError: it is none, or its base is not stored anywhere.
+    ValueError: it is not a finished run, or its base is stored nowhere.
   """
   about = workdir / workdir_lib.FILE
   if not about.exists() or not (workdir / "policy").exists():
-    raise ValueError(f"--run={workdir} holds no finished run: there is no {workdir_lib.FILE} or no policy")
+    raise ValueError(f"--run={workdir} is not a finished run: {workdir_lib.FILE} or policy is missing")
   settings = ConfigDict(files.read_object(about))
   model = build.build_model(settings, build.make_tokenizer(settings))
   checkpoint = settings.model.init_from
@@ -97,7 +96,7 @@ def find_run(workdir: epath.Path) -> Source:
   family = described.family if described else convert.natural_family(model.config)
   base = workdir / "base" if settings.warm_start.updates else epath.Path(checkpoint) if checkpoint else None
   if base is None and model.config.lora is not None:
-    raise ValueError(f"--run={workdir} has adapters on random parameters, which are not stored: they cannot be merged")
+    raise ValueError(f"--run={workdir} has adapters on random parameters that were not saved: they cannot be merged")
   if model.config.lora is not None:
     build.check_base(settings, workdir, workdir / "policy")
   side, tokenizer = epath.Path(checkpoint) if described else None, settings.tokenizer.path
@@ -117,10 +116,10 @@ def export_model(source: Source, out: epath.Path, *, dtype: str, shard_bytes: in
   """Write the weights, merged with the adapters if there are any; return their number of parameters.
 
   Args:
-    update: is told what rounding does to what the run has learned.
+    update: measures what rounding does to the run's update.
 
   Raises:
-    ValueError: `out` is there already, or weights are damaged or not finite.
+    ValueError: `out` exists already, or weights are damaged or not finite.
   """
   places = convert.checkpoint_places(source.config, source.family)
   weights = source.base if source.config.lora else source.policy or source.base
@@ -148,14 +147,14 @@ def _checked(tensors: Iterable[tuple[str, np.ndarray]], shown: progress.Progress
 
 
 def _dtypes(weights: epath.Path, dtype: str) -> dict[tuple[str, ...], np.dtype]:
-  """Say in which dtype each leaf is written; "same" is for int8, which theirs do not have, the embedding's."""
+  """Return the dtype in which each leaf is written; int8, unknown to Hugging Face's layout, becomes the embedding's."""
   saved = saved_dtypes(weights)
   own = {path: saved[("embedding",)] if saved_as == np.int8 else saved_as for path, saved_as in saved.items()}
   return {path: np.dtype(own[path] if dtype == "same" else dtype) for path in own if path[-1] != KERNEL_SCALE}
 
 
 class _Weights(NamedTuple):
-  """Reads leaves as they are written."""
+  """Reads leaves in the form in which they are written."""
 
   source: Source
   path: epath.Path  # of the base, if there are adapters
@@ -164,7 +163,7 @@ class _Weights(NamedTuple):
   update: Update
 
   def read(self, path: tuple[str, ...]) -> np.ndarray:
-    """Read a leaf; int8 times its scale, with its adapters added: W + (alpha / rank) A B, in float32, rounded once."""
+    """Read a leaf: int8 times its scale, plus its adapters (alpha / rank) A B, in float32 and rounded once."""
     stored, lora, dtype = load_leaf(self.path, path), self.source.config.lora, self.dtypes[path]
     is_adapted = lora is not None and path[-1] == "kernel" and path[1] in lora.targets
     if stored.dtype != np.int8 and not is_adapted:
@@ -188,7 +187,7 @@ class _Weights(NamedTuple):
     return written
 
   def _compare(self, path: tuple[str, ...], base: np.ndarray, policy: np.ndarray, written: np.ndarray) -> None:
-    """Compare the tensors of a leaf that was trained itself."""
+    """Add the tensors of a leaf that was itself trained to the measured update."""
     names = self.names[path]
     each = zip(*(x if len(x) == len(names) > 1 else x[None] for x in (base, policy, written)), strict=True)
     for name, (before, after, rounded) in zip(names, each, strict=True):
@@ -196,10 +195,10 @@ class _Weights(NamedTuple):
 
 
 def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
-  """Write the adapters as PEFT reads them; return their number of parameters.
+  """Write the adapters in PEFT's layout; return their number of parameters.
 
   Raises:
-    ValueError: the run has none, or `out` is there already.
+    ValueError: the run has no adapters, or `out` exists already.
   """
   lora = source.config.lora
   if lora is None:
@@ -215,7 +214,7 @@ def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
 
 
 def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
-  """Write config.json, the original's where there is one, and what travels along; `dtype` holds every weight."""
+  """Write config.json (the original's if there is one) and the copied files; `dtype` can hold every weight."""
   about: dict[str, Any] = convert.model_config_to_hf(source.config, source.family)
   if source.side is not None:
     pretrained.copy_side_files(source.side, out)
@@ -223,7 +222,7 @@ def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
   if source.tokenizer is not None:
     _copy_tokenizer(source.tokenizer, out)
   about["torch_dtype"] = dtype
-  if "dtype" in about:  # the key's name in later releases of transformers
+  if "dtype" in about:  # the key in later releases of transformers
     about["dtype"] = dtype
   (out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -272,7 +271,7 @@ def _code_files(family: Family, about: Mapping[str, Any], out: epath.Path) -> se
 
 
 def run() -> None:
-  """Export what the flags name, and say what came out."""
+  """Export what the flags name, and print a summary."""
   given = flags.FLAGS
   check_flags(given)
   buckets.check({"--run": given.run or "", "--model": given.model or ""}, {"--out": given.out})
@@ -294,24 +293,22 @@ def run() -> None:
 
 
 def _describe_error(error: float, worst: str, worst_error: float, *, has_adapters: bool) -> str:
-  remedy = "--dtype=float32 keeps all of it" + (", --adapter writes it alone" if has_adapters else "")
-  return f"rounding changes what was learned by {error:.1%} of its norm (most: {worst}, {worst_error:.1%}); {remedy}"
+  remedy = "--dtype=float32 keeps all of it" + (", --adapter writes only the adapters" if has_adapters else "")
+  return f"rounding changes the learned update by {error:.1%} of its norm (most: {worst}, {worst_error:.1%}); {remedy}"
 
 
 def check_flags(given: flags.FlagValues) -> None:
-  """Refuse flags that would do nothing."""
+  """Refuse flags that would have no effect."""
   if bool(given.run) == bool(given.model):
     raise ValueError("give either --run or --model")
   if given.model and given.adapter:
-    raise ValueError(
-      "--adapter: adapters are what a run has trained, and --model has none; give --run, or leave it out"
-    )
+    raise ValueError("--adapter: only a run has adapters, and --model is none; give --run, or leave it out")
   if given.adapter:
     for name in ("dtype", "shard_gb"):
       if given[name].present:
-        raise ValueError(f"--{name}: adapters are written as they were trained, in one file; leave it out")
+        raise ValueError(f"--{name}: adapters are written in one file, as they were trained; leave it out")
   elif given["base_name"].present:
-    raise ValueError("--base_name: it is written into an adapter; give --adapter, or leave it out")
+    raise ValueError("--base_name: only an adapter names its base; give --adapter, or leave it out")
 
 
 def define_flags() -> None:
@@ -320,26 +317,13 @@ def define_flags() -> None:
   flags.DEFINE_string("run", None, "The workdir of a finished run.")
   flags.DEFINE_string("model", None, "Or: a folder that launch/convert_hf.py wrote.")
   flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
-  flags.DEFINE_boolean("adapter", False, "Write the run's adapters for PEFT, and no weights.")
-  flags.DEFINE_string(
-    "base_name", "", "What an adapter says that it is for; by default what its base was converted from."
-  )
+  flags.DEFINE_boolean("adapter", False, "Write only the run's adapters, for PEFT.")
+  flags.DEFINE_string("base_name", "", "Base model that an adapter names; by default what its base was converted from.")
   flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32"], "Of the weights written.")
-  flags.DEFINE_float("shard_gb", 5.0, "Gigabytes of a shard, at most.", lower_bound=0.001)
+  flags.DEFINE_float("shard_gb", 5.0, "Maximum size of a shard in gigabytes.", lower_bound=0.001)
   flags.mark_flag_as_required("out")
-
-
-def main(argv: Sequence[str]) -> None:
-  """Run; a mistake ends in one message and exit code 2."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  try:
-    run()
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  commands.start(run)

@@ -1,18 +1,17 @@
-"""Grade saved generations, and say where the published and the default grader disagree.
+"""Grade saved generations, and show where the published and the default grader disagree.
 
     python -m launch.grade --task=gsm8k --grader=published --generations=runs/x/generations/000020.jsonl
     python -m launch.grade --task=sudoku --grader=published --generations out/sudoku_*_generations.json --json
 
-Takes the generations of an evaluation here (JSON lines) and those of d1's and DMPO's evaluation (one JSON object with
-`generations`), as published or with the run of end tokens as a count. Files that differ only in their shard's number
-count as one setting. The published Sudoku accuracy is that of blank cells, so it counts cells, not puzzles.
+Reads the generations of an evaluation here (JSON lines), and those of the evaluations of d1 and DMPO (one JSON object
+with `generations`), as published or with trailing end tokens replaced by their count. Files that differ only in the
+number of their shard are one setting. The published accuracy of Sudoku counts blank cells, not puzzles.
 """
 
 import collections
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,13 +23,13 @@ from scipy import stats
 
 from configs import base
 from dmpo_jax import files, tasks
-from dmpo_jax.config import command
 from dmpo_jax.grading import Grading
 from dmpo_jax.run import buckets
 from dmpo_jax.tasks import TASKS, Grade, answers
 from dmpo_jax.tasks.judge import NO_GRADE
 from dmpo_jax.tasks.published import GRADERS
 from dmpo_jax.tasks.worded import END
+from launch import commands
 
 _STOP = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")
 
@@ -40,16 +39,16 @@ class Item(NamedTuple):
 
   file: str
   index: int
-  generation: str  # as the published graders see it, end tokens included
+  generation: str  # as the published graders see it, including end tokens
   completion: str  # up to the first end token
   question: str
-  gold: Any  # in the published form
-  record: dict[str, Any]  # in ours
+  gold: Any  # as the published graders see it
+  record: dict[str, Any]  # of our task
   prompt: str  # name of the prompt
 
 
 class Row(NamedTuple):
-  """An item under both graders."""
+  """The grades of an item by both graders."""
 
   item: Item
   published: Grade
@@ -58,10 +57,10 @@ class Row(NamedTuple):
 
 
 def read_items(path: str, task: str) -> list[Item]:
-  """Read a file of either form.
+  """Read a file of generations, ours or published.
 
   Raises:
-    ValueError: no such file, or rows that cannot be used, all of them listed.
+    ValueError: there is no such file, or some rows cannot be used; the message lists them.
   """
   if not epath.Path(path).is_file():
     raise ValueError(f"{path}: no such file")
@@ -73,15 +72,15 @@ def read_items(path: str, task: str) -> list[Item]:
     whole = json.loads(text)
   except json.JSONDecodeError:
     whole = None  # several lines
-  is_theirs = isinstance(whole, dict) and "generations" in whole
-  if is_theirs and not isinstance(whole["generations"], list):
-    raise ValueError(f"{path}: `generations` is no list")
-  lines = whole["generations"] if is_theirs else [line for line in text.split("\n") if line.strip()]
+  is_published = isinstance(whole, dict) and "generations" in whole
+  if is_published and not isinstance(whole["generations"], list):
+    raise ValueError(f"{path}: `generations` is not a list")
+  lines = whole["generations"] if is_published else [line for line in text.split("\n") if line.strip()]
   items, problems = [], []
   for index, line in enumerate(lines):
     try:
-      make = _their_item if is_theirs else _our_item
-      items.append(make(path, index, line if is_theirs else json.loads(line), task))
+      make = _published_item if is_published else _our_item
+      items.append(make(path, index, line if is_published else json.loads(line), task))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
       problems.append(f"  row {index + 1}: {type(error).__name__}: {error}")
   if problems:
@@ -89,7 +88,7 @@ def read_items(path: str, task: str) -> list[Item]:
   return items
 
 
-def _their_item(path: str, index: int, row: dict[str, Any], task: str) -> Item:
+def _published_item(path: str, index: int, row: dict[str, Any], task: str) -> Item:
   text, question, gold = row["generations"], row.get("question", ""), row["ground_truth"]
   generation = text + END * row.get("endoftext_run", 0)
   record = _RECORDS[task](question, gold)
@@ -115,7 +114,7 @@ def _countdown_record(question: str, gold: Sequence) -> dict[str, Any]:
 
 
 _RECORDS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
-  # a negative gold answer is null there: nothing is right then
+  # the published files have null for a negative gold answer: no answer is correct then
   "gsm8k": lambda question, gold: {"question": question, "answer": "" if gold is None else f"{gold:f}"},
   "math": lambda question, gold: {"problem": question, "answer": str(gold)},
   "countdown": _countdown_record,
@@ -129,23 +128,27 @@ def spec(name: str, choice: str = "default", prompt: str = "default") -> dict[st
   return tasks.spec(config | {"name": name, "prompt": prompt, "rewards": choice, "grader": choice})
 
 
-def grade_items(task: str, items: Sequence[Item]) -> list[Row]:
-  """Grade items by both graders; the default one in worker processes where it may hang."""
-  rows = []
+def grade_items(task: str, items: Sequence[Item], workers: int, seconds: float) -> list[Row]:
+  """Grade items by both graders, in their order.
+
+  Args:
+    workers, seconds: processes for graders that may hang, and the time limit for one generation.
+  """
+  rows = {}
   for prompt in dict.fromkeys(item.prompt for item in items):
     part = [item for item in items if item.prompt == prompt]
-    grading = Grading(spec(task, prompt=prompt), workers=flags.FLAGS.workers, seconds=flags.FLAGS.seconds)
+    grading = Grading(spec(task, prompt=prompt), workers=workers, seconds=seconds)
     completions, is_ended = [item.completion for item in part], [item.generation != item.completion for item in part]
     verdicts = grading.submit([item.record for item in part], completions, is_ended).result()
     grading.close()
     for item, verdict in zip(part, verdicts, strict=True):
       published = GRADERS[task](item.generation, item.question, item.gold)
-      rows.append(Row(item, published, verdict.grade or NO_GRADE, verdict.kind))
-  return rows
+      rows[item.file, item.index] = Row(item, published, verdict.grade or NO_GRADE, verdict.kind)
+  return [rows[item.file, item.index] for item in items]
 
 
 def count(grades: Sequence[Grade]) -> dict[str, float]:
-  """Return how many are right, of how many (cells of a Sudoku where they are counted), with a 95 % Wilson interval."""
+  """Count correct items, or correct cells where a grader counts those, with a 95 % Wilson interval of the share."""
   pairs = [grade.parts or (int(grade.is_correct), 1) for grade in grades]
   correct, processed = sum(right for right, _ in pairs), sum(asked for _, asked in pairs)
   if not processed:
@@ -162,27 +165,27 @@ def count(grades: Sequence[Grade]) -> dict[str, float]:
 
 
 def setting(path: str) -> str:
-  """Return a file's name without its shard's number and ending."""
+  """Return the name of a file without the number of its shard and its ending."""
   name = epath.Path(path).name
   return re.sub(r"(_\d+)?_generations\.json$", "", name)
 
 
-def find_disagreements(rows: Sequence[Row]) -> dict[str, list[Row]]:
-  """Return the items that one grader calls right and the other wrong, by the cause that is nearest."""
+def find_disagreements(task: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+  """Return the items that only one grader calls correct, by probable cause, the most frequent cause first."""
   causes = collections.defaultdict(list)
   for row in rows:
     if row.published.is_correct != row.default.is_correct:
-      causes[f"{'default' if row.default.is_correct else 'published'} alone: {_cause(row)}"].append(row)
+      causes[f"{'default' if row.default.is_correct else 'published'} alone: {_cause(task, row)}"].append(row)
   return dict(sorted(causes.items(), key=lambda entry: -len(entry[1])))
 
 
-def _cause(row: Row) -> str:
-  """Name the first of the known causes that applies."""
+def _cause(task: str, row: Row) -> str:
+  """Return the first known cause that applies."""
   completion, taken = row.item.completion, str(row.default.extracted)
   num_answers = max(completion.count("\\boxed"), completion.count("<answer>"))
   if row.kind != "graded":
     return row.kind
-  if flags.FLAGS.task == "gsm8k" and re.search(r"\d,\d{3}", taken):
+  if task == "gsm8k" and re.search(r"\d,\d{3}", taken):
     return "thousands' commas"
   if row.default.extracted is None:
     return "no answer in tags or a box"
@@ -190,16 +193,17 @@ def _cause(row: Row) -> str:
     return "answer block not closed"
   if num_answers > 1:
     return "several answers, of which the last counts"
-  if flags.FLAGS.task == "countdown":
+  if task == "countdown":
     return "signs or an equation's sides"
-  if flags.FLAGS.task == "math":
+  if task == "math":
     return "the same mathematics in other text" if row.default.is_correct else "equal text, other mathematics"
-  if flags.FLAGS.task == "sudoku":
+  if task == "sudoku":
     return "cells beside the blank ones, or other text in the answer"
   return "number among words" if not answers.is_number(taken) else "number read otherwise"
 
 
 def _as_json(grade: Grade) -> dict[str, Any]:
+  """Describe a grade with the keys of the published evaluation."""
   value = grade.extracted
   if isinstance(value, float) and not math.isfinite(value):
     value = str(value)
@@ -216,79 +220,72 @@ def _as_json(grade: Grade) -> dict[str, Any]:
 
 def define_flags() -> None:
   """Declare the command's flags; not on import, as other commands have a --json of their own."""
-  flags.DEFINE_enum("task", None, list(TASKS), "Whose generations they are.", required=True)
-  flags.DEFINE_multi_string("generations", None, "A file; more may follow it.", required=True)
-  flags.DEFINE_enum("grader", "default", ["default", "published"], "What counts as right in the table.")
-  flags.DEFINE_bool("json", False, "Print one JSON object, with every item, instead of a table.")
-  flags.DEFINE_integer("examples", 3, "Disagreements to show of each cause.", lower_bound=0)
-  flags.DEFINE_integer("workers", 2, "Processes for grading that may hang.", lower_bound=1)
+  flags.DEFINE_enum("task", None, list(TASKS), "The task of the generations.", required=True)
+  flags.DEFINE_multi_string("generations", None, "A file; more may follow.", required=True)
+  flags.DEFINE_enum("grader", "default", ["default", "published"], "The grader of the table.")
+  flags.DEFINE_bool("json", False, "Print one JSON object with every item instead of a table.")
+  flags.DEFINE_integer("examples", 3, "Number of disagreements shown for each cause.", lower_bound=0)
+  flags.DEFINE_integer("workers", 2, "Processes for graders that may hang.", lower_bound=1)
   flags.DEFINE_float("seconds", 10.0, "Time limit for grading one generation.", lower_bound=0.1)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(*more: str) -> None:
   """Print the table, or the JSON object."""
-  try:
-    paths = [*flags.FLAGS.generations, *argv[1:]]
-    buckets.check({f"file {path}": path for path in paths})
-    items = [item for path in paths for item in read_items(path, flags.FLAGS.task)]
-    if not items:
-      raise ValueError(f"no generations in {', '.join(paths)}")
-    rows = grade_items(flags.FLAGS.task, items)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  order = {item: index for index, item in enumerate((item.file, item.index) for item in items)}
-  rows.sort(key=lambda row: order[row.item.file, row.item.index])
-  chosen = [getattr(row, flags.FLAGS.grader) for row in rows]
-  groups = collections.defaultdict(list)
-  for row, grade in zip(rows, chosen, strict=True):
-    groups[setting(row.item.file)].append(grade)
-  figures = {name: count(grades) for name, grades in groups.items()}
-  disagreements = find_disagreements(rows)
-  if flags.FLAGS.json:
-    print(files.to_json(_report(rows, chosen, figures, disagreements)))
+  given = flags.FLAGS
+  paths = [*given.generations, *more]
+  buckets.check({f"file {path}": path for path in paths})
+  items = [item for path in paths for item in read_items(path, given.task)]
+  if not items:
+    raise ValueError(f"no generations in {', '.join(paths)}")
+  rows = grade_items(given.task, items, given.workers, given.seconds)
+  grades = [getattr(row, given.grader) for row in rows]
+  by_setting = collections.defaultdict(list)
+  for row, grade in zip(rows, grades, strict=True):
+    by_setting[setting(row.item.file)].append(grade)
+  figures = {name: count(part) for name, part in by_setting.items()}
+  disagreements = find_disagreements(given.task, rows)
+  if given.json:
+    about = {"task": given.task, "grader": given.grader, "settings": figures}
+    print(files.to_json(about | _report(rows, grades, disagreements)))
   else:
-    _print_tables(figures, disagreements, rows)
+    _print_table(f"{given.task}, {given.grader} grader", figures)
+    _print_disagreements(disagreements, len(rows), given.examples)
 
 
-def _report(rows: list[Row], chosen: list[Grade], figures: dict, disagreements: dict[str, list[Row]]) -> dict[str, Any]:
+def _report(rows: list[Row], grades: list[Grade], disagreements: dict[str, list[Row]]) -> dict[str, Any]:
   return {
-    "task": flags.FLAGS.task,
-    "grader": flags.FLAGS.grader,
-    "settings": figures,
-    "total": count(chosen),
+    "total": count(grades),
     "not_graded": dict(collections.Counter(row.kind for row in rows if row.kind != "graded")),
     "disagreements": {cause: len(found) for cause, found in disagreements.items()},
     "items": [
       {"file": epath.Path(row.item.file).name, "index": row.item.index, **_as_json(grade)}
-      for row, grade in zip(rows, chosen, strict=True)
+      for row, grade in zip(rows, grades, strict=True)
     ],
   }
 
 
-def _print_tables(figures: dict[str, dict], disagreements: dict[str, list[Row]], rows: list[Row]) -> None:
-  console = Console()
-  table = Table(title=f"{flags.FLAGS.task}, {flags.FLAGS.grader} grader")
+def _print_table(title: str, figures: dict[str, dict[str, float]]) -> None:
+  table = Table(title=title)
   for column in ("setting", "accuracy", "95 % interval", "correct", "of"):
     table.add_column(column, justify="left" if column == "setting" else "right")
   for name, row in figures.items():
-    shares = [
-      f"{row['accuracy_percent']:.2f} %",
-      f"{row.get('low_percent', 0):.1f} to {row.get('high_percent', 0):.1f}",
-    ]
-    table.add_row(name, *shares, str(row["correct"]), str(row["processed"]))
-  console.print(table)
+    interval = f"{row.get('low_percent', 0):.1f} to {row.get('high_percent', 0):.1f}"
+    table.add_row(name, f"{row['accuracy_percent']:.2f} %", interval, str(row["correct"]), str(row["processed"]))
+  Console().print(table)
+
+
+def _print_disagreements(disagreements: dict[str, list[Row]], num_items: int, num_examples: int) -> None:
+  console = Console()
   found = sum(map(len, disagreements.values()))
-  console.print(f"{found} of {len(rows)} items are right to one grader and wrong to the other", highlight=False)
-  for cause, examples in disagreements.items():
-    console.print(f"{len(examples):5}  {cause}", highlight=False)
-    for row in examples[: flags.FLAGS.examples]:
-      texts = [f"{str(grade.extracted)[:60]!r}" for grade in (row.published, row.default)]
-      gold = str(row.item.gold)[:60]
-      line = f"       gold {gold!r}: published took {texts[0]}, default {texts[1]}"
+  console.print(f"{found} of {num_items} items are correct for one grader and wrong for the other", highlight=False)
+  for cause, rows in disagreements.items():
+    console.print(f"{len(rows):5}  {cause}", highlight=False)
+    for row in rows[:num_examples]:
+      published, default = (f"{str(grade.extracted)[:60]!r}" for grade in (row.published, row.default))
+      line = f"       gold {str(row.item.gold)[:60]!r}: published extracted {published}, default {default}"
       console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  commands.start(main, takes_more=True)

@@ -1,4 +1,4 @@
-"""All that a finished run left, to be compared with another run's, bit for bit."""
+"""Everything that a finished run left, for a comparison with another run bit for bit."""
 
 import json
 from typing import Any
@@ -10,10 +10,10 @@ from etils import epath
 
 
 def outcome(workdir: epath.Path) -> dict[str, Any]:
-  """Collect all that a finished run left, by name, without what is measured in time."""
+  """Collect everything that a finished run left by name, except times."""
   left: dict[str, Any] = {}
   for phase in sorted((workdir / "checkpoints").iterdir()):
-    saved = [path for path in phase.iterdir() if path.name.replace(".", "").isdigit()]  # as 12, or 12.1: saved again
+    saved = [path for path in phase.iterdir() if path.name.replace(".", "").isdigit()]  # 12; or 12.1, saved again
     newest = max(saved, key=lambda path: [int(part) for part in path.name.split(".")])
     left |= {f"{phase.name} state {name}": array for name, array in arrays(newest / "state").items()}
   for folder in ("policy", "best"):
@@ -28,7 +28,7 @@ def outcome(workdir: epath.Path) -> dict[str, Any]:
 
 
 def arrays(path: epath.Path) -> dict[str, np.ndarray]:
-  """Read saved arrays whole, on whatever devices they were saved."""
+  """Read saved arrays as NumPy arrays, whatever devices saved them."""
   reader = ocp.StandardCheckpointer()
   saved = reader.metadata(path).item_metadata.tree
   read = reader.restore(path, jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), saved))
@@ -36,17 +36,17 @@ def arrays(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _timeless(value: Any) -> Any:
-  """Leave out what depends on the clock."""
+  """Drop values that depend on the clock."""
   if not isinstance(value, dict):
     return value
   return {name: _timeless(item) for name, item in value.items() if name != "time" and "second" not in name}
 
 
 def compare(wanted: dict[str, Any], got: dict[str, Any]) -> str:
-  """Name the first difference of two outcomes; "" if there is none."""
+  """Describe the first difference of two outcomes; "" if there is none."""
   for name in sorted(wanted.keys() | got.keys()):
     if name not in wanted or name not in got:
-      return f"{name} is there in one only"
+      return f"{name} is missing in one of them"
     pair = (wanted[name], got[name])
     is_equal = _are_same_bits(*pair) if isinstance(wanted[name], np.ndarray) else pair[0] == pair[1]
     if not is_equal:

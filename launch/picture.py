@@ -1,44 +1,36 @@
-"""Draw a finished Sudoku run: a held-out puzzle as base and trained policy fill it in, and the learning curve.
+"""Draw a finished Sudoku run: how the base and the trained policy fill in a held-out puzzle, and the learning curve.
 
     python -m launch.picture --workdir=runs/sudoku_tiny --out=docs/sudoku.svg
 
-The puzzle is the first held-out one (`--index` names another). A cell's colour is the model call that decided it.
+The puzzle is the first held-out one; `--index` chooses another. The colour of a cell is the model call that decided it.
 """
 
 import pathlib
-import sys
-from collections.abc import Sequence
 
 import matplotlib
 from absl import flags
 from etils import epath
 
-from dmpo_jax.config import command
 from dmpo_jax.run import buckets
 from dmpo_jax.run.report.page import is_animation
 from dmpo_jax.run.report.runs import Row, Run, find_generation, list_generations, read_runs
+from launch import commands
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 SIDE, NUM_FRAMES = 4, 5
-ENDS = ("low", "high")  # of an interval, which a run of another version may not have
+ENDS = ("low", "high")  # of the confidence interval, which runs of older versions lack
 INK, SOFT, LINE, WRONG, ACCENT = "#1d2125", "#5c656d", "#c9d0d5", "#b3200b", "#0b63b0"
 COLOURS = matplotlib.colormaps["YlGnBu"]
 
 
-def main(argv: Sequence[str]) -> None:
-  """Draw; a mistake ends in one message and exit code 2."""
+def main() -> None:
+  """Draw the run that the flags name."""
   given = flags.FLAGS
-  try:
-    if len(argv) > 1:
-      raise ValueError(f"unknown argument {argv[1]!r}")
-    buckets.refuse("--out", given.out)
-    buckets.check({"--workdir": given.workdir})
-    draw(epath.Path(given.workdir).expanduser(), pathlib.Path(given.out).expanduser(), given.index)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  buckets.refuse("--out", given.out)
+  buckets.check({"--workdir": given.workdir})
+  draw(epath.Path(given.workdir).expanduser(), pathlib.Path(given.out).expanduser(), given.index)
   print(given.out)
 
 
@@ -46,12 +38,12 @@ def draw(workdir: epath.Path, out: pathlib.Path, index: int = 0) -> None:
   """Write the picture of a run as SVG.
 
   Raises:
-    ValueError: the folder holds no finished run of Sudoku, or not this puzzle.
+    ValueError: the folder is not a finished run of Sudoku, or has no puzzle of this index.
   """
   (run,) = read_runs([workdir])
   buffers = sorted(run.evaluations)
   if len(buffers) < 2:
-    raise ValueError(f"--workdir={workdir}: a picture needs a run that has finished")
+    raise ValueError(f"--workdir={workdir}: a picture needs a finished run")
   first, last = (_generation(run.workdir, buffer, index) for buffer in (buffers[0], buffers[-1]))
   with matplotlib.rc_context({"svg.hashsalt": "dmpo_jax", "font.size": 9, "text.color": INK}):
     figure = plt.figure(figsize=(10.4, 3.2), facecolor="white")
@@ -67,22 +59,22 @@ def draw(workdir: epath.Path, out: pathlib.Path, index: int = 0) -> None:
 
 
 def _generation(workdir: epath.Path, buffer: int, index: int) -> Row:
-  """Read one prompt's line of an evaluation."""
+  """Read the generation for one prompt of an evaluation."""
   name = list_generations(workdir).get(buffer)
   if name is None:
-    raise ValueError(f"--workdir={workdir}: there are no generations of the evaluation after {buffer} buffers")
+    raise ValueError(f"--workdir={workdir}: the evaluation after {buffer} buffers has no generations")
   line = find_generation(workdir / name, index)
   record, animation = line.get("record"), line.get("denoising")
   grids = [record.get(key) for key in ("puzzle", "solution")] if isinstance(record, dict) else []
   if not grids or not all(isinstance(grid, str) and len(grid) == SIDE**2 for grid in grids):
-    raise ValueError(f"--workdir={workdir}: only {SIDE}x{SIDE} Sudoku can be drawn, and {name} is of another task")
+    raise ValueError(f"--workdir={workdir}: only {SIDE}x{SIDE} Sudoku can be drawn, and {name} belongs to another task")
   if not is_animation(animation) or len(animation["pieces"]) < SIDE**2 or type(line.get("num_calls")) is not int:
-    raise ValueError(f"--workdir={workdir}: {name} does not say when cells were decided")
+    raise ValueError(f"--workdir={workdir}: {name} does not record when cells were decided")
   return line
 
 
 def _draw_frame(axes: plt.Axes, line: Row, column: int, label: str, *, is_top: bool) -> None:
-  """Draw the grid after some of the model calls."""
+  """Draw the grid as it is after the share of model calls that belongs to a column."""
   animation, num_calls = line["denoising"], line["num_calls"]
   call = round(column * num_calls / (NUM_FRAMES - 1))
   solution, puzzle = line["record"]["solution"], line["record"]["puzzle"]
@@ -107,7 +99,7 @@ def _draw_frame(axes: plt.Axes, line: Row, column: int, label: str, *, is_top: b
 
 
 def _draw_curve(axes: plt.Axes, run: Run) -> None:
-  """Draw the solve rate of the rollouts, and of the held-out prompts with its 95 % interval."""
+  """Draw the solve rate of the rollouts, and that of the held-out prompts with its 95 % interval."""
   rows = [row for row in run.rows.get("train", ()) if "solve_rate" in row]
   axes.plot([row["step"] for row in rows], [row["solve_rate"] for row in rows], color=ACCENT, label="rollouts")
   rates = [row["solve_rate"] for row in run.evaluations.values()]
@@ -127,9 +119,9 @@ def define_flags() -> None:
   """Declare the command's flags; not on import, as every command has an --out of its own."""
   flags.DEFINE_string("workdir", None, "A finished run of Sudoku.", required=True)
   flags.DEFINE_string("out", "docs/sudoku.svg", "The file to write.")
-  flags.DEFINE_integer("index", 0, "The held-out puzzle, by its number in the evaluation.", lower_bound=0)
+  flags.DEFINE_integer("index", 0, "Number of the held-out puzzle in the evaluation.", lower_bound=0)
 
 
 if __name__ == "__main__":
   define_flags()
-  command.run(main)
+  commands.start(main)

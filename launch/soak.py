@@ -1,10 +1,10 @@
-"""Kill a run again and again, at moments that a seed decides, and check that it ends as if it had been left alone.
+"""Kill a run again and again at random moments, and check that it ends as an undisturbed run does, bit for bit.
 
     python -m launch.soak --kills=100 [--seed=0] [--workdir=runs/soak] [-- --config=configs/smoke.py ...]
 
-What stands after `--` is passed to dmpo_jax.main. One run is left alone first; then the same run is started over and
-over, killed (SIGKILL, nothing can be caught) somewhere between its start and its end, and started again until it gets
-through. Then its final state, metrics, evaluations and generations must be those of the first, bit for bit.
+Arguments after `--` go to dmpo_jax.main. One run is left undisturbed. A second one is killed by SIGKILL, which cannot
+be caught, somewhere between its start and its end, and started again until it finishes. Its final state, metrics,
+evaluations and generations must then equal those of the first run.
 """
 
 import pathlib
@@ -22,24 +22,22 @@ from dmpo_jax.run import buckets
 from dmpo_jax.run.progress import Progress
 from launch.outcome import compare, outcome
 
-_KILLS = flags.DEFINE_integer("kills", 100, "How many times to kill.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_WORKDIR = flags.DEFINE_string(
-  "workdir", "runs/soak", "Folder of the runs; what an earlier soak left there is removed."
-)
+_KILLS = flags.DEFINE_integer("kills", 100, "Number of kills.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/soak", "Folder of the runs; an earlier soak there is removed.")
 
-SETTLE_SECONDS = 0.2  # a kill comes at least so long after the start
+SETTLE_SECONDS = 0.2  # from a start to the earliest kill
 
 
 def main(argv: list[str]) -> None:
-  """Soak and print how many kills were survived; exit code 1 and the first difference where a run ended otherwise."""
+  """Kill runs and compare their ends; exit with code 1 and the first difference if there is one."""
   arguments = argv[1:] or ["--config=configs/smoke.py"]
   buckets.refuse("--workdir", _WORKDIR.value)
   folder = pathlib.Path(_WORKDIR.value).resolve()
   shutil.rmtree(folder, ignore_errors=True)
-  run_until(folder / "warm_up", arguments, None)  # compiles, so that the next one takes as long as those to come
-  seconds = run_until(folder / "left_alone", arguments, None)
-  wanted = outcome(epath.Path(folder / "left_alone"))
+  run_until(folder / "warm_up", arguments, None)  # fills the compilation cache, so that the next run is not slower
+  seconds = run_until(folder / "undisturbed", arguments, None)
+  wanted = outcome(epath.Path(folder / "undisturbed"))
   rng, kills, finished = np.random.default_rng(_SEED.value), 0, 0
   with Progress("kills", _KILLS.value) as progress:
     while kills < _KILLS.value:
@@ -47,22 +45,22 @@ def main(argv: list[str]) -> None:
       while run_until(workdir, arguments, rng.uniform(SETTLE_SECONDS, seconds)) is None:
         kills += 1
         progress.advance()
-        if kills == _KILLS.value:  # the last one gets through
+        if kills == _KILLS.value:  # the last run may finish
           run_until(workdir, arguments, None)
           break
       finished += 1
       difference = compare(wanted, outcome(epath.Path(workdir)))
       if difference:
-        sys.exit(f"after {kills} kills a run ended otherwise than the one left alone: {difference} (see {workdir})")
+        sys.exit(f"after {kills} kills a run differs from the undisturbed one: {difference} (see {workdir})")
       shutil.rmtree(workdir)
-  print(f"{kills} kills survived: {finished} runs ended bit for bit as the one left alone ({seconds:.0f} s)")
+  print(f"{kills} kills survived: {finished} runs equal the undisturbed one bit for bit ({seconds:.0f} s)")
 
 
 def run_until(workdir: pathlib.Path, arguments: list[str], seconds: float | None) -> float | None:
-  """Run for so many seconds at most (None: to the end); return how long it took, None if it was killed.
+  """Run for at most so many seconds (None: to the end); return the time taken, or None if the run was killed.
 
   Raises:
-    SystemExit: it ended by itself, but not well.
+    SystemExit: the run failed by itself.
   """
   start = time.monotonic()
   command = [sys.executable, "-m", "dmpo_jax.main", f"--workdir={workdir}", *arguments]

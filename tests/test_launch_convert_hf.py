@@ -233,7 +233,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return line
 
-  assert "no such folder, and no name of a repository" in complain("--hf=/no/such", f"--out={tmp_path / 'out'}")
+  assert "neither a folder nor the name of a repository" in complain("--hf=/no/such", f"--out={tmp_path / 'out'}")
   with pytest.raises(ValueError, match=r"config.json is not there"):
     convert_hf.convert_model(epath.Path(tmp_path), epath.Path(tmp_path / "out"))
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
@@ -268,7 +268,7 @@ def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch, tmp_path):
     raise OSError("no route")
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-  with pytest.raises(ValueError, match=r"the hub does not give it \(no route\)"):
+  with pytest.raises(ValueError, match=r"the hub does not provide it \(no route\)"):
     convert_hf.find_folder("GSAI-ML/LLaDA-8B-Base")
 
 

@@ -301,7 +301,7 @@ def test_all_parameters_of_a_run_from_random_ones(tmp_path):
 
 
 def test_what_cannot_be_exported(tmp_path):
-  with pytest.raises(ValueError, match="holds no finished run"):
+  with pytest.raises(ValueError, match="is not a finished run"):
     export_hf.find_run(epath.Path(tmp_path))
   with pytest.raises(ValueError, match=r"has no model.json"):
     export_hf.find_model(epath.Path(tmp_path))

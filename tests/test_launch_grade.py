@@ -67,7 +67,7 @@ def test_own_generations_and_the_table(tmp_path):
   path.write_text("".join(json.dumps(line | {"completion": text}) + "\n" for text in texts))
   done = start("--task=gsm8k", f"--generations={path}")
   assert done.returncode == 0, done.stderr[-2000:]
-  assert "2 of 3 items are right to one grader and wrong to the other" in done.stdout
+  assert "2 of 3 items are correct for one grader and wrong for the other" in done.stdout
   assert "default alone: thousands' commas" in done.stdout
   assert "published alone: several answers" in done.stdout
   assert "33.33 %" in done.stdout

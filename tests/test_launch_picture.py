@@ -50,14 +50,14 @@ def test_a_run_is_drawn_the_same_every_time(workdir, tmp_path):
 @pytest.mark.parametrize(
   ("damage", "message"),
   [
-    (lambda folder: (folder / "result.json").unlink(), "that has finished"),
+    (lambda folder: (folder / "result.json").unlink(), "needs a finished run"),
     (lambda folder: (folder / "generations" / "000002.jsonl").unlink(), "no generations of .* after 2 buffers"),
     (lambda folder: (folder / "generations" / "000000.jsonl").write_text(""), "no such generation"),
     (lambda folder: (folder / "generations" / "000000.jsonl").write_text('{"prompt": "4"}\n{'), "the last line cannot"),
     (lambda folder: rewrite(folder, record={"n": 1}), "only 4x4 Sudoku"),
-    (lambda folder: rewrite(folder, record=None), "000000.jsonl is of another task"),
-    (lambda folder: rewrite(folder, denoising=None), "000000.jsonl does not say when"),
-    (lambda folder: rewrite(folder, num_calls=None), "000000.jsonl does not say when"),
+    (lambda folder: rewrite(folder, record=None), "000000.jsonl belongs to another task"),
+    (lambda folder: rewrite(folder, denoising=None), "000000.jsonl does not record when"),
+    (lambda folder: rewrite(folder, num_calls=None), "000000.jsonl does not record when"),
   ],
 )
 def test_what_cannot_be_drawn_is_named(workdir, tmp_path, damage, message):

@@ -41,19 +41,19 @@ def test_where_nobody_looks_it_is_the_end_alone():
 
 def test_a_generation_is_found_by_evaluation_and_prompt(workdir):
   assert replay.find_file(workdir, None).name == "000020.jsonl"
-  assert replay.read_animation(replay.find_file(workdir, 0), 1, 0)["prompt"] == "after 0"
+  assert replay.read_generation(replay.find_file(workdir, 0), 1, 0)["prompt"] == "after 0"
 
 
 @pytest.mark.parametrize(
   ("find", "message"),
   [
-    (lambda workdir: replay.find_file(workdir, 5), "--buffers=5: there was an evaluation after 0, 20 buffers"),
-    (lambda workdir: replay.find_file(workdir / "absent", None), "there are no generations"),
-    (lambda workdir: replay.read_animation(workdir / "absent.jsonl", 0, 0), "no such file"),
-    (lambda workdir: replay.read_animation(replay.find_file(workdir, 0), 9, 0), "no such generation$"),
-    (lambda workdir: replay.read_animation(replay.find_file(workdir, 0), 2, 0), "does not say when"),
+    (lambda workdir: replay.find_file(workdir, 5), "--buffers=5: there were evaluations after 0, 20 buffers"),
+    (lambda workdir: replay.find_file(workdir / "absent", None), "it holds no generations"),
+    (lambda workdir: replay.read_generation(workdir / "absent.jsonl", 0, 0), "no such file"),
+    (lambda workdir: replay.read_generation(replay.find_file(workdir, 0), 9, 0), "no such generation$"),
+    (lambda workdir: replay.read_generation(replay.find_file(workdir, 0), 2, 0), "does not record when"),
     (
-      lambda workdir: replay.read_animation(replay.find_file(workdir, 20), 9, 0),
+      lambda workdir: replay.read_generation(replay.find_file(workdir, 20), 9, 0),
       r"20.jsonl .* \(the last line cannot be",
     ),
   ],
@@ -66,7 +66,7 @@ def test_what_cannot_be_played_is_named(workdir, find, message):
 
 def test_a_damaged_file_is_played_as_far_as_it_goes(workdir):
   cut(workdir)
-  assert replay.read_animation(replay.find_file(workdir, None), 1, 0)["prompt"] == "after 20"
+  assert replay.read_generation(replay.find_file(workdir, None), 1, 0)["prompt"] == "after 20"
 
 
 def cut(workdir):
