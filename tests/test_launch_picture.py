@@ -51,7 +51,7 @@ def test_a_run_is_drawn_the_same_every_time(workdir, tmp_path):
   ("damage", "message"),
   [
     (lambda folder: (folder / "result.json").unlink(), "needs a finished run"),
-    (lambda folder: (folder / "generations" / "000002.jsonl").unlink(), "no generations of .* after 2 buffers"),
+    (lambda folder: (folder / "generations" / "000002.jsonl").unlink(), "after 2 buffers has no generations"),
     (lambda folder: (folder / "generations" / "000000.jsonl").write_text(""), "no such generation"),
     (lambda folder: (folder / "generations" / "000000.jsonl").write_text('{"prompt": "4"}\n{'), "the last line cannot"),
     (lambda folder: rewrite(folder, record={"n": 1}), "only 4x4 Sudoku"),
