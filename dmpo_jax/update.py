@@ -108,37 +108,13 @@ def make_update(
     gradient = own if gradient is None else jax.tree.map(jnp.add, gradient, own)
     return gradient, metrics | {"loss": loss}
 
-  def apply(state: TrainState, gradient: Any, shares: tuple[Metrics, ...]):
-    metrics = functools.reduce(lambda total, share: jax.tree.map(jnp.add, total, share), shares)
-    grad_norm = optax.global_norm(gradient)
-    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
-
-    def choose(new: Any, old: Any) -> Any:
-      return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
-
-    trainable, reference = choose(optax.apply_updates(state.trainable, changes), state.trainable), state.reference
-    if sync_reference_every:
-      is_due = (state.step + 1) % sync_reference_every == 0  # a copy of what was chosen, so a skipped update syncs too
-      followed = lora.computing(trainable, model.config.dtype, has_adapters)
-      reference = jax.tree.map(lambda a, b: jnp.where(is_due, a, b), followed, reference)
-    state = state.replace(
-      step=state.step + 1,
-      reference=reference,
-      trainable=trainable,
-      opt_state=choose(opt_state, state.opt_state),
-      num_skipped=state.num_skipped + ~is_finite,
-      num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),
-    )
-    return state, metrics | {"grad_norm": grad_norm}
-
   return Update(
     num_microbatches,
     zeros=jax.jit(zeros, out_shardings=of_state.trainable),
     # The optimizer's moments are unused, and kept as arguments: they lie on the devices meanwhile, and the compiler's
     # account of memory (`launch/plan.py`) has to include them.
     accumulate=jax.jit(accumulate, donate_argnums=0, keep_unused=True, out_shardings=(of_state.trainable, everywhere)),
-    apply=jax.jit(apply, donate_argnums=0, out_shardings=shardings),
+    apply=jax.jit(_make_apply(model, optimizer, sync_reference_every), donate_argnums=0, out_shardings=shardings),
   )
 
 
@@ -168,6 +144,37 @@ def _make_loss(model: Transformer, objective: str, num_microbatches: int, keywor
     return loss(score, microbatch, keys("loss"), num_prompts=num_microbatches * num_prompts, **keywords)
 
   return loss_and_metrics
+
+
+def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, sync_reference_every: int) -> Callable:
+  """Close over the optimizer's change of the state by a whole gradient."""
+  has_adapters = model.config.lora is not None
+
+  def apply(state: TrainState, gradient: Any, shares: tuple[Metrics, ...]):
+    metrics = functools.reduce(lambda total, share: jax.tree.map(jnp.add, total, share), shares)
+    grad_norm = optax.global_norm(gradient)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+
+    def choose(new: Any, old: Any) -> Any:
+      return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
+
+    trainable, reference = choose(optax.apply_updates(state.trainable, changes), state.trainable), state.reference
+    if sync_reference_every:
+      is_due = (state.step + 1) % sync_reference_every == 0  # a copy of what was chosen, so a skipped update syncs too
+      followed = lora.computing(trainable, model.config.dtype, has_adapters)
+      reference = jax.tree.map(lambda a, b: jnp.where(is_due, a, b), followed, reference)
+    state = state.replace(
+      step=state.step + 1,
+      reference=reference,
+      trainable=trainable,
+      opt_state=choose(opt_state, state.opt_state),
+      num_skipped=state.num_skipped + ~is_finite,
+      num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),
+    )
+    return state, metrics | {"grad_norm": grad_norm}
+
+  return apply
 
 
 def of_update(experience: Experience, step: jax.Array) -> Experience:

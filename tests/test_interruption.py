@@ -148,7 +148,7 @@ def test_two_processes_equal_one_and_stop_when_one_of_them_dies(tmp_path):
   assert time.monotonic() - killed_at < 60
   assert "Task 1 heartbeat timeout" in done.stderr, done.stderr[-3000:]
   buffers = f"--config.train.num_buffers={rows_of(workdir)[-1]['step'] + 1}"
-  both = (ROOT / "launch" / "local.sh", "-n", "2", "-r", "0", "--")
+  both = (ROOT / "launch" / "pods" / "local.sh", "-n", "2", "-r", "0", "--")
   done = start(*own, f"--workdir={workdir}", buffers, devices=2, program=both)
   assert done.returncode == 0, done.stderr[-3000:]
   alone = tmp_path / "one"
