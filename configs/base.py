@@ -137,7 +137,10 @@ def get_config() -> ConfigDict:
   o.proximal = "fixed"  # kappa as given; adaptive: the largest kappa of each group that keeps min_ess
   o.kappa = 1.0  # proximal step, in (0, 1]; 1: none
   o.min_ess = 0.8  # effective sample size, relative to the group size
-  o.reward_scaling = "none"  # standardise: subtract the mean of the group, divide by its standard deviation
+  # standardise: subtract the mean of the group, divide by its standard deviation; standardise_parts: do so with each
+  # part of the reward, then add them up
+  o.reward_scaling = "none"
+  o.part_weights = ()  # standardise_parts: a weight for each part, in the task's order; (): 1 each
   o.max_weight = 1.0  # larger weights are cut to this; 1: no cut
 
   # keys of one objective each

@@ -135,6 +135,8 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
   tokenizer = model_parts.tokenizer
   spec = tasks.spec(config.task.to_dict())
   task = tasks.make_task(**spec)
+  if is_training:
+    _check_parts(config, task)
   source = data.TaskData(
     task,
     config.task.name,
@@ -168,6 +170,25 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     correct_demonstrations=correct_demonstrations,
     held_out=held_out.batch(0, len(held_out)),
   )
+
+
+def _check_parts(config: ConfigDict, task: tasks.Task) -> None:
+  """Check that the rewards of a task have the parts that the objective takes apart.
+
+  Raises:
+    ValueError: they have none, or `objective.part_weights` has another number of them.
+  """
+  own, names = config.objective, task.reward_parts
+  if own.reward_scaling == "standardise_parts" and not names:
+    raise ValueError(
+      f"objective.reward_scaling={own.reward_scaling!r}: a reward of task.name={config.task.name!r} is one number; "
+      "set it to 'standardise', or have the task's reward return parts (docs/tasks.md)"
+    )
+  if own.part_weights and len(own.part_weights) != len(names):
+    raise ValueError(
+      f"objective.part_weights={tuple(own.part_weights)}: the rewards of task.name={config.task.name!r} have "
+      f"{len(names)} parts, {', '.join(names)}; give a weight for each, or ()"
+    )
 
 
 def make_tokenizer(config: ConfigDict) -> Tokenizer:

@@ -302,9 +302,10 @@ def _grade_batch(
           "completion": text,
           "extracted": verdict.grade.extracted,
           "reward": verdict.reward,
+          "reward_parts": dict(verdict.parts) or None,
           "is_solved": verdict.grade.is_correct,
           "is_formatted": verdict.grade.is_formatted,
-          "parts": verdict.grade.parts,
+          "cells": verdict.grade.cells,
           "is_ended": bool(is_ended[row]),
           "grading": verdict.kind,
           "num_tokens": int(ends[0]) if len(ends) else len(ids),
@@ -372,9 +373,9 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   Returns:
     `solve_rate` in [0, 1] (with several samples their mean) with its 95 % Wilson interval over the prompts
     (`solve_rate_low`, `solve_rate_high`); `pass_at_<k>` for k = 1, 2, 4, ... up to the samples of a prompt, unbiased
-    (Chen et al., arXiv 2107.03374, eq. 1); `part_rate` where answers count in parts (the published Sudoku grader's
-    cells); `reward_mean`, `format_rate`, `eos_rate`, `effective_tokens` before the first end token, `model_calls`,
-    `calls_saved`, `num_prompts`, and how many completions were not graded and why.
+    (Chen et al., arXiv 2107.03374, eq. 1); `cell_rate` where the grader counts cells (the published one of Sudoku);
+    `reward_mean`, `reward_<part>` where rewards have parts, `format_rate`, `eos_rate`, `effective_tokens` before the
+    first end token, `model_calls`, `calls_saved`, `num_prompts`, and how many completions were not graded and why.
   """
   solved: dict[int, list[bool]] = {}
   for line in lines:
@@ -386,9 +387,12 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   if group_size > 1:
     for k in (2**i for i in range(group_size.bit_length())):
       figures[f"pass_at_{k}"] = float(np.mean([pass_at_k(len(group), sum(group), k) for group in solved.values()]))
-  parts = [line["parts"] for line in lines if line["parts"]]
-  if parts:
-    figures["part_rate"] = sum(right for right, _ in parts) / max(sum(asked for _, asked in parts), 1)
+  cells = [line["cells"] for line in lines if line.get("cells")]
+  if cells:
+    figures["cell_rate"] = sum(right for right, _ in cells) / max(sum(blank for _, blank in cells), 1)
+  parts = [line.get("reward_parts") or {} for line in lines]
+  for name in dict.fromkeys(name for part in parts for name in part):  # a completion that was not graded has 0 of each
+    figures[f"reward_{name}"] = float(np.mean([part.get(name, 0.0) for part in parts]))
   return figures | {
     "reward_mean": _mean(lines, "reward"),
     "format_rate": _mean(lines, "is_formatted"),

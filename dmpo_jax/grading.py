@@ -214,6 +214,8 @@ class Grades:
   reward: np.ndarray  # float32 [p, g]; 0 where dropped
   is_kept: np.ndarray  # bool [p, g]; False where the reward raised or was not one finite number
   is_solved: np.ndarray  # bool [p, g]
+  parts: np.ndarray | None = None  # float32 [p, g, parts]; the rewards' parts, where they have any
+  part_names: tuple[str, ...] = ()  # see Task.reward_parts
   num_timeouts: int = 0  # completions that were worth 0 as grading them took too long
   num_crashes: int = 0  # and as it crashed or ran out of memory
   per_second: float = math.nan  # completions graded a second, by this host; NaN where it had none
@@ -227,6 +229,8 @@ class Grades:
       reward=np.concatenate([part.reward for part in parts]),
       is_kept=np.concatenate([part.is_kept for part in parts]),
       is_solved=np.concatenate([part.is_solved for part in parts]),
+      parts=None if parts[0].parts is None else np.concatenate([part.parts for part in parts]),
+      part_names=parts[0].part_names,
       num_timeouts=sum(part.num_timeouts for part in parts),
       num_crashes=sum(part.num_crashes for part in parts),
       per_second=sum(size for size, _ in paces) / seconds if paces else math.nan,
@@ -238,19 +242,23 @@ def grade(
 ) -> Callable[[], Grades]:
   """Begin to grade a buffer, each process its share of the prompts; return a function that waits for all the grades.
 
-  A reward that raises or is not one finite number drops that rollout from its group; it never stops the run.
+  A reward that raises, or is not what the task says that it is, drops that rollout from its group; it never stops the
+  run. Of a completion that timed out or crashed every part is 0.
   """
   share = HostShare(len(completion))
   texts, is_ended = decode(tokenizer, completion[share.mine])
   group_size = completion.shape[1]
   rows = [record for record in records[share.mine] for _ in range(group_size)]
   pending = grading.submit(rows, texts, is_ended)
+  names = grading.task.reward_parts
 
   def collect() -> Grades:
     verdicts = pending.result()
     log_problems(grading.task, verdicts, texts)
-    columns = [[x.reward, KINDS.index(x.kind), x.grade.is_correct] for x in verdicts]
-    table = np.array(columns, np.float32).reshape(-1, group_size, 3)
+    columns = [
+      [x.reward, KINDS.index(x.kind), x.grade.is_correct, *(x.parts.get(name, 0.0) for name in names)] for x in verdicts
+    ]
+    table = np.array(columns, np.float32).reshape(-1, group_size, 3 + len(names))
     processes.meet("completions are graded", grading.patience(completion.shape[0] * group_size))
     table = share.gather(table)
     kind = table[..., 1]
@@ -258,6 +266,8 @@ def grade(
       reward=table[..., 0],
       is_kept=kind != KINDS.index("failed"),
       is_solved=table[..., 2] > 0,
+      parts=table[..., 3:] if names else None,
+      part_names=names,
       num_timeouts=int((kind == KINDS.index("timeout")).sum()),
       num_crashes=int((kind == KINDS.index("crash")).sum()),
       per_second=pending.per_second,

@@ -256,7 +256,7 @@ def _make_weigh(**weighing: Any) -> Callable[[Experience, LogProbs], tuple[Exper
 
   def weigh(experience: Experience, measures: LogProbs) -> tuple[Experience, dict[str, float]]:
     weighed, figures = jax.device_get(
-      program(experience.reward, experience.is_kept, measures.log_p_ref, measures.log_p_old)
+      program(experience.reward, experience.is_kept, measures.log_p_ref, measures.log_p_old, experience.reward_parts)
     )
     figures["scores_failed"] = _num_failed(experience.is_kept, weighed.is_kept)
     experience = experience.replace(
@@ -282,11 +282,16 @@ def _weigh(
   is_kept: Bool[Array, "p g"],
   log_p_ref: Float[Array, "p g m"],
   log_p_old: Float[Array, "p g m"],
+  reward_parts: Float[Array, "p g parts"] | None = None,
   **weighing: Any,
 ) -> tuple[weights.Weights, dict[str, Float[Array, ""]]]:
-  weighed = weights.weigh(reward, log_p_ref.mean(-1), log_p_old.mean(-1), is_kept, **weighing)
+  weighed = weights.weigh(
+    reward, log_p_ref.mean(-1), log_p_old.mean(-1), is_kept, reward_parts=reward_parts, **weighing
+  )
   is_kept = weighed.is_kept
-  tilt = weights.standardise(reward, is_kept) if weighing["reward_scaling"] == "standardise" else reward
+  tilt = weights.scale_rewards(
+    reward, reward_parts, is_kept, weighing["reward_scaling"], weighing.get("part_weights", ())
+  )
   tilt_std = weights.spread_within_groups(
     tilt / weighing["alpha"] if weighing["weighting"] == "tilt" else tilt, is_kept
   )

@@ -286,7 +286,9 @@ def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Ca
       buffer=buffer,
       **common,
     )
-    lack = rollout.lack_of_signal(experience.reward, experience.is_kept, compares=_compares(config.objective))
+    is_apart = config.objective.reward_scaling == "standardise_parts"
+    reward = experience.reward_parts if is_apart else experience.reward
+    lack = rollout.lack_of_signal(reward, experience.is_kept, compares=_compares(config.objective))
     if lack and jax.process_index() == 0:
       logger.warning("buffer %d: %s", buffer + 1, lack)
     metrics["without_signal"] = float(bool(lack))

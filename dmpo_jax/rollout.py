@@ -160,6 +160,7 @@ def finish(
     completion=completion,
     is_counted=count_positions(completion, tokenizer.eos_token_id, counted),
     reward=grades.reward,
+    reward_parts=grades.parts,
     is_kept=grades.is_kept,
     log_p_old=0 * grades.reward,
     log_p_ref=0 * grades.reward,
@@ -312,18 +313,20 @@ class Stopwatch:
     return seconds | {f"tokens_per_second_{name}": tokens / value for name, value in self.seconds.items()}
 
 
-def lack_of_signal(reward: Float[np.ndarray, "p g"], is_kept: Bool[np.ndarray, "p g"], *, compares: bool) -> str:
+def lack_of_signal(reward: Float[np.ndarray, "p g *parts"], is_kept: Bool[np.ndarray, "p g"], *, compares: bool) -> str:
   """Say that the rewards of a buffer teach nothing; "" where they teach something.
 
   Args:
+    reward: or its parts, where the objective takes them apart.
     compares: the objective learns from differences inside a group; else from the rewards themselves.
   """
-  num, highest = len(reward), np.where(is_kept, reward, -np.inf).max(-1)
+  num, parts = len(reward), reward.reshape(*is_kept.shape, -1)
+  highest = np.where(is_kept[..., None], parts, -np.inf).max(1)
   if not is_kept.any():
     return "no signal: no reward could be computed"
   if not reward[is_kept].any():
     return f"no signal: all rewards equal in {num} of {num} groups, all are 0"
-  if not compares or (highest > np.where(is_kept, reward, np.inf).min(-1)).any():
+  if not compares or (highest > np.where(is_kept[..., None], parts, np.inf).min(1)).any():
     return ""
   alone = ", as rollout.group_size=1 leaves nothing to compare" if reward.shape[1] == 1 else ""
   return f"no signal: all rewards equal in {num} of {num} groups{alone}"
@@ -341,6 +344,7 @@ def describe(
   return {
     "reward_mean": _mean(reward),
     "reward_std": float(reward.std()) if reward.size else math.nan,
+    **{f"reward_{name}": _mean(grades.parts[kept][:, index]) for index, name in enumerate(grades.part_names)},
     "solve_rate": _mean(grades.is_solved[kept]),
     "rewards_failed": float((~kept).sum()),
     "grading_timeouts": float(grades.num_timeouts),

@@ -117,6 +117,7 @@ class Experience:
   token_log_p_old: jax.Array | None = None  # float32 [p, g, u, c]; under the masks of update u of the buffer
   token_log_p_ref: jax.Array | None = None  # float32 [p, g, u, c]; the same under the reference policy
   seen: jax.Array | None = None  # int32 [p, g, c]; see `Rollouts.seen`; None: what is not counted is unknown
+  reward_parts: jax.Array | None = None  # float32 [p, g, parts]; in the order of Task.reward_parts; None: it has none
 
 
 class Scores(NamedTuple):

@@ -12,6 +12,7 @@ import collections
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from dmpo_jax import files, tasks
 from dmpo_jax.grading import Grading
 from dmpo_jax.run import buckets
 from dmpo_jax.tasks import TASKS, Grade, answers
-from dmpo_jax.tasks.judge import NO_GRADE
+from dmpo_jax.tasks.judge import Verdict
 from dmpo_jax.tasks.published import GRADERS
 from dmpo_jax.tasks.worded import END
 from launch import commands
@@ -52,8 +53,12 @@ class Row(NamedTuple):
 
   item: Item
   published: Grade
-  default: Grade
-  kind: str  # of the default grader's verdict: graded, timeout, crash
+  verdict: Verdict  # by the default rewards and grader
+
+  @property
+  def default(self) -> Grade:
+    """The default grader's grade."""
+    return self.verdict.grade
 
 
 def read_items(path: str, task: str) -> list[Item]:
@@ -143,13 +148,13 @@ def grade_items(task: str, items: Sequence[Item], workers: int, seconds: float) 
     grading.close()
     for item, verdict in zip(part, verdicts, strict=True):
       published = GRADERS[task](item.generation, item.question, item.gold)
-      rows[item.file, item.index] = Row(item, published, verdict.grade or NO_GRADE, verdict.kind)
+      rows[item.file, item.index] = Row(item, published, verdict)
   return [rows[item.file, item.index] for item in items]
 
 
 def count(grades: Sequence[Grade]) -> dict[str, float]:
   """Count correct items, or correct cells where a grader counts those, with a 95 % Wilson interval of the share."""
-  pairs = [grade.parts or (int(grade.is_correct), 1) for grade in grades]
+  pairs = [grade.cells or (int(grade.is_correct), 1) for grade in grades]
   correct, processed = sum(right for right, _ in pairs), sum(asked for _, asked in pairs)
   if not processed:
     return {"items": len(grades), "correct": 0, "processed": 0, "accuracy_percent": math.nan}
@@ -183,8 +188,8 @@ def _cause(task: str, row: Row) -> str:
   """Return the first known cause that applies."""
   completion, taken = row.item.completion, str(row.default.extracted)
   num_answers = max(completion.count("\\boxed"), completion.count("<answer>"))
-  if row.kind != "graded":
-    return row.kind
+  if row.verdict.kind != "graded":
+    return row.verdict.kind
   if task == "gsm8k" and re.search(r"\d,\d{3}", taken):
     return "thousands' commas"
   if row.default.extracted is None:
@@ -208,8 +213,8 @@ def _as_json(grade: Grade) -> dict[str, Any]:
   if isinstance(value, float) and not math.isfinite(value):
     value = str(value)
   known = {"extracted": value, "correct": grade.is_correct}
-  if grade.parts:
-    right, asked = grade.parts
+  if grade.cells:
+    right, asked = grade.cells
     known |= {"correct_cells": right, "empty_cells": asked, "accuracy": right / asked if asked else 0.0}
   if grade.value is not None:
     known["evaluation_result"] = grade.value if isinstance(grade.value, int) else str(grade.value)
@@ -249,19 +254,35 @@ def main(*more: str) -> None:
     print(files.to_json(about | _report(rows, grades, disagreements)))
   else:
     _print_table(f"{given.task}, {given.grader} grader", figures)
+    rewards = ", ".join(f"{name} {value:.3f}" for name, value in _mean_rewards(rows).items())
+    print(f"default rewards, mean: {rewards}")
     _print_disagreements(disagreements, len(rows), given.examples)
 
 
 def _report(rows: list[Row], grades: list[Grade], disagreements: dict[str, list[Row]]) -> dict[str, Any]:
   return {
     "total": count(grades),
-    "not_graded": dict(collections.Counter(row.kind for row in rows if row.kind != "graded")),
+    "not_graded": dict(collections.Counter(row.verdict.kind for row in rows if row.verdict.kind != "graded")),
+    "default_rewards": _mean_rewards(rows),
     "disagreements": {cause: len(found) for cause, found in disagreements.items()},
     "items": [
-      {"file": epath.Path(row.item.file).name, "index": row.item.index, **_as_json(grade)}
+      {
+        "file": epath.Path(row.item.file).name,
+        "index": row.item.index,
+        **_as_json(grade),
+        "reward": row.verdict.reward,
+        "reward_parts": row.verdict.parts or None,
+      }
       for row, grade in zip(rows, grades, strict=True)
     ],
   }
+
+
+def _mean_rewards(rows: Sequence[Row]) -> dict[str, float]:
+  """Average the default reward and each of its parts."""
+  names = dict.fromkeys(name for row in rows for name in row.verdict.parts)
+  parts = {name: statistics.fmean(row.verdict.parts.get(name, 0.0) for row in rows) for name in names}
+  return {"reward": statistics.fmean(row.verdict.reward for row in rows)} | parts
 
 
 def _print_table(title: str, figures: dict[str, dict[str, float]]) -> None:

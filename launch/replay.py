@@ -5,6 +5,8 @@ python -m launch.replay --workdir=runs/sudoku_tiny --buffers=0 --index=3    # fo
 python -m launch.replay --generations=FILE                                  # named in evaluation/result.json
 """
 
+from typing import Any
+
 from absl import flags
 from etils import epath
 from rich.console import Console
@@ -53,8 +55,13 @@ def main() -> None:
   console.print(str(row.get("prompt", "")), style="dim", markup=False, highlight=False)
   watch.play(animation["pieces"], animation["committed_at"], animation["confidence"], console, given.seconds)
   verdict = "solved" if row.get("is_solved") else "not solved"
-  reward = row.get("reward")
-  console.print(f"reward {f'{reward:.3f}' if is_number(reward) else 'unknown'}, {verdict}", highlight=False)
+  rewards = {"reward": row.get("reward")} | (row.get("reward_parts") or {})
+  shown = ", ".join(f"{name} {_three_decimals(value)}" for name, value in rewards.items())
+  console.print(f"{shown}, {verdict}", highlight=False)
+
+
+def _three_decimals(value: Any) -> str:
+  return f"{value:.3f}" if is_number(value) else "unknown"
 
 
 def define_flags() -> None:

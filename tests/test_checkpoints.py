@@ -38,8 +38,9 @@ def make_experience(mesh):
   prompts = Prompts(jnp.ones((p, q), jnp.int32), jnp.ones((p, q), bool), jnp.array([7, 2**32 - 1], jnp.uint32))
   completion = jnp.arange(p * g * c, dtype=jnp.int32).reshape(p, g, c)
   experience = Experience(
-    prompts, completion, completion > 3, real, flags, -real, real * 2, real / 3, real / 4, completion
-  )
+    prompts, completion, completion > 3, real, flags, -real, real * 2, real / 3, real / 4, completion,
+    reward_parts=jnp.stack([real / 2, real / 2], -1),
+  )  # fmt: skip
   return jax.device_put(experience, sharding.replicated(mesh))
 
 

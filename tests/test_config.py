@@ -88,6 +88,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("objective.kappa", 0.0, "a number in (0, 1]"),
     ("objective.kappa", 1.5, "a number in (0, 1]"),
     ("objective.alpha", 0.0, "a number in (0, inf)"),
+    ("objective.part_weights", (1.0, "2"), "a tuple of numbers, or ()"),
     ("objective.num_mask_samples", 3, "even, as objective.antithetic = True"),
     ("objective.num_elbo_samples", 1, "even, as objective.antithetic = True"),
     ("objective.min_mask_ratio", 1.0, "below objective.max_mask_ratio = 1.0"),
@@ -155,6 +156,7 @@ def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
     ({"wdce.unlearning": "bounded", "likelihood": "eubo"}, "likelihood", "objective.wdce.unlearning = 'bounded'"),
     ({"wdce.unlearning": "bounded", "mask_block_length": 4}, "mask_block_length", "0, as objective.name = 'wdce'"),
     (dict(weighting="reward", proximal="adaptive"), "proximal", "fixed, as objective.weighting = 'reward'"),
+    (dict(part_weights=(1.0, 2.0)), "part_weights", "(), as objective.reward_scaling = 'none'"),
     (dict(weighting="reward", max_weight=0.5), "max_weight", "1.0, as objective.weighting = 'reward'"),
     (dict(elbo_rounds="adaptive", likelihood="trajectory"), "elbo_rounds", "as objective.likelihood = 'trajectory'"),
   ],
@@ -189,6 +191,7 @@ def test_an_int8_base_is_not_trained(config):
 def test_a_run_of_before_there_was_int8_is_the_same_run(config):
   older = ConfigDict(config.to_dict())
   del older.model.quantization
+  del older.objective.part_weights
   assert config_lib.differences(older, config) == []
   assert config_lib.fingerprint(older) == config_lib.fingerprint(config)
   config.model.quantization = "int8"

@@ -13,6 +13,7 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.tasks import TASKS, make_task
+from dmpo_jax.tasks.judge import judge
 
 
 @pytest.mark.parametrize("name", docs_check.DOCUMENTS)
@@ -142,7 +143,7 @@ def test_the_tasks_that_the_documents_add(tmp_path, page, n, prompt, answer):
   path.write_text(documents.code(page, "def records("))
   task = make_task(str(path), options={"grader": "exact"}, prompt="default", rewards="default", grader="default")
   assert task.prompt({"n": n}) == prompt
-  assert (task.reward({"n": n}, answer), task.reward({"n": n}, "5")) == (1.0, 0.0)
+  assert [judge(task, {"n": n}, text, True).reward for text in (answer, "5")] == [1.0, 0.0]
   assert len(task.records("test")) == 100
 
 

@@ -214,6 +214,17 @@ def test_hosts_lose_and_double_nothing(tokenizer, held_out, monkeypatch, num_hos
   pool.close()
 
 
+def test_parts_of_the_reward_are_averaged_and_a_completion_without_a_grade_has_none():
+  def line(number, reward, parts):
+    return dict.fromkeys(("is_formatted", "is_ended", "num_tokens", "num_calls", "num_saved"), 1) | {
+      "index": number, "is_solved": True, "reward": reward, "reward_parts": parts, "cells": None, "grading": "graded",
+    }  # fmt: skip
+
+  lines = [line(0, 2.5, {"correct": 2.0, "form": 0.5}), line(1, 1, {"correct": 0, "form": 1}), line(2, 0, None)]
+  figures = evaluate.summarize(lines)
+  assert [figures[f"reward_{name}"] for name in ("mean", "correct", "form")] == pytest.approx([3.5 / 3, 2 / 3, 0.5])
+
+
 def test_an_evaluation_of_nothing_knows_nothing():
   figures = evaluate.summarize([])
   assert (figures["num_prompts"], figures["solve_rate_low"], figures["solve_rate_high"]) == (0, 0, 1)

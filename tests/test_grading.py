@@ -18,7 +18,6 @@ from dmpo_jax.processes import HostShare
 from dmpo_jax.tasks import Grade
 from dmpo_jax.tasks.judge import judge
 from dmpo_jax.tasks.sudoku import Sudoku
-from dmpo_jax.tasks.user import PythonTask
 
 TASK = """
 import os, signal, subprocess, sys, time
@@ -164,14 +163,20 @@ def _is_running(command):
 
 
 def test_a_reward_is_called_once_a_completion(tmp_path):
-  path = tmp_path / "counting.py"
+  path, calls = tmp_path / "counting.py", tmp_path / "calls"
   path.write_text(
-    "def records(split): return [{'n': 1}]\ndef prompt(record): return 'x'\ncalls = []\n"
-    "def reward(record, completion):\n  calls.append(completion)\n  return len(calls)\n"
+    "def records(split): return [{'n': 1}]\ndef prompt(record): return 'x'\n"
+    f"def reward(record, completion):\n  open({str(calls)!r}, 'a').write(completion + ' ')\n"
+    "  return float(completion)\n"
   )
-  task = PythonTask(str(path))
-  verdicts = [judge(task, {"n": 1}, text, True) for text in ("a", "b")]
-  assert [(x.reward, x.grade.is_correct) for x in verdicts] == [(1.0, True), (2.0, True)]
+  spec = dict(name=str(path), options={"grader": "exact"}, prompt="default", rewards="default", grader="default")
+  pool = Grading(spec, workers=1)
+  verdicts = pool.submit([{"n": 1}] * 3, ["1", "0", "none"], [True] * 3).result()
+  pool.close()
+  assert [(x.kind, x.reward, x.grade.is_correct) for x in verdicts] == [
+    ("graded", 1.0, True), ("graded", 0.0, False), ("failed", 0.0, False)
+  ]  # fmt: skip
+  assert calls.read_text() == "1 0 none "
 
 
 def test_close_ends_workers_that_are_busy_and_drops_what_waits(spec):
@@ -210,16 +215,19 @@ def test_grades_of_chunks_are_joined():
     return Grades(array, array > 0, array > 1, num_timeouts=1, num_crashes=2, per_second=10.0)
 
   joined = Grades.join([part(1.0), part(2.0)])
+  assert (joined.parts, joined.part_names) == (None, ())
   np.testing.assert_array_equal(joined.reward, [[1, 1], [2, 2]])
   assert (joined.num_timeouts, joined.num_crashes, joined.per_second) == (2, 4, 10.0)
 
 
 class Letters(Sudoku):
-  """A task that rewards a completion's letters; every third completion or so fails."""
+  """A task that rewards a completion's letters and its record; every third completion or so fails."""
+
+  own_parts = ("letters", "record")
 
   def reward(self, record, completion):
     value = sum(map(ord, completion))
-    return float(value + 1000 * record["n"]) if value % 3 else float("nan")
+    return {"letters": float(value) if value % 3 else float("nan"), "record": 1000 * record["n"]}
 
   def grade(self, record, completion, is_ended):
     return Grade(is_ended, completion)
@@ -238,12 +246,15 @@ def test_hosts_without_rows_have_the_grades_of_all(monkeypatch, num, count):
     return Grades.join([wait() for wait in waits])
 
   plain = [
-    [task.reward(record, tokenizer.decode(row.tolist())) for row in rows]
+    [list(task.reward(record, tokenizer.decode(row.tolist())).values()) for row in rows]
     for record, rows in zip(records, completion, strict=True)
   ]
-  reward = np.array(plain).reshape(num, 2)
+  parts = np.array(plain).reshape(num, 2, 2)
+  reward = parts.sum(-1)
   for index, grades in enumerate(run_hosts(monkeypatch, count, grade_chunks)):
     np.testing.assert_array_equal(grades.reward, np.nan_to_num(reward))
+    np.testing.assert_array_equal(grades.parts, np.where(np.isnan(reward)[..., None], 0, parts))
+    assert grades.part_names == ("letters", "record")
     np.testing.assert_array_equal(grades.is_kept, ~np.isnan(reward))
     is_ended = (completion == tokenizer.eos_token_id).any(-1)
     np.testing.assert_array_equal(grades.is_solved, is_ended & ~np.isnan(reward))

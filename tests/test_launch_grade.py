@@ -71,6 +71,9 @@ def test_own_generations_and_the_table(tmp_path):
   assert "default alone: thousands' commas" in done.stdout
   assert "published alone: several answers" in done.stdout
   assert "33.33 %" in done.stdout
+  assert "default rewards, mean: reward 1.083, correct 0.667, form 0.417" in done.stdout
+  (item, *_) = json.loads(start("--task=gsm8k", f"--generations={path}", "--json").stdout)["items"]
+  assert (item["reward"], item["reward_parts"]) == (2.75, {"correct": 2.0, "form": 0.75})
 
 
 def test_rows_that_cannot_be_used_are_listed(tmp_path):

@@ -2,6 +2,9 @@
 
 import io
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 from etils import epath
@@ -10,6 +13,7 @@ from rich.console import Console
 from dmpo_jax.run import watch
 from launch import replay
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILM = {"pieces": ["4", "2", "!"], "committed_at": [1, 0, 1], "confidence": [0.5, 0.75, 1.0]}
 
 
@@ -37,6 +41,15 @@ def test_where_nobody_looks_it_is_the_end_alone():
   console = Console(file=io.StringIO(), width=60)
   watch.play(**FILM, console=console, seconds=9.0)
   assert console.file.getvalue().splitlines() == ["42!", "call 2: '4' 0.50, '!' 1.00"]
+
+
+def test_the_reward_is_shown_with_its_parts(workdir):
+  path = workdir / "generations" / "000000.jsonl"
+  line = json.loads(path.read_text().splitlines()[0]) | {"reward_parts": {"correct": 0.75, "form": 0.25}}
+  path.write_text(json.dumps(line) + "\n")
+  command = [sys.executable, "-m", "launch.replay", f"--generations={path}", "--seconds=0"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+  assert done.stdout.splitlines()[-1] == "reward 1.000, correct 0.750, form 0.250, solved"
 
 
 def test_a_generation_is_found_by_evaluation_and_prompt(workdir):

@@ -356,6 +356,34 @@ def test_standardised_rewards_and_clipped_weights():
   np.testing.assert_allclose(cut.negative_weight, jnp.minimum(free.negative_weight, 0.3))
 
 
+def test_parts_are_standardised_apart_and_count_by_their_weights():
+  """By hand: the parts of the first group are standardised to (-1, 1, -1, 1) and (1, -1, -1, 1), whatever their scale.
+
+  In the second group the first part is the same for all kept rollouts, and says nothing.
+  """
+  parts = jnp.array(
+    [[[0.0, 100], [2, 0], [0, 0], [2, 100]], [[5, 1], [5, 3], [9, jnp.nan], [5, 5]]]
+  )  # fmt: skip
+  is_kept = jnp.array([[True] * 4, [True, True, False, True]])
+  reward = parts.sum(-1)
+  plain = weights.scale_rewards(reward, parts, is_kept, "standardise_parts")
+  np.testing.assert_allclose(plain, [[0, 0, -2, 2], [-1.2247449, 0, 0, 1.2247449]], rtol=1e-6, atol=1e-6)
+  weighted = weights.scale_rewards(reward, parts, is_kept, "standardise_parts", (3.0, 0.5))
+  np.testing.assert_allclose(weighted, [[-2.5, 2.5, -3.5, 3.5], [-0.6123724, 0, 0, 0.6123724]], rtol=1e-6, atol=1e-6)
+  own = dict(weighting="tilt", alpha=0.5, proximal="fixed", kappa=1.0, min_ess=0.8, max_weight=1.0)
+  own |= dict(reward_scaling="standardise_parts", part_weights=(3.0, 0.5))
+  zeros = jnp.zeros((2, 4))
+  found = weights.weigh(reward, zeros, zeros, is_kept, reward_parts=parts, **own)
+  np.testing.assert_allclose(found.weight, weights.softmax_kept(weighted / 0.5, is_kept), rtol=1e-6)
+  shifted = weights.scale_rewards(reward, parts + 7, is_kept, "standardise_parts", (3.0, 0.5))
+  np.testing.assert_allclose(shifted, weighted, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_that_are_not_there_cannot_be_standardised():
+  with pytest.raises(ValueError, match="the last needs parts"):
+    weights.scale_rewards(jnp.zeros((1, 2)), None, jnp.ones((1, 2), bool), "standardise_parts")
+
+
 @pytest.mark.parametrize(
   ("changed", "expected"),
   [

@@ -118,6 +118,34 @@ def test_a_finished_run_is_shown(workdir, tmp_path):
   assert len(specs_of(text)) == text.count('<div class="chart"')
 
 
+def test_parts_of_the_reward_have_a_curve_a_column_and_stand_by_their_completion(workdir, tmp_path):
+  assert "Reward by part" not in report.write([workdir], tmp_path / "plain.html").read_text()
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+  for line in lines:
+    if line["phase"] == "train" and line["step"]:
+      line |= {"reward_correct": line["step"] / 100, "reward_form": 0.5}
+  (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  result = json.loads((copy / "result.json").read_text())
+  for row in result["evaluations"].values():
+    row |= {"reward_correct": 0.125, "reward_form": 0.875}
+  (copy / "result.json").write_text(json.dumps(result))
+  path = copy / "generations" / "000008.jsonl"
+  path.write_text(json.dumps(generation(0, 8) | {"reward_parts": {"correct": 0.2, "form": 0.05}}) + "\n")
+  text = report.write([copy]).read_text()
+  (spec,) = [spec for spec in specs_of(text).values() if any("correct" in v.values() for v in spec["data"]["values"])]
+  assert {value["figure"] for value in spec["data"]["values"]} == {"correct", "form"}
+  assert [v["y"] for v in spec["data"]["values"] if v["figure"] == "correct"] == [step / 100 for step in range(1, 9)]
+  assert '<th scope="col">correct</th><th scope="col">form</th>' in text
+  assert "<td>0.125</td><td>0.875</td>" in text
+  assert "reward 0.250 (correct 0.200, form 0.050)" in text
+  console = Console(file=io.StringIO(), width=120)
+  console.print(tables.outcome({"base": result["evaluations"]["0"]}))
+  assert re.search(r"reward.*correct.*form", console.file.getvalue())
+  assert re.search(r"0.125.*0.875", console.file.getvalue())
+
+
 def test_what_was_evaluated_later_is_a_table(workdir, tmp_path):
   copy = tmp_path / "copy"
   shutil.copytree(workdir, copy)

@@ -5,12 +5,14 @@ import math
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from etils import epath
 
 from dmpo_jax import build, phases, rollout, sharding, structs
+from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.measure import (
@@ -21,11 +23,12 @@ from dmpo_jax.measure import (
   make_measure_sampled,
   make_measure_weights,
 )
+from dmpo_jax.objectives import weights
 from dmpo_jax.objectives.estimators import Elbo
 from dmpo_jax.run import progress
 from dmpo_jax.tasks.sudoku import Sudoku
 
-WEIGHING = ("weighting", "alpha", "proximal", "kappa", "min_ess", "reward_scaling", "max_weight")
+WEIGHING = ("weighting", "alpha", "proximal", "kappa", "min_ess", "reward_scaling", "part_weights", "max_weight")
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +246,66 @@ def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_dev
 def test_rewards_that_teach_nothing_are_told(reward, compares, said):
   reward = np.array(reward, np.float32)
   assert rollout.lack_of_signal(reward, np.isfinite(reward), compares=compares) == said
+
+
+def test_parts_that_differ_teach_though_their_sums_are_equal():
+  parts, is_kept = np.array([[[1.0, 0.0], [0.0, 1.0]]]), np.ones((1, 2), bool)
+  assert rollout.lack_of_signal(parts.sum(-1), is_kept, compares=True).startswith("no signal")
+  assert rollout.lack_of_signal(parts, is_kept, compares=True) == ""
+  assert rollout.lack_of_signal(parts[:, :1].repeat(2, 1), is_kept, compares=True).startswith("no signal")
+
+
+PARTS = """
+REWARD_PARTS = ("length", "digits")
+
+def records(split):
+  return [{"n": n} for n in (range(100, 164) if split == "train" else range(164, 180))]
+
+def prompt(record):
+  return f"({record['n']}="
+
+def reward(record, completion):
+  if len(completion) % 5 == 4:
+    raise ValueError("some fail")
+  return {"digits": float(sum(map(str.isdigit, completion))), "length": len(completion) / 100}
+"""
+
+
+def test_parts_of_the_rewards_reach_the_weights_and_the_log(folder, use_devices, tmp_path):
+  (tmp_path / "task.py").write_text(PARTS)
+  scaling = dict(objective__reward_scaling="standardise_parts", objective__part_weights=(2.0, 1.0))
+  config = tiny.config(task__name=str(tmp_path / "task.py"), rollout__chunk_prompts=2, warm_start__updates=0, **scaling)
+  experience, metrics = collect(config, folder, use_devices)
+  parts, is_kept = experience.reward_parts, experience.is_kept
+  assert parts.dtype == np.float32
+  assert 0 < is_kept.sum() < is_kept.size
+  assert not parts[~is_kept].any()
+  np.testing.assert_allclose(parts.sum(-1), experience.reward, rtol=1e-6)
+  for index, name in enumerate(("length", "digits")):
+    assert metrics[f"reward_{name}"] == pytest.approx(parts[..., index][is_kept].mean())
+  reward, parts, is_kept = map(jnp.asarray, (experience.reward, parts, is_kept))
+  scaled = weights.scale_rewards(reward, parts, is_kept, "standardise_parts", (2.0, 1.0))
+  logits = scaled / config.objective.alpha + experience.log_p_ref - experience.log_p_old
+  np.testing.assert_allclose(experience.weight, weights.softmax_kept(logits, is_kept), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "weights", "problem"),
+  [
+    ("sudoku", (), "reward_scaling='standardise_parts': a reward of task.name='sudoku' is one number"),
+    (
+      "task.py",
+      (1.0,),
+      r"part_weights=\(1.0,\): the rewards of .*task.py' have 2 parts, length, digits",
+    ),
+  ],
+)
+def test_parts_that_the_task_has_not_are_refused_before_work_starts(folder, tmp_path, name, weights, problem):
+  (tmp_path / "task.py").write_text(PARTS)
+  config = tiny.config(objective__reward_scaling="standardise_parts", objective__part_weights=weights)
+  config.task.name = str(tmp_path / name) if name.endswith(".py") else name
+  with pytest.raises(ConfigError, match=problem):
+    build.build_parts(config, folder / "run")
 
 
 def test_parameters_that_are_not_finite_stop_the_first_call(folder, use_devices):

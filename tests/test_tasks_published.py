@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dmpo_jax.tasks.published import GRADERS, REWARDS, TRAINED_WITH, latex, python_arithmetic, rewards, total
+from dmpo_jax.tasks.published import GRADERS, REWARDS, TRAINED_WITH, latex, python_arithmetic, rewards, score
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 HELPERS = {
@@ -108,7 +108,7 @@ def test_every_grade_is_the_recorded_one(task):
     grade, wanted = GRADERS[task](generation, row["question"], row["ground_truth"]), row["expected"]
     assert are_same(grade.extracted, wanted["extracted"]), row
     if task == "sudoku":
-      assert grade.parts == (wanted["correct_cells"], wanted["empty_cells"]), row
+      assert grade.cells == (wanted["correct_cells"], wanted["empty_cells"]), row
     else:
       assert grade.is_correct == wanted["correct"], row
     if "evaluation_result" in wanted:
@@ -121,9 +121,9 @@ def test_every_grade_is_the_recorded_one(task):
 def test_power_towers_are_answered_at_once(expression):
   start = time.perf_counter()
   numbers = python_arithmetic.numbers_in(expression)
-  score = total("countdown", f"<answer>{expression}</answer>", target=3, numbers=numbers)
+  parts = score("countdown", f"<answer>{expression}</answer>", target=3, numbers=numbers)
   assert time.perf_counter() - start < 0.1
-  assert score == 0.1
+  assert parts == {"countdown": 0.1}
 
 
 def test_expressions_have_the_values_that_python_gives_them():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax.tasks import TASKS, make_task, sources
+from dmpo_jax.tasks.base import split_reward
 from dmpo_jax.tasks.gsm8k import GSM8K
 from dmpo_jax.tasks.maths import Math
 from dmpo_jax.tasks.published import RANGES
@@ -17,6 +18,10 @@ RNG = np.random.default_rng(0)
 
 def gsm8k(**choices):
   return GSM8K(**choices), GSM8K.read_row(ROW)
+
+
+def worth(task, record, completion):
+  return split_reward(task.reward(record, completion), task.reward_parts)[0]
 
 
 def test_numbers_are_compared_as_numbers():
@@ -30,18 +35,22 @@ def test_numbers_are_compared_as_numbers():
 def test_default_rewards_are_what_their_description_says():
   task, record = gsm8k()
   right = "<reasoning>\nfirst\nthen\n</reasoning>\n<answer>\n1234\n</answer>"
-  assert task.reward(record, right) == 4
-  assert task.reward(record, right.replace("1234", "7")) == 2
-  assert task.reward(record, "1234") == 0
-  assert task.reward(record, "\\boxed{1234}") == 2.5
-  assert task.reward(record, right + "x" * 1000) == pytest.approx(2 + 0 + 0.5)
+  assert worth(task, record, right) == 4
+  assert worth(task, record, right.replace("1234", "7")) == 2
+  assert worth(task, record, "1234") == 0
+  assert worth(task, record, "\\boxed{1234}") == 2.5
+  assert worth(task, record, right + "x" * 1000) == pytest.approx(2 + 0 + 0.5)
+  assert task.reward(record, right.replace("1234", "7")) == {"correct": 0, "form": 2}
 
 
 def test_published_rewards_and_grader_keep_their_oddities():
   task, record = gsm8k(rewards="published", grader="published")
   assert (
-    task.reward(record, "<reasoning>a</reasoning><answer>1234</answer>") == 1.0
+    worth(task, record, "<reasoning>a</reasoning><answer>1234</answer>") == 1.0
   )  # soft form and digits; not "1,234"
+  assert task.reward(record, "<reasoning>a</reasoning><answer>1</answer>") == {
+    "xmlcount": 0, "soft_format": 0.5, "strict_format": 0, "int": 0.5, "correctness": 0,
+  }  # fmt: skip
   assert task.grade(record, "<answer>1,234</answer>").extracted == 234
   assert not task.grade(record, "<answer>1,234</answer>").is_correct
   assert task.grade(record, "\\boxed{1234} no, \\boxed{5}").is_correct
@@ -64,7 +73,7 @@ def test_demonstrations_have_the_form_of_the_prompt_and_are_right():
     task, record = gsm8k(prompt_name=name)
     text = task.demonstration(record, RNG)
     assert "<<" not in text
-    assert task.reward(record, text) == 4
+    assert worth(task, record, text) == 4
     assert (
       task.prefill + text
       == "<reasoning>\nIt is 1000 + 234 = 1234\n</reasoning>\n<answer>\n"
@@ -77,9 +86,9 @@ def test_demonstrations_have_the_form_of_the_prompt_and_are_right():
 def test_math_is_compared_as_mathematics_or_as_the_published_text():
   record = Math.read_row({"problem": "x?", "answer": "\\frac{639}{40}"})
   text = "<reasoning>\na\n</reasoning>\n<answer>\n\\boxed{15.975}\n</answer>"
-  assert Math().reward(record, text) == 3
-  assert Math(rewards="published").reward(record, text) == 1
-  assert Math(rewards="published").reward(record, text.replace("15.975", "\\frac{639}{40}")) == 3
+  assert worth(Math(), record, text) == 3
+  assert worth(Math(rewards="published"), record, text) == 1
+  assert worth(Math(rewards="published"), record, text.replace("15.975", "\\frac{639}{40}")) == 3
   assert not Math(grader="published").grade(record, text).is_correct
   assert not Math().is_bounded
   assert Math(rewards="published", grader="published").is_bounded

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dmpo_jax.tasks import make_task, user
-from dmpo_jax.tasks.base import MAX_REWARD, NotANumber, finite_number
+from dmpo_jax.tasks.base import MAX_REWARD, BadReward, finite_number, split_reward
+from dmpo_jax.tasks.judge import judge
 
 PYTHON = """
 def records(split):
@@ -38,9 +39,9 @@ def test_a_python_file_is_a_task(python_file):
   task = load(python_file(PYTHON))
   (first, second) = task.records("test")
   assert task.prompt(first) == "say 8"
-  assert task.reward(first, "8") == 1
-  assert task.grade(first, "8").is_correct
-  assert not task.grade(second, "8").is_correct
+  assert judge(task, first, "8", True).reward == 1
+  assert judge(task, first, "8", True).grade.is_correct
+  assert not judge(task, second, "8", True).grade.is_correct
   assert not task.is_bounded
   with pytest.raises(ValueError, match=r"defines no demonstration.*warm_start.updates"):
     task.demonstration(first, np.random.default_rng(0))
@@ -51,6 +52,10 @@ def test_a_python_file_is_a_task(python_file):
   [
     (("def reward", "def rewards"), "no function reward"),
     (("def prompt", "def prompt(:"), "cannot be imported"),
+    (("def prompt", "REWARD_PARTS = 'form'\n\ndef prompt"), "REWARD_PARTS must be a tuple of names .* not 'form'"),
+    (("def prompt", "REWARD_PARTS = ('a b',)\n\ndef prompt"), "REWARD_PARTS must be a tuple of names"),
+    (("def prompt", "REWARD_PARTS = ('a', 'a')\n\ndef prompt"), "REWARD_PARTS names a part twice"),
+    (("def prompt", "REWARD_PARTS = ('mean',)\n\ndef prompt"), "REWARD_PARTS 'mean' is taken"),
   ],
 )
 def test_a_file_that_is_no_task_is_refused(python_file, change, reason):
@@ -80,9 +85,9 @@ def test_json_lines_are_a_task(tmp_path):
   assert 5 < len(test) < 50
   assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
   record = next(row for row in train if row["answer"] == "50")
-  assert task.reward(record, "<answer>it is 50.</answer>") == 1
-  assert task.reward(record, "50.0") == 1
-  assert task.reward(record, "51") == 0
+  for completion, reward in (("<answer>it is 50.</answer>", 1), ("50.0", 1), ("51", 0)):
+    verdict = judge(task, record, completion, True)
+    assert (verdict.reward, verdict.grade.is_correct) == (reward, reward == 1)
   assert task.is_bounded
 
 
@@ -117,5 +122,53 @@ def test_a_reward_is_a_number_that_float32_can_square():
   assert (finite_number(np.float32(0.5)), finite_number(True), finite_number(-MAX_REWARD)) == (0.5, 1.0, -MAX_REWARD)
   assert np.isfinite(np.float32(MAX_REWARD) ** 2)
   for value in (1e16, -1e39, 10**400, float("inf"), "1.0", None, [1.0]):
-    with pytest.raises(NotANumber):
+    with pytest.raises(BadReward):
       finite_number(value)
+
+
+PARTS = """
+REWARD_PARTS = ("correct", "form")
+
+def records(split):
+  return [{"n": 7}]
+
+def prompt(record):
+  return "say 7"
+
+def reward(record, completion):
+  if completion == "no form":
+    return {"correct": 1.0}
+  if completion == "bad form":
+    return {"correct": 1.0, "form": "0.5"}
+  if completion == "number":
+    return 0.0
+  return {"form": 0.5 * completion.endswith("."), "correct": 2.0 * completion.startswith("7")}
+"""
+
+
+def test_a_reward_may_have_parts_whose_sum_it_is(python_file):
+  task = load(python_file(PARTS))
+  assert task.reward_parts == ("correct", "form")
+  verdict = judge(task, {"n": 7}, "7.", True)
+  assert (verdict.kind, verdict.reward, verdict.grade.is_correct) == ("graded", 2.5, True)
+  assert list(verdict.parts.items()) == [("correct", 2.0), ("form", 0.5)]
+  assert judge(task, {"n": 7}, "8", True).reward == 0
+  assert not judge(task, {"n": 7}, "8", True).grade.is_correct
+
+
+@pytest.mark.parametrize(
+  ("completion", "problem"),
+  [
+    ("no form", "gave the parts ['correct'], not correct, form"),
+    ("bad form", "gave '0.5', not one finite number (part 'form')"),
+    ("number", "gave 0.0, not the parts correct, form"),
+  ],
+)
+def test_a_reward_that_lacks_a_part_fails_and_says_so(python_file, completion, problem):
+  verdict = judge(load(python_file(PARTS)), {"n": 7}, completion, True)
+  assert (verdict.kind, verdict.reward, verdict.problem) == ("failed", 0.0, problem)
+
+
+def test_parts_that_the_file_does_not_name_are_refused_with_the_line_to_add():
+  with pytest.raises(BadReward, match=r"name them, as REWARD_PARTS = \('a', 'b'\)"):
+    split_reward({"a": 1.0, "b": 2.0}, ())

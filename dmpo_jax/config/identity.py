@@ -46,7 +46,7 @@ NOT_OF_EVALUATION = (
 )
 
 # What the lack of a key means, in runs of before there was one.
-OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()}
+OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {"objective.part_weights": []}
 
 
 def fingerprint(config: Config) -> str:
@@ -73,12 +73,13 @@ def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str
   chosen.add(("task", tasks.section(str(leaves.get("task.name")))))
   found = {}
   for path, value in leaves.items():
+    value = list(value) if isinstance(value, tuple) else value
     section, *rest = path.split(".")
     is_of_another = section in CHOICES and len(rest) > 1 and (section, rest[0]) not in chosen
     is_as_before = path in OLDER and value == OLDER[path]
     if value is None or is_of_another or is_as_before or any(fnmatch(path, key) for key in may_change):
       continue
-    found[path] = list(value) if isinstance(value, tuple) else value
+    found[path] = value
   if isinstance(found.get("tokenizer.path"), str):  # a checkout may move; its file is the same one
     found["tokenizer.path"] = epath.Path(found["tokenizer.path"]).name
   return found

@@ -167,6 +167,12 @@ RELATIONS = (
     "fixed, as {0} takes no proximal step",
   ),
   Relation(
+    "objective.part_weights",
+    ("objective.reward_scaling",),
+    lambda weights, scaling: not weights or scaling == "standardise_parts",
+    "(), as {0} does not take the parts of the reward apart",
+  ),
+  Relation(
     "objective.max_weight",
     ("objective.weighting",),
     lambda most, weighting: most == 1 or weighting != "reward",

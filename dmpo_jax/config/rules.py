@@ -17,7 +17,7 @@ from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.objectives import OBJECTIVES, wddo
 from dmpo_jax.objectives.estimators import ESTIMATORS
-from dmpo_jax.objectives.weights import BASELINES, WEIGHTINGS
+from dmpo_jax.objectives.weights import BASELINES, REWARD_SCALINGS, WEIGHTINGS
 from dmpo_jax.samplers import SAMPLERS, llada
 from dmpo_jax.samplers.parallel import RULES as PARALLEL_RULES
 from dmpo_jax.sharding import MESH_AXES
@@ -55,6 +55,16 @@ def number(interval: str) -> Rule:
     )
 
   return Rule(f"a number in {interval}", holds)
+
+
+def numbers() -> Rule:
+  """Allow a sequence of finite numbers, or none."""
+  one = number("(-inf, inf)")
+
+  def holds(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(map(one.holds, value))
+
+  return Rule("a tuple of numbers, or ()", holds)
 
 
 def flag() -> Rule:
@@ -210,7 +220,8 @@ RULES: dict[str, Rule] = {
   "objective.proximal": one_of("fixed", "adaptive"),
   "objective.kappa": number("(0, 1]"),
   "objective.min_ess": number("(0, 1]"),
-  "objective.reward_scaling": one_of("none", "standardise"),
+  "objective.reward_scaling": one_of(*REWARD_SCALINGS),
+  "objective.part_weights": numbers(),
   "objective.max_weight": number("(0, 1]"),
   "objective.wdce.baseline": one_of(*BASELINES),
   "objective.wdce.baseline_strength": number("[0, inf)"),

@@ -4,6 +4,7 @@ Every softmax runs over the rollouts of one prompt, the axis g; a rollout that i
 """
 
 import difflib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from dmpo_jax.objectives.likelihood import standard_error
 
 BASELINES = ("none", "mean", "model", "negative")
 WEIGHTINGS = ("tilt", "softmax", "reward")
+REWARD_SCALINGS = ("none", "standardise", "standardise_parts")
 MIN_KAPPA, MAX_KAPPA = 0.01, 0.99  # range of the adaptive proximal step, the official code's
 
 
@@ -39,6 +41,8 @@ def weigh(
   min_ess: float,
   reward_scaling: str,
   max_weight: float,
+  part_weights: Sequence[float] = (),
+  reward_parts: Float[Array, "p g parts"] | None = None,
 ) -> Weights:
   """Weigh a buffer as the configuration's `objective` says: scale the rewards, choose kappa, weigh, clip.
 
@@ -47,15 +51,14 @@ def weigh(
   Args:
     weighting, alpha: see `importance_weights`.
     proximal: `fixed` takes kappa, `adaptive` the largest that keeps the effective sample size (`adaptive_kappa`).
-    reward_scaling: `none`, or `standardise`: minus the group's mean, divided by its standard deviation.
+    reward_scaling, part_weights, reward_parts: see `scale_rewards`.
     max_weight: weights are cut to this (truncated importance sampling), without being normalised again; 1: none.
 
   Raises:
     ValueError: an unknown name, or a number out of range.
   """
   is_kept = is_kept & jnp.isfinite(log_p_ref) & jnp.isfinite(log_p_old)
-  if reward_scaling == "standardise":
-    reward = standardise(reward, is_kept)
+  reward = scale_rewards(reward, reward_parts, is_kept, reward_scaling, part_weights)
   if proximal == "adaptive" and weighting != "reward":
     step = adaptive_kappa(log_weights(reward, log_p_ref, log_p_old, weighting, alpha)[0], is_kept, min_ess)
   else:
@@ -148,6 +151,38 @@ def adaptive_kappa(
   low, high = (jnp.full(log_weight.shape[:1], end) for end in (MIN_KAPPA, MAX_KAPPA))
   kappa, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
   return jnp.where(is_enough(high), high, kappa)
+
+
+def scale_rewards(
+  reward: Float[Array, "p g"],
+  reward_parts: Float[Array, "p g parts"] | None,
+  is_kept: Bool[Array, "p g"],
+  scaling: str,
+  part_weights: Sequence[float] = (),
+) -> Float[Array, "p g"]:
+  """Scale rewards within each group.
+
+  none: the rewards as they are. standardise: minus the group's mean, divided by its standard deviation.
+  standardise_parts: sum_parts part_weight * standardise(part), so that a part counts by its weight whatever its scale
+  (arXiv 2601.05242, whose last step, standardising the sum over the batch, is left to alpha).
+
+  Args:
+    reward_parts: parts whose sum is the reward; read by standardise_parts alone.
+    part_weights: one for each part; (): all are 1.
+
+  Raises:
+    ValueError: an unknown name, or parts that are not there.
+  """
+  if scaling == "none":
+    return reward
+  if scaling == "standardise":
+    return standardise(reward, is_kept)
+  if scaling != "standardise_parts" or reward_parts is None:
+    raise ValueError(f"objective.reward_scaling={scaling!r}: one of {', '.join(REWARD_SCALINGS)}; the last needs parts")
+  parts = jnp.moveaxis(reward_parts, -1, 0)
+  return sum(
+    weight * standardise(part, is_kept) for part, weight in zip(parts, part_weights or (1.0,) * len(parts), strict=True)
+  )
 
 
 def standardise(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmpo_jax.tasks import countdown, gsm8k, maths, sudoku, user
-from dmpo_jax.tasks.base import Grade, Record, Split, Task
+from dmpo_jax.tasks.base import Grade, Record, Reward, Split, Task
 from dmpo_jax.tasks.worded import WordedTask
 
-__all__ = ["TASKS", "Grade", "Record", "Split", "Task", "make_task", "option_types", "section", "spec"]
+__all__ = ["TASKS", "Grade", "Record", "Reward", "Split", "Task", "make_task", "option_types", "section", "spec"]
 
 TASKS: dict[str, type[Task]] = {
   "sudoku": sudoku.Sudoku,

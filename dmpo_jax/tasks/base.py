@@ -6,7 +6,8 @@ completions back to it. A task sees strings only.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +15,7 @@ from etils import epath
 
 Record = dict[str, Any]  # one prompt and what grading it needs: strings and numbers, as JSON keeps them
 Split = Literal["train", "test"]
+Reward = float | Mapping[str, float]  # one number, or named parts: their sum is the reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Grade:
   extracted: Any  # what was taken as the answer: a text, a number, or None where there was none
   is_formatted: bool = True  # whether the text has the form that the prompt asks for
   value: complex | None = None  # of an expression, where one was computed
-  parts: tuple[int, int] | None = None  # right and asked, where an answer is counted in parts (a Sudoku's blank cells)
+  cells: tuple[int, int] | None = None  # right cells and blank cells, where the grader counts those of a Sudoku
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +67,19 @@ class Task(Protocol):
     """Return this task with demonstrations that are always right."""
     ...
 
-  def reward(self, record: Record, completion: str) -> float:
-    """Return what a completion is worth, within the task's documented range."""
+  @property
+  def reward_parts(self) -> tuple[str, ...]:
+    """The names of the parts that every reward has, in their order; (): a reward is one number."""
     ...
 
-  def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
-    """Return whether a completion is right; `is_ended`: it ended by an end token, not by its length."""
-    ...
+  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
+    """Return what a completion is worth and whether it is right.
 
-  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[float, Grade]:
-    """Return both, doing once what both need."""
+    Called once per completion.
+
+    Args:
+      is_ended: the completion ended by an end token, not by its length.
+    """
     ...
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
@@ -94,27 +99,63 @@ class GeneratedTask(Task, Protocol):
 MAX_REWARD = 1e15  # learning squares rewards, and adds them up, in float32, which ends at 3e38
 
 
-def finite_number(value: Any) -> float:
-  """Return a reward as a float.
+PART_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+TAKEN = ("mean", "std")  # metrics have reward_mean and reward_std beside reward_<part>
+
+
+class BadReward(ValueError):
+  """A reward that is neither one finite number nor the parts that the task names."""
+
+
+def check_part_names(names: Any) -> str:
+  """Return what is wrong with the names of a reward's parts; "" if nothing is."""
+  if not isinstance(names, tuple | list) or not all(isinstance(x, str) and PART_NAME.fullmatch(x) for x in names):
+    return f'must be a tuple of names such as ("correct", "form"), not {describe(names)}'
+  if clashes := [name for name in TAKEN if name in names]:
+    return f"{clashes[0]!r} is taken: the metrics have reward_{clashes[0]} for the whole reward"
+  return "names a part twice" if len(set(names)) < len(names) else ""
+
+
+def split_reward(value: Any, names: Sequence[str]) -> tuple[float, dict[str, float]]:
+  """Return a reward as one float, and its parts in the order of `names`: {} where these are none.
 
   Raises:
-    NotANumber: it is anything but one finite number of at most MAX_REWARD, such as a text that reads like one.
+    BadReward: it is not one finite number, or not a mapping from each of `names` to one.
+  """
+  if not isinstance(value, Mapping):
+    if names:
+      raise BadReward(f"gave {describe(value)}, not the parts {', '.join(names)}")
+    return finite_number(value), {}
+  if not names:
+    raise BadReward(f"gave the parts {describe(list(value))}: name them, as REWARD_PARTS = {describe(tuple(value))}")
+  if set(value) != set(names):
+    raise BadReward(f"gave the parts {describe(list(value))}, not {', '.join(names)}")
+  parts = {}
+  for name in names:
+    try:
+      parts[name] = finite_number(value[name])
+    except BadReward as error:
+      raise BadReward(f"{error} (part {name!r})") from error
+  return finite_number(sum(parts.values())), parts
+
+
+def finite_number(value: Any) -> float:
+  """Return a number as a float.
+
+  Raises:
+    BadReward: it is anything but one finite number of at most MAX_REWARD, such as a text that reads like one.
   """
   try:
     if isinstance(value, str | bytes):
       raise TypeError("a text is not a number")
     number = float(value)
   except (TypeError, ValueError, OverflowError) as error:
-    raise NotANumber(f"gave {describe(value)}, not one finite number") from error
+    raise BadReward(f"gave {describe(value)}, not one finite number") from error
   if not math.isfinite(number):
-    raise NotANumber(f"gave {number}, not a finite number")
+    raise BadReward(f"gave {number}, not a finite number")
   if abs(number) > MAX_REWARD:
-    raise NotANumber(f"gave {number}, beyond the {MAX_REWARD:g} that learning can compute with")
+    raise BadReward(f"gave {number}, beyond the {MAX_REWARD:g} that learning can compute with")
   return number
-
-
-class NotANumber(ValueError):
-  """A reward that is not one finite number."""
 
 
 def describe(value: Any) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax.tasks import answers, sources
-from dmpo_jax.tasks.base import Grade, Prompt, Record, Split
+from dmpo_jax.tasks.base import Grade, Prompt, Record, Reward, Split
 from dmpo_jax.tasks.published import prompts, rewards
 from dmpo_jax.tasks.worded import FORM, WordedTask
 
@@ -31,6 +31,7 @@ class GSM8K(WordedTask):
   name: ClassVar[str] = "gsm8k"
   version: ClassVar[str] = "1.0.0"
   own_range: ClassVar[tuple[float, float]] = (0.0, 4.0)
+  own_parts: ClassVar[tuple[str, ...]] = ("correct", "form")
   PROMPTS: ClassVar = {"default": DEFAULT_PROMPT, **prompts.GSM8K}
   SOURCES: ClassVar[dict[Split, sources.Source]] = {
     "train": sources.Source(
@@ -66,15 +67,15 @@ class GSM8K(WordedTask):
     """Return the data set's own solution, in the form that the prompt asks for."""
     return self.write_answer(record["answer"], _NOTE.sub("", record["solution"]))
 
-  def own_reward(self, record: Record, text: str) -> float:
-    """Return 2 for the right number, and up to 2 for the form, in [0, 4].
+  def own_reward(self, record: Record, text: str) -> Reward:
+    """Return 2 for the right number (`correct`), and up to 2 for the `form`.
 
     Form: 0.5 for the tags (see `answers.tag_score`), 0.5 for both blocks and nothing else, 0.5 for tags on lines of
     their own, 0.5 for a number alone as the answer.
     """
     answer = answers.final_answer(text)
     form = answers.tag_score(text) + answers.has_blocks(text) + answers.has_lines(text) + answers.is_number(answer)
-    return CORRECT * self._is_right(record, answer) + FORMAT * form
+    return {"correct": CORRECT * self._is_right(record, answer), "form": FORMAT * form}
 
   def own_grade(self, record: Record, text: str) -> Grade:
     """Return whether the last answer is the number."""

@@ -14,13 +14,14 @@ import resource
 import select
 import signal
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Literal
 
 import psutil
 
 from dmpo_jax import tasks
-from dmpo_jax.tasks.base import NotANumber, describe, finite_number
+from dmpo_jax.tasks.base import BadReward, describe, split_reward
 
 GRACE = 5  # seconds after the time limit in which a worker that nobody stops any more ends by itself
 _SET_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
@@ -35,6 +36,7 @@ class Verdict:
 
   kind: Literal["graded", "failed", "timeout", "crash"]
   reward: float = 0.0
+  parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the reward, by the task's names for them
   grade: tasks.Grade = NO_GRADE
   problem: str = ""  # of all kinds but "graded"
 
@@ -42,14 +44,14 @@ class Verdict:
 def judge(task: tasks.Task, record: tasks.Record, completion: str, is_ended: bool) -> Verdict:
   """Grade one completion.
 
-  A reward that raises, or is not one finite number, is "failed"; one that runs out of memory is a "crash".
+  A reward that raises, or is not what `split_reward` takes, is "failed"; one that runs out of memory is a "crash".
   """
   try:
     reward, grade = task.reward_and_grade(record, completion, is_ended)
-    return Verdict("graded", finite_number(reward), grade)
+    return Verdict("graded", *split_reward(reward, task.reward_parts), grade)
   except MemoryError:
     return Verdict("crash", problem="out of memory")
-  except NotANumber as error:
+  except BadReward as error:
     return Verdict("failed", problem=str(error))
   except BaseException as error:  # a user's reward may raise anything, SystemExit and KeyboardInterrupt too
     return Verdict("failed", problem=f"raised {describe(error)}")

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax.tasks import answers, equivalence, sources
-from dmpo_jax.tasks.base import Grade, Prompt, Record, Split
+from dmpo_jax.tasks.base import Grade, Prompt, Record, Reward, Split
 from dmpo_jax.tasks.published import prompts
 from dmpo_jax.tasks.worded import FORM, WordedTask
 
@@ -36,6 +36,7 @@ class Math(WordedTask):
   name: ClassVar[str] = "math"
   version: ClassVar[str] = "1.0.0"
   own_range: ClassVar[tuple[float, float]] = (0.0, 3.0)
+  own_parts: ClassVar[tuple[str, ...]] = ("correct", "form")
   is_own_bounded: ClassVar[bool] = False  # math-verify promises nothing
   PROMPTS: ClassVar = {"default": DEFAULT_PROMPT, **prompts.MATH}
   SOURCES: ClassVar[dict[Split, sources.Source]] = {
@@ -76,11 +77,11 @@ class Math(WordedTask):
     """Return the data set's own solution, in the form that the prompt asks for."""
     return self.write_answer(record["answer"], record.get("solution", ""))
 
-  def own_reward(self, record: Record, text: str) -> float:
-    """Return 2 for an answer that means the same, 0.5 for both blocks, 0.5 for a box in the last answer; in [0, 3]."""
+  def own_reward(self, record: Record, text: str) -> Reward:
+    """Return 2 for an answer that means the same (`correct`); as `form` 0.5 for both blocks, 0.5 for a boxed answer."""
     is_boxed = answers.last_box(answers.last_block(text) or "") is not None
     form = answers.has_blocks(text) + is_boxed
-    return CORRECT * self._is_right(record, answers.final_answer(text)) + FORMAT * form
+    return {"correct": CORRECT * self._is_right(record, answers.final_answer(text)), "form": FORMAT * form}
 
   def own_grade(self, record: Record, text: str) -> Grade:
     """Return whether the last answer means the same as the gold one."""

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax.tasks import answers, equivalence, sources
-from dmpo_jax.tasks.base import Grade, Record, Split, Task, finite_number
+from dmpo_jax.tasks.base import Grade, Record, Reward, Split, Task, check_part_names, split_reward
 
 TEST_SHARE = 0.1  # of the rows of a JSONL file that are held out, chosen by a hash of their prompts
 NEEDED = ("records", "prompt", "reward")  # functions of a Python file
@@ -69,6 +69,7 @@ class JsonlTask:
 
   version: ClassVar[str] = "1.0.0"
   prefill: ClassVar[str] = ""
+  reward_parts: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self) -> None:
     if self.grader not in GRADERS:
@@ -113,20 +114,12 @@ class JsonlTask:
     """Return this task: its demonstrations are right."""
     return self
 
-  def reward(self, record: Record, completion: str) -> float:
-    """Return 1 for a right answer, 0 for another; in [0, 1]."""
-    return self.reward_and_grade(record, completion)[0]
-
-  def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
-    """Return whether the last answer is the row's."""
+  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
+    """Return 1 for a completion whose last answer is the row's, else 0; and whether it is."""
     answer = answers.final_answer(completion)
     answer = completion.strip() if answer is None else answer
-    return Grade(GRADERS[self.grader](answer, record["answer"]), extracted=answer)
-
-  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[float, Grade]:
-    """Return both, from one comparison."""
-    grade = self.grade(record, completion, is_ended)
-    return float(grade.is_correct), grade
+    is_correct = GRADERS[self.grader](answer, record["answer"])
+    return float(is_correct), Grade(is_correct, extracted=answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +128,8 @@ class PythonTask:
 
   records(split) -> an iterable of dicts of JSON values, for split "train" and "test"
   prompt(record) -> the user's turn
-  reward(record, completion) -> a finite number
+  reward(record, completion) -> a finite number, or a dict of such numbers by part, whose sum is the reward
+  REWARD_PARTS                                  the names of the parts, where the reward has any: ("correct", "form")
   is_correct(record, completion) -> bool        optional; otherwise whether the reward is above 0
   demonstration(record, rng) -> a completion    optional, for the warm start
   PREFILL                                       optional, the beginning of every answer
@@ -150,6 +144,8 @@ class PythonTask:
     missing = [name for name in NEEDED if not callable(getattr(self._module, name, None))]
     if missing:
       raise ValueError(f"task.name={self.path!r}: the file defines no function {', '.join(missing)}")
+    if problem := check_part_names(getattr(self._module, "REWARD_PARTS", ())):
+      raise ValueError(f"task.name={self.path!r}: REWARD_PARTS {problem}")
 
   @property
   def _module(self) -> ModuleType:
@@ -161,6 +157,11 @@ class PythonTask:
   def prefill(self) -> str:
     """The beginning of every answer."""
     return getattr(self._module, "PREFILL", "")
+
+  @property
+  def reward_parts(self) -> tuple[str, ...]:
+    """The names of the reward's parts; () where it is one number."""
+    return tuple(getattr(self._module, "REWARD_PARTS", ()))
 
   def records(self, split: Split) -> list[Record]:
     """Return the file's records of a split; one ValueError lists every record that cannot be used."""
@@ -212,18 +213,14 @@ class PythonTask:
     """Return this task: one kind of demonstrations is all it has."""
     return self
 
-  def reward(self, record: Record, completion: str) -> float:
-    """Return what the file's reward returns."""
-    return self._module.reward(record, completion)
+  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
+    """Return the file's reward, and whether its is_correct, or a reward above 0, says that the completion is right.
 
-  def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
-    """Return whether the file's is_correct, or a reward above 0, says that a completion is right."""
-    return self.reward_and_grade(record, completion, is_ended)[1]
-
-  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[float, Grade]:
-    """Return both; the file's reward, which may be slow or have effects, is called once."""
-    reward = finite_number(self._module.reward(record, completion))
-    is_correct = getattr(self._module, "is_correct", lambda *_: reward > 0)
+    The reward, which may be slow or have effects, is called once.
+    """
+    reward = self._module.reward(record, completion)
+    total, _ = split_reward(reward, self.reward_parts)
+    is_correct = getattr(self._module, "is_correct", lambda *_: total > 0)
     return reward, Grade(bool(is_correct(record, completion)), extracted=completion)
 
 

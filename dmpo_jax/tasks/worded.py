@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dmpo_jax.tasks import answers
-from dmpo_jax.tasks.base import Grade, Prompt, Record, refuse_options
+from dmpo_jax.tasks.base import Grade, Prompt, Record, Reward, refuse_options
 from dmpo_jax.tasks.published import GRADERS, rewards
 
 CHOICES = ("default", "published")  # of rewards and graders
@@ -27,6 +27,7 @@ class WordedTask:
   name: ClassVar[str]
   PROMPTS: ClassVar[Mapping[str, Prompt]]
   own_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # that the own reward never leaves
+  own_parts: ClassVar[tuple[str, ...]] = ()  # of the own reward; see Task.reward_parts
   is_own_bounded: ClassVar[bool] = True  # see Task.is_bounded, for the own reward and grade
 
   prompt_name: str = "default"  # task.prompt
@@ -53,7 +54,7 @@ class WordedTask:
     """Return what the prompt's template may name: the record itself, unless a task says otherwise."""
     return record
 
-  def own_reward(self, record: Record, text: str) -> float:
+  def own_reward(self, record: Record, text: str) -> Reward:
     """Return what an answer is worth by the task's own rewards; `text` begins with the prefill."""
     raise NotImplementedError
 
@@ -87,11 +88,20 @@ class WordedTask:
     """Whether reward and grade surely end soon on any text: the published ones do."""
     return self.is_own_bounded or (self.rewards == "published" and self.grader == "published")
 
-  def reward(self, record: Record, completion: str) -> float:
+  @property
+  def reward_parts(self) -> tuple[str, ...]:
+    """The parts of the chosen set of rewards; a set of one has none."""
+    if self.rewards == "default":
+      return self.own_parts
+    names = tuple(rewards.TRAINED_WITH[self.name])
+    return names if len(names) > 1 else ()
+
+  def reward(self, record: Record, completion: str) -> Reward:
     """Return what a completion is worth by the chosen set of rewards."""
-    if self.rewards == "published":
-      return rewards.total(self.name, completion, **self.published_arguments(record))
-    return self.own_reward(record, self.prefill + completion)
+    if self.rewards == "default":
+      return self.own_reward(record, self.prefill + completion)
+    parts = rewards.score(self.name, completion, **self.published_arguments(record))
+    return parts if self.reward_parts else sum(parts.values())
 
   def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
     """Return whether a completion is right by the chosen grader."""
@@ -100,7 +110,7 @@ class WordedTask:
     grade = self.published_grade(record, completion, is_ended) if is_published else self.own_grade(record, text)
     return dataclasses.replace(grade, is_formatted=self.has_form(record, text))
 
-  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[float, Grade]:
+  def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
     """Return what a completion is worth, and whether it is right."""
     return self.reward(record, completion), self.grade(record, completion, is_ended)
 

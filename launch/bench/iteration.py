@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import build, data, phases, tasks
 from dmpo_jax.grading import Grading
 from dmpo_jax.structs import TrainState
+from dmpo_jax.tasks.judge import judge
 from launch.bench import programs, timing, workload
 from launch.bench.report import Options, Result, compare
 
@@ -124,7 +125,7 @@ def make_peer(config: ConfigDict, official: str) -> timing.Contender:
 
   def reward(completion: np.ndarray) -> np.ndarray:
     texts = [tokenizer.decode(row.tolist()) for row in completion]
-    return np.array([task.reward(record, text) for text in texts], np.float32)
+    return np.array([judge(task, record, text, is_ended=True).reward for text in texts], np.float32)
 
   def turn() -> None:
     peer.iterate(reward)

@@ -106,6 +106,7 @@ CURVES = (
   Curves("Warm start: loss", {"loss": "loss"}, "On demonstrations.", phase="warm_start", is_always=False),
   Curves("Warm start: gradient norm", {"grad_norm": "norm"}, "Before clipping.", phase="warm_start", is_always=False),
 )
+WHOLE_REWARD = ("reward_mean", "reward_std")  # every other reward_<part> is the mean of a part
 TIMES = {  # parts of a run's time, by their figures
   "warm_start/seconds_update": "warm start",
   "train/seconds_sample": "sampling",
@@ -116,6 +117,19 @@ TIMES = {  # parts of a run's time, by their figures
 }
 SYMBOLS = {"symbolOpacity": 1, "symbolStrokeWidth": 2}  # of a legend; by default those of the faintest layer
 STEPS = {"train": "buffers", "warm_start": "updates"}
+
+
+def list_parts(rows: Iterable[Row]) -> list[str]:
+  """Return the names of the reward's parts, of which rows of figures have the means."""
+  found = dict.fromkeys(name for row in rows for name in row if name.startswith("reward_"))
+  return [name.removeprefix("reward_") for name in found if name not in WHOLE_REWARD]
+
+
+def part_curves(runs: Sequence[Run]) -> Curves:
+  """Describe the chart of the reward's parts, which a task names."""
+  names = list_parts(row for run in runs for row in run.rows.get("train", ()))
+  figures = {f"reward_{name}": name for name in names}
+  return Curves("Reward by part", figures, "Mean over a buffer's rollouts.", is_always=False)
 
 
 def draw_curves(curves: Curves, runs: Sequence[Run]) -> Spec | None:

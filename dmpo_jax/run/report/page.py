@@ -50,6 +50,7 @@ def render(runs: Sequence[Run]) -> str:
     loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
   )
   environment.filters |= {"percent": lambda value: f"{value:.1%}" if is_number(value) else "unknown", "number": _number}
+  environment.filters["parts"] = lambda row: charts.list_parts([row])
   environment.filters["with_settings"] = lambda rows: zip(rows, settings_apart(rows), strict=True)
   figures, absent = draw(runs)
   animated = {run.name: animations(run) for run in runs}
@@ -86,14 +87,16 @@ def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
     ("Model calls a prompt", "In evaluation.", ("model_calls", ".1f")),
   ]
   drawn = [(title, caption, charts.draw_held_out(runs, *how)) for title, caption, how in parts]
-  drawn += [(curves.title, curves.caption, charts.draw_curves(curves, runs)) for curves in charts.CURVES]
+  first, *others = charts.CURVES
+  every = (first, charts.part_curves(runs), *others)
+  drawn += [(curves.title, curves.caption, charts.draw_curves(curves, runs)) for curves in every]
   drawn.append(("Time by part", "Other is compiling, saving and waiting.", charts.draw_times(runs)))
   figures = [
     {"id": f"chart-{number}", "title": title, "caption": caption, "spec": spec}
     for number, (title, caption, spec) in enumerate(drawn)
     if spec
   ]
-  special = {curves.title for curves in charts.CURVES if not curves.is_always}
+  special = {curves.title for curves in every if not curves.is_always}
   return figures, [title for title, _, spec in drawn if not spec and title not in special]
 
 

@@ -1,10 +1,13 @@
 """Tables of evaluations for a terminal."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from rich.table import Table
+
+from dmpo_jax.run.report.charts import list_parts
 
 NEEDED = {  # keys that a row of `evaluations` must have
   *("policy", "buffers", "task", "completion_length", "sampler", "steps", "is_as_in_training", "num_prompts"),
@@ -26,15 +29,21 @@ def settings_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
   return labels
 
 
+def _decimals(value: float | None) -> str:
+  return "" if value is None else f"{value:.2f}"
+
+
 def outcome(rows: Mapping[str, Mapping[str, float]]) -> Table:
   """Lay out the figures of evaluations by name."""
   num_prompts = int(next(iter(rows.values()))["num_prompts"])
   layout = Table(title=f"{num_prompts} held-out prompts")
-  for column in ("", "solved", "95 % interval", "reward"):
+  parts = list_parts(rows.values())
+  for column in ("", "solved", "95 % interval", "reward", *parts):
     layout.add_column(column, justify="right" if column else "left")
   for name, row in rows.items():
     low, high = row["solve_rate_low"], row["solve_rate_high"]
-    layout.add_row(name, f"{row['solve_rate']:.1%}", f"{low:.1%} to {high:.1%}", f"{row['reward_mean']:.3f}")
+    rewards = [f"{row.get(f'reward_{part}', math.nan):.3f}" for part in ("mean", *parts)]
+    layout.add_row(name, f"{row['solve_rate']:.1%}", f"{low:.1%} to {high:.1%}", *rewards)
   return layout
 
 
@@ -54,6 +63,7 @@ def evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
     "solved": [f"{row['solve_rate']:.1%}" for row in rows],
     "95 % interval": [f"{row['solve_rate_low']:.1%} to {row['solve_rate_high']:.1%}" for row in rows],
     f"pass@{k}": [f"{row[f'pass_at_{k}']:.1%}" if f"pass_at_{k}" in row else "" for row in rows],
+    **{part: [_decimals(row.get(f"reward_{part}")) for row in rows] for part in list_parts(rows)},
     "form": [f"{row['format_rate']:.1%}" for row in rows],
     "EOS": [f"{row['eos_rate']:.1%}" for row in rows],
     "effective": [f"{row['effective_tokens']:.0f}" for row in rows],

@@ -6,6 +6,6 @@ corrected ones.
 """
 
 from dmpo_jax.tasks.published.graders import GRADERS
-from dmpo_jax.tasks.published.rewards import RANGES, REWARDS, TRAINED_WITH, total
+from dmpo_jax.tasks.published.rewards import RANGES, REWARDS, TRAINED_WITH, score
 
-__all__ = ["GRADERS", "RANGES", "REWARDS", "TRAINED_WITH", "total"]
+__all__ = ["GRADERS", "RANGES", "REWARDS", "TRAINED_WITH", "score"]

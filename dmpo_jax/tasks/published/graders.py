@@ -64,7 +64,7 @@ def grade_sudoku(generation: str, question: str, gold: str) -> Grade:
   answer = "".join(_sudoku_answer(generation).split())
   answer = answer and answer[:CELLS].ljust(CELLS, "0")
   right, blanks = count_right_cells(answer, puzzle, gold) if answer else (0, puzzle.count("0"))
-  return Grade(is_correct=blanks > 0 and right == blanks, extracted=answer, parts=(right, blanks))
+  return Grade(is_correct=blanks > 0 and right == blanks, extracted=answer, cells=(right, blanks))
 
 
 _FENCED = re.compile(r"```([\d\s]+)```")

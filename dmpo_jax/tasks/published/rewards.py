@@ -170,19 +170,19 @@ REWARDS: dict[str, Reward] = {
 }
 """All of them by name."""
 
-TRAINED_WITH: dict[str, tuple[Reward, ...]] = {
-  "gsm8k": (
-    xmlcount_reward_func,
-    soft_format_reward_func,
-    strict_format_reward_func,
-    int_reward_func,
-    correctness_reward_func,
-  ),
-  "math": (correctness_reward_func_math, boxed_and_answer_tags_format_reward),
-  "countdown": (countdown_reward_func,),
-  "sudoku": (sudoku_reward_func,),
+TRAINED_WITH: dict[str, dict[str, Reward]] = {
+  "gsm8k": {
+    "xmlcount": xmlcount_reward_func,
+    "soft_format": soft_format_reward_func,
+    "strict_format": strict_format_reward_func,
+    "int": int_reward_func,
+    "correctness": correctness_reward_func,
+  },
+  "math": {"correctness": correctness_reward_func_math, "format": boxed_and_answer_tags_format_reward},
+  "countdown": {"countdown": countdown_reward_func},
+  "sudoku": {"sudoku": sudoku_reward_func},
 }
-"""The set that each task is trained with; they are added up."""
+"""The rewards that each task is trained with, by what metrics call them; their sum is the reward."""
 
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -194,6 +194,6 @@ RANGES: dict[str, tuple[float, float]] = {
 """What their sum never leaves."""
 
 
-def total(task: str, completion: str, **kwargs: Any) -> float:
-  """Return the sum of the rewards that `task` is trained with."""
-  return float(sum(reward(completion, **kwargs) for reward in TRAINED_WITH[task]))
+def score(task: str, completion: str, **kwargs: Any) -> dict[str, float]:
+  """Return each of the rewards that `task` is trained with."""
+  return {name: float(reward(completion, **kwargs)) for name, reward in TRAINED_WITH[task].items()}
