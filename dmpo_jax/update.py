@@ -26,6 +26,9 @@ from dmpo_jax.structs import Experience, TrainState
 Metrics = dict[str, jax.Array]
 
 
+KEPT, PROMPTS = "num_kept_prompts", "num_prompts"  # counted beside the metrics of a microbatch
+
+
 @dataclasses.dataclass(frozen=True)
 class Update:
   """A gradient step as programs that a host calls one after another.
@@ -83,9 +86,10 @@ def make_update(
 ) -> Update:
   """Jit the gradient step.
 
-  The gradient is of the mean over a buffer's prompts, accumulated in float32 over microbatches of whole groups, and so
-  are the parameters that it moves; where all are trained, it is taken at these in the activations' dtype. A row's masks
-  and dropout belong to (seed, step, prompt, rollout), so the split changes no number beyond rounding.
+  The gradient is of the mean over a buffer's prompts, without those that have no kept rollout. It is accumulated in
+  float32 over microbatches of whole groups, and so are the parameters that it moves; where all are trained, it is taken
+  at these in the activations' dtype. A row's masks and dropout belong to (seed, step, prompt, rollout), so the split
+  changes no number beyond rounding.
 
   Args:
     objective: a name in `objectives.OBJECTIVES`; `keywords` are its own.
@@ -106,7 +110,8 @@ def make_update(
     result = jax.value_and_grad(loss_and_metrics, has_aux=True)(trainable, state, frozen, microbatch, seed)
     (loss, metrics), own = jax.tree.map(lambda x: x.astype(jnp.float32), result)
     gradient = own if gradient is None else jax.tree.map(jnp.add, gradient, own)
-    return gradient, metrics | {"loss": loss}
+    counts = {KEPT: microbatch.is_kept.any(-1).sum(), PROMPTS: len(microbatch.is_kept)}
+    return gradient, metrics | {"loss": loss} | jax.tree.map(jnp.float32, counts)
 
   return Update(
     num_microbatches,
@@ -152,6 +157,9 @@ def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, syn
 
   def apply(state: TrainState, gradient: Any, shares: tuple[Metrics, ...]):
     metrics = functools.reduce(lambda total, share: jax.tree.map(jnp.add, total, share), shares)
+    # A prompt without a kept rollout has added 0: the mean is over the others.
+    scale = metrics.pop(PROMPTS) / jnp.maximum(metrics.pop(KEPT), 1)
+    metrics, gradient = jax.tree.map(lambda x: x * scale, (metrics, gradient))
     grad_norm = optax.global_norm(gradient)
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)

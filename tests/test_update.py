@@ -87,6 +87,28 @@ def test_microbatches_and_devices_change_nothing(folder, use_devices, baseline):
       np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("objective", "microbatch"), [("wdce", 0), ("wdce", 1), ("wd1", 0)])
+def test_a_prompt_without_a_kept_rollout_is_as_if_it_had_never_been(folder, use_devices, objective, microbatch):
+  own = dict(objective__name=objective, objective__likelihood="one_step" if objective == "wd1" else "elbo")
+  results, experience = [], None
+  for num_prompts in (4, 3):
+    common = dict(rollout__num_prompts=num_prompts, train__microbatch_prompts=microbatch, optim__clip_norm=1e3)
+    config = tiny.config(**common, **own)
+    begun = begin(config, folder, 1, use_devices)
+    if experience is None:
+      experience = experience_of(begun[0], config)
+      is_kept = np.arange(num_prompts)[:, None] + 0 * experience.reward < 3
+      experience = experience.replace(reward=experience.weight, is_kept=is_kept)
+    results.append(step_of(begun, jax.tree.map(lambda x, n=num_prompts: x[:n], experience)))
+  (state, metrics), (wanted_state, wanted) = results
+  assert wanted["grad_norm"] > 0
+  for name, value in wanted.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+  moments = jax.tree.leaves(state.opt_state), jax.tree.leaves(wanted_state.opt_state)
+  for ours, theirs in zip(*moments, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
 def test_what_is_not_finite_changes_only_the_counters(folder, use_devices):
   config = tiny.config()
   parts, phase, state = begin(config, folder, 1, use_devices)
