@@ -48,7 +48,7 @@ def with_digests(handler: Any) -> Any:
   return handler
 
 
-def mark(items: Sequence[str] = (".",), metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def mark(items: Sequence[str] = (".",), metadata: Mapping[str, object] | None = None) -> dict[str, Any]:
   """Return Orbax's `custom_metadata`, which lists the folders that have digests, so that lost digests are noticed.
 
   Args:
@@ -204,7 +204,7 @@ def _digest_file(path: epath.Path) -> tuple[int, str]:
   return size, digest.hexdigest()
 
 
-def _digest_of(metadata: Mapping[str, Any]) -> str:
+def _digest_of(metadata: Mapping[str, object]) -> str:
   return xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 

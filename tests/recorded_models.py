@@ -3,16 +3,22 @@
 import dataclasses
 import functools
 import json
+import operator
 import pathlib
+import tempfile
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
+from etils import epath
+from safetensors.numpy import load_file, save_file
 
-from dmpo_jax.hub import convert
+from dmpo_jax.hub import convert, pretrained
+from dmpo_jax.hub.model_config import model_config_from_hf, model_config_to_hf
+from dmpo_jax.hub.peft import lora_config_to_peft
 from dmpo_jax.models.transformer import ModelConfig, Transformer
+from dmpo_jax.run.params import load_params
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "models"
 # where a checkpoint's weights are, if not beside its recorded outputs
@@ -53,8 +59,45 @@ def recorded(name):
 @functools.cache
 def load(name, **own):
   """Give (model, variables) of a checkpoint."""
-  config = convert.model_config_from_hf(settings(name), **own)
-  return Transformer(config), {"params": jax.tree.map(jnp.asarray, convert.params_from_hf(tensors(name), config))}
+  config = model_config_from_hf(settings(name), **own)
+  return Transformer(config), {"params": params_of(tensors(name), config)}
+
+
+def params_of(stored, config, family="llada"):
+  """Convert a checkpoint's tensors, in `config.param_dtype`."""
+  with tempfile.TemporaryDirectory() as folder:
+    source, out = epath.Path(folder) / "hf", epath.Path(folder) / "out"
+    source.mkdir()
+    save_file(stored, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(model_config_to_hf(config, family)))
+    convert.convert_model(source, out)
+    return load_params(out, _abstract(config, "params"))
+
+
+def adapters_of(stored, config, family="llada"):
+  """Convert the tensors of a PEFT adapter for `config.lora`, to float32."""
+  with tempfile.TemporaryDirectory() as folder:
+    source, base, out = (epath.Path(folder) / name for name in ("peft", "base", "out"))
+    for path in (source, base):
+      path.mkdir()
+    save_file(stored, source / "adapter_model.safetensors")
+    (source / "adapter_config.json").write_text(json.dumps(lora_config_to_peft(config.lora, family, "base")))
+    pretrained.write_model(base, family, config, "")
+    convert.convert_adapter(source, base, out)
+    return load_params(out, _abstract(config, "lora"))
+
+
+def _abstract(config, collection):
+  variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nn.unbox(variables)[collection]
+  )
+
+
+def reader(variables):
+  """Give the function by which `layout.to_tensors` reads leaves of variables in memory."""
+  return lambda path: np.asarray(functools.reduce(operator.getitem, path, variables))
 
 
 @functools.cache

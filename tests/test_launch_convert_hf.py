@@ -13,15 +13,17 @@ import pytest
 import standin_tokenizer
 import tiny
 from etils import epath
-from recorded_models import TINY, compiled, recorded, settings, tensors
+from recorded_models import TINY, compiled, params_of, recorded, settings, tensors
 from safetensors.numpy import save_file
 from test_digests import flips
 
 from dmpo_jax import build, sharding
 from dmpo_jax.files import Unreadable
-from dmpo_jax.hub import convert, pretrained
+from dmpo_jax.hub import convert, layout, pretrained
+from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.models.layers import quantize
+from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run.params import load_params
 from launch import convert_hf
@@ -52,7 +54,7 @@ def test_a_converted_checkpoint_gives_the_recorded_logits(tmp_path, name):
   assert len(list(source.glob("*.safetensors"))) > 1
   seen = []
   out = epath.Path(tmp_path / "out")
-  count = convert_hf.convert_model(source, out, report=seen.append)
+  count = convert.convert_model(source, out, report=seen.append)
   stored = tensors(name)
   assert count == sum(array.size for array in stored.values())
   assert sum(seen) == sum(array.nbytes for array in stored.values())
@@ -64,12 +66,12 @@ def test_a_converted_checkpoint_gives_the_recorded_logits(tmp_path, name):
 
 
 def test_pieces_and_dtypes(tmp_path, monkeypatch):
-  monkeypatch.setattr(convert_hf, "PIECE_BYTES", 1000)  # several pieces a tensor, the last one shorter
-  stored, config = tensors("m4_bf16"), convert.model_config_from_hf(settings("m4_bf16"), param_dtype="bfloat16")
-  wanted = convert.params_from_hf(stored, config)
+  monkeypatch.setattr(convert, "PIECE_BYTES", 1000)  # several pieces a tensor, the last one shorter
+  stored, config = tensors("m4_bf16"), model_config_from_hf(settings("m4_bf16"), param_dtype="bfloat16")
+  wanted = params_of(stored, config)
   for dtype in ("same", "float32"):
     out = epath.Path(tmp_path / dtype)
-    convert_hf.convert_model(checkpoint(tmp_path / f"hf_{dtype}", "m4_bf16"), out, dtype)
+    convert.convert_model(checkpoint(tmp_path / f"hf_{dtype}", "m4_bf16"), out, dtype)
     saved = jax.tree.map(
       np.asarray, load(out, param_dtype="float32" if dtype == "float32" else "bfloat16")[1]["params"]
     )
@@ -79,12 +81,13 @@ def test_pieces_and_dtypes(tmp_path, monkeypatch):
 
 def test_projections_in_int8(tmp_path, monkeypatch):
   """In pieces as in one; everything else as it was stored, and the recorded logits nearly."""
-  monkeypatch.setattr(convert_hf, "PIECE_BYTES", 1000)
+  monkeypatch.setattr(convert, "PIECE_BYTES", 1000)
   source, out, seen = checkpoint(tmp_path / "hf", "m4_bf16"), epath.Path(tmp_path / "out"), []
-  convert_hf.convert_model(source, out, "int8", seen.append)
+  convert.convert_model(source, out, "int8", seen.append)
   stored = tensors("m4_bf16")
   assert sum(seen) == sum(array.nbytes for array in stored.values())
-  wanted = convert.params_from_hf(stored, convert.model_config_from_hf(settings("m4_bf16"), param_dtype="bfloat16"))
+  config = model_config_from_hf(settings("m4_bf16"), param_dtype="bfloat16")
+  wanted = jax.tree.map(np.asarray, params_of(stored, config))
   model, variables = load(out, param_dtype="bfloat16")
   assert model.config.quantization == "int8"
   for name, leaves in wanted["blocks"].items():
@@ -105,14 +108,14 @@ def test_what_is_not_finite_is_named_and_leaves_nothing(tmp_path, dtype, value):
   damaged[3, 5] = value
   source = checkpoint(tmp_path / "hf", "m4_bf16", **{name: damaged})
   with pytest.raises(ValueError, match=rf"tensor {name} in .*model.safetensors has values that are not finite"):
-    convert_hf.convert_model(source, epath.Path(tmp_path / "out"), dtype)
+    convert.convert_model(source, epath.Path(tmp_path / "out"), dtype)
   assert not (tmp_path / "out").exists()
 
 
 def test_every_bit_that_flips_in_a_converted_folder_is_noticed_or_harmless(tmp_path):
   """In the arrays, in what describes them, and in the files that travelled along."""
   out = epath.Path(tmp_path / "out")
-  convert_hf.convert_model(checkpoint(tmp_path / "hf", "m3_tied"), out)
+  convert.convert_model(checkpoint(tmp_path / "hf", "m3_tied"), out)
   config = pretrained.read_model(out).model_config()
   abstract = build.abstract_collection(Transformer(config), sharding.make_mesh(8), "params")
   whole, unnoticed = load_params(out, abstract), set()
@@ -153,7 +156,7 @@ def test_a_folder_says_what_it_was_converted_from(tmp_path, monkeypatch):
     (lambda text: "", r"it is empty\): convert the checkpoint again"),
     (lambda text: text[:40], "cannot be read"),
     (lambda text: "[]", "is not a JSON object"),
-    (lambda text: text.replace('"num_layers": 2', '"num_layers": "2"'), "num_layers = '2', which is no int"),
+    (lambda text: text.replace('"num_layers": 2', '"num_layers": "2"'), "num_layers = '2', which is not of type int"),
   ],
 )
 def test_a_garbled_description_is_one_message(tmp_path, garble, message):
@@ -168,7 +171,7 @@ def test_a_garbled_description_is_one_message(tmp_path, garble, message):
 
 def test_a_folder_of_before_there_was_int8_is_read(tmp_path):
   out = epath.Path(tmp_path / "out")
-  convert_hf.convert_model(checkpoint(tmp_path / "hf", "m3_tied"), out)
+  convert.convert_model(checkpoint(tmp_path / "hf", "m3_tied"), out)
   about = json.loads((out / "model.json").read_text())
   assert about.pop("quantization") == "none"
   (out / "model.json").write_text(json.dumps(about))
@@ -183,7 +186,7 @@ def test_files_travel_along(tmp_path):
   (source / "modeling_llada.py").write_text("code")
   (source / "notes.bin").write_text("no")
   out = epath.Path(tmp_path / "out")
-  convert_hf.convert_model(source, out)
+  convert.convert_model(source, out)
   names = {"config.json", "digests.json", "model.json", "modeling_llada.py", "params"}
   assert {path.name for path in out.iterdir()} == names
 
@@ -199,7 +202,7 @@ def test_files_travel_along(tmp_path):
 def test_tensors_that_do_not_fit_leave_nothing(tmp_path, keywords, message):
   source = checkpoint(tmp_path / "hf", "m3_tied", **keywords)
   with pytest.raises(ValueError, match=message):
-    convert_hf.convert_model(source, epath.Path(tmp_path / "out"))
+    convert.convert_model(source, epath.Path(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
 
 
@@ -212,7 +215,7 @@ def test_damage_found_on_the_way_leaves_nothing(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
 
   with pytest.raises(ValueError, match=r"model.safetensors is cut off: it ends inside"):
-    convert_hf.convert_model(source, out, report=cut)
+    convert.convert_model(source, out, report=cut)
   assert not out.exists()
 
 
@@ -221,7 +224,7 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
   out.mkdir()
   (out / "mine").write_text("x")
   with pytest.raises(ValueError, match="exists already"):
-    convert_hf.convert_model(source, out)
+    convert.convert_model(source, out)
   assert [path.name for path in out.iterdir()] == ["mine"]
 
 
@@ -234,11 +237,11 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
     return line
 
   assert "neither a folder nor the name of a repository" in complain("--hf=/no/such", f"--out={tmp_path / 'out'}")
-  with pytest.raises(ValueError, match=r"config.json is not there"):
-    convert_hf.convert_model(epath.Path(tmp_path), epath.Path(tmp_path / "out"))
+  with pytest.raises(ValueError, match=r"config.json is missing"):
+    convert.convert_model(epath.Path(tmp_path), epath.Path(tmp_path / "out"))
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-  with pytest.raises(ValueError, match="model_type='gpt2' is not of"):
-    convert_hf.convert_model(epath.Path(tmp_path), epath.Path(tmp_path / "out"))
+  with pytest.raises(ValueError, match="model_type='gpt2' is not supported"):
+    convert.convert_model(epath.Path(tmp_path), epath.Path(tmp_path / "out"))
 
 
 def test_flags_that_would_do_nothing(tmp_path):
@@ -274,12 +277,12 @@ def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch, tmp_path):
 
 def test_adapters_are_converted_for_their_model(tmp_path):
   base, source = epath.Path(tmp_path / "base"), epath.Path(tmp_path / "adapter")
-  convert_hf.convert_model(checkpoint(tmp_path / "hf", "m2_gqa"), base)
+  convert.convert_model(checkpoint(tmp_path / "hf", "m2_gqa"), base)
   source.mkdir()
   save_file(tensors("adapter"), source / "adapter_model.safetensors")
   (source / "adapter_config.json").write_text(json.dumps(settings("adapter")))
   out = epath.Path(tmp_path / "out")
-  convert_hf.convert_adapter(source, base, out)
+  convert.convert_adapter(source, base, out)
   lora = pretrained.read_adapter(out)
   assert (lora.rank, lora.alpha, lora.targets) == (4, 2.0, ("q_proj", "k_proj", "v_proj", "up_proj"))
   model, variables = load(base, lora=lora)
@@ -288,7 +291,7 @@ def test_adapters_are_converted_for_their_model(tmp_path):
   logits = compiled(model)(variables | {"lora": adapters}, arrays["ids"])
   np.testing.assert_allclose(logits, arrays["logits_adapter"], rtol=0, atol=5e-4)
   with pytest.raises(ValueError, match=r"--base=.* has no model.json"):
-    convert_hf.convert_adapter(source, source, epath.Path(tmp_path / "other"))
+    convert.convert_adapter(source, source, epath.Path(tmp_path / "other"))
 
 
 SPECIAL = {"<s>": 298, "</s>": 290, "<eot>": 297, "<mask>": 296}  # beside the ids of m1_base
@@ -299,7 +302,7 @@ def test_a_run_takes_a_checkpoint_and_says_what_differs(tmp_path):
   source, out = checkpoint(tmp_path / "hf", "m1_base"), epath.Path(tmp_path / "out")
   names = dict(bos_token="<s>", eos_token="</s>", pad_token="</s>")
   standin_tokenizer.write(pathlib.Path(source), SPECIAL, names, None)
-  convert_hf.convert_model(source, out)
+  convert.convert_model(source, out)
   config = tiny.config(model__init_from=str(out), tokenizer__name="huggingface", tokenizer__path="")
   sizes = dict(d_model=64, num_layers=3, num_heads=4, num_kv_heads=4, mlp_hidden_size=160, rope_theta=500_000.0)
   with pytest.raises(ValueError, match="is of another model") as caught:
@@ -324,12 +327,12 @@ def test_a_tokenizer_of_another_model_is_not_converted(tmp_path):
   source = checkpoint(tmp_path / "hf", "m1_base")
   standin_tokenizer.write(pathlib.Path(source), SPECIAL | {"</s>": 295}, dict(eos_token="</s>", pad_token="</s>"), None)
   with pytest.raises(ValueError, match="eos_token_id=290, but the eos token '</s>' is 295"):
-    convert_hf.convert_model(source, epath.Path(tmp_path / "out"))
+    convert.convert_model(source, epath.Path(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_another_kind_are_refused(tmp_path):
-  pretrained.write_adapter(epath.Path(tmp_path), convert.LoraConfig(4, 2.0, 0.0, ("q_proj",)))
+  pretrained.write_adapter(epath.Path(tmp_path), LoraConfig(4, 2.0, 0.0, ("q_proj",)))
   config = tiny.config(model__lora__rank=8, model__lora__init_from=str(tmp_path))
   with pytest.raises(ValueError, match="holds other adapters") as caught:
     build.build_model(config, build.make_tokenizer(config))
@@ -340,11 +343,11 @@ def test_adapters_of_another_kind_are_refused(tmp_path):
 MEASURE = """
 import json, resource, sys
 from etils import epath
-from launch import convert_hf
+from dmpo_jax.hub import convert
 source, out = map(epath.Path, sys.argv[1:])
-convert_hf.convert_model(source.parent / "small", source.parent / "small_out")  # so that all libraries are loaded
+convert.convert_model(source.parent / "small", source.parent / "small_out")  # so that all libraries are loaded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-convert_hf.convert_model(source, out)
+convert.convert_model(source, out)
 print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
 """
 
@@ -354,8 +357,8 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
   checkpoint(tmp_path / "small", "m3_tied")
   sizes = dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=8, mlp_hidden_size=2048, weight_tying=False)
   hf = settings("m2_gqa") | sizes | dict(vocab_size=16384, embedding_size=16384)
-  places = convert.checkpoint_places(convert.model_config_from_hf(hf), "llada")
-  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+  places = layout.checkpoint_places(model_config_from_hf(hf), "llada")
+  shapes = {name: place.torch_shape for name, place in places.items()}
   nbytes = {name: 2 * int(np.prod(shape)) for name, shape in shapes.items()}
   source = epath.Path(tmp_path / "large")
   source.mkdir()

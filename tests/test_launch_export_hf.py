@@ -6,6 +6,7 @@ import shutil
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
@@ -14,18 +15,22 @@ import tiny
 from absl import flags
 from etils import epath
 from programs import start
-from recorded_models import TINY, compiled, recorded, settings, tensors
+from recorded_models import TINY, adapters_of, compiled, recorded, settings, tensors
 from safetensors.numpy import load_file
 from test_launch_convert_hf import checkpoint, load
 
 from dmpo_jax import build
-from dmpo_jax.hub import convert
+from dmpo_jax.hub.convert import convert_model
+from dmpo_jax.hub.export import ModelExport, Source, export_adapter, how_to_load
+from dmpo_jax.hub.model_config import model_config_from_hf
+from dmpo_jax.hub.peft import lora_config_from_peft, lora_config_to_peft
 from dmpo_jax.hub.shards import Shards
 from dmpo_jax.models.layers import quantize
+from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run import params as params_lib
 from dmpo_jax.run import workdir as workdir_lib
-from launch import convert_hf, export_hf
+from launch import export_hf
 from launch.rehearse import bucket
 
 
@@ -33,10 +38,12 @@ from launch.rehearse import bucket
 def test_there_and_back(tmp_path, name):
   source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
   checkpoint(source, name, max_bytes=50_000)
-  convert_hf.convert_model(source, middle)
-  count = export_hf.export_model(export_hf.find_model(middle), out, dtype="same", shard_bytes=40_000)
+  convert_model(source, middle)
+  model = ModelExport(export_hf.find_model(middle), "same")
+  model.write(out, 40_000)
   stored, back = tensors(name), Shards(out)
-  assert count == sum(array.size for array in stored.values())
+  assert model.num_parameters == sum(array.size for array in stored.values())
+  assert model.num_bytes == sum(array.nbytes for array in stored.values())
   assert set(back) == set(stored)
   for key, array in stored.items():
     assert back[key].dtype == array.dtype
@@ -78,8 +85,8 @@ def test_projections_in_int8_come_back_rounded(tmp_path, dtype, is_float):
   """Within half a step of their columns, and half a unit of bfloat16's last place; all else as it was."""
   source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
   checkpoint(source, "m4_bf16")
-  convert_hf.convert_model(source, middle, "int8")
-  export_hf.export_model(export_hf.find_model(middle), out, dtype=dtype, shard_bytes=10**9)
+  convert_model(source, middle, "int8")
+  ModelExport(export_hf.find_model(middle), dtype).write(out, 10**9)
   stored, back = tensors("m4_bf16"), Shards(out)
   assert set(back) == set(stored)
   for key, array in stored.items():
@@ -105,11 +112,11 @@ def test_biases_and_padded_ids_of_either_family(tmp_path, family):
   params = jax.tree.map(lambda x: draw(size=x.shape).astype(x.dtype), nn.unbox(shapes))
   policy, out, again = (epath.Path(tmp_path / part) for part in ("policy", "out", "again"))
   params_lib.save_params(policy, params)
-  export_hf.export_model(export_hf.Source(config, family, None, policy, None), out, dtype="same", shard_bytes=10**9)
+  ModelExport(Source(config, family, None, params_lib.SavedParams(policy)), "same").write(out, 10**9)
   about = json.loads((out / "config.json").read_text())
   assert (about["torch_dtype"], about.get("attention_dropout", 0.0)) == ("float32", 0.0)
   assert family == "dream" or about["residual_dropout"] == about["embedding_dropout"] == 0.0
-  convert_hf.convert_model(out, again)
+  convert_model(out, again)
   model, variables = load(again)
   assert model.config == config
   jax.tree.map(np.testing.assert_array_equal, variables["params"], params)
@@ -121,8 +128,8 @@ def test_the_config_says_what_dtype_is_written(tmp_path):
   norm = "model.transformer.ln_f.weight"
   checkpoint(source, "m4_bf16", **{norm: tensors("m4_bf16")[norm].astype(np.float32)})
   for dtype, wanted in (("same", "float32"), ("bfloat16", "bfloat16")):
-    convert_hf.convert_model(source, middle / dtype, dtype)
-    export_hf.export_model(export_hf.find_model(middle / dtype), out / dtype, dtype="same", shard_bytes=30_000)
+    convert_model(source, middle / dtype, dtype)
+    ModelExport(export_hf.find_model(middle / dtype), "same").write(out / dtype, 30_000)
     assert json.loads((out / dtype / "config.json").read_text())["torch_dtype"] == wanted
     index = json.loads((out / dtype / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in Shards(out / dtype).values())
@@ -160,10 +167,10 @@ def run(request, tmp_path_factory):
   about = dict(eos_token="</s>", pad_token=names[pad], mask_token="<mask>")
   standin_tokenizer.write(folder / "hf", special, about, None)
   base = epath.Path(folder / "base")
-  convert_hf.convert_model(source, base, request.param)
+  convert_model(source, base, request.param)
   plain = export_hf.find_model(base)
-  export_hf.export_model(plain, epath.Path(folder / "plain"), dtype="float32", shard_bytes=10**9)
-  lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
+  ModelExport(plain, "float32").write(epath.Path(folder / "plain"), 10**9)
+  lora = lora_config_from_peft(settings("adapter"), tensors("adapter"))
   c = tiny.config(
     model__init_from=str(base),
     model__d_model=48,
@@ -181,13 +188,13 @@ def run(request, tmp_path_factory):
   model = build.build_model(c, build.make_tokenizer(c))
   workdir = epath.Path(folder / "run")
   workdir_lib.save_config(workdir, c)
-  params_lib.save_params(workdir / "policy", convert.adapters_from_peft(tensors("adapter"), model.config))
+  params_lib.save_params(workdir / "policy", adapters_of(tensors("adapter"), model.config))
   return workdir
 
 
 def test_adapters_are_merged_into_the_weights(run, tmp_path):
   out = epath.Path(tmp_path / "out")
-  export_hf.export_model(export_hf.find_run(run), out, dtype="same", shard_bytes=10**9)
+  ModelExport(export_hf.find_run(run), "same").write(out, 10**9)
   assert {path.name for path in out.iterdir()} == {
     "config.json",
     "model.safetensors",
@@ -195,7 +202,7 @@ def test_adapters_are_merged_into_the_weights(run, tmp_path):
     "tokenizer_config.json",
   }
   again = epath.Path(tmp_path / "again")
-  convert_hf.convert_model(out, again)
+  convert_model(out, again)
   model, variables = load(again)
   arrays = recorded("adapter")
   logits = compiled(model)(variables, arrays["ids"])
@@ -211,22 +218,22 @@ def test_adapters_are_merged_into_the_weights(run, tmp_path):
 
 
 def test_what_rounding_does_to_an_update_is_the_norm_of_what_it_changes(run, tmp_path, capsys):
-  source, update = export_hf.find_run(run), export_hf.Update()
-  export_hf.export_model(source, epath.Path(tmp_path / "a"), dtype="bfloat16", shard_bytes=10**9, update=update)
-  exact = export_hf.Update()
-  export_hf.export_model(source, epath.Path(tmp_path / "b"), dtype="float32", shard_bytes=10**9, update=exact)
-  assert exact.error() is None
+  source = export_hf.find_run(run)
+  rounded_model, exact = ModelExport(source, "bfloat16"), ModelExport(source, "float32")
+  rounded_model.write(epath.Path(tmp_path / "a"), 10**9)
+  exact.write(epath.Path(tmp_path / "b"), 10**9)
+  assert exact.rounding.error() is None
   plain, merged, rounded = Shards(run.parent / "plain"), Shards(tmp_path / "b"), Shards(tmp_path / "a")
   squares = {}
   for name in merged:
     before, learned = plain[name].astype(np.float64), merged[name].astype(np.float64) - plain[name]
-    kept = rounded[name].astype(np.float64) - plain[name].astype(convert.jnp.bfloat16).astype(np.float64)
+    kept = rounded[name].astype(np.float64) - plain[name].astype(jnp.bfloat16).astype(np.float64)
     squares[name] = np.square(kept - learned).sum(), np.square(learned).sum()
     assert before.shape == learned.shape
   changed = {name: pair for name, pair in squares.items() if pair[1] > 0}
   wanted = np.sqrt(sum(lost for lost, _ in changed.values()) / sum(learned for _, learned in changed.values()))
   worst = max(changed, key=lambda name: changed[name][0] / changed[name][1])
-  error, found, found_error = update.error()
+  error, found, found_error = rounded_model.rounding.error()
   np.testing.assert_allclose(error, wanted, rtol=1e-3)
   assert error > 0.001
   assert found == worst
@@ -236,19 +243,19 @@ def test_what_rounding_does_to_an_update_is_the_norm_of_what_it_changes(run, tmp
 def test_a_policy_that_is_not_finite_is_not_exported(run, tmp_path):
   workdir = epath.Path(tmp_path / "run")
   shutil.copytree(run, workdir)
-  adapters = convert.adapters_from_peft(tensors("adapter"), export_hf.find_run(run).config)
+  adapters = jax.tree.map(np.array, adapters_of(tensors("adapter"), export_hf.find_run(run).config))
   adapters["blocks"]["k_proj"]["B"][1, 0, 0] = np.nan
   params_lib.save_params(workdir / "policy", adapters)
   name = "model.transformer.blocks.1.k_proj.weight"
   with pytest.raises(ValueError, match=f"tensor {name} has values that are not finite"):
-    export_hf.export_model(export_hf.find_run(workdir), epath.Path(tmp_path / "out"), dtype="same", shard_bytes=10**9)
+    ModelExport(export_hf.find_run(workdir), "same").write(epath.Path(tmp_path / "out"), 10**9)
   assert not (tmp_path / "out").exists()
 
 
 def test_peft_is_told_what_the_base_was_converted_from(run, tmp_path):
   """But of a base in int8, whose weights are others, where it is."""
   source = export_hf.find_run(run)
-  export_hf.export_adapter(source, epath.Path(tmp_path / "out"))
+  export_adapter(source, epath.Path(tmp_path / "out"))
   about = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
   is_int8 = source.config.quantization == "int8"
   assert about["base_model_name_or_path"] == str(run.parent / ("base" if is_int8 else "hf"))
@@ -257,7 +264,7 @@ def test_peft_is_told_what_the_base_was_converted_from(run, tmp_path):
 def test_adapters_are_not_exported_with_another_base(run, tmp_path):
   workdir = epath.Path(tmp_path / "run")
   shutil.copytree(run, workdir)
-  adapters = convert.adapters_from_peft(tensors("adapter"), export_hf.find_run(run).config)
+  adapters = adapters_of(tensors("adapter"), export_hf.find_run(run).config)
   params_lib.save_params(workdir / "policy", adapters, {"base": "0123", "buffers": 1})
   with pytest.raises(ValueError, match=r"were trained on the base 0123, and this base is"):
     export_hf.find_run(workdir)
@@ -265,7 +272,7 @@ def test_adapters_are_not_exported_with_another_base(run, tmp_path):
 
 def test_adapters_for_peft_are_the_recorded_ones(run, tmp_path):
   out = epath.Path(tmp_path / "out")
-  export_hf.export_adapter(export_hf.find_run(run), out, "m2_gqa")
+  export_adapter(export_hf.find_run(run), out, "m2_gqa")
   written = load_file(out / "adapter_model.safetensors")
   stored = tensors("adapter")
   assert written.keys() == stored.keys()
@@ -290,14 +297,14 @@ def test_all_parameters_of_a_run_from_random_ones(tmp_path):
   )
   params_lib.save_params(workdir / "policy", shapes)
   out = epath.Path(tmp_path / "out")
-  export_hf.export_model(export_hf.find_run(workdir), out, dtype="bfloat16", shard_bytes=10**9)
+  ModelExport(export_hf.find_run(workdir), "bfloat16").write(out, 10**9)
   hf = json.loads((out / "config.json").read_text())
   assert hf["torch_dtype"] == "bfloat16"
-  assert convert.model_config_from_hf(hf, remat="full") == model.config
-  wanted = shapes["blocks"]["up_proj"]["kernel"][1].T.astype(convert.jnp.bfloat16)
+  assert model_config_from_hf(hf, remat="full") == model.config
+  wanted = shapes["blocks"]["up_proj"]["kernel"][1].T.astype(jnp.bfloat16)
   np.testing.assert_array_equal(Shards(out)["model.transformer.blocks.1.up_proj.weight"], wanted)
   with pytest.raises(ValueError, match="all parameters were trained"):
-    export_hf.export_adapter(export_hf.find_run(workdir), epath.Path(tmp_path / "other"))
+    export_adapter(export_hf.find_run(workdir), epath.Path(tmp_path / "other"))
 
 
 def test_what_cannot_be_exported(tmp_path):
@@ -313,8 +320,8 @@ def test_what_cannot_be_exported(tmp_path):
 
 
 def test_a_target_of_the_layers_does_not_name_the_head():
-  lora = convert.LoraConfig(2, 4.0, 0.0, ("q_proj", "ff_out"))
-  pattern = convert.lora_config_to_peft(lora, "llada", "base")["target_modules"]
+  lora = LoraConfig(2, 4.0, 0.0, ("q_proj", "ff_out"))
+  pattern = lora_config_to_peft(lora, "llada", "base")["target_modules"]
   import re
 
   assert re.fullmatch(pattern, "model.transformer.blocks.11.ff_out")
@@ -334,8 +341,8 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, name):
   params_lib.save_params(workdir / "policy", build.initial_params(c, model_parts))
   workdir_lib.save_config(workdir, c)
   source = export_hf.find_run(workdir)
-  export_hf.export_model(source, out, dtype="same", shard_bytes=10**9)
-  said = export_hf.how_to_load(source, out)
+  ModelExport(source, "same").write(out, 10**9)
+  said = how_to_load(source, out)
   if name == "huggingface":
     for file in ("tokenizer.json", "tokenizer_config.json"):
       assert (out / file).read_text() == (epath.Path(c.tokenizer.path) / file).read_text()

@@ -10,7 +10,9 @@ from etils import epath
 from programs import begin, finish
 
 from dmpo_jax.config import flatten, validate
-from dmpo_jax.hub import convert
+from dmpo_jax.hub import layout
+from dmpo_jax.hub.families import family_of
+from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.hub.shards import Shards
 from dmpo_jax.hub.tokenizer import HuggingFaceTokenizer
 from launch.outcome import compare
@@ -84,12 +86,12 @@ def test_the_checkpoint_is_one_of_the_family_with_a_tokenizer_that_fits(tmp_path
   config, _ = small(name, tmp_path)
   count = checkpoint.write(tmp_path / "hf", config)
   about = json.loads((tmp_path / "hf" / "config.json").read_text())
-  model = convert.model_config_from_hf(about)
+  model = model_config_from_hf(about)
   assert (model.d_model, model.shift_logits) == (config.model.d_model, bool(config.model.shift_logits))
   stored = Shards(epath.Path(tmp_path / "hf")).tensors
   assert sum(int(np.prod(tensor.shape)) for tensor in stored.values()) == count
-  places = convert.checkpoint_places(model, convert.family_of(about))
-  convert.check_tensors({key: tensor.shape for key, tensor in stored.items()}, places, "hf")
+  places = layout.checkpoint_places(model, family_of(about))
+  layout.check_tensors({key: tensor.shape for key, tensor in stored.items()}, places, "hf")
   tokenizer = HuggingFaceTokenizer(tmp_path / "hf", is_chat=True)
   assert tokenizer.mask_token_id == model.mask_token_id
   assert tokenizer.eot_token_id != tokenizer.eos_token_id

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_models import compiled
+from recorded_models import compiled, params_of, reader
 
-from dmpo_jax.hub import convert
+from dmpo_jax.hub import layout, peft
+from dmpo_jax.hub.model_config import model_config_from_hf, model_config_to_hf
 from dmpo_jax.models.denoiser import completion_hidden, make_denoiser
 from dmpo_jax.models.head import token_scores
+from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import Transformer
 
 HF = dict(
@@ -36,17 +38,17 @@ HF = dict(
 
 def random_tensors(config):
   rng = np.random.default_rng(0)
-  places = convert.checkpoint_places(config, "dream")
-  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+  places = layout.checkpoint_places(config, "dream")
+  shapes = {name: place.torch_shape for name, place in places.items()}
   return {name: rng.normal(size=shape, scale=0.4).astype(np.float32) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
 def dream():
   """(model, variables, tensors)"""
-  config = convert.model_config_from_hf(HF)
+  config = model_config_from_hf(HF)
   tensors = random_tensors(config)
-  params = jax.tree.map(jnp.asarray, convert.params_from_hf(tensors, config, "dream"))
+  params = params_of(tensors, config, "dream")
   return Transformer(config), {"params": params}, tensors
 
 
@@ -85,21 +87,21 @@ def forward(tensors, ids):
 
 
 def test_config_and_names():
-  config = convert.model_config_from_hf(HF)
+  config = model_config_from_hf(HF)
   assert (config.d_model, config.num_kv_heads, config.mlp_hidden_size, config.embedding_size) == (24, 2, 40, 50)
   assert (config.qkv_bias, config.shift_logits, config.mask_token_id) == (True, True, 48)
-  assert convert.model_config_from_hf(convert.model_config_to_hf(config, "dream")) == config
-  names = convert.checkpoint_places(config, "dream")
+  assert model_config_from_hf(model_config_to_hf(config, "dream")) == config
+  names = layout.checkpoint_places(config, "dream")
   assert "model.layers.1.self_attn.k_proj.bias" in names
   assert "model.layers.1.self_attn.o_proj.bias" not in names
   with pytest.raises(ValueError, match="'use_sliding_window': True"):
-    convert.model_config_from_hf(HF | {"use_sliding_window": True})
+    model_config_from_hf(HF | {"use_sliding_window": True})
 
 
 def test_there_and_back(dream):
   model, variables, tensors = dream
   assert variables["params"]["blocks"]["k_proj"]["bias"].shape == (2, 12)
-  back = convert.params_to_hf(variables["params"], model.config, "dream")
+  back = dict(layout.to_tensors(reader(variables["params"]), layout.checkpoint_places(model.config, "dream")))
   assert back.keys() == tensors.keys()
   for name, array in tensors.items():
     np.testing.assert_array_equal(back[name], array)
@@ -139,12 +141,12 @@ def test_caches_are_refused(dream):
 
 
 def test_adapters_have_the_familys_names():
-  lora = convert.LoraConfig(2, 4.0, 0.0, ("q_proj", "attn_out", "ff_out"))
-  config = convert.model_config_from_hf(HF, lora=lora)
-  about = convert.lora_config_to_peft(lora, "dream", "base")
+  lora = LoraConfig(2, 4.0, 0.0, ("q_proj", "attn_out", "ff_out"))
+  config = model_config_from_hf(HF, lora=lora)
+  about = peft.lora_config_to_peft(lora, "dream", "base")
   assert about["target_modules"] == ["q_proj", "o_proj", "down_proj"]
-  places = convert.adapter_places(config, "dream")
+  places = layout.adapter_places(config, "dream")
   assert places["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"].shape == (2, 24)
-  assert convert.lora_config_from_peft(about, places, "dream") == lora
+  assert peft.lora_config_from_peft(about, places, "dream") == lora
   with pytest.raises(ValueError, match=r"the adapter is on \['ff_proj'\]"):
-    convert.lora_config_from_peft(about, ["x.ff_proj.lora_A.weight"], "dream")
+    peft.lora_config_from_peft(about, ["x.ff_proj.lora_A.weight"], "dream")

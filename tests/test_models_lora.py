@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_models import TINY, compiled, load, recorded, settings, tensors, tiny
+from recorded_models import TINY, adapters_of, compiled, load, recorded, settings, tensors, tiny
 
-from dmpo_jax.hub import convert
+from dmpo_jax.hub.peft import lora_config_from_peft
 from dmpo_jax.models.layers import drop
 from dmpo_jax.models.lora import TARGETS, LoraConfig, policy_variables, reference_variables
 
@@ -15,8 +15,8 @@ LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.5, targets=("q_proj", "ff_out"))
 
 def test_adapters_on_and_off_give_the_recorded_logits():
   stored = tensors("adapter")
-  model, base = load("m2_gqa", lora=convert.lora_config_from_peft(settings("adapter"), stored))
-  adapters = jax.tree.map(jnp.asarray, convert.adapters_from_peft(stored, model.config))
+  model, base = load("m2_gqa", lora=lora_config_from_peft(settings("adapter"), stored))
+  adapters = adapters_of(stored, model.config)
   arrays = recorded("adapter")
   policy = policy_variables(adapters, base["params"], lora=True)
   np.testing.assert_allclose(compiled(model)(policy, arrays["ids"]), arrays["logits_adapter"], rtol=0, atol=5e-4)

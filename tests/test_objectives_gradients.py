@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded_models import adapters_of, params_of, reader
 from safetensors.numpy import load_file
 
-from dmpo_jax.hub import convert
+from dmpo_jax.hub import layout
 from dmpo_jax.models import lora
 from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.objectives import likelihood, wdce, wddo
@@ -37,10 +38,8 @@ CONFIG = ModelConfig(
   rms_norm_eps=1e-5,
   lora=lora.LoraConfig(rank=4, alpha=2.0, targets=("q_proj", "k_proj", "v_proj", "up_proj")),
 )
-PARAMS = jax.tree.map(jnp.asarray, convert.params_from_hf(load_file(GOLDENS / "m2_gqa.safetensors"), CONFIG))
-ADAPTERS = jax.tree.map(
-  jnp.asarray, convert.adapters_from_peft(load_file(GOLDENS / "lora_adapter.safetensors"), CONFIG)
-)
+PARAMS = params_of(load_file(GOLDENS / "m2_gqa.safetensors"), CONFIG)
+ADAPTERS = adapters_of(load_file(GOLDENS / "lora_adapter.safetensors"), CONFIG)
 
 
 class Case:
@@ -175,9 +174,10 @@ def test_recorded_discriminative_losses_and_parameter_gradients(name):
 
 def check_gradient(gradient, case, settings):
   if settings["grad_norm_names"]:
-    names, tensors = settings["grad_norm_names"], convert.adapters_to_peft(gradient, CONFIG)
+    names, places = settings["grad_norm_names"], layout.adapter_places(CONFIG, "llada")
   else:
-    names, tensors = RECORDED["grad_norm_names"], convert.params_to_hf(gradient, CONFIG)
+    names, places = RECORDED["grad_norm_names"], layout.checkpoint_places(CONFIG, "llada")
+  tensors = dict(layout.to_tensors(reader(gradient), places))
   names = [name.replace(".default.", ".") for name in names]
   assert sorted(tensors) == sorted(names)
   norms = [np.linalg.norm(tensors[name]) for name in names]

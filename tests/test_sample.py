@@ -197,7 +197,7 @@ def test_adapters_are_used_on_their_own_base_alone(use_devices, tmp_path, caplog
     adapters = build.initial_adapters(config, workdir, parts)
     params_lib.save_params(workdir / "policy", adapters, build.about_policy(config, workdir, 3))
     base = build.load_policies(config, workdir, parts, ["policy"])[1]
-    np.testing.assert_array_equal(base["embedding"], params_lib.load_leaf(own, ["embedding"]))
+    np.testing.assert_array_equal(base["embedding"], params_lib.SavedParams(own).load(["embedding"]))
     config.model.init_from = str(other)
     names = rf"trained on the base {params_lib.identity(own)}, and this base is {params_lib.identity(other)}"
     with pytest.raises(ConfigError, match=names):

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded_models import params_of
 from safetensors.numpy import load_file
 
-from dmpo_jax.hub import convert
+from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.samplers import SAMPLERS, Plan, make_options
@@ -25,10 +26,9 @@ RECORDED = np.load(GOLDENS / "trajectories.npz")
 def load(checkpoint):
   """Give (model, variables). The official code also samples ids beyond vocab_size, so here they count as tokens."""
   folder = GOLDENS / checkpoint
-  config = convert.model_config_from_hf(json.loads((folder / "config.json").read_text()))
+  config = model_config_from_hf(json.loads((folder / "config.json").read_text()))
   config = dataclasses.replace(config, vocab_size=config.embedding_size)
-  params = convert.params_from_hf(load_file(folder / "model.safetensors"), config)
-  return Transformer(config), {"params": jax.tree.map(jnp.asarray, params)}
+  return Transformer(config), {"params": params_of(load_file(folder / "model.safetensors"), config)}
 
 
 def sample(case, prompt, padding=0, temperature=0.0, first_key=0):

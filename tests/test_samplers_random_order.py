@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_denoiser import MASK, contextual, keys, run
-from recorded_models import load, settings, tensors
+from recorded_models import adapters_of, load, settings, tensors
 
-from dmpo_jax.hub import convert
+from dmpo_jax.hub.peft import lora_config_from_peft
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.samplers import Plan, loop, prediction, random_order
@@ -24,10 +24,10 @@ RECORDED = np.load(GOLDENS / "random_order.npz")
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_and_log_probabilities_recorded_from_the_official_code(monkeypatch, name):
   """The policy is the adapted model, the reference the model without adapters; noise and order are recorded."""
-  lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
+  lora = lora_config_from_peft(settings("adapter"), tensors("adapter"))
   model, variables = load("m2_gqa", lora=lora)
   model = Transformer(dataclasses.replace(model.config, vocab_size=model.config.embedding_size))
-  adapters = jax.tree.map(jnp.asarray, convert.adapters_from_peft(tensors("adapter"), model.config))
+  adapters = adapters_of(tensors("adapter"), model.config)
   case = dict(CASES[name])
   guidance, plan = case.pop("guidance"), Plan(steps=case["completion_length"], **case)
   prompt, order = jnp.asarray(RECORDED[f"{name}_prompt"]), np.moveaxis(RECORDED[f"{name}_order"], 0, 1)

@@ -98,11 +98,11 @@ def test_other_damage_is_named(folder):
   with pytest.raises(ValueError, match="its header cannot be read"):
     Shards(folder)
   path.unlink()
-  with pytest.raises(ValueError, match=r"shards that are not there: model-00002-of-00003.safetensors"):
+  with pytest.raises(ValueError, match=r"shards that are missing: model-00002-of-00003.safetensors"):
     Shards(folder)
   index = folder / "model.safetensors.index.json"
   index.write_text("[")
-  with pytest.raises(ValueError, match="is no index of shards"):
+  with pytest.raises(ValueError, match="is not an index of shards"):
     Shards(folder)
   index.unlink()
   with pytest.raises(ValueError, match=r"holds neither model.safetensors nor model.safetensors.index.json"):
@@ -130,11 +130,13 @@ def rewrite(path, change):
 
 def test_files_that_the_index_does_not_list(folder, tensors):
   save_file({"foreign": tensors["one"]}, folder / "model-00004-of-00003.safetensors")
-  with pytest.raises(ValueError, match=r"index.json does not list model-00004-of-00003.safetensors"):
+  with pytest.raises(
+    ValueError, match=r"has model-00004-of-00003.safetensors, but model.safetensors.index.json does not list"
+  ):
     Shards(folder)
   (folder / "model.safetensors.index.json").unlink()
   save_file({"foreign": tensors["one"]}, folder / "model.safetensors")
-  with pytest.raises(ValueError, match=r"is not there to list model-00001-of-00003.safetensors, model-00002"):
+  with pytest.raises(ValueError, match=r"has model-00001-of-00003.safetensors, model-00002"):
     Shards(folder)
 
 
@@ -154,7 +156,7 @@ def test_tensors_that_the_index_does_not_list(folder, tensors):
   with pytest.raises(ValueError, match=r"does not list foreign, which is in model-00003-of-00003.safetensors"):
     Shards(folder)
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"foreign": 3}}))
-  with pytest.raises(ValueError, match="is no index of shards: it places foreign in 3, which names no file"):
+  with pytest.raises(ValueError, match="is not an index of shards: it places foreign in 3, which is no file name"):
     Shards(folder)
 
 
@@ -167,7 +169,7 @@ def test_tensors_that_the_index_does_not_list(folder, tensors):
     (lambda header: header["a"].update(data_offsets=[0]), r"a has the shape \[4\] and the data_offsets \[0\]"),
     (lambda header: header["a"].update(shape=[-2, -2]), r"a has the shape \[-2, -2\]"),
     (lambda header: header["a"].update(shape=4), "a has the shape 4"),
-    (lambda header: header.pop("b"), "its header speaks of"),
+    (lambda header: header.pop("b"), "its header describes"),
     (lambda header: header.pop("a"), "b begins at byte"),
     (lambda header: header.update(a=3), "its header cannot be read"),
   ],

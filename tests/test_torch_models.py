@@ -6,8 +6,6 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import standin_tokenizer as standin
@@ -18,13 +16,18 @@ from test_launch_convert_hf import load
 from test_models_dream import HF as DREAM
 from test_models_dream import random_tensors
 
-from dmpo_jax.hub import chat, convert
+from dmpo_jax.hub import chat, layout
+from dmpo_jax.hub.convert import convert_model
+from dmpo_jax.hub.export import ModelExport, Source, export_adapter, how_to_load
 from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.hub.model_config import model_config_from_hf
+from dmpo_jax.hub.peft import lora_config_from_peft
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.hub.tokenizer import load_tokenizer
+from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run import params as params_lib
-from launch import convert_hf, export_hf
+from launch import export_hf
 
 pytestmark = pytest.mark.torch
 WHY = "PyTorch is not installed: make test-torch"
@@ -85,21 +88,21 @@ def as_llama(config, stored):
 def test_llada_is_llama_in_both_directions():
   config = TINY
   rng = np.random.default_rng(0)
-  places = convert.checkpoint_places(config, "llada")
-  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+  places = layout.checkpoint_places(config, "llada")
+  shapes = {name: place.torch_shape for name, place in places.items()}
   stored = {name: rng.normal(size=shape, scale=0.4).astype(np.float32) for name, shape in shapes.items()}
-  params = jax.tree.map(jnp.asarray, convert.params_from_hf(stored, config))
+  params = params_of(stored, config)
   logits = compiled(Transformer(config))({"params": params}, IDS)
   np.testing.assert_allclose(logits, bidirectional_logits(as_llama(config, stored), IDS), rtol=0, atol=5e-4)
 
 
 def test_dream_is_qwen_in_both_directions():
-  config = convert.model_config_from_hf(DREAM)
+  config = model_config_from_hf(DREAM)
   stored = random_tensors(config)
   own = {key: value for key, value in DREAM.items() if key not in ("model_type", "architectures", "use_mrope")}
   peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**own))
   peer.load_state_dict({name: torch.tensor(array) for name, array in stored.items()})
-  params = jax.tree.map(jnp.asarray, convert.params_from_hf(stored, config, "dream"))
+  params = params_of(stored, config, "dream")
   logits = compiled(Transformer(config))({"params": params}, IDS)
   np.testing.assert_allclose(logits, bidirectional_logits(peer, IDS), rtol=0, atol=5e-4)
 
@@ -128,17 +131,17 @@ class Named(torch.nn.Module):
 
 @pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj", "up_proj"), ("all",)])
 def test_peft_loads_an_exported_adapter(tmp_path, targets):
-  lora = convert.LoraConfig(3, 6.0, 0.0, targets)
-  config = convert.model_config_from_hf(settings("m2_gqa"), lora=lora)
+  lora = LoraConfig(3, 6.0, 0.0, targets)
+  config = model_config_from_hf(settings("m2_gqa"), lora=lora)
   rng = np.random.default_rng(0)
   adapters = {}
-  for place in convert.adapter_places(config, "llada").values():
+  for place in layout.adapter_places(config, "llada").values():
     *_, name, part = place.path
     adapters.setdefault(name, {})[part] = rng.normal(size=(config.num_layers, *place.shape)).astype(np.float32)
   folder = epath.Path(tmp_path)
   params_lib.save_params(folder / "policy", {"blocks": adapters})
-  source = export_hf.Source(config, "llada", folder / "base", folder / "policy", None)
-  export_hf.export_adapter(source, folder / "out")
+  source = Source(config, "llada", None, params_lib.SavedParams(folder / "policy"), origin="base")
+  export_adapter(source, folder / "out")
   model = peft.PeftModel.from_pretrained(Named(tensors("m2_gqa")), str(folder / "out"))
   wrapped = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
   assert len(wrapped) == config.num_layers * len(lora.targets)
@@ -150,13 +153,13 @@ def test_peft_loads_an_exported_adapter(tmp_path, targets):
 
 
 def test_a_merged_export_is_what_peft_merges(tmp_path):
-  lora = convert.lora_config_from_peft(settings("adapter"), tensors("adapter"))
-  config = convert.model_config_from_hf(settings("m2_gqa"), lora=lora)
+  lora = lora_config_from_peft(settings("adapter"), tensors("adapter"))
+  config = model_config_from_hf(settings("m2_gqa"), lora=lora)
   folder = epath.Path(tmp_path)
-  params_lib.save_params(folder / "base", convert.params_from_hf(tensors("m2_gqa"), config))
-  params_lib.save_params(folder / "policy", convert.adapters_from_peft(tensors("adapter"), config))
-  source = export_hf.Source(config, "llada", folder / "base", folder / "policy", None)
-  export_hf.export_model(source, folder / "out", dtype="same", shard_bytes=10**9)
+  params_lib.save_params(folder / "base", params_of(tensors("m2_gqa"), config))
+  params_lib.save_params(folder / "policy", adapters_of(tensors("adapter"), config))
+  source = Source(config, "llada", *(params_lib.SavedParams(folder / name) for name in ("base", "policy")))
+  ModelExport(source, "same").write(folder / "out", 10**9)
   adapter = tmp_path / "adapter"
   adapter.mkdir()
   save_file(tensors("adapter"), adapter / "adapter_model.safetensors")
@@ -322,7 +325,7 @@ def published_llada():
   about, stored = settings("m2_gqa"), tensors("m2_gqa")
   special = {"<|mdm_mask|>": about["mask_token_id"], "<|endoftext|>": about["eos_token_id"]}
   names = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-  config = convert.model_config_from_hf(about)
+  config = model_config_from_hf(about)
   return Published(
     about | {"auto_map": dict(FAMILIES["llada"].code)},
     stored,
@@ -341,7 +344,7 @@ def published_dream():
   )
   return Published(
     about,
-    random_tensors(convert.model_config_from_hf(about)),
+    random_tensors(model_config_from_hf(about)),
     lambda folder: write_dreams_tokenizer(folder, **classes),
     DREAM_FILES,
     lambda model: model,
@@ -365,14 +368,14 @@ def test_the_lines_that_an_export_prints_load_it(tmp_path, family):
     source, {name: array.nbytes for name, array in published.stored.items()}, published.stored.items(), 10**9
   )
   (source / "config.json").write_text(json.dumps(published.settings))
-  convert_hf.convert_model(source, middle)
+  convert_model(source, middle)
   found = export_hf.find_model(middle)
-  export_hf.export_model(found, out, dtype="same", shard_bytes=10**9)
+  ModelExport(found, "same").write(out, 10**9)
   names, hub = ", ".join(sorted(published.files)), FAMILIES[family].published_at
-  assert f"# Copy {names} from {hub} on the hub to {out} first\n" in export_hf.how_to_load(found, out)
+  assert f"# Copy {names} from {hub} on the hub to {out} first\n" in how_to_load(found, out)
   for name, text in published.files.items():
     (out / name).write_text(text)
-  lines, loaded = textwrap.dedent(export_hf.how_to_load(found, out)), {}
+  lines, loaded = textwrap.dedent(how_to_load(found, out)), {}
   assert len([line for line in lines.splitlines() if not line.startswith("#")]) == 3
   assert "Copy" not in lines
   exec(lines, loaded)

@@ -18,7 +18,7 @@ from dmpo_jax.measure import Policies
 from dmpo_jax.models import lora
 from dmpo_jax.objectives import wdce
 from dmpo_jax.run.checkpoints import Checkpoints
-from dmpo_jax.run.params import saved_dtypes
+from dmpo_jax.run.params import SavedParams
 from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.scoring import make_score
 from launch.bench import programs
@@ -314,7 +314,7 @@ def test_the_best_policy_is_saved_in_float32_and_sampled_as_in_training(folder, 
   with jax.set_mesh(parts.mesh):
     state, _ = phase.update(state, phase.frozen, experience_of(parts, config))
     phase.keep_best(state.trainable, 1)
-    assert set(map(str, saved_dtypes(folder / "run" / "best").values())) == {"float32"}
+    assert set(map(str, SavedParams(folder / "run" / "best").dtypes().values())) == {"float32"}
     (loaded,), _ = build.load_policies(config, folder / "run", parts, ["best"])
     trained = lora.computing(state.trainable, "bfloat16", lora=False)
     jax.tree.map(lambda ours, theirs: np.testing.assert_array_equal(ours, theirs.astype("bfloat16")), loaded, trained)

@@ -1,4 +1,4 @@
-"""Entries of a JSON object that another program wrote, checked before use: all that is wrong in one message."""
+"""Check the entries of a JSON object that another program wrote; all problems are listed in one message."""
 
 import json
 import math
@@ -10,14 +10,14 @@ class Kind(NamedTuple):
   """What an entry must be."""
 
   name: str
-  fits: Callable[[Any], bool]
+  fits: Callable[[object], bool]
 
 
-def _is_integer(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)  # True is an int to Python
+def _is_integer(value: object) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)  # in Python True is an int
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
   return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -32,10 +32,13 @@ SHARE = Kind("a number in [0, 1)", lambda value: _is_number(value) and 0 <= valu
 def check_entries(
   entries: Mapping[str, Any], where: str, *, needed: Mapping[str, Kind], optional: Mapping[str, Kind]
 ) -> None:
-  """Check the kinds of entries; an optional one may be absent or null.
+  """Check the kinds of entries; optional ones may be absent or null.
+
+  Args:
+    where: name of the object, for the message.
 
   Raises:
-    ValueError: naming `where`, and every entry that is missing or of another kind.
+    ValueError: entries are missing or of the wrong kind.
   """
   missing = [key for key in needed if key not in entries]
   problems = [f"has no {', '.join(missing)}"] if missing else []

@@ -1,7 +1,7 @@
-"""Orbax checkpoints written piece by piece, for arrays that are never in memory as a whole.
+"""Write Orbax checkpoints piece by piece, for arrays that do not fit into memory.
 
-What comes out is an ordinary checkpoint: `params.load_params` reads it. Its chunks are the pieces, so hosts of a
-pod that need a part of a stacked array read that part's pieces and not all layers.
+The result is an ordinary checkpoint, which `params.load_params` reads. Its chunks are the pieces, so a host of a pod
+that needs a part of a stacked array reads only that part.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class PiecewiseArray:
-  """An array by the pieces that it is read in.
+  """An array that is read in pieces.
 
   Args:
-    shape, dtype: of the whole.
-    chunk: shape of a piece; those at an axis's end may be shorter.
-    pieces: yields each piece's place, aligned to the chunks, and its values.
+    shape, dtype: of the whole array.
+    chunk: shape of a piece; the last ones along an axis may be shorter.
+    pieces: yields each piece's index, aligned to the chunks, and its values.
   """
 
   shape: tuple[int, ...]
@@ -39,12 +39,12 @@ class PiecewiseArray:
 
   @property
   def size(self) -> int:
-    """The number of its elements."""
+    """The number of elements."""
     return math.prod(self.shape)
 
 
 class _Handler(type_handlers.NumpyHandler):
-  """Lets Orbax save `PiecewiseArray`s as it saves arrays of numpy; one piece is in memory at one time."""
+  """Lets Orbax save `PiecewiseArray`s like numpy arrays, with one piece in memory at a time."""
 
   def __init__(self) -> None:
     super().__init__(deepcopy_host_arrays=False)  # there is nothing to copy
@@ -52,9 +52,9 @@ class _Handler(type_handlers.NumpyHandler):
     self._is_unfinished = False
 
   async def _open_and_write(self, value: PiecewiseArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-    tspec["metadata"]["chunks"] = list(value.chunk)  # Orbax makes one chunk of an array of numpy
+    tspec["metadata"]["chunks"] = list(value.chunk)  # Orbax writes a numpy array as one chunk
     async with self._turn:
-      if self._is_unfinished:  # whoever removes what was written must not meet an array that is only now begun
+      if self._is_unfinished:  # after a failure, start no further array while the folder is removed
         return
       self._is_unfinished = True
       array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
@@ -64,8 +64,8 @@ class _Handler(type_handlers.NumpyHandler):
 
 
 def save_piecewise(path: epath.PathLike, arrays: Any) -> None:
-  """Save a tree of `PiecewiseArray`s to a folder of its own, whole or not at all."""
-  unused = type_handlers.ArrayHandler(array_metadata_store=None)  # without one Orbax warns that it stores less
+  """Save a tree of `PiecewiseArray`s to a folder, whole or not at all."""
+  unused = type_handlers.ArrayHandler(array_metadata_store=None)  # without it Orbax logs a warning
   registry = type_handlers.create_type_handler_registry((PiecewiseArray, _Handler()), (jax.Array, unused))
   handler = digests.with_digests(ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=False))
   path = epath.Path(path)

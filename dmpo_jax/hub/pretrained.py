@@ -1,10 +1,10 @@
-"""The folder that a converted checkpoint lives in: its parameters, which model they are for, and what came with them.
+"""The folder of a converted checkpoint or adapter:
 
-params/         the arrays, an Orbax checkpoint; last to be written, so a folder without it is nothing
-model.json      sizes and special ids of the model, and its family; or
-adapter.json    settings of the adapters that `params` holds
-config.json, tokenizer.json, ...   files of the original folder, for tokenisation and for the way back
-digests.json    of the files beside params, which has its own
+params/         the arrays, an Orbax checkpoint; written last, so a folder without it is incomplete
+model.json      the model's sizes, special ids and family; or
+adapter.json    the settings of the adapters in `params`
+config.json, tokenizer.json, ...   files of the original folder, for tokenisation and for export
+digests.json    digests of the files beside params, which has its own
 """
 
 import copy
@@ -27,16 +27,22 @@ from dmpo_jax.models.transformer import OLDER, ModelConfig
 MODEL_FILE = "model.json"
 ADAPTER_FILE = "adapter.json"
 PARAMS = "params"
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")  # that travel along: tokenizer, config, the model's code
+SIDE_FILES = (
+  "*.json",
+  "*.jinja",
+  "*.txt",
+  "*.model",
+  "*.py",
+)  # files beside the weights that are copied
 
-# Fields of the model that a checkpoint decides; the others are the run's own.
+# ModelConfig's fields that a run decides; a checkpoint decides the others.
 OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora")
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
-SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")  # those that the tokenizer has, too
+SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")  # the tokenizer has them too
 _TYPES = {name: typing.get_type_hints(ModelConfig)[name] for name in FIELDS}
 _REMEDY = "convert the checkpoint again"
 
-# What the configuration may leave open, and its value where no checkpoint says it: a model for tests and laptops.
+# Keys of config.model that may be None, and their values without a checkpoint: a model for tests and laptops.
 SMALL = {
   "d_model": 64,
   "num_layers": 4,
@@ -50,113 +56,113 @@ SMALL = {
   "shift_logits": False,
   "quantization": "none",
 }
-ROUNDING = 1e-6  # of a float that a person has typed, relative: checkpoints hold float32 ones
+ROUNDING = 1e-6  # relative tolerance between a float in the configuration and a checkpoint's float32
 
 
 class Pretrained(NamedTuple):
-  """What a converted folder says of its model."""
+  """The description of a converted model."""
 
   family: str  # a name in `families.FAMILIES`
   fields: dict[str, Any]  # values of `FIELDS`
-  origin: str = ""  # the hub's name or the path of what was converted; "" where an earlier version did not say
+  origin: str = ""  # name on the hub or path of the original; "" if an earlier version converted it
 
   def model_config(self, **own: Any) -> ModelConfig:
-    """Build the model's configuration with the run's own fields."""
+    """Build the model's configuration; `own` are the fields that the run decides."""
     return ModelConfig(**self.fields, **own)
 
 
 def filled(config: ConfigDict) -> ConfigDict:
-  """Return a copy of the configuration in which `model` says everything: what it left open (None) is the checkpoint's.
+  """Return a copy of the configuration in which keys of `model` that are None have the checkpoint's values.
 
-  Without a checkpoint that describes its model it is that of SMALL. A float that is the checkpoint's but for rounding
-  becomes the checkpoint's.
+  Without a converted checkpoint they have those of SMALL. Floats that differ from the checkpoint's by rounding get its
+  values.
 
   Raises:
-    ValueError: the checkpoint's description cannot be used.
+    ValueError: the checkpoint's description is damaged.
   """
   config = copy.deepcopy(config)
-  own = config.model
-  stored = read_model(own.init_from) if own.get("init_from") else None
+  model = config.model
+  stored = read_model(model.init_from) if model.get("init_from") else None
   fields = SMALL if stored is None else stored.fields
-  for name in SMALL.keys() & own.keys():
-    value, known = own[name], fields[name]
+  for name in SMALL.keys() & model.keys():
+    value, known = model[name], fields[name]
     is_rounded = stored is not None and isinstance(value, float) and math.isclose(value, known, rel_tol=ROUNDING)
     if value is None or is_rounded:
-      own[name] = known
+      model[name] = known
   return config
 
 
 def params_path(folder: epath.PathLike) -> epath.Path:
-  """Return where the arrays are: in a converted folder's `params`, or the folder itself if a run saved it."""
+  """Return the folder of the arrays: `params` in a converted folder, else the folder itself."""
   folder = epath.Path(folder)
   is_converted = any((folder / name).exists() for name in (MODEL_FILE, ADAPTER_FILE))
   return folder / PARAMS if is_converted else folder
 
 
 def read_model(folder: epath.PathLike) -> Pretrained | None:
-  """Read which model a converted folder is of; None if the folder holds nothing but parameters.
+  """Read the description of a converted model; None if the folder holds only parameters.
 
   Raises:
-    Unreadable: the description cannot be used.
+    Unreadable: the description is damaged.
   """
   path = epath.Path(folder) / MODEL_FILE
   if not path.exists():
     return None
-  about = _read(path, {"family": str, "origin": str, **_TYPES}, OLDER | {"origin": ""})
-  found = Pretrained(about.pop("family"), origin=about.pop("origin"), fields=about)
+  fields = _read(path, {"family": str, "origin": str, **_TYPES}, OLDER | {"origin": ""})
+  model = Pretrained(fields.pop("family"), origin=fields.pop("origin"), fields=fields)
   try:
-    found.model_config()
+    model.model_config()
   except ValueError as error:
-    raise Unreadable(f"{path} is of no model ({error}): {_REMEDY}") from error
-  return found
+    raise Unreadable(f"{path} describes no valid model ({error}): {_REMEDY}") from error
+  return model
 
 
 def write_model(folder: epath.Path, family: str, config: ModelConfig, origin: str) -> None:
-  """Say which model a folder's parameters are of; see `Pretrained`."""
-  about = {"family": family, "origin": origin} | {name: getattr(config, name) for name in FIELDS}
-  (folder / MODEL_FILE).write_text(json.dumps(about, indent=2) + "\n")
+  """Write the description of a converted model; see `Pretrained`."""
+  fields = {"family": family, "origin": origin} | {name: getattr(config, name) for name in FIELDS}
+  (folder / MODEL_FILE).write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def read_adapter(folder: epath.PathLike) -> LoraConfig | None:
-  """Read the settings of a converted adapter; None if the folder holds nothing but arrays.
+  """Read the settings of a converted adapter; None if the folder holds only arrays.
 
   Raises:
-    ValueError: the description cannot be used.
+    ValueError: the settings are damaged.
   """
   path = epath.Path(folder) / ADAPTER_FILE
   if not path.exists():
     return None
-  about = _read(path, {"rank": int, "alpha": float, "dropout": float, "targets": list}, {})
-  return LoraConfig(**about | {"targets": tuple(about["targets"])})
+  fields = _read(path, {"rank": int, "alpha": float, "dropout": float, "targets": list}, {})
+  return LoraConfig(**fields | {"targets": tuple(fields["targets"])})
 
 
 def write_adapter(folder: epath.Path, lora: LoraConfig) -> None:
-  """Say what the adapters in a folder's parameters are."""
+  """Write the settings of a converted adapter."""
   (folder / ADAPTER_FILE).write_text(json.dumps(dataclasses.asdict(lora), indent=2) + "\n")
 
 
-def check_model(asked: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
-  """Compare what the configuration and the tokenizer say of the model with what its checkpoint says.
+def check_model(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+  """Compare the model of the configuration and the tokenizer with the checkpoint's.
 
   Raises:
-    ValueError: listing what differs.
+    ValueError: they differ; the differences are listed.
   """
   differing = [
     f"{'the tokenizer' if name in SPECIAL_IDS else 'config.model'} has {name} = {value}, the checkpoint {stored[name]}"
-    for name, value in asked.items()
+    for name, value in wanted.items()
     if value != stored[name] and not (value == 0 and name in ("vocab_size", "embedding_size"))
   ]
   if differing:
-    if any(asked[name] != stored[name] for name in SPECIAL_IDS):
+    if any(wanted[name] != stored[name] for name in SPECIAL_IDS):
       differing.append("(the folder's own tokenizer is tokenizer.name='huggingface' with tokenizer.path='')")
     raise ValueError(f"model.init_from={where!r} is of another model:\n  " + "\n  ".join(differing))
 
 
 def check_adapter(lora: LoraConfig, where: str) -> None:
-  """Compare the adapters that the configuration asks for with those that it starts from.
+  """Compare the configuration's adapters with those in the folder that they start from.
 
   Raises:
-    ValueError: listing what differs.
+    ValueError: they differ; the differences are listed.
   """
   stored = read_adapter(where) if where else None
   if stored is None:
@@ -171,7 +177,7 @@ def check_adapter(lora: LoraConfig, where: str) -> None:
 
 
 def copy_side_files(source: epath.Path, out: epath.Path) -> None:
-  """Copy what travels along with the weights from one folder to another."""
+  """Copy the files beside the weights from one folder to another."""
   for pattern in SIDE_FILES:
     for path in source.glob(pattern):
       if not path.name.endswith(".safetensors.index.json") and path.name not in (MODEL_FILE, ADAPTER_FILE, DIGESTS):
@@ -179,12 +185,12 @@ def copy_side_files(source: epath.Path, out: epath.Path) -> None:
 
 
 def _read(path: epath.Path, types: Mapping[str, type], older: Mapping[str, Any]) -> dict[str, Any]:
-  about = files.read_object(path, _REMEDY)
-  missing, unknown = sorted(types.keys() - about.keys() - older.keys()), sorted(about.keys() - types.keys())
+  fields = files.read_object(path, _REMEDY)
+  missing, unknown = sorted(types.keys() - fields.keys() - older.keys()), sorted(fields.keys() - types.keys())
   if missing or unknown:
-    raise Unreadable(f"{path} lacks {missing} and has {unknown} beside what is known: {_REMEDY}")
-  for name, value in about.items():
+    raise Unreadable(f"{path}: missing keys {missing}, unknown keys {unknown}: {_REMEDY}")
+  for name, value in fields.items():
     kinds = (int, float) if types[name] is float else (types[name],)
     if type(value) not in kinds:
-      raise Unreadable(f"{path} has {name} = {value!r}, which is no {types[name].__name__}: {_REMEDY}")
-  return {**older, **about}
+      raise Unreadable(f"{path} has {name} = {value!r}, which is not of type {types[name].__name__}: {_REMEDY}")
+  return {**older, **fields}

@@ -1,7 +1,7 @@
-"""Safetensors files of a folder in Hugging Face's layout: read by rows, never whole; written one shard at a time.
+"""Safetensors files of a folder in Hugging Face's layout: read by rows and written one shard at a time.
 
-The format is a JSON header with each tensor's dtype, shape and place, and then the bytes. Reading it here rather than
-by memory maps keeps a conversion's memory at the piece in hand, whatever the size of the shards.
+A file is a JSON header with each tensor's dtype, shape and offset, and then the bytes. Plain reads, unlike memory maps,
+keep a conversion's memory at one piece, whatever the size of the shards.
 """
 
 import json
@@ -30,26 +30,26 @@ class Tensor(NamedTuple):
   file: epath.Path
   dtype: np.dtype
   shape: tuple[int, ...]
-  start: int  # of its bytes in the file
+  start: int  # offset of its bytes in the file
 
   @property
   def size(self) -> int:
-    """Its bytes."""
+    """Number of bytes."""
     return self.dtype.itemsize * int(np.prod(self.shape))
 
 
 class Shards(Mapping[str, np.ndarray]):
-  """The tensors of a folder by name: `name.safetensors`, or the shards that `name.safetensors.index.json` lists.
+  """The tensors of a folder by name: of `name.safetensors`, or of the shards in `name.safetensors.index.json`.
 
-  All headers are read and checked at once; tensors are read when they are asked for.
+  All headers are read and checked at once; tensors are read on access.
   """
 
   def __init__(self, folder: epath.PathLike, name: str = WEIGHTS):
     """Open `folder`, local or gs://.
 
     Raises:
-      ValueError: there are no weights, a shard is missing, cut off or no safetensors file, there are files or tensors
-        that the index does not list or tensors in two files, or a dtype is not a float.
+      ValueError: there are no weights; a shard is missing, cut off or not a safetensors file; a file or a tensor is not
+        in the index, or a tensor is in two files; or a dtype is not a float.
     """
     folder = epath.Path(folder)
     index = folder / f"{name}.index.json"
@@ -65,8 +65,8 @@ class Shards(Mapping[str, np.ndarray]):
     for file in sorted(files):
       tensors = read_header(folder / file)
       if twice := sorted(tensors.keys() & self.tensors.keys()):
-        where = self.tensors[twice[0]].file.name
-        raise ValueError(f"{folder}: {twice[0]} is in {where} and in {file} ({len(twice)} such); which one is meant?")
+        first = self.tensors[twice[0]].file.name
+        raise ValueError(f"{folder}: {twice[0]} is in {first} and in {file} ({len(twice)} such); remove one of them")
       self.tensors |= tensors
     if places is not None:
       _check_index(index, places, self.tensors)
@@ -87,7 +87,7 @@ class Shards(Mapping[str, np.ndarray]):
     """Read the rows [start, stop) of a tensor.
 
     Raises:
-      ValueError: the file has become shorter since it was opened.
+      ValueError: the file has been cut since it was opened.
     """
     file, dtype, shape, offset = self.tensors[name]
     row = dtype.itemsize * int(np.prod(shape[1:]))
@@ -100,37 +100,37 @@ class Shards(Mapping[str, np.ndarray]):
 
 
 def read_header(path: epath.Path) -> dict[str, Tensor]:
-  """Read what a safetensors file says of its tensors, and check that the file is whole.
+  """Read the header of a safetensors file, and check that the file is whole.
 
   Raises:
-    ValueError: it is cut off, no safetensors file, or has tensors that are not floats.
+    ValueError: it is cut off or not a safetensors file, or has tensors that are not floats.
   """
   size = path.stat().length
   with path.open("rb") as stream:
     first = stream.read(8)
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
     if not 0 < length <= min(_MAX_HEADER, size - 8):
-      raise ValueError(f"{path} is cut off or no safetensors file: {size} bytes")
+      raise ValueError(f"{path} is cut off or not a safetensors file: {size} bytes")
     header = stream.read(length)
   try:
     entries = json.loads(header)
     entries.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
   except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is no safetensors file: its header cannot be read ({error!r})") from error
+    raise ValueError(f"{path} is not a safetensors file: its header cannot be read ({error!r})") from error
   end = 8 + length
   for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
     if tensor.start != end:  # the format leaves no gaps and shares no bytes
-      raise ValueError(f"{path} is damaged: {name} begins at byte {tensor.start}, what stands before it ends at {end}")
+      raise ValueError(f"{path} is damaged: {name} begins at byte {tensor.start}, the tensor before it ends at {end}")
     end += tensor.size
   if end != size:
-    raise ValueError(f"{path} is cut off or damaged: its header speaks of {end} bytes, the file has {size}")
+    raise ValueError(f"{path} is cut off or damaged: its header describes {end} bytes, the file has {size}")
   return tensors
 
 
 def _tensor(path: epath.Path, name: str, entry: Mapping[str, Any], data: int) -> Tensor:
   if entry["dtype"] not in DTYPES:
-    raise ValueError(f"{path}: {name} has the dtype {entry['dtype']}; there must be one of {', '.join(DTYPES)}")
+    raise ValueError(f"{path}: {name} has the dtype {entry['dtype']}; it must be one of {', '.join(DTYPES)}")
   shape, offsets = entry["shape"], entry["data_offsets"]
   if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
     raise ValueError(f"{path} is damaged: {name} has the shape {shape} and the data_offsets {offsets}")
@@ -148,26 +148,26 @@ def _read_index(path: epath.Path) -> dict[str, str]:
   try:
     places = dict(json.loads(path.read_text())["weight_map"])
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is no index of shards ({error!r})") from error
+    raise ValueError(f"{path} is not an index of shards ({error!r})") from error
   for name, file in places.items():
     if not isinstance(file, str):
-      raise ValueError(f"{path} is no index of shards: it places {name} in {file!r}, which names no file")
+      raise ValueError(f"{path} is not an index of shards: it places {name} in {file!r}, which is no file name")
   return places
 
 
 def _check_files(folder: epath.Path, files: set[str], name: str) -> None:
-  """Compare the files that belong to the weights called `name` with those that there are."""
+  """Compare the files that belong to the weights `name` with those in the folder."""
   index = folder / f"{name}.index.json"
   if missing := sorted(file for file in files if not (folder / file).is_file()):
-    raise ValueError(f"{index} lists shards that are not there: {', '.join(missing)}")
+    raise ValueError(f"{index} lists shards that are missing: {', '.join(missing)}")
   stem, suffix = name.split(".")
   if unlisted := sorted({path.name for path in folder.glob(f"{stem}*.{suffix}")} - files):
-    what = "does not list" if index.is_file() else "is not there to list"
-    raise ValueError(f"{index} {what} {', '.join(unlisted)}: remove what does not belong to the model")
+    problem = f"{index.name} does not list them" if index.is_file() else f"there is no {index.name}"
+    raise ValueError(f"{folder} has {', '.join(unlisted)}, but {problem}: remove what does not belong to the model")
 
 
 def _check_index(index: epath.Path, places: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-  """Compare where the index says that tensors are with where they are."""
+  """Compare the files that the index gives for tensors with those that hold them."""
   lost = sorted(name for name, file in places.items() if name not in tensors or tensors[name].file.name != file)
   if lost:
     raise ValueError(f"{index} places {lost[0]} in {places[lost[0]]}, which does not hold it ({len(lost)} such)")
@@ -177,9 +177,9 @@ def _check_index(index: epath.Path, places: Mapping[str, str], tensors: Mapping[
 
 
 def write_file(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Write one file of tensors, local or in a bucket; the library itself writes to local files alone, and mode 0600.
+  """Write one file of tensors, local or in a bucket; the safetensors library writes local files only, with mode 0600.
 
-  Wider dtypes stand first, as its readers expect every tensor to begin at a multiple of its dtype's size.
+  Wider dtypes come first, as readers expect a tensor to begin at a multiple of its dtype's size.
   """
   names = {dtype: name for name, dtype in DTYPES.items()}
   ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
@@ -199,36 +199,37 @@ def write_file(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
 def write_shards(
   folder: epath.Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int
 ) -> list[str]:
-  """Write tensors, which come one by one in the order of `sizes`, into shards of at most `max_bytes` where they can.
+  """Write tensors into shards of at most `max_bytes`, unless one tensor is larger; return the files' names.
 
-  One shard is `model.safetensors`, several have an index. Returns the files' names.
+  One shard is `model.safetensors`; several have an index.
 
   Args:
-    sizes: bytes of every tensor by name.
+    sizes: bytes of every tensor, by name.
+    tensors: names and values in the order of `sizes`, one at a time.
   """
-  groups = _group(sizes, max_bytes)
+  shards = _split(sizes, max_bytes)
   files = [WEIGHTS]
-  if len(groups) > 1:
-    files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+  if len(shards) > 1:
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
   tensors = iter(tensors)
-  for file, names in zip(files, groups, strict=True):
-    shard = dict(next(tensors) for _ in names)
-    write_file(folder / file, shard)
-  if len(groups) > 1:
-    places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+  for file, names in zip(files, shards, strict=True):
+    write_file(folder / file, dict(next(tensors) for _ in names))
+  if len(shards) > 1:
+    places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     files.append(f"{WEIGHTS}.index.json")
   return files
 
 
-def _group(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-  groups: list[list[str]] = [[]]
+def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+  """Split tensor names into shards."""
+  shards: list[list[str]] = [[]]
   filled = 0
   for name, size in sizes.items():
-    if groups[-1] and filled + size > max_bytes:
-      groups.append([])
+    if shards[-1] and filled + size > max_bytes:
+      shards.append([])
       filled = 0
-    groups[-1].append(name)
+    shards[-1].append(name)
     filled += size
-  return groups
+  return shards

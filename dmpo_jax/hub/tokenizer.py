@@ -16,9 +16,11 @@ from dmpo_jax.hub import chat
 
 MASK_PIECE = "<mask>"
 
-# the files of a tokenizer in Hugging Face's layout; the first is needed, or the two of QWEN_FILES
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-QWEN_FILES = ("vocab.json", "merges.txt")  # what Dream has, with its special tokens in tokenizer_config.json
+# The files of a tokenizer in Hugging Face's layout. The first is needed, or both QWEN_FILES.
+TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_FILE, TEMPLATE_FILE = "special_tokens_map.json", "chat_template.jinja"
+QWEN_FILES = ("vocab.json", "merges.txt")  # Dream's, which has its special tokens in tokenizer_config.json
+FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_FILE, TEMPLATE_FILE, *QWEN_FILES)
 # how Qwen2's tokenizer cuts text before the merges
 QWEN_PIECES = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -144,17 +146,17 @@ class HuggingFaceTokenizer:
     """
     self._where = f"tokenizer.path={str(path)!r}"
     folder = epath.Path(path)
-    config = _read_json(folder / FILES[2], self._where) | _read_json(folder / FILES[1], self._where)
+    config = _read_json(folder / SPECIAL_FILE, self._where) | _read_json(folder / CONFIG_FILE, self._where)
     self._model = self._load(folder, config)
     names = {key: text for key, value in config.items() if key.endswith("_token") and (text := _content(value))}
     self._template = None
     if is_chat:
-      self._template = self._compile(chat.find_template(folder / FILES[3], config), names)
+      self._template = self._compile(chat.find_template(folder / TEMPLATE_FILE, config), names)
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
     self._set_special_ids(names, _read_json(folder / MODEL_FILE, self._where))
 
   def _load(self, folder: epath.Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    path, parts = folder / FILES[0], [folder / name for name in QWEN_FILES]
+    path, parts = folder / TOKENIZER_FILE, [folder / name for name in QWEN_FILES]
     try:
       if path.is_file():
         return tokenizers.Tokenizer.from_str(path.read_text())
@@ -183,7 +185,7 @@ class HuggingFaceTokenizer:
       elif token is not None and own is None:
         problems.append(f"the {kind} token {token!r} has no id")
       elif own is None and wanted is None and is_needed:
-        problems.append(f"there is no {kind} token, neither in {FILES[1]} nor as {kind}_token_id in {MODEL_FILE}")
+        problems.append(f"there is no {kind} token, neither in {CONFIG_FILE} nor as {kind}_token_id in {MODEL_FILE}")
       elif own is None and wanted is not None and self._model.id_to_token(wanted) is None:
         problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted}, which is no token")
       elif own is not None and wanted is not None and wanted != own:
@@ -287,6 +289,11 @@ def _read_json(path: epath.Path, where: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{where}: {path.name} is not a JSON object ({error})") from error
+
+
+def has_tokenizer(folder: epath.Path) -> bool:
+  """Whether a folder holds a tokenizer in Hugging Face's layout."""
+  return any((folder / name).exists() for name in (TOKENIZER_FILE, QWEN_FILES[0]))
 
 
 TOKENIZERS = ("sentencepiece", "huggingface")

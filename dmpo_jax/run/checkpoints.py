@@ -180,7 +180,7 @@ class Checkpoints:
     finally:
       self._manager.close()
 
-  def _storing(self, action: Callable[[], Any]) -> None:
+  def _storing(self, action: Callable[[], object]) -> None:
     """Run an action that writes; turn what Orbax and TensorStore raise into OSError."""
     try:
       action()
@@ -197,7 +197,7 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
     if kind is not Absent:  # without that process no save finishes
       self.close()
 

@@ -4,10 +4,10 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from dmpo_jax.run.params import check_shapes
@@ -15,7 +15,7 @@ from dmpo_jax.run.params import check_shapes
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # memory limit of a container; "max": none
 
 
-def check_parameters(config: ConfigDict, params: Any, lora: Any, held: Sequence[Any]) -> None:
+def check_parameters(config: ConfigDict, params: PyTree, lora: PyTree | None, held: Sequence[PyTree]) -> None:
   """Refuse parameters that exceed the devices' memory, or that the folders in the configuration do not hold.
 
   Args:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from clu import parameter_overview
 from etils import epath
+from jaxtyping import PyTree
 
 from dmpo_jax import files
 from dmpo_jax.config import ConfigError
@@ -39,7 +40,7 @@ class Metrics:
     ConfigError: Weights & Biases is not installed or refuses the run.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, wandb_project: str = "", config: Mapping[str, Any] | None = None):
+  def __init__(self, workdir: epath.PathLike, *, wandb_project: str = "", config: Mapping[str, object] | None = None):
     self._workdir = epath.Path(workdir)
     self._path = self._workdir / "metrics.jsonl"
     self._is_writing = jax.process_index() == 0
@@ -106,11 +107,11 @@ class Metrics:
   def __enter__(self) -> "Metrics":
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
     self.close(is_failed=kind is not None)
 
 
-def _begin_wandb(project: str, workdir: epath.Path, config: Mapping[str, Any]) -> Any:
+def _begin_wandb(project: str, workdir: epath.Path, config: Mapping[str, object]) -> Any:
   """Start a run of Weights & Biases, or resume the workdir's."""
   try:
     import wandb  # here, as it is optional
@@ -137,7 +138,7 @@ def _begin_wandb(project: str, workdir: epath.Path, config: Mapping[str, Any]) -
   return run
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _line(row: Mapping[str, object]) -> str:
   return files.to_json(row) + "\n"
 
 
@@ -190,7 +191,7 @@ def _write_row(writer: Any, row: Mapping[str, Any]) -> None:
   writer.write_scalars(row["step"], {f"{row['phase']}/{name}": x for name, x in scalars.items()})
 
 
-def write_parameter_overview(workdir: epath.PathLike, params: Any) -> str:
+def write_parameter_overview(workdir: epath.PathLike, params: PyTree) -> str:
   """Write the table of parameters (name, shape, dtype, size) to the workdir's parameters.txt; return it."""
   table = parameter_overview.get_parameter_overview(params, include_stats=False)
   if jax.process_index() == 0:
@@ -198,7 +199,7 @@ def write_parameter_overview(workdir: epath.PathLike, params: Any) -> str:
   return table
 
 
-def write_result(workdir: epath.PathLike, result: Mapping[str, Any]) -> None:
+def write_result(workdir: epath.PathLike, result: Mapping[str, object]) -> None:
   """Write a finished run's result to the workdir's result.json; null for numbers that are not finite."""
   if jax.process_index() == 0:
     files.write_whole(epath.Path(workdir) / RESULT, files.to_json(result, indent=2) + "\n")

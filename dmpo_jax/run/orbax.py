@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
 from etils import epath
+from jaxtyping import PyTree
 from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.checkpoint_managers import LatestN
 
@@ -80,7 +81,7 @@ def arrays_handler() -> ocp.StandardCheckpointHandler:
   return digests.with_digests(ocp.StandardCheckpointHandler())
 
 
-def host_copies(tree: Any) -> Any:
+def host_copies(tree: PyTree) -> PyTree:
   """With several processes, copy arrays that each process has whole to the host: Orbax refuses them on devices."""
   if jax.process_count() == 1:
     return tree

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from dmpo_jax import digests
 from dmpo_jax.files import Unreadable
@@ -23,7 +24,7 @@ _REMEDY = (
 )
 
 
-def save_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any] | None = None) -> None:
+def save_params(path: epath.PathLike, params: PyTree, metadata: Mapping[str, object] | None = None) -> None:
   """Save parameters to a folder, whole or not at all; an existing folder is replaced.
 
   Args:
@@ -53,7 +54,7 @@ def read_metadata(path: epath.PathLike) -> dict[str, Any]:
   return digests.read_metadata(absolute(pretrained.params_path(path)))
 
 
-def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
+def load_params(path: epath.PathLike, abstract_params: PyTree) -> PyTree:
   """Load parameters onto the shapes, dtypes and shardings of `abstract_params` (`jax.ShapeDtypeStruct`).
 
   Every process calls this.
@@ -70,7 +71,7 @@ def load_params(path: epath.PathLike, abstract_params: Any) -> Any:
     return checkpointer.restore(path, abstract_params)
 
 
-def check_shapes(path: epath.PathLike, abstract_params: Any) -> None:
+def check_shapes(path: epath.PathLike, abstract_params: PyTree) -> None:
   """Check that a folder holds parameters of these names and shapes; the arrays are not read.
 
   Raises:
@@ -131,35 +132,39 @@ def identity(path: epath.PathLike) -> str:
   return hashlib.sha256(b"".join(file.read_bytes() for file in index)).hexdigest()[:16]
 
 
-def load_leaf(path: epath.PathLike, keys: Sequence[str]) -> np.ndarray:
-  """Load one array of saved parameters to the host, in the dtype that it was saved in.
+class SavedParams:
+  """Saved parameters, of which one array is read to the host at a time."""
 
-  Raises:
-    KeyError: there is no such array.
-  """
-  path = absolute(pretrained.params_path(path))
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    saved = checkpointer.metadata(path).item_metadata.tree
+  def __init__(self, path: epath.PathLike):
+    """Look at a folder; see `load_params`."""
+    self._path = absolute(pretrained.params_path(path))
+
+  def dtypes(self) -> dict[tuple[str, ...], np.dtype]:
+    """Return the dtype of every array, by its keys; the arrays are not read."""
+    with ocp.PyTreeCheckpointer() as checkpointer, _reading(self._path):
+      saved = checkpointer.metadata(self._path).item_metadata.tree
+    leaves, _ = jax.tree.flatten_with_path(saved)
+    return {tuple(key.key for key in keys): np.dtype(leaf.dtype) for keys, leaf in leaves}
+
+  def load(self, keys: Sequence[str]) -> np.ndarray:
+    """Load an array in the dtype that it was saved in.
+
+    Raises:
+      KeyError: there is no such array.
+    """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      saved = checkpointer.metadata(self._path).item_metadata.tree
+      for key in keys:
+        saved = saved[key]
+      item, args = jax.ShapeDtypeStruct(saved.shape, saved.dtype), ocp.RestoreArgs(restore_type=np.ndarray)
+      for key in reversed(keys):
+        item, args = {key: item}, {key: args}
+      restored = checkpointer.restore(
+        self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+      )
     for key in keys:
-      saved = saved[key]
-    item, args = jax.ShapeDtypeStruct(saved.shape, saved.dtype), ocp.RestoreArgs(restore_type=np.ndarray)
-    for key in reversed(keys):
-      item, args = {key: item}, {key: args}
-    restored = checkpointer.restore(
-      path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
-    )
-  for key in keys:
-    restored = restored[key]
-  return restored
-
-
-def saved_dtypes(path: epath.PathLike) -> dict[tuple[str, ...], np.dtype]:
-  """Return the dtype of every array of saved parameters, by its keys; the arrays are not read."""
-  path = absolute(pretrained.params_path(path))
-  with ocp.PyTreeCheckpointer() as checkpointer, _reading(path):
-    saved = checkpointer.metadata(path).item_metadata.tree
-  leaves, _ = jax.tree.flatten_with_path(saved)
-  return {tuple(key.key for key in keys): np.dtype(leaf.dtype) for keys, leaf in leaves}
+      restored = restored[key]
+    return restored
 
 
 @contextlib.contextmanager
@@ -173,6 +178,6 @@ def _reading(path: epath.Path) -> Iterator[None]:
     raise Unreadable(f"{path} cannot be read ({first_line(error)}): {_REMEDY}") from error
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
   leaves, _ = jax.tree.flatten_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 from absl import flags
@@ -145,7 +144,7 @@ class Progress:
     _open.append(self)
     return self
 
-  def __exit__(self, *error: Any) -> None:
+  def __exit__(self, *error: object) -> None:
     _open.remove(self)
     if self._bar is not None:
       self._part = self._compiling = ""
@@ -209,12 +208,12 @@ def _listen_to_the_compiler() -> None:
     _is_listening = True
 
 
-def _begins_to_compile(event: str, value: float, **details: Any) -> None:
+def _begins_to_compile(event: str, value: float, **details: object) -> None:
   if event == COMPILING and _open:
     name = str(details.get("fun_name", "a program"))  # jit(update) or jit_update
     _open[-1].compiling(name.removeprefix("jit").strip("_()"))
 
 
-def _has_compiled(event: str, seconds: float, **details: Any) -> None:
+def _has_compiled(event: str, seconds: float, **details: object) -> None:
   if event == COMPILING and _open:
     _open[-1].compiling("")

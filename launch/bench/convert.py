@@ -11,8 +11,10 @@ from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from dmpo_jax.hub import convert
-from launch import convert_hf
+from dmpo_jax.hub.convert import convert_model
+from dmpo_jax.hub.families import natural_family
+from dmpo_jax.hub.layout import checkpoint_places
+from dmpo_jax.hub.model_config import model_config_to_hf
 from launch.bench import programs, timing, workload
 from launch.bench.report import Options, Result, Row
 
@@ -37,12 +39,12 @@ def write_checkpoint(config: ConfigDict, folder: str) -> timing.Contender:
   """Write random weights in one file, and tell its size."""
   source, model = pathlib.Path(folder), programs.make_model(workload.changed(config, {"model.lora.rank": 0}))
   source.mkdir(parents=True)
-  name = convert.natural_family(model.config)
-  (source / "config.json").write_text(json.dumps(convert.model_config_to_hf(model.config, name)))
+  name = natural_family(model.config)
+  (source / "config.json").write_text(json.dumps(model_config_to_hf(model.config, name)))
   rng, dtype = np.random.default_rng(0), jax.numpy.dtype(model.config.param_dtype)
   tensors = {
-    key: rng.standard_normal(place.shape[::-1] if place.is_transposed else place.shape, np.float32).astype(dtype)
-    for key, place in convert.checkpoint_places(model.config, name).items()
+    key: rng.standard_normal(place.torch_shape, np.float32).astype(dtype)
+    for key, place in checkpoint_places(model.config, name).items()
   }
   save_file(tensors, source / "model.safetensors")
   return timing.Contender(lambda: None, facts={"bytes": float(sum(array.nbytes for array in tensors.values()))})
@@ -53,6 +55,6 @@ def make_conversion(source: str, folder: str) -> timing.Contender:
   numbers = itertools.count()
 
   def turn() -> None:
-    convert_hf.convert_model(epath.Path(source), epath.Path(folder) / f"out{next(numbers)}")
+    convert_model(epath.Path(source), epath.Path(folder) / f"out{next(numbers)}")
 
   return timing.Contender(turn)

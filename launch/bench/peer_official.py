@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
-from dmpo_jax.hub import convert
+from dmpo_jax.hub.layout import checkpoint_places, to_tensors
+from dmpo_jax.hub.model_config import model_config_to_hf
 from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.models.transformer import ModelConfig
 from launch.bench import workload
@@ -47,11 +48,12 @@ class OfficialPeer(Peer):
 
   def make_model(self, config: ModelConfig, params: Mapping[str, Any]) -> torch.nn.Module:
     """Build its LLaDA with our weights."""
-    fields = convert.model_config_to_hf(config, "llada")
+    fields = model_config_to_hf(config, "llada")
     own = self._modeling.LLaDAConfig(**{key: value for key, value in fields.items() if key != "architectures"})
     model = self._modeling.LLaDAModelLM(own, init_params=True)
-    tensors = convert.params_to_hf(params, config)
-    model.load_state_dict({name: tensor(array) for name, array in tensors.items()})
+    read = lambda path: np.asarray(functools.reduce(operator.getitem, path, params))  # noqa: E731
+    tensors = to_tensors(read, checkpoint_places(config, "llada"))
+    model.load_state_dict({name: tensor(array) for name, array in tensors})
     return model.to(getattr(torch, config.dtype))
 
   def loss(self, is_masked: torch.Tensor | None) -> torch.Tensor:

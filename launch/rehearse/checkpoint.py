@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dmpo_jax import build, tasks
-from dmpo_jax.hub import convert
+from dmpo_jax.hub.families import natural_family
+from dmpo_jax.hub.layout import checkpoint_places
+from dmpo_jax.hub.model_config import model_config_to_hf
 from dmpo_jax.hub.shards import write_shards
-from dmpo_jax.hub.tokenizer import FILES, MODEL_FILE
+from dmpo_jax.hub.tokenizer import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from dmpo_jax.tasks import user
 
 SPECIAL = {
@@ -47,10 +49,10 @@ def write(folder: pathlib.Path, config: ConfigDict, scale: float = SCALE) -> int
   with copy.deepcopy(config).unlocked() as own:
     own.model.init_from, own.model.quantization = "", "none"
     model = build.build_model(own, types.SimpleNamespace(**ids, vocab_size=PIECES)).config
-  family = convert.natural_family(model)
+  family = natural_family(model)
   rng, dtype = np.random.default_rng(config.seed), jnp.dtype(config.model.param_dtype)
-  places = convert.checkpoint_places(model, family)
-  shapes = {name: place.shape[::-1] if place.is_transposed else place.shape for name, place in places.items()}
+  places = checkpoint_places(model, family)
+  shapes = {name: place.torch_shape for name, place in places.items()}
 
   def tensors() -> Iterable[tuple[str, np.ndarray]]:
     for name, shape in shapes.items():
@@ -60,7 +62,7 @@ def write(folder: pathlib.Path, config: ConfigDict, scale: float = SCALE) -> int
 
   sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
   write_shards(epath.Path(folder), sizes, tensors(), SHARD_BYTES)
-  (folder / MODEL_FILE).write_text(json.dumps(convert.model_config_to_hf(model, family), indent=2))
+  (folder / MODEL_FILE).write_text(json.dumps(model_config_to_hf(model, family), indent=2))
   return sum(sizes.values()) // dtype.itemsize
 
 
@@ -91,7 +93,7 @@ def _write_tokenizer(folder: pathlib.Path, texts: list[str]) -> dict[str, int]:
     vocab_size=PIECES, special_tokens=special, initial_alphabet=alphabet, show_progress=False
   )
   tokenizer.train_from_iterator(texts, trainer)
-  tokenizer.save(str(folder / FILES[0]))
+  tokenizer.save(str(folder / TOKENIZER_FILE))
   about = {**SPECIAL, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
-  (folder / FILES[1]).write_text(json.dumps(about, indent=2))
+  (folder / CONFIG_FILE).write_text(json.dumps(about, indent=2))
   return {f"{kind}_id": tokenizer.token_to_id(SPECIAL[kind]) for kind in ("mask_token", "eos_token", "pad_token")}

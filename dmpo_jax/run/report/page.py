@@ -79,7 +79,7 @@ def render(runs: Sequence[Run]) -> str:
   )
 
 
-def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
+def draw(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
   """Return the charts that have values, and the titles of those that every run should have but none has."""
   parts = [
     ("Held-out solve rate", "Policy on prompts that it is not trained on, 95 % interval.", ("solve_rate", ".1%")),

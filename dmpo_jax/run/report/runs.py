@@ -161,7 +161,7 @@ def is_number(value: object) -> bool:
   return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _evaluations(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> dict[int, Row]:
+def _evaluations(result: Row, rows: Mapping[str, Sequence[Row]]) -> dict[int, Row]:
   """Collect the evaluations of the result and, for an unfinished run, of the rows."""
   found = {}
   for row in rows.get("train", ()):
@@ -175,7 +175,7 @@ def _evaluations(result: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -
   return dict(sorted(found.items()))
 
 
-def _figures(row: Mapping[str, Any]) -> Row:
+def _figures(row: Row) -> Row:
   """Return the numbers of a row; an interval with one end is dropped."""
   figures = {name: value for name, value in row.items() if is_number(value)}
   for name in [name for name in figures if name.endswith(("_low", "_high"))]:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 from rich.table import Table
 
 from dmpo_jax.run.report.charts import list_parts
+from dmpo_jax.run.report.runs import Row
 
 NEEDED = {  # keys that a row of `evaluations` must have
   *("policy", "buffers", "task", "completion_length", "sampler", "steps", "is_as_in_training", "num_prompts"),
@@ -17,7 +17,7 @@ NEEDED = {  # keys that a row of `evaluations` must have
 NAMED = ("policy", "buffers", "task", "completion_length", "sampler", "steps")  # columns that identify a row
 
 
-def settings_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def settings_apart(rows: Sequence[Row]) -> list[str]:
   """Return for each row the settings in which it differs from rows with the same policy, task, sampler and length."""
   names = [str([row.get(name) for name in NAMED]) for row in rows]
   settings = [row["settings"] if isinstance(row.get("settings"), Mapping) else {} for row in rows]
@@ -47,7 +47,7 @@ def outcome(rows: Mapping[str, Mapping[str, float]]) -> Table:
   return layout
 
 
-def evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
+def evaluations(rows: Sequence[Row]) -> Table:
   """Lay out the evaluations of a workdir; a star marks a sampler or setting that training did not use.
 
   Columns with the same value in all rows become one line below the table, so that it fits a narrow terminal.

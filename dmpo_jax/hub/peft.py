@@ -1,0 +1,79 @@
+"""The settings of adapters: PEFT's adapter_config.json and our LoraConfig, in both directions."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dmpo_jax.hub.entries import POSITIVE, SHARE, SIZE, check_entries
+from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.models.lora import TARGETS, LoraConfig
+
+# PEFT's initialisations that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+# change them when the adapter is loaded, so the adapter belongs to that changed model.
+INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+OTHER_ADAPTERS = (  # options under which PEFT's adapter is not plain LoRA, or is on other modules
+  "alora_invocation_tokens",
+  "alpha_pattern",
+  "arrow_config",
+  "fan_in_fan_out",
+  "kasa_config",
+  "layer_replication",
+  "lora_bias",
+  "modules_to_save",
+  "monteclora_config",
+  "rank_pattern",
+  "target_parameters",
+  "trainable_token_indices",
+  "use_bdlora",
+  "use_dora",
+  "use_qalora",
+  "use_rslora",
+)
+
+
+def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], family: str = "llada") -> LoraConfig:
+  """Translate an adapter_config.json.
+
+  The targets are read from the adapter's tensor `names`: PEFT ignores targets that match no module, and published
+  configs list modules that LLaDA lacks.
+
+  Raises:
+    ValueError: the adapters are not plain LoRA, or are on modules that the model does not have.
+  """
+  check_entries(
+    config,
+    "adapter_config.json",
+    needed={"r": SIZE, "lora_alpha": POSITIVE},
+    optional={"lora_dropout": SHARE},
+  )
+  plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": INITIALISATIONS}
+  other = {key: config[key] for key, known in plain.items() if config.get(key) not in (None, *known)}
+  other |= {key: config[key] for key in OTHER_ADAPTERS if config.get(key)}
+  if other:
+    raise ValueError(f"adapter_config.json: {other} is not supported; adapters must be plain LoRA")
+  ours = {theirs.split(".")[-1]: name for name, theirs in FAMILIES[family].modules.items()}
+  modules = {match[1] for name in names if (match := re.search(r"\.(\w+)\.lora_[AB]\.weight$", name))}
+  unknown = sorted(modules - ours.keys())
+  if unknown or not modules:
+    raise ValueError(f"the adapter is on {unknown or 'nothing'}; the model has {', '.join(ours)}")
+  targets = tuple(name for name in TARGETS if name in {ours[module] for module in modules})
+  return LoraConfig(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout") or 0), targets)
+
+
+def lora_config_to_peft(lora: LoraConfig, family: str, base: str) -> dict[str, Any]:
+  """Write the adapter_config.json that PEFT reads; `base` names the model that the adapters are for."""
+  modules = [FAMILIES[family].modules[name].split(".")[-1] for name in lora.targets]
+  if "ff_out" in modules:  # LLaDA's head is called ff_out too, and PEFT would adapt both: match those of layers only
+    modules = rf".*blocks\.\d+\.({'|'.join(modules)})"
+  return {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base,
+    "r": lora.rank,
+    "lora_alpha": lora.alpha,
+    "lora_dropout": lora.dropout,
+    "target_modules": modules,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+  }
