@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
   k.num_train = 8192  # prompts to generate, or the most to take from a data set; 0: all of them
   k.num_test = 256
   k.max_prompt_length = 32  # tokens; in training every prompt is padded to this length
-  k.overlong_prompts = "error"  # longer ones: error, skip (counted), cut_user (cuts the beginning of the user's turn)
+  k.overlong_prompts = "error"  # longer ones: error, skip (counted), cut_user (cuts the beginning of the last turn)
   k.sudoku = ConfigDict(
     dict(
       min_blanks=4,

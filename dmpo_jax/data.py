@@ -27,6 +27,7 @@ from jaxtyping import Int, UInt32
 
 from dmpo_jax import files
 from dmpo_jax.hub.tokenizer import Tokenizer
+from dmpo_jax.messages import Turn, as_text, turns_of
 from dmpo_jax.processes import meet, working
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import option_types, sources
@@ -267,19 +268,20 @@ class PromptStream:
     self._records, self._task, self._tokenizer = records, task, tokenizer
     self._seed = seed or 0
     self._prompt_length = max_prompt_length
-    self._encoded = [np.array(self._encode(task.prompt(record)), np.int32) for record in records]
+    self._turns = [turns_of(task.prompt(record)) for record in records]
+    self._encoded = [np.array(self._encode(turns), np.int32) for turns in self._turns]
     lengths = [len(ids) for ids in self._encoded]
     overlong_ones = [index for index, length in enumerate(lengths) if length > max_prompt_length]
     cut = overlong_ones if overlong == "cut_user" else []
     for index in cut:
-      self._encoded[index] = np.array(self._encode(self._cut_to_fit(task.prompt(records[index]))), np.int32)
+      self._encoded[index] = np.array(self._encode(self._cut_to_fit(self._turns[index])), np.int32)
     kept = [index for index, ids in enumerate(self._encoded) if len(ids) <= max_prompt_length]
     self.num_cut, self.num_skipped = len(cut), len(lengths) - len(kept)
     if self.num_skipped and (overlong == "error" or not kept):
       raise ValueError(_describe_overlong(lengths, max_prompt_length))
     if not kept:
       raise ValueError("task: there are no records")
-    self._warn_of_letters("".join(map(task.prompt, records)) + task.prefill, "prompts")
+    self._warn_of_letters("".join(turn.text for turns in self._turns for turn in turns) + task.prefill, "prompts")
     self._kept = kept
     order = grain.MapDataset.range(len(kept))
     self._order = (order if seed is None else order.shuffle(seed=_shuffle_seed(seed))).repeat()
@@ -344,25 +346,31 @@ class PromptStream:
       )
     return tokens[:completion_length]
 
-  def _encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode_prompt(text, self._task.prefill)
+  def _encode(self, turns: Sequence[Turn]) -> list[int]:
+    return self._tokenizer.encode_prompt(turns, self._task.prefill)
 
-  def _cut_to_fit(self, text: str) -> str:
-    """Drop as few characters from the beginning of the user's turn as make the prompt fit.
+  def _cut_to_fit(self, turns: Sequence[Turn]) -> list[Turn]:
+    """Drop as few characters from the beginning of the last turn as make the prompt fit.
 
     Raises:
       ValueError: even an empty turn does not fit.
     """
+    text = turns[-1].text
+
+    def cut(start: int) -> list[Turn]:
+      return [*turns[:-1], turns[-1]._replace(text=text[start:])]
 
     def is_fitting(start: int) -> bool:
-      return len(self._encode(text[start:])) <= self._prompt_length
+      return len(self._encode(cut(start))) <= self._prompt_length
 
     start = bisect.bisect_left(range(len(text)), True, key=is_fitting)
     while start <= len(text) and not is_fitting(start):  # a tokenizer need not be monotone
       start += 1
     if start > len(text):
-      raise ValueError(f"task.max_prompt_length={self._prompt_length}: the chat's own tokens alone are more")
-    return text[start:]
+      raise ValueError(
+        f"task.max_prompt_length={self._prompt_length}: even without its last turn, the chat has more tokens"
+      )
+    return cut(start)
 
   def _collate(self, indices: Sequence[int]) -> Prompts:
     shape = (len(indices), self._prompt_length)
@@ -371,7 +379,7 @@ class PromptStream:
       start = self._prompt_length - len(self._encoded[index])
       tokens[row, start:] = self._encoded[index]
       is_valid[row, start:] = True
-    texts = [self._task.prompt(self._records[index]) + self._task.prefill for index in indices]
+    texts = [as_text(self._turns[index]) + self._task.prefill for index in indices]
     return Prompts(tokens=tokens, is_valid=is_valid, prompt_id=prompt_ids(texts))
 
 

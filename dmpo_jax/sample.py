@@ -25,6 +25,7 @@ from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_ids
 from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.measure import Policies, check_confidence
+from dmpo_jax.messages import Prompt, Turn, as_text, turns_of
 from dmpo_jax.processes import meet
 from dmpo_jax.rollout import Compiled
 from dmpo_jax.run.progress import Progress
@@ -40,8 +41,18 @@ BUCKET = 64  # prompts are padded to multiples of so many tokens
 class Request:
   """A prompt, and what its answer is to begin with."""
 
-  prompt: str
+  prompt: Prompt
   prefill: str = ""
+
+  @property
+  def turns(self) -> list[Turn]:
+    """The conversation that the assistant is to answer."""
+    return turns_of(self.prompt)
+
+  @property
+  def given(self) -> dict[str, Prompt]:
+    """The prompt under the key that it has in a file of prompts."""
+    return {"prompt" if isinstance(self.prompt, str) else "messages": self.prompt}
 
 
 def main(
@@ -51,7 +62,8 @@ def main(
 
   Args:
     workdir: of a finished run; None: the model that `model.init_from` names.
-    as_json: one JSON object a line: prompt, ids, text, calls, tokens_per_call, tokens_per_second, confidence.
+    as_json: one JSON object a line: prompt or messages, ids, text, calls, tokens_per_call, tokens_per_second,
+      confidence.
     watch: show the denoising while it happens.
 
   Raises:
@@ -71,7 +83,7 @@ def main(
         if jax.process_index() > 0:
           continue
         if as_json:
-          print(files.to_json({"prompt": request.prompt, **about}, ensure_ascii=False), flush=True)
+          print(files.to_json({**request.given, **about}, ensure_ascii=False), flush=True)
         else:
           print(f"---\n{about['text']}" if index else about["text"], flush=True)
 
@@ -83,13 +95,17 @@ def check_prompts(requests: Sequence[Request], tokenizer: Tokenizer, max_prompt_
     ConfigError: a prompt has more tokens than `max_prompt_length`.
   """
   for number, request in enumerate(requests, start=1):
-    length = len(tokenizer.encode_prompt(request.prompt, request.prefill))
+    try:
+      length = len(tokenizer.encode_prompt(request.turns, request.prefill))
+    except ValueError as error:
+      raise ConfigError(f"prompt {number} of {len(requests)}: {error}") from error
     if length > max_prompt_length:
       raise ConfigError(
         f"prompt {number} of {len(requests)} has {length} tokens, more than config.serve.max_prompt_length = "
         f"{max_prompt_length}: shorten it, or raise that key"
       )
-  lacking = tokenizer.lacking("".join(request.prompt + request.prefill for request in requests))
+  texts = [text for request in requests for text in (*(turn.text for turn in request.turns), request.prefill)]
+  lacking = tokenizer.lacking("".join(texts))
   if lacking:
     logger.warning("the tokenizer lacks %s: the model sees an unknown token in their place", " ".join(lacking))
 
@@ -107,7 +123,7 @@ def decode(
     make_sample(config, parts, group_size=1, temperature=own.temperature, early_exit=own.early_exit, on_call=watcher)
   )
   key = noise.step_key(config.seed, "sample", 0)
-  numbers = prompt_ids([request.prompt + request.prefill for request in requests])
+  numbers = prompt_ids([as_text(request.turns) + request.prefill for request in requests])
   size = min(own.batch_size, len(requests))
   for start in range(0, len(requests), size):
     meet("the next prompts")
@@ -132,7 +148,7 @@ def _run(program: Callable[[], Rollouts], watcher: Watcher | None, num_rows: int
 
 def encode(requests: Sequence[Request], numbers: np.ndarray, tokenizer: Tokenizer, *, num_rows: int) -> Prompts:
   """Encode prompts with their ids as one batch, padded on the left, and filled up to `num_rows` with the last."""
-  ids = [tokenizer.encode_prompt(request.prompt, request.prefill) for request in requests]
+  ids = [tokenizer.encode_prompt(request.turns, request.prefill) for request in requests]
   return pad(ids, numbers, tokenizer, num_rows=num_rows)
 
 
@@ -168,11 +184,11 @@ def describe(rollouts: Rollouts, tokenizer: Tokenizer, seconds: float) -> list[d
 def read_requests(prompt: str | None, path: str | None) -> list[Request]:
   """Return the requests of the command line: one prompt, a JSONL file, or standard input where neither is given.
 
-  Lines of the file are objects {"prompt": ..., "prefill": ...}, the prefill optional. Lines of standard input are
-  prompts, or such objects.
+  Lines of the file are objects {"prompt": ..., "prefill": ...}; the prefill is optional, and "messages", a conversation
+  in OpenAI's format, may replace the prompt. Lines of standard input are prompts, or such objects.
 
   Raises:
-    ConfigError: both are given or there is nothing to read, no prompt in it, or a line that is not what it must be.
+    ConfigError: both are given, there is nothing to read, no prompt is in it, or a line has another form.
   """
   if prompt is not None and path is not None:
     raise ConfigError("give --prompt or --prompts, not both")
@@ -216,10 +232,20 @@ def _read_request(line: str, where: str, *, is_json: bool) -> Request:
     fields = json.loads(line)
   except ValueError as error:
     raise ConfigError(f"{where}: not JSON ({error})") from error
-  if not isinstance(fields, Mapping) or not isinstance(fields.get("prompt"), str):
-    raise ConfigError(f'{where}: must be an object with a text "prompt", such as {{"prompt": "1 + 1 ="}}')
-  if not fields["prompt"].strip():
-    raise ConfigError(f'{where}: the "prompt" is empty')
+  has_messages = isinstance(fields, Mapping) and "messages" in fields and "prompt" not in fields
+  if not has_messages and not (isinstance(fields, Mapping) and isinstance(fields.get("prompt"), str)):
+    raise ConfigError(
+      f'{where}: must be an object with a text "prompt", such as {{"prompt": "1 + 1 ="}}, or with "messages"'
+    )
+  if "messages" in fields and not has_messages:
+    raise ConfigError(f'{where}: give "prompt" or "messages", not both')
   if not isinstance(fields.get("prefill", ""), str):
     raise ConfigError(f'{where}: "prefill" must be a text')
-  return Request(fields["prompt"], fields.get("prefill", ""))
+  request = Request(fields["messages" if has_messages else "prompt"], fields.get("prefill", ""))
+  try:
+    is_empty = not any(turn.text.strip() for turn in request.turns)
+  except ValueError as error:
+    raise ConfigError(f"{where}: {error}") from error
+  if is_empty:
+    raise ConfigError(f'{where}: the "prompt" is empty')
+  return request

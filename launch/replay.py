@@ -11,6 +11,7 @@ from absl import flags
 from etils import epath
 from rich.console import Console
 
+from dmpo_jax import messages
 from dmpo_jax.run import buckets, watch
 from dmpo_jax.run.report.page import is_animation
 from dmpo_jax.run.report.runs import Row, find_generation, is_number, list_generations
@@ -52,7 +53,7 @@ def main() -> None:
   path = epath.Path(given.generations or find_file(epath.Path(given.workdir).expanduser(), given.buffers))
   row = read_generation(path.expanduser(), given.index, given.sample)
   console, animation = Console(), row["denoising"]
-  console.print(str(row.get("prompt", "")), style="dim", markup=False, highlight=False)
+  console.print(messages.show(row.get("prompt", "")), style="dim", markup=False, highlight=False)
   watch.play(animation["pieces"], animation["committed_at"], animation["confidence"], console, given.seconds)
   verdict = "solved" if row.get("is_solved") else "not solved"
   rewards = {"reward": row.get("reward")} | (row.get("reward_parts") or {})

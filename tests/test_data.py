@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import hashlib
 import json
 import subprocess
@@ -428,14 +429,11 @@ class Chat:
   def encode(self, text):
     return list(map(ord, text))
 
-  def encode_prompt(self, text, prefill=""):
-    return [1, 2, *map(ord, text), 3, *map(ord, prefill)]
+  def encode_prompt(self, prompt, prefill=""):
+    return [1, *(id for _, text in prompt for id in (2, *map(ord, text), 3)), *map(ord, prefill)]
 
   def lacking(self, text):
     return ""
-
-  def encode_chat(self, turns):
-    return [1, *(id for _, text in turns for id in (2, *map(ord, text), 3))]
 
   def decode(self, ids):
     return "".join(map(chr, ids))
@@ -452,8 +450,34 @@ def test_the_users_turn_is_cut_inside_the_chat():
   assert prompts.tokens[0].tolist() == [1, 2, *map(ord, "1,2,3=6"), 3]
   assert prompts.tokens[1].tolist() == [1, 2, *map(ord, "30,4=49"), 3]
   assert prompts.prompt_id[1] == prompt_id("75,30,4=49")
-  with pytest.raises(ValueError, match="the chat's own tokens alone"):
+  with pytest.raises(ValueError, match="even without its last turn, the chat has more tokens"):
     PromptStream(records, COUNTDOWN, Chat(), seed=None, max_prompt_length=2, overlong="cut_user")
+
+
+CONVERSATIONS = user.JsonlTask("rows.jsonl", "exact")
+SYSTEM, USER = {"role": "system", "content": "Hi"}, {"role": "user", "content": "1,2=3"}
+
+
+def test_a_conversation_is_a_prompt_with_an_identity_of_its_own():
+  rows = [{"messages": [SYSTEM, USER]}, {"messages": [USER]}, {"prompt": "1,2=3"}]
+  prompts, records = PromptStream(rows, CONVERSATIONS, Chat(), seed=None, max_prompt_length=12).batch(0, 3)
+  assert records == rows
+  assert prompts.tokens[0].tolist() == [1, 2, *map(ord, "Hi"), 3, 2, *map(ord, "1,2=3"), 3]
+  assert prompts.tokens[1].tolist() == prompts.tokens[2].tolist()
+  first, one, again = map(int, prompts.prompt_id)
+  assert one == prompt_id("1,2=3")  # as before there were conversations
+  assert (first, again) == (prompt_id("system: Hi\n\nuser: 1,2=3"), prompt_id(f"{one} 1"))
+  cut = PromptStream(rows[:1], CONVERSATIONS, Chat(), seed=None, max_prompt_length=9, overlong="cut_user")
+  assert cut.batch(0, 1)[0].tokens[0].tolist() == [1, 2, *map(ord, "Hi"), 3, 2, *map(ord, "=3"), 3]
+
+
+def test_a_conversation_needs_a_chat_template(tokenizer):
+  make = functools.partial(PromptStream, task=CONVERSATIONS, tokenizer=tokenizer, seed=None, max_prompt_length=9)
+  with pytest.raises(ValueError, match=r"a conversation needs a chat template \(tokenizer.is_chat=True\)"):
+    make([{"messages": [SYSTEM, USER]}])
+  prompts, _ = make([{"messages": [USER]}]).batch(0, 1)
+  ids = tokenizer.encode("1,2=3")
+  assert prompts.tokens[0, -len(ids) :].tolist() == ids
 
 
 @pytest.fixture

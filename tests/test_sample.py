@@ -25,6 +25,7 @@ from dmpo_jax.sample import Request
   [
     ("1234\n\n  4321\n", [Request("1234"), Request("  4321")]),
     ('{"prompt": "1", "prefill": "2"}\n3\n', [Request("1", "2"), Request("3")]),
+    ('{"messages": [{"role": "user", "content": "1"}]}', [Request([{"role": "user", "content": "1"}])]),
   ],
 )
 def test_prompts_by_a_pipe(monkeypatch, text, requests):
@@ -46,6 +47,8 @@ def test_prompts_of_a_file_and_of_the_command_line(tmp_path):
     ("plain\n", "line 1: not JSON"),
     ('{"prompt": "1"}\n\n{"question": "2"}', 'line 3: must be an object with a text "prompt"'),
     ('{"prompt": "1", "prefill": 2}', '"prefill" must be a text'),
+    ('{"prompt": "1", "messages": []}', 'line 1: give "prompt" or "messages", not both'),
+    ('{"messages": [{"role": "bot", "content": "1"}]}', "line 1: messages[0] must have a role"),
     ('{"prompt": "1"}\n{"prompt": " "}', 'line 2: the "prompt" is empty'),
   ],
 )

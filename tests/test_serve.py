@@ -448,7 +448,7 @@ def test_what_is_not_there_is_answered_in_the_same_form(decode):
 
 
 def test_a_mistake_of_the_server_is_answered_in_the_same_form(decode, monkeypatch):
-  monkeypatch.setattr(api, "read_messages", lambda messages: 1 / 0)
+  monkeypatch.setattr(api, "read_turns", lambda messages: 1 / 0)
   status, text = post(f"{decode.address}/v1/chat/completions", b"{}")
   assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")
 

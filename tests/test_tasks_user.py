@@ -91,6 +91,31 @@ def test_json_lines_are_a_task(tmp_path):
   assert task.is_bounded
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_rows_and_files_may_have_conversations(tmp_path, python_file):
+  rows = [{"messages": [SYSTEM, {"role": "user", "content": f"what is {n}"}], "answer": n} for n in range(200)]
+  task = load(rows_file(tmp_path, rows), "number")
+  train, test = task.records("train"), task.records("test")
+  assert len(train) + len(test) == 200
+  assert 5 < len(test) < 50
+  assert task.prompt(test[0]) == test[0]["messages"]
+  assert judge(task, test[0], test[0]["answer"], True).reward == 1
+  messages = f"""[{SYSTEM}, {{"role": "user", "content": f"say {{record['n']}}"}}]"""
+  task = load(python_file(PYTHON.replace("f\"say {record['n']}\"", messages)))
+  assert task.prompt(task.records("test")[0]) == [SYSTEM, {"role": "user", "content": "say 8"}]
+
+
+def test_a_row_with_one_user_message_is_held_out_like_its_text(tmp_path):
+  texts = [f"what is {n}" for n in range(200)]
+  plain = load(rows_file(tmp_path, [{"prompt": text, "answer": "1"} for text in texts]))
+  held_out = [record["prompt"] for record in plain.records("test")]
+  messages = [{"messages": [{"role": "user", "content": text}], "answer": "1"} for text in texts]
+  chat = load(rows_file(tmp_path, messages))
+  assert [record["messages"][0]["content"] for record in chat.records("test")] == held_out
+
+
 @pytest.mark.parametrize(
   ("grader", "answer", "gold"), [("exact", "The  cat", "the cat"), ("number", "$1,000", "1000"), ("math", "0.5", "1/2")]
 )
@@ -105,10 +130,14 @@ def test_rows_that_cannot_be_used_are_all_listed(tmp_path):
     {"prompt": "b"},
     {"prompt": "", "answer": "3"},
     {"prompt": "c", "answer": "d"},
+    {"prompt": "c", "messages": [{"role": "user", "content": "c"}], "answer": "3"},
+    {"messages": [{"role": "bot", "content": "c"}], "answer": "3"},
   ]
   task = load(rows_file(tmp_path, rows), "number")
   with pytest.raises(
-    ValueError, match=r"3 rows.*\n  row 2: no field 'answer'.*\n  row 3: .*empty\n  row 4: .*no number"
+    ValueError,
+    match=r"5 rows.*\n  row 2: no field 'answer'.*\n  row 3: .*empty\n  row 4: .*no number"
+    r"\n  row 5: .*give one of them\n  row 6: messages\[0\] must have a role",
   ):
     task.records("train")
 

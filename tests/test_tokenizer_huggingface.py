@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers
 
 from dmpo_jax.hub import chat
 from dmpo_jax.hub.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from dmpo_jax.messages import Turn
 
 MODEL = dict(mask_token_id=126336, eos_token_id=126081, pad_token_id=126081, vocab_size=126464)
 DREAM_MODEL = dict(MODEL, mask_token_id=151666, eos_token_id=151643, pad_token_id=151643, vocab_size=152064)
@@ -48,7 +49,10 @@ def test_a_prompt_is_a_conversation_whose_answer_begins(tokenizer):
 
   wanted = [126080, *header("user"), *tokenizer.encode("Wer da?"), 126348, *header("assistant")]
   assert tokenizer.encode_prompt("  Wer da?\n") == wanted
+  assert tokenizer.encode_prompt([Turn("user", "Wer da?")]) == wanted
   assert tokenizer.encode_prompt("Wer da?", "<reasoning>") == wanted + tokenizer.encode("<reasoning>")
+  said = [126080, *header("system"), *tokenizer.encode("Kurz."), 126348, *wanted[1:]]
+  assert tokenizer.encode_prompt([Turn("system", "Kurz."), Turn("user", "Wer da?")]) == said
 
 
 def test_text_comes_back(tokenizer):
@@ -148,14 +152,14 @@ def test_templates_have_what_transformers_gives_them():
 {% generation %}{{ message.content }}{% endgeneration %}
 {% endfor %}{{ bos_token }}{{ {'a': 'é<'} | tojson }}{{ strftime_now('%Y')[:1] }}"""
   template = chat.Template(source, {"bos_token": "<s>"})
-  assert template.render([("system", "no"), ("user", "yes")]) == 'yes<s>{"a": "é<"}2'
+  assert template.render([Turn("system", "no"), Turn("user", "yes")]) == 'yes<s>{"a": "é<"}2'
 
 
 def test_templates_are_sandboxed_and_may_refuse():
   with pytest.raises(ValueError, match=r"refuses the conversation.*unsafe"):
-    chat.Template("{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}", {}).render([("user", "x")])
+    chat.Template("{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}", {}).render([Turn("user", "x")])
   with pytest.raises(ValueError, match=r"refuses the conversation.*only users"):
-    chat.Template("{{ raise_exception('only users') }}", {}).render([("user", "x")])
+    chat.Template("{{ raise_exception('only users') }}", {}).render([Turn("user", "x")])
   with pytest.raises(jinja2.TemplateError):
     chat.Template("{{", {})
 

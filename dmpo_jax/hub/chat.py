@@ -13,7 +13,7 @@ from etils import epath
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Turn = tuple[str, str]  # role, content
+from dmpo_jax.messages import Turn
 
 
 def find_template(path: epath.PathLike, config: Mapping[str, Any]) -> str | None:

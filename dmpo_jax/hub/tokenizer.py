@@ -13,6 +13,7 @@ import tokenizers
 from etils import epath
 
 from dmpo_jax.hub import chat
+from dmpo_jax.messages import Turn
 
 MASK_PIECE = "<mask>"
 
@@ -43,19 +44,17 @@ class Tokenizer(Protocol):
     """Return the ids of a text, without any special tokens around it."""
     ...
 
-  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
-    """Return the ids that a completion is to follow.
+  def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
+    """Return the ids that a completion continues.
 
-    With a chat template that is the conversation in which the user has said `text` and the answer's turn has begun;
-    without one, the text itself. `prefill` is the answer's beginning, which the model is not to write any more.
-    """
-    ...
+    A chat template renders the conversation and opens the assistant's turn. Without one, the ids are those of the text.
 
-  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
-    """Return the ids of a conversation, (role, text) for each turn, that the assistant is to answer.
+    Args:
+      prompt: what the user says, or a conversation.
+      prefill: the beginning of the answer, which the model does not have to write.
 
     Raises:
-      ValueError: the chat template refuses the conversation, or there is none and it is more than a user's turn.
+      ValueError: the chat template refuses the conversation, or there is none and it is more than one user turn.
     """
     ...
 
@@ -104,13 +103,9 @@ class SentencePieceTokenizer:
     """Return the ids of a text, without any special tokens around it."""
     return self._model.encode(text)
 
-  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
-    """Return the ids of the text and what the answer begins with."""
-    return self._model.encode(text + prefill)
-
-  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
-    """Return the ids of the one turn that there may be, without a template."""
-    return self._model.encode(_only_turn(turns))
+  def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
+    """Return the ids of what the user says and of the prefill."""
+    return self._model.encode(_plain_text(prompt) + prefill)
 
   def lacking(self, text: str) -> str:
     """Return the characters of a text that are the unknown piece."""
@@ -212,7 +207,9 @@ class HuggingFaceTokenizer:
       return None
     special = {token.content for token in self._model.get_added_tokens_decoder().values() if token.special}
     answer = "answer"
-    rest = self._template.render([("user", "question"), ("assistant", answer)], is_answering=False).split(answer)[-1]
+    rest = self._template.render([Turn("user", "question"), Turn("assistant", answer)], is_answering=False).split(
+      answer
+    )[-1]
     return next(
       (token for token in self._model.encode(rest, add_special_tokens=False).tokens if token in special), None
     )
@@ -221,15 +218,12 @@ class HuggingFaceTokenizer:
     """Return the ids of a text, without any special tokens around it; those that it names become theirs."""
     return self._model.encode(text, add_special_tokens=False).ids
 
-  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
-    """Return the ids of the conversation in which the user has said `text` and the answer has begun with `prefill`."""
+  def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
+    """Return the ids of the conversation, rendered by the chat template if there is one, and of the prefill."""
     if self._template is None:
-      return self.encode(text + prefill)
-    return self.encode(self._template.render([("user", text)]) + prefill)
-
-  def encode_chat(self, turns: Sequence[chat.Turn]) -> list[int]:
-    """Return the ids of the conversation by the chat template, or of the one turn that there may be without it."""
-    return self.encode(_only_turn(turns) if self._template is None else self._template.render(turns))
+      return self.encode(_plain_text(prompt) + prefill)
+    turns = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
+    return self.encode(self._template.render(turns) + prefill)
 
   def lacking(self, text: str) -> str:
     """Return the characters of a text that are the unknown token, or none; a tokenizer of bytes lacks none."""
@@ -253,10 +247,15 @@ def _lacking(text: str, encode: Callable[[str], list[int]], unknown: int | None)
   return "".join(letter for letter, ids in found if not ids or unknown in ids)
 
 
-def _only_turn(turns: Sequence[chat.Turn]) -> str:
-  if [role for role, _ in turns] != ["user"]:
-    raise ValueError("the model has no chat template: a conversation must be one message of the user")
-  return turns[0][1]
+def _plain_text(prompt: str | Sequence[Turn]) -> str:
+  """Return what the user says, where there is no chat template."""
+  if isinstance(prompt, str):
+    return prompt
+  if [role for role, _ in prompt] != ["user"]:
+    raise ValueError(
+      "a conversation needs a chat template (tokenizer.is_chat=True); without one it must be one message of the user"
+    )
+  return prompt[0][1]
 
 
 def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, Any]]) -> tokenizers.Tokenizer:

@@ -25,10 +25,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmpo_jax import files
-from dmpo_jax.hub.chat import Turn
 from dmpo_jax.hub.tokenizer import Tokenizer
+from dmpo_jax.messages import Turn
 from dmpo_jax.serve.engine import Engine, Job
-from dmpo_jax.serve.requests import Limits, Options, RequestError, read_messages, read_options, read_prompts
+from dmpo_jax.serve.requests import Limits, Options, RequestError, read_options, read_prompts, read_turns
 from dmpo_jax.serve.responses import Reader, ResponseFormat, Text
 
 MAX_BODY = 2**20  # bytes
@@ -193,7 +193,7 @@ class Service:
   async def chat(self, request: Request) -> Response:
     """`/v1/chat/completions`: continue a conversation, rendered by the chat template if there is one."""
     fields = await self._read(request)
-    turns = read_messages(fields.pop("messages", None))
+    turns = read_turns(fields.pop("messages", None))
     prompt = self._encode_chat(turns)
     self._note_lacking(request, [text for _, text in turns])
     return await self._respond(request, [prompt], fields, is_chat=True)
@@ -205,7 +205,7 @@ class Service:
       raise RequestError(400, "prompt must be one string", "prompt")
     if len(fields) > 1:
       raise RequestError(400, f"only prompt is read here, not {', '.join(sorted(fields.keys() - {'prompt'}))}")
-    prompt = self._encode_chat([("user", fields["prompt"])])
+    prompt = self._encode_chat(fields["prompt"])
     events = self._events(request, [prompt], read_options({}, self.limits, is_chat=True))
     first = await anext(events)
 
@@ -258,9 +258,9 @@ class Service:
       raise RequestError(400, "the body must be a JSON object")
     return fields
 
-  def _encode_chat(self, turns: list[Turn]) -> list[int]:
+  def _encode_chat(self, prompt: str | list[Turn]) -> list[int]:
     try:
-      return self.tokenizer.encode_chat(turns)
+      return self.tokenizer.encode_prompt(prompt)
     except ValueError as error:
       raise RequestError(400, str(error), "messages") from error
 

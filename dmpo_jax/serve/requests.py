@@ -10,31 +10,13 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from dmpo_jax.hub.chat import Turn
 from dmpo_jax.hub.tokenizer import Tokenizer
+from dmpo_jax.messages import Turn, read_messages
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 256  # strings, characters of one
 MAX_TEMPERATURE = 2.0  # as at OpenAI
 MAX_WHOLE = 2**31  # tokens; more than the completion length means the completion length
 LENGTHS = ("max_tokens", "max_completion_tokens")
-ROLES = {
-  "system": "system",
-  "developer": "system",
-  "user": "user",
-  "assistant": "assistant",
-}  # OpenAI -> template
-IGNORED = {"user", "metadata", "store"}  # they do not change the result
-FIXED = {  # only OpenAI's default is allowed
-  "top_p": 1,
-  "frequency_penalty": 0,
-  "presence_penalty": 0,
-  "echo": False,
-  "logit_bias": {},
-  "tools": [],
-  "parallel_tool_calls": True,
-  "response_format": {"type": "text"},
-  "modalities": ["text"],
-}
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # of error responses, by status
 
 
@@ -156,37 +138,16 @@ def _are_ids(value: Any) -> bool:
   return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
-def read_messages(messages: Any) -> list[Turn]:
-  """Read a conversation as turns with the chat template's roles.
+def read_turns(given: Any) -> list[Turn]:
+  """Read the messages of a conversation.
 
   Raises:
-    RequestError: it is no conversation, or its last turn is the assistant's.
+    RequestError: it is no conversation, or its last message is the assistant's.
   """
-  if not isinstance(messages, list) or not messages:
-    raise RequestError(400, "messages must be a list of at least one message", "messages")
-  turns = [_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
-  if turns[-1][0] == "assistant":
-    raise RequestError(400, "the last message must not be the assistant's", "messages")
-  return turns
-
-
-def _turn(message: Any, where: str) -> Turn:
-  if not isinstance(message, Mapping) or message.get("role") not in list(ROLES):  # may not be hashable
-    raise RequestError(400, f"{where} must have a role, one of {', '.join(ROLES)}", "messages")
-  extra = [name for name, value in message.items() if name not in ("role", "content") and value is not None]
-  if extra:
-    raise RequestError(400, f"{where}: {extra[0]} is not supported", "messages")
-  content = message.get("content")
-  if isinstance(content, list):  # parts, which must all be text
-    content = "".join(map(_text_of, content)) if all(_text_of(part) is not None for part in content) else None
-  if not isinstance(content, str):
-    raise RequestError(400, f"{where} must have text content", "messages")
-  return ROLES[message["role"]], content
-
-
-def _text_of(part: Any) -> str | None:
-  is_text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-  return part["text"] if is_text else None
+  try:
+    return read_messages(given)
+  except ValueError as error:
+    raise RequestError(400, str(error), "messages") from error
 
 
 def _whole(value: Any, name: str, low: int, high: int) -> int | None:

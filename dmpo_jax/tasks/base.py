@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
+from dmpo_jax.messages import Prompt
+
 Record = dict[str, Any]  # one prompt and what grading it needs: strings and numbers, as JSON keeps them
 Split = Literal["train", "test"]
 Reward = float | Mapping[str, float]  # one number, or named parts: their sum is the reward
@@ -30,7 +32,7 @@ class Grade:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class PromptTemplate:
   """How a task's prompts read. `$name` stands for a field of the record; a template has no other dollar sign."""
 
   text: str  # the user's turn
@@ -45,8 +47,8 @@ class Task(Protocol):
 
   version: ClassVar[str]  # of the records, as "1.0.0": raised whenever the same options would give other ones
 
-  def prompt(self, record: Record) -> str:
-    """Return the user's turn: the text that the model is to answer."""
+  def prompt(self, record: Record) -> Prompt:
+    """Return what the model is to answer: the text of the user's turn, or a conversation."""
     ...
 
   @property

@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from dmpo_jax.tasks import answers, arithmetic, sources
-from dmpo_jax.tasks.base import Grade, Prompt, Record, Split
+from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Split
 from dmpo_jax.tasks.published import prompts
 from dmpo_jax.tasks.worded import FORM, WordedTask
 
@@ -38,8 +38,8 @@ class Term(NamedTuple):
   rank: int  # of its outermost operator: 1 for + -, 2 for * /, 3 for a bare number
 
 
-BARE_PROMPT = Prompt("$numbers=$target", is_tagged=False)
-DEFAULT_PROMPT = Prompt(
+BARE_PROMPT = PromptTemplate("$numbers=$target", is_tagged=False)
+DEFAULT_PROMPT = PromptTemplate(
   "Write an expression with the value $target from the numbers $numbers, each of them used exactly once, with +, -, *, "
   f"/ and parentheses. {FORM}nothing but the expression: no equals sign, not its value."
 )

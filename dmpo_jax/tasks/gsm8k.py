@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax.tasks import answers, sources
-from dmpo_jax.tasks.base import Grade, Prompt, Record, Reward, Split
+from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Reward, Split
 from dmpo_jax.tasks.published import prompts, rewards
 from dmpo_jax.tasks.worded import FORM, WordedTask
 
@@ -21,7 +21,9 @@ _REPOSITORY = (
 )
 _NOTE = re.compile(r"<<[^<>]*>>")  # calculator notes inside the solutions
 
-DEFAULT_PROMPT = Prompt(f"Solve the problem below step by step. {FORM}nothing but the final number.\n\n$question")
+DEFAULT_PROMPT = PromptTemplate(
+  f"Solve the problem below step by step. {FORM}nothing but the final number.\n\n$question"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax.tasks import answers, equivalence, sources
-from dmpo_jax.tasks.base import Grade, Prompt, Record, Reward, Split
+from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Reward, Split
 from dmpo_jax.tasks.published import prompts
 from dmpo_jax.tasks.worded import FORM, WordedTask
 
@@ -23,7 +23,7 @@ _REPOSITORY = (
   "prm800k/math_splits"
 )
 
-DEFAULT_PROMPT = Prompt(
+DEFAULT_PROMPT = PromptTemplate(
   f"Solve the problem below step by step. {FORM}the final answer in \\boxed{{}}.\n\n$problem",
   answer="\\boxed{$answer}",
 )

@@ -22,7 +22,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int
 
 from dmpo_jax.tasks import answers
-from dmpo_jax.tasks.base import Grade, Prompt, Record, Split, read_text, refuse_rows
+from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Split, read_text, refuse_rows
 from dmpo_jax.tasks.published import prompts
 from dmpo_jax.tasks.worded import FORM, WordedTask
 
@@ -36,8 +36,8 @@ _CANDIDATES = 256  # puzzles drawn at one time
 _MAX_FRUITLESS = 50  # draws in a row that bring nothing new before the puzzles count as exhausted
 
 
-BARE_PROMPT = Prompt("($puzzle=", is_tagged=False)
-DEFAULT_PROMPT = Prompt(
+BARE_PROMPT = PromptTemplate("($puzzle=", is_tagged=False)
+DEFAULT_PROMPT = PromptTemplate(
   "Below is a 4x4 Sudoku as 16 digits, row by row from the top left; 0 is an empty cell. Fill in the empty cells so "
   "that each row, each column and each 2x2 box has the digits 1 to 4 once. "
   f"{FORM}nothing but the 16 digits of the full grid.\n\n$puzzle"

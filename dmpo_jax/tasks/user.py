@@ -2,6 +2,8 @@
 
 --config.task.name=path/to/my_task.py        records, prompt and reward are the file's functions
 --config.task.name=path/to/rows.jsonl        {"prompt": ..., "answer": ...} a line, graded by task.user.grader
+
+A prompt is the text of a user's turn, or a conversation: {"messages": [{"role": ..., "content": ...}], "answer": ...}.
 """
 
 import dataclasses
@@ -15,8 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 from etils import epath
 
+from dmpo_jax.messages import Prompt, as_text, read_messages, turns_of
 from dmpo_jax.tasks import answers, equivalence, sources
-from dmpo_jax.tasks.base import Grade, Record, Reward, Split, Task, check_part_names, split_reward
+from dmpo_jax.tasks.base import Grade, Record, Reward, Split, Task, check_part_names, describe, split_reward
 
 TEST_SHARE = 0.1  # of the rows of a JSONL file that are held out, chosen by a hash of their prompts
 NEEDED = ("records", "prompt", "reward")  # functions of a Python file
@@ -89,22 +92,28 @@ class JsonlTask:
     """Return the rows of a split; one ValueError lists every row that cannot be used."""
     records, problems = sources.read_rows(epath.Path(self.path).read_bytes(), self._read_row)
     sources.refuse_rows(f"task.name={self.path!r}", problems)
-    return [record for record in records if _is_held_out(record["prompt"]) == (split == "test")]
+    return [record for record in records if _is_held_out(self.prompt(record)) == (split == "test")]
 
   def _read_row(self, row: dict[str, Any]) -> Record:
-    prompt, answer = sources.text_field(row, "prompt"), row.get("answer")
+    if "messages" not in row:
+      sources.text_field(row, "prompt")
+    elif "prompt" in row:
+      raise ValueError("fields 'prompt' and 'messages': give one of them")
+    else:
+      read_messages(row["messages"])
+    answer = row.get("answer")
     answer = str(answer) if type(answer) in (int, float) else sources.text_field(row, "answer")
     if self.grader == "number" and answers.read_number(answer) is None:
       raise ValueError(f"the answer {answer!r:.60} is no number")
-    return {**row, "prompt": prompt, "answer": answer}
+    return {**row, "answer": answer}
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
     """Read another file of the same kind to evaluate on."""
     return sources.read_file(path, self._read_row)
 
-  def prompt(self, record: Record) -> str:
-    """Return the row's prompt."""
-    return record["prompt"]
+  def prompt(self, record: Record) -> Prompt:
+    """Return the row's prompt, or its messages."""
+    return record["messages"] if "messages" in record else record["prompt"]
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return the row's answer."""
@@ -127,7 +136,7 @@ class PythonTask:
   """A file that defines
 
   records(split) -> an iterable of dicts of JSON values, for split "train" and "test"
-  prompt(record) -> the user's turn
+  prompt(record) -> the user's turn, or a list of messages {"role": ..., "content": ...}
   reward(record, completion) -> a finite number, or a dict of such numbers by part, whose sum is the reward
   REWARD_PARTS                                  the names of the parts, where the reward has any: ("correct", "form")
   is_correct(record, completion) -> bool        optional; otherwise whether the reward is above 0
@@ -181,14 +190,18 @@ class PythonTask:
       prompt = self.prompt(record)
     except Exception as error:  # whatever the file's function raises
       return f"{type(error).__name__}: {error}"
-    return "" if isinstance(prompt, str) and prompt.strip() else f"its prompt is {prompt!r:.60}"
+    try:
+      is_usable = any(turn.text.strip() for turn in turns_of(prompt))
+    except ValueError as error:
+      return f"its prompt is {describe(prompt)}: neither a text nor messages ({error})"
+    return "" if is_usable else f"its prompt is {describe(prompt)}"
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
     """Refuse: the file itself says what its test split is."""
     raise ValueError(f"task.eval_path={str(path)!r}: {self.path} gives its own test records; leave eval_path empty")
 
-  def prompt(self, record: Record) -> str:
-    """Return the user's turn."""
+  def prompt(self, record: Record) -> Prompt:
+    """Return the user's turn, or a conversation."""
     return self._module.prompt(record)
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
@@ -237,6 +250,6 @@ def _import(path: str) -> ModuleType:
   return module
 
 
-def _is_held_out(prompt: str) -> bool:
-  digest = hashlib.blake2b(prompt.encode(), digest_size=4).digest()
+def _is_held_out(prompt: Prompt) -> bool:
+  digest = hashlib.blake2b(as_text(turns_of(prompt)).encode(), digest_size=4).digest()
   return int.from_bytes(digest, "big") < TEST_SHARE * 2**32

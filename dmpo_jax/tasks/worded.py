@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dmpo_jax.tasks import answers
-from dmpo_jax.tasks.base import Grade, Prompt, Record, Reward, refuse_options
+from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Reward, refuse_options
 from dmpo_jax.tasks.published import GRADERS, rewards
 
 CHOICES = ("default", "published")  # of rewards and graders
@@ -25,7 +25,7 @@ class WordedTask:
   """
 
   name: ClassVar[str]
-  PROMPTS: ClassVar[Mapping[str, Prompt]]
+  PROMPTS: ClassVar[Mapping[str, PromptTemplate]]
   own_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # that the own reward never leaves
   own_parts: ClassVar[tuple[str, ...]] = ()  # of the own reward; see Task.reward_parts
   is_own_bounded: ClassVar[bool] = True  # see Task.is_bounded, for the own reward and grade
@@ -80,7 +80,7 @@ class WordedTask:
     return self._prompt.prefill
 
   @property
-  def _prompt(self) -> Prompt:
+  def _prompt(self) -> PromptTemplate:
     return self.PROMPTS[self.prompt_name]
 
   @property

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import build, data, phases, tasks
 from dmpo_jax.grading import Grading
+from dmpo_jax.messages import Turn
 from dmpo_jax.structs import TrainState
 from dmpo_jax.tasks.judge import judge
 from launch.bench import programs, timing, workload
@@ -32,17 +33,13 @@ class Numbers:
     drawn = np.random.default_rng(list(text.encode())).choice(self._ordinary, self._length)
     return drawn.tolist()
 
-  def encode_prompt(self, text: str, prefill: str = "") -> list[int]:
+  def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
     """Give as many ids as a prompt may have."""
-    return self.encode(text + prefill)
+    return self.encode(str(prompt) + prefill)
 
   def lacking(self, text: str) -> str:
     """Return no character: all of them have a token."""
     return ""
-
-  def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-    """Give ids that belong to the conversation."""
-    return self.encode(str(list(turns)))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Write the ids before the first EOS."""

@@ -19,7 +19,7 @@ import vl_convert
 from etils import epath
 from markupsafe import Markup
 
-from dmpo_jax import files
+from dmpo_jax import files, messages
 from dmpo_jax.config import CHOICES
 from dmpo_jax.run.report import charts
 from dmpo_jax.run.report.runs import Row, Run, is_number, read_runs
@@ -183,7 +183,7 @@ def completions(run: Run) -> tuple[list[int], list[tuple[str, list[Row | None]]]
   prompts: dict[str, list[Row | None]] = {}
   for column, buffer in enumerate(buffers):
     for line in run.generations[buffer]:
-      row = prompts.setdefault(str(line.get("prompt", "")), [None] * len(buffers))
+      row = prompts.setdefault(messages.show(line.get("prompt", "")), [None] * len(buffers))
       row[column] = row[column] or line
   return buffers, list(prompts.items())
 
@@ -196,7 +196,7 @@ def animations(run: Run) -> list[Animation]:
       record = line.get("denoising")
       if is_animation(record):
         when = "base" if buffer == 0 else f"after {buffer} buffers"
-        metadata = {"prompt": str(line.get("prompt", "")), "reward": line.get("reward"), "when": when}
+        metadata = {"prompt": messages.show(line.get("prompt", "")), "reward": line.get("reward"), "when": when}
         found.append(metadata | {name: list(record[name]) for name in ("pieces", "committed_at", "confidence")})
   return found
 

@@ -4,7 +4,7 @@ From DMPO/data_utils.py (training) and eval/*.py (evaluation) of github.com/yuch
 evaluation every answer is begun with <reasoning>.
 """
 
-from dmpo_jax.tasks.base import Prompt
+from dmpo_jax.tasks.base import PromptTemplate
 
 _TAGS = """
 Respond in the following format:
@@ -71,10 +71,10 @@ _COUNTDOWN_EVAL = (
 )
 
 
-def _pair(train: str, evaluation: str, train_answer: str, evaluation_answer: str) -> dict[str, Prompt]:
+def _pair(train: str, evaluation: str, train_answer: str, evaluation_answer: str) -> dict[str, PromptTemplate]:
   return {
-    "published_train": Prompt(train, answer=train_answer),
-    "published_eval": Prompt(evaluation, prefill="<reasoning>", answer=evaluation_answer),
+    "published_train": PromptTemplate(train, answer=train_answer),
+    "published_eval": PromptTemplate(evaluation, prefill="<reasoning>", answer=evaluation_answer),
   }
 
 
