@@ -139,10 +139,10 @@ def test_the_config_says_what_dtype_is_written(tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--model=x", "--adapter"], "--adapter: adapters are what a run has trained"),
-    (["--run=x", "--adapter", "--dtype=bfloat16"], "--dtype: adapters are written as they were trained"),
+    (["--model=x", "--adapter"], "--adapter: only a run has adapters"),
+    (["--run=x", "--adapter", "--dtype=bfloat16"], "--dtype: adapters are written in one file"),
     (["--run=x", "--adapter", "--shard_gb=5"], "--shard_gb: adapters are"),
-    (["--run=x", "--base_name=me"], "--base_name: it is written into an adapter"),
+    (["--run=x", "--base_name=me"], "--base_name: only an adapter names its base"),
     ([], "give either --run or --model"),
   ],
 )
