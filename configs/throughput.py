@@ -1,4 +1,4 @@
-"""What launch/bench/benchmark.py measures by default: LLaDA's proportions at sizes for two cores.
+"""What launch/bench/main.py measures by default: LLaDA's proportions at sizes for two cores.
 
 `throughput.py:training` is one device's share of a gradient step in the published run: 4 rollouts with 4 masks each.
 `throughput.py:iteration` is the same at half the width. `throughput.py:sampling` decodes 16 rows, and

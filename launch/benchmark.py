@@ -1,8 +1,8 @@
-"""The command `python -m launch.benchmark SECTION`: see `launch/bench/benchmark.py`."""
+"""The command `python -m launch.benchmark SECTION`: see `launch/bench/main.py`."""
 
 import sys
 
-from launch.bench.benchmark import start
+from launch.bench.main import start
 
 if __name__ == "__main__":
   start(*sys.argv[1:])

@@ -28,7 +28,7 @@ from nbclient.exceptions import CellExecutionError
 from configs import base
 from dmpo_jax.config import flatten
 from dmpo_jax.config.rules import RULES
-from launch.bench.benchmark import SECTIONS
+from launch.bench.main import SECTIONS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = (

@@ -1,6 +1,5 @@
 """The benchmark: every section on a tiny workload, what it counts, and what it refuses. No test depends on a time."""
 
-import dataclasses
 import json
 import types
 
@@ -11,13 +10,12 @@ import programs
 import pytest
 
 from dmpo_jax.structs import Rollouts
-from launch.bench import benchmark, costs, timing, workload
 from launch.bench import compile as bench_compile
 from launch.bench import convert as bench_convert
+from launch.bench import costs, main, results, timing, workload
 from launch.bench import grade as bench_grade
 from launch.bench import growth as bench_growth
 from launch.bench import iteration as bench_iteration
-from launch.bench import report as bench_report
 from launch.bench import sample as bench_sample
 from launch.bench import score as bench_score
 from launch.bench import update as bench_update
@@ -29,7 +27,7 @@ def _one_device(use_devices):
 
 
 def options(**fields):
-  return bench_report.Options(repeats=1, say=lambda what: None, **fields)
+  return results.Options(repeats=1, say=lambda what: None, **fields)
 
 
 def test_a_section_as_a_command(tmp_path):
@@ -160,18 +158,19 @@ def test_ratios_are_of_neighbouring_turns(monkeypatch):
   numbers = {"ours": {"x": np.array([1.0, 2.0])}, "PyTorch": {"x": np.array([1.0, 2.0001])}}
 
   def take_turns(makers, repeats, *, say, checked, judge):
+    assert list(makers) == ["ours", "PyTorch"]
     assert set(checked) == {"ours", "PyTorch"}
     judge(numbers)
     return measured
 
   monkeypatch.setattr(timing, "run_in_turns", take_turns)
-  result = bench_report.compare(
+  result = results.compare(
     "score",
     bench_tiny.config(),
-    measured,
     options(peer="torch", peak_flops=6.0),
+    {"ours": None},
+    {"PyTorch": None},
     amount=8,
-    unit="tokens",
     tolerances={"x": 1e-3},
   )
   (ratio,) = result.ratios
@@ -184,8 +183,8 @@ def test_ratios_are_of_neighbouring_turns(monkeypatch):
 
 def test_other_numbers_stop_the_benchmark():
   numbers = {"ours": {"x": np.array([1.0, 2.0])}, "PyTorch": {"x": np.array([1.0, 2.1])}}
-  with pytest.raises(bench_report.Disagreement, match=r"x: ours and PyTorch differ by 4.8e-02, more than 1e-03"):
-    bench_report.agree("ours", "PyTorch", numbers, {"x": 1e-3})
+  with pytest.raises(results.Disagreement, match=r"x: ours and PyTorch differ by 4.8e-02, more than 1e-03"):
+    results.agree("ours", "PyTorch", numbers, {"x": 1e-3})
   assert timing.relative_error(np.array([1, 2, 3, 5]), np.array([1, 2, 3, 4])) == 0.25  # of tokens, the share
   assert timing.relative_error(np.array([np.nan]), np.array([1.0])) != 0
 
@@ -202,13 +201,13 @@ def test_other_numbers_stop_the_benchmark():
 def test_mistakes_are_refused_before_anything_runs(given, keys, message):
   flags = types.SimpleNamespace(**(dict(peer="none", official="", checkpointing=False) | given))
   with pytest.raises(ValueError, match=message):
-    benchmark.check(workload.changed(bench_tiny.config(), keys), flags)
+    main.check(workload.changed(bench_tiny.config(), keys), flags)
 
 
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    (("nothing",), f"sections: all, {', '.join(benchmark.SECTIONS)}"),
+    (("nothing",), f"sections: all, {', '.join(main.SECTIONS)}"),
     (("score", "--remat=none,full"), "--remat=none,full would do nothing in score: it belongs to update"),
     (("sample", "--checkpointing"), "--checkpointing would do nothing in sample"),
     (("update", "--picture=x.svg"), "--picture=x.svg would do nothing in update: it belongs to growth"),
@@ -221,7 +220,7 @@ def test_mistakes_are_refused_before_anything_runs(given, keys, message):
 )
 def test_a_command_that_would_do_nothing_is_refused(capsys, args, message):
   with pytest.raises(SystemExit, match="2"):
-    benchmark.start(*args)
+    main.start(*args)
   assert message in capsys.readouterr().err
 
 
@@ -233,8 +232,8 @@ def test_each_of_all_sections_gets_the_flags_that_it_reads(monkeypatch):
     commands[command[3]] = tuple(command[4:-1])
     return types.SimpleNamespace(returncode=1)
 
-  monkeypatch.setattr(benchmark.subprocess, "run", run)
-  assert benchmark.run_all(given) == 1
+  monkeypatch.setattr(main.subprocess, "run", run)
+  assert main.run_all(given) == 1
   peer, repeats = "--peer=none", ("--repeats=2", "--quiet")
   assert commands == {
     "sample": (peer, *repeats),
@@ -248,7 +247,6 @@ def test_each_of_all_sections_gets_the_flags_that_it_reads(monkeypatch):
 
 
 def test_options_name_the_peers():
-  assert options().peers() == []
-  assert options(peer="torch").peers() == [("PyTorch", "")]
-  assert options(peer="torch", official="x").peers() == [("official", "x")]
-  assert dataclasses.is_dataclass(options())
+  assert options().peers(print, 1) == {}
+  assert options(peer="torch").peers(print, 1) == {"PyTorch": (print, (1, ""))}
+  assert options(peer="torch", official="x").peers(print, 1) == {"official": (print, (1, "x"))}

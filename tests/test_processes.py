@@ -207,7 +207,7 @@ def test_four_processes_train_on_two_prompts_as_one_does(tmp_path):
   own = ("--config=tests/tiny.py", "--config.warm_start.updates=0", "--config.train.num_buffers=1")
   own += ("--config.rollout.num_prompts=2", "--config.train.microbatch_prompts=0", "--config.eval.num_prompts=1")
   four, one = tmp_path / "four", tmp_path / "one"
-  program = (ROOT / "launch" / "local.sh", "-n", "4", "-r", "0", "--")
+  program = (ROOT / "launch" / "pods" / "local.sh", "-n", "4", "-r", "0", "--")
   done = start(*own, f"--workdir={four}", devices=1, program=program)
   assert done.returncode == 0, done.stderr[-3000:]
   done = start(*own, f"--workdir={one}", devices=4)

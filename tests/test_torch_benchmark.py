@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from launch.bench import iteration as bench_iteration
-from launch.bench import report as bench_report
+from launch.bench import peers, results, workload
 from launch.bench import sample as bench_sample
 from launch.bench import score as bench_score
 from launch.bench import update as bench_update
@@ -24,13 +24,13 @@ def _one_device(use_devices):
 
 def compare(ours, peer, tolerances):
   numbers = {"ours": ours.check(), "PyTorch": peer.check()}
-  return bench_report.agree("ours", "PyTorch", numbers, tolerances)
+  return results.agree("ours", "PyTorch", numbers, tolerances)
 
 
 @pytest.mark.parametrize("is_checkpointing", [False, True])
 def test_loss_and_gradient(is_checkpointing):
   config = bench_tiny.config()
-  peer = bench_update.make_peer(config, "", is_checkpointing)
+  peer = bench_update.make_peer(config, is_checkpointing, "")
   compare(bench_update.make_ours(config), peer, bench_update.TOLERANCES)
   peer.run()
 
@@ -50,11 +50,9 @@ def test_tokens():
 
 
 def test_an_iteration_changes_the_adapters():
-  from launch.bench import peer_torch, workload
-
   config = bench_tiny.config(optim__learning_rate=1e-2)
   bench_iteration.make_peer(config, "").run()
-  peer = peer_torch.make_peer(workload.make(config, sharpness=workload.SHARPNESS))
+  peer = peers.make(workload.make(config, sharpness=workload.SHARPNESS))
   before = [weight.detach().clone() for weight in peer.trained]
   peer.iterate(lambda completion: np.arange(len(completion), dtype=np.float32))
   assert all((a != b).any() for a, b in zip(before, peer.trained, strict=True))

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from launch.bench import timing, workload
-from launch.bench.report import Options, Result, Row
+from launch.bench.results import Options, Result, Row
 
 CONFIGS = ("smoke", "sudoku_tiny", "countdown_tiny")
 SHORT = {  # the programs are those of the whole run: no shape depends on these

@@ -16,7 +16,7 @@ from dmpo_jax.hub.families import natural_family
 from dmpo_jax.hub.layout import checkpoint_places
 from dmpo_jax.hub.model_config import model_config_to_hf
 from launch.bench import programs, timing, workload
-from launch.bench.report import Options, Result, Row
+from launch.bench.results import Options, Result, Row
 
 MB = 1e6
 

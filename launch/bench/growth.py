@@ -25,7 +25,7 @@ from rich.table import Table
 from dmpo_jax import noise
 from launch.bench import costs, programs, timing, workload
 from launch.bench import update as bench_update
-from launch.bench.report import Options, shown, shown_bytes
+from launch.bench.results import Options, shown, shown_bytes
 
 NUM_DEVICES = 8
 
@@ -198,7 +198,7 @@ def make_turn(program: str, work: workload.Workload) -> tuple[jax.stages.Compile
   if program == "update":
     step = workload.compile_step(work)
     return step.accumulate, bench_update.make_turn(work, step)
-  compiled, key = workload.trace("sample", work).lower().compile(), noise.step_key(work.config.seed, "rollout", 0)
+  compiled, key = workload.compiled("sample", work), noise.step_key(work.config.seed, "rollout", 0)
   return compiled, lambda: jax.block_until_ready(compiled(work.policies, work.experience.prompts, key))
 
 

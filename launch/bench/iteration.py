@@ -1,4 +1,4 @@
-"""A whole iteration of training: rollouts, their rewards, their scores under both policies, and the updates."""
+"""The section `iteration`: rollouts, rewards, log-probs under both policies, and the updates of one buffer."""
 
 import tempfile
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from dmpo_jax.grading import Grading
 from dmpo_jax.messages import Turn
 from dmpo_jax.structs import TrainState
 from dmpo_jax.tasks.judge import judge
-from launch.bench import programs, timing, workload
-from launch.bench.report import Options, Result, compare
+from launch.bench import peers, programs, timing, workload
+from launch.bench.results import Options, Result, compare
 
 
 class Numbers:
-  """A tokenizer for random weights: a text is the numbers of its tokens, and every prompt has one length."""
+  """A tokenizer for random weights: a text is the ids of its tokens, and all prompts have the same length."""
 
   def __init__(self, work: workload.Workload):
     self._length = work.config.task.max_prompt_length
@@ -29,40 +29,39 @@ class Numbers:
     self._ordinary = workload.ordinary_ids(own)
 
   def encode(self, text: str) -> list[int]:
-    """Give ids that belong to the text."""
+    """Return ids that depend only on the text."""
     drawn = np.random.default_rng(list(text.encode())).choice(self._ordinary, self._length)
     return drawn.tolist()
 
   def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
-    """Give as many ids as a prompt may have."""
+    """Return as many ids as a prompt may have."""
     return self.encode(str(prompt) + prefill)
 
   def lacking(self, text: str) -> str:
-    """Return no character: all of them have a token."""
+    """Return no character: every character has a token."""
     return ""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Write the ids before the first EOS."""
+    """Return the ids before the first EOS as text."""
     ids = list(ids)
     end = ids.index(self.eos_token_id) if self.eos_token_id in ids else len(ids)
     return " ".join(map(str, ids[:end]))
 
   def piece(self, token_id: int) -> str:
-    """Write one id."""
+    """Return one id as text."""
     return str(token_id)
 
 
 def run(config: ConfigDict, options: Options) -> Result:
-  """Measure iterations; the parts are compared number by number in the sections sample, score and update."""
-  makers: dict[str, timing.Maker] = {"ours": (make_ours, (config,))}
-  for name, path in options.peers():
-    makers[name] = (make_peer, (config, path))
+  """Measure iterations; the sections sample, score and update compare the numbers of their parts."""
+  ours: dict[str, timing.Maker] = {"ours": (make_ours, (config,))}
+  others = options.peers(make_peer, config)
   amount = config.rollout.num_prompts * config.rollout.group_size * config.sampler.completion_length
-  return compare("iteration", config, makers, options, amount=amount, unit="tokens", tolerances={})
+  return compare("iteration", config, options, ours, others, amount=amount, tolerances={})
 
 
 def make_ours(config: ConfigDict) -> timing.Contender:
-  """Build training's phase and let it collect buffers and learn from them."""
+  """Build the phase of training; a turn collects a buffer and updates the policy from it."""
   work = workload.make(config, sharpness=workload.SHARPNESS)
   phase, state = _phase(work)
   buffer = 0
@@ -72,7 +71,7 @@ def make_ours(config: ConfigDict) -> timing.Contender:
     with jax.set_mesh(work.mesh):
       state, buffer = _iterate(phase, state, buffer, config.train.updates_per_buffer), buffer + 1
 
-  turn()  # compiles everything, which is no part of an iteration's memory
+  turn()  # compiles everything, so that compilation does not count as memory of an iteration
   names = ("sample", "measure", "accumulate")
   flops = sum(programs.calls_of(name, config) * workload.count_flops(name, config) for name in names)
   return timing.Contender(turn, facts={"flops": flops})
@@ -110,13 +109,11 @@ def _phase(work: workload.Workload) -> tuple[phases.Phase, TrainState]:
 
 
 def make_peer(config: ConfigDict, official: str) -> timing.Contender:
-  """Build the same iteration in PyTorch; the rewards are graded by our code, in both."""
-  from launch.bench import peer_torch
-
+  """Build the same iteration in PyTorch; our code grades its rewards too."""
   if config.sampler.name != "prefix_cache":
-    raise ValueError(f"--peer: sampler.name={config.sampler.name!r}: the peer draws rollouts by prefix_cache alone")
+    raise ValueError(f"--peer: sampler.name={config.sampler.name!r}: the peer has only prefix_cache")
   work = workload.make(config, sharpness=workload.SHARPNESS)
-  peer, tokenizer = peer_torch.make_peer(work, official), Numbers(work)
+  peer, tokenizer = peers.make(work, official), Numbers(work)
   task = tasks.make_task(**tasks.spec(config.task.to_dict()))
   record = next(iter(task.generate("train", 1, config.seed)))
 

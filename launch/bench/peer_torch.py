@@ -283,12 +283,3 @@ def _cross_entropy(logits: torch.Tensor, rows: torch.Tensor, is_hidden: torch.Te
   """Give -log p of every hidden token, 0 elsewhere; the softmax is taken at every position, in float32."""
   losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows.flatten(), reduction="none")
   return losses.view(rows.shape).masked_fill(~is_hidden, 0)
-
-
-def make_peer(work: workload.Workload, official: str = "", **keywords: Any) -> Peer:
-  """Build the peer: plain PyTorch, or with a checkout the official code itself."""
-  if official:
-    from launch.bench.peer_official import OfficialPeer
-
-    return OfficialPeer(work, official, **keywords)
-  return Peer(work, **keywords)

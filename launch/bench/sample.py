@@ -1,4 +1,4 @@
-"""The samplers against each other, and against the published ones in PyTorch."""
+"""The section `sample`: our samplers compared with each other, and with the published one in PyTorch."""
 
 from types import SimpleNamespace
 
@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import noise, phases
 from dmpo_jax.structs import Rollouts
-from launch.bench import costs, timing, workload
-from launch.bench.report import Options, Result, compare
+from launch.bench import costs, peers, timing, workload
+from launch.bench.results import Options, Result, compare
 
-# name in the table -> what it changes in the configuration
+# name in the table -> changes of the configuration
 CONTENDERS = {
   "llada": {"sampler.name": "llada"},
   "prefix_cache": {"sampler.name": "prefix_cache", "sampler.prefix_cache.rule": "count"},
@@ -19,30 +19,28 @@ CONTENDERS = {
   "threshold": {
     "sampler.name": "parallel",
     "sampler.parallel.rule": "threshold",
-    "sampler.parallel.threshold": 0.5,  # random weights are never as sure as trained ones, for which 0.9 is published
+    "sampler.parallel.threshold": 0.5,  # published: 0.9, for trained weights, which are more confident
   },
 }
-PUBLISHED = "prefix_cache"  # what the published rollouts are drawn by, and the peer
-TOLERANCES = {"tokens": 0.1}  # share of others; a tie that rounding decides changes all that follows in its row
+PUBLISHED = "prefix_cache"  # the sampler of the published rollouts and of the peer
+TOLERANCES = {"tokens": 0.1}  # share that differs; a tie decided by rounding changes the rest of its row
 
 
 def run(config: ConfigDict, options: Options) -> Result:
   """Measure rollouts of a buffer by each sampler."""
-  makers: dict[str, timing.Maker] = {
-    name: (make_ours, (workload.changed(config, own),)) for name, own in CONTENDERS.items()
+  ours: dict[str, timing.Maker] = {
+    name: (make_ours, (workload.changed(config, keys),)) for name, keys in CONTENDERS.items()
   }
-  pairs = [(name, "llada") for name in CONTENDERS if name != "llada"]
-  for peer, path in options.peers():
-    makers[f"{peer} {PUBLISHED}"] = (make_peer, (config, path))
-    pairs.append((PUBLISHED, f"{peer} {PUBLISHED}"))
+  others = {f"{name} {PUBLISHED}": peer for name, peer in options.peers(make_peer, config).items()}
+  pairs = [(name, "llada") for name in ours if name != "llada"] + [(PUBLISHED, name) for name in others]
   amount = config.rollout.num_prompts * config.rollout.group_size * config.sampler.completion_length
-  return compare("sample", config, makers, options, amount=amount, unit="tokens", tolerances=TOLERANCES, pairs=pairs)
+  return compare("sample", config, options, ours, others, amount=amount, tolerances=TOLERANCES, pairs=pairs)
 
 
 def make_ours(config: ConfigDict) -> timing.Contender:
-  """Compile the sampler as training draws its rollouts."""
+  """Compile a sampler as training runs it."""
   work = workload.make(config, sharpness=workload.SHARPNESS)
-  compiled = workload.trace("sample", work).lower().compile()
+  compiled = workload.compiled("sample", work)
   key = noise.step_key(config.seed, "rollout", 0)
   per_call = flops_per_call(work)
 
@@ -60,17 +58,17 @@ def make_ours(config: ConfigDict) -> timing.Contender:
 
 
 def flops_per_call(work: workload.Workload) -> tuple[float, float]:
-  """Split a sampler's operations into what it takes once and what each model call takes."""
+  """Split the operations of a sampler into those made once and those of each model call."""
   jaxpr = workload.trace("sample", work).jaxpr
   blocks = work.config.sampler.completion_length // work.config.sampler.block_length
   none, one = (costs.count_flops(jaxpr, while_trips=trips) for trips in (0, 1))
   each = (one - none) / blocks
-  first = blocks if work.config.sampler.name in ("prefix_cache", "dual_cache") else 0  # calls that `none` has
+  first = blocks if work.config.sampler.name in ("prefix_cache", "dual_cache") else 0  # calls before the loops
   return none - first * each, each
 
 
 def count_calls(rollouts: Rollouts, block_length: int) -> int:
-  """Count the model calls that the batch made: in every block as many as its slowest row; each decides something."""
+  """Count the model calls of a batch: in each block those of its slowest row, as every call decides a token."""
   committed_at = rollouts.committed_at.reshape(-1, rollouts.committed_at.shape[-1])
   last = committed_at.reshape(len(committed_at), -1, block_length).max(-1)
   return int(np.diff(last, axis=1, prepend=-1).max(0).sum())
@@ -78,9 +76,7 @@ def count_calls(rollouts: Rollouts, block_length: int) -> int:
 
 def make_peer(config: ConfigDict, official: str) -> timing.Contender:
   """Build the published sampler in PyTorch."""
-  from launch.bench import peer_torch
-
-  peer = peer_torch.make_peer(workload.make(config, sharpness=workload.SHARPNESS), official)
+  peer = peers.make(workload.make(config, sharpness=workload.SHARPNESS), official)
   calls = {"calls": config.sampler.steps}
 
   def turn() -> dict[str, float]:

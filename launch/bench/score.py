@@ -1,4 +1,4 @@
-"""Scoring a buffer: the bound on log p of every rollout under the old policy and the reference, on the same masks."""
+"""The section `score`: bounds on log p of all rollouts of a buffer under the old policy and the reference."""
 
 import jax
 import numpy as np
@@ -7,27 +7,26 @@ from ml_collections import ConfigDict
 from dmpo_jax import noise
 from dmpo_jax.objectives.estimators import make_estimator
 from dmpo_jax.objectives.likelihood import Completions
-from launch.bench import timing, workload
-from launch.bench.report import Options, Result, compare
+from launch.bench import peers, timing, workload
+from launch.bench.results import Options, Result, compare
 
 TOLERANCES = {"log p_old": 1e-4, "log p_ref": 1e-4}
 
 
 def run(config: ConfigDict, options: Options) -> Result:
-  """Measure both policies' scores of a buffer."""
-  makers: dict[str, timing.Maker] = {"ours": (make_ours, (config,))}
-  for name, path in options.peers():
-    makers[name] = (make_peer, (config, path))
+  """Measure the log-probs of a buffer under both policies."""
   positions = config.task.max_prompt_length + config.sampler.completion_length
   rows = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_elbo_samples
+  ours: dict[str, timing.Maker] = {"ours": (make_ours, (config,))}
+  others = options.peers(make_peer, config)
   amount = 2 * rows * positions  # two policies
-  return compare("score", config, makers, options, amount=amount, unit="tokens", tolerances=TOLERANCES)
+  return compare("score", config, options, ours, others, amount=amount, tolerances=TOLERANCES)
 
 
 def make_ours(config: ConfigDict) -> timing.Contender:
-  """Compile the scores that training takes."""
+  """Compile the log-probs of training."""
   work = workload.make(config)
-  compiled = workload.trace("measure", work).lower().compile()
+  compiled = workload.compiled("measure", work)
   own = work.experience
 
   def scores() -> dict[str, np.ndarray]:
@@ -44,12 +43,12 @@ def make_ours(config: ConfigDict) -> timing.Contender:
 
 
 def key(config: ConfigDict) -> jax.Array:
-  """The key that scoring the first buffer takes."""
+  """Return the key of the masks for the first buffer."""
   return noise.step_key(config.seed, "measure", 0)
 
 
 def masks(work: workload.Workload) -> np.ndarray:
-  """Draw the masks that the scores draw, [p, g, r, c]."""
+  """Draw the masks of the log-probs, [p, g, r, c]."""
   own = work.config.objective
   estimator = make_estimator(own.likelihood, own.to_dict(), own.num_elbo_samples)
   keys = noise.row_keys(key(work.config), work.experience.prompts.prompt_id, work.config.rollout.group_size)
@@ -58,11 +57,9 @@ def masks(work: workload.Workload) -> np.ndarray:
 
 
 def make_peer(config: ConfigDict, official: str) -> timing.Contender:
-  """Build the same scores in PyTorch."""
-  from launch.bench import peer_torch
-
+  """Build the same log-probs in PyTorch."""
   work = workload.make(config)
-  peer, is_masked = peer_torch.make_peer(work, official), masks(work)
+  peer, is_masked = peers.make(work, official), masks(work)
 
   def check() -> dict[str, np.ndarray]:
     log_p_old, log_p_ref = peer.elbo(is_masked)

@@ -1,4 +1,4 @@
-"""The gradient step: masks, loss, gradient, clipping and AdamW, against the same step in PyTorch."""
+"""The section `update`: masks, loss, gradient, clipping and AdamW, and the same step in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,30 +12,29 @@ from dmpo_jax import noise, phases
 from dmpo_jax.objectives.masking import draw_masks
 from dmpo_jax.structs import TrainState
 from dmpo_jax.update import Update
-from launch.bench import timing, workload
-from launch.bench.report import Options, Result, compare
+from launch.bench import peers, timing, workload
+from launch.bench.results import Options, Result, compare
 
-# largest differences, relative to the largest number: float32 sums of other orders
+# relative to the largest number; float32 sums differ by their order
 TOLERANCES = {"loss": 1e-4, "gradient norm": 1e-4, "gradient": 1e-3}
 
 
 def run(config: ConfigDict, options: Options) -> Result:
-  """Measure the step, with each way of recomputing that was asked for."""
-  makers: dict[str, timing.Maker] = {
+  """Measure the gradient step with each requested value of model.remat."""
+  ours: dict[str, timing.Maker] = {
     f"ours, remat {remat}": (make_ours, (workload.changed(config, {"model.remat": remat}),))
     for remat in options.remat or (config.model.remat,)
   }
-  for name, path in options.peers():
-    makers[name] = (make_peer, (config, path, False))
-    if options.checkpointing:
-      makers[f"{name}, checkpointing"] = (make_peer, (config, path, True))
+  others = options.peers(make_peer, config, False)
+  if options.checkpointing:
+    others |= {f"{name}, checkpointing": peer for name, peer in options.peers(make_peer, config, True).items()}
   tokens = config.rollout.num_prompts * config.rollout.group_size * config.objective.num_mask_samples
   tokens *= config.task.max_prompt_length + config.sampler.completion_length
-  return compare("update", config, makers, options, amount=tokens, unit="tokens", tolerances=TOLERANCES)
+  return compare("update", config, options, ours, others, amount=tokens, tolerances=TOLERANCES)
 
 
 def make_ours(config: ConfigDict) -> timing.Contender:
-  """Compile the step that training takes."""
+  """Compile the gradient step of training."""
   work = workload.make(config)
   step = workload.compile_step(work)
   facts = {
@@ -46,7 +45,7 @@ def make_ours(config: ConfigDict) -> timing.Contender:
 
 
 def make_turn(work: workload.Workload, step: Update) -> Callable[[], None]:
-  """Take one gradient step after another."""
+  """Return a function that takes one gradient step after another."""
   state = fresh_state(work)
 
   def turn() -> None:
@@ -58,14 +57,14 @@ def make_turn(work: workload.Workload, step: Update) -> Callable[[], None]:
 
 
 def fresh_state(work: workload.Workload) -> TrainState:
-  """Begin with a copy of what is trained, as a step is given its state for good."""
+  """Start from a copy of the trained parameters, since a step donates its state."""
   trainable = workload.as_trained(work.policies.trainable)
   state = phases.fresh_state(trainable, phases.training_optimizer(work.config), work.mesh)
   return state.replace(reference=work.policies.reference)
 
 
 def _check(config: ConfigDict) -> dict[str, np.ndarray]:
-  """Take one step without dropout; the gradient is read from AdamW's first moment, which the step has moved by it."""
+  """Take one step without dropout; the gradient is what the step added to AdamW's first moment."""
   work = workload.make(workload.without_noise(config))
   state, metrics = workload.compile_step(work)(fresh_state(work), *work.beside_state)
   moment = optax.tree_utils.tree_get(state.opt_state, "mu")
@@ -78,12 +77,12 @@ def _check(config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def flat(tree: Any) -> np.ndarray:
-  """Join a tree's arrays, in the order of their names."""
+  """Concatenate the arrays of a tree in the order of their names."""
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def masks_of_step(work: workload.Workload, step: int) -> np.ndarray:
-  """Draw the masks that the update draws in its step, [p, g, r, c]."""
+  """Draw the masks of a gradient step, [p, g, r, c]."""
   config, experience = work.config, work.experience
   key = noise.step_key(config.seed, "loss", step)
   own = config.objective
@@ -98,17 +97,14 @@ def masks_of_step(work: workload.Workload, step: int) -> np.ndarray:
   return np.asarray(is_masked)
 
 
-def make_peer(config: ConfigDict, official: str, is_checkpointing: bool) -> timing.Contender:
-  """Build the same step in PyTorch; `official`: a checkout whose own functions take it, or ""."""
-  from launch.bench import peer_torch
-
-  work = workload.make(config)
-  peer = peer_torch.make_peer(work, official, is_checkpointing=is_checkpointing)
-  quiet = workload.make(workload.without_noise(config))
+def make_peer(config: ConfigDict, is_checkpointing: bool, official: str) -> timing.Contender:
+  """Build the same step in PyTorch."""
+  peer = peers.make(workload.make(config), official, is_checkpointing=is_checkpointing)
 
   def check() -> dict[str, np.ndarray]:
-    twin = peer_torch.make_peer(quiet, official, is_checkpointing=is_checkpointing)
-    loss, norm, gradient = twin.update(masks_of_step(quiet, 0))
+    quiet = workload.make(workload.without_noise(config))
+    fresh = peers.make(quiet, official, is_checkpointing=is_checkpointing)
+    loss, norm, gradient = fresh.update(masks_of_step(quiet, 0))
     return {"loss": np.array(loss), "gradient norm": np.array(norm), "gradient": flat(gradient)}
 
   def turn() -> None:

@@ -1,4 +1,4 @@
-"""What the benchmark measures of a configuration: training's own programs, on random weights, prompts and rollouts."""
+"""What the benchmark measures: the programs of training, on random weights, prompts and rollouts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,32 +19,32 @@ from dmpo_jax.structs import Experience, Prompts
 from dmpo_jax.update import Update
 from launch.bench import costs, programs
 
-# Factor on the head where tokens are drawn: how sure random weights are of them. More, and confidences round to 1.
+# Factor on the head for sampling, which makes random weights confident; with more, confidences round to 1.
 SHARPNESS = 10.0
 
 
 class Workload(NamedTuple):
-  """A configuration with all that its programs are called with."""
+  """A configuration with the arguments of its programs."""
 
   config: ConfigDict
   model: Transformer
-  meshes: tuple[Mesh, Mesh]  # training's, and the samplers'
-  policies: Policies  # parameters, and adapters that change something
+  meshes: tuple[Mesh, Mesh]  # of training, and of the samplers
+  policies: Policies  # adapters are not zero
   experience: Experience
 
   @property
   def mesh(self) -> Mesh:
-    """Training's."""
+    """Return the mesh of training."""
     return self.meshes[0]
 
   @property
   def beside_state(self) -> tuple[Any, Experience, jax.Array]:
-    """What the gradient step takes beside its state."""
+    """Return the arguments of the gradient step after its state."""
     return self.policies.frozen, self.experience, jax.random.key(self.config.seed)
 
 
 def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
-  """Draw weights and a buffer; every process that draws them from one configuration has the same.
+  """Draw weights and a buffer, the same ones in every process.
 
   Args:
     sharpness: factor on the head's weights.
@@ -52,11 +52,11 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
   model, meshes = programs.place(config, jax.devices())
   mesh = meshes[0]
   params = build.random_collection(model, mesh, "params", jax.random.key(0))
-  if not model.config.weight_tying:  # the published samplers cannot bear that MASK is the most likely token
+  if not model.config.weight_tying:  # the published samplers fail where MASK is the most likely token
     params = params | {"head": params["head"].at[:, model.config.mask_token_id].set(0) * sharpness}
   if model.config.lora is None:
     trainable = lora.computing(as_trained(params), model.config.dtype, lora=False)
-  else:  # new adapters' B is 0, and with it their output and A's gradient
+  else:  # B of new adapters is 0, and with it their output and the gradient of A
     trainable = build.random_collection(model, mesh, "lora", jax.random.key(1))
     trainable = jax.tree.map_with_path(_fill_b, trainable)
   reference = jax.tree.map(jnp.copy, trainable) if config.objective.sync_reference_every else None
@@ -64,7 +64,7 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
 
 
 def as_trained(params: Any) -> Any:
-  """Copy parameters to what an optimizer is given."""
+  """Copy parameters in the dtype in which they are trained."""
   return jax.tree.map(lambda x: jnp.copy(x.astype(build.TRAINED)), params)
 
 
@@ -98,13 +98,13 @@ def _experience(config: ConfigDict, model: Transformer) -> Experience:
 
 
 def ordinary_ids(config: ModelConfig) -> np.ndarray:
-  """List the ids that are no special token's."""
+  """List the ids that are not those of special tokens."""
   special = [getattr(config, name) for name in pretrained.SPECIAL_IDS]
   return np.setdiff1d(np.arange(config.vocab_size), special).astype(np.int32)
 
 
 def without_noise(config: ConfigDict) -> ConfigDict:
-  """Give the same work without what two implementations draw differently: dropout, and a sampler's temperature."""
+  """Return the same work without random draws, which differ between implementations: no dropout, temperature 0."""
   return changed(config, {"model.lora.dropout": 0.0, "sampler.temperature": 0.0})
 
 
@@ -120,42 +120,47 @@ def trace(name: str, work: Workload) -> jax.stages.Traced:
   return programs.trace(name, work.config, work.model, work.meshes)
 
 
+def compiled(name: str, work: Workload) -> jax.stages.Compiled:
+  """Compile one of `programs.PROGRAMS` for the workload's sizes."""
+  return trace(name, work).lower().compile()
+
+
 def compile_step(work: Workload) -> Update:
   """Compile the programs of the gradient step."""
   step, _ = programs.make_step(work.config, work.model, work.mesh)
-  return dataclasses.replace(step, **{name: trace(name, work).lower().compile() for name in programs.STEP})
+  return dataclasses.replace(step, **{name: compiled(name, work) for name in programs.STEP})
 
 
 def trace_on(name: str, config: ConfigDict, devices: Sequence[jax.Device]) -> jax.stages.Traced:
-  """Trace a program for a mesh of these devices; nothing is drawn."""
+  """Trace a program for a mesh of these devices, without drawing its arguments."""
   return programs.trace(name, config, *programs.place(config, devices))
 
 
 def count_flops(name: str, config: ConfigDict) -> float:
-  """Count the multiplications and additions that a program's work takes: nothing computed twice to save memory.
+  """Count the floating-point operations of a program without recomputation, whatever model.remat says.
 
-  A sampler that ends by its data counts as many calls as its schedule has.
+  A sampler that may stop early counts with all calls of its schedule.
   """
   plain = changed(config, {"model.remat": "none"})
   return costs.count_flops(trace_on(name, plain, jax.devices()).jaxpr, while_trips=loop_calls(config))
 
 
 def loop_calls(config: ConfigDict) -> int:
-  """The model calls that a sampler makes in a block's loop, by its schedule."""
+  """Count the model calls in a sampler's loop over a block, by its schedule."""
   own = config.sampler
   calls = own.steps * own.block_length // own.completion_length
-  return calls - 1 if own.name in ("prefix_cache", "dual_cache") else calls  # their first call stands before the loop
+  return calls - 1 if own.name in ("prefix_cache", "dual_cache") else calls  # their first call comes before the loop
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int:
-  """The compiler's own account of what a program holds at its peak: arguments, results and what lies between."""
+  """Return the peak memory of a program as the compiler estimates it: arguments, results and temporaries."""
   memory = compiled.memory_analysis()
   total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
   return total - memory.alias_size_in_bytes
 
 
 def settings_line(config: ConfigDict) -> str:
-  """Say what was measured, in a line."""
+  """Describe the sizes of a configuration in one line."""
   model, sampler, rollout = config.model, config.sampler, config.rollout
   lora = f"LoRA rank {model.lora.rank}" if model.lora.rank else "all parameters trained"
   return (

@@ -30,7 +30,7 @@ from dmpo_jax.config import command, validate
 from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.run import buckets, progress
 from launch.bench import timing
-from launch.bench.report import Disagreement, Options, write_json
+from launch.bench.results import Disagreement, Options, write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the benchmark's sections have in common: options, comparisons, and results as tables and JSON."""
+"""What the sections share: options, the comparison of contenders, and results as tables and JSON."""
 
 import dataclasses
 import pathlib
@@ -16,27 +16,26 @@ MIB = 2**20
 
 
 class Disagreement(RuntimeError):
-  """Two contenders computed different numbers: their times say nothing."""
+  """Two contenders computed different numbers, so their times cannot be compared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a run was asked for besides its configuration."""
+  """The flags of a section besides its configuration."""
 
   repeats: int = 3
   peer: str = "none"  # or torch
-  official: str = ""  # a checkout of the official code, which takes the place of ours in PyTorch
-  checkpointing: bool = False  # update: also PyTorch with its layers computed again
+  official: str = ""  # a checkout of the official code, which replaces our PyTorch code
+  checkpointing: bool = False  # update: also PyTorch with gradient checkpointing
   remat: tuple[str, ...] = ()  # values of model.remat; (): the configuration's
-  picture: str = ""  # growth: a file to draw to
+  picture: str = ""  # growth: the file of its picture
   say: Callable[[str], None] = print
-  peak_flops: float | None = None  # of the machine; None: nobody has asked for a utilisation
+  peak_flops: float | None = None  # of the machine; None: no utilisation is reported
 
-  def peers(self) -> list[tuple[str, str]]:
-    """The names of the peers, and the checkout of each."""
-    if self.peer == "none":
-      return []
-    return [("official", self.official)] if self.official else [("PyTorch", "")]
+  def peers(self, make: Callable[..., timing.Contender], *args: Any) -> dict[str, timing.Maker]:
+    """Return the peer that was asked for, if any, by its name; `make` is called with `args` and `official`."""
+    name = "official" if self.official else "PyTorch"
+    return {} if self.peer == "none" else {name: (make, (*args, self.official))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Row:
 
   name: str
   seconds: tuple[float, ...]
-  amount: float  # what a turn works off
+  amount: float  # of work in a turn
   unit: str  # of the amount
-  peak_bytes: int | None = None  # by which the process grew
-  planned_bytes: int | None = None  # of the compiler's account, arguments included
-  flops: float | None = None  # that the work takes
+  peak_bytes: int | None = None  # above what the process held before its first turn
+  planned_bytes: int | None = None  # the compiler's estimate, arguments included
+  flops: float | None = None  # of the work
   calls: int | None = None  # of the model
 
   @property
@@ -63,7 +62,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-  """Ours against a peer: how many times its speed, turn by turn, and which share of its memory."""
+  """The speed of ours relative to a peer, turn by turn, and its share of the peer's memory."""
 
   ours: str
   peer: str
@@ -77,7 +76,7 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """Numbers of ours and of a peer that were compared before anything was timed."""
+  """A comparison of numbers of ours with those of a peer, made before anything was timed."""
 
   ours: str
   peer: str
@@ -88,7 +87,7 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a section found."""
+  """The result of a section."""
 
   section: str
   settings: str
@@ -98,11 +97,11 @@ class Result:
   peak_flops: float | None = None
 
   def utilisation(self, row: Row) -> float | None:
-    """The share of the machine's peak that the work took in the median turn."""
+    """Return the share of the machine's peak that the median turn reached."""
     return None if row.flops is None or not self.peak_flops else row.flops / row.median / self.peak_flops
 
   def tables(self) -> list[Table]:
-    """Lay out what was measured, and how ours compares."""
+    """Lay out the contenders, and the ratios if there are any."""
     return [self._contenders(), *([self._ratios()] if self.ratios else [])]
 
   def _contenders(self) -> Table:
@@ -128,7 +127,7 @@ class Result:
     return table
 
   def _ratios(self) -> Table:
-    table = Table(title="in turns", title_justify="left")
+    table = Table(title="ratios, turn by turn", title_justify="left")
     for column in ("ours", "against", "times its speed", "least", "most", "of its memory", "agreed within"):
       table.add_column(column, justify="left" if column in ("ours", "against", "agreed within") else "right")
     for ratio in self.ratios:
@@ -145,7 +144,7 @@ class Result:
     return table
 
   def as_json(self) -> dict[str, Any]:
-    """Everything, for a file."""
+    """Return everything in a form for a file."""
     return {
       "section": self.section,
       "settings": self.settings,
@@ -162,68 +161,61 @@ class Result:
 def compare(
   section: str,
   config: ConfigDict,
-  makers: Mapping[str, timing.Maker],
   options: Options,
+  ours: Mapping[str, timing.Maker],
+  peers: Mapping[str, timing.Maker],
   *,
   amount: float,
-  unit: str,
   tolerances: Mapping[str, float],
   pairs: Sequence[tuple[str, str]] | None = None,
 ) -> Result:
-  """Measure contenders in turns; the names of the peers among them begin with those of `Options.peers`.
+  """Check that our contenders and the peers compute the same numbers, and time them in turns.
 
   Args:
-    amount: what a turn works off, in `unit`.
-    tolerances: largest error (`timing.relative_error`) of each of the numbers that the contenders' checks give.
-    pairs: whom to compare with whom; None: all of ours with all peers.
+    ours, peers: the contenders by name.
+    amount: tokens of a turn.
+    tolerances: the largest error (`timing.relative_error`) of each number that the contenders' checks return.
+    pairs: which contenders to compare; None: all of ours with all peers.
 
   Raises:
-    Disagreement: a peer's numbers are not ours.
+    Disagreement: a number of a peer differs from ours.
   """
-  peers = [name for name in makers if name.startswith(tuple(peer for peer, _ in options.peers()) or "\0")]
-  ours = [name for name in makers if name not in peers]
   if pairs is None:
     pairs = [(name, peer) for name in ours for peer in peers]
-  checked = {name for pair in pairs if tolerances and pair[1] in peers for name in pair}
+  with_peers = [pair for pair in pairs if pair[1] in peers]
   agreements: list[Agreement] = []
 
   def judge(numbers: Mapping[str, timing.Numbers]) -> None:
-    for name, peer in pairs:
-      if peer in peers:
-        agreements.extend(agree(name, peer, numbers, tolerances))
+    for pair in with_peers:
+      agreements.extend(agree(*pair, numbers, tolerances))
 
-  measured = timing.run_in_turns(makers, options.repeats, say=options.say, checked=checked, judge=judge)
-  twins = {peer: name for name, peer in reversed(pairs) if peer in peers}  # a peer does the same work
+  checked = {name for pair in with_peers for name in pair} if tolerances else set()
+  measured = timing.run_in_turns({**ours, **peers}, options.repeats, say=options.say, checked=checked, judge=judge)
+  same_work = {peer: name for name, peer in reversed(with_peers)}
   rows = [
     Row(
       name,
       timed.seconds,
       amount,
-      unit,
+      "tokens",
       timed.peak_bytes,
       timed.facts.get("planned_bytes"),
-      measured[twins.get(name, name)].facts.get("flops"),
+      measured[same_work.get(name, name)].facts.get("flops"),
       timed.facts.get("calls"),
     )
     for name, timed in measured.items()
   ]
-  return Result(
-    section=section,
-    settings=workload.settings_line(config),
-    rows=rows,
-    ratios=[ratio(*pair, measured) for pair in pairs],
-    agreements=agreements,
-    peak_flops=options.peak_flops,
-  )
+  ratios = [ratio(*pair, measured) for pair in pairs]
+  return Result(section, workload.settings_line(config), rows, ratios, agreements, options.peak_flops)
 
 
 def agree(
   ours: str, peer: str, numbers: Mapping[str, timing.Numbers], tolerances: Mapping[str, float]
 ) -> list[Agreement]:
-  """Compare what two contenders' checks gave.
+  """Compare the numbers of two contenders.
 
   Raises:
-    Disagreement: a number is off by more than its tolerance.
+    Disagreement: a number differs by more than its tolerance.
   """
   found = []
   for what, tolerance in tolerances.items():
@@ -244,7 +236,7 @@ def ratio(ours: str, peer: str, measured: Mapping[str, timing.Timing]) -> Ratio:
 
 
 def shown(value: Any, form: str) -> str:
-  """Format what may not be known."""
+  """Format a value; a dash stands for None."""
   return "-" if value is None else form.format(value)
 
 
@@ -254,7 +246,7 @@ def shown_bytes(value: int | None) -> str:
 
 
 def write_json(path: pathlib.Path, results: list[Any], machine: str) -> None:
-  """Write what was found beside the table."""
+  """Write the results and the machine as JSON."""
   path.parent.mkdir(parents=True, exist_ok=True)
   everything = {"machine": machine, "sections": [each.as_json() for each in results]}
   path.write_text(files.to_json(everything, indent=2) + "\n")
