@@ -1,6 +1,6 @@
-"""Chat templates: a conversation to the text that a chat model expects, rendered as `transformers` renders it.
+"""Chat templates: a conversation -> the text that a chat model expects, as `transformers` renders it.
 
-Templates are programs that come with a checkpoint, so they run in Jinja's sandbox.
+A template is a program that comes with a checkpoint, so it runs in Jinja's sandbox.
 """
 
 import datetime
@@ -17,7 +17,7 @@ from dmpo_jax.messages import Turn
 
 
 def find_template(path: epath.PathLike, config: Mapping[str, Any]) -> str | None:
-  """Return the default template: the file at `path`, or what a tokenizer_config.json has; None if there is none."""
+  """Return the default template: the file at `path`, else that of a tokenizer_config.json; None if there is none."""
   if epath.Path(path).is_file():
     return epath.Path(path).read_text()
   template = config.get("chat_template")
@@ -27,14 +27,14 @@ def find_template(path: epath.PathLike, config: Mapping[str, Any]) -> str | None
 
 
 class Template:
-  """A compiled template; `render` fills it in.
+  """A compiled template.
 
   Args:
-    source: in Jinja's language.
-    special_tokens: their texts by the names that the template knows, such as `bos_token`.
+    source: a Jinja template.
+    special_tokens: texts by the names that templates use, such as `bos_token`.
 
   Raises:
-    jinja2.TemplateError: it is no template.
+    jinja2.TemplateError: the source is not a valid template.
   """
 
   def __init__(self, source: str, special_tokens: Mapping[str, str]):
@@ -62,7 +62,7 @@ class Template:
 
 
 class _GenerationBlocks(Extension):
-  """Lets {% generation %} ... {% endgeneration %}, which marks the assistant's text for training, be what it holds."""
+  """Ignores the tags {% generation %} and {% endgeneration %}, which mark the assistant's text for training."""
 
   tags = frozenset({"generation"})
 

@@ -1,6 +1,7 @@
-"""Text to token ids and back: between a task's strings and the arrays that the model sees.
+"""Tokenizers: a task's strings -> the token ids that the model sees, and back.
 
-Two kinds behind one interface: a sentencepiece model, and a folder in Hugging Face's layout with its chat template.
+There are two kinds with one interface: a sentencepiece model, and a folder in Hugging Face's layout with its chat
+template.
 """
 
 import json
@@ -22,26 +23,26 @@ TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_FILE, TEMPLATE_FILE = "special_tokens_map.json", "chat_template.jinja"
 QWEN_FILES = ("vocab.json", "merges.txt")  # Dream's, which has its special tokens in tokenizer_config.json
 FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_FILE, TEMPLATE_FILE, *QWEN_FILES)
-# how Qwen2's tokenizer cuts text before the merges
+# how Qwen2's tokenizer splits text before the merges
 QWEN_PIECES = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-MODEL_FILE = "config.json"  # of the model that it belongs to, read for its special ids where it stands beside them
+MODEL_FILE = "config.json"  # the model's, read for its special ids if it is in the folder
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-  """What the rest of the package knows of a tokenizer."""
+  """The interface of a tokenizer."""
 
   vocab_size: int  # ids are 0 .. vocab_size - 1
-  pad_token_id: int  # fills prompts on the left; never attended to
+  pad_token_id: int  # pads prompts on the left; never attended to
   bos_token_id: int | None
-  eos_token_id: int  # ends a completion and fills it to its length
-  eot_token_id: int  # ends a turn of a conversation; EOS where there are no turns
-  mask_token_id: int  # a position that is still to be decided
+  eos_token_id: int  # ends a completion and pads it to its length
+  eot_token_id: int  # ends a turn of a conversation; EOS without a chat template
+  mask_token_id: int  # a position that is not decided yet
 
   def encode(self, text: str) -> list[int]:
-    """Return the ids of a text, without any special tokens around it."""
+    """Return the ids of a text, without special tokens around it."""
     ...
 
   def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
@@ -59,26 +60,26 @@ class Tokenizer(Protocol):
     ...
 
   def lacking(self, text: str) -> str:
-    """Return the characters of a text that no token stands for: the model sees them as unknown, or not at all."""
+    """Return the characters of a text without a token: the model sees them as unknown, or not at all."""
     ...
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
+    """Return the text of a completion before the first EOS or EOT, without other special tokens."""
     ...
 
   def piece(self, token_id: int) -> str:
-    """Return what one token stands for: its text or a special token's name, U+FFFD for a part of a character."""
+    """Return the text of one token, or the name of a special token; U+FFFD for a part of a character."""
     ...
 
 
 class SentencePieceTokenizer:
-  """A sentencepiece model with the special pieces <pad>, <s>, </s> and <mask>, and no conversations."""
+  """A sentencepiece model with the special pieces <pad>, <s>, </s> and <mask>, without a chat template."""
 
   def __init__(self, path: epath.PathLike):
     """Load the model file at `path`, local or gs://.
 
     Raises:
-      ValueError: there is no such file, it is no sentencepiece model, or it lacks a special piece.
+      ValueError: the file is missing, not a sentencepiece model, or lacks a special piece.
     """
     self._model = sentencepiece.SentencePieceProcessor()
     if not epath.Path(path).is_file():
@@ -96,11 +97,11 @@ class SentencePieceTokenizer:
     if min(self._specials) < 0 or self.mask_token_id == self._model.unk_id():
       raise ValueError(
         f"tokenizer.path={str(path)!r}: the model must have the pieces <pad>, <s>, </s> and {MASK_PIECE}; "
-        "launch/train_tokenizer.py makes one that has"
+        "launch/train_tokenizer.py makes such a model"
       )
 
   def encode(self, text: str) -> list[int]:
-    """Return the ids of a text, without any special tokens around it."""
+    """Return the ids of a text, without special tokens around it."""
     return self._model.encode(text)
 
   def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
@@ -112,32 +113,32 @@ class SentencePieceTokenizer:
     return _lacking(text, self.encode, self._model.unk_id())
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Return the text of a completion: what stands before the first EOS, other special tokens left out."""
+    """Return the text of a completion before the first EOS, without other special tokens."""
     ids = list(ids)
     end = ids.index(self.eos_token_id) if self.eos_token_id in ids else len(ids)
     return self._model.decode([token for token in ids[:end] if token not in self._specials])
 
   def piece(self, token_id: int) -> str:
     """Return a token's text, or a special token's name."""
-    return self._model.id_to_piece(token_id).replace("\u2581", " ")  # sentencepiece's sign for a space
+    return self._model.id_to_piece(token_id).replace("\u2581", " ")  # sentencepiece's symbol for a space
 
 
 class HuggingFaceTokenizer:
-  """A folder with tokenizer.json, tokenizer_config.json and, beside them, the config.json of the model.
+  """A folder with tokenizer.json, tokenizer_config.json and perhaps the model's config.json.
 
-  Special ids are those of the tokenizer's special tokens; the model's config may add ids (LLaDA names its mask there
-  alone) and must not contradict them.
+  Special ids come from the tokenizer's special tokens. The model's config may add ids (LLaDA's mask is only there) and
+  must not contradict them.
   """
 
   def __init__(self, path: epath.PathLike, *, is_chat: bool):
     """Load the folder at `path`, local or gs://.
 
     Args:
-      is_chat: whether prompts are rendered by the chat template.
+      is_chat: render prompts by the chat template.
 
     Raises:
-      ValueError: files are missing or unreadable, there is no usable chat template though `is_chat`, or special ids are
-        missing or not the model's.
+      ValueError: files are missing or damaged, there is no valid chat template though `is_chat`, or special ids are
+        missing or differ from the model's.
     """
     self._where = f"tokenizer.path={str(path)!r}"
     folder = epath.Path(path)
@@ -157,7 +158,7 @@ class HuggingFaceTokenizer:
         return tokenizers.Tokenizer.from_str(path.read_text())
       if all(part.is_file() for part in parts):
         return _qwen_tokenizer(*(part.read_text() for part in parts), config["added_tokens_decoder"])
-    except Exception as error:  # the library's own errors are plain Exceptions
+    except Exception as error:  # the library raises plain Exceptions
       raise ValueError(f"{self._where}: {path.name} is not a tokenizer ({error})") from error
     raise ValueError(f"{self._where}: no {path.name} there; give the folder of a model in Hugging Face's layout")
 
@@ -167,7 +168,7 @@ class HuggingFaceTokenizer:
     try:
       return chat.Template(source, names)
     except jinja2.TemplateError as error:
-      raise ValueError(f"{self._where}: the chat template cannot be used ({error})") from error
+      raise ValueError(f"{self._where}: the chat template is invalid ({error})") from error
 
   def _set_special_ids(self, names: Mapping[str, str], model: dict[str, Any]) -> None:
     problems = []
@@ -190,19 +191,19 @@ class HuggingFaceTokenizer:
     self.mask_token_id = find("mask", names.get("mask_token"))
     self.eos_token_id = find("eos", names.get("eos_token"))
     self.pad_token_id = find("pad", names.get("pad_token"))
-    if model.get("model_type") == "Dream":  # whose config.json keeps the bos id of the Qwen model that it grew from
+    if model.get("model_type") == "Dream":  # whose config.json has the bos id of the Qwen model that it started from
       model = {key: value for key, value in model.items() if key != "bos_token_id"}
     self.bos_token_id = find("bos", names.get("bos_token"), is_needed=False)
     eot_token_id = find("eot", names.get("eot_token") or self._end_of_turn(), is_needed=False)
     self.eot_token_id = self.eos_token_id if eot_token_id is None else eot_token_id
     size = model.get("vocab_size")
-    if isinstance(size, int) and size < self.vocab_size:  # another kind of size is for the model's conversion to refuse
+    if isinstance(size, int) and size < self.vocab_size:  # other types are refused when the model is converted
       problems.append(f"{MODEL_FILE} has vocab_size={size}, but there are {self.vocab_size} tokens")
     if problems:
       raise ValueError(f"{self._where}: " + "; ".join(problems))
 
   def _end_of_turn(self) -> str | None:
-    """Find the special token that the chat template puts after an answer."""
+    """Return the special token that the chat template puts after an answer."""
     if self._template is None:
       return None
     special = {token.content for token in self._model.get_added_tokens_decoder().values() if token.special}
@@ -215,7 +216,7 @@ class HuggingFaceTokenizer:
     )
 
   def encode(self, text: str) -> list[int]:
-    """Return the ids of a text, without any special tokens around it; those that it names become theirs."""
+    """Return the ids of a text, without special tokens around it; names of special tokens in it become their ids."""
     return self._model.encode(text, add_special_tokens=False).ids
 
   def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
@@ -231,7 +232,7 @@ class HuggingFaceTokenizer:
     return _lacking(text, self.encode, self._model.token_to_id(unknown) if unknown else None)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Return the text of a completion: what stands before the first EOS or EOT, other special tokens left out."""
+    """Return the text of a completion before the first EOS or EOT, without other special tokens."""
     ids = list(ids)
     end = min((ids.index(token) for token in (self.eos_token_id, self.eot_token_id) if token in ids), default=len(ids))
     kept = [token for token in ids[:end] if token != self.mask_token_id]
@@ -259,7 +260,7 @@ def _plain_text(prompt: str | Sequence[Turn]) -> str:
 
 
 def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, Any]]) -> tokenizers.Tokenizer:
-  """Build a tokenizer of Qwen2's kind, bytes merged to pieces, from its two files and its added tokens by id."""
+  """Build a byte-level BPE tokenizer like Qwen2's from its two files and its added tokens by id."""
   pairs = [tuple(line.split(" ")) for line in merges.splitlines() if line and not line.startswith("#version")]
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocab), pairs))
   tokenizer.normalizer = tokenizers.normalizers.NFC()
@@ -275,13 +276,13 @@ def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, An
 
 
 def _content(value: Any) -> str | None:
-  """The text of a special token, which may be given with its properties; None for a setting such as add_bos_token."""
+  """Return the text of a special token, given as text or with its properties; None for other settings."""
   text = value.get("content") if isinstance(value, Mapping) else value
   return text if isinstance(text, str) else None
 
 
 def _read_json(path: epath.Path, where: str) -> dict[str, Any]:
-  """Read a JSON object; an absent file is an empty one."""
+  """Read a JSON object; {} if the file is missing."""
   if not path.is_file():
     return {}
   try:
@@ -302,10 +303,10 @@ def load_tokenizer(name: str, path: epath.PathLike, *, is_chat: bool = False) ->
   """Load the tokenizer of kind `name` (see TOKENIZERS) from `path`.
 
   Args:
-    is_chat: whether prompts are rendered by the tokenizer's chat template.
+    is_chat: render prompts by the tokenizer's chat template.
 
   Raises:
-    ValueError: there is no such kind, the file cannot be used, or it has no chat template.
+    ValueError: there is no such kind, the file is missing or damaged, or it has no chat template.
   """
   if name == "huggingface":
     return HuggingFaceTokenizer(path, is_chat=is_chat)
