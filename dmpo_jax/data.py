@@ -1,8 +1,8 @@
-"""Records to token arrays: a task's records are written once, read whole, and then taken by position.
+"""Records to token arrays: a task's records are written once, read whole, and then accessed by position.
 
-`TaskData` keeps records, generated or published, as ArrayRecord files (a TFDS builder), `PromptStream` turns them
-into padded prompts and, for the warm start, demonstrations. Neither takes TensorFlow. The position in the stream
-is its only state: what stands there is a function of (records, seed, position).
+`TaskData` stores generated or published records as ArrayRecord files (a TFDS builder). `PromptStream` turns them into
+padded prompts and, for the warm start, demonstrations. Neither imports TensorFlow. The stream's only state is its
+position: its content is a function of (records, seed, position).
 """
 
 import bisect
@@ -35,26 +35,26 @@ from dmpo_jax.tasks.base import GeneratedTask, Record, Split, Task
 
 logger = logging.getLogger(__name__)
 
-RECORDS_SECONDS = 3600.0  # that process 0 may take to download a data set, or to generate any number of records
+RECORDS_SECONDS = 3600.0  # for process 0 to download a data set or to generate records
 _MAX_LISTED = 20  # overlong prompts that the error describes; all are counted
 
 
 @dataclasses.dataclass
 class TaskRecordsConfig(tfds.core.BuilderConfig):
-  """Everything that the written records depend on."""
+  """All that the stored records depend on."""
 
   task: Task | None = None
   splits: tuple[Split, ...] = ()
   num_train: int = 0
   num_test: int = 0
   seed: int = 0
-  data_dir: str = ""  # of published files; they are what their checksums say, wherever they come from
+  data_dir: str = ""  # folder of published files, which their checksums identify
 
 
 class TaskRecords(tfds.core.GeneratorBasedBuilder):
-  """Writes a task's records, generated or published, one JSON text a record, in the order in which they come."""
+  """Writes a task's generated or published records in order, each as JSON text."""
 
-  url_infos = None  # `sources.py` downloads; looking for these, TFDS 4.9 imports a package that it does not install
+  url_infos = None  # `sources.py` downloads; otherwise TFDS 4.9 imports a package that it does not install
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = tfds.features.FeaturesDict({"record": tfds.features.Text()})
@@ -75,11 +75,11 @@ class TaskRecords(tfds.core.GeneratorBasedBuilder):
 
 
 class TaskData:
-  """The records of a task: generated or read from a published file on first use and kept in `records_dir`.
+  """The records of a task: generated or read from a published file on first use, and stored in `records_dir`.
 
-  A folder's name has the task's version and a hash of all that the records depend on, so records of other options are
-  never taken for these. It is renamed into place when it is whole; an incomplete one is made anew. A user's own records
-  are not kept: their file may change.
+  The name of the folder contains the task's version and a hash of all that the records depend on, so records of other
+  options are never reused. The folder is renamed into place once complete; an incomplete one is written again. Records
+  of a user's own task are not stored, as their file may change.
   """
 
   def __init__(
@@ -97,12 +97,12 @@ class TaskData:
     """Describe the data; nothing is read or written yet.
 
     Args:
-      task: where its records come from. name: its name in `tasks.TASKS`, or the path of a user's file.
-      records_dir: where records are kept, for all runs.
-      num_train, num_test: records to generate for each split, or the most to take of those that there are (0: all).
-      data_dir: where published data files are; "": they are downloaded.
-      eval_path: a published test file that stands in for the test split; "" for none.
-      seed: of the generator, not of the run: all runs learn from, and are measured on, the same records.
+      task: the source of the records. name: its name in `tasks.TASKS`, or the path of a user's file.
+      records_dir: folder where records are stored for all runs.
+      num_train, num_test: number of records to generate for each split, or the most to use of existing ones (0: all).
+      data_dir: folder of published data files; "": download them.
+      eval_path: a published test file that replaces the test split; "" for none.
+      seed: seed of the generator, not of the run: all runs train and evaluate on the same records.
     """
     self._task, self._name = task, name
     self._eval_path = eval_path
@@ -116,13 +116,13 @@ class TaskData:
     return self._take("train")
 
   def test(self) -> list[Record]:
-    """Return the records to evaluate on: those of the file that `eval_path` names, or of the test split."""
+    """Return the records to evaluate on, from `eval_path` or the test split."""
     if self._eval_path:
       return self._task.read_published(self._eval_path)
     return self._take("test")
 
   def path(self, split: Split) -> epath.Path:
-    """The folder of a split's kept records; generated splits stand together."""
+    """Return the folder of a split's stored records; generated splits share one."""
     return self._records_dir / TaskRecords.name / self._config(split).name / self._task.version
 
   def _config(self, split: Split) -> TaskRecordsConfig:
@@ -136,7 +136,7 @@ class TaskData:
 
   def _take(self, split: Split) -> list[Record]:
     if isinstance(self._task, GeneratedTask):
-      for part, num in self._nums.items():  # both splits are generated at once
+      for part, num in self._nums.items():  # both splits are generated together
         if not num:
           raise ValueError(f"task.num_{part}=0: so many records of {self._name} are generated; give 1 or more")
       return self._read(split)
@@ -152,14 +152,14 @@ class TaskData:
     return f"; a tenth of its rows, by a hash of their prompts, is the test split: give more rows{own}"
 
   def _read(self, split: Split) -> list[Record]:
-    """Read a split whole, after writing its records if they are not there.
+    """Read a whole split, after writing its records if they are absent.
 
-    Process 0 goes first. The others then find its records or, where `records_dir` is a disk of their own, write them
-    too.
+    Process 0 goes first. The others then find its records or, if their `records_dir` is on a disk of their own, write
+    them too.
 
     Raises:
-      ValueError: `records_dir` is no folder of a file system (ArrayRecord cannot write to object stores), or a process
-        cannot write to it; in every process.
+      ValueError: `records_dir` is not in a file system (ArrayRecord cannot write to object stores), or a process cannot
+        write to it; raised in every process.
       Unreadable: the records are damaged.
     """
     if "://" in str(self._records_dir):
@@ -175,14 +175,14 @@ class TaskData:
       with _quiet_tfds():
         source = TaskRecords(data_dir=self._records_dir, config=self._config(split)).as_data_source(split)
       return [json.loads(row["record"]) for row in source.__getitems__(list(range(len(source))))]
-    except Exception as error:  # ArrayRecord compares its checksums; it and TFDS raise what they like
+    except Exception as error:  # ArrayRecord verifies checksums; it and TFDS raise various errors
       problem = str(error).splitlines()[0] if str(error) else type(error).__name__
       raise files.Unreadable(
         f"{self.path(split)} cannot be read ({problem:.200}): remove the folder, and its records are written again"
       ) from error
 
   def _write_together(self, split: Split, *, is_mine: bool, when: str) -> None:
-    """Write the records if it is this process's turn, and wait for the others; what one cannot do fails in all."""
+    """Write the records if it is this process's turn, and wait for the others; a failure in one is raised in all."""
     problem = ""
     if is_mine:
       try:
@@ -191,7 +191,7 @@ class TaskData:
         problem = str(error)
         if isinstance(error, OSError) and error.filename is not None:  # the disk's, not the source's
           problem = f"task.records_dir={str(self._records_dir)!r}: {error}; set it to a folder that can be written to"
-    # Each host has its own place for them: the barrier's name must not have it.
+    # The folder may differ between hosts, so the barrier's name must not contain it.
     notes = meet(f"the records of {self._config(split).name} are written {when}", RECORDS_SECONDS, note=problem)
     if notes:
       raise ValueError("; ".join(dict.fromkeys(notes.values())))
@@ -209,13 +209,13 @@ class TaskData:
         builder = TaskRecords(data_dir=self._records_dir, config=self._config(split))
         builder.download_and_prepare(download_dir=downloads, file_format="array_record")
     except OSError:
-      if not _is_complete(path):  # if it is, another run has just put the same records there
+      if not _is_complete(path):  # otherwise another run has just written the same records
         raise
 
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-  """Keep TFDS from speaking of downloads on stdout, and from warning that the builder's options are not predefined."""
+  """Silence TFDS's messages on downloads, and its warning that the builder's options are not predefined."""
   verbosity = absl.logging.get_verbosity()
   absl.logging.set_verbosity(absl.logging.ERROR)
   tfds.disable_progress_bar()
@@ -227,7 +227,7 @@ def _quiet_tfds() -> Iterator[None]:
 
 
 def _is_complete(path: epath.Path) -> bool:
-  """Whether a folder has the description that TFDS writes last and all files that it speaks of."""
+  """Whether a folder has the description that TFDS writes last, and all files listed in it."""
   try:
     info = files.read_object(path / "dataset_info.json")
     return all(
@@ -239,10 +239,10 @@ def _is_complete(path: epath.Path) -> bool:
 
 
 class PromptStream:
-  """An endless stream of prompts with random access by position; every epoch is another permutation of them."""
+  """An endless stream of prompts with random access by position; each epoch is another permutation."""
 
-  num_skipped: int  # prompts of an epoch that were left out because they are too long
-  num_cut: int  # prompts of an epoch that lost their beginning because they are too long
+  num_skipped: int  # prompts per epoch that are left out as they are too long
+  num_cut: int  # prompts per epoch that are cut as they are too long
 
   def __init__(
     self,
@@ -254,16 +254,16 @@ class PromptStream:
     max_prompt_length: int,
     overlong: Literal["error", "skip", "cut_user"] = "error",
   ):
-    """Tokenise every prompt, once: what is too long is known before work starts, and no batch waits for a tokenizer.
+    """Tokenise every prompt once, so that overlong ones are known before work starts and no batch waits for it.
 
     Args:
-      seed: of the order and of the demonstrations; None: the records' own order in every epoch.
-      max_prompt_length: tokens; the length that every prompt is padded to.
-      overlong: what to do with prompts that are longer: refuse them all, leave them out and count them, or cut the
-        beginning of the user's turn off, inside the chat's own tokens, and count them.
+      seed: of the order and of the demonstrations; None: keep the order of the records in every epoch.
+      max_prompt_length: tokens; every prompt is padded to this length.
+      overlong: what to do with longer prompts: raise an error, leave them out and count them, or cut the beginning of
+        the last turn, keeping the tokens of the chat template, and count them.
 
     Raises:
-      ValueError: some prompts are too long and `overlong` is "error", or no prompt is left.
+      ValueError: some prompts are too long and `overlong` is "error", no prompt is left, or the tokenizer refuses one.
     """
     self._records, self._task, self._tokenizer = records, task, tokenizer
     self._seed = seed or 0
@@ -291,28 +291,28 @@ class PromptStream:
       logger.warning("the %s have letters that the tokenizer lacks, as unknown tokens: %s", where, " ".join(lacking))
 
   def __len__(self) -> int:
-    """Return the number of prompts in an epoch."""
+    """Return the number of prompts per epoch."""
     return len(self._kept)
 
   def digest(self) -> str:
-    """Hash the prompts' tokens, in their order: equal where records, tokenizer and settings are."""
+    """Hash the tokens of the prompts in order: equal if records, tokenizer and settings are."""
     digest = hashlib.sha256()
     for index in self._kept:
       digest.update(len(self._encoded[index]).to_bytes(8, "little") + self._encoded[index].tobytes())
     return digest.hexdigest()[:16]
 
   def batch(self, position: int, n: int) -> tuple[Prompts, list[Record]]:
-    """Return the `n` prompts from `position` on, padded on the left (arrays on the host), and their records."""
+    """Return the `n` prompts from `position` on, padded on the left (host arrays), and their records."""
     indices = [self._kept[self._order[place]] for place in range(position, position + n)]
     return self._collate(indices), [self._records[index] for index in indices]
 
   def demonstrations(
     self, position: int, n: int, completion_length: int
   ) -> tuple[Prompts, Int[np.ndarray, "n c"], list[Record]]:
-    """Return prompts as `batch` does, and a demonstration for each, filled with EOS to `completion_length` (int32).
+    """Return prompts as `batch` does, and a demonstration for each, padded with EOS to `completion_length` (int32).
 
-    A demonstration is drawn by (seed, position), so a prompt has another one in every epoch. Those of a data set may be
-    longer, and lose their end.
+    A demonstration is drawn from (seed, position), so each epoch has another one for a prompt. Overlong demonstrations
+    of a data set lose their end.
 
     Raises:
       ValueError: a generated demonstration is longer than `completion_length`.
@@ -325,7 +325,7 @@ class PromptStream:
     return prompts, completion, records
 
   def check_demonstrations(self, completion_length: int) -> None:
-    """Make those of an epoch, so that one that is too long, or cannot be made, is known before work starts.
+    """Make the demonstrations of an epoch, so that errors are raised before work starts.
 
     Raises:
       ValueError: see `demonstrations`.
@@ -350,10 +350,10 @@ class PromptStream:
     return self._tokenizer.encode_prompt(turns, self._task.prefill)
 
   def _cut_to_fit(self, turns: Sequence[Turn]) -> list[Turn]:
-    """Drop as few characters from the beginning of the last turn as make the prompt fit.
+    """Cut as little as possible from the beginning of the last turn so that the prompt fits.
 
     Raises:
-      ValueError: even an empty turn does not fit.
+      ValueError: the prompt does not fit even with an empty last turn.
     """
     text = turns[-1].text
 
@@ -364,7 +364,7 @@ class PromptStream:
       return len(self._encode(cut(start))) <= self._prompt_length
 
     start = bisect.bisect_left(range(len(text)), True, key=is_fitting)
-    while start <= len(text) and not is_fitting(start):  # a tokenizer need not be monotone
+    while start <= len(text) and not is_fitting(start):  # shorter text may have more tokens
       start += 1
     if start > len(text):
       raise ValueError(
@@ -384,15 +384,15 @@ class PromptStream:
 
 
 def prompt_id(text: str) -> int:
-  """Return a prompt's identity, a 32-bit hash of its text: the same in every epoch, run and file."""
+  """Return the identity of a prompt, a 32-bit hash of its text: the same in every epoch, run and file."""
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
 def prompt_ids(texts: Sequence[str]) -> UInt32[np.ndarray, "n"]:
-  """Identify the prompts of one buffer, evaluation or request.
+  """Return the identities of the prompts of one buffer, evaluation or request.
 
-  The first of several equal prompts has its own id (`prompt_id`), each repeat another one, so that their rollouts and
-  masks differ. A buffer that spans two epochs may hold a prompt twice, and two records may have one prompt.
+  The first of several equal prompts gets `prompt_id`, each repeat another id, so that their rollouts and masks differ.
+  A buffer that spans two epochs may contain a prompt twice, and two records may have the same prompt.
   """
   ids, seen = np.zeros(len(texts), np.uint32), collections.Counter[int]()
   for row, text in enumerate(texts):
@@ -403,7 +403,7 @@ def prompt_ids(texts: Sequence[str]) -> UInt32[np.ndarray, "n"]:
 
 
 def _shuffle_seed(seed: int) -> int:
-  """Spread the run's seed over 32 bits: grain adds the epoch to it, so neighbours would share permutations."""
+  """Spread the seed over 32 bits, as grain adds the epoch to it, and neighbouring seeds would share permutations."""
   return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 

@@ -1,8 +1,8 @@
-"""Completions to rewards: in worker processes with limits that nothing escapes, while the accelerator goes on.
+"""Completions to rewards, in worker processes with limits, while the accelerators work on.
 
-Tasks whose grading is bounded by construction are graded in a thread of this process; all others (math-verify, a
-user's own reward) in worker processes that are started when they are first needed and killed when they are late. A
-hang, a crash or a lack of memory is worth 0 and counted, and takes nothing with it.
+Tasks whose grading is fast on any text are graded in a thread of this process. All others (math-verify, a user's own
+reward) are graded in worker processes, which start when first needed and are killed when late. A completion whose
+grading hangs, crashes or runs out of memory gets reward 0 and is counted; the run goes on.
 """
 
 import contextlib
@@ -34,24 +34,24 @@ from dmpo_jax.tasks.judge import Verdict, judge
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 120.0  # that a worker may take to import and build its task
-STOP_SECONDS = 10.0  # that it may take to end all that it has started
+START_SECONDS = 120.0  # for a worker to import and build its task
+STOP_SECONDS = 10.0  # for a worker to end the processes that it has started
 KINDS = ("graded", "failed", "timeout", "crash")
-_MAX_LOGGED = 5  # problems of one batch that the log describes; all are counted
-_MAX_LOGGED_LINES = 50  # of one worker's stderr
+_MAX_LOGGED = 5  # problems per batch that the log describes; all are counted
+_MAX_LOGGED_LINES = 50  # per worker's stderr
 
 
-CLOSED = Verdict("crash", problem="nobody waits for it any more")
+CLOSED = Verdict("crash", problem="grading was closed")
 
 
 class Grading:
   """Grades the completions of one task.
 
   Args:
-    spec: the arguments of `tasks.make_task`, from which every worker makes the task again.
-    workers: worker processes, for a task that is not bounded.
-    seconds: that one completion may take. memory_gb: that one worker may address.
-    task: instead of the one that `spec` makes; graded in this process.
+    spec: the arguments of `tasks.make_task`, with which each worker makes the task.
+    workers: number of worker processes, for a task that is not bounded.
+    seconds: time limit of one completion. memory_gb: address space of one worker.
+    task: a task to use instead of `spec`; it is graded in this process.
   """
 
   def __init__(
@@ -74,19 +74,19 @@ class Grading:
     self._is_closed = False
 
   def submit(self, records: Sequence[Record], completions: Sequence[str], is_ended: Sequence[bool]) -> "Pending":
-    """Begin to grade completions, each with the record of its prompt; returns at once."""
+    """Start grading completions, each with the record of its prompt; return at once."""
     start = time.monotonic()
     items = list(zip(records, completions, map(bool, is_ended), strict=True))
     if self._is_local:
       return Pending([self._threads.submit(self._judge, items)], len(items), start, 0.0)
-    groups = itertools.groupby(items, key=lambda item: id(item[0]))  # a worker remembers a prompt's other answers
+    groups = itertools.groupby(items, key=lambda item: id(item[0]))  # a worker caches the answers of a prompt
     futures = [self._threads.submit(self._ask, list(group)) for _, group in groups]
     return Pending(futures, len(items), start, self._seconds * len(items))
 
   def patience(self, num: int) -> float:
-    """Return how many seconds one process may be behind the others with its share of `num` completions.
+    """Return how many seconds a process may take longer than the others for its share of `num` completions.
 
-    That is with every one of them late, and all on one worker.
+    In the worst case, all of them reach the time limit on a single worker.
     """
     return PATIENCE + (0.0 if self._is_local else self._seconds * math.ceil(num / jax.process_count()))
 
@@ -101,21 +101,21 @@ class Grading:
       self._idle.put(worker)
 
   def close(self) -> None:
-    """Drop what is not graded yet and end the workers, whatever they are at."""
+    """Cancel grading that has not started, and end the workers at once."""
     self._is_closed = True
     self._threads.shutdown(wait=False, cancel_futures=True)
     for worker in self._workers:
       worker.stop()
-    self._threads.shutdown(wait=True)  # one that was just being started has yet to end
+    self._threads.shutdown(wait=True)  # a worker may just be starting
     for worker in self._workers:
       worker.stop()
 
 
 class Pending:
-  """Grading under way."""
+  """Grading in progress."""
 
   def __init__(self, futures: list[Future], num: int, start: float, seconds: float):
-    """Take futures of the verdicts; `seconds`: the longest that they may take."""
+    """Take futures of the verdicts; `seconds` is the longest time that they may take."""
     self._start, self._end, self._num, self._seconds = start, start, num, seconds
     self._futures = futures
     for future in futures:
@@ -125,26 +125,26 @@ class Pending:
     self._end = max(self._end, time.monotonic())
 
   def result(self) -> list[Verdict]:
-    """Wait for the verdicts, in the order of the completions."""
+    """Wait for the verdicts and return them in the order of the completions."""
     with processes.working(self._seconds):
       return [verdict for future in self._futures for verdict in future.result()]
 
   @property
   def per_second(self) -> float:
-    """Completions graded a second, NaN if there were none; known after `result`."""
+    """Completions graded per second, NaN if there were none; known after `result`."""
     return self._num / max(self._end - self._start, 1e-9) if self._num else math.nan
 
 
 class _Worker:
-  """One worker process; started by the first request, and again by the next one after it has died."""
+  """One worker process. The first request starts it, and the next request after its death starts it again."""
 
   def __init__(self, spec: dict[str, Any], memory_gb: float):
     self._spec, self._memory_gb = spec, memory_gb
     self._process: subprocess.Popen | None = None
-    self._stopping = threading.Lock()  # by the thread that asks, or by the one that closes
+    self._stopping = threading.Lock()  # two threads may stop it: the one that asks and the one that closes
 
   def ask(self, item: tuple, seconds: float) -> Verdict:
-    """Return the verdict on (record, completion, is_ended), or that there is none within `seconds`."""
+    """Return the verdict on (record, completion, is_ended), or a timeout after `seconds`."""
     try:
       if self._process is None:
         self._start()
@@ -166,10 +166,10 @@ class _Worker:
       [sys.executable, "-c", program],
       pass_fds=[child.fileno(), alive],
       env=environment,
-      start_new_session=True,  # so that Ctrl-C is this process's alone
+      start_new_session=True,  # Ctrl-C reaches this process only
       stdin=subprocess.DEVNULL,
-      stdout=subprocess.DEVNULL,  # a user's prints are not the run's
-      stderr=subprocess.PIPE,  # nor is its stderr: what the worker leaves behind would hold it open
+      stdout=subprocess.DEVNULL,  # a user's prints do not belong in the run's output
+      stderr=subprocess.PIPE,  # not the run's own, which processes left behind would keep open
     )
     child.close()
     os.close(alive)
@@ -180,19 +180,19 @@ class _Worker:
     self._connection.recv()
 
   def stop(self) -> None:
-    """End the process and all that it has started, whatever they are doing."""
+    """End the process and every process that it has started."""
     with self._stopping:
       if self._process is not None:
         self._end()
 
   def _end(self) -> None:
-    os.close(self._life)  # its keeper sees it and ends them all
+    os.close(self._life)  # the keeper notices and ends them
     try:
       self._process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:  # a reward has stopped the keeper itself
+    except subprocess.TimeoutExpired:  # a reward has stopped the keeper
       self._process.kill()
       self._process.wait()
-    if self._process.returncode:  # the keeper did not come to its end: kill what is still in its group
+    if self._process.returncode:  # the keeper was killed: kill its process group
       with contextlib.suppress(ProcessLookupError):
         os.killpg(self._process.pid, signal.SIGKILL)
     self._connection.close()
@@ -200,7 +200,7 @@ class _Worker:
 
 
 def _log_lines(stream: IO[bytes]) -> None:
-  """Log what a worker writes to its stderr, the first lines of it."""
+  """Log the first lines that a worker writes to its stderr."""
   with stream:
     for number, line in enumerate(stream):
       if number < _MAX_LOGGED_LINES:
@@ -209,16 +209,16 @@ def _log_lines(stream: IO[bytes]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Grades:
-  """Rewards of a buffer, on every host."""
+  """The rewards of a buffer, the same on every host."""
 
   reward: np.ndarray  # float32 [p, g]; 0 where dropped
-  is_kept: np.ndarray  # bool [p, g]; False where the reward raised or was not one finite number
+  is_kept: np.ndarray  # bool [p, g]; False where the reward failed
   is_solved: np.ndarray  # bool [p, g]
-  parts: np.ndarray | None = None  # float32 [p, g, parts]; the rewards' parts, where they have any
+  parts: np.ndarray | None = None  # float32 [p, g, parts]; the parts of the rewards, if they have any
   part_names: tuple[str, ...] = ()  # see Task.reward_parts
-  num_timeouts: int = 0  # completions that were worth 0 as grading them took too long
-  num_crashes: int = 0  # and as it crashed or ran out of memory
-  per_second: float = math.nan  # completions graded a second, by this host; NaN where it had none
+  num_timeouts: int = 0  # completions with reward 0 because grading them took too long
+  num_crashes: int = 0  # completions with reward 0 because grading them crashed or ran out of memory
+  per_second: float = math.nan  # completions graded per second by this host; NaN if it had none
 
   @classmethod
   def join(cls, parts: Sequence["Grades"]) -> "Grades":
@@ -240,10 +240,10 @@ class Grades:
 def grade(
   grading: Grading, tokenizer: Tokenizer, records: Sequence[Record], completion: Int[np.ndarray, "p g c"]
 ) -> Callable[[], Grades]:
-  """Begin to grade a buffer, each process its share of the prompts; return a function that waits for all the grades.
+  """Start grading a buffer, each process its share of the prompts; return a function that waits for all grades.
 
-  A reward that raises, or is not what the task says that it is, drops that rollout from its group; it never stops the
-  run. Of a completion that timed out or crashed every part is 0.
+  A reward that fails drops its rollout from the group and never stops the run. A completion that timed out or crashed
+  has 0 of each part.
   """
   share = HostShare(len(completion))
   texts, is_ended = decode(tokenizer, completion[share.mine])
@@ -277,17 +277,17 @@ def grade(
 
 
 def decode(tokenizer: Tokenizer, completion: Int[np.ndarray, "... c"]) -> tuple[list[str], list[bool]]:
-  """Return the texts of completions, one after the other, and whether each ended by an end token."""
+  """Return the texts of completions in order, and whether each ended with an end token."""
   rows = completion.reshape(-1, completion.shape[-1])
   ends = [tokenizer.eos_token_id, tokenizer.eot_token_id]
   return [tokenizer.decode(row.tolist()) for row in rows], np.isin(rows, ends).any(-1).tolist()
 
 
 def log_problems(task: Task, verdicts: Sequence[Verdict], texts: Sequence[str]) -> None:
-  """Say in the log which completions could not be graded, and why."""
+  """Log which completions could not be graded, and why."""
   problems = [(x, text) for x, text in zip(verdicts, texts, strict=True) if x.kind != "graded"]
   for verdict, text in problems[:_MAX_LOGGED]:
-    name, lot = type(task).__name__, "dropped" if verdict.kind == "failed" else "worth 0"
-    logger.warning("the reward of task %s %s on completion %.200r: %s", name, verdict.problem, text, lot)
+    name, outcome = type(task).__name__, "dropped" if verdict.kind == "failed" else "reward 0"
+    logger.warning("the reward of task %s %s on completion %.200r: %s", name, verdict.problem, text, outcome)
   if len(problems) > _MAX_LOGGED:
     logger.warning("and %d more of %d completions", len(problems) - _MAX_LOGGED, len(verdicts))

@@ -27,9 +27,9 @@ from dmpo_jax import files, tasks
 from dmpo_jax.grading import Grading
 from dmpo_jax.run import buckets
 from dmpo_jax.tasks import TASKS, Grade, answers
+from dmpo_jax.tasks.builtin import END
 from dmpo_jax.tasks.judge import Verdict
 from dmpo_jax.tasks.published import GRADERS
-from dmpo_jax.tasks.worded import END
 from launch import commands
 
 _STOP = re.compile(r"<\|eot_id\|>|<\|endoftext\|>")

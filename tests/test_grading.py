@@ -223,7 +223,7 @@ def test_grades_of_chunks_are_joined():
 class Letters(Sudoku):
   """A task that rewards a completion's letters and its record; every third completion or so fails."""
 
-  own_parts = ("letters", "record")
+  default_parts = ("letters", "record")
 
   def reward(self, record, completion):
     value = sum(map(ord, completion))

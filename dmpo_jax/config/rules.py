@@ -22,7 +22,7 @@ from dmpo_jax.samplers import SAMPLERS, llada
 from dmpo_jax.samplers.parallel import RULES as PARALLEL_RULES
 from dmpo_jax.sharding import MESH_AXES
 from dmpo_jax.tasks import TASKS, user
-from dmpo_jax.tasks.worded import CHOICES
+from dmpo_jax.tasks.builtin import CHOICES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tasks by name: one file each, with its data, its prompt, its reward and its grading."""
+"""The tasks by name. Each is one file with its data, prompts, rewards and grading."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from dmpo_jax.tasks import countdown, gsm8k, maths, sudoku, user
 from dmpo_jax.tasks.base import Grade, Record, Reward, Split, Task
-from dmpo_jax.tasks.worded import WordedTask
+from dmpo_jax.tasks.builtin import BuiltinTask
 
 __all__ = ["TASKS", "Grade", "Record", "Reward", "Split", "Task", "make_task", "option_types", "section", "spec"]
 
@@ -22,12 +22,12 @@ def make_task(name: str, *, options: Mapping[str, Any], prompt: str, rewards: st
   """Make a task.
 
   Args:
-    name: in TASKS, or the path of a user's file (see `user.py`), which has no choice of prompt, rewards and grader.
-    options: the keywords of `config.task.<name>`, or of `config.task.user`.
-    prompt, rewards, grader: see `WordedTask`.
+    name: a name in TASKS, or the path of a user's file (see `user.py`), which ignores prompt, rewards and grader.
+    options: the keys of `config.task.<name>`, or of `config.task.user`.
+    prompt, rewards, grader: see `BuiltinTask`.
 
   Raises:
-    ValueError: options that the task refuses, or a file that cannot be used.
+    ValueError: the task refuses its options, or the file cannot be used.
   """
   if user.is_file(name):
     return user.load(name, **options)
@@ -35,19 +35,19 @@ def make_task(name: str, *, options: Mapping[str, Any], prompt: str, rewards: st
 
 
 def section(name: str) -> str:
-  """Return the section of `config.task` with the options of the task of this name: a user's file has `user`."""
+  """Return the section of `config.task` that holds a task's options; `user` for a user's file."""
   return "user" if user.is_file(name) else name
 
 
 def spec(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the arguments of `make_task` that `config.task` gives."""
+  """Return the arguments of `make_task` from `config.task`."""
   names = {key: config[key] for key in ("name", "prompt", "rewards", "grader")}
   return names | {"options": dict(config[section(config["name"])])}
 
 
 def option_types(name: str) -> dict[str, type]:
-  """Return the options of a task, `config.task.<name>`, and their types."""
+  """Return the names and types of a task's options, the keys of `config.task.<name>`."""
   if user.is_file(name):
     return {"grader": str}
-  common = {field.name for field in dataclasses.fields(WordedTask)}
+  common = {field.name for field in dataclasses.fields(BuiltinTask)}
   return {field.name: field.type for field in dataclasses.fields(TASKS[name]) if field.name not in common}

@@ -1,7 +1,7 @@
-"""Reads arithmetic that a model wrote: whole numbers, + - * /, parentheses; exactly, and with a bound on the work.
+"""Parses arithmetic that a model wrote: whole numbers, + - * / and parentheses, with exact values.
 
-Model text is data here, never code. There is no power operator, and length, digits and nesting are limited, so every
-text is answered in well under a millisecond.
+Text is parsed, never executed. There is no power operator, and length, digits and nesting are limited, so that any text
+takes well under a millisecond.
 
     sum     = product { ("+" | "-") product }
     product = factor { ("*" | "/") factor }
@@ -14,28 +14,28 @@ from fractions import Fraction
 
 MAX_LENGTH = 256  # characters
 MAX_DIGITS = 12  # of a number
-MAX_DEPTH = 32  # open parentheses and signs at one place
+MAX_DEPTH = 32  # nested parentheses and signs
 
 _TOKEN = re.compile(r"\s*(0|[1-9][0-9]*|[-+*/()])")
 
 
 class NotArithmetic(ValueError):
-  """The text is not a well-formed expression with a value, or is beyond the limits."""
+  """The text is not a well-formed expression with a value, or exceeds the limits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-  """What an expression says."""
+  """A parsed expression."""
 
   value: Fraction
-  numbers: tuple[int, ...]  # as written, from left to right
+  numbers: tuple[int, ...]  # its numbers, from left to right
 
 
 def parse(text: str) -> Expression:
-  """Read an expression and compute its exact value.
+  """Parse an expression and compute its exact value.
 
   Raises:
-    NotArithmetic: bad syntax, a division by zero, or beyond the limits above.
+    NotArithmetic: the syntax is wrong, it divides by zero, or it exceeds the limits above.
   """
   reader = _Reader(_tokenize(text))
   value = reader.sum(depth=0)
@@ -61,7 +61,7 @@ def _tokenize(text: str) -> list[str]:
 
 
 class _Reader:
-  """Recursive descent over the tokens, one method a rule of the grammar."""
+  """Recursive descent over the tokens, with one method per grammar rule."""
 
   def __init__(self, tokens: list[str]):
     self.tokens = tokens

@@ -1,7 +1,7 @@
-"""What a task is: where its prompts come from, how they read, and what an answer to them is worth.
+"""What a task is: its records, its prompts, demonstrations, rewards and grading.
 
-First in the flow: `data.py` turns a task's records into tokens, `rollout.py` and `evaluate.py` hand the decoded
-completions back to it. A task sees strings only.
+Data flows from here to `data.py`, which turns records into tokens, and comes back from `rollout.py` and `evaluate.py`,
+which pass decoded completions to be graded. A task handles strings only.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from etils import epath
 
 from dmpo_jax.messages import Prompt
 
-Record = dict[str, Any]  # one prompt and what grading it needs: strings and numbers, as JSON keeps them
+Record = dict[str, Any]  # one prompt and what grading needs; values that JSON can hold
 Split = Literal["train", "test"]
-Reward = float | Mapping[str, float]  # one number, or named parts: their sum is the reward
+Reward = float | Mapping[str, float]  # one number, or named parts whose sum is the reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,27 +25,27 @@ class Grade:
   """The verdict on one completion."""
 
   is_correct: bool
-  extracted: Any  # what was taken as the answer: a text, a number, or None where there was none
-  is_formatted: bool = True  # whether the text has the form that the prompt asks for
-  value: complex | None = None  # of an expression, where one was computed
-  cells: tuple[int, int] | None = None  # right cells and blank cells, where the grader counts those of a Sudoku
+  extracted: Any  # the answer found in the completion: a text, a number, or None
+  is_formatted: bool = True  # the completion has the form that the prompt asks for
+  value: complex | None = None  # value of an expression, if one was computed
+  cells: tuple[int, int] | None = None  # correct cells and blank cells, if the grader counts cells of a Sudoku
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
-  """How a task's prompts read. `$name` stands for a field of the record; a template has no other dollar sign."""
+  """The text of a task's prompts. `$name` is replaced by a field of the record; no other dollar sign is allowed."""
 
   text: str  # the user's turn
-  prefill: str = ""  # the beginning of the answer, which the model is not to write any more
-  answer: str = "$answer"  # how an answer to it is written between the answer tags
-  is_tagged: bool = True  # whether the answer is asked for in tags; otherwise the whole completion is the answer
+  prefill: str = ""  # the beginning of the answer, which the model does not have to write
+  answer: str = "$answer"  # form of an answer between the answer tags
+  is_tagged: bool = True  # the prompt asks for tags; otherwise the whole completion is the answer
 
 
 @runtime_checkable
 class Task(Protocol):
   """One task. Implementations are frozen dataclasses; `tasks.make_task` makes them."""
 
-  version: ClassVar[str]  # of the records, as "1.0.0": raised whenever the same options would give other ones
+  version: ClassVar[str]  # version of the records, such as "1.0.0"; raised when the same options give other records
 
   def prompt(self, record: Record) -> Prompt:
     """Return what the model is to answer: the text of the user's turn, or a conversation."""
@@ -53,39 +53,41 @@ class Task(Protocol):
 
   @property
   def prefill(self) -> str:
-    """The beginning of the answer that every prompt ends with; "" mostly."""
+    """The beginning of the answer, appended to every prompt; usually ""."""
     ...
 
   @property
   def is_bounded(self) -> bool:
-    """Whether reward and grade surely end soon on any text; if not, they run in worker processes with a time limit."""
+    """Whether grading is fast on any text. If not, it runs in worker processes with a time limit."""
     ...
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return a completion to imitate; it knows the rules of the task, but not always the answer."""
+    """Return a completion to imitate. It follows the rules of the task, but its answer may be wrong."""
     ...
 
   def only_correct(self) -> "Task":
-    """Return this task with demonstrations that are always right."""
+    """Return this task with demonstrations that are always correct."""
     ...
 
   @property
   def reward_parts(self) -> tuple[str, ...]:
-    """The names of the parts that every reward has, in their order; (): a reward is one number."""
+    """The names of the parts of every reward, in order; () if a reward is one number."""
     ...
 
   def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
-    """Return what a completion is worth and whether it is right.
-
-    Called once per completion.
+    """Return the reward and the grade of a completion; called once per completion.
 
     Args:
-      is_ended: the completion ended by an end token, not by its length.
+      is_ended: the completion ended with an end token, not because it reached its length.
     """
     ...
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
-    """Read a published test file; one ValueError lists every row that cannot be used."""
+    """Read a published test file.
+
+    Raises:
+      ValueError: rows cannot be used; all of them are listed.
+    """
     ...
 
 
@@ -94,13 +96,11 @@ class GeneratedTask(Task, Protocol):
   """A task whose records are generated."""
 
   def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
-    """Yield `num` different records, a function of the arguments; the splits of one seed share no answer."""
+    """Yield `num` different records, determined by the arguments. The splits of one seed share no answer."""
     ...
 
 
-MAX_REWARD = 1e15  # learning squares rewards, and adds them up, in float32, which ends at 3e38
-
-
+MAX_REWARD = 1e15  # training squares and sums rewards in float32, whose range ends at 3e38
 PART_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 TAKEN = ("mean", "std")  # metrics have reward_mean and reward_std beside reward_<part>
 
@@ -110,7 +110,7 @@ class BadReward(ValueError):
 
 
 def check_part_names(names: Any) -> str:
-  """Return what is wrong with the names of a reward's parts; "" if nothing is."""
+  """Return the problem with the names of a reward's parts, or ""."""
   if not isinstance(names, tuple | list) or not all(isinstance(x, str) and PART_NAME.fullmatch(x) for x in names):
     return f'must be a tuple of names such as ("correct", "form"), not {describe(names)}'
   if clashes := [name for name in TAKEN if name in names]:
@@ -119,10 +119,10 @@ def check_part_names(names: Any) -> str:
 
 
 def split_reward(value: Any, names: Sequence[str]) -> tuple[float, dict[str, float]]:
-  """Return a reward as one float, and its parts in the order of `names`: {} where these are none.
+  """Return a reward as one float, and its parts in the order of `names`.
 
   Raises:
-    BadReward: it is not one finite number, or not a mapping from each of `names` to one.
+    BadReward: without names, it is not one finite number; with names, it is not a mapping from each to such a number.
   """
   if not isinstance(value, Mapping):
     if names:
@@ -145,7 +145,7 @@ def finite_number(value: Any) -> float:
   """Return a number as a float.
 
   Raises:
-    BadReward: it is anything but one finite number of at most MAX_REWARD, such as a text that reads like one.
+    BadReward: it is not one finite number of at most MAX_REWARD. Text such as "1.0" is not a number.
   """
   try:
     if isinstance(value, str | bytes):
@@ -161,7 +161,7 @@ def finite_number(value: Any) -> float:
 
 
 def describe(value: Any) -> str:
-  """Show a value of a user's in at most 100 characters, whatever its `repr` does."""
+  """Show a user's value in at most 100 characters, even if its `repr` raises."""
   try:
     return f"{value!r:.100}"
   except Exception:  # such as an int of too many digits
@@ -172,7 +172,7 @@ def read_text(path: epath.PathLike) -> str:
   """Return the text of a published file, local or gs://.
 
   Raises:
-    ValueError: there is no such file, or it is not text.
+    ValueError: the file does not exist, or is not text.
   """
   path = epath.Path(path)
   if not path.is_file():
@@ -184,13 +184,13 @@ def read_text(path: epath.PathLike) -> str:
 
 
 def refuse_rows(path: epath.PathLike, problems: Sequence[str]) -> None:
-  """Raise one ValueError that lists the problems found in a published file, if there are any."""
+  """Raise one ValueError that lists the problems in a published file, if there are any."""
   if problems:
     listing = "\n".join(f"  {problem}" for problem in problems)
     raise ValueError(f"task.eval_path={str(path)!r}: {len(problems)} rows cannot be used\n{listing}")
 
 
 def refuse_options(problems: Sequence[str]) -> None:
-  """Raise one ValueError that lists the problems of a task's options, one a line, if there are any."""
+  """Raise one ValueError that lists the problems with a task's options, if there are any."""
   if problems:
     raise ValueError("\n".join(problems))

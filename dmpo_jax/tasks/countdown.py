@@ -1,6 +1,6 @@
 """Countdown: reach the target with the given numbers, each used exactly once, and + - * / and parentheses.
 
-The prompt reads "75,30,4=49"; a completion is an expression, "75-30+4". Published files have the same form of puzzle.
+The bare prompt is "75,30,4=49"; a completion is an expression, "75-30+4".
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from jaxtyping import Float, Int
 
 from dmpo_jax.tasks import answers, arithmetic, sources
 from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Split
+from dmpo_jax.tasks.builtin import FORM, BuiltinTask
 from dmpo_jax.tasks.published import prompts
-from dmpo_jax.tasks.worded import FORM, WordedTask
 
 OPERATORS = "+-*/"
-MISSED_REWARD = 0.1  # of an expression that keeps the rules and misses the target
+MISSED_REWARD = 0.1  # for an expression that follows the rules and misses the target
 _TEST_SHARE = 0.1  # of all (numbers, target)
-_CANDIDATES = 4096  # expressions drawn at one time
-_MAX_SEARCHED = 4  # numbers of a puzzle whose demonstration is searched for; more would take too long
-_SIGNS = (  # of LaTeX and of typography: times, dot, divided by, minus, en dash
+_CANDIDATES = 4096  # expressions drawn at a time
+_MAX_SEARCHED = 4  # most numbers for which a demonstration is searched; more would take too long
+_SIGNS = (  # LaTeX and typographic signs: times, dot, divided by, minus, en dash
   *((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), (r"\left", ""), (r"\right", ""), ("$", "")),
   *(("\u00d7", "*"), ("\u00b7", "*"), ("\u00f7", "/"), ("\u2212", "-"), ("\u2013", "-")),
 )
-_MAX_FRUITLESS = 10  # draws in a row that bring nothing new before the puzzles count as exhausted
+_MAX_FRUITLESS = 10  # draws in a row without a new puzzle after which puzzles count as exhausted
 
 
 class Term(NamedTuple):
@@ -35,7 +35,7 @@ class Term(NamedTuple):
 
   text: str
   value: Fraction
-  rank: int  # of its outermost operator: 1 for + -, 2 for * /, 3 for a bare number
+  rank: int  # precedence of its outermost operator: 1 for + -, 2 for * /, 3 for a number
 
 
 BARE_PROMPT = PromptTemplate("$numbers=$target", is_tagged=False)
@@ -46,10 +46,10 @@ DEFAULT_PROMPT = PromptTemplate(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Countdown(WordedTask):
+class Countdown(BuiltinTask):
   """The task, with the options of `config.task.countdown`.
 
-  Records are {numbers: "75,30,4", target: 49, solution: "75-30+4"}; those of a published file have no solution.
+  Records are {numbers: "75,30,4", target: 49, solution: "75-30+4"}; records of a published file have no solution.
   """
 
   name: ClassVar[str] = "countdown"
@@ -58,11 +58,11 @@ class Countdown(WordedTask):
 
   num_numbers: int
   max_number: int  # numbers and targets are drawn from 1..max_number
-  demo_wrong: float  # share of demonstrations whose expression misses the target
+  demo_wrong: float  # share of demonstrations that miss the target
   prompt_name: str = "bare"
 
   def option_problems(self) -> list[str]:
-    """Say what is wrong with the options."""
+    """Return the problems with the options."""
     problems = []
     if not 2 <= self.num_numbers <= 6:
       problems.append(f"task.countdown.num_numbers={self.num_numbers}: must be 2 to 6")
@@ -73,12 +73,12 @@ class Countdown(WordedTask):
     return problems
 
   def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
-    """Yield `num` puzzles that differ in (sorted numbers, target), of which each belongs to one split only.
+    """Yield `num` puzzles that differ in (sorted numbers, target); no puzzle is in both splits.
 
-    The target is the value of a random expression, kept if it is a whole number in 1..max_number.
+    The target is the value of a random expression, if that is a whole number in 1..max_number.
 
     Raises:
-      ValueError: there are not so many puzzles with these options.
+      ValueError: there are fewer puzzles with these options.
     """
     rng = np.random.default_rng((seed, ("train", "test").index(split)))
     seen: set[tuple[int, ...]] = set()
@@ -100,7 +100,7 @@ class Countdown(WordedTask):
   def _draw(self, rng: np.random.Generator) -> Iterator[tuple[list[int], Term]]:
     """Draw numbers and expressions, and yield those whose value can be a target.
 
-    Few can, so values are first computed for all at one time, in floating point.
+    As few can, approximate values are first computed for all of them at once.
     """
     numbers = rng.integers(1, self.max_number + 1, size=(_CANDIDATES, self.num_numbers))
     joins = draw_joins(rng, _CANDIDATES, self.num_numbers)
@@ -112,15 +112,15 @@ class Countdown(WordedTask):
         yield numbers[index].tolist(), term
 
   def prompt_fields(self, record: Record) -> dict[str, Any]:
-    """Return the numbers as in "75,30,4", with spaces where the prompt is a sentence, and the target."""
+    """Return the numbers, as "75,30,4" or with spaces in a sentence, and the target."""
     numbers = record["numbers"].replace(",", ", ") if self._prompt.is_tagged else record["numbers"]
     return {"numbers": numbers, "target": record["target"]}
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return a right expression or, with probability `demo_wrong`, one that keeps the rules and misses the target.
+    """Return a correct expression or, with probability `demo_wrong`, one that follows the rules and misses the target.
 
-    Both are functions of the puzzle: a small model learns to search only from one answer to each. The wrong one is a
-    habit, the sum of the numbers as they come (the last of them subtracted, where the sum would be right).
+    Both are determined by the puzzle, as a small model learns to search only if each puzzle has one answer. The wrong
+    one is the sum of the numbers in order, with the last one subtracted if the sum would be correct.
     """
     numbers, target = _numbers(record), record["target"]
     if rng.random() < self.demo_wrong:
@@ -136,28 +136,28 @@ class Countdown(WordedTask):
     """Return this task with demonstrations that all hit the target."""
     return dataclasses.replace(self, demo_wrong=0.0)
 
-  def own_reward(self, record: Record, text: str) -> float:
-    """Return 1 for a right expression, 0.1 for one that uses each number once and misses, 0 for anything else.
+  def default_reward(self, record: Record, text: str) -> float:
+    """Return 1 for a correct expression, 0.1 for one that uses each number once and misses the target, else 0.
 
-    A division by zero has no value and counts as not well-formed. Values are compared as exact fractions.
+    An expression that divides by zero counts as not well-formed. Values are exact fractions.
     """
     value = _value(record, self._extract(text))
     if value is None:
       return 0.0
     return 1.0 if value == record["target"] else MISSED_REWARD
 
-  def own_grade(self, record: Record, text: str) -> Grade:
-    """Return whether the answer is an expression of the given numbers, each used once, that hits the target."""
+  def default_grade(self, record: Record, text: str) -> Grade:
+    """Return whether the answer is an expression of the given numbers, each used once, that reaches the target."""
     answer = self._extract(text)
     return Grade(_value(record, answer) == record["target"], extracted=answer)
 
   def has_form(self, record: Record, text: str) -> bool:
-    """Whether a text is both blocks, or just an expression of the numbers where no tags are asked for."""
+    """Whether a text is both blocks, or an expression of the numbers if the prompt asks for no tags."""
     is_expression = self._prompt.is_tagged or _value(record, self._extract(text)) is not None
     return super().has_form(record, text) and is_expression
 
   def _extract(self, text: str) -> str:
-    """Take the last answer, or the whole completion where no tags are asked for; of an equation the left side."""
+    """Return the last answer, or the whole completion if the prompt asks for no tags; of an equation, the left side."""
     if not self._prompt.is_tagged:
       return text.strip()
     return plain_expression(answers.final_answer(text) or "")
@@ -172,16 +172,16 @@ class Countdown(WordedTask):
     return f"Numbers: {numbers}\nTarget: {record['target']}", [numbers, record["target"]]
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
-    """Read JSON lines {"input": "a,b,c", "output": target}, the target as a number or as text.
+    """Read JSON lines {"input": "a,b,c", "output": target}, where the target is a number or text.
 
     Raises:
-      ValueError: no such file, or rows that are no puzzle, all of them listed.
+      ValueError: the file is absent, or rows are not puzzles; all of them are listed.
     """
     return sources.read_file(path, _read_row)
 
 
 def plain_expression(text: str) -> str:
-  """Write LaTeX's and typography's signs as + - * /, and drop the value that an equation ends in."""
+  """Write LaTeX and typographic signs as + - * /, and drop the value at the end of an equation."""
   for sign, plain in _SIGNS:
     text = text.replace(sign, plain)
   expression, equals, value = text.partition("=")
@@ -189,9 +189,9 @@ def plain_expression(text: str) -> str:
 
 
 def draw_joins(rng: np.random.Generator, num: int, num_numbers: int) -> Int[np.ndarray, "num joins 3"]:
-  """Draw for `num` expressions which two terms are joined, and how, until one is left: (left, right, operator).
+  """Draw `num` expressions, each as a sequence of (left, right, operator) that joins two terms until one is left.
 
-  left and right are different places among the terms that are left; operator is an index into OPERATORS.
+  left and right are different positions among the remaining terms; operator is an index into OPERATORS.
   """
   sizes = np.array([(terms, terms - 1, len(OPERATORS)) for terms in range(num_numbers, 1, -1)])
   joins = (rng.random((num, *sizes.shape)) * sizes).astype(np.int64)
@@ -200,7 +200,7 @@ def draw_joins(rng: np.random.Generator, num: int, num_numbers: int) -> Int[np.n
 
 
 def build_expression(numbers: Sequence[int], joins: Sequence[Sequence[int]]) -> Term | None:
-  """Join the numbers as `joins` says; None if that divides by zero."""
+  """Join the numbers as `joins` describes; None if that divides by zero."""
   terms = [_bare(number) for number in numbers]
   for i, j, operator in joins:
     if OPERATORS[operator] == "/" and terms[j].value == 0:
@@ -214,7 +214,7 @@ def build_expression(numbers: Sequence[int], joins: Sequence[Sequence[int]]) -> 
 def _rough_values(
   numbers: Int[np.ndarray, "num n"], joins: Int[np.ndarray, "num joins 3"]
 ) -> Float[np.ndarray, " num"]:
-  """Compute in floating point what `build_expression` computes exactly."""
+  """Compute the values of `build_expression` in floating point."""
   terms, rows = numbers.astype(np.float64), np.arange(len(numbers))
   with np.errstate(divide="ignore", invalid="ignore"):
     for step in range(joins.shape[1]):
@@ -230,7 +230,7 @@ def _bare(number: int) -> Term:
 
 
 def join(left: Term, operator: str, right: Term) -> Term:
-  """Join two terms, with parentheses only where the value needs them."""
+  """Join two terms, with parentheses only where they are needed."""
   rank = 1 if operator in "+-" else 2
   is_left_wrapped = left.rank < rank
   is_right_wrapped = right.rank < rank or (right.rank == rank and operator in "-/")
@@ -249,7 +249,7 @@ def join(left: Term, operator: str, right: Term) -> Term:
 
 
 def solve(numbers: Sequence[int], target: int) -> str:
-  """Search all expressions for one that hits the target with each number used once.
+  """Search all expressions for one that reaches the target with each number used once.
 
   Raises:
     ValueError: there is none.
@@ -277,7 +277,7 @@ def _search(terms: list[Term], target: int) -> str | None:
 
 
 def _belongs_to(key: tuple[int, ...], split: Split, seed: int) -> bool:
-  """Assign (sorted numbers, target) to a split by a hash, so that no two generators need to know of each other."""
+  """Assign (sorted numbers, target) to a split by a hash, so that the splits can be generated independently."""
   digest = hashlib.blake2b(repr((seed, key)).encode(), digest_size=4).digest()
   return (int.from_bytes(digest, "big") < _TEST_SHARE * 2**32) == (split == "test")
 
@@ -287,7 +287,7 @@ def _numbers(record: Record) -> list[int]:
 
 
 def _value(record: Record, completion: str) -> Fraction | None:
-  """Return the value of a completion that uses each given number exactly once; None if it is not such an expression."""
+  """Return the value of an expression that uses each given number exactly once; None for other text."""
   try:
     expression = arithmetic.parse(completion)
   except arithmetic.NotArithmetic:
@@ -299,7 +299,7 @@ def _read_row(row: dict[str, Any]) -> Record:
   """Turn a row of a published file into a record.
 
   Raises:
-    ValueError: why it cannot be used.
+    ValueError: it cannot be used; the message says why.
   """
   if not {"input", "output"} <= row.keys():
     raise ValueError("not an object with input and output")

@@ -1,7 +1,7 @@
-"""Whether two LaTeX answers mean the same: by text form, as numbers, or by math-verify, which needs sympy.
+"""Whether two LaTeX answers are equivalent: as text, as numbers, or by math-verify, which uses sympy.
 
-math-verify may take arbitrarily long on some input and its own time limits hold in a main thread only; they are off
-here, and `grading.py` runs this in worker processes that are killed in time.
+math-verify may take arbitrarily long, and its time limits work only in a main thread. They are off here; `grading.py`
+runs this in worker processes with a time limit.
 """
 
 import cmath
@@ -14,9 +14,9 @@ from typing import Any
 from dmpo_jax.tasks import answers
 from dmpo_jax.tasks.published import latex
 
-MAX_LENGTH = 400  # characters of an answer that are read as mathematics
+MAX_LENGTH = 400  # characters; longer answers are compared as text only
 
-_TYPICAL = (  # forms of answers
+_TYPICAL = (  # typical answers
   *(
     "\\frac{\\sqrt{3}}{2}",
     "(3, \\frac{\\pi}{2})",
@@ -40,7 +40,7 @@ _TYPICAL = (  # forms of answers
 
 @functools.lru_cache(maxsize=1 << 16)
 def are_equal(answer: str, gold: str) -> bool:
-  """Whether an answer means what the gold answer does. Text decides where it is equal; numbers need no algebra."""
+  """Whether an answer is equivalent to the gold answer. Equal text and numbers need no algebra."""
   if _form(answer) == _form(gold):
     return True
   if answers.is_number(answer) and answers.is_number(gold):
@@ -51,7 +51,7 @@ def are_equal(answer: str, gold: str) -> bool:
 
 
 def warm_up() -> None:
-  """Import, and let the parser learn, what the first comparisons would."""
+  """Import and build what the first comparisons would."""
   for text in _TYPICAL:
     _verify(text, "\\frac{x}{2}")
 
@@ -70,10 +70,10 @@ def _verify(answer: str, gold: str) -> bool:
 
 
 def _surely_differ(answer: tuple, gold: tuple) -> bool:
-  """Whether two expressions have clearly different values, which spares the attempt to simplify their difference.
+  """Whether two expressions have clearly different values. This avoids an attempt to simplify their difference.
 
-  Both must be of the same symbols, or one of none: a word may have been read as a product of letters. Symbols get
-  values by their names, in small letters as the library compares them. Percentages are left to the library.
+  Both must have the same symbols, or one none, as a word may have been parsed as a product of letters. Each symbol gets
+  a value from its lowercase name, as the library compares them in lowercase. The library handles percentages.
   """
   import sympy
 
@@ -88,7 +88,7 @@ def _surely_differ(answer: tuple, gold: tuple) -> bool:
 
 
 def _value(expression: Any) -> complex | None:
-  """Return a sympy expression's value where its symbols have theirs; None if that is not finite."""
+  """Return the value of a sympy expression with fixed values for its symbols; None if it is not finite."""
   symbols = {s: 1.1 + zlib.crc32(str(s).lower().encode()) % 997 / 997 for s in expression.free_symbols}
   try:
     value = complex(expression.subs(symbols).evalf(15))
@@ -104,7 +104,7 @@ def _parse(text: str) -> tuple:
 
 @functools.cache
 def _library() -> ModuleType:
-  import math_verify  # here, because sympy takes half a second and only some workers need it
+  import math_verify  # imported here, as sympy takes half a second and few workers need it
 
-  logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # that its time limits are off
+  logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its time limits are off
   return math_verify

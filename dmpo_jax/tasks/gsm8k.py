@@ -9,17 +9,17 @@ from etils import epath
 
 from dmpo_jax.tasks import answers, sources
 from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Reward, Split
+from dmpo_jax.tasks.builtin import FORM, BuiltinTask
 from dmpo_jax.tasks.published import prompts, rewards
-from dmpo_jax.tasks.worded import FORM, WordedTask
 
-CORRECT = 2.0  # the rewards' sizes are the published ones
+CORRECT = 2.0  # sizes as in the published rewards
 FORMAT = 0.5
 
 _REPOSITORY = (
   "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
   "grade_school_math/data"
 )
-_NOTE = re.compile(r"<<[^<>]*>>")  # calculator notes inside the solutions
+_NOTE = re.compile(r"<<[^<>]*>>")  # calculator annotations in the solutions
 
 DEFAULT_PROMPT = PromptTemplate(
   f"Solve the problem below step by step. {FORM}nothing but the final number.\n\n$question"
@@ -27,13 +27,13 @@ DEFAULT_PROMPT = PromptTemplate(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GSM8K(WordedTask):
-  """The task. Records are {question, solution, answer}: `answer` is the text after ####, a number."""
+class GSM8K(BuiltinTask):
+  """Grade-school word problems. Records are {question, solution, answer}; `answer` is the number after ####."""
 
   name: ClassVar[str] = "gsm8k"
   version: ClassVar[str] = "1.0.0"
-  own_range: ClassVar[tuple[float, float]] = (0.0, 4.0)
-  own_parts: ClassVar[tuple[str, ...]] = ("correct", "form")
+  default_range: ClassVar[tuple[float, float]] = (0.0, 4.0)
+  default_parts: ClassVar[tuple[str, ...]] = ("correct", "form")
   PROMPTS: ClassVar = {"default": DEFAULT_PROMPT, **prompts.GSM8K}
   SOURCES: ClassVar[dict[Split, sources.Source]] = {
     "train": sources.Source(
@@ -50,10 +50,10 @@ class GSM8K(WordedTask):
 
   @staticmethod
   def read_row(row: dict[str, Any]) -> Record:
-    """Make a record of {question, answer}, the answer a solution that ends in "#### number".
+    """Make a record from {question, answer}, where answer is a solution that ends in "#### number".
 
     Raises:
-      ValueError: a field is missing or empty, or the answer holds no number.
+      ValueError: a field is missing or empty, or the answer contains no number.
     """
     question, solution = sources.text_field(row, "question"), sources.text_field(row, "answer")
     answer = rewards.hash_answer(solution)
@@ -62,25 +62,29 @@ class GSM8K(WordedTask):
     return {"question": question, "solution": solution.partition("####")[0].strip(), "answer": answer}
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
-    """Read JSON lines {question, answer}; one ValueError lists every row that cannot be used."""
+    """Read JSON lines {question, answer}.
+
+    Raises:
+      ValueError: rows cannot be used; all of them are listed.
+    """
     return sources.read_file(path, self.read_row)
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return the data set's own solution, in the form that the prompt asks for."""
+    """Return the solution of the data set in the form that the prompt asks for."""
     return self.write_answer(record["answer"], _NOTE.sub("", record["solution"]))
 
-  def own_reward(self, record: Record, text: str) -> Reward:
-    """Return 2 for the right number (`correct`), and up to 2 for the `form`.
+  def default_reward(self, record: Record, text: str) -> Reward:
+    """Return `correct`, 2 for the correct number, and `form`, up to 2.
 
-    Form: 0.5 for the tags (see `answers.tag_score`), 0.5 for both blocks and nothing else, 0.5 for tags on lines of
-    their own, 0.5 for a number alone as the answer.
+    Form: 0.5 for the tags (see `answers.tag_score`), 0.5 for both blocks and nothing else, 0.5 for tags on their own
+    lines, 0.5 if the answer is a number and nothing else.
     """
     answer = answers.final_answer(text)
     form = answers.tag_score(text) + answers.has_blocks(text) + answers.has_lines(text) + answers.is_number(answer)
     return {"correct": CORRECT * self._is_right(record, answer), "form": FORMAT * form}
 
-  def own_grade(self, record: Record, text: str) -> Grade:
-    """Return whether the last answer is the number."""
+  def default_grade(self, record: Record, text: str) -> Grade:
+    """Compare the last answer with the gold number."""
     answer = answers.final_answer(text)
     return Grade(self._is_right(record, answer), extracted=answer)
 
@@ -90,13 +94,13 @@ class GSM8K(WordedTask):
     return value is not None and value == answers.read_number(record["answer"])
 
   def published_arguments(self, record: Record) -> dict[str, Any]:
-    """Return the answer as it stands in the data."""
+    """Return the answer as it is in the data."""
     return {"answer": record["answer"]}
 
   def published_question(self, record: Record) -> tuple[str, Any]:
-    """Return the question and the answer as a float; None, which no answer equals, for a negative one.
+    """Return the question and the answer as a float, or None, which no answer equals, if it is negative.
 
-    The official evaluation does not read a minus sign in the data, and so calls every answer to such a question wrong.
+    The official evaluation does not read minus signs in the data, so no answer to such a question is correct there.
     """
     gold = float(answers.read_number(record["answer"]))
     return record["question"], gold if gold >= 0 else None

@@ -1,8 +1,8 @@
-"""One completion's verdict, and the worker process that gives verdicts on tasks whose grading promises nothing.
+"""The verdict on one completion, and the worker process that grades tasks whose grading may hang or crash.
 
-A worker is `python -c "from dmpo_jax.tasks import judge; judge.serve(...)"`: two processes that import strings only,
-never jax. The inner one answers one request at a time over a pipe. The outer one, its keeper, ends it and everything
-that it has started, in sessions of their own too.
+A worker is `python -c "from dmpo_jax.tasks import judge; judge.serve(...)"`: two processes that never import jax. The
+inner process answers one request at a time over a pipe. The outer process, its keeper, ends the inner one and every
+process that it has started, including those in other sessions.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import psutil
 from dmpo_jax import tasks
 from dmpo_jax.tasks.base import BadReward, describe, split_reward
 
-GRACE = 5  # seconds after the time limit in which a worker that nobody stops any more ends by itself
+GRACE = 5  # seconds after the time limit until a worker ends by itself, if nobody stops it
 _SET_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
@@ -32,19 +32,19 @@ NO_GRADE = tasks.Grade(is_correct=False, extracted=None, is_formatted=False)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What grading one completion came to."""
+  """The outcome of grading one completion."""
 
   kind: Literal["graded", "failed", "timeout", "crash"]
   reward: float = 0.0
-  parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the reward, by the task's names for them
+  parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the reward, by name
   grade: tasks.Grade = NO_GRADE
-  problem: str = ""  # of all kinds but "graded"
+  problem: str = ""  # set unless kind is "graded"
 
 
 def judge(task: tasks.Task, record: tasks.Record, completion: str, is_ended: bool) -> Verdict:
   """Grade one completion.
 
-  A reward that raises, or is not what `split_reward` takes, is "failed"; one that runs out of memory is a "crash".
+  A reward that raises, or that `split_reward` refuses, is "failed". One that runs out of memory is a "crash".
   """
   try:
     reward, grade = task.reward_and_grade(record, completion, is_ended)
@@ -53,22 +53,22 @@ def judge(task: tasks.Task, record: tasks.Record, completion: str, is_ended: boo
     return Verdict("crash", problem="out of memory")
   except BadReward as error:
     return Verdict("failed", problem=str(error))
-  except BaseException as error:  # a user's reward may raise anything, SystemExit and KeyboardInterrupt too
+  except BaseException as error:  # a user's reward may raise anything, including SystemExit
     return Verdict("failed", problem=f"raised {describe(error)}")
 
 
 def serve(requests: int, life: int, memory_gb: float) -> None:
-  """Fork a process that answers requests, wait for its end, and end all that is left of it.
+  """Fork a process that answers requests, wait for its end, and end every process that it leaves behind.
 
   Args:
     requests: file descriptor of the connection to the run.
-    life: of a pipe that nobody writes to; once the run's end of it is closed, or the run has died, the worker ends.
-    memory_gb: that the answering process, and each that it starts, may address.
+    life: file descriptor of a pipe without data. The worker ends when the run closes its end of the pipe, or dies.
+    memory_gb: address space of the answering process, and of each process that it starts.
   """
-  _prctl(_SET_CHILD_SUBREAPER, 1)  # what a descendant leaves behind becomes this process's child
+  _prctl(_SET_CHILD_SUBREAPER, 1)  # orphaned descendants become children of this process
   answering = os.fork()
   if not answering:
-    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)  # nobody answers without a keeper
+    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)  # the inner process does not outlive its keeper
     os.close(life)
     code = 1
     try:
@@ -88,7 +88,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _answer(requests: int, memory_gb: float) -> None:
-  """Answer until the other end closes: `make_task`'s arguments, then (record, completion, ended, limit)."""
+  """Receive `make_task`'s arguments, then grade each (record, completion, is_ended, seconds) until the pipe closes."""
   limit = int(memory_gb * 2**30)
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
   with Connection(requests) as connection:
@@ -98,7 +98,7 @@ def _answer(requests: int, memory_gb: float) -> None:
       connection.send("ready")
       while True:
         record, completion, is_ended, seconds = connection.recv()
-        signal.alarm(math.ceil(seconds) + GRACE)  # its default action ends the process, whatever runs
+        signal.alarm(math.ceil(seconds) + GRACE)  # its default action ends the process
         verdict = judge(task, record, completion, is_ended)
         signal.alarm(0)
         connection.send(verdict)
@@ -107,7 +107,7 @@ def _answer(requests: int, memory_gb: float) -> None:
 
 
 def _end_descendants() -> None:
-  """Kill every process below this one, until there is none."""
+  """Kill every descendant of this process."""
   while found := psutil.Process().children(recursive=True):
     for process in found:
       with contextlib.suppress(psutil.NoSuchProcess):

@@ -11,13 +11,13 @@ from etils import epath
 
 from dmpo_jax.tasks import answers, equivalence, sources
 from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Reward, Split
+from dmpo_jax.tasks.builtin import FORM, BuiltinTask
 from dmpo_jax.tasks.published import prompts
-from dmpo_jax.tasks.worded import FORM, WordedTask
 
-CORRECT = 2.0  # the rewards' sizes are the published ones
+CORRECT = 2.0  # sizes as in the published rewards
 FORMAT = 0.5
 
-# the files are in Git LFS, whose pointers carry these checksums
+# the files are in Git LFS; its pointers contain these checksums
 _REPOSITORY = (
   "https://media.githubusercontent.com/media/openai/prm800k/7ecc794703b2877f63226f2477a49b34f9b25163/"
   "prm800k/math_splits"
@@ -30,14 +30,14 @@ DEFAULT_PROMPT = PromptTemplate(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Math(WordedTask):
-  """The task. Records are {problem, answer}, the training ones with their {solution}."""
+class Math(BuiltinTask):
+  """Competition problems. Records are {problem, answer}; those to train on have a {solution} too."""
 
   name: ClassVar[str] = "math"
   version: ClassVar[str] = "1.0.0"
-  own_range: ClassVar[tuple[float, float]] = (0.0, 3.0)
-  own_parts: ClassVar[tuple[str, ...]] = ("correct", "form")
-  is_own_bounded: ClassVar[bool] = False  # math-verify promises nothing
+  default_range: ClassVar[tuple[float, float]] = (0.0, 3.0)
+  default_parts: ClassVar[tuple[str, ...]] = ("correct", "form")
+  is_default_bounded: ClassVar[bool] = False  # math-verify may take arbitrarily long
   PROMPTS: ClassVar = {"default": DEFAULT_PROMPT, **prompts.MATH}
   SOURCES: ClassVar[dict[Split, sources.Source]] = {
     "train": sources.Source(
@@ -57,7 +57,7 @@ class Math(WordedTask):
 
   @staticmethod
   def read_row(row: dict[str, Any]) -> Record:
-    """Make a record of {problem, answer} and, where there is one, the solution.
+    """Make a record from {problem, answer} and, if there is one, the solution.
 
     Raises:
       ValueError: a field is missing or empty.
@@ -70,27 +70,31 @@ class Math(WordedTask):
     return record
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
-    """Read JSON lines {problem, answer}; one ValueError lists every row that cannot be used."""
+    """Read JSON lines {problem, answer}.
+
+    Raises:
+      ValueError: rows cannot be used; all of them are listed.
+    """
     return sources.read_file(path, self.read_row)
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return the data set's own solution, in the form that the prompt asks for."""
+    """Return the solution of the data set in the form that the prompt asks for."""
     return self.write_answer(record["answer"], record.get("solution", ""))
 
-  def own_reward(self, record: Record, text: str) -> Reward:
-    """Return 2 for an answer that means the same (`correct`); as `form` 0.5 for both blocks, 0.5 for a boxed answer."""
+  def default_reward(self, record: Record, text: str) -> Reward:
+    """Return `correct`, 2 for an equivalent answer, and `form`, 0.5 for both blocks and 0.5 for a boxed answer."""
     is_boxed = answers.last_box(answers.last_block(text) or "") is not None
     form = answers.has_blocks(text) + is_boxed
     return {"correct": CORRECT * self._is_right(record, answers.final_answer(text)), "form": FORMAT * form}
 
-  def own_grade(self, record: Record, text: str) -> Grade:
-    """Return whether the last answer means the same as the gold one."""
+  def default_grade(self, record: Record, text: str) -> Grade:
+    """Return whether the last answer is equivalent to the gold answer."""
     answer = answers.final_answer(text)
     return Grade(self._is_right(record, answer), extracted=answer)
 
   @staticmethod
   def warm_up() -> None:
-    """Do what the first grading would spend time on once."""
+    """Do the one-time work of the first comparison."""
     equivalence.warm_up()
 
   @staticmethod
@@ -98,7 +102,7 @@ class Math(WordedTask):
     return bool(answer) and equivalence.are_equal(answer, record["answer"])
 
   def published_arguments(self, record: Record) -> dict[str, Any]:
-    """Return a solution with the answer in its box."""
+    """Return the answer in a box, as a solution."""
     return {"answer": f"\\boxed{{{record['answer']}}}"}
 
   def published_question(self, record: Record) -> tuple[str, Any]:

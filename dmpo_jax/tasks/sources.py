@@ -1,4 +1,4 @@
-"""Data sets that others publish: one file a split, from a folder or the network, taken only with the right checksum."""
+"""Published data sets: one file per split, from a folder or the network, accepted only with the known checksum."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ from etils import epath
 
 from dmpo_jax.tasks.base import Record
 
-TIMEOUT = 30.0  # seconds without a byte before a download counts as failed
+TIMEOUT = 30.0  # seconds without data until a download fails
 MAX_LISTED = 50  # rows that one message describes; all are counted
 
 
@@ -20,16 +20,16 @@ MAX_LISTED = 50  # rows that one message describes; all are counted
 class Source:
   """One published file."""
 
-  name: str  # of the file in `task.data_dir`
+  name: str  # name of the file in `task.data_dir`
   url: str
-  sha256: tuple[str, ...]  # of the file behind the URL, then of other known forms of it
+  sha256: tuple[str, ...]  # checksum of the file at the URL, then those of other known forms
 
 
 def read_source(source: Source, data_dir: str, read_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
-  """Return the records of a published file: from the folder `data_dir`, or from the network where that is "".
+  """Return the records of a published file, from the folder `data_dir` or, if that is "", from the network.
 
   Raises:
-    ValueError: it is not there, cannot be fetched, or is partial or altered; the message says what would do.
+    ValueError: the file is absent, cannot be downloaded, or is partial or altered. The message says how to get it.
   """
   remedy = f"get {source.url} and put it into a folder as {source.name}, then set task.data_dir to that folder"
   if data_dir:
@@ -60,10 +60,10 @@ def _download(source: Source, remedy: str) -> bytes:
 
 
 def read_rows(content: bytes, read_row: Callable[[dict[str, Any]], Record]) -> tuple[list[Record], list[str]]:
-  """Read JSON lines; return the records and, of the rows that cannot be used, one `row N: why` each.
+  """Read JSON lines; return the records, and one `row N: reason` for each row that cannot be used.
 
   Args:
-    read_row: makes a record of a row; raises ValueError with the reason where it cannot.
+    read_row: makes a record from a row, or raises ValueError with the reason why it cannot.
   """
   records, problems = [], []
   for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -84,10 +84,10 @@ def read_rows(content: bytes, read_row: Callable[[dict[str, Any]], Record]) -> t
 
 
 def text_field(row: dict[str, Any], name: str) -> str:
-  """Return a field of a row that must hold text.
+  """Return a field of a row that must be text.
 
   Raises:
-    ValueError: it is missing, no text, or empty.
+    ValueError: it is missing, not text, or empty.
   """
   if name not in row:
     raise ValueError(f"no field {name!r}, only {', '.join(map(repr, row)) or 'none'}")
@@ -108,10 +108,10 @@ def refuse_rows(where: str, problems: list[str]) -> None:
 
 
 def read_file(path: epath.PathLike, read_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
-  """Read a file of JSON lines that the user names.
+  """Read the file of JSON lines at `task.eval_path`.
 
   Raises:
-    ValueError: no such file, nothing in it, or rows that cannot be used, all of them listed.
+    ValueError: the file is absent or empty, or rows cannot be used; all of them are listed.
   """
   where = f"task.eval_path={str(path)!r}"
   if not epath.Path(path).is_file():

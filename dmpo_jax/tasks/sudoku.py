@@ -1,10 +1,10 @@
 """4x4 Sudoku: the prompt is the puzzle as 16 digits row by row, 0 for a blank cell; the completion is the filled grid.
 
-Marks stand before and after the puzzle: rotary positions are relative, so a bidirectional model can tell a cell's place
-only by its distance from tokens that stand nowhere else.
+The bare prompt has marks before and after the puzzle. Rotary positions are relative, so a bidirectional model locates a
+cell only by its distance from tokens that occur nowhere else.
 
-There are only 288 filled grids, so a split by puzzle would show every solution in training. Here the grids themselves
-are split: no solution of a test puzzle is ever seen in training.
+There are only 288 filled grids, so a split by puzzle would show every solution in training. The grids themselves are
+split instead: training never shows the solution of a test puzzle.
 """
 
 import csv
@@ -23,17 +23,17 @@ from jaxtyping import Bool, Float, Int
 
 from dmpo_jax.tasks import answers
 from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Split, read_text, refuse_rows
+from dmpo_jax.tasks.builtin import FORM, BuiltinTask
 from dmpo_jax.tasks.published import prompts
-from dmpo_jax.tasks.worded import FORM, WordedTask
 
 logger = logging.getLogger(__name__)
 
 CELLS = 16
 MAX_BLANKS = 12  # no puzzle with fewer than 4 givens has one solution
 TEST_GRIDS = 48  # of 288
-_MOST_UNFILLED = 0.65  # share of the blank cells that a demonstration leaves blank at most
-_CANDIDATES = 256  # puzzles drawn at one time
-_MAX_FRUITLESS = 50  # draws in a row that bring nothing new before the puzzles count as exhausted
+_MOST_UNFILLED = 0.65  # largest share of the blank cells that a demonstration leaves blank
+_CANDIDATES = 256  # puzzles drawn at a time
+_MAX_FRUITLESS = 50  # draws in a row without a new puzzle after which puzzles count as exhausted
 
 
 BARE_PROMPT = PromptTemplate("($puzzle=", is_tagged=False)
@@ -45,7 +45,7 @@ DEFAULT_PROMPT = PromptTemplate(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sudoku(WordedTask):
+class Sudoku(BuiltinTask):
   """The task, with the options of `config.task.sudoku`. Records are {puzzle, solution}, 16 digits each."""
 
   name: ClassVar[str] = "sudoku"
@@ -54,12 +54,12 @@ class Sudoku(WordedTask):
 
   min_blanks: int  # blank cells of a generated puzzle, drawn uniformly from min_blanks..max_blanks
   max_blanks: int
-  demo_patience: float  # number of blank cells of which demonstrations leave half blank; see `demonstration`
-  demo_wrong: float = 0.0  # share of demonstrations in whose blank cells 1 and 2 have changed places
+  demo_patience: float  # number of blank cells at which demonstrations leave half of them blank; see `demonstration`
+  demo_wrong: float = 0.0  # share of demonstrations that swap 1 and 2 in the blank cells
   prompt_name: str = "bare"
 
   def option_problems(self) -> list[str]:
-    """Say what is wrong with the options."""
+    """Return the problems with the options."""
     problems = []
     if not 1 <= self.min_blanks <= self.max_blanks <= MAX_BLANKS:
       problems.append(
@@ -76,7 +76,7 @@ class Sudoku(WordedTask):
     """Yield `num` different puzzles with exactly one solution, whose grids belong to `split`.
 
     Raises:
-      ValueError: there are not so many puzzles with these options.
+      ValueError: there are fewer puzzles with these options.
     """
     grids = split_grids(split, seed)
     part = ("train", "test").index(split)
@@ -95,10 +95,11 @@ class Sudoku(WordedTask):
       yield record
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return the solution with some blank cells left blank (0): each the likelier, the more of them there are.
+    """Return the solution with some blank cells left blank (0).
 
-    With probability min((blanks / demo_patience)^4 / 2, 0.65): few in a puzzle with few blanks, most in one with many.
-    With probability `demo_wrong` 1 and 2 stand in each other's blank cells: a habit, not a noise that averages out.
+    Each is left blank with probability min((blanks / demo_patience)^4 / 2, 0.65), so few are in a puzzle with few
+    blanks. With probability `demo_wrong`, 1 and 2 are swapped in the blank cells: a systematic error, which does not
+    average out.
     """
     effort = record["puzzle"].count("0") / self.demo_patience
     is_unfilled = rng.random(CELLS) < min(0.5 * effort**4, _MOST_UNFILLED)
@@ -110,14 +111,14 @@ class Sudoku(WordedTask):
     return self.write_answer(answer, "Every row, column and box needs each digit once.")
 
   def only_correct(self) -> "Sudoku":
-    """Return this task with demonstrations that leave nothing blank and are right."""
+    """Return this task with demonstrations that leave no cell blank and are correct."""
     return dataclasses.replace(self, demo_patience=math.inf, demo_wrong=0.0)
 
-  def own_reward(self, record: Record, text: str) -> float:
-    """Return the share of blank cells filled right, in [0, 1]; 1 means solved and nothing else does.
+  def default_reward(self, record: Record, text: str) -> float:
+    """Return the share of blank cells that are filled correctly, in [0, 1]; 1 if and only if the puzzle is solved.
 
-    Cells count by position. A given cell that does not come back as it was, and every character too many, cancels one
-    cell filled right: the puzzle that was asked is to be solved, not another one.
+    Each given cell that is changed, and each extra character, cancels one correct cell, so that solving another puzzle
+    does not pay.
     """
     answer = self._extract(text)
     blanks = record["puzzle"].count("0")
@@ -129,17 +130,17 @@ class Sudoku(WordedTask):
     num_excess = max(len(answer) - CELLS, 0)
     return max(num_right - num_overwritten - num_excess, 0) / blanks
 
-  def own_grade(self, record: Record, text: str) -> Grade:
-    """Return whether the whole grid is right, the given cells included."""
+  def default_grade(self, record: Record, text: str) -> Grade:
+    """Return whether the whole grid is correct, including the given cells."""
     answer = self._extract(text)
     return Grade(answer == record["solution"], extracted=answer)
 
   def has_form(self, record: Record, text: str) -> bool:
-    """Whether a text is both blocks, or just a grid where no tags are asked for."""
+    """Whether a text is both blocks, or a grid if the prompt asks for no tags."""
     return super().has_form(record, text) and (self._prompt.is_tagged or len(self._extract(text)) == CELLS)
 
   def _extract(self, text: str) -> str:
-    """Take the last answer as the grid, or the whole completion where no tags are asked for, without white space."""
+    """Return the last answer, or the whole completion if the prompt asks for no tags, without white space."""
     answer = answers.final_answer(text) if self._prompt.is_tagged else text
     return "".join((answer or "").split())
 
@@ -152,10 +153,10 @@ class Sudoku(WordedTask):
     return f"Solve the following Sudoku puzzle: {record['puzzle']}\n", record["solution"]
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
-    """Read a CSV file with the header Puzzle,Solution, both 16 digits (text: leading zeros count).
+    """Read a CSV file with the header Puzzle,Solution, both 16 digits (as text, since leading zeros count).
 
     Raises:
-      ValueError: no such file, another header, or rows that are no puzzle with its solution, all of them listed.
+      ValueError: the file is absent, has another header, or rows are not puzzles with solutions; all are listed.
     """
     rows = list(csv.reader(io.StringIO(read_text(path))))
     if not rows or rows[0] != ["Puzzle", "Solution"]:
@@ -188,12 +189,12 @@ def all_grids() -> Int[np.ndarray, "288 16"]:
   bands = [(*top, *below) for top, below in itertools.product(rows, rows) if _has_no_repeats(top, below)]
   grids = [(*upper, *lower) for upper, lower in itertools.product(bands, bands) if _columns_differ(upper, lower)]
   grids = np.array(grids, np.int8)
-  grids.flags.writeable = False  # shared by all callers
+  grids.flags.writeable = False  # as callers share it
   return grids
 
 
 def _has_no_repeats(top: tuple[int, ...], below: tuple[int, ...]) -> bool:
-  """Whether two rows make two full boxes (their columns differ then too)."""
+  """Whether two rows form two complete boxes (then their columns differ too)."""
   return not set(top[:2]) & set(below[:2]) and not set(top[2:]) & set(below[2:])
 
 
@@ -208,7 +209,7 @@ def split_grids(split: Split, seed: int) -> Int[np.ndarray, "n 16"]:
 
 
 def has_one_solution(puzzles: Int[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]:
-  """Whether exactly one of the 288 grids agrees with each puzzle (0: blank)."""
+  """Whether exactly one of the 288 grids matches each puzzle (0: blank)."""
   givens = _one_hot(puzzles)
   num_agreeing = givens @ _one_hot(all_grids()).T  # [n, 288] cells
   return (num_agreeing == givens.sum(-1, keepdims=True)).sum(-1) == 1
@@ -220,7 +221,7 @@ def _one_hot(cells: Int[np.ndarray, "n 16"]) -> Float[np.ndarray, "n 64"]:
 
 
 def _distinct_puzzles(grids: Int[np.ndarray, "n 16"], blanks: int, rng: np.random.Generator) -> Iterator[Record]:
-  """Yield puzzles with so many blanks and one solution, each once, until drawing brings no new ones."""
+  """Yield different puzzles with this number of blanks and one solution, until drawing finds no new ones."""
   seen: set[bytes] = set()
   fruitless = 0
   while fruitless < _MAX_FRUITLESS:
@@ -241,7 +242,7 @@ def _to_text(cells: Int[np.ndarray, "16"]) -> str:
 
 
 def _row_problem(row: list[str]) -> str:
-  """Say why a row of a published file cannot be used; "" if it can, or is an empty line."""
+  """Return why a row of a published file cannot be used; "" if it can, or if it is empty."""
   if not row:
     return ""
   if len(row) != 2:

@@ -1,9 +1,9 @@
-"""Tasks of the user's own: a Python file with a few functions, or a JSONL file of prompts and answers.
+"""A user's own task: a Python file with a few functions, or a JSONL file of prompts and answers.
 
---config.task.name=path/to/my_task.py        records, prompt and reward are the file's functions
---config.task.name=path/to/rows.jsonl        {"prompt": ..., "answer": ...} a line, graded by task.user.grader
+--config.task.name=path/to/my_task.py        the file defines records, prompt and reward
+--config.task.name=path/to/rows.jsonl        each line is {"prompt": ..., "answer": ...}, graded by task.user.grader
 
-A prompt is the text of a user's turn, or a conversation: {"messages": [{"role": ..., "content": ...}], "answer": ...}.
+A prompt is the text of the user's turn, or a conversation: {"messages": [{"role": ..., "content": ...}], ...}.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from dmpo_jax.messages import Prompt, as_text, read_messages, turns_of
 from dmpo_jax.tasks import answers, equivalence, sources
 from dmpo_jax.tasks.base import Grade, Record, Reward, Split, Task, check_part_names, describe, split_reward
 
-TEST_SHARE = 0.1  # of the rows of a JSONL file that are held out, chosen by a hash of their prompts
-NEEDED = ("records", "prompt", "reward")  # functions of a Python file
+TEST_SHARE = 0.1  # share of the rows of a JSONL file that is held out, chosen by a hash of the prompt
+NEEDED = ("records", "prompt", "reward")  # functions that a Python file must define
 
 _SUFFIXES = (".py", ".jsonl")
 
@@ -36,7 +36,7 @@ def load(path: str, *, grader: str) -> Task:
   """Load the task of a user's file.
 
   Args:
-    grader: of a JSONL file, a name in GRADERS.
+    grader: a name in GRADERS, for a JSONL file.
 
   Raises:
     ValueError: the file cannot be used.
@@ -60,12 +60,15 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {
   "number": _same_number,
   "math": equivalence.are_equal,
 }
-"""How a JSONL file's answers are compared: the same words, the same number, or the same mathematics."""
+"""How answers are compared with those of a JSONL file: as words, as numbers, or as mathematics."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonlTask:
-  """Rows {prompt, answer}; the reward is 1 for the right last answer (the whole completion without tags and box)."""
+  """Rows of prompt and answer. The reward is 1 if the last answer is correct.
+
+  Without answer tags and box, the whole completion is the answer.
+  """
 
   path: str
   grader: str
@@ -80,16 +83,20 @@ class JsonlTask:
 
   @property
   def is_bounded(self) -> bool:
-    """Whether grading surely ends soon: not where it is mathematics."""
+    """Whether grading is fast on any text: not if answers are compared as mathematics."""
     return self.grader != "math"
 
   def warm_up(self) -> None:
-    """Do what the first grading would spend time on once."""
+    """Do the one-time work of the first comparison."""
     if self.grader == "math":
       equivalence.warm_up()
 
   def records(self, split: Split) -> list[Record]:
-    """Return the rows of a split; one ValueError lists every row that cannot be used."""
+    """Return the rows of a split.
+
+    Raises:
+      ValueError: rows cannot be used; all of them are listed.
+    """
     records, problems = sources.read_rows(epath.Path(self.path).read_bytes(), self._read_row)
     sources.refuse_rows(f"task.name={self.path!r}", problems)
     return [record for record in records if _is_held_out(self.prompt(record)) == (split == "test")]
@@ -108,15 +115,15 @@ class JsonlTask:
     return {**row, "answer": answer}
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
-    """Read another file of the same kind to evaluate on."""
+    """Read another JSONL file to evaluate on."""
     return sources.read_file(path, self._read_row)
 
   def prompt(self, record: Record) -> Prompt:
-    """Return the row's prompt, or its messages."""
+    """Return the prompt or the messages of a row."""
     return record["messages"] if "messages" in record else record["prompt"]
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return the row's answer."""
+    """Return the answer of a row."""
     return record["answer"]
 
   def only_correct(self) -> "JsonlTask":
@@ -124,7 +131,7 @@ class JsonlTask:
     return self
 
   def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
-    """Return 1 for a completion whose last answer is the row's, else 0; and whether it is."""
+    """Return reward 1 if the last answer is that of the row, else 0, and the grade."""
     answer = answers.final_answer(completion)
     answer = completion.strip() if answer is None else answer
     is_correct = GRADERS[self.grader](answer, record["answer"])
@@ -133,13 +140,13 @@ class JsonlTask:
 
 @dataclasses.dataclass(frozen=True)
 class PythonTask:
-  """A file that defines
+  """A Python file that defines
 
   records(split) -> an iterable of dicts of JSON values, for split "train" and "test"
   prompt(record) -> the user's turn, or a list of messages {"role": ..., "content": ...}
-  reward(record, completion) -> a finite number, or a dict of such numbers by part, whose sum is the reward
-  REWARD_PARTS                                  the names of the parts, where the reward has any: ("correct", "form")
-  is_correct(record, completion) -> bool        optional; otherwise whether the reward is above 0
+  reward(record, completion) -> a finite number, or a dict of named parts whose sum is the reward
+  REWARD_PARTS                                  the names of the parts, if the reward has any: ("correct", "form")
+  is_correct(record, completion) -> bool        optional; by default, whether the reward is above 0
   demonstration(record, rng) -> a completion    optional, for the warm start
   PREFILL                                       optional, the beginning of every answer
   """
@@ -147,7 +154,7 @@ class PythonTask:
   path: str
 
   version: ClassVar[str] = "1.0.0"
-  is_bounded: ClassVar[bool] = False  # nobody knows
+  is_bounded: ClassVar[bool] = False  # unknown
 
   def __post_init__(self) -> None:
     missing = [name for name in NEEDED if not callable(getattr(self._module, name, None))]
@@ -169,14 +176,18 @@ class PythonTask:
 
   @property
   def reward_parts(self) -> tuple[str, ...]:
-    """The names of the reward's parts; () where it is one number."""
+    """The names of the parts of a reward; () if it is one number."""
     return tuple(getattr(self._module, "REWARD_PARTS", ()))
 
   def records(self, split: Split) -> list[Record]:
-    """Return the file's records of a split; one ValueError lists every record that cannot be used."""
+    """Return the file's records of a split.
+
+    Raises:
+      ValueError: records cannot be used; all of them are listed.
+    """
     try:
       records = list(self._module.records(split))
-    except Exception as error:  # whatever the file's function raises, or that it returned no list
+    except Exception as error:  # raised by the file's function, or it returned nothing to iterate over
       raise ValueError(f"task.name={self.path!r}: records({split!r}): {type(error).__name__}: {error}") from error
     problems = [f"record {index}: {why}" for index, record in enumerate(records) if (why := self._problem(record))]
     sources.refuse_rows(f"task.name={self.path!r}, {split} split", problems)
@@ -197,7 +208,7 @@ class PythonTask:
     return "" if is_usable else f"its prompt is {describe(prompt)}"
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
-    """Refuse: the file itself says what its test split is."""
+    """Refuse: the file itself defines its test split."""
     raise ValueError(f"task.eval_path={str(path)!r}: {self.path} gives its own test records; leave eval_path empty")
 
   def prompt(self, record: Record) -> Prompt:
@@ -208,7 +219,7 @@ class PythonTask:
     """Return a completion to imitate.
 
     Raises:
-      ValueError: the file has none.
+      ValueError: the file defines no demonstration, or it raised or returned no text.
     """
     if not hasattr(self._module, "demonstration"):
       raise ValueError(f"task.name={self.path!r} defines no demonstration(record, rng): set warm_start.updates to 0")
@@ -227,17 +238,14 @@ class PythonTask:
     return self
 
   def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
-    """Return the file's reward, and whether its is_correct, or a reward above 0, says that the completion is right.
-
-    The reward, which may be slow or have effects, is called once.
-    """
+    """Return the file's reward, called once, and whether the completion is correct."""
     reward = self._module.reward(record, completion)
     total, _ = split_reward(reward, self.reward_parts)
     is_correct = getattr(self._module, "is_correct", lambda *_: total > 0)
     return reward, Grade(bool(is_correct(record, completion)), extracted=completion)
 
 
-_MODULES: dict[str, ModuleType] = {}  # by path, imported once
+_MODULES: dict[str, ModuleType] = {}  # imported files, by path
 
 
 def _import(path: str) -> ModuleType:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS, answers
-from dmpo_jax.tasks.worded import CHOICES
+from dmpo_jax.tasks.builtin import CHOICES
 from launch.bench.results import Options, Result, Row
 from launch.grade import spec
 

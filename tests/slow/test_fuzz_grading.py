@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks.builtin import CHOICES
 from dmpo_jax.tasks.published import RANGES
-from dmpo_jax.tasks.worded import CHOICES
 from launch.grade import spec
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def draw(num, seed):
 def test_every_completion_gets_a_reward_in_range(name, choice):
   completions = draw(NUM, seed=list(TASKS).index(name))
   grading = Grading(spec(name, choice), workers=2, seconds=SECONDS)
-  low, high = RANGES[name] if choice == "published" else grading.task.own_range
+  low, high = RANGES[name] if choice == "published" else grading.task.default_range
   try:
     verdicts = grading.submit([RECORDS[name]] * len(completions), completions, [True] * len(completions)).result()
   finally:

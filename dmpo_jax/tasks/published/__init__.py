@@ -1,8 +1,7 @@
-"""What the published code of DMPO and d1 does with text: its rewards, its graders and its prompts, oddities included.
+"""The rewards, graders and prompts of the published code of DMPO and d1, including their oddities.
 
-Facts of github.com/yuchen-zhu-zyc/DMPO (96af1a4) and github.com/dllm-reasoning/d1 (837888f), written anew and without
-`eval`, so that runs can be compared with theirs. The tasks' own rewards and graders, beside this folder, are the
-corrected ones.
+They behave as github.com/yuchen-zhu-zyc/DMPO (96af1a4) and github.com/dllm-reasoning/d1 (837888f), rewritten without
+`eval`, so that runs can be compared with theirs. The default rewards and graders of the tasks are corrected ones.
 """
 
 from dmpo_jax.tasks.published.graders import GRADERS

@@ -1,4 +1,4 @@
-"""The published evaluation: what each task takes as the answer of a whole generation, and whether that is right."""
+"""The published evaluation: how each task extracts the answer from a generation, and whether it is correct."""
 
 import math
 import re
@@ -9,14 +9,14 @@ from dmpo_jax.tasks.base import Grade
 from dmpo_jax.tasks.published import latex, python_arithmetic
 from dmpo_jax.tasks.published.rewards import CELLS, count_right_cells, is_close, uses_each_once
 
-_BOX = re.compile(r"\\boxed\{([^}\n]*)\}")  # up to the first closing brace, in one line
+_BOX = re.compile(r"\\boxed\{([^}\n]*)\}")  # up to the first closing brace, on one line
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _SIDE = re.compile(r"([0-9+\-*/() ]+)(=[0-9. ])?")  # an expression, and whether a value follows it
 _LATEX_OPERATORS = ((r"\div", "/"), (r"\times", "*"), (r"\cdot", "*"))
 
 
 def grade_gsm8k(generation: str, question: str, gold: Any) -> Grade:
-  """Take the first number of the first box that has one, else the last of the first answer block; commas end it."""
+  """Take the first number in the first box with one, else the last in the first answer block; a comma ends a number."""
   answer = _first_box_number(generation)
   if answer is None:
     answer = _number(_first_block(generation) or "", last=True)
@@ -24,7 +24,7 @@ def grade_gsm8k(generation: str, question: str, gold: Any) -> Grade:
 
 
 def grade_math(generation: str, question: str, gold: Any) -> Grade:
-  """Take the last box (the whole text without one); if it is empty or never closed, the first answer block."""
+  """Take the last box, or the whole text without one; if the box is empty or not closed, the first answer block."""
   answer = latex.boxed_answer(generation)
   if not answer:
     block = _first_block(generation)
@@ -33,10 +33,10 @@ def grade_math(generation: str, question: str, gold: Any) -> Grade:
 
 
 def grade_countdown(generation: str, question: str, gold: Any) -> Grade:
-  """Take the last box (the whole text without one), of `expression = value` the left side.
+  """Take the last box, or the whole text without one; of `expression = value`, take the left side.
 
   Args:
-    gold: [numbers, target]; if it is anything else, they are read from the question.
+    gold: [numbers, target]; otherwise they are read from the question.
   """
   equation = latex.boxed_answer(generation)
   if equation is None:
@@ -55,10 +55,10 @@ def grade_countdown(generation: str, question: str, gold: Any) -> Grade:
 
 
 def grade_sudoku(generation: str, question: str, gold: str) -> Grade:
-  """Take the first of five places that holds anything; every blank cell counts by itself.
+  """Take the first of five places that is not empty; each blank cell counts separately.
 
   Raises:
-    ValueError: the question holds no puzzle.
+    ValueError: the question contains no puzzle.
   """
   puzzle = _read_grid(question)
   answer = "".join(_sudoku_answer(generation).split())
@@ -79,7 +79,7 @@ def _sudoku_answer(generation: str) -> str:
 
 
 def _sudoku_places(text: str) -> Iterator[str]:
-  """Yield what stands in a code block in the answer, in the answer, after it, before its end, and anywhere."""
+  """Yield the text of a code block in the answer, the answer, what follows it, and rows of digits."""
   _, is_open, answer = text.partition("<answer>")
   if is_open:
     yield from (match[1] for match in (_FENCED.search(answer),) if match)
@@ -110,7 +110,7 @@ def _first_box_number(text: str) -> float | None:
 
 
 def _number(text: str, *, last: bool) -> float | None:
-  """Read a whole text as a float, or else the first or last number in it."""
+  """Read the whole text as a float, or else the first or last number in it."""
   try:
     return float(text)
   except ValueError:

@@ -1,6 +1,6 @@
-r"""The published reading of LaTeX answers: which \boxed{} counts, and the text form in which two answers are compared.
+r"""The published reading of LaTeX answers: which \boxed{} counts, and how text is normalised before it is compared.
 
-The normalisation is that of the MATH data set (Hendrycks et al., arXiv 2103.03874): replacements on text, no algebra.
+The normalisation is that of the MATH data set (Hendrycks et al., arXiv 2103.03874): text replacements, no algebra.
 """
 
 import re
@@ -22,14 +22,14 @@ _REPLACED = (
 
 
 class Unnormalizable(ValueError):
-  """The published normalisation fails on a text; answers are then compared as they are."""
+  """The published normalisation fails on this text; answers are then compared unchanged."""
 
 
 def last_boxed(text: str) -> str | None:
-  r"""Return the last box of a text with its command; the whole text if there is none, None if it is never closed.
+  r"""Return the last box of a text with its command; the whole text without a box, None if the box is not closed.
 
-  After a `\boxed ` with a space the answer goes up to the next dollar sign, and such a box is preferred to all others.
-  A closing brace counts as the box's own when as many braces have been opened as closed since the command.
+  A `\boxed ` with a space takes precedence, and its answer ends at the next dollar sign. Other boxes end at the brace
+  that balances those since their command.
   """
   if _BOXED_SPACE in text:
     return _BOXED_SPACE + text.rpartition(_BOXED_SPACE)[2].partition("$")[0]
@@ -47,10 +47,10 @@ def last_boxed(text: str) -> str | None:
 
 
 def unbox(box: str) -> str:
-  r"""Return what is inside a box that `last_boxed` returned; a text that is no whole `\boxed{}` as it is.
+  r"""Return the content of a box from `last_boxed`; other text is returned unchanged.
 
   Raises:
-    Unnormalizable: `\boxed ` stands in the text, but not at its beginning.
+    Unnormalizable: `\boxed ` is in the text, but not at its beginning.
   """
   if _BOXED_SPACE in box:
     if not box.startswith(_BOXED_SPACE):
@@ -61,13 +61,13 @@ def unbox(box: str) -> str:
 
 
 def boxed_answer(text: str) -> str | None:
-  """Return what is inside the last box, the whole text if it has no box, None if the box is never closed."""
+  """Return the content of the last box; the whole text without a box, None if the box is not closed."""
   box = last_boxed(text)
   return None if box is None else unbox(box)
 
 
 def are_equivalent(answer: Any, gold: Any) -> bool:
-  """Whether two answers have one text form; compared as they are if either has none, as numbers if one is a float."""
+  """Whether two answers are equal once normalised; as numbers if one is a float, unchanged if normalising fails."""
   if isinstance(answer, float) or isinstance(gold, float):
     try:
       return abs(float(answer) - float(gold)) < 1e-6

@@ -1,7 +1,7 @@
-"""The prompts of the published code, to the letter: its figures hang on them.
+"""The prompts of the published code, character for character, as its results depend on them.
 
 From DMPO/data_utils.py (training) and eval/*.py (evaluation) of github.com/yuchen-zhu-zyc/DMPO, Apache-2.0. In the
-evaluation every answer is begun with <reasoning>.
+evaluation, every answer starts with <reasoning>.
 """
 
 from dmpo_jax.tasks.base import PromptTemplate

@@ -1,7 +1,7 @@
-"""The value that Python gives an arithmetic expression, without running it: what the published code asks `eval` for.
+"""The value that Python gives an arithmetic expression, without executing it. The published code uses `eval` for this.
 
-Whole numbers, floats, + - * / // **, signs and parentheses, with Python's own types: 7/2 is a float, (-8)**0.5 complex.
-Text is parsed, never run, and work is bounded: a power or product of too many digits has no value here.
+Whole numbers, floats, + - * / // **, signs and parentheses, with Python's types: 7/2 is a float, (-8)**0.5 is complex.
+Text is parsed, never executed, and work is bounded: a power or product with too many digits has no value.
 """
 
 import ast
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_LENGTH = 1000  # characters; longer expressions have no value
-MAX_BITS = 1 << 18  # of a whole number on the way
+MAX_BITS = 1 << 18  # of an intermediate whole number
 
 _CHARACTERS = re.compile(r"[\d+\-*/().\s]+\Z")
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
@@ -28,7 +28,7 @@ Number = int | float | complex
 
 
 def numbers_in(text: str) -> list[int] | None:
-  """Return the runs of decimal digits (of any script) in a text, as numbers; None if one is too long for `int`."""
+  """Return the runs of decimal digits (of any script) in a text as numbers; None if one is too long for `int`."""
   try:
     return [int(run) for run in re.findall(r"\d+", text)]
   except ValueError:
@@ -36,7 +36,7 @@ def numbers_in(text: str) -> list[int] | None:
 
 
 def evaluate(text: str) -> Number | None:
-  """Return an expression's value; None where Python's `eval` would raise or give no number, or beyond the bounds."""
+  """Return the value of an expression; None if `eval` would raise or give no number, or if a bound is exceeded."""
   if len(text) > MAX_LENGTH or not _CHARACTERS.match(text):
     return None
   try:
@@ -47,7 +47,7 @@ def evaluate(text: str) -> Number | None:
 
 def _value(node: ast.expr) -> Number:
   signs = []
-  while isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:  # a loop, as there may be hundreds
+  while isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:  # a loop, not recursion, as there may be hundreds
     signs.append(_UNARY[type(node.op)])
     node = node.operand
   value = _unsigned_value(node)
@@ -68,7 +68,7 @@ def _unsigned_value(node: ast.expr) -> Number:
 
 
 def _bits(op: ast.operator, left: Number, right: Number) -> int:
-  """An upper bound on the bits of a whole result; 0 where the result is a float, whose size is bounded anyhow."""
+  """Return an upper bound on the bits of a whole result; 0 for a float result, whose size is fixed."""
   if not isinstance(left, int) or not isinstance(right, int):
     return 0
   if isinstance(op, ast.Pow):

@@ -1,6 +1,6 @@
-"""The published rewards, by the names that they have there: each a function of a completion and what grading it needs.
+"""The published rewards under their published names: functions of a completion and of what grading needs.
 
-The gold answer of GSM8K is the text after #### as it stands; that of MATH is a solution with the answer in a box.
+The gold answer of GSM8K is the text after ####, unchanged. That of MATH is a solution with the answer in a box.
 """
 
 import math
@@ -17,12 +17,12 @@ _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>")
 
 
 def after_answer_tag(text: str) -> str:
-  """Return what follows the last <answer> up to the next </answer>; the whole text, so far, if there is no tag."""
+  """Return the text after the last <answer>, or all of it without one, up to the next </answer>."""
   return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
 
 
 def last_answer_block(text: str) -> str | None:
-  """Return what is inside the last closed <answer>...</answer>, blocks being taken from left to right."""
+  """Return the content of the last closed <answer>...</answer>, with blocks matched from left to right."""
   block, end = None, 0
   while True:
     start = text.find("<answer>", end)
@@ -33,13 +33,13 @@ def last_answer_block(text: str) -> str | None:
 
 
 def hash_answer(text: str) -> str | None:
-  """Return what stands between the first and second #### of a GSM8K solution; None without ####."""
+  """Return the text between the first and second #### of a GSM8K solution; None without ####."""
   parts = text.split("####")
   return parts[1].strip() if len(parts) > 1 else None
 
 
 def count_xml(text: str) -> float:
-  """Return 0.125 for each tag that stands once and as asked, less 0.001 for each character after the last."""
+  """Return 0.125 for each tag that occurs once in the form asked for, minus 0.001 per character after the last tag."""
   count = 0.0
   for tag in ("<reasoning>\n", "\n</reasoning>\n"):
     count += 0.125 * (text.count(tag) == 1)
@@ -53,22 +53,22 @@ def count_xml(text: str) -> float:
 
 
 def xmlcount_reward_func(completion: str, **kwargs: Any) -> float:
-  """See `count_xml`; at most 0.5, and below 0 for a long text after the answer."""
+  """See `count_xml`; at most 0.5, and negative if a long text follows the answer."""
   return count_xml(completion)
 
 
 def soft_format_reward_func(completion: str, **kwargs: Any) -> float:
-  """Return 0.5 for both tags in their order at the beginning, with no newline inside either."""
+  """Return 0.5 for both blocks in order at the beginning, with no newline inside either."""
   return 0.5 if _SOFT.match(completion) else 0.0
 
 
 def strict_format_reward_func(completion: str, **kwargs: Any) -> float:
-  """Return 0.5 for nothing but both tags on lines of their own, with one line inside each."""
+  """Return 0.5 for both blocks and nothing else, with tags on their own lines and one line inside each."""
   return 0.5 if _STRICT.match(completion) else 0.0
 
 
 def int_reward_func(completion: str, **kwargs: Any) -> float:
-  """Return 0.5 if the answer has digits only (those of every script, superscripts too)."""
+  """Return 0.5 if the answer consists of digits (of any script, including superscripts)."""
   return 0.5 if after_answer_tag(completion).isdigit() else 0.0
 
 
@@ -78,12 +78,12 @@ def reward_len(completion: str, **kwargs: Any) -> int:
 
 
 def correctness_reward_func(completion: str, *, answer: str | None, **kwargs: Any) -> float:
-  """GSM8K: return 2 if the answer is, character for character, the gold one."""
+  """GSM8K: return 2 if the answer equals the gold answer character for character."""
   return 2.0 if after_answer_tag(completion) == answer else 0.0
 
 
 def correctness_reward_func_math(completion: str, *, answer: str, **kwargs: Any) -> float:
-  """MATH: return 2 if the last box, or the whole text without one, has the text form of the gold answer.
+  """MATH: return 2 if the last box, or the whole text without one, has the same text form as the gold answer.
 
   Raises:
     TypeError: the box of the gold answer is never closed.
@@ -96,7 +96,7 @@ def correctness_reward_func_math(completion: str, *, answer: str, **kwargs: Any)
 
 
 def boxed_and_answer_tags_format_reward(completion: str, **kwargs: Any) -> float:
-  r"""MATH: return 0.5 for an <answer>, and 0.5 for a \boxed in the first one (in the text without), else 0.25."""
+  r"""MATH: return 0.5 for an <answer>, plus 0.5 for a \boxed in the first one (without one, in the text), else 0.25."""
   _, tag, rest = completion.partition("<answer>")
   answer = rest.partition("<answer>")[0].partition("</answer>")[0] if tag else completion
   return 0.5 * ((1.0 if tag else 0.0) + (1.0 if "\\boxed" in answer else 0.5))
@@ -113,16 +113,16 @@ def countdown_reward_func(completion: str, *, target: float, numbers: Sequence[i
 
 
 def uses_each_once(equation: str, numbers: Sequence[int]) -> bool:
-  """Whether the digit runs of an expression are the given numbers, each once."""
+  """Whether the numbers in an expression are the given ones, each once."""
   try:
     used = python_arithmetic.numbers_in(equation)
     return used is not None and sorted(used) == sorted(numbers)
-  except TypeError:  # numbers that are none
+  except TypeError:  # `numbers` has other values than numbers
     return False
 
 
 def is_close(value: python_arithmetic.Number | None, target: float) -> bool:
-  """Whether a value is the target up to 1e-5."""
+  """Whether a value is within 1e-5 of the target."""
   try:
     return value is not None and abs(value - target) < 1e-5
   except (TypeError, OverflowError):
@@ -136,14 +136,14 @@ def sudoku_digits(text: str) -> str | None:
 
 
 def count_right_cells(answer: str, puzzle: str, solution: str) -> tuple[int, int]:
-  """Return how many of the puzzle's blank cells are right, and how many there are; a short answer is filled with 0."""
+  """Return the number of correct blank cells, and of blank cells. A short answer is filled up with 0."""
   cells = answer[:CELLS].ljust(CELLS, "0")
   blanks = [index for index in range(CELLS) if puzzle[index] == "0"]
   return sum(cells[index] == solution[index] for index in blanks), len(blanks)
 
 
 def sudoku_reward_func(completion: str, *, puzzle: str, solution: str, **kwargs: Any) -> float:
-  """Sudoku: return the share of blank cells that are right; 0 for a puzzle without any."""
+  """Sudoku: return the share of correct blank cells; 0 for a puzzle without blank cells."""
   digits = sudoku_digits(completion)
   if not digits:
     return 0.0
@@ -168,7 +168,7 @@ REWARDS: dict[str, Reward] = {
     sudoku_reward_func,
   )
 }
-"""All of them by name."""
+"""All published rewards by name."""
 
 TRAINED_WITH: dict[str, dict[str, Reward]] = {
   "gsm8k": {
@@ -186,12 +186,12 @@ TRAINED_WITH: dict[str, dict[str, Reward]] = {
 
 
 RANGES: dict[str, tuple[float, float]] = {
-  "gsm8k": (-math.inf, 3.5),  # text after the answer costs without end; strict and soft format exclude each other
+  "gsm8k": (-math.inf, 3.5),  # text after the answer costs without limit; strict and soft format exclude each other
   "math": (0.25, 3.0),
   "countdown": (0.0, 1.0),
   "sudoku": (0.0, 1.0),
 }
-"""What their sum never leaves."""
+"""Bounds of their sum."""
 
 
 def score(task: str, completion: str, **kwargs: Any) -> dict[str, float]:

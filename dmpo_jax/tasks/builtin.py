@@ -1,4 +1,4 @@
-"""What the built-in tasks share: prompts by name, demonstrations in the prompt's form, published or own grading."""
+"""What the built-in tasks share: named prompts, demonstrations in their form, default and published grading."""
 
 import dataclasses
 import string
@@ -9,26 +9,26 @@ from dmpo_jax.tasks import answers
 from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Reward, refuse_options
 from dmpo_jax.tasks.published import GRADERS, rewards
 
-CHOICES = ("default", "published")  # of rewards and graders
-FORM = (  # what the default prompts say of the answer's form
+CHOICES = ("default", "published")  # rewards and graders
+FORM = (  # how the default prompts describe the form of an answer
   "Put your thoughts between the tags <reasoning> and </reasoning>, each on a line of its own, and after them, between "
   "<answer> and </answer>, "
 )
-END = "<|endoftext|>"  # what the published graders look for at the end of a generation
+END = "<|endoftext|>"  # the published graders look for it at the end of a generation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WordedTask:
-  """What the four tasks have in common: prompts by name, and a published and an own set of rewards and graders.
+class BuiltinTask:
+  """Base of the four tasks: named prompts, and a default and a published set of rewards and graders.
 
-  A task adds its data, its own reward and grade, and what the published ones need of a record.
+  A task adds its data, its default reward and grade, and what the published ones need from a record.
   """
 
   name: ClassVar[str]
   PROMPTS: ClassVar[Mapping[str, PromptTemplate]]
-  own_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # that the own reward never leaves
-  own_parts: ClassVar[tuple[str, ...]] = ()  # of the own reward; see Task.reward_parts
-  is_own_bounded: ClassVar[bool] = True  # see Task.is_bounded, for the own reward and grade
+  default_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # bounds of the default reward
+  default_parts: ClassVar[tuple[str, ...]] = ()  # of the default reward; see Task.reward_parts
+  is_default_bounded: ClassVar[bool] = True  # Task.is_bounded of the default reward and grade
 
   prompt_name: str = "default"  # task.prompt
   rewards: str = "default"  # task.rewards: default, published
@@ -47,27 +47,27 @@ class WordedTask:
     refuse_options(problems + self.option_problems())
 
   def option_problems(self) -> list[str]:
-    """Say what is wrong with the task's own options."""
+    """Return the problems with the task's options."""
     return []
 
   def prompt_fields(self, record: Record) -> Mapping[str, Any]:
-    """Return what the prompt's template may name: the record itself, unless a task says otherwise."""
+    """Return the fields that the prompt's template may name: those of the record, unless a task overrides this."""
     return record
 
-  def own_reward(self, record: Record, text: str) -> Reward:
-    """Return what an answer is worth by the task's own rewards; `text` begins with the prefill."""
+  def default_reward(self, record: Record, text: str) -> Reward:
+    """Return the default reward of an answer; `text` starts with the prefill."""
     raise NotImplementedError
 
-  def own_grade(self, record: Record, text: str) -> Grade:
-    """Return whether an answer is right by the task's own grader; `text` begins with the prefill."""
+  def default_grade(self, record: Record, text: str) -> Grade:
+    """Return the default grade of an answer; `text` starts with the prefill."""
     raise NotImplementedError
 
   def published_arguments(self, record: Record) -> dict[str, Any]:
-    """Return what the published rewards need of a record."""
+    """Return the arguments that the published rewards take from a record."""
     raise NotImplementedError
 
   def published_question(self, record: Record) -> tuple[str, Any]:
-    """Return the question and the gold answer in the form of the published generations."""
+    """Return the question and the gold answer as in the published generations."""
     raise NotImplementedError
 
   def prompt(self, record: Record) -> str:
@@ -76,7 +76,7 @@ class WordedTask:
 
   @property
   def prefill(self) -> str:
-    """The beginning of the answer that every prompt ends with."""
+    """The beginning of the answer, appended to every prompt."""
     return self._prompt.prefill
 
   @property
@@ -85,51 +85,51 @@ class WordedTask:
 
   @property
   def is_bounded(self) -> bool:
-    """Whether reward and grade surely end soon on any text: the published ones do."""
-    return self.is_own_bounded or (self.rewards == "published" and self.grader == "published")
+    """Whether the chosen reward and grade are fast on any text. The published ones are."""
+    return self.is_default_bounded or (self.rewards == "published" and self.grader == "published")
 
   @property
   def reward_parts(self) -> tuple[str, ...]:
-    """The parts of the chosen set of rewards; a set of one has none."""
+    """The names of the parts of the chosen rewards; a single published reward has no parts."""
     if self.rewards == "default":
-      return self.own_parts
+      return self.default_parts
     names = tuple(rewards.TRAINED_WITH[self.name])
     return names if len(names) > 1 else ()
 
   def reward(self, record: Record, completion: str) -> Reward:
-    """Return what a completion is worth by the chosen set of rewards."""
+    """Return the reward of a completion by the chosen set of rewards."""
     if self.rewards == "default":
-      return self.own_reward(record, self.prefill + completion)
+      return self.default_reward(record, self.prefill + completion)
     parts = rewards.score(self.name, completion, **self.published_arguments(record))
     return parts if self.reward_parts else sum(parts.values())
 
   def grade(self, record: Record, completion: str, is_ended: bool = True) -> Grade:
-    """Return whether a completion is right by the chosen grader."""
+    """Return the grade of a completion by the chosen grader."""
     text = self.prefill + completion
     is_published = self.grader == "published"
-    grade = self.published_grade(record, completion, is_ended) if is_published else self.own_grade(record, text)
+    grade = self.published_grade(record, completion, is_ended) if is_published else self.default_grade(record, text)
     return dataclasses.replace(grade, is_formatted=self.has_form(record, text))
 
   def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
-    """Return what a completion is worth, and whether it is right."""
+    """Return the reward and the grade of a completion."""
     return self.reward(record, completion), self.grade(record, completion, is_ended)
 
   def has_form(self, record: Record, text: str) -> bool:
-    """Whether a text has the form that the prompt asks for: both blocks, unless it asks for no tags."""
+    """Whether a text has the form that the prompt asks for: both blocks, or any text if it asks for no tags."""
     return answers.has_blocks(text) or not self._prompt.is_tagged
 
-  def only_correct(self) -> "WordedTask":
-    """Return this task with demonstrations that are always right: they are."""
+  def only_correct(self) -> "BuiltinTask":
+    """Return this task: its demonstrations are always correct."""
     return self
 
   def write_answer(self, answer: str, reasoning: str) -> str:
-    """Write a completion with this answer, as the prompt asks for it, less what the prompt has begun."""
+    """Write a completion with this answer in the form that the prompt asks for, without the prefill."""
     if not self._prompt.is_tagged:
       return answer
     written = string.Template(self._prompt.answer).substitute(answer=answer)
     return answers.wrap(reasoning, written).removeprefix(self.prefill)
 
   def published_grade(self, record: Record, completion: str, is_ended: bool) -> Grade:
-    """Grade as the published evaluation does, on a text that shows its end."""
+    """Grade as the published evaluation does, on a text that includes its end token."""
     question, gold = self.published_question(record)
     return GRADERS[self.name](completion + END * is_ended, question, gold)
