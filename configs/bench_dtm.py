@@ -1,4 +1,4 @@
-"""DTM (arXiv 2604.18739) on the bench. Its tilt: the best of 1, 4 and 8 on the tuning seed of launch/study/study.py."""
+"""DTM (arXiv 2604.18739) on the bench. Its tilt: the best of 1, 4 and 8 on the tuning seed of launch/study."""
 
 from configs import bench
 

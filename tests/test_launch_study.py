@@ -1,5 +1,6 @@
 """The study: which runs it takes, how a learning rate is chosen, and what its pages say of made-up results."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,7 +9,8 @@ import pytest
 from absl import app
 
 from dmpo_jax.config import validate
-from launch.study import arms, page, study
+from launch.study import __main__ as study
+from launch.study import arms, page, runs
 from launch.study.arms import ARMS, CONFIGS, GROUPS, RATES, TASKS, TUNING_SEED
 
 OUT = pathlib.Path("runs/study")
@@ -63,14 +65,14 @@ def test_objectives_come_first_of_all_seeds(all_runs):
 
 
 def test_what_several_questions_ask_for_is_run_for_the_first(all_runs, tmp_path):
-  missing = study.missing_runs(all_runs, tmp_path)
+  missing = runs.missing_runs(all_runs, tmp_path)
   assert len(missing) == (len(ARMS) - 4) * len(TASKS) * 3
   first = list(missing.values())[: len(CONFIGS) * len(TASKS) : len(TASKS)]
   assert [run.arm.name for run in first] == list(CONFIGS)
   done = next(iter(missing))
   done.parent.mkdir(parents=True)
   done.write_text("{}")
-  assert list(study.missing_runs(all_runs, tmp_path)) == list(missing)[1:]
+  assert list(runs.missing_runs(all_runs, tmp_path)) == list(missing)[1:]
 
 
 def test_an_objective_whose_rate_is_not_chosen_is_left_out():
@@ -98,12 +100,12 @@ def test_every_objective_has_three_learning_rates_to_choose_from(rewards, tried,
 def test_learning_rates_are_read_from_the_runs_of_their_seed(tmp_path):
   who = ("countdown", "spg")
   for rate, reward in ((1e-4, 0.2), (3e-4, 0.4), (1e-3, 0.1)):
-    assert study.chosen_rates([who], tmp_path) == {}
+    assert runs.chosen_rates([who], tmp_path) == {}
     path = arms.tuning_run(*who, rate).path(tmp_path)
     assert path.parent == tmp_path / "countdown" / f"seed{TUNING_SEED}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(made_up(0.5, reward)))
-  assert study.chosen_rates([who], tmp_path) == {who: 3e-4}
+  assert runs.chosen_rates([who], tmp_path) == {who: 3e-4}
 
 
 def test_model_calls_of_a_buffer_count_a_backward_pass_as_two():
@@ -121,13 +123,13 @@ def test_model_calls_of_a_buffer_count_a_backward_pass_as_two():
 
 
 def test_the_time_left_is_told_by_the_median_of_the_last_runs():
-  clock = study.Clock(minutes=1)
+  clock = runs.Clock(minutes=1)
   assert clock.has_time()  # of a run's length nothing is known yet
   for seconds in (500, 20, 20, 20, 20, 30, 30, 30):
     clock.add(seconds)
   assert clock.pace() == 20
   assert clock.has_time()
-  assert not study.Clock(minutes=0).has_time()
+  assert not runs.Clock(minutes=0).has_time()
 
 
 def test_differences_are_paired_by_seed():
@@ -145,22 +147,22 @@ def test_differences_are_paired_by_seed():
 @pytest.mark.parametrize("given", [["a"], ["0", "1.5"], ["-1"], ["0", str(TUNING_SEED)], [""]])
 def test_seeds_that_cannot_be_used(given):
   with pytest.raises(app.UsageError, match=rf"--seeds={','.join(given)}: '{given[-1]}' cannot be used"):
-    study._read_seeds(given)
+    study.read_seeds(given)
 
 
 def test_runs_of_another_budget_do_not_pass_for_these(tmp_path):
-  settings = {"calls": 1024, "set": {"warm_start.updates": 600}}
+  study = runs.Study(tmp_path / "study", calls=1024, changes={"warm_start.updates": 600})
   for _ in range(2):
-    study._check_folder(tmp_path / "study", settings)
-  for other in ({"calls": 512}, {"set": {}}):
+    study.check_folder()
+  for other in ({"calls": 512}, {"changes": {}}):
     with pytest.raises(app.UsageError, match=r"holds runs with --calls=1024 and --set {'warm_start.updates': 600}"):
-      study._check_folder(tmp_path / "study", settings | other)
+      dataclasses.replace(study, **other).check_folder()
 
 
 def test_a_change_that_is_not_json_is_refused():
-  assert study._parse("model.d_model=7") == ("model.d_model", 7)
+  assert study.read_change("model.d_model=7") == ("model.d_model", 7)
   with pytest.raises(app.UsageError, match="--set=a: must be key=value"):
-    study._parse("a")
+    study.read_change("a")
 
 
 def test_an_interval_is_students():
