@@ -1,4 +1,4 @@
-"""What the study runs: its arms, the learning rates that they may have, and the order in which runs are taken."""
+"""The arms of the study, the choice of their learning rates, and the order of the runs."""
 
 import dataclasses
 import importlib
@@ -14,7 +14,7 @@ TASKS = ("sudoku", "countdown")
 RATE = "optim.learning_rate"
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 ROLLOUTS = 64  # of a buffer, whatever the group size
-TUNING_SEED = 3  # of the runs that choose the learning rates; no seed of the study
+TUNING_SEED = 3  # of the runs that choose the learning rates, and not among the seeds of the study
 Rates = Mapping[tuple[str, str], float]  # the learning rate of (task, bench configuration)
 
 
@@ -30,7 +30,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An arm on a task from one seed's base."""
+  """An arm on a task, from the base of one seed."""
 
   arm: Arm
   task: str
@@ -38,18 +38,18 @@ class Run:
 
   @property
   def changes(self) -> dict[str, Any]:
-    """What differs from the arm's bench configuration."""
+    """Return the keys that differ from the arm's bench configuration."""
     config = bench_config(self.arm.config, self.task)
     return {key: value for key, value in self.arm.changes.items() if get(config, key) != value}
 
   def path(self, out: pathlib.Path) -> pathlib.Path:
-    """Its JSON file; configurations that are the same share it."""
+    """Return the JSON file of the run; equal configurations share one."""
     changes = [f"{key.split('.')[-1]}={value}" for key, value in sorted(self.changes.items())]
     return folder(out, self.task, self.seed) / ("-".join([self.arm.config, *changes]) + ".json")
 
 
 def folder(out: pathlib.Path, task: str, seed: int) -> pathlib.Path:
-  """Where the base and the runs of a task and seed are."""
+  """Return the folder of the base and the runs of a task and seed."""
   return out / task / f"seed{seed}"
 
 
@@ -94,7 +94,7 @@ def get(config: ConfigDict, path: str) -> Any:
 
 
 def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-  """Return a copy with some keys, by their dotted paths, changed."""
+  """Return a copy with some keys, given by dotted paths, changed."""
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(dict(changes))
   return config
@@ -118,7 +118,7 @@ def calls_a_buffer(config: ConfigDict) -> float:
 
 
 def needed_rates(groups: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, str]]:
-  """List the (task, bench configuration) whose learning rate the arms of some groups take."""
+  """List the (task, bench configuration) pairs whose learning rates the arms of some groups need."""
   configs = dict.fromkeys(arm.config for arm in ARMS if arm.group in groups)
   return [(task, config) for config in configs for task in tasks]
 
@@ -129,9 +129,9 @@ def tuning_run(task: str, config: str, rate: float) -> Run:
 
 
 def next_rate(scores: Mapping[float, float]) -> float | None:
-  """Say which learning rate is to be tried next, given what those tried came to; None: no further one.
+  """Return the learning rate to try next, given the scores of those already tried; None: no other.
 
-  The two in the middle of `RATES`, then the neighbour of the better one: three runs, the same rule for every objective.
+  First the two in the middle of `RATES`, then the outer neighbour of the better one: three runs for every objective.
   """
   low, high = RATES[1:3]
   for rate in (low, high):
@@ -142,12 +142,12 @@ def next_rate(scores: Mapping[float, float]) -> float | None:
 
 
 def best_rate(scores: Mapping[float, float]) -> float:
-  """Take the learning rate with the highest score; ties: the smallest."""
+  """Return the learning rate with the highest score, the smallest of several."""
   return max(scores, key=lambda rate: (scores[rate], -rate))
 
 
 def plan(rates: Rates, groups: Iterable[str], tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
-  """List the runs at the rates given: the objectives of all seeds first, then the other questions seed by seed."""
+  """List the runs at the given rates: first the objectives for all seeds, then the other questions seed by seed."""
   for part in (("objectives",), GROUPS[1:]):
     for seed in seeds:
       for arm in ARMS:

@@ -1,6 +1,6 @@
 """Measure the likelihood estimators against the exact likelihood: bias, spread and cost, as a table and a picture.
 
-  python -m launch.study.estimators --out=docs
+    python -m launch.study.estimators --out=docs
 
 The model is a table over four positions and three tokens, so log p(y | x) is a sum over all orders; the estimates are
 averaged over all 81 completions. Writes estimators.md and estimators.svg.
@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import scipy.special
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from dmpo_jax import files
-from dmpo_jax.config import command
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions, Estimator
 from dmpo_jax.run import buckets
+from launch import commands
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -41,30 +41,32 @@ of the estimates of one completion. Centred error is the root mean square of est
 mean: what differences between completions see. Written by `python -m launch.study.estimators --out=docs`.
 """
 
-_OUT = flags.DEFINE_string("out", "docs", "Folder to write to.")
-_SHARPNESS = flags.DEFINE_float("sharpness", 1.5, "Standard deviation of the table's logits.")
-
 
 class Figures(NamedTuple):
-  """How an estimator does at one cost; nats a completion, over all completions by their probability."""
+  """Figures of an estimator at one cost, in nats per completion, averaged over completions by their probability."""
 
   name: str
-  calls: int  # model calls a completion
+  calls: int  # model calls per completion
   bias: float  # mean of estimate - log p
   spread: float  # standard deviation of the estimates of one completion
-  error: float  # root mean square of estimate - log p, less its mean: what differences between completions see
+  error: float  # root mean square of estimate - log p after subtracting its mean
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags() -> None:
+  """Declare the command's flags; not on import, as every command has an --out of its own."""
+  flags.DEFINE_string("out", "docs", "The folder to write to.")
+  flags.DEFINE_float("sharpness", 1.5, "Standard deviation of the logits in the table.")
+
+
+def main() -> None:
   """Measure all estimators and write the table and the picture."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument {argv[1]!r}")
-  buckets.refuse("--out", _OUT.value)
-  logits = _SHARPNESS.value * np.random.default_rng(0).standard_normal((*[TOKENS + 1] * LENGTH, LENGTH, TOKENS))
+  given = flags.FLAGS
+  buckets.refuse("--out", given.out)
+  logits = given.sharpness * np.random.default_rng(0).standard_normal((*[TOKENS + 1] * LENGTH, LENGTH, TOKENS))
   table = scipy.special.log_softmax(logits, axis=-1)
   exact = exact_log_likelihood(table)
   figures = [measure(name, estimator, table, exact) for name, estimator in candidates()]
-  out = pathlib.Path(_OUT.value)
+  out = pathlib.Path(given.out)
   files.write_whole(epath.Path(out / "estimators.md"), markdown(figures))
   draw(figures, out / "estimators.svg")
   print(markdown(figures))
@@ -134,7 +136,7 @@ def markdown(figures: Sequence[Figures]) -> str:
 
 
 def draw(figures: Sequence[Figures], path: pathlib.Path) -> None:
-  """Draw bias and centred error against the cost."""
+  """Plot bias and centred error over the cost."""
   figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
   for name in dict.fromkeys(row.name for row in figures):
     rows = [row for row in figures if row.name == name]
@@ -142,10 +144,10 @@ def draw(figures: Sequence[Figures], path: pathlib.Path) -> None:
     axes[0].plot(calls, [row.bias for row in rows], marker="o", markersize=4, label=name)
     axes[1].plot(calls, [row.error for row in rows], marker="o", markersize=4)
   axes[0].set_ylabel("bias, nats")
-  axes[1].set_ylabel("error after taking the bias off, nats")
+  axes[1].set_ylabel("error without the bias, nats")
   for axis in axes:
     axis.set_xscale("log", base=2)
-    axis.set_xlabel("model calls a completion")
+    axis.set_xlabel("model calls per completion")
     axis.grid(alpha=0.3)
   figure.legend(loc="outside right upper", fontsize="small")
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,4 +156,5 @@ def draw(figures: Sequence[Figures], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  command.run(main)
+  define_flags()
+  commands.start(main)

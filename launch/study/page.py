@@ -1,4 +1,4 @@
-"""The study's pages: learning curves with bands over the seeds, tables with intervals, and the questions one by one."""
+"""The pages of the study: learning curves with bands over the seeds, and tables with intervals."""
 
 import html
 import io
@@ -17,11 +17,11 @@ from scipy import stats
 
 from dmpo_jax import files
 
-CURVES = (  # what, of which rows, and how the axis reads
+CURVES = (  # rows, key, label of the axis
   ("evaluations", "solve_rate", "held-out puzzles solved"),
   ("evaluations", "reward_mean", "held-out reward"),
   ("buffers", "reward_mean", "reward of the rollouts"),
-  ("buffers", "sampled_nll", "-log p of a drawn token, nats"),
+  ("buffers", "sampled_nll", "-log p of a sampled token, nats"),
   ("buffers", "unique_rollouts", "different rollouts a group"),
 )
 STYLE = """
@@ -39,7 +39,7 @@ INTRODUCTION = (
   "the rollouts in the last quarter of the buffers, at temperature 1. The learning rates were chosen on another seed, "
   "by the held-out reward at the end: see `rates`."
 )
-FEWEST = 3  # seeds for an interval; of two it says nothing
+FEWEST = 3  # seeds for an interval; for two it would be meaninglessly wide
 COLUMNS = (
   *("", "seeds", "rate", "updates", "solved, last", "of each seed", "solved, best", "reward, last", "reward, best"),
   *("-log p", "different", "seconds"),
@@ -57,7 +57,7 @@ class Result(NamedTuple):
 
 
 class Claim(NamedTuple):
-  """A comparison: does `name` do better than `other`, within one group of arms or across two."""
+  """A comparison of `name` with `other`, which may belong to another group of arms."""
 
   question: str
   group: str
@@ -66,33 +66,33 @@ class Claim(NamedTuple):
   other: str
 
 
+RIVALS = ("wd1", "diffu_grpo", "coupled_grpo", "spg", "gdpo", "tracerl", "dtm", "wddo")
+
+
 def _claims() -> tuple[Claim, ...]:
   claims = []
-  for rival in ("wd1", "diffu_grpo", "coupled_grpo", "spg", "gdpo", "tracerl", "dtm", "wddo"):
-    claims.append(Claim("DMPO (wdce) against its rivals", "objectives", "wdce", "objectives", rival))
+
+  def add(question: str, group: str, name: str, other: str, other_group: str = "") -> None:
+    claims.append(Claim(question, group, name, other_group or group, other))
+
+  for rival in RIVALS:
+    add("DMPO (wdce) against its rivals", "objectives", "wdce", rival)
   for size in (4, 8, 16):
     for name in ("negative", "mean", "model"):
-      arms = (f"{name}, g = {size}", "baselines", f"none, g = {size}")
-      claims.append(Claim("a baseline against none", "baselines", *arms))
+      add("a baseline against none", "baselines", f"{name}, g = {size}", f"none, g = {size}")
   for size in (4, 8, 16):
     for name in ("mean", "model"):
-      arms = (f"negative, g = {size}", "baselines", f"{name}, g = {size}")
-      claims.append(Claim("the negative baseline against the others", "baselines", *arms))
+      add("the negative baseline against the others", "baselines", f"negative, g = {size}", f"{name}, g = {size}")
   for name in ("none, clipped", "none, standardised"):
-    claims.append(
-      Claim("plain alternatives against the negative baseline", "alternatives", name, "baselines", "negative, g = 8")
-    )
-    claims.append(Claim("plain alternatives against nothing", "alternatives", name, "baselines", "none, g = 8"))
-  for name, other in (("4 updates", "1 updates"), ("8 updates", "1 updates"), ("8 updates", "4 updates")):
-    claims.append(Claim("updates from one buffer", "reuse", name, "reuse", other))
+    negative, none = "plain alternatives against the negative baseline", "plain alternatives against nothing"
+    add(negative, "alternatives", name, "negative, g = 8", "baselines")
+    add(none, "alternatives", name, "none, g = 8", "baselines")
+  for count, fewer in ((4, 1), (8, 1), (8, 4)):
+    add("updates from one buffer", "reuse", f"{count} updates", f"{fewer} updates")
   for alpha in (0.02, 0.2):
-    claims.append(Claim("the target's temperature", "alpha", f"alpha = {alpha}", "alpha", "alpha = 0.05"))
+    add("the target's temperature", "alpha", f"alpha = {alpha}", "alpha = 0.05")
   for count in (2, 8):
-    claims.append(
-      Claim(
-        "masks of a rollout in an update", "mask samples", f"{count} mask samples", "mask samples", "4 mask samples"
-      )
-    )
+    add("masks of a rollout in an update", "mask samples", f"{count} mask samples", "4 mask samples")
   return tuple(claims)
 
 
@@ -111,7 +111,7 @@ def write(out: pathlib.Path, results: Sequence[Result], docs: pathlib.Path | Non
 
 
 def page(results: Sequence[Result]) -> str:
-  """Lay everything out as one self-contained HTML page."""
+  """Lay out everything as one self-contained HTML page."""
   parts = [f"<!doctype html><meta charset=utf-8><title>Study of objectives</title><style>{STYLE}</style>"]
   introduction = re.sub("`(.*?)`", "<code>\\1</code>", html.escape(INTRODUCTION))
   parts.append(f"<h1>Objectives on equal terms</h1><p>{introduction}</p>")
@@ -125,7 +125,7 @@ def page(results: Sequence[Result]) -> str:
 
 
 def document(results: Sequence[Result]) -> str:
-  """Lay the tables out as Markdown, with the picture of `overview` beside it."""
+  """Lay out the tables as Markdown, with a link to the picture of `overview`."""
   parts = ["# The study of objectives", INTRODUCTION, "![learning curves of the objectives](study.svg)"]
   parts += [summary(results)]
   parts += ["## Questions", "Differences, paired by task and seed: the same base, prompts and evaluation."]
@@ -137,7 +137,7 @@ def document(results: Sequence[Result]) -> str:
 
 
 def overview(results: Sequence[Result]) -> str:
-  """Draw the objectives' curves of all tasks as one SVG picture."""
+  """Draw the curves of the objectives on all tasks as one SVG picture."""
   questions = [members for group, _, members in _by_question(results) if group == "objectives"]
   curves = [CURVES[0], CURVES[3], CURVES[4]]
   if not questions:
@@ -151,7 +151,7 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-  """Lay the objectives' outcome on all tasks out as one Markdown table, the highest rewards first."""
+  """Lay out the outcome of the objectives on all tasks as one Markdown table, the highest rewards first."""
   members = [result for result in results if result.group == "objectives"]
   tasks = list(dict.fromkeys(result.task for result in members))
   of_task = {task: table_rows([result for result in members if result.task == task]) for task in tasks}
@@ -172,7 +172,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def claim_rows(results: Sequence[Result]) -> dict[str, list[list[str]]]:
-  """Compare arms, a row a comparison and task: mean differences over the seeds that have both, with intervals."""
+  """Compare arms, one row per comparison and task: mean differences over the seeds with both arms, and intervals."""
   found = {(r.group, r.name, r.task, r.seed): r.data for r in results}
   places = sorted({(r.task, r.seed) for r in results}, key=lambda place: (place[0] != "sudoku", place))
   rows: dict[str, list[list[str]]] = {}
@@ -189,7 +189,7 @@ def claim_rows(results: Sequence[Result]) -> dict[str, list[list[str]]]:
 
 
 def table_rows(results: Sequence[Result]) -> list[list[str]]:
-  """One row an arm, after the bases'."""
+  """Return one row per arm, after the row of the bases."""
   bases = list({result.seed: result.data["evaluations"][0] for result in results}.values())
   rows = [_base_row(bases)]
   for name, members in _by_name(results).items():
@@ -224,7 +224,7 @@ def _base_row(bases: Sequence[dict[str, float]]) -> list[str]:
 
 
 def _figures(data: dict[str, Any]) -> tuple[float, float, float, float]:
-  """Solve rate and reward at the end, and -log p and number of different rollouts of the last quarter."""
+  """Return the final solve rate and reward, and -log p and the number of different rollouts in the last quarter."""
   last, buffers = data["evaluations"][-1], data["buffers"]
   late = buffers[-max(1, len(buffers) // 4) :]
   drawn = [float(np.mean([row[key] for row in late])) for key in ("sampled_nll", "unique_rollouts")]
@@ -232,7 +232,7 @@ def _figures(data: dict[str, Any]) -> tuple[float, float, float, float]:
 
 
 def half_width(values: np.ndarray) -> float:
-  """Half of the 95 % t-interval of a mean, of two values or more."""
+  """Return half of the 95 % t-interval of the mean of at least two values."""
   return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
@@ -243,14 +243,14 @@ def _interval(values: np.ndarray, scale: float, unit: str) -> str:
 
 
 def _signed(values: np.ndarray, scale: float, unit: str) -> str:
-  """A mean difference with its interval; a star where the interval leaves out 0."""
+  """Format a mean difference with its interval; a star marks an interval without 0."""
   text = _interval(values, scale, unit)
   is_clear = len(values) >= FEWEST and abs(values.mean()) > half_width(values)
   return ("+" if values.mean() > 0 else "") + text + (" *" if is_clear else "")
 
 
 def _by_question(results: Sequence[Result]) -> list[tuple[str, str, list[Result]]]:
-  """Gather the runs of each group of arms and task that has something to compare; the learning rates come last."""
+  """Collect the runs of each group of arms and task with something to compare, the learning rates last."""
   questions = dict.fromkeys((result.group, result.task) for result in results)
   ordered = sorted(questions, key=lambda question: question[0] == "rates")
   found = [(group, task, [r for r in results if (r.group, r.task) == (group, task)]) for group, task in ordered]
@@ -305,7 +305,7 @@ def _draw(axis: Any, name: str, style: str, curves: Sequence[tuple[np.ndarray, n
   curves = [(x, y) for x, y in curves if len(x)]
   if not curves:
     return
-  grid = curves[0][0]  # the seeds of an arm have the same points
+  grid = curves[0][0]  # all seeds of an arm have the same points
   values = np.stack([np.interp(grid, x, y) for x, y in curves])
   (line,) = axis.plot(grid, values.mean(0), style, label=name)
   axis.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
