@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from dmpo_jax.hub import convert, pretrained
 from dmpo_jax.hub.model_config import model_config_from_hf, model_config_to_hf
 from dmpo_jax.hub.peft import lora_config_to_peft
+from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.run.params import load_params
 
@@ -93,6 +94,23 @@ def _abstract(config, collection):
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nn.unbox(variables)[collection]
   )
+
+
+def write_checkpoint(folder, name, *, max_bytes=10**9, drop=None, **changes):
+  """Write a recorded checkpoint to a folder, sharded, without the tensors that `drop` names and with others."""
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True)
+  stored = {key: array for key, array in tensors(name).items() if drop is None or drop not in key} | changes
+  write_shards(folder, {key: array.nbytes for key, array in stored.items()}, stored.items(), max_bytes)
+  (folder / "config.json").write_text(json.dumps(settings(name)))
+  return folder
+
+
+def load_converted(folder, **own):
+  """Give (model, variables) of a converted folder."""
+  config = pretrained.read_model(folder).model_config(**own)
+  model = Transformer(config)
+  return model, {"params": load_params(folder, _abstract(config, "params"))}
 
 
 def reader(variables):

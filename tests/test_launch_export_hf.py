@@ -15,9 +15,8 @@ import tiny
 from absl import flags
 from etils import epath
 from programs import start
-from recorded_models import TINY, adapters_of, compiled, recorded, settings, tensors
+from recorded_models import TINY, adapters_of, compiled, load_converted, recorded, settings, tensors, write_checkpoint
 from safetensors.numpy import load_file
-from test_launch_convert_hf import checkpoint, load
 
 from dmpo_jax import build
 from dmpo_jax.hub.convert import convert_model
@@ -37,7 +36,7 @@ from launch.rehearse import bucket
 @pytest.mark.parametrize("name", ["m1_base", "m2_gqa", "m3_tied", "m4_bf16"])
 def test_there_and_back(tmp_path, name):
   source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
-  checkpoint(source, name, max_bytes=50_000)
+  write_checkpoint(source, name, max_bytes=50_000)
   convert_model(source, middle)
   model = ModelExport(export_hf.find_model(middle), "same")
   model.write(out, 40_000)
@@ -55,7 +54,7 @@ def test_there_and_back(tmp_path, name):
 @pytest.mark.slow
 def test_there_and_back_by_way_of_a_bucket(tmp_path):
   source, out = epath.Path(tmp_path / "hf"), epath.Path(tmp_path / "out")
-  checkpoint(source, "m4_bf16", max_bytes=50_000)
+  write_checkpoint(source, "m4_bf16", max_bytes=50_000)
   with bucket.running(("one",), tmp_path / "emulator") as emulator, pytest.MonkeyPatch.context() as patch:
     for name, value in emulator.environment.items():
       patch.setenv(name, value)
@@ -84,7 +83,7 @@ def test_there_and_back_by_way_of_a_bucket(tmp_path):
 def test_projections_in_int8_come_back_rounded(tmp_path, dtype, is_float):
   """Within half a step of their columns, and half a unit of bfloat16's last place; all else as it was."""
   source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
-  checkpoint(source, "m4_bf16")
+  write_checkpoint(source, "m4_bf16")
   convert_model(source, middle, "int8")
   ModelExport(export_hf.find_model(middle), dtype).write(out, 10**9)
   stored, back = tensors("m4_bf16"), Shards(out)
@@ -117,7 +116,7 @@ def test_biases_and_padded_ids_of_either_family(tmp_path, family):
   assert (about["torch_dtype"], about.get("attention_dropout", 0.0)) == ("float32", 0.0)
   assert family == "dream" or about["residual_dropout"] == about["embedding_dropout"] == 0.0
   convert_model(out, again)
-  model, variables = load(again)
+  model, variables = load_converted(again)
   assert model.config == config
   jax.tree.map(np.testing.assert_array_equal, variables["params"], params)
 
@@ -126,7 +125,7 @@ def test_the_config_says_what_dtype_is_written(tmp_path):
   """Also where the conversion, not the export, has changed it, and where leaves differ."""
   source, middle, out = (epath.Path(tmp_path / part) for part in ("hf", "middle", "out"))
   norm = "model.transformer.ln_f.weight"
-  checkpoint(source, "m4_bf16", **{norm: tensors("m4_bf16")[norm].astype(np.float32)})
+  write_checkpoint(source, "m4_bf16", **{norm: tensors("m4_bf16")[norm].astype(np.float32)})
   for dtype, wanted in (("same", "float32"), ("bfloat16", "bfloat16")):
     convert_model(source, middle / dtype, dtype)
     ModelExport(export_hf.find_model(middle / dtype), "same").write(out / dtype, 30_000)
@@ -160,7 +159,7 @@ def test_flags_that_would_do_nothing(arguments, message):
 def run(request, tmp_path_factory):
   """The workdir of a run that ended with the recorded adapters on the recorded model, or on that in int8."""
   folder = tmp_path_factory.mktemp("export")
-  source = checkpoint(folder / "hf", "m2_gqa")
+  source = write_checkpoint(folder / "hf", "m2_gqa")
   pad = settings("m2_gqa")["pad_token_id"]
   special = SPECIAL if pad in SPECIAL.values() else SPECIAL | {"<pad>": pad}
   names = {id: token for token, id in special.items()}
@@ -203,7 +202,7 @@ def test_adapters_are_merged_into_the_weights(run, tmp_path):
   }
   again = epath.Path(tmp_path / "again")
   convert_model(out, again)
-  model, variables = load(again)
+  model, variables = load_converted(again)
   arrays = recorded("adapter")
   logits = compiled(model)(variables, arrays["ids"])
   untouched = "model.transformer.blocks.1.ff_proj.weight"

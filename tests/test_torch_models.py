@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import standin_tokenizer as standin
 from etils import epath
-from recorded_models import TINY, compiled, settings, tensors
+from recorded_models import TINY, adapters_of, compiled, load_converted, params_of, settings, tensors
 from safetensors.numpy import load_file, save_file
-from test_launch_convert_hf import load
 from test_models_dream import HF as DREAM
 from test_models_dream import random_tensors
 
@@ -383,7 +382,7 @@ def test_the_lines_that_an_export_prints_load_it(tmp_path, family):
   assert set(state) == set(published.stored)
   for name, array in published.stored.items():
     np.testing.assert_array_equal(state[name].float().numpy(), array.astype(np.float32))
-  model, variables = load(middle)
+  model, variables = load_converted(middle)
   logits = bidirectional_logits(published.as_causal(loaded["model"]), IDS)
   np.testing.assert_allclose(compiled(model)(variables, IDS), logits, rtol=0, atol=5e-4)
   ours, text = load_tokenizer("huggingface", out), "hello  world 12\n\n"

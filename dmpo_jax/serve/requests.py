@@ -17,6 +17,18 @@ MAX_STOPS, MAX_STOP_LENGTH = 64, 256  # strings, characters of one
 MAX_TEMPERATURE = 2.0  # as at OpenAI
 MAX_WHOLE = 2**31  # tokens; more than the completion length means the completion length
 LENGTHS = ("max_tokens", "max_completion_tokens")
+IGNORED = {"user", "metadata", "store"}  # they do not change the result
+FIXED = {  # only OpenAI's default is allowed
+  "top_p": 1,
+  "frequency_penalty": 0,
+  "presence_penalty": 0,
+  "echo": False,
+  "logit_bias": {},
+  "tools": [],
+  "parallel_tool_calls": True,
+  "response_format": {"type": "text"},
+  "modalities": ["text"],
+}
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # of error responses, by status
 
 

@@ -6,10 +6,12 @@ them.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import operator
 import os
 import pathlib
 import sys
@@ -17,6 +19,8 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
+
+import numpy as np
 
 from dmpo_jax.hub.layout import checkpoint_places, to_tensors
 from dmpo_jax.hub.model_config import model_config_to_hf
@@ -51,7 +55,10 @@ class OfficialPeer(Peer):
     fields = model_config_to_hf(config, "llada")
     own = self._modeling.LLaDAConfig(**{key: value for key, value in fields.items() if key != "architectures"})
     model = self._modeling.LLaDAModelLM(own, init_params=True)
-    read = lambda path: np.asarray(functools.reduce(operator.getitem, path, params))  # noqa: E731
+
+    def read(path: tuple[str, ...]) -> np.ndarray:
+      return np.asarray(functools.reduce(operator.getitem, path, params))
+
     tensors = to_tensors(read, checkpoint_places(config, "llada"))
     model.load_state_dict({name: tensor(array) for name, array in tensors})
     return model.to(getattr(torch, config.dtype))
