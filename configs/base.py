@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
   m.num_layers = placeholder(int)
   m.num_heads = placeholder(int)
   m.num_kv_heads = placeholder(int)
+  m.head_dim = placeholder(int)  # of queries, keys and values; None without a checkpoint: d_model / num_heads
   m.mlp_hidden_size = placeholder(int)
   m.rope_theta = placeholder(float)
   m.rms_norm_eps = placeholder(float)

@@ -208,7 +208,7 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
   if own.lora.rank:
     lora = LoraConfig(own.lora.rank, own.lora.alpha, own.lora.dropout, tuple(own.lora.targets))
     pretrained.check_adapter(lora, own.lora.init_from)
-  fields = {name: own[name] for name in pretrained.FIELDS if name in own}
+  fields = {name: own[name] for name in pretrained.FIELDS if own.get(name) is not None}
   fields |= {name: getattr(vocabulary, name) for name in pretrained.SPECIAL_IDS}
   checkpoint = pretrained.read_model(own.init_from) if own.init_from else None
   if checkpoint is not None:

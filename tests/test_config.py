@@ -55,9 +55,10 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("model.num_layers", 0, "a whole number, 1 or more"),
     ("model.num_layers", True, "a whole number, 1 or more"),
     ("model.vocab_size", 2**31, "a whole number, 0 or more, below 2**31"),
-    ("model.d_model", 66, "a multiple of model.num_heads = 4"),
+    ("model.d_model", 66, "an even multiple of model.num_heads = 4, or give a model.head_dim"),
     ("serve.max_queue", 7, "at least serve.batch_size = 8"),
     ("model.d_model", 60, "an even multiple of model.num_heads = 4"),
+    ("model.head_dim", 7, "an even whole number (rotary pairs), or None"),
     ("model.num_kv_heads", 3, "a divisor of model.num_heads = 4"),
     ("model.name", "lada", "one of llada; did you mean 'llada'?"),
     ("model.remat", "some", "one of none, dots, full"),
@@ -176,6 +177,12 @@ def test_a_sampler_whose_states_cannot_be_replayed_has_no_trajectory(config, sam
   (line,) = problems(config)
   assert line.startswith("config.objective.likelihood = 'trajectory': not trajectory, as sampler.name = ")
   config_lib.validate(config, "eval")  # but a run that has one may be evaluated with any sampler
+
+
+def test_a_width_of_heads_leaves_the_models_width_free(config):
+  config.model.d_model = 66
+  config.model.head_dim = 16
+  config_lib.validate(config)
 
 
 def test_an_int8_base_is_not_trained(config):

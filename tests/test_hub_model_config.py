@@ -29,12 +29,15 @@ def test_config_fields():
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"embedding_size": 29, "num_kv_heads": 4}])
+@pytest.mark.parametrize(
+  "changes", [{}, {"qkv_bias": True}, {"embedding_size": 29, "num_kv_heads": 4}, {"head_dim": 6}]
+)
 def test_every_field_survives_the_way_there_and_back(family, changes):
   """Padded ids stay padded ids, in Dream's config.json too, whose `vocab_size` is the table's rows."""
   config = dataclasses.replace(TINY, shift_logits=family == "dream", **changes)
   hf = model_config_to_hf(config, natural_family(config))
   assert model_config_from_hf(hf) == config
+  assert ("head_dim" in hf) == ("head_dim" in changes)
   places = checkpoint_places(config, family)
   table = places[f"{FAMILIES[family].embedding}.weight"].shape
   assert hf["vocab_size" if family == "dream" else "embedding_size"] == table[0]

@@ -105,13 +105,15 @@ SPECIAL = {"<s>": 253, "</s>": settings("m2_gqa")["eos_token_id"], "<mask>": set
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_biases_and_padded_ids_of_either_family(tmp_path, family):
   """There and back without the original's config.json, as for a run from random parameters."""
-  config = dataclasses.replace(TINY, qkv_bias=True, shift_logits=family == "dream")
+  config = dataclasses.replace(TINY, qkv_bias=True, shift_logits=family == "dream", head_dim=6)
   shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
   draw = np.random.default_rng(0).normal
   params = jax.tree.map(lambda x: draw(size=x.shape).astype(x.dtype), nn.unbox(shapes))
   policy, out, again = (epath.Path(tmp_path / part) for part in ("policy", "out", "again"))
   params_lib.save_params(policy, params)
-  ModelExport(Source(config, family, None, params_lib.SavedParams(policy)), "same").write(out, 10**9)
+  source = Source(config, family, None, params_lib.SavedParams(policy))
+  ModelExport(source, "same").write(out, 10**9)
+  assert "# It cannot load this model: it has no head_dim" in how_to_load(source, out)
   about = json.loads((out / "config.json").read_text())
   assert (about["torch_dtype"], about.get("attention_dropout", 0.0)) == ("float32", 0.0)
   assert family == "dream" or about["residual_dropout"] == about["embedding_dropout"] == 0.0

@@ -83,10 +83,10 @@ def test_scores_do_not_depend_on_padding_or_batch():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[1:2], atol=1e-5), actual, wanted)
 
 
-@pytest.fixture(scope="module")
-def looks():
+@pytest.fixture(scope="module", params=[TINY.head_dim, 6])
+def looks(request):
   """What a guided denoiser gives in each of its ways, for a batch and for a row alone with other padding."""
-  model, variables = tiny()
+  model, variables = tiny(head_dim=request.param)
   start, size = 2, 2
   inputs = batch()[:3]
   alone = [array[1:2] for array in batch(padding=3)[:3]]

@@ -93,7 +93,7 @@ def test_int8_is_what_is_gathered():
 
 def test_a_new_model_has_columns_of_the_usual_size():
   """Random int8 parameters, as plans and benchmarks have, are of the size of others."""
-  model = Transformer(dataclasses.replace(TINY, d_model=64, num_heads=4, quantization="int8"))
+  model = Transformer(dataclasses.replace(TINY, d_model=64, head_dim=16, quantization="int8"))
   params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]["blocks"]
   for name, gain in (("up_proj", 1.0), ("attn_out", (2 * TINY.num_layers) ** -0.5)):
     kernel = params[name]["kernel"] * params[name]["kernel_scale"][:, None]

@@ -176,6 +176,31 @@ def test_a_row_does_not_depend_on_its_batch():
     close(alone, together[row : row + 1], 1e-5)
 
 
+def test_heads_may_have_any_width():
+  """A model of half as many heads, and as wide ones, is the larger one without the output of its other heads."""
+  lora = LoraConfig(2, 4.0, 0.0, ("q_proj", "k_proj", "attn_out"))
+  large, variables = tiny(num_kv_heads=4, qkv_bias=True, lora=lora)
+  h = TINY.head_dim
+  small = Transformer(dataclasses.replace(large.config, num_heads=2, num_kv_heads=2, head_dim=h))
+
+  def keep(path, array):
+    (module, kind), width = [key.key for key in path[-2:]], 2 * h
+    if module in ("q_proj", "k_proj", "v_proj") and kind != "A":
+      return array[..., :width]
+    return array[:, :width] if module == "attn_out" and kind != "B" else array
+
+  def mute(path, array):
+    is_output = path[-2].key == "attn_out" and path[-1].key != "B"
+    return array.at[:, 2 * h :].set(0) if is_output else array
+
+  halved = jax.tree_util.tree_map_with_path(keep, variables)
+  shapes = jax.eval_shape(small.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  assert jax.tree.map(jnp.shape, halved) == jax.tree.map(jnp.shape, nn.unbox(shapes))
+  tokens = rows(6, 2, 7)
+  wanted = compiled(large)(jax.tree_util.tree_map_with_path(mute, variables), tokens)
+  close(compiled(small)(halved, tokens), wanted, 1e-5)
+
+
 def gradient(model, variables, tokens, **own):
   """Gradient of one number that depends on all of the model."""
 
@@ -356,7 +381,8 @@ def test_unused_rows_of_the_table_have_logits():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"num_heads": 3}, "model.d_model=16"),
+    ({"num_heads": 6, "head_dim": 0}, "model.d_model=16"),
+    ({"head_dim": 3}, "model.head_dim=3"),
     ({"num_kv_heads": 3}, "model.num_kv_heads=3"),
     ({"embedding_size": 20}, "model.embedding_size=20"),
     ({"mask_token_id": 29}, "model.mask_token_id=29"),

@@ -49,6 +49,24 @@ def test_what_is_left_open_is_the_checkpoints(tmp_path):
     config.validate(given)
 
 
+def test_a_description_of_before_there_was_a_width_of_heads(tmp_path):
+  path = epath.Path(described(epath.Path(tmp_path)))
+  about = json.loads((path / "model.json").read_text())
+  assert about.pop("head_dim") == TINY.head_dim == 4
+  (path / "model.json").write_text(json.dumps(about))
+  assert pretrained.read_model(path).fields["head_dim"] == 4
+  given = base.get_config()
+  given.model.init_from = str(path)
+  now = pretrained.filled(given)
+  assert now.model.head_dim == 4
+  older = now.to_dict()
+  del older["model"]["head_dim"]
+  assert config.differences(older, now) == []
+  assert config.fingerprint(older) == config.fingerprint(now)
+  now.model.head_dim = 6
+  assert config.differences(older, now) == ["config.model.head_dim: 'absent' -> 6"]
+
+
 def test_a_float_is_the_checkpoints_but_for_rounding(tmp_path):
   given = base.get_config()
   given.model.init_from = described(epath.Path(tmp_path), rms_norm_eps=9.999999747378752e-06)
@@ -87,7 +105,7 @@ def test_a_policy_on_a_checkpoint_needs_nothing_but_its_folder(use_devices, tmp_
   """From the description to parameters that fit: a small one as launch/convert_hf.py leaves it, in other sizes."""
   use_devices(1)
   folder = epath.Path(tmp_path / "checkpoint")
-  given = tiny.config(model__d_model=24, model__num_layers=1, model__rope_theta=77.0)
+  given = tiny.config(model__d_model=24, model__num_layers=1, model__rope_theta=77.0, model__head_dim=6)
   parts = build.build_model_parts(given)
   with jax.set_mesh(parts.mesh):
     params_lib.save_params(folder / "params", build.initial_params(given, parts))

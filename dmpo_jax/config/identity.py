@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -76,10 +76,16 @@ def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str
     value = list(value) if isinstance(value, tuple) else value
     section, *rest = path.split(".")
     is_of_another = section in CHOICES and len(rest) > 1 and (section, rest[0]) not in chosen
-    is_as_before = path in OLDER and value == OLDER[path]
+    is_as_before = (path in OLDER and value == OLDER[path]) or (path == "model.head_dim" and _is_quotient(leaves))
     if value is None or is_of_another or is_as_before or any(fnmatch(path, key) for key in may_change):
       continue
     found[path] = value
   if isinstance(found.get("tokenizer.path"), str):  # a checkout may move; its file is the same one
     found["tokenizer.path"] = epath.Path(found["tokenizer.path"]).name
   return found
+
+
+def _is_quotient(leaves: Mapping[str, Any]) -> bool:
+  """Whether heads are as wide as they were before there was a key for it."""
+  d_model, num_heads = leaves.get("model.d_model"), leaves.get("model.num_heads")
+  return None not in (d_model, num_heads) and leaves["model.head_dim"] == d_model // num_heads

@@ -85,9 +85,11 @@ def estimates_log_p(likelihood: str) -> bool:
 COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning")
 
 RELATIONS = (
-  Relation("model.d_model", ("model.num_heads",), is_multiple, "a multiple of {0}"),
   Relation(
-    "model.d_model", ("model.num_heads",), lambda d, n: d // n % 2 == 0, "an even multiple of {0} (rotary pairs)"
+    "model.d_model",
+    ("model.num_heads", "model.head_dim"),
+    lambda d, n, head_dim: head_dim is not None or d % (2 * n) == 0,
+    "an even multiple of {0}, or give a model.head_dim",
   ),
   Relation("model.num_kv_heads", ("model.num_heads",), divides, "a divisor of {0}"),
   Relation(

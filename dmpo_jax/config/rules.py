@@ -148,6 +148,10 @@ RULES: dict[str, Rule] = {
   "model.num_layers": whole(1),
   "model.num_heads": whole(1),
   "model.num_kv_heads": whole(1),
+  "model.head_dim": Rule(
+    "an even whole number (rotary pairs), or None for model.d_model / model.num_heads",
+    lambda value: value is None or (type(value) is int and value > 0 and value % 2 == 0),
+  ),
   "model.mlp_hidden_size": whole(1),
   "model.rope_theta": number("(0, inf)"),
   "model.rms_norm_eps": number("(0, inf)"),

@@ -230,6 +230,8 @@ def how_to_load(source: Source, out: epath.Path) -> str:
       f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="{folder}/{SENTENCEPIECE}")',
     ]
   lines.insert(0, f"# The published code of {family.architecture} needs transformers 4: pip install 'transformers<5'")
+  if source.config.head_dim * source.config.num_heads != source.config.d_model:
+    lines.insert(0, "# It cannot load this model: it has no head_dim, only hidden size / heads")
   if missing := sorted(name for name in _code_files(family, config, out) if not (out / name).exists()):
     lines.insert(0, f"# Copy {', '.join(missing)} from {family.published_at} on the hub to {folder} first")
   if "auto_map" not in config:  # the original has none, and its config.json is exported as it was

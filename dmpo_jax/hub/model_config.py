@@ -7,6 +7,7 @@ from dmpo_jax.hub.entries import ANYTHING, FLAG, ID, POSITIVE, SIZE, check_entri
 from dmpo_jax.hub.families import FAMILIES, Family, family_of
 from dmpo_jax.models.transformer import ModelConfig
 
+HEAD_DIM = "head_dim"  # the published code does not know it: a key only where it is not hidden size / heads
 WHERE = "config.json of the checkpoint"
 _NEEDED = dict(
   **dict.fromkeys(("d_model", "num_layers", "num_heads", "mlp_hidden_size"), SIZE),
@@ -30,11 +31,12 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   """
   family = FAMILIES[family_of(config)]
   _check(config, family)
-  fields = {field: config.get(key) for field, key in family.keys.items()}
+  fields = {field: config.get(key) for field, key in family.keys.items()} | {"head_dim": config.get(HEAD_DIM)}
   defaults = {
     **dict.fromkeys(("vocab_size", "embedding_size"), config["vocab_size"]),
     "num_kv_heads": fields["num_heads"],
     "pad_token_id": fields["eos_token_id"],
+    "head_dim": 0,
     **family.defaults,
   }
   fields |= {field: value for field, value in defaults.items() if fields[field] is None}
@@ -48,6 +50,7 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
 def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   """Write a config.json for a model of ours, in the layout of the family `name`."""
   family = FAMILIES[name]
+  own = {} if config.head_dim * config.num_heads == config.d_model else {HEAD_DIM: config.head_dim}
   return {
     "model_type": family.model_type,
     "architectures": [family.architecture],
@@ -56,6 +59,7 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
     **family.fixed,
     **family.written,
     **{key: getattr(config, field) for field, key in family.keys.items()},
+    **own,
   }
 
 
@@ -67,7 +71,7 @@ def _check(config: Mapping[str, Any], family: Family) -> None:
     del needed[width]
     needed[family.mlp_ratio] = POSITIVE
   needed |= dict.fromkeys(family.stated, ANYTHING) | {"vocab_size": SIZE}
-  optional = {family.keys[field]: kind for field, kind in _OPTIONAL.items()}
+  optional = {family.keys[field]: kind for field, kind in _OPTIONAL.items()} | {HEAD_DIM: SIZE}
   if family.is_multi_query:
     optional[family.is_multi_query] = FLAG
   check_entries(config, WHERE, needed=needed, optional=optional)

@@ -74,8 +74,8 @@ class Pretrained(NamedTuple):
 def filled(config: ConfigDict) -> ConfigDict:
   """Return a copy of the configuration in which keys of `model` that are None have the checkpoint's values.
 
-  Without a converted checkpoint they have those of SMALL. Floats that differ from the checkpoint's by rounding get its
-  values.
+  Without a converted checkpoint they have those of SMALL, and `head_dim` stays None. Floats that differ from the
+  checkpoint's by rounding get its values.
 
   Raises:
     ValueError: the checkpoint's description is damaged.
@@ -89,6 +89,8 @@ def filled(config: ConfigDict) -> ConfigDict:
     is_rounded = stored is not None and isinstance(value, float) and math.isclose(value, known, rel_tol=ROUNDING)
     if value is None or is_rounded:
       model[name] = known
+  if stored is not None and "head_dim" in model and model.head_dim is None:
+    model.head_dim = fields["head_dim"]
   return config
 
 
@@ -109,12 +111,12 @@ def read_model(folder: epath.PathLike) -> Pretrained | None:
   if not path.exists():
     return None
   fields = _read(path, {"family": str, "origin": str, **_TYPES}, OLDER | {"origin": ""})
-  model = Pretrained(fields.pop("family"), origin=fields.pop("origin"), fields=fields)
+  family, origin = fields.pop("family"), fields.pop("origin")
   try:
-    model.model_config()
+    model = ModelConfig(**fields)
   except ValueError as error:
     raise Unreadable(f"{path} describes no valid model ({error}): {_REMEDY}") from error
-  return model
+  return Pretrained(family, {name: getattr(model, name) for name in FIELDS}, origin)
 
 
 def write_model(folder: epath.Path, family: str, config: ModelConfig, origin: str) -> None:

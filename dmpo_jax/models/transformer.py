@@ -31,7 +31,10 @@ from dmpo_jax.sharding import constrain
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8")
-OLDER = {"quantization": "none"}  # what the lack of a field means where a model was described before there was one
+OLDER = {
+  "quantization": "none",
+  "head_dim": 0,
+}  # what the lack of a field means where a model was described before there was one
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # with their adapters; all else is recomputed
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -45,6 +48,7 @@ class ModelConfig:
   `embedding_size` may exceed `vocab_size`: rows of the table that no token uses. With `shift_logits` the logits of a
   position are the prediction of the next one, as an autoregressive ancestor had it; `denoiser` reads them so. With
   `quantization` int8 the layers' projections are `layers.quantize`d and cannot be trained; adapters on them can.
+  A `head_dim` of 0 becomes d_model // num_heads.
 
   Raises:
     ValueError: sizes that do not fit together, or an unknown choice.
@@ -72,14 +76,18 @@ class ModelConfig:
   attention: str = "xla"
   layer_rows: int = 0
   lora: LoraConfig | None = None
-
-  @property
-  def head_dim(self) -> int:
-    return self.d_model // self.num_heads
+  head_dim: int = 0
 
   def __post_init__(self) -> None:
-    if self.d_model % (2 * self.num_heads):
-      raise ValueError(f"model.d_model={self.d_model}: must be a multiple of 2 * model.num_heads={2 * self.num_heads}")
+    if not self.head_dim:
+      if self.d_model % (2 * self.num_heads):
+        raise ValueError(
+          f"model.d_model={self.d_model}: must be a multiple of 2 * model.num_heads={2 * self.num_heads} without a "
+          "model.head_dim"
+        )
+      object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+    if self.head_dim < 0 or self.head_dim % 2:
+      raise ValueError(f"model.head_dim={self.head_dim}: must be even, for rotary pairs")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
     if self.embedding_size < self.vocab_size:
@@ -148,7 +156,7 @@ class Block(nn.Module):
     c = self.config
     residual = (2 * c.num_layers) ** -0.5  # what is added to the stream starts small
     self.attn_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-    self.q_proj = self._dense("q_proj", c.d_model, has_bias=c.qkv_bias)
+    self.q_proj = self._dense("q_proj", c.num_heads * c.head_dim, has_bias=c.qkv_bias)
     self.k_proj = self._dense("k_proj", c.num_kv_heads * c.head_dim, has_bias=c.qkv_bias)
     self.v_proj = self._dense("v_proj", c.num_kv_heads * c.head_dim, has_bias=c.qkv_bias)
     self.attn_out = self._dense("attn_out", c.d_model, gain=residual)

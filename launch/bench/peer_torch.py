@@ -87,6 +87,7 @@ class Peer:
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=config.rope_theta,
         use_cache=False,
