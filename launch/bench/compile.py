@@ -1,6 +1,6 @@
-"""What compiling takes of a short run of the small configurations: with an empty cache, and at the second start.
+"""The section `compile`: compilation time of a short run of the small configurations, with an empty and a warm cache.
 
-Every program of a run counts: warm start, rollouts, scores, updates, evaluation, and all that is small.
+It counts all programs of a run: warm start, rollouts, log-probs, updates, evaluation, and the small ones.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from launch.bench import timing, workload
 from launch.bench.results import Options, Result, Row
 
 CONFIGS = ("smoke", "sudoku_tiny", "countdown_tiny")
-SHORT = {  # the programs are those of the whole run: no shape depends on these
+SHORT = {  # no shape depends on these keys, so the programs are those of the whole run
   "warm_start.updates": 2,
   "train.num_buffers": 1,
   "eval.every_buffers": 0,
@@ -27,7 +27,7 @@ EVENTS = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_comp
 
 
 def run(config: ConfigDict, options: Options) -> Result:
-  """Start each configuration twice with one cache between the starts, both in new processes."""
+  """Start each configuration twice in new processes, with the same cache."""
   rows = []
   for name in CONFIGS:
     with tempfile.TemporaryDirectory() as folder:
@@ -35,11 +35,11 @@ def run(config: ConfigDict, options: Options) -> Result:
         options.say(f"{name}, {start}")
         facts = timing.facts_of(make_start, (name, folder, start))
         rows.append(Row(f"{name}, {start} cache", (facts["seconds"],), facts["programs"], "programs"))
-  return Result("compile", "tracing, lowering and compiling (or reading the cache) of a whole run's programs", rows)
+  return Result("compile", "tracing, lowering and compiling (or reading the cache) all programs of a run", rows)
 
 
 def make_start(name: str, folder: str, start: str) -> timing.Contender:
-  """Run a configuration for one buffer and add up what JAX says that it compiled."""
+  """Run a configuration for one buffer and add up the compilation times that JAX reports."""
   from dmpo_jax import main, train
 
   config = workload.changed(importlib.import_module(f"configs.{name}").get_config(), SHORT)
@@ -57,12 +57,12 @@ def make_start(name: str, folder: str, start: str) -> timing.Contender:
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-    train.main(config, workdir)  # what a run says of itself is not asked for
+    train.main(config, workdir)  # the output of the run is not needed
   return timing.Contender(lambda: None, facts={"seconds": covered(spans), "programs": num_programs})
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-  """Measure the union of time spans: a function traced within another is reported with both."""
+  """Return the length of the union of time spans: a function traced within another is reported in both."""
   total, reached = 0.0, -math.inf
   for start, end in sorted(spans):
     total += max(end - max(start, reached), 0)

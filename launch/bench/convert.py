@@ -1,4 +1,4 @@
-"""Converting a checkpoint in Hugging Face's layout: bytes a second, and the memory that it takes."""
+"""The section `convert`: bytes per second and memory of converting a checkpoint from Hugging Face's layout."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ MB = 1e6
 
 
 def run(config: ConfigDict, options: Options) -> Result:
-  """Write a checkpoint of the configuration's sizes with random weights, and convert it."""
+  """Write a checkpoint with random weights in the sizes of the configuration, and convert it."""
   with tempfile.TemporaryDirectory() as folder:
     source = pathlib.Path(folder) / "source"
     options.say("writing a checkpoint")
@@ -36,7 +36,7 @@ def run(config: ConfigDict, options: Options) -> Result:
 
 
 def write_checkpoint(config: ConfigDict, folder: str) -> timing.Contender:
-  """Write random weights in one file, and tell its size."""
+  """Write random weights in one file, and return its size as a fact."""
   source, model = pathlib.Path(folder), programs.make_model(workload.changed(config, {"model.lora.rank": 0}))
   source.mkdir(parents=True)
   name = natural_family(model.config)
@@ -51,7 +51,7 @@ def write_checkpoint(config: ConfigDict, folder: str) -> timing.Contender:
 
 
 def make_conversion(source: str, folder: str) -> timing.Contender:
-  """Convert into a new folder at every turn."""
+  """Convert into a new folder in every turn."""
   numbers = itertools.count()
 
   def turn() -> None:

@@ -1,8 +1,8 @@
-"""What a compiled program costs: multiplications counted in its jaxpr, communication counted in its HLO.
+"""Costs of a program: floating-point operations of its jaxpr, and communication of its compiled HLO.
 
-XLA's own cost analysis counts the body of a loop once, so both are counted here with the loops' trip counts. Loops that
-end by their data have none: they count as often as the caller says. Of two branches the dearer one counts; of more, as
-where each block of a completion has its own, each counts its share.
+XLA's cost analysis counts the body of a loop once; here bodies are multiplied by their trip counts. Where the data
+decides how long a loop runs, the caller gives the count. Of two branches the more expensive one counts; of more (such
+as one for each block of a completion) their mean.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BETWEEN_SLICES = "between slices"  # what a host sends to other slices for a device, over the data centre's network
+BETWEEN_SLICES = "between slices"  # sent by a host to other slices for a device, over the data centre network
 _ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 _SHAPE = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
@@ -23,10 +23,10 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w
 
 
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
-  """Count the floating-point operations of all matrix products, 2 for each multiply-add, on all devices together.
+  """Count the floating-point operations of all matrix products on all devices, 2 for each multiply-add.
 
   Args:
-    while_trips: how often a loop that ends by its data counts.
+    while_trips: trip count of loops whose length depends on data.
   """
   total = 0.0
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -56,34 +56,35 @@ def _dot_flops(eqn: Any) -> float:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
-  """The programs that an operation calls once, such as a jitted or recomputed function."""
+  """Yield the programs that an operation calls once, such as a jitted or rematerialised function."""
   for name, value in params.items():
     if isinstance(value, ClosedJaxpr | Jaxpr) and name not in ("fwd_jaxpr_thunk", "bwd"):
       yield value
 
 
 class Collective(NamedTuple):
-  """A communication between devices, as often as a program makes it."""
+  """A collective operation of a program, and how often it runs."""
 
   kind: str
-  shapes: tuple[tuple[int, ...], ...]  # of what a device has after it (reduce-scatter: before)
-  size: int  # bytes of these, once
+  shapes: tuple[tuple[int, ...], ...]  # of its results on one device (reduce-scatter: of its operands)
+  size: int  # bytes of these shapes
   trips: int
 
 
 class _Computation(NamedTuple):
   lines: list[str]
-  calls: list[tuple[str, str, int]]  # computation, its condition if it is a loop's body, and of how many branches it is
+  calls: list[tuple[str, str, int]]  # computation, condition if it is the body of a loop, number of branches
 
 
 def count_collectives(hlo: str, while_trips: int = 1) -> list[Collective]:
-  """List the collectives of a compiled program, with the trip counts of the loops that they are in.
+  """List the collectives of a compiled program, with the trip counts of the loops around them.
 
-  A collective that XLA has split to run beside other work is counted once. A sum of which a TPU keeps only its part is
-  a reduce-scatter, though it is written as an all-reduce in a computation of its own.
+  A collective that XLA splits to overlap it with other work counts once. An all-reduce in a computation named
+  all-reduce-scatter counts as reduce-scatter: each device keeps only its part of the sum.
 
   Args:
-    hlo: the compiled program's text. while_trips: how often a loop that ends by its data counts.
+    hlo: the text of the compiled program.
+    while_trips: trip count of loops whose length depends on data.
   """
   computations, entry = _parse(hlo)
   trips = dict.fromkeys(computations, 0)
@@ -104,7 +105,7 @@ def count_collectives(hlo: str, while_trips: int = 1) -> list[Collective]:
         if name.startswith("all-reduce-scatter"):
           collective = collective._replace(kind="reduce-scatter")
         channel = re.search(r"channel_id=(\d+)", line)
-        key = f"{collective.kind == BETWEEN_SLICES} {channel[1]}" if channel else f"{name}/{number}"  # hosts' are apart
+        key = f"{collective.kind == BETWEEN_SLICES} {channel[1]}" if channel else f"{name}/{number}"
         found[key] = max(found.get(key, collective), collective, key=lambda c: (c.trips, c.size))
   return list(found.values())
 
@@ -136,7 +137,7 @@ def _calls(line: str) -> Iterator[tuple[str, str, int]]:
 
 
 def _trip_count(computations: dict[str, _Computation], condition: str, otherwise: int) -> int:
-  """Read `i < n` in a loop's condition; anything else ends by its data."""
+  """Return n if the condition of a loop is `i < n`, and `otherwise` for any other condition."""
   root = _root(computations[condition])
   bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition].lines))
   called = [_root(computations[name]) for name, _, _ in _calls(root) if name in computations]
@@ -151,7 +152,7 @@ def _root(computation: _Computation) -> str:
 def _collective(line: str, trips: int) -> Collective | None:
   match = _OP.match(line)
   if match and match[2] == "send" and "xla_megascale_runtime" in line:
-    dtype, dims = _SHAPE.findall(match[1])[0]  # of what is sent; a number and a token follow
+    dtype, dims = _SHAPE.findall(match[1])[0]  # of the sent array; a number and a token follow
     shape = tuple(map(int, filter(None, dims.split(","))))
     return Collective(BETWEEN_SLICES, (shape,), _ITEMSIZE.get(dtype, 4) * math.prod(shape), trips)
   if not match or match[2].removesuffix("-start") not in KINDS:
@@ -168,6 +169,6 @@ def _collective(line: str, trips: int) -> Collective | None:
 
 
 def link_bytes(collectives: list[Collective]) -> float:
-  """Bytes that a device sends over its links, about: once for every collective, twice for an all-reduce."""
+  """Estimate the bytes that a device sends over its links: the size of every collective, twice for an all-reduce."""
   times = {"all-reduce": 2, BETWEEN_SLICES: 0}
   return float(sum(c.size * c.trips * times.get(c.kind, 1) for c in collectives))

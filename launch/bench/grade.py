@@ -1,7 +1,6 @@
-"""How fast completions are graded, by each task and set of rewards.
+"""The section `grade`: completions graded per second, for each task and set of rewards.
 
-The completions are made up: about 256 tokens each, 16 to a prompt, of a few different answers each, as a buffer of
-rollouts has them.
+The completions are synthetic, like a buffer of rollouts: about 256 tokens each, 16 per prompt, with a few answers.
 """
 
 import time
@@ -22,14 +21,14 @@ WORDS = 190  # of reasoning, about 240 tokens
 
 
 def run(config: ConfigDict, options: Options) -> Result:
-  """Grade a batch of every task by every set, with the configuration's worker processes."""
+  """Grade a batch of every task by every set of rewards."""
   rows = [measure(name, choice, config, options) for name in TASKS for choice in CHOICES]
   settings = f"{NUM} completions of each task, {config.grading.workers} worker processes where a task needs them"
   return Result("grade", settings, rows)
 
 
 def measure(name: str, choice: str, config: ConfigDict, options: Options) -> Row:
-  """Grade one task's batch several times, by workers that have started."""
+  """Grade the batch of one task several times, after the workers have started."""
   records, completions = make_batch(name, NUM)
   grading = Grading(spec(name, choice), **config.grading)
   try:
@@ -47,7 +46,7 @@ def measure(name: str, choice: str, config: ConfigDict, options: Options) -> Row
 
 
 def make_batch(name: str, num: int) -> tuple[list[dict[str, Any]], list[str]]:
-  """Make up records and completions: a right, some wrong and some odd answers for every prompt."""
+  """Make synthetic records and completions: for every prompt correct, wrong and odd answers."""
   rng = np.random.default_rng(0)
   words = ["so", "the", "sum", "of", "both", "is", "12", "+", "7", "=", "19", "and", "then", "$x$", "we", "get"]
   records, completions = [], []

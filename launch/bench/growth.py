@@ -1,8 +1,8 @@
-"""How cost grows: time and memory against completion length, group size, mask samples, vocabulary and devices.
+"""The section `growth`: time and memory over completion length, group size, mask samples, vocabulary and devices.
 
     python -m launch.benchmark growth [--picture=docs/growth.svg]
 
-Memory is the compiler's account, to the byte. One size changes at a time, the others stay.
+Memory is the compiler's estimate. One size changes at a time.
 """
 
 import math
@@ -30,12 +30,12 @@ from launch.bench.results import Options, shown, shown_bytes
 NUM_DEVICES = 8
 
 
-# The programs behind what is measured; the first has its products and its peak of memory.
+# The compiled programs of each; the first has the matrix products and the peak of memory.
 PROGRAMS = {"update": programs.STEP, "sample": ("sample",)}
 
 
 class Axis(NamedTuple):
-  """One size, its values, the programs that it is a size of, and what is expected of their time and memory."""
+  """A size, its values, the programs that depend on it, and the expected exponents of their time and memory."""
 
   name: str
   values: tuple[int, ...]
@@ -44,7 +44,7 @@ class Axis(NamedTuple):
   memory: str
 
   def keys(self, value: int) -> dict[str, Any]:
-    """The configuration's keys for a value."""
+    """Return the keys of the configuration for a value."""
     return {
       "completion": {"sampler.completion_length": value, "sampler.steps": value // 2},
       "group": {"rollout.group_size": value},
@@ -64,13 +64,13 @@ DEVICES = Axis("devices", (1, 2, 4, 8), ("update",), "-1", "-1")
 
 
 class Point(NamedTuple):
-  """What a program takes at one value. Sizes are of one device."""
+  """The cost of a program at one value; sizes are those of one device."""
 
   axis: str
   program: str
   value: int
   argument_bytes: int
-  working_bytes: int  # beside the arguments, at the peak
+  working_bytes: int  # at the peak, without the arguments
   flops: float
   seconds: float | None
   collectives: int | None = None
@@ -78,7 +78,7 @@ class Point(NamedTuple):
 
 
 class Fit(NamedTuple):
-  """How one program's cost grows along an axis: cost ~ value^exponent, from the last two values."""
+  """How the cost of a program grows along an axis: cost ~ value^exponent, from the last two values."""
 
   axis: str
   program: str
@@ -88,19 +88,19 @@ class Fit(NamedTuple):
 
 
 class Growth(NamedTuple):
-  """The section's result."""
+  """The result of the section."""
 
   settings: str
   points: list[Point]
   peak_flops: float | None = None
 
   def fits(self) -> list[Fit]:
-    """Fit every line."""
+    """Fit the exponents of every program along every axis."""
     lines = dict.fromkeys((point.axis, point.program) for point in self.points)
     return [fit([point for point in self.points if (point.axis, point.program) == line]) for line in lines]
 
   def tables(self) -> list[Table]:
-    """The figures, and the exponents beside what is expected."""
+    """Lay out the figures, and the exponents beside the expected ones."""
     table = Table(title=f"growth: {self.settings}", title_justify="left")
     for column in ("size", "value", "program", "seconds", "GFLOP", "arguments", "working memory", "collectives"):
       table.add_column(column, justify="left" if column in ("size", "program", "collectives") else "right")
@@ -123,7 +123,7 @@ class Growth(NamedTuple):
     return [table, laws]
 
   def as_json(self) -> dict[str, Any]:
-    """Everything, for a file."""
+    """Return everything in a form for a file."""
     return {
       "section": "growth",
       "settings": self.settings,
@@ -133,7 +133,7 @@ class Growth(NamedTuple):
 
 
 def row_of(point: Point) -> list[str]:
-  """Format a point."""
+  """Format a point as a row of the table."""
   communication = "-"
   if point.collectives is not None:
     communication = f"{point.collectives:,} x, {point.collective_bytes / 1e6:,.1f} MB"
@@ -150,7 +150,7 @@ def row_of(point: Point) -> list[str]:
 
 
 def fit(points: Sequence[Point]) -> Fit:
-  """Compare the last two points of a line."""
+  """Fit the exponents to the last two points of a line."""
   before, last = points[-2:]
   step = math.log(last.value / before.value)
 
@@ -162,7 +162,7 @@ def fit(points: Sequence[Point]) -> Fit:
 
 
 def run(config: ConfigDict, options: Options) -> Growth:
-  """Measure all lines, and draw them."""
+  """Measure all points, and draw them if asked to."""
   points = []
   for axis in AXES:
     for value in axis.values:
@@ -194,7 +194,7 @@ def measure(axis: Axis, program: str, value: int, config: ConfigDict, repeats: i
 
 
 def make_turn(program: str, work: workload.Workload) -> tuple[jax.stages.Compiled, Callable[[], None]]:
-  """Compile, and close over the arguments; return the first of the programs with what is timed."""
+  """Compile; return the first of the programs, and a function without arguments that runs all of them."""
   if program == "update":
     step = workload.compile_step(work)
     return step.accumulate, bench_update.make_turn(work, step)
@@ -205,14 +205,14 @@ def make_turn(program: str, work: workload.Workload) -> tuple[jax.stages.Compile
 def point_of(
   axis: Axis, program: str, value: int, compiled: jax.stages.Compiled, flops: float, seconds: float | None
 ) -> Point:
-  """Read the compiler's account."""
+  """Return a point with the memory that the compiler estimates."""
   memory = compiled.memory_analysis()
   working = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return Point(axis.name, program, value, memory.argument_size_in_bytes, working, flops, seconds)
 
 
 def make_devices(config: ConfigDict) -> timing.Contender:
-  """Compile for meshes of virtual devices over which rows and weights are split; two cores cannot show their speed."""
+  """Compile for meshes of virtual devices that share rows and weights; two cores cannot show their speed."""
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_DEVICES}"
   devices, points = jax.devices(), []
   for value in DEVICES.values:
@@ -230,7 +230,7 @@ def make_devices(config: ConfigDict) -> timing.Contender:
 
 
 def draw(growth: Growth, path: pathlib.Path) -> None:
-  """Draw seconds and working memory against every size; dashed: in proportion to the operations, and to the size."""
+  """Plot seconds and working memory over every size; dashed: proportional to the operations, and to the size."""
   axes = (*AXES, DEVICES)
   figure, grid = plt.subplots(2, len(axes), figsize=(3.1 * len(axes), 5.6), layout="constrained")
   for column, axis in enumerate(axes):

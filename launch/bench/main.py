@@ -1,12 +1,12 @@
-"""Measure what training does, part by part, and print tables of it: seconds, tokens/s, memory, utilisation.
+"""Measure the parts of training and print tables: seconds, tokens/s, memory, utilisation.
 
-    python -m launch.benchmark all                    # every section but growth: what `make bench` does
+    python -m launch.benchmark all                    # every section except growth, as `make bench` does
     python -m launch.benchmark update                 # one section
-    python -m launch.benchmark update --peer=torch    # and the same work in PyTorch: needs requirements-torch.txt
+    python -m launch.benchmark update --peer=torch    # and the same work in PyTorch (requirements-torch.txt)
     python -m launch.benchmark update --config=configs/llada_8b.py --config.model.remat=dots
 
-Any configuration can be measured, with random weights; without --config it is one that a laptop bears. With a peer,
-both compute the same numbers first, within a stated tolerance, and then run in turns, each in a process of its own.
+Any configuration can be measured, with random weights; the default ones fit a laptop. With --peer, both first have to
+compute the same numbers within a tolerance, and then run in turns, each in its own process.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ from launch.bench.results import Disagreement, Options, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A module with `run(config, options)`, what it measures by default, and about how long that takes."""
+  """A module with `run(config, options)`, its default configuration, and roughly how long it takes."""
 
   module: str
   config: str
   seconds: float  # on two cores, with PyTorch, one counted turn
-  has_products: bool = True  # whose rate is compared with the machine's
+  has_products: bool = True  # whose rate is compared with the peak of the machine
 
 
 PEERED = ("sample", "score", "update", "iteration")
@@ -54,41 +54,41 @@ SECTIONS = {
   "compile": Section("launch.bench.compile", "configs/throughput.py", 150, has_products=False),
   "growth": Section("launch.bench.growth", "configs/throughput.py:growth", 400),
 }
-APART = ("growth",)  # a question of its own, as long as half of the others
-# The sections that read a flag; any other flag is read by all of them.
+APART = ("growth",)  # not part of `all`, as it takes half as long as all others together
+# The sections that read a flag; all sections read any other flag.
 READ_BY = {
   "peer": PEERED,
   "official": PEERED,
   "remat": ("update",),
   "checkpointing": ("update",),
   "picture": ("growth",),
-  "repeats": tuple(name for name in SECTIONS if name != "compile"),  # compile and its configurations are as they are
+  "repeats": tuple(name for name in SECTIONS if name != "compile"),  # compile has configurations of its own
   "config": tuple(name for name in SECTIONS if name != "compile"),
 }
 
 
 def unread(name: str, args: Sequence[str]) -> dict[str, tuple[str, ...]]:
-  """Find the arguments (`--flag=value`, `--flag`) that a section would not look at, and the sections that would."""
+  """Find the arguments (`--flag=value`, `--flag`) that a section ignores, and the sections that read them."""
   flags_of = {arg: re.match(r"--?(?:no)?(\w+)", arg) for arg in args}
   readers = {arg: READ_BY.get(flag[1], tuple(SECTIONS)) for arg, flag in flags_of.items() if flag}
   return {arg: sections for arg, sections in readers.items() if name not in sections}
 
 
 def define_flags(section: Section) -> None:
-  """Declare the flags, which all sections share."""
+  """Declare the flags of all sections."""
   config_flags.DEFINE_config_file("config", section.config, "What to measure; any of its keys can be overridden.")
   flags.DEFINE_enum("peer", "none", ["none", "torch"], "Also do the same work in PyTorch.")
-  flags.DEFINE_string("official", "", "With --peer=torch: a checkout of the official code, which then does that work.")
-  flags.DEFINE_integer("repeats", 3, "Counted turns of each contender; the median counts.", lower_bound=1)
-  flags.DEFINE_list("remat", [], "update: values of model.remat to compare; none: the configuration's.")
-  flags.DEFINE_bool("checkpointing", False, "update, --peer=torch: also PyTorch with its layers computed again.")
-  flags.DEFINE_string("picture", "", "growth: a file for its picture, such as docs/growth.svg.")
+  flags.DEFINE_string("official", "", "With --peer=torch: a checkout of the official code, which then is the peer.")
+  flags.DEFINE_integer("repeats", 3, "Timed turns of each contender; the median counts.", lower_bound=1)
+  flags.DEFINE_list("remat", [], "update: values of model.remat to compare; default: that of the configuration.")
+  flags.DEFINE_bool("checkpointing", False, "update, --peer=torch: also PyTorch with gradient checkpointing.")
+  flags.DEFINE_string("picture", "", "growth: the file of its picture, such as docs/growth.svg.")
   flags.adopt_module_key_flags(progress)
-  flags.DEFINE_string("json", "", "A file to write everything to that was measured.")
+  flags.DEFINE_string("json", "", "A JSON file for all results.")
 
 
 def main(argv: Sequence[str]) -> None:
-  """Run the section that the first argument named; a mistake ends in one message and exit code 2."""
+  """Run the section that the first argument names; a mistake ends in one message and exit code 2."""
   given = flags.FLAGS
   try:
     if len(argv) > 1:
@@ -109,11 +109,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
-  """Measure the machine's peak and run a section."""
+  """Measure the peak of the machine and run a section."""
   check(config, given)
   start = time.monotonic()
 
-  def say(what: str) -> None:  # in lines, as redrawing one would take from what is measured
+  def say(what: str) -> None:  # prints lines, as redrawing a progress bar would take time from the contenders
     if not progress.wants_quiet():
       print(f"{name} {time.monotonic() - start:5.0f} s  {what}", file=sys.stderr, flush=True)
 
@@ -135,10 +135,10 @@ def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
 
 
 def check(config: ConfigDict, given: Any) -> None:
-  """Refuse what cannot be measured, before anything is.
+  """Refuse what cannot be measured before anything runs.
 
   Raises:
-    ValueError: see the message.
+    ValueError: the message says what is wrong.
   """
   checked = ConfigDict(config.to_dict())
   if not checked.tokenizer.path and not checked.model.init_from:
@@ -147,7 +147,7 @@ def check(config: ConfigDict, given: Any) -> None:
   if given.official and given.peer != "torch":
     raise ValueError("--official: only together with --peer=torch")
   if given.checkpointing and given.peer != "torch":
-    raise ValueError("--checkpointing: only together with --peer=torch, whose layers it is about")
+    raise ValueError("--checkpointing: only together with --peer=torch")
   if given.peer == "torch" and importlib.util.find_spec("torch") is None:
     raise ValueError("--peer=torch: PyTorch is not installed; pip install -r requirements-torch.txt")
 
@@ -163,18 +163,18 @@ def show(results: Sequence[Any], machine: str) -> None:
 
 
 def run_all(args: Sequence[str]) -> int:
-  """Run the sections, each as a command of its own with those of the flags that it reads.
+  """Run the sections, each as a command of its own with the flags that it reads.
 
   Returns:
-    The exit code: 0; 1 where a section failed; 2 for a mistake in the flags.
+    The exit code: 0, 1 if a section failed, 2 for a mistake in the flags.
   """
   json_flag = next((arg for arg in args if arg.startswith("--json=")), "")
   others = [arg for arg in args if arg != json_flag]
   if any(arg.startswith("--config") for arg in others):
-    print("error: --config belongs to one section, and `all` runs each on its own", file=sys.stderr)
+    print("error: --config belongs to one section; in `all` each has its own", file=sys.stderr)
     return 2
   if any(arg.startswith("--picture") for arg in others):
-    print("error: --picture belongs to growth, which is a section apart", file=sys.stderr)
+    print("error: --picture belongs to growth, which is not part of `all`", file=sys.stderr)
     return 2
   if any(not arg.startswith("-") for arg in others):
     print("error: `all` takes flags in one piece, such as --json=FILE", file=sys.stderr)
@@ -207,14 +207,14 @@ def run_all(args: Sequence[str]) -> int:
 
 
 def start(name: str = "", *args: str) -> None:
-  """Run what the command line names; exit code 2: it names nothing that there is."""
+  """Run the section that the command line names, or all of them; exit with code 2 if there is no such section."""
   if name == "all":
     sys.exit(run_all(args))
   if name not in SECTIONS:
     print(f"{__doc__}\nsections: all, {', '.join(SECTIONS)}", file=sys.stderr)
     sys.exit(2)
   for arg, sections in unread(name, args).items():
-    print(f"error: {arg} would do nothing in {name}: it belongs to {', '.join(sections)}", file=sys.stderr)
+    print(f"error: {arg} has no effect on {name}: it belongs to {', '.join(sections)}", file=sys.stderr)
   if unread(name, args):
     sys.exit(2)
   define_flags(SECTIONS[name])

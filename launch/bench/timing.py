@@ -1,6 +1,6 @@
-"""Contenders, each in a process of its own, run in turns: seconds, memory, and whether their numbers agree.
+"""Times contenders in turns, each in its own process, and checks that their numbers agree.
 
-What else the machine does hits all of them alike, and one contender's memory is never another's.
+Turns expose all contenders to the same load of the machine; processes keep their memory apart.
 """
 
 import ctypes
@@ -22,30 +22,30 @@ import jax.numpy as jnp
 import numpy as np
 
 STATUS = pathlib.Path("/proc/self/status")
-PEAK_SIZE = 3072  # of the square product that tells what the machine can do at most
+PEAK_SIZE = 3072  # of the square matrix product that measures the peak of the machine
 PEAK_REPEATS = 5
-SETTLE_SECONDS = 0.3  # a program's results are ready a little before its memory is free
+SETTLE_SECONDS = 0.3  # the results of a program are ready a little before its memory is free
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-  """What one process measures."""
+  """The work of one process."""
 
-  run: Callable[[], Mapping[str, float] | None]  # one turn, finished when it returns; facts that it found
-  check: Callable[[], Mapping[str, np.ndarray]] = dict  # the same work without noise: numbers that are to agree
-  facts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # known before any run, such as "flops"
+  run: Callable[[], Mapping[str, float] | None]  # does one turn, and returns facts about it
+  check: Callable[[], Mapping[str, np.ndarray]] = dict  # the same work without noise; numbers to compare
+  facts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # known before any turn, such as "flops"
 
 
 Numbers = Mapping[str, np.ndarray]
-Maker = tuple[Callable[..., Contender], tuple[Any, ...]]  # a function of some module, and its arguments
+Maker = tuple[Callable[..., Contender], tuple[Any, ...]]  # a function at the top level of a module, and its arguments
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """What one contender took."""
+  """The time and memory of one contender."""
 
   seconds: tuple[float, ...]
-  peak_bytes: int | None  # at the peak, above what was there before the first turn; None: the system does not tell
+  peak_bytes: int | None  # above what the process held before its first turn; None: unknown on this system
   facts: Mapping[str, float]
 
   @property
@@ -54,7 +54,7 @@ class Timing:
 
 
 class ContenderFailed(RuntimeError):
-  """A contender's process died or raised."""
+  """The process of a contender died or raised an error."""
 
 
 def run_in_turns(
@@ -65,16 +65,16 @@ def run_in_turns(
   checked: Collection[str] = (),
   judge: Callable[[Mapping[str, Numbers]], None] = lambda numbers: None,
 ) -> dict[str, Timing]:
-  """Build every contender, run it once unmeasured, then `repeats` times in turns.
+  """Build every contender, run it once untimed, then `repeats` times in turns.
 
   Args:
-    say: told what happens next.
-    checked: those that are also asked for their numbers.
-    judge: given the numbers before anything is timed; what it raises ends the run.
+    say: gets a line about each step.
+    checked: the contenders whose numbers are compared.
+    judge: gets these numbers before anything is timed; an error that it raises ends the run.
 
   Raises:
-    ValueError: a contender was refused what it was given.
-    ContenderFailed: otherwise.
+    ValueError: a contender refuses its arguments.
+    ContenderFailed: a contender fails otherwise.
   """
   processes: dict[str, _Process] = {}
   try:
@@ -109,7 +109,7 @@ def run_in_turns(
 
 
 def measure_peak(dtype: str) -> float:
-  """Measure what the machine reaches: floating-point operations a second of a large product, the best of some."""
+  """Measure the peak of the machine: floating-point operations per second of a large matrix product, the best turn."""
   process = _Process("matrix product", _make_product, (dtype,))
   try:
     return process.facts["flops"] / min(process.ask("run").seconds for _ in range(PEAK_REPEATS + 1))
@@ -118,7 +118,7 @@ def measure_peak(dtype: str) -> float:
 
 
 def facts_of(make: Callable[..., Contender], args: tuple[Any, ...]) -> dict[str, float]:
-  """Build a contender in a process of its own for its facts alone."""
+  """Build a contender in its own process and return its facts."""
   process = _Process(make.__name__, make, args)
   process.stop()
   return process.facts
@@ -135,7 +135,7 @@ def _make_product(dtype: str) -> Contender:
 
 
 def relative_error(numbers: np.ndarray, wanted: np.ndarray) -> float:
-  """Compare arrays: the largest difference over the largest number wanted; whole numbers: the share that differs."""
+  """Return the largest difference relative to the largest wanted number; of integers, the share that differs."""
   if np.issubdtype(wanted.dtype, np.integer):
     return float((numbers != wanted).mean())
   scale = np.abs(wanted).max()
@@ -143,7 +143,7 @@ def relative_error(numbers: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def describe_machine() -> str:
-  """Name the accelerator, or the processor with the cores that this process may use."""
+  """Name the accelerator, or the processor and the cores that this process may use."""
   device = jax.devices()[0]
   if device.platform != "cpu":
     return f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}"
@@ -154,7 +154,7 @@ def describe_machine() -> str:
 
 
 class _Process:
-  """A contender's process, from here."""
+  """The process of a contender, seen from the main process."""
 
   def __init__(self, name: str, make: Callable[..., Contender], args: tuple[Any, ...]):
     context = multiprocessing.get_context("spawn")
@@ -175,7 +175,7 @@ class _Process:
     except EOFError:
       self._process.join()
       code = self._process.exitcode
-      raise ContenderFailed(f"{self._name}: its process died, exit code {code} (-9: perhaps of memory)") from None
+      raise ContenderFailed(f"{self._name}: its process died, exit code {code} (-9: perhaps out of memory)") from None
     if isinstance(answer, ValueError):
       raise answer
     if isinstance(answer, _Problem):
@@ -199,7 +199,7 @@ class _Turn(NamedTuple):
 
 
 def _serve(pipe: Any, make: Callable[..., Contender], args: tuple[Any, ...]) -> None:
-  """Build the contender and answer what is asked, until the pipe is closed."""
+  """Build the contender and answer requests until the pipe is closed."""
   try:
     contender = make(*args)
     pipe.send(dict(contender.facts))
@@ -211,7 +211,7 @@ def _serve(pipe: Any, make: Callable[..., Contender], args: tuple[Any, ...]) -> 
       before = _resident()
       pipe.send({name: np.asarray(value) for name, value in contender.check().items()})
       if base is not None:
-        base += _resident() - before  # the check's own programs stay
+        base += _resident() - before  # the programs of the check stay in memory
   except EOFError:
     pass
   except ValueError as error:
@@ -221,7 +221,7 @@ def _serve(pipe: Any, make: Callable[..., Contender], args: tuple[Any, ...]) -> 
 
 
 def _take_turn(run: Callable[[], Mapping[str, float] | None], base: int | None) -> _Turn:
-  _resident()  # gives freed memory back: every turn asks the system for its memory, as the first one does
+  _resident()  # returns freed memory, so that every turn allocates its memory anew
   _forget_peak()
   start = time.perf_counter()
   facts = run()
@@ -230,7 +230,7 @@ def _take_turn(run: Callable[[], Mapping[str, float] | None], base: int | None) 
 
 
 def _resident() -> int | None:
-  """Give freed memory back and tell what the process holds (Linux; elsewhere None)."""
+  """Return freed memory to the system, and the bytes that the process still holds (None if not on Linux)."""
   gc.collect()
   time.sleep(SETTLE_SECONDS)
   try:
@@ -241,7 +241,7 @@ def _resident() -> int | None:
 
 
 def _forget_peak() -> None:
-  """Set the process's memory peak back to what it holds now (Linux)."""
+  """Reset the memory peak of the process to what it holds now (Linux)."""
   clear = pathlib.Path("/proc/self/clear_refs")
   if clear.exists():
     clear.write_text("5")
