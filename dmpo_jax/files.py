@@ -1,4 +1,4 @@
-"""Files and folders, local and in gs:// buckets: written whole or not at all, and read with what is wrong with them."""
+"""Read and write files, local and in gs:// buckets: writes are atomic, and errors in reading say what is damaged."""
 
 import contextlib
 import json
@@ -11,18 +11,18 @@ from etils import epath
 
 
 class Unreadable(ValueError):
-  """A file is not what was written there; the message says which one, what is wrong with it, and what would do."""
+  """A file is damaged or not what it should be; the message says which, what is wrong with it, and what to do."""
 
 
 @contextlib.contextmanager
 def new_folder(path: epath.PathLike, option: str) -> Iterator[None]:
-  """Make a folder; if what is done with it fails, there is none afterwards.
+  """Make a folder, and remove it if the body of the `with` statement fails.
 
   Args:
-    option: what names the folder, for the message.
+    option: the flag that names the folder, for the message.
 
   Raises:
-    ValueError: it is there already, with something in it.
+    ValueError: the folder exists and is not empty.
   """
   path = epath.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -36,10 +36,10 @@ def new_folder(path: epath.PathLike, option: str) -> Iterator[None]:
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-  """Write a file so that whoever reads it, at any time, finds the old or the new content and never a part."""
+  """Write a file atomically: a reader finds the old or the new content, never a part."""
   path = epath.Path(path)
   content = content.encode() if isinstance(content, str) else content
-  if "://" in os.fspath(path):  # an object in a bucket is replaced at once, and has no folder
+  if "://" in os.fspath(path):  # writing an object is atomic, and it needs no folder
     path.write_bytes(content)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,17 +49,17 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def to_json(value: Any, **layout: Any) -> str:
-  """Write a value as JSON; null where a number is not finite, which JSON cannot say.
+  """Write a value as JSON, with null for numbers that are not finite.
 
   Args:
-    value: may hold scalars and arrays of numpy and JAX.
-    layout: of `json.dumps`.
+    value: may contain scalars and arrays of numpy and JAX.
+    layout: arguments of `json.dumps`.
   """
   return json.dumps(finite(value), allow_nan=False, **layout)
 
 
 def finite(value: Any) -> Any:
-  """Replace numbers that are not finite by None, and the scalars and arrays of numpy and JAX by Python's."""
+  """Replace numbers that are not finite by None, and numpy and JAX scalars and arrays by Python's numbers and lists."""
   if isinstance(value, Mapping):
     return {str(key): finite(item) for key, item in value.items()}
   if isinstance(value, tuple | list):
@@ -73,17 +73,17 @@ def read_json(path: epath.PathLike, remedy: str = "") -> Any:
   """Read a JSON file.
 
   Args:
-    remedy: what would do if it cannot be read, for the message.
+    remedy: what to do if it is damaged, for the message.
 
   Raises:
-    FileNotFoundError: it is not there.
-    Unreadable: it is empty, cut, not UTF-8 or otherwise no JSON.
+    FileNotFoundError: it does not exist.
+    Unreadable: it is not JSON, such as empty, cut off or not UTF-8.
   """
   content = epath.Path(path).read_bytes()
   try:
     return json.loads(content.decode())
   except (ValueError, RecursionError) as error:
-    raise Unreadable(f"{path} cannot be read ({_what_is_wrong(content, error)}){remedy and f': {remedy}'}") from error
+    raise Unreadable(f"{path} cannot be read ({_describe_damage(content, error)}){remedy and f': {remedy}'}") from error
 
 
 def read_object(path: epath.PathLike, remedy: str = "") -> dict[str, Any]:
@@ -95,16 +95,16 @@ def read_object(path: epath.PathLike, remedy: str = "") -> dict[str, Any]:
 
 
 class Lines(NamedTuple):
-  """The lines of a file of JSON objects."""
+  """A file of JSON objects, one a line."""
 
   rows: list[dict[str, Any]]
-  damaged: list[int]  # numbers of the lines that cannot be read, from 1
-  num: int  # of all lines
-  is_cut: bool  # the last line has no end, as a process leaves it that was killed while it wrote
+  damaged: list[int]  # numbers of damaged lines, from 1
+  num: int  # number of lines
+  is_cut: bool  # the last line is incomplete, as left by a process that was killed while writing
 
   @property
   def problem(self) -> str:
-    """What is wrong; "" if nothing is."""
+    """What is damaged; "" if nothing is."""
     if not self.damaged:
       return ""
     if self.damaged == [self.num]:
@@ -113,7 +113,7 @@ class Lines(NamedTuple):
 
 
 def read_lines(path: epath.PathLike) -> Lines:
-  """Read a file of one JSON object a line; lines that are none are counted and the others kept.
+  """Read a file of one JSON object a line; damaged lines are listed and the others returned.
 
   Raises:
     OSError: the file cannot be read.
@@ -134,17 +134,17 @@ def read_lines(path: epath.PathLike) -> Lines:
 
 
 def name_aside(path: epath.PathLike) -> epath.Path:
-  """Return a free path beside a damaged file or folder, to which it can be renamed so that nothing of it is lost."""
+  """Return an unused path beside a damaged file or folder, to rename it to."""
   path = epath.Path(path)
   names = (f"{path.name}.damaged{count}" for count in ("", *(f"-{i}" for i in range(2, 100))))
   return next(path.parent / name for name in names if not (path.parent / name).exists())
 
 
-def _what_is_wrong(content: bytes, error: Exception) -> str:
+def _describe_damage(content: bytes, error: Exception) -> str:
   if not content.strip():
     return "it is empty"
   if b"\0" in content:
-    return f"it has NUL bytes, the first of them at byte {content.index(0)}"
+    return f"it has NUL bytes, the first at byte {content.index(0)}"
   if isinstance(error, UnicodeDecodeError):
-    return f"it is not UTF-8 from byte {error.start} on"
+    return f"it is not UTF-8 at byte {error.start}"
   return str(error) or type(error).__name__

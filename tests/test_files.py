@@ -23,8 +23,8 @@ GARBLED = {
   "empty": (b"", "it is empty"),
   "blank": (b" \n", "it is empty"),
   "half": (b'{"a": 1, "b', "line 1 column 10"),
-  "nul": (b'{"a": \0\0}', "NUL bytes, the first of them at byte 6"),
-  "latin1": (b'{"a": "\xe9"}', "not UTF-8 from byte 7 on"),
+  "nul": (b'{"a": \0\0}', "NUL bytes, the first at byte 6"),
+  "latin1": (b'{"a": "\xe9"}', "not UTF-8 at byte 7"),
   "deep": (b"[" * 100_000, "recursion"),
 }
 
