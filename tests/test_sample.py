@@ -40,6 +40,13 @@ def test_prompts_of_a_file_and_of_the_command_line(tmp_path):
   assert sample.read_requests("two\nlines", None) == [Request("two\nlines")]
 
 
+def test_a_request_is_given_back_under_its_own_key():
+  messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1"}]
+  assert Request("1", "2").given == {"prompt": "1"}
+  assert Request(messages).given == {"messages": messages}
+  assert Request(messages).turns == [("system", "be brief"), ("user", "1")]
+
+
 @pytest.mark.parametrize(
   ("text", "message"),
   [

@@ -20,9 +20,14 @@ def prompt(record):
 
 def reward(record, completion):
   """The share of vowels among the completion's characters, in [0, 1]."""
-  return sum(letter in VOWELS for letter in completion.lower()) / max(len(completion), 1)
+  return share_of_vowels(completion)
 
 
 def is_correct(record, completion):
-  """Whether a tenth of it are vowels."""
-  return reward(record, completion) >= 0.1
+  """Whether a tenth of the characters are vowels."""
+  return share_of_vowels(completion) >= 0.1
+
+
+def share_of_vowels(text):
+  """The share of vowels among the characters of a text."""
+  return sum(letter in VOWELS for letter in text.lower()) / max(len(text), 1)
