@@ -5,35 +5,31 @@ Below this module everything takes explicit keyword arguments.
 
 import contextlib
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import data, models, noise, processes, rollout, samplers, sharding, tasks
+from dmpo_jax import data, models, processes, sharding, tasks
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
 from dmpo_jax.hub import pretrained
 from dmpo_jax.hub.tokenizer import Tokenizer, load_tokenizer
 from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import ModelConfig, Transformer
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.policy import ModelParts, abstract_collection, abstract_trained
 from dmpo_jax.run import checks
-from dmpo_jax.run.params import identity, load_params, read_metadata
 from dmpo_jax.run.workdir import folder_beside
 from dmpo_jax.structs import Prompts
 
 logger = logging.getLogger(__name__)
 
-TRAINED = "float32"  # the dtype of what is trained: bfloat16 would round small updates away
 EMBEDDING_MULTIPLE = 8  # rows of the embedding table come in this many, so that mesh axes divide it
 
 
@@ -48,16 +44,6 @@ class Vocabulary(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelParts:
-  """Where to compute, and with what."""
-
-  mesh: Mesh
-  rollout_mesh: Mesh  # where samplers run
-  tokenizer: Tokenizer
-  model: Transformer
-
-
-@dataclasses.dataclass(frozen=True)
 class Parts(ModelParts):
   """The same, and on what: what training and evaluation need."""
 
@@ -66,14 +52,6 @@ class Parts(ModelParts):
   prompts: data.PromptStream | None  # training prompts; None where nothing is trained
   correct_demonstrations: data.PromptStream | None  # the same with demonstrations that are always right
   held_out: tuple[Prompts, list[tasks.Record]]  # evaluation prompts and their records
-
-
-@runtime_checkable
-class Placed(Protocol):
-  """A model and the devices that it is laid over: all of the parts that compiled programs need."""
-
-  model: Transformer
-  mesh: Mesh
 
 
 def build_parts(config: ConfigDict, workdir: epath.Path, *, is_training: bool = True) -> Parts:
@@ -118,12 +96,12 @@ def _build_model_parts(config: ConfigDict, is_training: bool) -> ModelParts:
     if any(asked[axis] > size for axis, size in mesh.shape.items()):
       logger.warning("mesh %s", sharding.describe(mesh, asked))
   params = abstract_collection(model, mesh, "params")
-  lora = abstract_collection(model, mesh, "lora") if model.config.lora else None
+  trainable = Trainable.of(model.config)
+  lora = abstract_collection(model, mesh, "lora") if trainable.has_adapters else None
   held = [params, lora]
   if is_training:  # what is trained and its two moments; and what is frozen, which without adapters is the reference
-    is_supervised = OBJECTIVES[config.objective.name].needs == "demonstrations"
-    trained = abstract_collection(with_params(model, TRAINED), mesh, "lora" if lora else "params")
-    held = [*3 * [trained], {} if is_supervised and lora is None else params]
+    is_supervised = OBJECTIVES[config.objective.name].learns_from_demonstrations
+    held = [*3 * [abstract_trained(model, mesh)], {} if is_supervised and not trainable.has_adapters else params]
   checks.check_parameters(config, params, lora, held)
   if is_training:
     checks.check_rows(config, model.config.d_model, mesh)
@@ -155,7 +133,7 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     prompts = data.PromptStream(train, task, tokenizer, seed=config.seed, **limits)
     correct_demonstrations = data.PromptStream(train, task.only_correct(), tokenizer, seed=config.seed, **limits)
     is_warm = config.warm_start.updates and not (workdir / "base").exists()
-    if is_warm or OBJECTIVES[config.objective.name].needs == "demonstrations":
+    if is_warm or OBJECTIVES[config.objective.name].learns_from_demonstrations:
       for stream in (prompts, correct_demonstrations):
         stream.check_demonstrations(config.sampler.completion_length)
   streams = {"evaluation": held_out, "training": prompts}
@@ -253,179 +231,3 @@ def check_fits(config: ModelConfig, mesh: Mesh, section: str) -> None:
     ("rank", "model.lora.rank", config.lora.rank if config.lora else 0),
   ):
     sharding.check_divides(mesh, logical, path, size, section)
-
-
-def abstract_collection(model: Transformer, mesh: Mesh, name: str) -> Any:
-  """Describe a collection of the model's variables (`params`, `lora`) by shape, dtype and sharding."""
-  boxed = _boxed_shapes(model, name)
-  shapes, shardings = nn.unbox(boxed), sharding.layout(boxed, mesh)
-  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
-
-
-@functools.cache  # a run asks for them several times
-def _boxed_shapes(model: Transformer, name: str) -> Any:
-  return jax.eval_shape(lambda: _init_collection(model, name)(jax.random.key(0)))
-
-
-def random_collection(model: Transformer, mesh: Mesh, name: str, key: jax.Array) -> Any:
-  """Initialise a collection of the model's variables at random, each array made where it will live."""
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_collection(model, mesh, name))
-  return jax.jit(lambda key: nn.unbox(_init_collection(model, name)(key)), out_shardings=shardings)(key)
-
-
-def _init_collection(model: Transformer, name: str) -> Callable[[jax.Array], Any]:
-  return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))[name]
-
-
-def with_params(model: Transformer, dtype: str) -> Transformer:
-  """Give the model with parameters of another dtype."""
-  return type(model)(dataclasses.replace(model.config, param_dtype=dtype))
-
-
-def initial_params(config: ConfigDict, parts: ModelParts, *, are_trained: bool = False) -> Any:
-  """Return the parameters that `model.init_from` names, or random ones from the seed, laid out over the mesh.
-
-  Args:
-    are_trained: in float32 instead of `model.param_dtype`.
-  """
-  model = with_params(parts.model, TRAINED) if are_trained else parts.model
-  if config.model.init_from:
-    return load_params(epath.Path(config.model.init_from), abstract_collection(model, parts.mesh, "params"))
-  return random_collection(model, parts.mesh, "params", noise.step_key(config.seed, "init", 0))
-
-
-def initial_adapters(config: ConfigDict, workdir: epath.Path | None, parts: ModelParts) -> Any:
-  """Return the adapters that `model.lora.init_from` names, or new ones from the seed, laid out over the mesh.
-
-  Raises:
-    ConfigError: a run trained them on another base.
-  """
-  saved = config.model.lora.init_from
-  if saved:
-    check_base(config, workdir, saved)
-    return load_params(saved, abstract_collection(parts.model, parts.mesh, "lora"))
-  return random_collection(parts.model, parts.mesh, "lora", noise.step_key(config.seed, "init", 1))
-
-
-def base_params(config: ConfigDict, workdir: epath.Path, parts: ModelParts, *, are_trained: bool = False) -> Any:
-  """Return the base: what the warm start left in `workdir/base`, or the initial parameters where there is none.
-
-  Args:
-    are_trained: as for `initial_params`.
-  """
-  if config.warm_start.updates:
-    model = with_params(parts.model, TRAINED) if are_trained else parts.model
-    return load_params(workdir / "base", abstract_collection(model, parts.mesh, "params"))
-  return initial_params(config, parts, are_trained=are_trained)
-
-
-def load_policy(config: ConfigDict, workdir: epath.Path | None, parts: ModelParts) -> tuple[Any, Any]:
-  """Return the policy that training left in `workdir`, or without one the initial model: (trainable, frozen).
-
-  Raises:
-    ConfigError: there is neither a workdir nor a model to begin with; or see `load_policies`.
-  """
-  if workdir is not None:
-    (trainable,), frozen = load_policies(config, workdir, parts, ["policy"])
-    return trainable, frozen
-  if not config.model.init_from:
-    raise ConfigError("no policy: give --workdir of a finished run, or set config.model.init_from to a model")
-  params = initial_params(config, parts)
-  has_adapters = parts.model.config.lora is not None
-  return (initial_adapters(config, None, parts), params) if has_adapters else (params, {})
-
-
-def load_policies(
-  config: ConfigDict, workdir: epath.Path, parts: ModelParts, folders: Sequence[str]
-) -> tuple[list[Any], Any]:
-  """Return the policies in some of a workdir's folders, and the base that their adapters share ({} without adapters).
-
-  Raises:
-    ConfigError: there is no such policy, or its adapters were trained on another base.
-  """
-  has_adapters = parts.model.config.lora is not None
-  for folder in folders:
-    if not (workdir / folder).exists():
-      raise ConfigError(f"{workdir} holds no finished policy: train first, with the same command without --mode")
-    if has_adapters:
-      check_base(config, workdir, workdir / folder)
-  if has_adapters:
-    abstract = abstract_collection(parts.model, parts.mesh, "lora")
-  else:  # saved in float32; rounded now to what the layers would round them to
-    abstract = abstract_collection(with_params(parts.model, parts.model.config.dtype), parts.mesh, "params")
-  trained = [load_params(workdir / folder, abstract) for folder in folders]
-  return trained, base_params(config, workdir, parts) if has_adapters else {}
-
-
-def about_policy(config: ConfigDict, workdir: epath.Path, num_buffers: int) -> dict[str, Any]:
-  """Say what made a policy, to be saved with it: the buffers that it has learned from, and its base."""
-  return {"buffers": num_buffers, "base": base_name(config, workdir)}
-
-
-def check_base(config: ConfigDict, workdir: epath.Path | None, adapters: epath.PathLike) -> None:
-  """Refuse adapters of a run on another base than theirs; where nothing says which that was, the log does.
-
-  Raises:
-    ConfigError: naming both.
-  """
-  trained_on, given = read_metadata(adapters).get("base"), base_name(config, workdir)
-  if trained_on is None:
-    _warn_once(f"{adapters} does not say which base its adapters were trained on: taken for those of {given}")
-  elif trained_on != given:
-    raise ConfigError(
-      f"the adapters in {adapters} were trained on the base {trained_on}, and this base is {given}: set "
-      f"config.model.init_from = {config.model.init_from!r} back (a copy of the folder will do); where the base was "
-      "random, config.seed and config.model.param_dtype"
-    )
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-  logger.warning(text)
-
-
-def base_name(config: ConfigDict, workdir: epath.Path | None) -> str:
-  """Say which base a policy stands on: the identity of its parameters, or what random ones were made from."""
-  known = initial_identity(config) if workdir is None else base_identity(config, workdir)
-  return known or f"random, seed {config.seed}, {config.model.param_dtype}"
-
-
-def initial_identity(config: ConfigDict) -> str:
-  """Identify the parameters that `initial_params` returns; "" where they come from the seed."""
-  return identity(config.model.init_from) if config.model.init_from else ""
-
-
-def base_identity(config: ConfigDict, workdir: epath.Path) -> str:
-  """Identify the parameters that `base_params` returns; "" where they come from the seed."""
-  return identity(workdir / "base") if config.warm_start.updates else initial_identity(config)
-
-
-def make_sample(
-  config: ConfigDict,
-  parts: Placed,
-  *,
-  group_size: int,
-  temperature: float,
-  early_exit: bool,
-  with_reference: bool = False,
-  on_call: Callable | None = None,
-) -> Callable:
-  """Jit the sampler of `config.sampler` with these settings (see `samplers.Plan` and `rollout.make_sample`)."""
-  sampler = config.sampler
-  return rollout.make_sample(
-    parts.model,
-    parts.mesh,
-    sampler=sampler.name,
-    group_size=group_size,
-    plan=samplers.Plan(
-      completion_length=sampler.completion_length,
-      block_length=sampler.block_length,
-      steps=sampler.steps,
-      temperature=temperature,
-      early_exit=early_exit,
-      on_call=on_call,
-    ),
-    guidance=sampler.guidance,
-    with_reference=with_reference,
-    options=samplers.make_options(sampler.name, sampler.to_dict().get(sampler.name, {})),
-  )

@@ -24,12 +24,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from dmpo_jax import files, grading, noise, sharding, tasks
-from dmpo_jax.build import Parts, base_name, build_parts, load_policies, make_sample
+from dmpo_jax.build import Parts, build_parts
 from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
 from dmpo_jax.hub.tokenizer import Tokenizer
-from dmpo_jax.measure import Policies, check_confidence
+from dmpo_jax.policy import Compiled, Policies, base_name, check_confidence, load_policies, make_sample
 from dmpo_jax.processes import HostShare, gather_texts
-from dmpo_jax.rollout import Compiled
 from dmpo_jax.run import progress
 from dmpo_jax.run.metrics import read_result
 from dmpo_jax.run.params import identity, read_metadata
@@ -169,7 +168,7 @@ def make_evaluate(
   """Close over the configuration's evaluation: `evaluate(trainable, path, about) -> figures`."""
   own = config.eval
   settings = dict(group_size=own.num_samples, temperature=own.temperature, early_exit=own.early_exit)
-  program = Compiled(make_sample(config, parts, **settings))
+  program = Compiled(make_sample(config, parts.model, parts.mesh, **settings))
   sample = sharding.within(parts.rollout_mesh, program)
   prompts, records = parts.held_out
 
@@ -210,7 +209,7 @@ def evaluate(
   neither order, batches, padding nor hosts change them; each host grades and writes down its share of a batch.
 
   Args:
-    sample: from `rollout.make_sample`, closed over the policy; fields [p, g, ...].
+    sample: from `policy.make_sample`, closed over the policy; fields [p, g, ...].
     batch_size: prompts decoded at one time; the last batch is filled up with copies of the last prompt, dropped again.
     path: one line a completion, see `_line`. Written by process 0.
     about: what the evaluation depends on; an unfinished file of another one is begun anew.
@@ -222,7 +221,7 @@ def evaluate(
 
   Raises:
     Preempted: between two batches, those before it kept.
-    NotFinite: see `measure.check_confidence`.
+    NotFinite: see `policy.check_confidence`.
   """
   start, compiled_before, num = time.monotonic(), seconds_compiling(), len(records)
   key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, max(num, 1))

@@ -29,7 +29,7 @@ from dmpo_jax import evaluate, processes, sample, serve, train
 from dmpo_jax.config import ConfigError, command, flatten, validate
 from dmpo_jax.files import Unreadable
 from dmpo_jax.hub.pretrained import filled
-from dmpo_jax.measure import NotFinite
+from dmpo_jax.policy import NotFinite
 from dmpo_jax.processes import ABANDONED, Absent, Stopped
 from dmpo_jax.run import buckets, preemption, progress
 from dmpo_jax.run.preemption import Preempted

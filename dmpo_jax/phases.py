@@ -1,16 +1,15 @@
-"""The two phases of a run, as closures over its parts: what `train.py` loops over.
+"""The two phases of a run, built from the configuration: what `train.py` loops over.
 
-Both learn by the same loop from the same kind of buffer. The warm start's hold demonstrations; the training proper's
-hold rollouts (or demonstrations too, where the objective is supervised).
+Both learn by the same loop from the same kind of buffer. The warm start's hold demonstrations; those of the training
+proper hold rollouts (or demonstrations too, where the objective is supervised).
 """
 
 import dataclasses
 import functools
-import inspect
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +18,38 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dmpo_jax import build, optim, rollout, sharding, update
-from dmpo_jax.build import Parts, Placed, initial_adapters, initial_params, make_sample
+from dmpo_jax import data, optim, policy, rollout, sharding, update
+from dmpo_jax.build import Parts
 from dmpo_jax.evaluate import make_evaluate_training
-from dmpo_jax.measure import (
-  Measure,
-  Policies,
-  make_measure_nothing,
-  make_measure_ratios,
-  make_measure_sampled,
-  make_measure_weights,
-  measure_program,
-  token_program,
-)
-from dmpo_jax.models import lora
+from dmpo_jax.logprobs import make_log_probs
+from dmpo_jax.models.trainable import TRAINED_DTYPE, Trainable
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.objectives import OBJECTIVES, needs_of, weights
+from dmpo_jax.objectives import OBJECTIVES, Objective
+from dmpo_jax.objectives.denoise import Denoise
 from dmpo_jax.objectives.estimators import make_estimator
+from dmpo_jax.objectives.likelihood import Estimator
+from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.weights import Weighing
+from dmpo_jax.policy import Policies
+from dmpo_jax.rollout import Batch, Collector
+from dmpo_jax.rollout_metrics import lack_of_signal
 from dmpo_jax.run.params import save_params
-from dmpo_jax.structs import Drawn, Experience, TrainState
+from dmpo_jax.structs import Experience, PendingRollouts, TrainState
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Buffers(Protocol):
+  """Where a phase's buffers come from."""
+
+  def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None) -> Any:
+    """Do all that needs the policy as it is now; `begun` is what an earlier start had generated of the buffer."""
+    ...
+
+  def complete(self, state: TrainState, buffer: int, pending: Any) -> tuple[Experience, dict[str, float]]:
+    """Make the buffer's experience of it, with figures for the log."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +60,17 @@ class Phase:
   num_buffers: int
   updates_per_buffer: int
   base: str  # identity of the saved parameters that it begins with; "" where they are random
-  frozen: Any  # reference parameters; an empty dict where the objective has no reference
-  # What takes the policy to make a buffer, and what does not need to have it as it was then: figures for the log too.
-  # A third argument of `draw` is what an earlier start had drawn of the buffer.
-  draw: Callable[..., Drawn | Experience]
-  finish: Callable[[TrainState, Drawn | Experience, int], tuple[Experience, dict[str, float]]]
+  frozen: Any  # reference parameters; {} where the objective has no reference
+  buffers: Buffers
   update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
-  evaluate: Callable[[Any, int], dict[str, float]]  # of what is learned, after so many buffers
+  evaluate: Callable[[Any, int], dict[str, float]]  # of what is trained, after so many buffers
   evaluate_every: int | None  # buffers; 0: the first policy and the last alone; None: not even these
-  is_pipelined: bool = False  # a buffer is drawn before the updates on the one before it
-  # Called where an evaluation is the best so far, with what is learned and the number of finished buffers.
-  keep_best: Callable[[Any, int], None] = lambda trainable, buffer: None
+  is_pipelined: bool = False  # a buffer is generated before the updates on the one before it
+  # Called where an evaluation is the best so far, with what is trained and the number of finished buffers.
+  keep_best: Callable[[Any, int], None] = lambda trained, buffer: None
 
-  def drawn_at(self, buffer: int) -> int:
-    """Return the step whose policy draws a buffer."""
+  def generated_at(self, buffer: int) -> int:
+    """Return the step whose policy generates a buffer."""
     return max(buffer - self.is_pipelined, 0) * self.updates_per_buffer
 
   def is_evaluated(self, buffer: int) -> bool:
@@ -74,67 +81,124 @@ class Phase:
     return is_due or buffer == 0 or buffer >= self.num_buffers
 
 
-def abstract_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Describe the state by shape, dtype and sharding, the optimizer's moments laid out as their parameters are.
+class Demonstrations:
+  """Buffers of demonstrations, the first `num_correct` of which are all right.
+
+  The next one is made while the devices learn from this one, by a thread that leaves them alone.
+  """
+
+  def __init__(self, config: ConfigDict, parts: Parts, batch_size: int, num_correct: int = 0):
+    self._parts, self._batch_size, self._num_correct = parts, batch_size, num_correct
+    self._completion_length = config.sampler.completion_length
+    self._thread = ThreadPoolExecutor(1, thread_name_prefix="demonstrations")
+    self._ahead: dict[int, Future[Experience]] = {}
+
+  def generate(self, state: TrainState, buffer: int, begun: None = None) -> Experience:
+    """Return a buffer's demonstrations, and begin to make the next ones."""
+    made = self._ahead.pop(buffer, None) or self._thread.submit(self._make, buffer)
+    self._ahead[buffer + 1] = self._thread.submit(self._make, buffer + 1)
+    return made.result()
+
+  def complete(self, state: TrainState, buffer: int, pending: Experience) -> tuple[Experience, dict[str, float]]:
+    """Return what was generated: demonstrations have no rewards to wait for."""
+    return pending, {}
+
+  def _make(self, buffer: int) -> Experience:
+    stream = self._parts.correct_demonstrations if buffer < self._num_correct else self._parts.prompts
+    prompts, completion, _ = stream.demonstrations(
+      buffer * self._batch_size, self._batch_size, completion_length=self._completion_length
+    )
+    return rollout.demonstrate(prompts, completion)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradedRollouts:
+  """Buffers of rollouts of the current policy."""
+
+  collector: Collector
+  prompts: data.PromptStream
+  num_prompts: int
+  base: Any
+  trainable: Trainable
+  compares_rewards: bool  # the objective learns from the differences of rewards inside a group alone
+  takes_parts: bool  # it takes the parts of the rewards apart
+
+  def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None) -> PendingRollouts:
+    """Generate rollouts, or the rest of them; see `rollout.Collector.generate`."""
+    if begun is not None and begun.is_whole:
+      return begun
+    return self.collector.generate(self._policies(state), self._batch(buffer), begun)
+
+  def complete(self, state: TrainState, buffer: int, pending: PendingRollouts) -> tuple[Experience, dict[str, float]]:
+    """Complete them for the objective, and warn where their rewards teach nothing."""
+    pending = pending.replace(batch=self._batch(buffer))  # which a checkpoint does not hold
+    experience, metrics = self.collector.complete(pending, self._policies(state))
+    reward = experience.reward_parts if self.takes_parts else experience.reward
+    lack = lack_of_signal(reward, experience.is_kept, compares=self.compares_rewards)
+    if lack and jax.process_index() == 0:
+      logger.warning("buffer %d: %s", buffer + 1, lack)
+    metrics["without_signal"] = float(bool(lack))
+    prompts_counted = {"prompts_skipped": self.prompts.num_skipped, "prompts_cut": self.prompts.num_cut}
+    return experience, metrics | {name: float(count) for name, count in prompts_counted.items()}
+
+  def _batch(self, buffer: int) -> Batch:
+    return Batch(buffer, *self.prompts.batch(buffer * self.num_prompts, self.num_prompts))
+
+  def _policies(self, state: TrainState) -> Policies:
+    return Policies(self.trainable.computing(state.trainable), self.base, state.reference)
+
+
+def abstract_state(trained: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Describe the state by shape, dtype and sharding; the optimizer's moments are laid out as their parameters are.
 
   Args:
-    trainable: arrays, or their descriptions.
+    trained: arrays, or their descriptions.
   """
   everywhere = sharding.replicated(mesh)
-  shapes = jax.eval_shape(optimizer.init, trainable)
+  shapes = jax.eval_shape(optimizer.init, trained)
   opt_state = optax.tree_map_params(
     optimizer,
     lambda shape, param: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=param.sharding),
     shapes,
-    trainable,
+    trained,
     transform_non_params=lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=everywhere),
   )
   zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-  return TrainState(zero, sharding.abstract(trainable), opt_state, num_skipped=zero, num_skipped_in_a_row=zero)
+  return TrainState(zero, sharding.abstract(trained), opt_state, num_skipped=zero, num_skipped_in_a_row=zero)
 
 
-def fresh_state(trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def fresh_state(trained: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """Return the state before the first update."""
-  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optimizer, mesh))
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trained, optimizer, mesh))
 
   def zero() -> jax.Array:
     return jax.device_put(jnp.zeros((), jnp.int32), layout.step)
 
-  opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(trainable)
-  return TrainState(zero(), trainable, opt_state, num_skipped=zero(), num_skipped_in_a_row=zero())
+  opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(trained)
+  return TrainState(zero(), trained, opt_state, num_skipped=zero(), num_skipped_in_a_row=zero())
 
 
 def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainState]:
   """Build masked-diffusion training of every parameter on demonstrations, and its first state."""
   warm = config.warm_start
-  schedule = optim.warmup_cosine(warm.learning_rate, num_updates=warm.updates)
-  optimizer = _make_optimizer(config, schedule)
-  state = fresh_state(initial_params(config, parts, are_trained=True), optimizer, parts.mesh)
-  draw, finish = _demonstrations(config, parts, warm.batch_size, num_correct=round(warm.correct_share * warm.updates))
+  optimizer = _make_optimizer(config, optim.warmup_cosine(warm.learning_rate, num_updates=warm.updates))
+  state = fresh_state(policy.initial_params(config, parts, are_trained=True), optimizer, parts.mesh)
+  masks = MaskSampling(num=1, antithetic=False, min_ratio=warm.min_mask_ratio, max_ratio=1.0)
+  gradient_step = update.make_update(
+    Transformer(dataclasses.replace(parts.model.config, lora=None)),
+    optimizer,
+    Denoise(masks, likelihood=None),
+    shardings=_shardings(state, parts.mesh),
+  )
   phase = Phase(
     name="warm_start",
     num_buffers=warm.updates,
     updates_per_buffer=1,
-    base=build.initial_identity(config),
+    base=policy.initial_identity(config),
     frozen={},
-    draw=draw,
-    finish=finish,
-    update=_of_seed(
-      config.seed,
-      update.make_update(
-        Transformer(dataclasses.replace(parts.model.config, lora=None)),
-        optimizer,
-        objective="denoise",
-        num_microbatches=1,
-        sync_reference_every=0,
-        shardings=_shardings(state, parts.mesh),
-        num_mask_samples=1,
-        antithetic=False,
-        min_mask_ratio=warm.min_mask_ratio,
-        max_mask_ratio=1.0,
-      ),
-    ),
-    evaluate=lambda trainable, buffer: {},
+    buffers=Demonstrations(config, parts, warm.batch_size, num_correct=round(warm.correct_share * warm.updates)),
+    update=_with_seed(config.seed, gradient_step),
+    evaluate=lambda trained, buffer: {},
     evaluate_every=None,
   )
   return phase, state
@@ -142,39 +206,79 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
 
 def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: Any) -> tuple[Phase, TrainState]:
   """Build the training proper by `config.objective`, and its first state: the base, or fresh adapters on it."""
-  objective, has_adapters = config.objective, parts.model.config.lora is not None
+  trainable, objective = parts.trainable, make_objective(config)
   optimizer = training_optimizer(config)
-  if has_adapters:
-    trainable = initial_adapters(config, workdir, parts)
+  if trainable.has_adapters:
+    trained = policy.initial_adapters(config, workdir, parts)
   else:
-    trainable = jax.tree.map(lambda x: jnp.copy(x.astype(build.TRAINED)), base)
+    trained = jax.tree.map(lambda x: jnp.copy(x.astype(TRAINED_DTYPE)), base)
     base = jax.tree.map(lambda x: x.astype(parts.model.config.param_dtype), base)
-  state = fresh_state(trainable, optimizer, parts.mesh)
-  is_supervised = OBJECTIVES[objective.name].needs == "demonstrations"
-  if objective.sync_reference_every:
-    state = state.replace(reference=jax.tree.map(jnp.copy, _computing(config, trainable)))
-  if is_supervised:
-    draw, finish = _demonstrations(config, parts, config.rollout.num_prompts)
+  state = fresh_state(trained, optimizer, parts.mesh)
+  if config.objective.sync_reference_every:
+    state = state.replace(reference=jax.tree.map(jnp.copy, trainable.computing(trained)))
+  if objective.learns_from_demonstrations:
+    buffers = Demonstrations(config, parts, config.rollout.num_prompts)
   else:
-    draw, finish = _rollouts(config, parts, base)
+    buffers = _graded_rollouts(config, parts, base)
   evaluate = make_evaluate_training(config, workdir, parts, base)
+  needs_base = trainable.has_adapters or not objective.learns_from_demonstrations
   phase = Phase(
     name="train",
     num_buffers=config.train.num_buffers,
     updates_per_buffer=config.train.updates_per_buffer,
-    base=build.base_identity(config, workdir),
-    frozen=base if has_adapters or not is_supervised else {},
-    draw=draw,
-    finish=finish,
-    update=_of_seed(config.seed, training_update(config, parts.model, optimizer, _shardings(state, parts.mesh))),
-    evaluate=lambda trainable, buffer: evaluate(_computing(config, trainable), buffer),
+    base=policy.base_identity(config, workdir),
+    frozen=base if needs_base else {},
+    buffers=buffers,
+    update=_with_seed(config.seed, training_update(config, parts.model, optimizer, _shardings(state, parts.mesh))),
+    evaluate=lambda trained, buffer: evaluate(trainable.computing(trained), buffer),
     evaluate_every=config.eval.every_buffers,
     is_pipelined=config.rollout.pipelined,
-    keep_best=lambda trainable, buffer: save_params(
-      workdir / "best", trainable, build.about_policy(config, workdir, buffer)
+    keep_best=lambda trained, buffer: save_params(
+      workdir / "best", trained, policy.policy_metadata(config, workdir, buffer)
     ),
   )
   return phase, state
+
+
+def make_objective(config: ConfigDict) -> Objective:
+  """Build the objective of `config.objective`, with its masks, its likelihood and its own keys."""
+  own = config.objective
+  kind = OBJECTIVES[own.name]
+  likelihood = make_likelihood(config, own.num_mask_samples) if kind.takes_likelihood else None
+  return kind(mask_sampling(config, own.num_mask_samples), likelihood, **own.get(own.name, {}))
+
+
+def make_weighing(config: ConfigDict) -> Weighing:
+  """Build the settings of the importance weights."""
+  own = config.objective
+  return Weighing(
+    weighting=own.weighting,
+    alpha=own.alpha,
+    proximal=own.proximal,
+    kappa=own.kappa,
+    min_ess=own.min_ess,
+    reward_scaling=own.reward_scaling,
+    part_weights=tuple(own.part_weights),
+    max_weight=own.max_weight,
+  )
+
+
+def make_likelihood(config: ConfigDict, num: int) -> Estimator:
+  """Build the estimator of `objective.likelihood` with so many mask samples."""
+  own = config.objective
+  return make_estimator(own.likelihood, mask_sampling(config, num), **own.get(own.likelihood, {}))
+
+
+def mask_sampling(config: ConfigDict, num: int) -> MaskSampling:
+  """Build the settings of so many mask samples."""
+  own = config.objective
+  return MaskSampling(
+    num=num,
+    antithetic=own.antithetic,
+    min_ratio=own.min_mask_ratio,
+    max_ratio=own.max_mask_ratio,
+    block_length=own.mask_block_length,
+  )
 
 
 def training_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -188,28 +292,28 @@ def training_update(
   optimizer: optax.GradientTransformation,
   shardings: tuple[TrainState, NamedSharding],
 ) -> update.Update:
-  """Jit the training proper's gradient step (see `update.make_update`)."""
+  """Build the training proper's gradient step (see `update.make_update`)."""
   return update.make_update(
     model,
     optimizer,
-    objective=config.objective.name,
+    make_objective(config),
+    shardings=shardings,
     num_microbatches=num_microbatches(config),
     sync_reference_every=config.objective.sync_reference_every,
-    shardings=shardings,
-    **_loss_keywords(config.objective),
   )
 
 
 def num_microbatches(config: ConfigDict) -> int:
-  """Count the microbatches of a gradient step."""
+  """Return the number of microbatches of a gradient step."""
   return config.rollout.num_prompts // (config.train.microbatch_prompts or config.rollout.num_prompts)
 
 
-def training_sample(config: ConfigDict, parts: Placed) -> Callable:
+def training_sample(config: ConfigDict, model: Transformer, mesh: Mesh) -> jax.stages.Wrapped:
   """Jit the sampler of the rollouts."""
-  return make_sample(
+  return policy.make_sample(
     config,
-    parts,
+    model,
+    mesh,
     group_size=config.rollout.group_size,
     temperature=config.sampler.temperature,
     early_exit=config.rollout.early_exit,
@@ -217,130 +321,82 @@ def training_sample(config: ConfigDict, parts: Placed) -> Callable:
   )
 
 
-def training_scores(config: ConfigDict, model: Transformer, mesh: Mesh) -> Callable | None:
-  """Jit the forward passes of the objective's measure (see `measure.py`); None: it needs none."""
-  objective, needs = config.objective, needs_of(config.objective)
-  if needs in ("rewards", "demonstrations") or objective.likelihood == "sampler":
+def training_log_probs(config: ConfigDict, model: Transformer, mesh: Mesh) -> jax.stages.Wrapped | None:
+  """Jit the log-probabilities that the objective needs of rollouts; None where it needs no forward passes."""
+  own, objective = config.objective, make_objective(config)
+  if not needs_log_probs(config):
     return None
-  num_mask_samples = objective.num_elbo_samples if needs == "weights" else objective.num_mask_samples
-  estimator = make_estimator(objective.likelihood, objective.to_dict(), num_mask_samples)
-  if needs == "weights":
-    return measure_program(model, mesh, estimator=estimator)
-  return token_program(model, mesh, estimator=estimator, with_reference=needs == "ratio_and_reference")
+  if objective.needs_weights:
+    return make_log_probs(model, mesh, make_likelihood(config, own.num_elbo_samples))
+  estimator = make_likelihood(config, own.num_mask_samples)
+  return make_log_probs(model, mesh, estimator, per_token=True, with_reference=objective.needs_reference)
 
 
-def _demonstrations(
-  config: ConfigDict, parts: Parts, batch_size: int, num_correct: int = 0
-) -> tuple[Callable, Callable]:
-  """Make buffers of demonstrations, of which the first `num_correct` are all right: `draw` and `finish`.
+def needs_log_probs(config: ConfigDict) -> bool:
+  """Whether the objective needs forward passes on its rollouts."""
+  own = OBJECTIVES[config.objective.name]
+  return own.needs_token_log_probs or (own.needs_weights and config.objective.likelihood != "sampler")
 
-  The next one is made while the devices learn from this one, by a thread that leaves them alone.
-  """
-  thread = ThreadPoolExecutor(1, thread_name_prefix="demonstrations")
-  ahead: dict[int, Future[Experience]] = {}
 
-  def make(buffer: int) -> Experience:
-    stream = parts.correct_demonstrations if buffer < num_correct else parts.prompts
-    prompts, completion, _ = stream.demonstrations(
-      buffer * batch_size, batch_size, completion_length=config.sampler.completion_length
+def training_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> rollout.Scoring:
+  """Build what gives the rollouts the log-probabilities or weights that the objective needs."""
+  own, objective = config.objective, make_objective(config)
+  log_probs = training_log_probs(config, model, mesh)
+  if objective.needs_token_log_probs:
+    has_noise = max(make_likelihood(config, own.num_mask_samples).draws) >= 0
+    return rollout.TokenLogProbs(
+      log_probs,
+      seed=config.seed,
+      updates_per_buffer=config.train.updates_per_buffer,
+      num_views=config.train.updates_per_buffer if has_noise else 1,
+      with_reference=objective.needs_reference,
     )
-    return rollout.demonstrate(prompts, completion)
+  if not objective.needs_weights:
+    return rollout.RewardsOnly()
+  if log_probs is None:
+    return rollout.SampledWeights(make_weighing(config))
+  return rollout.EstimatedWeights(
+    log_probs,
+    make_weighing(config),
+    seed=config.seed,
+    chunk_prompts=config.rollout.chunk_prompts,
+    max_noise=own.max_noise,
+    max_rounds=own.max_rounds if own.elbo_rounds == "adaptive" else 1,
+  )
 
-  def draw(state: TrainState, buffer: int) -> Experience:
-    made = ahead.pop(buffer, None) or thread.submit(make, buffer)
-    ahead[buffer + 1] = thread.submit(make, buffer + 1)
-    return made.result()
 
-  return draw, lambda state, experience, buffer: (experience, {})
-
-
-def _rollouts(config: ConfigDict, parts: Parts, base: Any) -> tuple[Callable, Callable]:
-  """Make buffers of rollouts: `draw` and `finish`."""
-  num_prompts = config.rollout.num_prompts
-  sample = sharding.within(parts.rollout_mesh, training_sample(config, parts))
-  common = dict(
-    measure=training_measure(config, parts),
+def _graded_rollouts(config: ConfigDict, parts: Parts, base: Any) -> GradedRollouts:
+  sample = sharding.within(parts.rollout_mesh, training_sample(config, parts.model, parts.mesh))
+  collector = Collector(
+    sample=lambda policies: functools.partial(sample, sharding.move(policies, parts.rollout_mesh)),
+    scoring=training_scoring(config, parts.model, parts.mesh),
     grading=parts.grading,
     tokenizer=parts.tokenizer,
+    seed=config.seed,
+    chunk_prompts=config.rollout.chunk_prompts,
     counted=config.objective.counted,
   )
-
-  def draw(state: TrainState, buffer: int, begun: Drawn | None = None) -> Drawn:
-    policies = Policies(_computing(config, state.trainable), base, state.reference)
-    return rollout.draw(
-      policies,
-      *parts.prompts.batch(buffer * num_prompts, num_prompts),
-      sample=functools.partial(sample, sharding.move(policies, parts.rollout_mesh)),
-      seed=config.seed,
-      buffer=buffer,
-      chunk_prompts=config.rollout.chunk_prompts,
-      begun=begun,
-      **common,
-    )
-
-  def finish(state: TrainState, drawn: Drawn, buffer: int) -> tuple[Experience, dict[str, float]]:
-    experience, metrics = rollout.finish(
-      drawn,
-      Policies(_computing(config, state.trainable), base, state.reference),
-      *parts.prompts.batch(buffer * num_prompts, num_prompts),
-      buffer=buffer,
-      **common,
-    )
-    is_apart = config.objective.reward_scaling == "standardise_parts"
-    reward = experience.reward_parts if is_apart else experience.reward
-    lack = rollout.lack_of_signal(reward, experience.is_kept, compares=_compares(config.objective))
-    if lack and jax.process_index() == 0:
-      logger.warning("buffer %d: %s", buffer + 1, lack)
-    metrics["without_signal"] = float(bool(lack))
-    prompts_counted = {"prompts_skipped": parts.prompts.num_skipped, "prompts_cut": parts.prompts.num_cut}
-    return experience, metrics | {name: float(count) for name, count in prompts_counted.items()}
-
-  return draw, finish
-
-
-def _computing(config: ConfigDict, trainable: Any) -> Any:
-  """Give what is trained as samplers and scores take it."""
-  return lora.computing(trainable, config.model.dtype, config.model.lora.rank > 0)
-
-
-def training_measure(config: ConfigDict, parts: Placed) -> Measure:
-  """Build what completes the rollouts for the objective (`objectives.Needs`)."""
-  objective, needs = config.objective, needs_of(config.objective)
-  if needs == "rewards":
-    return make_measure_nothing()
-  if objective.likelihood == "sampler":
-    return make_measure_sampled(**_keywords(weights.weigh, objective))
-  if needs == "weights":
-    return make_measure_weights(
-      parts.model,
-      parts.mesh,
-      estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_elbo_samples),
-      chunk_prompts=config.rollout.chunk_prompts,
-      seed=config.seed,
-      **_keywords(make_measure_weights, objective),
-      **_keywords(weights.weigh, objective),
-    )
-  return make_measure_ratios(
-    parts.model,
-    parts.mesh,
-    estimator=make_estimator(objective.likelihood, objective.to_dict(), objective.num_mask_samples),
-    updates_per_buffer=config.train.updates_per_buffer,
-    seed=config.seed,
-    with_reference=needs == "ratio_and_reference",
+  return GradedRollouts(
+    collector,
+    parts.prompts,
+    config.rollout.num_prompts,
+    base,
+    parts.trainable,
+    compares_rewards=compares_rewards(config),
+    takes_parts=config.objective.reward_scaling == "standardise_parts",
   )
 
 
-def _compares(objective: ConfigDict) -> bool:
-  """Whether a loss learns from the differences of rewards inside a group alone."""
-  if OBJECTIVES[objective.name].needs != "weights" or objective.weighting != "reward":
-    return True
-  return objective.name == "wdce" and objective.wdce.baseline == "mean" and objective.wdce.baseline_strength == 1
+def compares_rewards(config: ConfigDict) -> bool:
+  """Whether the objective learns from the differences of rewards inside a group alone."""
+  objective = make_objective(config)
+  return not objective.needs_weights or config.objective.weighting != "reward" or objective.subtracts_mean
 
 
-def _of_seed(seed: int, step: update.Update) -> Callable:
+def _with_seed(seed: int, gradient_step: update.Update) -> Callable:
   """Give a gradient step the run's seed, as its last argument."""
   key = jax.random.key(seed)
-  return lambda state, frozen, experience: step(state, frozen, experience, key)
+  return lambda state, frozen, experience: gradient_step(state, frozen, experience, key)
 
 
 def _make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -350,18 +406,3 @@ def _make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
 
 def _shardings(state: TrainState, mesh: Mesh) -> tuple[TrainState, NamedSharding]:
   return jax.tree.map(lambda array: array.sharding, state), sharding.replicated(mesh)
-
-
-def _loss_keywords(objective: ConfigDict) -> dict[str, Any]:
-  """The keyword arguments of the chosen loss, its estimator among them."""
-  loss = OBJECTIVES[objective.name].loss
-  keywords = _keywords(loss, objective) | _keywords(loss, objective.get(objective.name, ConfigDict()))
-  if "likelihood" in keywords:
-    keywords["likelihood"] = make_estimator(objective.likelihood, objective.to_dict(), objective.num_mask_samples)
-  return keywords
-
-
-def _keywords(function: Callable, section: ConfigDict) -> dict[str, Any]:
-  """The keyword arguments of `function` that the configuration's section has."""
-  names = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-  return {name: section[name] for name in names if name in section}

@@ -1,191 +1,321 @@
-"""One buffer: prompts -> completions -> rewards -> what the objective needs of them (`measure.py`) -> Experience.
+"""One buffer: prompts -> rollouts -> log-probabilities and rewards -> what the objective needs -> Experience.
 
-Forward passes only. `draw` does all that takes the policy, and begins the grading; `finish` waits for the grades and
-makes experience of both. Whatever the devices do between the two, they do while rewards are graded. The jitted programs
-run on chunks of prompts, so that a buffer may be larger than what fits at one time; what leaves them is small and
-replicated, for every host to read.
+Forward passes only. `Collector.generate` samples, begins the grading, and scores meanwhile. `Collector.complete` waits
+for the grades and makes the experience. The jitted programs run on chunks of prompts, so a buffer may be larger than
+what fits on the devices at one time; their results are small and replicated, and every host reads them.
 """
 
+import collections
 import dataclasses
 import functools
-import math
 import operator
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from dmpo_jax import noise, samplers
+from dmpo_jax import noise
 from dmpo_jax.grading import Grades, Grading, grade
 from dmpo_jax.hub.tokenizer import Tokenizer
-from dmpo_jax.measure import Measure, Policies, check_confidence, chunks, concatenate, fetch_ahead, log_confidence
-from dmpo_jax.models import lora
-from dmpo_jax.models.denoiser import make_denoiser
-from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import weights
+from dmpo_jax.objectives.weights import Weighing
+from dmpo_jax.policy import Policies, check_confidence
+from dmpo_jax.rollout_metrics import Stopwatch, describe, log_confidence
 from dmpo_jax.run import progress
-from dmpo_jax.run.preemption import Preempted
-from dmpo_jax.sharding import everywhere, fill_rows, replicated
-from dmpo_jax.structs import Drawn, Experience, Prompts, Rollouts
+from dmpo_jax.run.preemption import Preempted, check_preemption
+from dmpo_jax.sharding import everywhere
+from dmpo_jax.structs import Experience, LogProbs, PendingRollouts, Prompts, Rollouts
 
 
-def draw(
-  policies: Policies,
-  prompts: Prompts,
-  records: Sequence[dict],
-  *,
-  sample: Callable,
-  measure: Measure,
-  grading: Grading,
-  tokenizer: Tokenizer,
-  seed: int,
-  buffer: int,
-  chunk_prompts: int,
-  counted: str,
-  begun: Drawn | None = None,
-) -> Drawn:
-  """Draw a buffer of rollouts from the current policy, begin to grade them, and score them meanwhile.
+class Batch(NamedTuple):
+  """The prompts of a buffer."""
 
-  Args:
-    policies: the current and the reference policy.
-    records: the task's records of the prompts, for grading.
-    sample: from `make_sample`, closed over the policies; measure: from one of `measure.make_measure_...`.
-    buffer: index of the buffer, part of its noise.
-    chunk_prompts: prompts sampled and scored at one time; 0 for all.
-    counted: see `count_positions`.
-    begun: what an earlier start had drawn of it; its whole chunks are not drawn again.
-
-  Raises:
-    Preempted: between two chunks, with those that are finished.
-    NotFinite: see `measure.check_confidence`.
-  """
-  watch, key = Stopwatch(), noise.step_key(seed, "rollout", buffer)
-  parts = chunks(len(records), chunk_prompts)
-  sampled, scored = _chunks_of(begun, parts)
-  waits = [
-    grade(grading, tokenizer, records[part], each.completion) for part, each in zip(parts, sampled, strict=False)
-  ]
-  on_devices: dict[int, Rollouts] = {}  # those that are still to be scored, by their first prompt
-
-  def sample_part(part: slice) -> Rollouts:
-    progress.part("sampling prompts", part.start, len(records))
-    on_devices[part.start] = sample(_take(prompts, part), key)
-    return on_devices[part.start]
-
-  def score_part(index: int, part: slice) -> Any:
-    progress.part("scoring prompts", part.start, len(records))
-    rollouts = on_devices.pop(part.start) if part.start in on_devices else everywhere(sampled[index])
-    is_counted = count_positions(rollouts.completion, tokenizer.eos_token_id, counted)
-    about = rollouts.completion, is_counted, _decided_at(rollouts)
-    return measure.score(policies, _take(prompts, part), *about, buffer, seen=rollouts.seen)
-
-  to_sample = list(enumerate(parts))[len(sampled) :]
-  to_score = list(enumerate(parts))[len(scored) :] if measure.score else []
-  calls = [functools.partial(sample_part, part) for _, part in to_sample]
-  results = fetch_ahead(calls + [functools.partial(score_part, *each) for each in to_score])
-  try:
-    for (_, part), rollouts in zip(to_sample, results, strict=False):
-      check_confidence(rollouts)
-      sampled.append(rollouts)
-      waits.append(grade(grading, tokenizer, records[part], rollouts.completion))
-    watch.lap("sample")
-    del sample  # and with it parameters that were laid out for it
-    for measures in results:
-      scored.append(measures)  # one by one, as a notice may come between
-  except Preempted as notice:
-    watch.lap("score" if len(sampled) == len(parts) else "sample")
-    notice.drawn = _as_drawn(sampled, scored, watch, begun, is_whole=False) if sampled else None
-    raise
-  watch.lap("score")
-  drawn = _as_drawn(sampled, scored, watch, begun, is_whole=True)
-  return drawn.replace(wait=lambda: Grades.join([wait() for wait in waits]))
+  buffer: int  # its index, part of its noise
+  prompts: Prompts
+  records: Sequence[dict[str, Any]]  # the task's records of the prompts, for grading
 
 
-def _chunks_of(begun: Drawn | None, parts: Sequence[slice]) -> tuple[list[Rollouts], list[Any]]:
-  """Cut what was drawn into its whole chunks: rollouts and measures of the first prompts, on the host."""
-  sampled, scored = [], []
-  if begun is not None:
-    for whole, cut in ((begun.rollouts, sampled), (begun.measures, scored)):
-      num = len(jax.tree.leaves(whole)[0]) if whole is not None else 0
-      cut += [_take(whole, part) for part in parts if part.stop <= num]
-  return sampled, scored
+@runtime_checkable
+class Scoring(Protocol):
+  """How an objective gets what it needs of rollouts besides their rewards."""
+
+  # Dispatch the forward passes on a chunk of prompts: `score(policies, prompts, rollouts, is_counted, buffer)` returns
+  # log-probabilities that are still on the devices. None: there are no forward passes.
+  score: Callable[..., LogProbs] | None
+
+  def complete(
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
+  ) -> tuple[Experience, dict[str, float]]:
+    """Complete an experience that has its rewards, and return figures for the log. All arrays are on the host."""
+    ...
 
 
-def _as_drawn(
-  sampled: list[Rollouts], scored: list[Any], watch: "Stopwatch", begun: Drawn | None, *, is_whole: bool
-) -> Drawn:
-  for name, seconds in begun.seconds.items() if begun is not None else ():
-    watch.add(name, float(seconds))
-  return Drawn(
-    rollouts=concatenate(sampled),
-    measures=concatenate(scored) if scored else None,
-    seconds={name: np.array(seconds, np.float32) for name, seconds in watch.seconds.items()},
-    is_whole=np.array(is_whole),
-  )
-
-
-def finish(
-  drawn: Drawn,
-  policies: Policies,
-  prompts: Prompts,
-  records: Sequence[dict],
-  *,
-  measure: Measure,
-  grading: Grading,
-  tokenizer: Tokenizer,
-  buffer: int,
-  counted: str,
-) -> tuple[Experience, dict[str, float]]:
-  """Wait for the grades of a buffer that was drawn, and complete it for the objective.
+@dataclasses.dataclass(frozen=True)
+class Collector:
+  """What a run's buffers have in common.
 
   Args:
-    drawn: from `draw` with the same arguments; from a checkpoint it is graded here.
-
-  Returns:
-    The experience and what the log says of it (seconds and tokens/s by phase among it).
+    sample: lays policies out for the sampler, and returns `sample(prompts, key) -> Rollouts` [p, g, ...].
+    chunk_prompts: prompts sampled and scored at one time; 0: all.
+    counted: completion positions that the likelihood counts, see `count_positions`.
   """
-  watch = Stopwatch()
-  rollouts, measures = drawn.rollouts, drawn.measures
-  completion = rollouts.completion
-  progress.part("waiting for rewards")
-  grades = (drawn.wait or grade(grading, tokenizer, records, completion))()
-  watch.lap("reward")  # what grading took longer than all that was done meanwhile
-  experience = Experience(
-    prompts=prompts,
-    completion=completion,
-    is_counted=count_positions(completion, tokenizer.eos_token_id, counted),
-    reward=grades.reward,
-    reward_parts=grades.parts,
-    is_kept=grades.is_kept,
-    log_p_old=0 * grades.reward,
-    log_p_ref=0 * grades.reward,
-    weight=0 * grades.reward,
-    negative_weight=0 * grades.reward,
-    committed_at=_decided_at(rollouts),
-    seen=rollouts.seen,
+
+  sample: Callable[[Policies], Callable[[Prompts, jax.Array], Rollouts]]
+  scoring: Scoring
+  grading: Grading
+  tokenizer: Tokenizer
+  seed: int
+  chunk_prompts: int
+  counted: str
+
+  def generate(self, policies: Policies, batch: Batch, begun: PendingRollouts | None = None) -> PendingRollouts:
+    """Sample a buffer of rollouts from the policy, begin to grade them, and score them meanwhile.
+
+    Args:
+      begun: what an earlier start had generated of this buffer; its whole chunks are kept.
+
+    Raises:
+      Preempted: between two chunks, with those that are finished.
+      NotFinite: see `policy.check_confidence`.
+    """
+    watch, key = Stopwatch(), noise.step_key(self.seed, "rollout", batch.buffer)
+    chunks = cut(len(batch.records), self.chunk_prompts)
+    sampled, scored = _finished_chunks(begun, chunks)
+    on_devices: dict[int, Rollouts] = {}  # those that are still to be scored, by their first prompt
+    sample = self.sample(policies) if len(sampled) < len(chunks) else None
+
+    def sample_chunk(chunk: slice) -> Rollouts:
+      progress.part("sampling prompts", chunk.start, len(batch.records))
+      on_devices[chunk.start] = sample(_take(batch.prompts, chunk), key)
+      return on_devices[chunk.start]
+
+    def score_chunk(index: int, chunk: slice) -> LogProbs:
+      progress.part("scoring prompts", chunk.start, len(batch.records))
+      rollouts = on_devices.pop(chunk.start) if chunk.start in on_devices else everywhere(sampled[index])
+      is_counted = count_positions(rollouts.completion, self.tokenizer.eos_token_id, self.counted)
+      return self.scoring.score(policies, _take(batch.prompts, chunk), rollouts, is_counted, batch.buffer)
+
+    to_sample = list(enumerate(chunks))[len(sampled) :]
+    to_score = list(enumerate(chunks))[len(scored) :] if self.scoring.score else []
+    graded = [self._grade(batch, *each) for each in zip(chunks, sampled, strict=False)]
+    calls = [functools.partial(sample_chunk, chunk) for _, chunk in to_sample]
+    results = fetch_ahead(calls + [functools.partial(score_chunk, *each) for each in to_score])
+    try:
+      for (_, chunk), rollouts in zip(to_sample, results, strict=False):
+        check_confidence(rollouts)
+        sampled.append(rollouts)
+        graded.append(self._grade(batch, chunk, rollouts))
+      watch.lap("sample")
+      sample = None  # and with it the parameters that were laid out for it
+      for log_probs in results:
+        scored.append(log_probs)  # one by one, as a notice may come between
+    except Preempted as notice:
+      watch.lap("score" if len(sampled) == len(chunks) else "sample")
+      notice.pending = _join(sampled, scored, watch, begun, is_whole=False) if sampled else None
+      raise
+    watch.lap("score")
+    pending = _join(sampled, scored, watch, begun, is_whole=True)
+    return pending.replace(batch=batch, wait=lambda: Grades.join([wait() for wait in graded]))
+
+  def complete(self, pending: PendingRollouts, policies: Policies) -> tuple[Experience, dict[str, float]]:
+    """Wait for the grades of a generated buffer, and complete it for the objective.
+
+    Returns:
+      The experience, and what the log says of it: seconds and tokens/s by phase among it.
+    """
+    watch, batch, rollouts = Stopwatch(), pending.batch, pending.rollouts
+    progress.part("waiting for rewards")
+    grades = (pending.wait or self._grade(batch, slice(None), rollouts))()
+    watch.lap("reward")  # what grading took longer than all that was done meanwhile
+    is_counted = count_positions(rollouts.completion, self.tokenizer.eos_token_id, self.counted)
+    experience = Experience(
+      prompts=batch.prompts,
+      completion=rollouts.completion,
+      is_counted=is_counted,
+      reward=grades.reward,
+      is_kept=grades.is_kept,
+      log_p_old=0 * grades.reward,
+      log_p_ref=0 * grades.reward,
+      weight=0 * grades.reward,
+      negative_weight=0 * grades.reward,
+      committed_at=decided_at(rollouts),
+      seen=rollouts.seen,
+      reward_parts=grades.parts,
+    )
+    experience, figures = self.scoring.complete(policies, experience, rollouts, pending.log_probs, batch.buffer)
+    watch.lap("score")
+    is_until_eos = count_positions(rollouts.completion, self.tokenizer.eos_token_id, "until_eos")
+    metrics = describe(grades, rollouts, is_until_eos, self.tokenizer.eos_token_id) | figures
+    for name, seconds in pending.seconds.items():
+      watch.add(name, float(seconds))
+    return experience, metrics | watch.rates(tokens=rollouts.completion.size)
+
+  def _grade(self, batch: Batch, chunk: slice, rollouts: Rollouts) -> Callable[[], Grades]:
+    return grade(self.grading, self.tokenizer, batch.records[chunk], rollouts.completion)
+
+
+class RewardsOnly:
+  """For objectives that learn from rewards and the current policy alone."""
+
+  score = None
+
+  def complete(
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: None, buffer: int
+  ) -> tuple[Experience, dict[str, float]]:
+    return experience, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledWeights:
+  """Importance weights from the log-probabilities that the sampler gave of its own tokens (random_order).
+
+  They are exact for the order in which the tokens were drawn, and cost no further model call. The entropy is their
+  Monte-Carlo estimate, -log p of the counted tokens.
+  """
+
+  weighing: Weighing
+  score = None
+
+  def complete(
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: None, buffer: int
+  ) -> tuple[Experience, dict[str, float]]:
+    log_p_old, log_p_ref = (
+      np.where(experience.is_counted, log_p, 0.0).sum(-1, keepdims=True)
+      for log_p in (rollouts.log_p_old, rollouts.log_p_ref)
+    )
+    entropy = -log_p_old[..., 0] / experience.is_counted.sum(-1)
+    return _weigh(experience, LogProbs(log_p_old, log_p_ref, entropy), self.weighing)
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatedWeights:
+  """Importance weights from estimates of both policies' log-probabilities (`logprobs.make_log_probs`).
+
+  Args:
+    log_probs: the jitted estimates, one a draw.
+    max_noise: after each round of draws another one follows, until the log-ratio's standard error is at most max_noise
+      times the spread of reward / alpha.
+    max_rounds: most rounds of draws; 1: there is one, however noisy. All rounds are one compiled program.
+  """
+
+  log_probs: Callable[..., LogProbs]
+  weighing: Weighing
+  seed: int
+  chunk_prompts: int
+  max_noise: float = 0.0
+  max_rounds: int = 1
+
+  def score(
+    self,
+    policies: Policies,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    is_counted: Bool[np.ndarray | jax.Array, "p g c"],
+    buffer: int,
+    number: int = 0,
+  ) -> LogProbs:
+    """Estimate a chunk's log-probabilities; `number` is the round of draws."""
+    key = noise.step_key(self.seed, "measure", buffer)
+    key = jax.random.fold_in(key, number) if number else key
+    return self.log_probs(policies, prompts, rollouts.completion, is_counted, decided_at(rollouts), key, rollouts.seen)
+
+  def complete(
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs, buffer: int
+  ) -> tuple[Experience, dict[str, float]]:
+    rounds = [log_probs]
+    while True:
+      weighed, figures = _weigh(experience, _join_rounds(rounds), self.weighing)
+      if len(rounds) == self.max_rounds or figures["log_ratio_noise"] <= self.max_noise:
+        break
+      rounds.append(self._score_all(policies, experience, rollouts, buffer, len(rounds)))
+    sampled = np.where(experience.is_counted, log_confidence(rollouts), 0).sum(-1)
+    gap = (sampled - weighed.log_p_old)[weighed.is_kept]
+    figures["sampler_gap"] = float(gap.mean()) if gap.size else float("nan")
+    return weighed, figures | {"elbo_rounds": float(len(rounds))}
+
+  def _score_all(
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int, number: int
+  ) -> LogProbs:
+    arrays = experience.prompts, rollouts, experience.is_counted
+    chunks = [_take(arrays, chunk) for chunk in cut(len(experience.completion), self.chunk_prompts)]
+    calls = (functools.partial(self.score, policies, *chunk, buffer, number) for chunk in chunks)
+    return concatenate(list(fetch_ahead(calls)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogProbs:
+  """Log-probabilities of tokens under the views of each update that the buffer will serve, for ratios.
+
+  A rollout with one that is not finite is dropped.
+
+  Args:
+    log_probs: the jitted estimates, position by position.
+    num_views: updates with views of their own; 1 where the estimator draws nothing and all updates share one estimate.
+    with_reference: keep those of the reference.
+  """
+
+  log_probs: Callable[..., LogProbs]
+  seed: int
+  updates_per_buffer: int
+  num_views: int
+  with_reference: bool
+
+  def score(
+    self,
+    policies: Policies,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    is_counted: Bool[np.ndarray | jax.Array, "p g c"],
+    buffer: int,
+  ) -> LogProbs:
+    first = buffer * self.updates_per_buffer
+    keys = [noise.step_key(self.seed, "loss", first + update) for update in range(self.num_views)]
+    batch = policies, prompts, rollouts.completion, is_counted, decided_at(rollouts)
+    scored = [self.log_probs(*batch, key, rollouts.seen) for key in keys]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=2), *scored)
+
+  def complete(
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs, buffer: int
+  ) -> tuple[Experience, dict[str, float]]:
+    is_kept = experience.is_kept & np.isfinite(log_probs.log_p_old + log_probs.log_p_ref).all((2, 3))
+    figures = {"entropy": float(log_probs.entropy.mean()), "scores_failed": _num_failed(experience.is_kept, is_kept)}
+    return experience.replace(
+      is_kept=is_kept,
+      token_log_p_old=log_probs.log_p_old,
+      token_log_p_ref=log_probs.log_p_ref if self.with_reference else None,
+    ), figures
+
+
+def _weigh(experience: Experience, log_probs: LogProbs, weighing: Weighing) -> tuple[Experience, dict[str, float]]:
+  """Give an experience its importance weights, with how far they are spread and how much of that is noise."""
+  weighed, figures = jax.device_get(
+    weights.weigh_buffer(
+      experience.reward,
+      experience.is_kept,
+      log_probs.log_p_ref,
+      log_probs.log_p_old,
+      weighing,
+      experience.reward_parts,
+    )
   )
-  experience, figures = measure.finish(policies, experience, rollouts, measures, buffer)
-  watch.lap("score")
-  is_until_eos = count_positions(completion, tokenizer.eos_token_id, "until_eos")
-  metrics = describe(grades, rollouts, is_until_eos, tokenizer.eos_token_id) | figures
-  for name, seconds in drawn.seconds.items():
-    watch.add(name, float(seconds))
-  metrics |= watch.rates(tokens=completion.size)
-  return experience, metrics
+  figures["scores_failed"] = _num_failed(experience.is_kept, weighed.is_kept)
+  figures["entropy"] = log_probs.entropy.mean()
+  experience = experience.replace(
+    is_kept=weighed.is_kept,
+    log_p_old=log_probs.log_p_old.mean(-1),
+    log_p_ref=log_probs.log_p_ref.mean(-1),
+    weight=weighed.weight,
+    negative_weight=weighed.negative_weight,
+  )
+  return experience, {name: float(value) for name, value in figures.items()}
 
 
-def _decided_at(rollouts: Rollouts) -> Any:
-  """The calls that decided the tokens that the sampler saw."""
-  return rollouts.committed_at if rollouts.seen_at is None else rollouts.seen_at
-
-
-def _take(arrays: Any, part: slice) -> Any:
-  return jax.tree.map(operator.itemgetter(part), arrays)
+def _num_failed(is_graded: Bool[np.ndarray, "p g"], is_kept: Bool[np.ndarray, "p g"]) -> float:
+  """Count the graded rollouts that were dropped since their log-probabilities are not finite."""
+  return float((is_graded & ~is_kept).sum())
 
 
 def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experience:
@@ -205,84 +335,12 @@ def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experie
   )
 
 
-def make_sample(
-  model: Transformer,
-  mesh: Mesh,
-  *,
-  sampler: str,
-  group_size: int,
-  plan: samplers.Plan,
-  guidance: float = 0.0,
-  with_reference: bool = False,
-  options: Any,
-) -> Callable:
-  """Jit `sample(policies, prompts, key[, temperature]) -> Rollouts` with fields [p, g, c] and [p, g].
-
-  A temperature [p] of each prompt's rollouts replaces the plan's. Where the devices do not divide the rows, copies of
-  the last one fill them up and are dropped again.
-
-  Args:
-    mesh: where the rollouts are to lie, on every device; the sampler runs on the mesh that is set when it is called.
-    sampler: a name in `samplers.SAMPLERS`.
-    options: the sampler's own; see `samplers.make_options`.
-    group_size: rollouts of each prompt.
-    guidance: see `make_denoiser`.
-    with_reference: let the sampler see the reference policy, for its log-probabilities of the tokens.
-  """
-  has_adapters = model.config.lora is not None
-
-  def sample(policies: Policies, prompts: Prompts, key: jax.Array, temperature: jax.Array | None = None) -> Rollouts:
-    variables = lora.policy_variables(policies.trainable, policies.frozen, has_adapters)
-    reference = None
-    if with_reference:
-      reference = lora.reference_variables(policies.frozen, policies.reference, has_adapters)
-    num_rows = prompts.tokens.shape[0] * group_size
-
-    def rows(array: jax.Array) -> jax.Array:
-      return fill_rows(jnp.repeat(array, group_size, axis=0))
-
-    keys = fill_rows(noise.row_keys(key, prompts.prompt_id, group_size).reshape(-1))
-    tokens, is_valid = rows(prompts.tokens), rows(prompts.is_valid)
-    denoiser = make_denoiser(model, variables, tokens, is_valid, guidance=guidance, reference=reference)
-    own_plan = plan
-    if temperature is not None:
-      own_plan = dataclasses.replace(plan, temperature=rows(temperature))
-    rollouts = samplers.SAMPLERS[sampler].sample(denoiser, keys, own_plan, options)
-    return jax.tree.map(lambda array: array[:num_rows].reshape(-1, group_size, *array.shape[1:]), rollouts)
-
-  return jax.jit(sample, out_shardings=replicated(mesh))
-
-
-class Compiled:
-  """A jitted sampler whose programs, one for each shape of the prompts, are compiled apart, so that this can be timed.
-
-  It is called with `(policies, prompts, key)`; `seconds` of compiling add up.
-  """
-
-  def __init__(self, sample: jax.stages.Wrapped):
-    self.seconds = 0.0
-    self._sample = sample
-    self._programs: dict[tuple[int, ...], jax.stages.Compiled] = {}
-
-  def __call__(self, policies: Policies, prompts: Prompts, key: jax.Array) -> Rollouts:
-    return self.compile(policies, prompts, key)(policies, prompts, key)
-
-  def compile(self, policies: Policies, prompts: Prompts, key: jax.Array) -> jax.stages.Compiled:
-    """Return the program for prompts of this shape, compiled where it is not yet."""
-    shape = prompts.tokens.shape
-    if shape not in self._programs:
-      start = time.monotonic()
-      self._programs[shape] = self._sample.lower(policies, prompts, key).compile()
-      self.seconds += time.monotonic() - start
-    return self._programs[shape]
-
-
 def count_positions(
   completion: Int[np.ndarray | jax.Array, "*b c"], eos_token_id: int, counted: str
 ) -> Bool[np.ndarray | jax.Array, "*b c"]:
   """Mark the completion positions that the likelihood counts: `all`, or `until_eos` (the first EOS included).
 
-  Positions that are not counted are neither scored nor shown to the model (`scoring.make_score`).
+  Positions that are not counted are neither scored nor shown to the model (`logprobs.make_score`).
   """
   if counted == "all":
     return np.ones(completion.shape, bool)
@@ -290,76 +348,73 @@ def count_positions(
   return is_eos.cumsum(-1) - is_eos == 0
 
 
-class Stopwatch:
-  """Seconds of the phases of a buffer."""
-
-  def __init__(self) -> None:
-    self.seconds: dict[str, float] = {}
-    self._start = time.monotonic()
-
-  def lap(self, name: str) -> None:
-    """Credit the time since the last lap to `name`."""
-    now = time.monotonic()
-    self.add(name, now - self._start)
-    self._start = now
-
-  def add(self, name: str, seconds: float) -> None:
-    """Credit seconds that were measured elsewhere."""
-    self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-  def rates(self, tokens: int) -> dict[str, float]:
-    """The seconds, and the completion tokens a second, of each phase."""
-    seconds = {f"seconds_{name}": value for name, value in self.seconds.items()}
-    return seconds | {f"tokens_per_second_{name}": tokens / value for name, value in self.seconds.items()}
+def decided_at(rollouts: Rollouts) -> Int[np.ndarray | jax.Array, "p g c"]:
+  """Return the calls that decided the tokens that the sampler saw."""
+  return rollouts.committed_at if rollouts.seen_at is None else rollouts.seen_at
 
 
-def lack_of_signal(reward: Float[np.ndarray, "p g *parts"], is_kept: Bool[np.ndarray, "p g"], *, compares: bool) -> str:
-  """Say that the rewards of a buffer teach nothing; "" where they teach something.
+def cut(num: int, size: int) -> list[slice]:
+  """Cut `num` prompts into chunks of `size`; 0: one chunk."""
+  size = size or num
+  return [slice(start, start + size) for start in range(0, num, size)]
 
-  Args:
-    reward: or its parts, where the objective takes them apart.
-    compares: the objective learns from differences inside a group; else from the rewards themselves.
+
+def concatenate(chunks: list[Any]) -> Any:
+  """Join the arrays of several chunks along the prompt axis."""
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
+
+
+def fetch_ahead(calls: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+  """Yield what each call computes as numpy arrays; the next call is dispatched before one's result is awaited.
+
+  So the devices have work while the host looks at results.
+
+  Raises:
+    Preempted: between two calls, once all that was dispatched has been yielded.
   """
-  num, parts = len(reward), reward.reshape(*is_kept.shape, -1)
-  highest = np.where(is_kept[..., None], parts, -np.inf).max(1)
-  if not is_kept.any():
-    return "no signal: no reward could be computed"
-  if not reward[is_kept].any():
-    return f"no signal: all rewards equal in {num} of {num} groups, all are 0"
-  if not compares or (highest > np.where(is_kept[..., None], parts, np.inf).min(1)).any():
-    return ""
-  alone = ", as rollout.group_size=1 leaves nothing to compare" if reward.shape[1] == 1 else ""
-  return f"no signal: all rewards equal in {num} of {num} groups{alone}"
+  dispatched = collections.deque()
+  for call in calls:
+    try:
+      check_preemption()
+    except Preempted:
+      yield from map(jax.device_get, dispatched)
+      raise
+    dispatched.append(call())
+    if len(dispatched) > 1:
+      yield jax.device_get(dispatched.popleft())
+  yield from map(jax.device_get, dispatched)
 
 
-def describe(
-  grades: Grades, rollouts: Rollouts, is_until_eos: Bool[np.ndarray, "p g c"], eos_token_id: int
-) -> dict[str, float]:
-  """What the log says of a buffer's completions and rewards. Dropped rollouts count in no reward."""
-  kept = grades.is_kept
-  reward = grades.reward[kept]
-  completion = rollouts.completion
-  drawn = log_confidence(rollouts)[rollouts.is_drawn]
-  unique = weights.unique_rollouts(*map(jnp.asarray, (completion, is_until_eos, kept)))
-  return {
-    "reward_mean": _mean(reward),
-    "reward_std": float(reward.std()) if reward.size else math.nan,
-    **{f"reward_{name}": _mean(grades.parts[kept][:, index]) for index, name in enumerate(grades.part_names)},
-    "solve_rate": _mean(grades.is_solved[kept]),
-    "rewards_failed": float((~kept).sum()),
-    "grading_timeouts": float(grades.num_timeouts),
-    "grading_crashes": float(grades.num_crashes),
-    "graded_per_second": grades.per_second,
-    "groups_without_variance": float(weights.fraction_without_variance(*map(jnp.asarray, (grades.reward, kept)))),
-    "unique_rollouts": float(unique.mean()),
-    "tokens_per_call": _mean(rollouts.num_tokens) / _mean(rollouts.num_calls),
-    "calls_saved": _mean(rollouts.num_saved),
-    "confidence": float(rollouts.confidence.sum() / rollouts.num_tokens.sum()),
-    "sampled_nll": -_mean(drawn),  # nats a token; unlike `entropy` it is the same measure for every objective
-    "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
-    "eos_rate": _mean((completion == eos_token_id).any(-1)),
-  }
+def _finished_chunks(begun: PendingRollouts | None, chunks: Sequence[slice]) -> tuple[list[Rollouts], list[LogProbs]]:
+  """Cut what was generated into its whole chunks: rollouts and log-probabilities of the first prompts, on the host."""
+  sampled, scored = [], []
+  if begun is not None:
+    for whole, found in ((begun.rollouts, sampled), (begun.log_probs, scored)):
+      num = len(jax.tree.leaves(whole)[0]) if whole is not None else 0
+      found += [_take(whole, chunk) for chunk in chunks if chunk.stop <= num]
+  return sampled, scored
 
 
-def _mean(values: Float[np.ndarray, "..."] | Bool[np.ndarray, "..."] | Int[np.ndarray, "..."]) -> float:
-  return float(np.mean(values)) if values.size else math.nan
+def _join(
+  sampled: list[Rollouts], scored: list[LogProbs], watch: Stopwatch, begun: PendingRollouts | None, *, is_whole: bool
+) -> PendingRollouts:
+  for name, seconds in begun.seconds.items() if begun is not None else ():
+    watch.add(name, float(seconds))
+  return PendingRollouts(
+    rollouts=concatenate(sampled),
+    log_probs=concatenate(scored) if scored else None,
+    seconds={name: np.array(seconds, np.float32) for name, seconds in watch.seconds.items()},
+    is_whole=np.array(is_whole),
+  )
+
+
+def _join_rounds(rounds: list[LogProbs]) -> LogProbs:
+  return LogProbs(
+    log_p_old=np.concatenate([log_probs.log_p_old for log_probs in rounds], axis=-1),
+    log_p_ref=np.concatenate([log_probs.log_p_ref for log_probs in rounds], axis=-1),
+    entropy=np.mean([log_probs.entropy for log_probs in rounds], axis=0),
+  )
+
+
+def _take(arrays: Any, chunk: slice) -> Any:
+  return jax.tree.map(operator.itemgetter(chunk), arrays)

@@ -20,14 +20,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dmpo_jax import files, noise
-from dmpo_jax.build import ModelParts, build_model_parts, load_policy, make_sample
+from dmpo_jax.build import build_model_parts
 from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_ids
 from dmpo_jax.hub.tokenizer import Tokenizer
-from dmpo_jax.measure import Policies, check_confidence
 from dmpo_jax.messages import Prompt, Turn, as_text, turns_of
+from dmpo_jax.policy import Compiled, ModelParts, Policies, check_confidence, load_policy, make_sample
 from dmpo_jax.processes import meet
-from dmpo_jax.rollout import Compiled
 from dmpo_jax.run.progress import Progress
 from dmpo_jax.run.watch import Watcher
 from dmpo_jax.structs import Prompts, Rollouts
@@ -74,7 +73,7 @@ def main(
   if watch and jax.process_count() > 1:
     raise ConfigError("--watch needs a job of one process")
   with jax.set_mesh(parts.mesh):
-    policies = Policies(*load_policy(config, workdir, parts))
+    policies = load_policy(config, workdir, parts)
     found = decode(config, parts, policies, requests, watch=watch)
     with contextlib.nullcontext() if watch else Progress("completions", len(requests)) as shown:
       for index, (request, about) in enumerate(found):
@@ -120,7 +119,15 @@ def decode(
   watcher = Watcher(parts.tokenizer) if watch else None
   own = config.eval
   sample = Compiled(
-    make_sample(config, parts, group_size=1, temperature=own.temperature, early_exit=own.early_exit, on_call=watcher)
+    make_sample(
+      config,
+      parts.model,
+      parts.mesh,
+      group_size=1,
+      temperature=own.temperature,
+      early_exit=own.early_exit,
+      on_call=watcher,
+    )
   )
   key = noise.step_key(config.seed, "sample", 0)
   numbers = prompt_ids([as_text(request.turns) + request.prefill for request in requests])

@@ -88,14 +88,15 @@ class LogProbs:
 
 
 @struct.dataclass
-class Drawn:
+class PendingRollouts:
   """A buffer of rollouts that has no rewards yet, or its first prompts: some sampled, fewer of them scored."""
 
   rollouts: Rollouts  # fields [p, g, c] and [p, g]
-  measures: LogProbs | None  # None where the objective needs none
+  log_probs: LogProbs | None  # None where the objective needs none
   seconds: dict[str, jax.Array]  # float32 []; what sampling and scoring took
-  is_whole: jax.Array | np.ndarray | bool = True  # bool []; False: the run was stopped while it was drawn
-  # Waits for their grades; None where grading is not under way, as in a buffer that comes from a checkpoint.
+  is_whole: jax.Array | np.ndarray | bool = True  # bool []; False: the run was stopped while it was generated
+  # The buffer's prompts (`rollout.Batch`), and what waits for their grades. Checkpoints hold neither.
+  batch: Any = struct.field(pytree_node=False, default=None)
   wait: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
 
 

@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import build, phases, sharding
+from dmpo_jax import build, phases, policy, sharding
 from dmpo_jax.build import Parts
 from dmpo_jax.config import ConfigError
 from dmpo_jax.evaluate import best_buffer
@@ -31,7 +31,7 @@ from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.run.report import summarize, tables
 from dmpo_jax.run.report import write as write_report
 from dmpo_jax.run.workdir import announce_start, save_config, take_over
-from dmpo_jax.structs import TrainState
+from dmpo_jax.structs import Experience, PendingRollouts, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
     Diverged: after `optim.max_skips_in_a_row` updates in a row that were not finite.
   """
   parts = build.build_parts(config, workdir)
-  if parts.model.config.lora and (workdir / "policy").exists():
-    build.check_base(config, workdir, workdir / "policy")
+  if parts.trainable.has_adapters and (workdir / "policy").exists():
+    policy.check_base(config, workdir, workdir / "policy")
   take_over(workdir, config)
   meet("the workdir is this run's")
   save_config(workdir, config)  # not before: a start that was refused leaves the workdir free for another configuration
@@ -95,7 +95,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
   with contextlib.closing(parts.grading), jax.set_mesh(parts.mesh), log as metrics:
     phase, state = phases.training_phase(config, workdir, parts, warm_start(config, workdir, parts, metrics))
     state, position = run(phase, state, config, workdir, metrics)
-    save_params(workdir / "policy", state.trainable, build.about_policy(config, workdir, position.buffer))
+    save_params(workdir / "policy", state.trainable, policy.policy_metadata(config, workdir, position.buffer))
   return position.evaluations
 
 
@@ -119,7 +119,7 @@ def warm_start(config: ConfigDict, workdir: epath.Path, parts: Parts, metrics: M
     phase, state = phases.warm_start_phase(config, parts)
     state, _ = run(phase, state, config, workdir, metrics)
     save_params(workdir / "base", state.trainable)
-  base = build.base_params(config, workdir, parts, are_trained=parts.model.config.lora is None)
+  base = policy.base_params(config, workdir, parts, are_trained=not parts.trainable.has_adapters)
   write_parameter_overview(workdir, base)
   return base
 
@@ -129,42 +129,105 @@ def run(
 ) -> tuple[TrainState, Position]:
   """Run one phase from where its newest checkpoint stands to its end."""
   with Checkpoints(workdir / "checkpoints" / phase.name, config.checkpoint.keep) as checkpoints:
-    state, experience, drawn, position = resume(phase, state, checkpoints)
-    phase = with_begun(phase, position)
-    if phase.is_pipelined:  # an extended run's next buffer is drawn by an earlier policy than its newest
-      coming = position.buffer + (experience is not None)
-      checkpoints.keep_steps(frozenset(map(phase.drawn_at, (coming, phase.num_buffers))))
-    metrics.forget(phase.name, after=position.reported)
-    with progress.Progress(phase.name, phase.num_buffers, done=max(position.reported, 0)) as shown:
+    now = resume(phase, state, checkpoints)
+    phase = with_begun(phase, now.position)
+    metrics.forget(phase.name, after=now.position.reported)
+    with progress.Progress(phase.name, phase.num_buffers, done=max(now.position.reported, 0)) as shown:
       try:
-        while True:
-          is_new = position.reported < position.buffer
-          finish_buffer(phase, state, position, metrics)
-          if is_new and position.buffer:
-            shown.advance(**position.scalars)
-          step, is_done = int(state.step), position.buffer >= phase.num_buffers
-          problem = find_problem(phase, state, config.optim.max_skips_in_a_row, is_done=is_done)
-          is_last_draw = phase.is_pipelined and step == phase.drawn_at(phase.num_buffers)
-          if is_done or problem or is_last_draw or (step and step % config.checkpoint.every_updates == 0):
-            checkpoints.save(step, state, experience, dataclasses.asdict(position), drawn)
-          if problem:
-            raise Diverged(problem)
-          if is_done:
-            return state, position
-          check_preemption()
-          if experience is None:
-            drawn = draw(phase, state, position.buffer, drawn, checkpoints)
-            experience, position.scalars = phase.finish(state, drawn, position.buffer)
-            drawn = None
-          if phase.is_pipelined and position.buffer + 1 < phase.num_buffers:
-            drawn = draw(phase, state, position.buffer + 1, drawn, checkpoints)
-          state = update(phase, state, experience, position)
-          if position.update == phase.updates_per_buffer:
-            experience, position.buffer, position.update = None, position.buffer + 1, 0
+        report_buffer(phase, now, metrics, shown)
+        now.save_if_due(phase, config)
+        while now.position.buffer < phase.num_buffers:
+          while now.position.update < phase.updates_per_buffer:
+            check_preemption()
+            now.collect(phase)
+            now.learn(phase)
+            if now.position.update < phase.updates_per_buffer:
+              now.save_if_due(phase, config)
+          now.next_buffer()
+          report_buffer(phase, now, metrics, shown)
+          now.save_if_due(phase, config)
+        return now.state, now.position
       except Preempted as notice:
-        drawn = drawn if notice.drawn is None else notice.drawn
-        checkpoints.save(int(state.step), state, experience, dataclasses.asdict(position), drawn)
+        now.pending = notice.pending or now.pending
+        now.save()
         raise
+
+
+@dataclasses.dataclass
+class Now:
+  """Where a phase stands: all that a checkpoint holds."""
+
+  checkpoints: Checkpoints
+  state: TrainState
+  position: Position
+  experience: Experience | None = None  # the live buffer, where updates on it are still to come
+  pending: PendingRollouts | None = None  # the buffer after it, or as much of it as has been generated
+
+  def collect(self, phase: Phase) -> None:
+    """Complete the buffer to learn from, unless it is there; in a pipelined run, generate the next one too."""
+    if self.experience is None:
+      pending = self._generate(phase, self.position.buffer)
+      self.experience, self.position.scalars = phase.buffers.complete(self.state, self.position.buffer, pending)
+      self.pending = None
+    if phase.is_pipelined and self.position.buffer + 1 < phase.num_buffers:
+      self.pending = self._generate(phase, self.position.buffer + 1)
+
+  def _generate(self, phase: Phase, buffer: int) -> Any:
+    """Generate a buffer, or the rest of it, by the policy of the step at which it is due.
+
+    That of a pipelined run that had ended, and is now extended, is the policy with which its last buffer began.
+    """
+    state, step = self.state, phase.generated_at(buffer)
+    if step != int(state.step) and not (self.pending is not None and self.pending.is_whole):
+      earlier = self.checkpoints.restore_state(step, sharding.abstract(state))
+      if earlier is None:
+        logger.warning(
+          "buffer %d is due to be generated by the policy of step %d, of which there is no checkpoint: that of step %d "
+          "does it, and the run ends otherwise than if it had been asked for as many buffers at once",
+          buffer, step, int(state.step),
+        )  # fmt: skip
+      state = state if earlier is None else earlier
+    return phase.buffers.generate(state, buffer, self.pending)
+
+  def learn(self, phase: Phase) -> None:
+    """Take one gradient step, and add its metrics to the buffer's.
+
+    Raises:
+      Preempted: before one of its microbatches; nothing has changed.
+    """
+    start, scalars = time.monotonic(), self.position.scalars
+    if phase.updates_per_buffer > 1:
+      progress.part("update", self.position.update + 1, phase.updates_per_buffer)
+    self.state, found = phase.update(self.state, phase.frozen, self.experience)
+    for name, value in jax.device_get(found).items():
+      scalars[name] = scalars.get(name, 0.0) + float(value) / phase.updates_per_buffer
+    scalars["updates_skipped"] = float(self.state.num_skipped)
+    scalars["seconds_update"] = scalars.get("seconds_update", 0.0) + time.monotonic() - start
+    self.position.update += 1
+
+  def next_buffer(self) -> None:
+    """Go on to the next buffer."""
+    self.experience, self.position.buffer, self.position.update = None, self.position.buffer + 1, 0
+
+  def save_if_due(self, phase: Phase, config: ConfigDict) -> None:
+    """Save every so many updates, at the end, and where a pipelined run that is extended later will start from.
+
+    Raises:
+      Diverged: after saving, where updates were not finite (`find_problem`).
+    """
+    step, is_done = int(self.state.step), self.position.buffer >= phase.num_buffers
+    problem = find_problem(phase, self.state, config.optim.max_skips_in_a_row, is_done=is_done)
+    is_last_start = phase.is_pipelined and step == phase.generated_at(phase.num_buffers)
+    if is_done or problem or is_last_start or (step and step % config.checkpoint.every_updates == 0):
+      self.save()
+    if problem:
+      raise Diverged(problem)
+
+  def save(self) -> None:
+    """Save everything, to go on from here."""
+    self.checkpoints.save(
+      int(self.state.step), self.state, self.experience, dataclasses.asdict(self.position), self.pending
+    )
 
 
 def find_problem(phase: Phase, state: TrainState, most_in_a_row: int, *, is_done: bool) -> str:
@@ -187,79 +250,49 @@ def with_begun(phase: Phase, position: Position) -> Phase:
   return dataclasses.replace(phase, num_buffers=begun)
 
 
-def draw(phase: Phase, state: TrainState, buffer: int, drawn: Any, checkpoints: Checkpoints) -> Any:
-  """Draw a buffer, or the rest of it, by the policy of the step at which it is due.
-
-  That of a pipelined run that had ended, and is now to go on, is the policy with which its last buffer began.
-  """
-  if drawn is not None and drawn.is_whole:
-    return drawn
-  step = phase.drawn_at(buffer)
-  if step != int(state.step):
-    earlier = checkpoints.restore_state(step, sharding.abstract(state))
-    if earlier is None:
-      logger.warning(
-        "buffer %d is due to be drawn by the policy of step %d, of which there is no checkpoint: that of step %d draws "
-        "it, and the run ends otherwise than if it had been asked for as many buffers at once",
-        buffer, step, int(state.step),
-      )  # fmt: skip
-    state = state if earlier is None else earlier
-  return phase.draw(state, buffer) if drawn is None else phase.draw(state, buffer, drawn)
-
-
-def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Any, Any, Position]:
-  """Return the newest checkpoint's state, live buffer, next buffer and position, or those of the beginning.
+def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> Now:
+  """Return where the newest checkpoint stands, or the beginning.
 
   Raises:
     ConfigError: the checkpoint was trained from another base.
   """
   restored = checkpoints.restore_latest(sharding.abstract(state))
   if restored is None:
-    return state, None, None, Position(base=phase.base)
-  position = Position(**restored.progress)
-  if position.base != phase.base:
+    now = Now(checkpoints, state, Position(base=phase.base))
+  else:
+    # Buffers are put on the host, as those are that were never saved: so the same compiled programs take them.
+    experience, pending = jax.device_get((restored.experience, restored.pending))
+    now = Now(checkpoints, restored.state, Position(**restored.progress), experience, pending)
+  if now.position.base != phase.base:
     raise ConfigError(
-      f"{checkpoints.directory} was trained from the base {position.base or 'of random parameters'}, and this one is "
-      f"{phase.base or 'random'}: give --workdir a new folder, or set model.init_from back"
+      f"{checkpoints.directory} was trained from the base {now.position.base or 'of random parameters'}, and this one "
+      f"is {phase.base or 'random'}: give --workdir a new folder, or set model.init_from back"
     )
-  # On the host, as buffers are that were never saved: so they are given to the same compiled programs.
-  return restored.state, *jax.device_get((restored.experience, restored.drawn)), position
+  if phase.is_pipelined:  # an extended run's next buffer is generated by an earlier policy than its newest
+    coming = now.position.buffer + (now.experience is not None)
+    checkpoints.keep_steps(frozenset(map(phase.generated_at, (coming, phase.num_buffers))))
+  return now
 
 
-def update(phase: Phase, state: TrainState, experience: Any, position: Position) -> TrainState:
-  """Take one gradient step and add its metrics to the buffer's.
-
-  Raises:
-    Preempted: before one of its microbatches; state and position are as they were.
-  """
-  start = time.monotonic()
-  if phase.updates_per_buffer > 1:
-    progress.part("update", position.update + 1, phase.updates_per_buffer)
-  state, scalars = phase.update(state, phase.frozen, experience)
-  for name, value in jax.device_get(scalars).items():
-    position.scalars[name] = position.scalars.get(name, 0.0) + float(value) / phase.updates_per_buffer
-  position.scalars["updates_skipped"] = float(state.num_skipped)
-  position.scalars["seconds_update"] = position.scalars.get("seconds_update", 0.0) + time.monotonic() - start
-  position.update += 1
-  return state
-
-
-def finish_buffer(phase: Phase, state: TrainState, position: Position, metrics: Metrics) -> None:
-  """Evaluate the policy where it is time to, and write the buffer's one row of metrics; what is done is not done again.
+def report_buffer(phase: Phase, now: Now, metrics: Metrics, shown: progress.Progress) -> None:
+  """Evaluate the policy where it is time to, and write the buffer's row of metrics, unless that was done before.
 
   A run that is asked for fewer buffers than it has had is evaluated after its row was written.
   """
+  position = now.position
   is_new, number = position.reported < position.buffer, str(position.buffer)
   if position.update == 0 and phase.is_evaluated(position.buffer) and number not in position.evaluations:
-    scalars = phase.evaluate(state.trainable, position.buffer)
+    scalars = phase.evaluate(now.state.trainable, position.buffer)
     position.evaluations[number] = scalars
     if position.buffer and best_buffer(position.evaluations) == number:
-      phase.keep_best(state.trainable, position.buffer)
+      phase.keep_best(now.state.trainable, position.buffer)
     if is_new:
       position.scalars |= {f"eval_{name}": value for name, value in scalars.items()}
   if is_new and position.scalars:
     metrics.write(phase.name, position.buffer, position.scalars)
   position.reported = position.buffer
+  if is_new and position.buffer:
+    shown.advance(**position.scalars)
 
 
 def report(result: dict[str, Any], workdir: epath.Path, page: str) -> None:

@@ -16,11 +16,11 @@ import optax
 from jax.sharding import NamedSharding
 
 from dmpo_jax import noise
-from dmpo_jax.models import lora
+from dmpo_jax.logprobs import make_score
+from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import Objective
 from dmpo_jax.run.preemption import check_preemption
-from dmpo_jax.scoring import make_score
 from dmpo_jax.structs import Experience, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -77,12 +77,11 @@ def split(experience: Experience, number: int) -> list[Experience]:
 def make_update(
   model: Transformer,
   optimizer: optax.GradientTransformation,
+  objective: Objective,
   *,
-  objective: str,
-  num_microbatches: int,
-  sync_reference_every: int,
   shardings: tuple[TrainState, NamedSharding],
-  **keywords: Any,
+  num_microbatches: int = 1,
+  sync_reference_every: int = 0,
 ) -> Update:
   """Jit the gradient step.
 
@@ -92,22 +91,21 @@ def make_update(
   changes no number beyond rounding.
 
   Args:
-    objective: a name in `objectives.OBJECTIVES`; `keywords` are its own.
+    shardings: of the state and of the metrics.
     num_microbatches: divides the number of prompts.
     sync_reference_every: updates after which the state's reference becomes a copy of what is trained; 0: never.
-    shardings: of the state and of the metrics.
   """
   of_state, everywhere = shardings
-  has_adapters = model.config.lora is not None
-  loss_and_metrics = _make_loss(model, objective, num_microbatches, keywords)
+  trainable = Trainable.of(model.config)
+  loss_and_metrics = _make_loss(model, objective, num_microbatches)
 
-  def zeros(trainable: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
+  def zeros(trained: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
 
   def accumulate(gradient: Any, state: TrainState, frozen: Any, microbatch: Experience, seed: jax.Array):
-    trainable = lora.computing(state.trainable, model.config.dtype, has_adapters)
+    trained = trainable.computing(state.trainable)
     microbatch = of_update(microbatch, state.step)
-    result = jax.value_and_grad(loss_and_metrics, has_aux=True)(trainable, state, frozen, microbatch, seed)
+    result = jax.value_and_grad(loss_and_metrics, has_aux=True)(trained, state, frozen, microbatch, seed)
     (loss, metrics), own = jax.tree.map(lambda x: x.astype(jnp.float32), result)
     gradient = own if gradient is None else jax.tree.map(jnp.add, gradient, own)
     counts = {KEPT: microbatch.is_kept.any(-1).sum(), PROMPTS: len(microbatch.is_kept)}
@@ -123,14 +121,13 @@ def make_update(
   )
 
 
-def _make_loss(model: Transformer, objective: str, num_microbatches: int, keywords: dict[str, Any]) -> Callable:
+def _make_loss(model: Transformer, objective: Objective, num_microbatches: int) -> Callable:
   """Close over an objective's loss of one microbatch, a share of the mean over the buffer's prompts."""
-  has_adapters = model.config.lora is not None
-  has_dropout = has_adapters and model.config.lora.dropout > 0
-  loss, _, has_teacher = OBJECTIVES[objective]
-  replays = "likelihood" in keywords and keywords["likelihood"].replays
+  trainable = Trainable.of(model.config)
+  has_dropout = trainable.has_adapters and model.config.lora.dropout > 0
+  replays = objective.likelihood is not None and objective.likelihood.replays
 
-  def loss_and_metrics(trainable: Any, state: TrainState, frozen: Any, microbatch: Experience, seed: jax.Array):
+  def loss_and_metrics(trained: Any, state: TrainState, frozen: Any, microbatch: Experience, seed: jax.Array):
     num_prompts, group_size = microbatch.reward.shape
 
     def keys(purpose: str) -> jax.Array:
@@ -138,22 +135,22 @@ def _make_loss(model: Transformer, objective: str, num_microbatches: int, keywor
 
     score = make_score(
       model,
-      lora.policy_variables(trainable, frozen, has_adapters),
+      trainable.policy(trained, frozen),
       microbatch.prompts,
       microbatch.completion,
       is_counted=microbatch.is_counted,
       uncounted=microbatch.seen if replays else None,
       dropout_keys=keys("dropout") if has_dropout else None,
-      teacher=lora.reference_variables(frozen, state.reference, has_adapters) if has_teacher else None,
+      teacher=trainable.reference(frozen, state.reference) if objective.has_teacher else None,
     )
-    return loss(score, microbatch, keys("loss"), num_prompts=num_microbatches * num_prompts, **keywords)
+    return objective.loss(score, microbatch, keys("loss"), num_microbatches * num_prompts)
 
   return loss_and_metrics
 
 
 def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, sync_reference_every: int) -> Callable:
   """Close over the optimizer's change of the state by a whole gradient."""
-  has_adapters = model.config.lora is not None
+  trainable = Trainable.of(model.config)
 
   def apply(state: TrainState, gradient: Any, shares: tuple[Metrics, ...]):
     metrics = functools.reduce(lambda total, share: jax.tree.map(jnp.add, total, share), shares)
@@ -167,15 +164,15 @@ def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, syn
     def choose(new: Any, old: Any) -> Any:
       return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
 
-    trainable, reference = choose(optax.apply_updates(state.trainable, changes), state.trainable), state.reference
+    trained, reference = choose(optax.apply_updates(state.trainable, changes), state.trainable), state.reference
     if sync_reference_every:
       is_due = (state.step + 1) % sync_reference_every == 0  # a copy of what was chosen, so a skipped update syncs too
-      followed = lora.computing(trainable, model.config.dtype, has_adapters)
+      followed = trainable.computing(trained)
       reference = jax.tree.map(lambda a, b: jnp.where(is_due, a, b), followed, reference)
     state = state.replace(
       step=state.step + 1,
       reference=reference,
-      trainable=trainable,
+      trainable=trained,
       opt_state=choose(opt_state, state.opt_state),
       num_skipped=state.num_skipped + ~is_finite,
       num_skipped_in_a_row=jnp.where(is_finite, 0, state.num_skipped_in_a_row + 1),

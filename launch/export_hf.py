@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import build, files
+from dmpo_jax import build, files, policy
 from dmpo_jax.hub import pretrained
 from dmpo_jax.hub.export import ModelExport, Source, export_adapter, how_to_load
 from dmpo_jax.hub.families import natural_family
@@ -50,7 +50,7 @@ def find_run(workdir: epath.Path) -> Source:
   if config.lora is not None:
     if base is None:
       raise ValueError(f"--run={workdir} has adapters on random parameters that were not saved: they cannot be merged")
-    build.check_base(settings, workdir, workdir / "policy")
+    policy.check_base(settings, workdir, workdir / "policy")
   elif base is not None and not base.exists():
     base = None  # it is only compared with the policy
   is_original = described is not None and base == checkpoint and config.quantization == "none"

@@ -258,7 +258,7 @@ def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice)
 
 def describe_polls(found: dict[str, Cost], config: ConfigDict) -> str:
   """Say how long the devices work between two looks for a notice of preemption, by the roofline."""
-  names = {"sample": "rollouts", "measure": "scores", "accumulate": "a microbatch"}
+  names = {"sample": "rollouts", "score": "scores", "accumulate": "a microbatch"}
   seconds = {what: found[name].seconds for name, what in names.items() if name in found}
   if "sample" in found:
     rows = (config.rollout.chunk_prompts or config.rollout.num_prompts) * config.rollout.group_size

@@ -43,7 +43,7 @@ def test_a_section_as_a_command(tmp_path):
   config = bench_tiny.config()
   assert row["amount"] == 2 * 2 * 2 * 4 * (6 + 8)  # policies, prompts, rollouts, masks, positions
   assert row["rate"] == pytest.approx(row["amount"] / row["median"])
-  traced = workload.trace_on("measure", config, jax.devices())
+  traced = workload.trace_on("score", config, jax.devices())
   assert row["flops"] == costs.count_flops(traced.jaxpr)
   peak = section["peak_flops_per_second"]
   assert row["utilisation"] == pytest.approx(row["flops"] / row["median"] / peak)
@@ -99,8 +99,8 @@ def test_samplers_and_their_calls():
 def test_a_whole_iteration():
   contender = bench_iteration.make_ours(bench_tiny.config())
   contender.run()
-  parts = {name: workload.count_flops(name, bench_tiny.config()) for name in ("sample", "measure", "accumulate")}
-  assert contender.facts["flops"] == parts["sample"] + parts["measure"] + 2 * parts["accumulate"]
+  parts = {name: workload.count_flops(name, bench_tiny.config()) for name in ("sample", "score", "accumulate")}
+  assert contender.facts["flops"] == parts["sample"] + parts["score"] + 2 * parts["accumulate"]
 
 
 def test_conversion(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, sharding
+from dmpo_jax import build, policy, sharding
 from dmpo_jax.config import ConfigError
 from dmpo_jax.run import checks
 from dmpo_jax.run import params as params_lib
@@ -20,7 +20,7 @@ def one_device(use_devices, monkeypatch):
 
 def num_parameters(config):
   parts = build.build_model_parts(config)
-  return sum(leaf.size for leaf in jax.tree.leaves(build.abstract_collection(parts.model, parts.mesh, "params")))
+  return sum(leaf.size for leaf in jax.tree.leaves(policy.abstract_collection(parts.model, parts.mesh, "params")))
 
 
 @pytest.mark.parametrize(

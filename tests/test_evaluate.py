@@ -12,7 +12,7 @@ from hosts import run_hosts
 from scipy import stats
 
 from configs import base
-from dmpo_jax import build, data, evaluate, grading, structs
+from dmpo_jax import build, data, evaluate, grading, policy, structs
 from dmpo_jax import config as config_lib
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.rollout import Compiled
@@ -129,7 +129,7 @@ def test_the_longest_prompts_come_first_and_short_ones_are_padded_less(use_devic
 
   monkeypatch.setattr(evaluate, "Compiled", Recorded)
   with jax.set_mesh(parts.mesh):
-    params = build.initial_params(config, parts)
+    params = policy.initial_params(config, parts)
     for shortest in (64, 5):
       monkeypatch.setattr(evaluate, "SHORTEST", shortest)
       figures = evaluate.make_evaluate(config, parts, {})(params, folder / "a.jsonl", {})
@@ -262,11 +262,11 @@ def finished(workdir, buffers, scale, **changes):
   """Put a policy that was not trained into a workdir, as training leaves it."""
   config = tiny.config(eval__samplers=("wino",), warm_start__updates=0, **changes)
   parts = build.build_parts(config, workdir, is_training=False)
-  name, init = ("lora", build.initial_adapters) if parts.model.config.lora else ("params", build.initial_params)
+  name, init = ("lora", policy.initial_adapters) if parts.model.config.lora else ("params", policy.initial_params)
   args = (config, workdir, parts) if name == "lora" else (config, parts)
   with jax.set_mesh(parts.mesh):
     params = jax.tree.map(lambda x: x * scale, init(*args))
-  params_lib.save_params(workdir / "policy", params, build.about_policy(config, workdir, buffers))
+  params_lib.save_params(workdir / "policy", params, policy.policy_metadata(config, workdir, buffers))
   workdir_lib.save_config(workdir, config)
   return config
 

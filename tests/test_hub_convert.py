@@ -17,7 +17,7 @@ from recorded_models import TINY, compiled, load_converted, params_of, recorded,
 from safetensors.numpy import save_file
 from test_digests import flips
 
-from dmpo_jax import build, sharding
+from dmpo_jax import build, policy, sharding
 from dmpo_jax.files import Unreadable
 from dmpo_jax.hub import convert, layout, pretrained
 from dmpo_jax.hub.model_config import model_config_from_hf
@@ -99,7 +99,7 @@ def test_every_bit_that_flips_in_a_converted_folder_is_noticed_or_harmless(tmp_p
   out = epath.Path(tmp_path / "out")
   convert.convert_model(write_checkpoint(tmp_path / "hf", "m3_tied"), out)
   config = pretrained.read_model(out).model_config()
-  abstract = build.abstract_collection(Transformer(config), sharding.make_mesh(8), "params")
+  abstract = policy.abstract_collection(Transformer(config), sharding.make_mesh(8), "params")
   whole, unnoticed = load_params(out, abstract), set()
   for path, _ in flips(out):
     try:
@@ -208,7 +208,7 @@ def test_adapters_are_converted_for_their_model(tmp_path):
   assert (lora.rank, lora.alpha, lora.targets) == (4, 2.0, ("q_proj", "k_proj", "v_proj", "up_proj"))
   model, variables = load_converted(base, lora=lora)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  adapters = load_params(out, build.abstract_collection(model, mesh, "lora"))
+  adapters = load_params(out, policy.abstract_collection(model, mesh, "lora"))
   arrays = recorded("adapter")
   logits = compiled(model)(variables | {"lora": adapters}, arrays["ids"])
   np.testing.assert_allclose(logits, arrays["logits_adapter"], rtol=0, atol=5e-4)

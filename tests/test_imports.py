@@ -29,19 +29,20 @@ ROOMS = {
   "data": FOUNDATIONS | {"hub", "tasks"},
   "grading": FOUNDATIONS | {"hub", "tasks"},
   "optim": set(),
-  "scoring": FOUNDATIONS | {"models"},
-  "measure": FOUNDATIONS | {"models", "objectives", "run", "scoring"},
-  "rollout": FOUNDATIONS | {"grading", "hub", "measure", "models", "objectives", "run", "samplers"},
-  "update": FOUNDATIONS | {"models", "objectives", "run", "scoring"},
-  "build": FOUNDATIONS
-  | {"config", "data", "grading", "hub", "models", "objectives", "rollout", "run", "samplers", "tasks"},
-  "evaluate": FOUNDATIONS | {"build", "config", "grading", "hub", "measure", "rollout", "run", "tasks"},
+  "policy": FOUNDATIONS | {"config", "hub", "models", "run", "samplers"},
+  "logprobs": FOUNDATIONS | {"models", "objectives", "policy"},
+  "rollout_metrics": FOUNDATIONS | {"grading", "objectives"},
+  "rollout": FOUNDATIONS | {"grading", "hub", "objectives", "policy", "rollout_metrics", "run"},
+  "update": FOUNDATIONS | {"logprobs", "models", "objectives", "run"},
+  "build": FOUNDATIONS | {"config", "data", "grading", "hub", "models", "objectives", "policy", "run", "tasks"},
+  "evaluate": FOUNDATIONS | {"build", "config", "grading", "hub", "policy", "run", "tasks"},
   "phases": FOUNDATIONS
-  | {"build", "evaluate", "grading", "measure", "models", "objectives", "optim", "rollout", "run", "update"},
-  "sample": FOUNDATIONS | {"build", "config", "data", "hub", "measure", "rollout", "run"},
-  "serve": FOUNDATIONS | {"build", "config", "data", "hub", "measure", "run", "sample"},
-  "train": FOUNDATIONS | {"build", "config", "evaluate", "phases", "run"},
-  "main": FOUNDATIONS | {"config", "evaluate", "hub", "measure", "run", "sample", "serve", "train"},
+  | {"build", "data", "evaluate", "logprobs", "models", "objectives", "optim", "policy", "rollout"}
+  | {"rollout_metrics", "run", "update"},
+  "sample": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run"},
+  "serve": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run", "sample"},
+  "train": FOUNDATIONS | {"build", "config", "evaluate", "phases", "policy", "run"},
+  "main": FOUNDATIONS | {"config", "evaluate", "hub", "policy", "run", "sample", "serve", "train"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

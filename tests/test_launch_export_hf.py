@@ -18,7 +18,7 @@ from programs import start
 from recorded_models import TINY, adapters_of, compiled, load_converted, recorded, settings, tensors, write_checkpoint
 from safetensors.numpy import load_file
 
-from dmpo_jax import build
+from dmpo_jax import build, policy
 from dmpo_jax.hub.convert import convert_model
 from dmpo_jax.hub.export import ModelExport, Source, export_adapter, how_to_load
 from dmpo_jax.hub.model_config import model_config_from_hf
@@ -294,7 +294,7 @@ def test_all_parameters_of_a_run_from_random_ones(tmp_path):
   model = build.build_model(c, build.make_tokenizer(c))
   shapes = jax.tree.map(
     lambda x: np.random.default_rng(0).normal(size=x.shape).astype(x.dtype),
-    build.abstract_collection(model, build.sharding.make_mesh(8), "params"),
+    policy.abstract_collection(model, build.sharding.make_mesh(8), "params"),
   )
   params_lib.save_params(workdir / "policy", shapes)
   out = epath.Path(tmp_path / "out")
@@ -339,7 +339,7 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, name):
     names = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mdm_mask|>")
     c.tokenizer.path = str(standin_tokenizer.write(tmp_path / "tokenizer", special, names, None))
   model_parts = build.build_model_parts(c)
-  params_lib.save_params(workdir / "policy", build.initial_params(c, model_parts))
+  params_lib.save_params(workdir / "policy", policy.initial_params(c, model_parts))
   workdir_lib.save_config(workdir, c)
   source = export_hf.find_run(workdir)
   ModelExport(source, "same").write(out, 10**9)

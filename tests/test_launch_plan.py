@@ -59,10 +59,10 @@ NARROW = [
 def test_rows_that_chips_do_not_divide_compile_for_them(tmp_path):
   """Three rollouts, and twice as many rows of scores, on four chips: with the kernel, and nothing gathered for it."""
   options = ["--config.rollout.num_prompts=1", "--config.rollout.group_size=3", "--config.objective.num_mask_samples=2"]
-  options += ["--config.train.microbatch_prompts=0", "--programs=sample,measure,accumulate"]
+  options += ["--config.train.microbatch_prompts=0", "--programs=sample,score,accumulate"]
   found, _ = plan_8b(tmp_path / "plan.json", "--topology=v5e:2x2", *NARROW, *options)
   assert found["attention"] == "splash"
-  assert found["programs"].keys() == {"sample", "measure", "accumulate"}
+  assert found["programs"].keys() == {"sample", "score", "accumulate"}
   for cost in found["programs"].values():
     assert not cost["is_refused"]
     assert cost["vocabulary"] == []
@@ -176,7 +176,7 @@ def cost_of(name, seconds):
 
 def test_a_plan_says_how_often_a_notice_is_looked_for():
   config = tiny.config(rollout__chunk_prompts=2, rollout__group_size=4, eval__batch_size=16)
-  found = {name: cost_of(name, seconds) for name, seconds in (("sample", 4.0), ("measure", 1.0), ("move", 20.0))}
+  found = {name: cost_of(name, seconds) for name, seconds in (("sample", 4.0), ("score", 1.0), ("move", 20.0))}
   said = "a poll for preemption at least every 8.0 s: rollouts 4.0 s, scores 1.0 s, evaluation 8.0 s"
   assert plan.describe_polls(found, config) == said
   assert "at least every 25.0 s" in plan.describe_polls(found | {"accumulate": cost_of("accumulate", 25.0)}, config)
@@ -251,7 +251,7 @@ def test_full_fine_tuning_is_traced_with_a_float32_state_and_bfloat16_policies()
 
 
 def test_scores_that_an_objective_does_not_need_are_left_out():
-  assert not programs.is_needed("measure", tiny.config(objective__name="wd1"))
+  assert not programs.is_needed("score", tiny.config(objective__name="wd1"))
   assert not programs.is_needed("move", tiny.config())
   assert programs.is_needed("sample", tiny.config(objective__name="wd1"))
   assert not programs.is_needed("sample", tiny.config(objective__name="denoise"))

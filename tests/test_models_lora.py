@@ -8,8 +8,10 @@ from recorded_models import TINY, adapters_of, compiled, load, recorded, setting
 
 from dmpo_jax.hub.peft import lora_config_from_peft
 from dmpo_jax.models.layers import drop
-from dmpo_jax.models.lora import TARGETS, LoraConfig, policy_variables, reference_variables
+from dmpo_jax.models.lora import TARGETS, LoraConfig
+from dmpo_jax.models.trainable import Trainable
 
+ADAPTERS, PARAMETERS = Trainable(True, "float32"), Trainable(False, "float32")
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.5, targets=("q_proj", "ff_out"))
 
 
@@ -18,9 +20,9 @@ def test_adapters_on_and_off_give_the_recorded_logits():
   model, base = load("m2_gqa", lora=lora_config_from_peft(settings("adapter"), stored))
   adapters = adapters_of(stored, model.config)
   arrays = recorded("adapter")
-  policy = policy_variables(adapters, base["params"], lora=True)
+  policy = ADAPTERS.policy(adapters, base["params"])
   np.testing.assert_allclose(compiled(model)(policy, arrays["ids"]), arrays["logits_adapter"], rtol=0, atol=5e-4)
-  reference = reference_variables(base["params"])
+  reference = ADAPTERS.reference(base["params"])
   np.testing.assert_allclose(compiled(model)(reference, arrays["ids"]), arrays["logits_base"], rtol=0, atol=5e-4)
 
 
@@ -40,8 +42,8 @@ def test_fresh_adapters_change_nothing():
   assert 0.8 * bound < jnp.abs(a).max() <= bound
   assert not b.any()
   tokens = jnp.arange(10).reshape(2, 5)
-  on = compiled(model)(policy_variables(adapters, variables["params"], lora=True), tokens)
-  off = compiled(model)(reference_variables(variables["params"]), tokens)
+  on = compiled(model)(ADAPTERS.policy(adapters, variables["params"]), tokens)
+  off = compiled(model)(ADAPTERS.reference(variables["params"]), tokens)
   np.testing.assert_array_equal(on, off)
 
 
@@ -50,9 +52,11 @@ def is_box(leaf):
 
 
 def test_full_fine_tuning_trains_the_parameters_themselves():
-  assert policy_variables("trained", "frozen", lora=False) == {"params": "trained"}
-  assert policy_variables("trained", "frozen", lora=True) == {"params": "frozen", "lora": "trained"}
-  assert reference_variables("frozen") == {"params": "frozen"}
+  assert PARAMETERS.policy("trained", "frozen") == {"params": "trained"}
+  assert ADAPTERS.policy("trained", "frozen") == {"params": "frozen", "lora": "trained"}
+  assert PARAMETERS.reference("frozen") == {"params": "frozen"}
+  assert PARAMETERS.reference("frozen", "copy") == {"params": "copy"}
+  assert ADAPTERS.reference("frozen", "copy") == {"params": "frozen", "lora": "copy"}
 
 
 def test_dropout_noise_belongs_to_the_row_and_the_position():

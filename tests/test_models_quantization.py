@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from recorded_models import TINY, compiled, tiny
 
-from dmpo_jax import build, sharding
+from dmpo_jax import policy, sharding
 from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import Transformer
@@ -82,7 +82,7 @@ def test_int8_is_what_is_gathered():
   for layer_rows in (0, 1):
     model, _, _, _ = both(remat="full", num_layers=5, layer_rows=layer_rows)
     mesh = sharding.make_mesh(1, 4, 1, devices=jax.devices()[:4])
-    given = {name: build.abstract_collection(model, mesh, name) for name in ("params", "lora")}
+    given = {name: policy.abstract_collection(model, mesh, name) for name in ("params", "lora")}
     with jax.set_mesh(mesh):
       run = jax.jit(lambda given, model=model: model.apply(given, rows(0, 8, 6), method="hidden")[0])
       program = run.lower(given).compile().as_text()

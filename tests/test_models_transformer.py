@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxprs import arrays_of
 from recorded_models import TINY, compiled, load, recorded, tiny
 
-from dmpo_jax import build, sharding
+from dmpo_jax import policy, sharding
 from dmpo_jax.models import MODELS
 from dmpo_jax.models.attention import attend
 from dmpo_jax.models.layers import rotary_table, rotate
@@ -288,7 +288,7 @@ def test_groups_of_rows_share_the_weights_that_were_gathered():
   """Over fsdp 4, in two groups: each layer's weights once forward and once back, and nothing that has all rows."""
   model, _ = tiny(remat="full", num_layers=5, layer_rows=2, lora=LoraConfig(4, 4.0, 0.0, ("q_proj", "up_proj")))
   tokens, mesh = rows(8, 16, 6), sharding.make_mesh(1, 4, 1, devices=jax.devices()[:4])
-  given = {name: build.abstract_collection(model, mesh, name) for name in ("params", "lora")}
+  given = {name: policy.abstract_collection(model, mesh, name) for name in ("params", "lora")}
 
   def loss(lora, params):
     return model.apply({"params": params, "lora": lora}, tokens, method="hidden")[0].sum()
@@ -307,7 +307,7 @@ def test_tensor_parallel_devices_share_the_width_of_what_layers_keep(layer_rows)
   """Over fsdp 2 and tensor 2, the stream that is kept for the way back is halved along rows and along the width."""
   model, _ = tiny(remat="full", num_layers=5, layer_rows=layer_rows, lora=LoraConfig(4, 4.0, 0.0, ("q_proj", "ff_out")))
   tokens, mesh = rows(8, 16, 6), sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
-  given = {name: build.abstract_collection(model, mesh, name) for name in ("params", "lora")}
+  given = {name: policy.abstract_collection(model, mesh, name) for name in ("params", "lora")}
 
   def loss(lora, params):
     return model.apply({"params": params, "lora": lora}, tokens, method="hidden")[0].sum()

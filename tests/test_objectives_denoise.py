@@ -1,30 +1,21 @@
 """The supervised loss: by hand, its expectation on the two-position model, and what it shares with every objective."""
 
 import functools
-import inspect
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objectives
 import pytest
 
 from dmpo_jax import noise
-from dmpo_jax.objectives import OBJECTIVES, denoise
-from dmpo_jax.objectives.masking import place_masks
+from dmpo_jax.objectives import denoise
+from dmpo_jax.objectives.masking import MaskSampling, place_masks
 from dmpo_jax.structs import Experience, Scores
 
 P, G, C = 4, 1, 6
-OWN = dict(
-  baseline="negative",
-  baseline_strength=1.0,
-  num_mask_samples=2,
-  antithetic=False,
-  min_mask_ratio=0.001,
-  max_mask_ratio=1.0,
-  unlearning="unbounded",
-  min_log_ratio=0.0,
-)
+MASKS = MaskSampling(num=2, antithetic=False, min_ratio=0.001)
 
 
 def demonstrations():
@@ -49,7 +40,7 @@ def demonstrations():
   compiler_options={"xla_backend_optimization_level": 0},  # noise takes long to compile, and little to run
 )
 def value_and_grad(theta, experience, *, name, num_prompts):
-  own = {key: value for key, value in OWN.items() if key in inspect.signature(OBJECTIVES[name].loss).parameters}
+  objective = objectives.make(name, MASKS)
 
   def score(theta, is_masked, pairs=()):
     chosen = theta[jnp.arange(C), experience.completion][:, :, None]
@@ -58,7 +49,7 @@ def value_and_grad(theta, experience, *, name, num_prompts):
 
   def compute(theta):
     keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts, G)
-    return OBJECTIVES[name].loss(functools.partial(score, theta), experience, keys, num_prompts=num_prompts, **own)
+    return objective.loss(functools.partial(score, theta), experience, keys, num_prompts)
 
   return jax.value_and_grad(compute, has_aux=True)(theta)
 
@@ -93,7 +84,7 @@ def test_over_all_ratios_the_loss_is_the_bound():
   )
   is_counted = jnp.ones((1, 1, 2), bool)
   is_masked, ratio = place_masks(
-    u_ratio, jnp.stack([first, second], axis=-1), is_counted, antithetic=False, min_ratio=0.0, max_ratio=1.0
+    u_ratio, jnp.stack([first, second], axis=-1), is_counted, MaskSampling(1, antithetic=False)
   )
   log_prob = jnp.where(is_masked.all(-1, keepdims=True), alone, seen)
   by_orders = [alone[0] + seen[1], alone[1] + seen[0]]

@@ -12,6 +12,7 @@ import pytest
 from dmpo_jax.objectives import estimators
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory, make_estimator
 from dmpo_jax.objectives.likelihood import Completions, Estimator, elbo
+from dmpo_jax.objectives.masking import MaskSampling
 
 MASK, C = 3, 3
 COMPLETIONS = np.array(list(itertools.product(range(3), repeat=C)))  # all 27
@@ -19,12 +20,12 @@ COMPLETIONS = np.array(list(itertools.product(range(3), repeat=C)))  # all 27
 LOGITS = 1.5 * np.random.default_rng(5).standard_normal((4, 4, 4, C, 3))
 TABLE = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
 CASES = {
-  "one_step": OneStep(1, prompt_mask_ratio=0.0),
-  "elbo": Elbo(2, antithetic=True, min_mask_ratio=0.0, max_mask_ratio=1.0, mask_block_length=0),
-  "elbo_quadrature": ElboQuadrature(2, num_points=2),
-  "eubo": Eubo(2, False, 0.0, 1.0, 0, beta=1.0, mixture=1.0),
-  "coupled": Coupled(3, min_mask_ratio=0.2, max_mask_ratio=0.8),
-  "trajectory": Trajectory(3),
+  "one_step": OneStep(MaskSampling(1), prompt_mask_ratio=0.0),
+  "elbo": Elbo(MaskSampling(2)),
+  "elbo_quadrature": ElboQuadrature(MaskSampling(2), num_points=2),
+  "eubo": Eubo(MaskSampling(2, antithetic=False), beta=1.0, mixture=1.0),
+  "coupled": Coupled(MaskSampling(3, min_ratio=0.2, max_ratio=0.8)),
+  "trajectory": Trajectory(MaskSampling(3)),
 }
 
 
@@ -101,10 +102,10 @@ def test_one_step_is_the_mean_field_and_the_trajectory_the_sampled_order():
 def test_fewer_chunks_count_neighbours_as_independent():
   committed_at = jnp.broadcast_to(jnp.array([2, 0, 1]), (len(COMPLETIONS), 1, C))
   keys = jax.random.split(jax.random.key(0), (len(COMPLETIONS), 1))
-  one = Trajectory(1)
+  one = Trajectory(MaskSampling(1))
   views = one.views(keys, completions(1, committed_at))
   np.testing.assert_allclose(one.tokens(token_log_prob(views.is_masked), views), drawn("one_step")[0][:, :1], rtol=1e-5)
-  views = Trajectory(2).views(keys, completions(1, committed_at))
+  views = Trajectory(MaskSampling(2)).views(keys, completions(1, committed_at))
   np.testing.assert_array_equal(views.share[0, 0], [[0, 1, 1], [1, 0, 0]])
   np.testing.assert_array_equal(views.is_masked[0, 0], [[1, 1, 1], [1, 0, 0]])
 
@@ -114,7 +115,7 @@ def test_a_chunk_sees_what_was_decided_before_it_counted_or_not():
   about = Completions(
     jnp.array([[[True, True, False, False]]]), jnp.array([[[1, 2, 0, 3]]], jnp.int32), jnp.ones((1, 4), bool)
   )
-  views = Trajectory(3).views(jax.random.split(jax.random.key(0), (1, 1)), about)
+  views = Trajectory(MaskSampling(3)).views(jax.random.split(jax.random.key(0), (1, 1)), about)
   np.testing.assert_array_equal(views.is_masked[0, 0], [[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 0, 1]])
   np.testing.assert_array_equal(views.share[0, 0], [[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]])
 
@@ -177,8 +178,8 @@ def test_the_coupled_estimate_reads_each_position_once_a_pair_and_once_in_full()
 
 
 def test_the_upper_bound_lies_above_the_lower_on_the_same_masks():
-  upper = Eubo(64, False, 0.0, 1.0, 0, beta=1.0, mixture=1.0)
-  half = Eubo(64, False, 0.0, 1.0, 0, beta=1.0, mixture=0.5)
+  upper = Eubo(MaskSampling(64, antithetic=False), beta=1.0, mixture=1.0)
+  half = Eubo(MaskSampling(64, antithetic=False), beta=1.0, mixture=0.5)
   keys = jax.random.split(jax.random.key(2), (len(COMPLETIONS), 16))
   views = upper.views(keys, completions(16))
   log_prob = token_log_prob(views.is_masked)
@@ -193,7 +194,7 @@ def test_the_upper_bound_lies_above_the_lower_on_the_same_masks():
 
 
 def test_the_upper_bound_by_hand():
-  case = Eubo(2, False, 0.0, 1.0, 0, beta=2.0, mixture=1.0)
+  case = Eubo(MaskSampling(2, antithetic=False), beta=2.0, mixture=1.0)
   share = jnp.array([[1.5, 0.0, 1.5], [0.0, 0.0, 1.5]])[None, None] / 2
   views = estimators.Views(share > 0, share)
   tokens = case.tokens(jnp.log(jnp.array([[0.5, 0.1, 0.2], [0.3, 0.3, 0.4]]))[None, None], views)[0, 0]
@@ -202,7 +203,7 @@ def test_the_upper_bound_by_hand():
 
 
 def test_the_upper_bound_is_right_where_powers_underflow():
-  case = Eubo(2, False, 0.0, 1.0, 0, beta=1.5, mixture=0.5)
+  case = Eubo(MaskSampling(2, antithetic=False), beta=1.5, mixture=0.5)
   share = jnp.array([0.75, 0.5])[None, None, :, None]
 
   def mixed(log_prob):
@@ -220,7 +221,7 @@ def test_the_upper_bound_is_right_where_powers_underflow():
 
 
 def test_the_upper_bound_of_what_no_mask_sample_masked_has_no_gradient():
-  case = Eubo(2, False, 0.0, 1.0, 0, beta=1.5, mixture=1.0)
+  case = Eubo(MaskSampling(2, antithetic=False), beta=1.5, mixture=1.0)
   share = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])[None, None]
 
   def total(log_prob):
@@ -232,7 +233,7 @@ def test_the_upper_bound_of_what_no_mask_sample_masked_has_no_gradient():
 
 
 def test_masked_prompt_tokens_belong_to_the_token_not_to_its_padding():
-  case = OneStep(2, prompt_mask_ratio=0.5)
+  case = OneStep(MaskSampling(2), prompt_mask_ratio=0.5)
   keys = jax.random.split(jax.random.key(0), (64, 2))
   counted = jnp.ones((64, 2, 3), bool)
 
@@ -248,7 +249,7 @@ def test_masked_prompt_tokens_belong_to_the_token_not_to_its_padding():
 
 
 def test_blocks_hide_what_comes_after():
-  case = Elbo(4, antithetic=True, min_mask_ratio=0.2, max_mask_ratio=0.8, mask_block_length=2)
+  case = Elbo(MaskSampling(4, min_ratio=0.2, max_ratio=0.8, block_length=2))
   keys = jax.random.split(jax.random.key(0), (16, 2))
   is_counted = jnp.broadcast_to(jnp.arange(6) < 5, (16, 2, 6))
   views = case.views(keys, Completions(is_counted, jnp.zeros((16, 2, 6), jnp.int32), jnp.ones((16, 4), bool)))
@@ -267,7 +268,7 @@ def test_blocks_hide_what_comes_after():
 
 
 @pytest.mark.parametrize(
-  ("name", "mask_samples", "message"),
+  ("name", "num", "message"),
   [
     ("elbo", 3, "must be even"),
     ("eubo", 3, "must be even"),
@@ -277,7 +278,7 @@ def test_blocks_hide_what_comes_after():
     ("elbow", 2, "did you mean 'elbo'"),
   ],
 )
-def test_what_an_estimator_cannot_have_is_refused(name, mask_samples, message):
-  settings = dict(antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, elbo_quadrature=dict(num_points=2))
+def test_what_an_estimator_cannot_have_is_refused(name, num, message):
+  own = {"elbo_quadrature": dict(num_points=2), "eubo": dict(beta=1.5, mixture=0.5)}.get(name, {})
   with pytest.raises(ValueError, match=message):
-    make_estimator(name, settings, mask_samples)
+    make_estimator(name, MaskSampling(num), **own)

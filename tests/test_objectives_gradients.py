@@ -7,15 +7,17 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objectives
 import pytest
 from recorded_models import adapters_of, params_of, reader
 from safetensors.numpy import load_file
 
 from dmpo_jax.hub import layout
+from dmpo_jax.logprobs import make_score
 from dmpo_jax.models import lora
+from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import ModelConfig, Transformer
-from dmpo_jax.objectives import likelihood, wdce, wddo
-from dmpo_jax.scoring import make_score
+from dmpo_jax.objectives import likelihood, wddo
 from dmpo_jax.structs import Experience, Prompts, Scores
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
@@ -74,7 +76,7 @@ def log_prob_and_pullback(prompts, completion, is_masked, cotangent, *, policy):
   """Log-probabilities of the tokens, and the gradient by the policy's parameters of their product with `cotangent`."""
 
   def compute(trainable):
-    variables = lora.policy_variables(trainable, PARAMS, lora=policy == "adapters")
+    variables = Trainable(policy == "adapters", "float32").policy(trainable, PARAMS)
     return make_score(Transformer(CONFIG), variables, prompts, completion)(is_masked).log_prob
 
   log_prob, pullback = jax.vjp(compute, ADAPTERS if policy == "adapters" else PARAMS)
@@ -90,7 +92,8 @@ def log_prob_of(case, policy):
 def loss_and_gradient(log_prob, is_masked, experience, *, baseline, strength):
   def compute(log_prob):
     scores = Scores(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
-    return wdce.group_loss(scores, is_masked, experience, baseline=baseline, baseline_strength=strength)[0][0]
+    objective = objectives.make("wdce", baseline=baseline, baseline_strength=strength)
+    return objective.group_loss(scores, is_masked, experience)[0][0]
 
   return jax.value_and_grad(compute)(log_prob)
 

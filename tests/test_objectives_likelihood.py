@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax.objectives.likelihood import elbo, masked_mean, standard_error
-from dmpo_jax.objectives.masking import place_masks
+from dmpo_jax.objectives.masking import MaskSampling, place_masks
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 MASK = 3
@@ -62,9 +62,8 @@ def estimates(antithetic, min_ratio=0.0, num_mask_samples=8192, group_size=1):
 
   @jax.jit
   def estimate(u_ratio, u_position):
-    is_masked, _ = place_masks(
-      u_ratio, u_position, is_counted, antithetic=antithetic, min_ratio=min_ratio, max_ratio=1.0
-    )
+    masks = MaskSampling(num_mask_samples, antithetic, min_ratio)
+    is_masked, _ = place_masks(u_ratio, u_position, is_counted, masks)
     return elbo(token_log_prob(is_masked), is_masked, is_counted)
 
   return estimate(rng.random(shape, np.float32), rng.random((*shape, 2), np.float32))

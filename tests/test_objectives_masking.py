@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax import noise
-from dmpo_jax.objectives.masking import draw_masks, place_masks
+from dmpo_jax.objectives.masking import MaskSampling, draw_masks, place_masks
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 RANGE = dict(min_ratio=0.1, max_ratio=1.0)
@@ -18,15 +18,15 @@ MOST = 40  # prompts of the largest batch below; keys are always made for so man
 
 @functools.partial(
   jax.jit,
-  static_argnames=("num_mask_samples", "antithetic", "min_ratio", "max_ratio"),
+  static_argnames="masks",
   compiler_options={"xla_backend_optimization_level": 0},  # noise takes long to compile, and little to run
 )
-def draw_on_device(key_data, is_counted, **keywords):
-  return draw_masks(jax.random.wrap_key_data(key_data), is_counted, **keywords)
+def draw_on_device(key_data, is_counted, masks):
+  return draw_masks(jax.random.wrap_key_data(key_data), is_counted, masks)
 
 
-def draw(keys, is_counted, **keywords):
-  return jax.tree.map(np.asarray, draw_on_device(keys, is_counted, **keywords))
+def draw(keys, is_counted, **settings):
+  return jax.tree.map(np.asarray, draw_on_device(keys, is_counted, MaskSampling(**settings)))
 
 
 @jax.jit
@@ -34,7 +34,9 @@ def make_keys(prompt_ids, step):
   return jax.random.key_data(noise.row_keys(noise.step_key(0, "loss", step), prompt_ids, 3))
 
 
-place = jax.jit(place_masks, static_argnames=("antithetic", "min_ratio", "max_ratio"))
+def place(u_ratio, u_position, is_counted, **settings):
+  masks = MaskSampling(u_ratio.shape[-1] * (1 + settings["antithetic"]), **settings)
+  return jax.jit(place_masks, static_argnames="masks")(u_ratio, u_position, is_counted, masks)
 
 
 def keys_of(prompt_ids, step=0):
@@ -68,7 +70,7 @@ def test_ratios_from_0_1_to_1_leave_0_to_0_9_to_their_complements():
 
 def test_antithetic_pairs_predict_every_counted_position_once():
   is_counted = np.arange(7) < np.array([[7, 4, 2], [1, 0, 7], [7, 7, 7]])[..., None]
-  is_masked, ratio = draw(keys_of([5, 6, 7]), is_counted, num_mask_samples=4, antithetic=True, **RANGE)
+  is_masked, ratio = draw(keys_of([5, 6, 7]), is_counted, num=4, antithetic=True, **RANGE)
   assert is_masked.shape == (3, 3, 4, 7)
   pairs = np.broadcast_to(is_counted[:, :, None], (3, 3, 2, 7))
   np.testing.assert_array_equal(is_masked[:, :, :2] ^ is_masked[:, :, 2:], pairs)
@@ -78,7 +80,7 @@ def test_antithetic_pairs_predict_every_counted_position_once():
 
 def test_drawn_masks_are_uniform_in_ratio_and_independent_given_it():
   is_masked, ratio = draw(
-    keys_of(range(MOST)), counted(MOST, 3, 50), num_mask_samples=20, antithetic=False, min_ratio=0.2, max_ratio=0.7
+    keys_of(range(MOST)), counted(MOST, 3, 50), num=20, antithetic=False, min_ratio=0.2, max_ratio=0.7
   )
   is_masked, ratio = is_masked.reshape(-1, 20, 50), ratio.reshape(-1, 20)
   assert ratio.min() >= 0.2
@@ -100,29 +102,29 @@ def test_drawn_masks_are_uniform_in_ratio_and_independent_given_it():
 
 def test_a_row_is_independent_of_its_batch_of_padding_and_of_further_mask_samples():
   keywords = dict(antithetic=False, **RANGE)
-  whole, ratio = draw(keys_of([11, 12, 13]), counted(3, 3, 7), num_mask_samples=4, **keywords)
-  shuffled, _ = draw(keys_of([13, 11, 12]), counted(3, 3, 7), num_mask_samples=4, **keywords)
+  whole, ratio = draw(keys_of([11, 12, 13]), counted(3, 3, 7), num=4, **keywords)
+  shuffled, _ = draw(keys_of([13, 11, 12]), counted(3, 3, 7), num=4, **keywords)
   np.testing.assert_array_equal(whole, shuffled[[1, 2, 0]])
   is_counted = np.pad(counted(1, 3, 7), ((0, 0), (0, 0), (0, 5)))
-  alone, alone_ratio = draw(keys_of([12]), is_counted, num_mask_samples=6, **keywords)
+  alone, alone_ratio = draw(keys_of([12]), is_counted, num=6, **keywords)
   np.testing.assert_array_equal(alone[:, :, :4, :7], whole[1:2])
   np.testing.assert_array_equal(alone_ratio[:, :, :4], ratio[1:2])
   assert not alone[..., 7:].any()
 
 
 def test_other_steps_rollouts_and_mask_samples_get_other_noise():
-  keywords = dict(num_mask_samples=4, antithetic=False, **RANGE)
+  keywords = dict(num=4, antithetic=False, **RANGE)
   _, now = draw(keys_of([1, 2, 3]), counted(3, 3, 7), **keywords)
   _, later = draw(keys_of([1, 2, 3], step=1), counted(3, 3, 7), **keywords)
   assert len(np.unique(np.concatenate([now.ravel(), later.ravel()]))) == 2 * now.size
 
 
 def test_devices_change_no_mask():
-  keywords = dict(num_mask_samples=4, antithetic=False, **RANGE)
+  keywords = dict(num=4, antithetic=False, **RANGE)
   mesh = jax.make_mesh((8,), ("rows",))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
   keys, is_counted = jax.device_put((keys_of(range(8)), counted(8, 3, 7)), rows)
-  split, _ = draw_on_device(keys, is_counted, **keywords)
+  split, _ = draw_on_device(keys, is_counted, MaskSampling(**keywords))
   assert len(split.sharding.device_set) == 8
   whole, _ = draw(keys_of([0, 1, 2]), counted(3, 3, 7), **keywords)
   np.testing.assert_array_equal(np.asarray(split)[:3], whole)
@@ -161,14 +163,14 @@ def test_recorded_noise_gives_the_recorded_masks(name):
 @pytest.mark.parametrize(
   ("changed", "message"),
   [
-    (dict(num_mask_samples=3), r"num_mask_samples.*=3 with objective.antithetic=True.*even"),
-    (dict(num_mask_samples=0), r"num_mask_samples.*=0: must be at least 1"),
-    (dict(min_ratio=-0.1), r"min_mask_ratio=-0.1"),
-    (dict(max_ratio=1.5), r"max_mask_ratio=1.5"),
-    (dict(min_ratio=0.9, max_ratio=0.5), r"min_mask_ratio=0.9, objective.max_mask_ratio=0.5"),
+    (dict(num=3), "^3 mask samples: must be even, as objective.antithetic = True"),
+    (dict(num=0), "^0 mask samples: must be at least 1"),
+    (dict(min_ratio=-0.1), "mask ratios from -0.1 to 1.0"),
+    (dict(max_ratio=1.5), "mask ratios from 0.1 to 1.5"),
+    (dict(min_ratio=0.9, max_ratio=0.5), "mask ratios from 0.9 to 0.5: must be 0 <= min <= max <= 1"),
   ],
 )
 def test_wrong_arguments_are_refused(changed, message):
-  keywords = dict(num_mask_samples=2, antithetic=True, **RANGE) | changed
+  keywords = dict(num=2, antithetic=True, **RANGE) | changed
   with pytest.raises(ValueError, match=message):
     draw(keys_of([0]), counted(1, 3, 4), **keywords)

@@ -1,34 +1,30 @@
 """The rivals on a group of two rollouts: the loss by hand, which way its gradient points, and what drops out."""
 
 import functools
-import inspect
 import math
 
 import documents
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objectives
 import pytest
 
-from dmpo_jax.objectives import OBJECTIVES, clipped, wddo
+from dmpo_jax.objectives import wddo
 from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions
+from dmpo_jax.objectives.masking import MaskSampling
 from dmpo_jax.structs import Experience, Prompts, Scores
 
 LIKELIHOODS = {
-  "diffu_grpo": OneStep(1, prompt_mask_ratio=0.0),
-  "wd1": OneStep(1, prompt_mask_ratio=0.0),
-  "coupled_grpo": Coupled(3, min_mask_ratio=0.2, max_mask_ratio=0.8),
-  "gdpo": ElboQuadrature(2, num_points=2),
-  "tracerl": Trajectory(2),
-  "spg": Eubo(2, False, 0.3, 1.0, 0, beta=1.5, mixture=0.5),
+  "diffu_grpo": OneStep(MaskSampling(1), prompt_mask_ratio=0.0),
+  "wd1": OneStep(MaskSampling(1), prompt_mask_ratio=0.0),
+  "coupled_grpo": Coupled(MaskSampling(3, min_ratio=0.2, max_ratio=0.8)),
+  "gdpo": ElboQuadrature(MaskSampling(2), num_points=2),
+  "tracerl": Trajectory(MaskSampling(2)),
+  "spg": Eubo(MaskSampling(2, antithetic=False, min_ratio=0.3), beta=1.5, mixture=0.5),
 }
-OWN = dict(clip=0.2, kl_weight=0.1, sharpness=1.0, sets="shared", alpha_ddo=1.0, beta=0.1) | dict(
-  num_mask_samples=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0
-)
-OWN |= dict(tilt=2.0, control_variate=1.0)
-OWN |= dict(baseline="negative", baseline_strength=1.0, unlearning="unbounded", min_log_ratio=0.0)
 RIVALS = (*LIKELIHOODS, "dtm")
 LEARNERS = (*RIVALS, "wdce", "wddo")
 C = 2
@@ -60,10 +56,8 @@ def make_experience(reward=(1.0, 0.0), **changes):
 @functools.partial(jax.jit, static_argnames=("name", "kl_weight", "seed"))
 def value_and_grad(log_p, experience, *, name, kl_weight=0.1, seed=1):
   """The loss of a policy that says log_p [1, g, c] of the tokens whatever it sees, its metrics and gradient."""
-  loss = OBJECTIVES[name].loss
-  own = {key: value for key, value in OWN.items() if key in inspect.signature(loss).parameters}
-  own |= {"likelihood": LIKELIHOODS[name]} if name in LIKELIHOODS else {}
-  own |= {"kl_weight": kl_weight} if "kl_weight" in own else {}
+  own = {"kl_weight": kl_weight} if "kl_weight" in objectives.OWN.get(name, {}) else {}
+  objective = objectives.make(name, likelihood=LIKELIHOODS.get(name), **own)
 
   def compute(log_p):
     def score(is_masked, prompt_is_masked=None, pairs=()):
@@ -74,7 +68,7 @@ def value_and_grad(log_p, experience, *, name, kl_weight=0.1, seed=1):
       return Scores(log_prob=log_prob, entropy=jnp.ones_like(log_prob), divergence=divergence)
 
     keys = jax.random.split(jax.random.key(seed), log_p.shape[:2])
-    return loss(score, experience, keys, num_prompts=1, **own)
+    return objective.loss(score, experience, keys, 1)
 
   (value, metrics), gradient = jax.value_and_grad(compute, has_aux=True)(log_p)
   return value, metrics, gradient
@@ -85,17 +79,17 @@ def run(name, log_p=OLD, experience=None, **keywords):
 
 
 def test_the_objective_that_the_documents_add():
-  names = {"jnp": jnp} | {name: getattr(clipped, name) for name in ("averaged", "centred_advantage", "estimate")}
-  exec(documents.code("extending.md", "def loss("), names)  # the page's own text
+  names = {}
+  exec(documents.code("extending.md", "import dataclasses"), names)  # the page's own text
 
   def score(is_masked, prompt_is_masked=None, pairs=()):
     log_prob = jnp.broadcast_to(jnp.asarray(OLD)[:, :, None], is_masked.shape)
     return Scores(log_prob=log_prob, entropy=jnp.ones_like(log_prob))
 
   keys = jax.random.split(jax.random.key(1), (1, 2))
-  likelihood = OneStep(1, prompt_mask_ratio=0.0)
   experience = jax.tree.map(jnp.asarray, make_experience())
-  loss, _ = names["loss"](score, experience, keys, num_prompts=1, likelihood=likelihood)
+  objective = names["Reinforce"](objectives.MASKS, OneStep(MaskSampling(1), prompt_mask_ratio=0.0))
+  loss, _ = objective.loss(score, experience, keys, 1)
   assert loss.item() == pytest.approx(-0.5 * OLD[0, 0].sum() + 0.5 * OLD[0, 1].sum(), rel=1e-5)
 
 
@@ -162,8 +156,8 @@ def test_tracerl_takes_a_chunks_mean_of_the_surrogate_and_its_sum_of_the_kl():
       return Scores(log_prob=log_prob, entropy=log_prob)
 
     keys = jax.random.split(jax.random.key(1), (1, 2))
-    own = dict(likelihood=LIKELIHOODS["tracerl"], clip=0.2, kl_weight=0.1)
-    return OBJECTIVES["tracerl"].loss(score, jax.tree.map(jnp.asarray, experience), keys, num_prompts=1, **own)
+    objective = objectives.make("tracerl", likelihood=LIKELIHOODS["tracerl"])
+    return objective.loss(score, jax.tree.map(jnp.asarray, experience), keys, 1)
 
   log_p = jnp.asarray(old + np.log(ratio), jnp.float32)
   (loss, metrics), gradient = jax.value_and_grad(compute, has_aux=True)(log_p)
@@ -254,8 +248,9 @@ def test_dtm_is_least_where_the_old_policy_is_tilted(control_variate):
       return Scores(log_prob=log_prob, entropy=log_prob, divergence=divergence)
 
     keys = jnp.broadcast_to(jax.random.key(0), completion.shape[:2])
-    own = dict(num_mask_samples=1, antithetic=False, min_mask_ratio=1.0, max_mask_ratio=1.0, tilt=tilt)
-    return OBJECTIVES["dtm"].loss(score, experience, keys, num_prompts=1, control_variate=control_variate, **own)[0]
+    masks = MaskSampling(1, antithetic=False, min_ratio=1.0)
+    objective = objectives.make("dtm", masks, tilt=tilt, control_variate=control_variate)
+    return objective.loss(score, experience, keys, 1)[0]
 
   slope = jax.jit(jax.grad(compute))
   for is_all in (True, False):  # both positions hidden, or each with the other one in sight
@@ -323,18 +318,16 @@ def test_a_dropped_rollout_poisons_nothing(name):
     ("wdce", {}),
     ("wddo", dict(sets="independent")),
     ("denoise", {}),
-    ("coupled_grpo", dict(likelihood=Coupled(5, min_mask_ratio=0.2, max_mask_ratio=0.8))),
-    ("wd1", dict(likelihood=Elbo(4, True, 0.0, 1.0, mask_block_length=1))),
+    ("coupled_grpo", dict(likelihood=Coupled(MaskSampling(5, min_ratio=0.2, max_ratio=0.8)))),
+    ("wd1", dict(likelihood=Elbo(MaskSampling(4, block_length=1)))),
     ("dtm", {}),
-    ("spg", dict(likelihood=Eubo(4, True, 0.2, 0.8, 0, beta=1.5, mixture=0.5))),
+    ("spg", dict(likelihood=Eubo(MaskSampling(4, min_ratio=0.2, max_ratio=0.8), beta=1.5, mixture=0.5))),
   ],
 )
 def test_a_position_of_a_pair_is_read_in_one_of_the_two(name, own):
   """What a policy says of the other one may be anything, such as what it says of its partner."""
   experience = make_experience(is_counted=np.array([[[True, True], [True, False]]]))
-  loss = OBJECTIVES[name].loss
-  keywords = {key: value for key, value in (OWN | own).items() if key in inspect.signature(loss).parameters}
-  named = []
+  objective, named = objectives.make(name, **own), []
 
   @functools.partial(jax.jit, static_argnames="is_shared")
   def compute(sharpness, experience, keys, is_shared):
@@ -346,7 +339,7 @@ def test_a_position_of_a_pair_is_read_in_one_of_the_two(name, own):
         log_prob = log_prob.at[:, :, i].set(wanted).at[:, :, j].set(wanted)
       return Scores(log_prob=log_prob, entropy=jnp.exp(log_prob), divergence=log_prob**2)
 
-    return loss(score, experience, keys, num_prompts=1, **keywords)
+    return objective.loss(score, experience, keys, 1)
 
   run_both = [
     jax.value_and_grad(functools.partial(compute, is_shared=shared), has_aux=True) for shared in (False, True)
@@ -369,9 +362,8 @@ def test_independent_sets_of_wddo_are_no_complements():
   wide = make_experience(is_counted=np.ones((1, 2, 64), bool), completion=np.zeros((1, 2, 64), np.int32))
   wide = jax.tree.map(jnp.asarray, wide)
   keys = jax.random.split(jax.random.key(0), (1, 2))
-  own = dict(num_prompts=1, alpha_ddo=1.0, beta=1.0, num_mask_samples=2, antithetic=True)
   for sets in wddo.SETS:
-    wddo.loss(score, wide, keys, sets=sets, min_mask_ratio=0.1, max_mask_ratio=1.0, **own)
+    objectives.make("wddo", sets=sets).loss(score, wide, keys, 1)
   shared, both = seen
   real, fake = both[:, :, :2], both[:, :, 2:]
   np.testing.assert_array_equal(real, shared)

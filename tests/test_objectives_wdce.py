@@ -9,6 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objectives
 import pytest
 
 from dmpo_jax import noise
@@ -17,8 +18,6 @@ from dmpo_jax.structs import Experience, Scores
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 CASES = json.loads((GOLDENS / "wdce.json").read_text())["cases"]
-MASKS = dict(num_mask_samples=2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0)
-UNBOUNDED = dict(unlearning="unbounded", min_log_ratio=0.0)
 THETA = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)
 P, G, C = 4, 3, 6
 WEIGH = jax.jit(weights.importance_weights, static_argnames=("weighting", "alpha", "kappa"))
@@ -83,16 +82,9 @@ def value_and_grad(theta, experience, is_masked, *, baseline, num_prompts):
   def compute(theta):
     # JAX's noise takes long to compile
     with mock.patch.object(wdce, "draw_masks", return_value=(is_masked, None)):
-      return wdce.loss(
-        make_score(theta, experience),
-        experience,
-        jax.random.wrap_key_data(jnp.zeros((*is_masked.shape[:2], 2), jnp.uint32)),
-        num_prompts=num_prompts,
-        baseline=baseline,
-        baseline_strength=1.0,
-        **UNBOUNDED,
-        **MASKS,
-      )
+      keys = jax.random.wrap_key_data(jnp.zeros((*is_masked.shape[:2], 2), jnp.uint32))
+      objective = objectives.make("wdce", baseline=baseline)
+      return objective.loss(make_score(theta, experience), experience, keys, num_prompts)
 
   (loss, metrics), gradient = jax.value_and_grad(compute, has_aux=True)(theta)
   return loss, metrics, gradient
@@ -105,7 +97,8 @@ def group_loss(log_prob, is_masked, experience, *, baseline, strength, min_log_r
   def compute(log_prob):
     scores = Scores(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
     own = {} if min_log_ratio is None else dict(unlearning="bounded", min_log_ratio=min_log_ratio)
-    loss, metrics = wdce.group_loss(scores, is_masked, experience, baseline=baseline, baseline_strength=strength, **own)
+    objective = objectives.make("wdce", baseline=baseline, baseline_strength=strength, **own)
+    loss, metrics = objective.group_loss(scores, is_masked, experience)
     return loss.sum(), (loss, metrics)
 
   (_, (loss, metrics)), gradient = jax.value_and_grad(compute, has_aux=True)(log_prob)
@@ -113,7 +106,7 @@ def group_loss(log_prob, is_masked, experience, *, baseline, strength, min_log_r
 
 
 def test_the_loss_by_hand():
-  # two rollouts, two mask samples, three positions
+  # two rollouts, two replicates, three positions
   probability = np.array([[[0.5, 0.1, 0.25], [0.5, 0.125, 0.9]], [[0.25, 0.25, 0.5], [0.9, 0.9, 0.9]]], np.float32)
   is_masked = np.array([[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [0, 0, 0]]], bool)
   everything = np.ones((1, 2, 3), bool)
@@ -168,7 +161,7 @@ def test_the_loss_equals_a_naive_oracle(baseline):
 
 
 def test_the_loss_is_the_mean_of_its_groups_on_masks_from_the_keys():
-  own = dict(baseline="model", baseline_strength=1.0)
+  objective = objectives.make("wdce", baseline="model")
 
   @jax.jit
   def compute(experience):
@@ -179,8 +172,8 @@ def test_the_loss_is_the_mean_of_its_groups_on_masks_from_the_keys():
       return make_score(THETA, experience)(is_masked)
 
     keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts, G)
-    whole = wdce.loss(score, experience, keys, num_prompts=P, **own, **UNBOUNDED, **MASKS)
-    return seen[0], whole, wdce.group_loss(score(seen[0]), seen[0], experience, **own)
+    whole = objective.loss(score, experience, keys, P)
+    return seen[0], whole, objective.group_loss(score(seen[0]), seen[0], experience)
 
   experience = make_experience()
   is_masked, whole, by_group = compute(experience)
@@ -321,10 +314,10 @@ def test_the_recorded_losses_and_their_gradients(case):
     log_prob, is_masked, experience, baseline=settings["baseline"], strength=settings["strength"]
   )
   np.testing.assert_allclose(loss, [settings["loss"]], rtol=1e-4)
-  rows, mask_samples = is_masked.shape[1:3]
-  coefficient = arrays["advantages_centered"].reshape(mask_samples, rows).T[None, :, :, None]
+  rows, replicates = is_masked.shape[1:3]
+  coefficient = arrays["advantages_centered"].reshape(replicates, rows).T[None, :, :, None]
   num_masked = np.maximum(is_masked.sum(-1, keepdims=True), 1)
-  expected = np.where(is_masked, -coefficient / num_masked / mask_samples, 0)
+  expected = np.where(is_masked, -coefficient / num_masked / replicates, 0)
   np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """Importance weights, baselines and the figures about them: by hand, by properties, and against recorded values."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 from dmpo_jax.objectives import weights
+from dmpo_jax.objectives.weights import Weighing
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 RECORDED = json.loads((GOLDENS / "advantages.json").read_text())
@@ -214,10 +216,10 @@ def test_a_rollout_without_log_probabilities_is_as_if_it_had_not_been(value):
   own |= dict(reward_scaling="standardise")
   reward, log_p_ref = jnp.array([[0.0, 1.0, 0.3, 0.9]]), jnp.array([[-10.0, -11.0, -9.0, -10.0]])
   log_p_old = jnp.array([[-10.5, -11.0, -9.0, value]])
-  alone = weights.weigh(reward[:, :3], log_p_ref[:, :3], log_p_old[:, :3], KEPT[:1, :3], **own)
+  alone = weights.weigh(reward[:, :3], log_p_ref[:, :3], log_p_old[:, :3], KEPT[:1, :3], Weighing(**own))
   for ref, old in ((log_p_ref, log_p_old), (log_p_ref.at[0, 3].set(value), jnp.nan_to_num(log_p_old))):
     old = old.at[0, :3].set(log_p_old[0, :3])
-    found = weights.weigh(reward, ref, old, KEPT[:1], **own)
+    found = weights.weigh(reward, ref, old, KEPT[:1], Weighing(**own))
     np.testing.assert_array_equal(found.is_kept, [[True, True, True, False]])
     np.testing.assert_allclose(found.weight, jnp.pad(alone.weight, ((0, 0), (0, 1))), rtol=1e-6)
     np.testing.assert_allclose(found.negative_weight, jnp.pad(alone.negative_weight, ((0, 0), (0, 1))), rtol=1e-6)
@@ -296,7 +298,7 @@ def weigh_recorded(row, **own):
 
   reward, log_p_ref, log_p_old = map(groups, ("reward", "log_p_ref", "log_p_old"))
   common = dict(alpha=row["alpha"] or 1.0, kappa=1.0, min_ess=row["min_ess"], reward_scaling="none", max_weight=1.0)
-  found = weights.weigh(reward, log_p_ref, log_p_old, ~jnp.isnan(reward), **common, **own)
+  found = weights.weigh(reward, log_p_ref, log_p_old, ~jnp.isnan(reward), Weighing(**common, **own))
   return found, groups("weight"), groups("negative_weight")
 
 
@@ -347,11 +349,11 @@ def test_standardised_rewards_and_clipped_weights():
   is_kept = jnp.array([[True, True, False, True], [True] * 4])
   scaled = weights.standardise(reward, is_kept)
   np.testing.assert_allclose(scaled, [[-1.2247449, 0, 0, 1.2247449], [0] * 4], rtol=1e-6)
-  own = dict(weighting="tilt", alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="standardise")
+  weighing = Weighing(alpha=1.0, reward_scaling="standardise")
   zeros = jnp.zeros((2, 4))
-  free = weights.weigh(reward, zeros, zeros, is_kept, max_weight=1.0, **own)
+  free = weights.weigh(reward, zeros, zeros, is_kept, weighing)
   np.testing.assert_allclose(free.weight[0], weights.softmax_kept(scaled, is_kept)[0], rtol=1e-6)
-  cut = weights.weigh(reward, zeros, zeros, is_kept, max_weight=0.3, **own)
+  cut = weights.weigh(reward, zeros, zeros, is_kept, dataclasses.replace(weighing, max_weight=0.3))
   np.testing.assert_allclose(cut.weight, jnp.minimum(free.weight, 0.3))
   np.testing.assert_allclose(cut.negative_weight, jnp.minimum(free.negative_weight, 0.3))
 
@@ -373,7 +375,7 @@ def test_parts_are_standardised_apart_and_count_by_their_weights():
   own = dict(weighting="tilt", alpha=0.5, proximal="fixed", kappa=1.0, min_ess=0.8, max_weight=1.0)
   own |= dict(reward_scaling="standardise_parts", part_weights=(3.0, 0.5))
   zeros = jnp.zeros((2, 4))
-  found = weights.weigh(reward, zeros, zeros, is_kept, reward_parts=parts, **own)
+  found = weights.weigh(reward, zeros, zeros, is_kept, Weighing(**own), reward_parts=parts)
   np.testing.assert_allclose(found.weight, weights.softmax_kept(weighted / 0.5, is_kept), rtol=1e-6)
   shifted = weights.scale_rewards(reward, parts + 7, is_kept, "standardise_parts", (3.0, 0.5))
   np.testing.assert_allclose(shifted, weighted, rtol=1e-4, atol=1e-4)
@@ -394,9 +396,8 @@ def test_parts_that_are_not_there_cannot_be_standardised():
 def test_the_mean_baseline_leaves_nothing_of_equal_rewards_where_weights_do_not_sum_to_one(changed, expected):
   reward = jnp.array([[2.0, 2.0, 2.0, 2.0], [1.0, 2.0, 3.0, jnp.nan], [5.0, 9.0, 9.0, 9.0]])
   is_kept = jnp.array([[True] * 4, [True, True, True, False], [True, False, False, False]])
-  own = dict(weighting="tilt", alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="none")
   zeros = jnp.zeros((3, 4))
-  found = weights.weigh(reward, zeros, zeros, is_kept, **own | dict(max_weight=1.0) | changed)
+  found = weights.weigh(reward, zeros, zeros, is_kept, Weighing(**dict(alpha=1.0) | changed))
   subtracted = weights.baseline(
     "mean",
     weight=found.weight,

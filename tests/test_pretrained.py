@@ -10,7 +10,7 @@ from etils import epath
 from recorded_models import TINY
 
 from configs import base, dream_7b, llada_8b
-from dmpo_jax import build, config
+from dmpo_jax import build, config, policy
 from dmpo_jax.config import ConfigError
 from dmpo_jax.hub import pretrained
 from dmpo_jax.run import params as params_lib
@@ -108,7 +108,7 @@ def test_a_policy_on_a_checkpoint_needs_nothing_but_its_folder(use_devices, tmp_
   given = tiny.config(model__d_model=24, model__num_layers=1, model__rope_theta=77.0, model__head_dim=6)
   parts = build.build_model_parts(given)
   with jax.set_mesh(parts.mesh):
-    params_lib.save_params(folder / "params", build.initial_params(given, parts))
+    params_lib.save_params(folder / "params", policy.initial_params(given, parts))
   pretrained.write_model(folder, "llada", parts.model.config, origin="")
   left_open = base.get_config()
   left_open.model.init_from = str(folder)

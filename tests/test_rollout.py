@@ -11,24 +11,18 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, phases, rollout, sharding, structs
+from dmpo_jax import build, phases, policy, rollout, sharding, structs
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.hub.tokenizer import load_tokenizer
-from dmpo_jax.measure import (
-  NotFinite,
-  Policies,
-  log_confidence,
-  make_measure_nothing,
-  make_measure_sampled,
-  make_measure_weights,
-)
+from dmpo_jax.logprobs import make_log_probs
 from dmpo_jax.objectives import weights
 from dmpo_jax.objectives.estimators import Elbo
+from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.policy import NotFinite, Policies
+from dmpo_jax.rollout_metrics import describe, lack_of_signal, log_confidence
 from dmpo_jax.run import progress
 from dmpo_jax.tasks.sudoku import Sudoku
-
-WEIGHING = ("weighting", "alpha", "proximal", "kappa", "min_ess", "reward_scaling", "part_weights", "max_weight")
 
 
 @pytest.fixture(scope="module")
@@ -42,42 +36,41 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
   parts = build.build_parts(config, folder / "run")
   objective = config.objective
   with jax.set_mesh(parts.mesh):
-    params = build.initial_params(config, parts)
+    params = policy.initial_params(config, parts)
     reference = jax.tree.map(lambda x: x * 1.1, params)
     is_sampled = objective.likelihood == "sampler"
-    sample = build.make_sample(
+    sample = policy.make_sample(
       config,
-      parts,
+      parts.model,
+      parts.mesh,
       group_size=config.rollout.group_size,
       temperature=1.0,
       early_exit=config.rollout.early_exit,
       with_reference=is_sampled,
     )
-    weighing = {name: objective[name] for name in WEIGHING}
-    measure = make_measure_sampled(**weighing)
+    scoring = rollout.SampledWeights(phases.make_weighing(config))
     if not is_sampled:
-      measure = make_measure_weights(
-        parts.model,
-        parts.mesh,
-        estimator=Elbo(2, antithetic=True, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0),
-        chunk_prompts=config.rollout.chunk_prompts,
+      estimator = Elbo(MaskSampling(2, min_ratio=0.1))
+      scoring = rollout.EstimatedWeights(
+        make_log_probs(parts.model, parts.mesh, estimator),
+        phases.make_weighing(config),
         seed=config.seed,
-        **{name: objective[name] for name in ("elbo_rounds", "max_noise", "max_rounds")},
-        **weighing,
+        chunk_prompts=config.rollout.chunk_prompts,
       )
-    prompts, records = parts.prompts.batch(0, config.rollout.num_prompts)
-    policies = Policies(params, reference)
-    sample = functools.partial(sharding.within(parts.rollout_mesh, sample), sharding.move(policies, parts.rollout_mesh))
-    of_buffer = (policies, prompts, records)
-    common = dict(
-      measure=measure,
+    collector = rollout.Collector(
+      sample=lambda policies: functools.partial(
+        sharding.within(parts.rollout_mesh, sample), sharding.move(policies, parts.rollout_mesh)
+      ),
+      scoring=scoring,
       grading=Grading(task=task) if task else parts.grading,
       tokenizer=parts.tokenizer,
-      buffer=3,
+      seed=config.seed,
+      chunk_prompts=config.rollout.chunk_prompts,
       counted=objective.counted,
     )
-    own = dict(sample=sample, seed=config.seed, chunk_prompts=config.rollout.chunk_prompts)
-    return rollout.finish(rollout.draw(*of_buffer, **own, **common), *of_buffer, **common)
+    policies = Policies(params, reference)
+    batch = rollout.Batch(3, *parts.prompts.batch(0, config.rollout.num_prompts))
+    return collector.complete(collector.generate(policies, batch), policies)
 
 
 def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
@@ -177,21 +170,18 @@ def test_chunks_are_drawn_while_earlier_ones_are_graded():
 
   task = Patient(min_blanks=4, max_blanks=10, demo_patience=11.0)
   prompts = structs.Prompts(np.zeros((p, 3), np.int32), np.ones((p, 3), bool), np.arange(p))
-  drawn = rollout.draw(
-    Policies(None, None),
-    prompts,
-    list(task.generate("test", p, 0)),
-    sample=sample,
-    measure=make_measure_nothing(),
+  collector = rollout.Collector(
+    sample=lambda policies: sample,
+    scoring=rollout.RewardsOnly(),
     grading=Grading(task=task),
     tokenizer=load_tokenizer("sentencepiece", tiny.config().tokenizer.path, is_chat=False),
     seed=0,
-    buffer=0,
     chunk_prompts=1,
     counted="all",
   )
+  pending = collector.generate(Policies(None, None), rollout.Batch(0, prompts, list(task.generate("test", p, 0))))
   is_drawn.set()
-  assert (drawn.wait().reward == np.ones((p, g))).all()
+  assert (pending.wait().reward == np.ones((p, g))).all()
   assert in_time == [True] * p * g
 
 
@@ -203,27 +193,27 @@ def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_dev
 
   def phase_of(size):
     own = tiny.config(warm_start__updates=0, rollout__chunk_prompts=size)
-    return phases.training_phase(own, folder / "run", parts, build.initial_params(own, parts))
+    return phases.training_phase(own, folder / "run", parts, policy.initial_params(own, parts))
 
   with jax.set_mesh(parts.mesh):
     phase, state = phase_of(1)
-    whole = phase.draw(state, 0)
-    begun = structs.Drawn(
+    whole = phase.buffers.generate(state, 0)
+    begun = structs.PendingRollouts(
       rollouts=jax.tree.map(lambda x: x[:3], whole.rollouts),
-      measures=jax.tree.map(lambda x: x[:2], whole.measures),
+      log_probs=jax.tree.map(lambda x: x[:2], whole.log_probs),
       seconds={"sample": np.float32(1000), "score": np.float32(0)},
       is_whole=np.array(False),
     )
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(progress, "part", lambda what, done=0, total=0: asked.append((what, done)))
-      rest = phase_of(2)[0].draw(state, 0, begun)
+      rest = phase_of(2)[0].buffers.generate(state, 0, begun)
     assert asked == [("sampling prompts", 2), ("scoring prompts", 2)]
     assert rest.is_whole
     np.testing.assert_array_equal(rest.rollouts.completion, whole.rollouts.completion)
-    np.testing.assert_array_equal(rest.measures.log_p_old[:2], whole.measures.log_p_old[:2])
-    np.testing.assert_allclose(rest.measures.log_p_old, whole.measures.log_p_old, rtol=1e-5)
+    np.testing.assert_array_equal(rest.log_probs.log_p_old[:2], whole.log_probs.log_p_old[:2])
+    np.testing.assert_allclose(rest.log_probs.log_p_old, whole.log_probs.log_p_old, rtol=1e-5)
     assert 1000 < rest.seconds["sample"] < 2000
-    rewards = [phase.finish(state, drawn, 0)[0].reward for drawn in (rest, whole)]
+    rewards = [phase.buffers.complete(state, 0, pending)[0].reward for pending in (rest, whole)]
   np.testing.assert_array_equal(*rewards)
 
 
@@ -245,14 +235,14 @@ def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_dev
 )
 def test_rewards_that_teach_nothing_are_told(reward, compares, said):
   reward = np.array(reward, np.float32)
-  assert rollout.lack_of_signal(reward, np.isfinite(reward), compares=compares) == said
+  assert lack_of_signal(reward, np.isfinite(reward), compares=compares) == said
 
 
 def test_parts_that_differ_teach_though_their_sums_are_equal():
   parts, is_kept = np.array([[[1.0, 0.0], [0.0, 1.0]]]), np.ones((1, 2), bool)
-  assert rollout.lack_of_signal(parts.sum(-1), is_kept, compares=True).startswith("no signal")
-  assert rollout.lack_of_signal(parts, is_kept, compares=True) == ""
-  assert rollout.lack_of_signal(parts[:, :1].repeat(2, 1), is_kept, compares=True).startswith("no signal")
+  assert lack_of_signal(parts.sum(-1), is_kept, compares=True).startswith("no signal")
+  assert lack_of_signal(parts, is_kept, compares=True) == ""
+  assert lack_of_signal(parts[:, :1].repeat(2, 1), is_kept, compares=True).startswith("no signal")
 
 
 PARTS = """
@@ -313,9 +303,9 @@ def test_parameters_that_are_not_finite_stop_the_first_call(folder, use_devices)
   config = tiny.config(warm_start__updates=0)
   parts = build.build_parts(config, folder / "run")
   with jax.set_mesh(parts.mesh):
-    params = jax.tree.map(lambda x: x * np.nan, build.initial_params(config, parts))
+    params = jax.tree.map(lambda x: x * np.nan, policy.initial_params(config, parts))
     phase, state = phases.training_phase(config, folder / "run", parts, params)
-    for work in (lambda: phase.draw(state, 0), lambda: phase.evaluate(state.trainable, 0)):
+    for work in (lambda: phase.buffers.generate(state, 0), lambda: phase.evaluate(state.trainable, 0)):
       with pytest.raises(NotFinite, match="of 16 rollouts has finite probabilities: the parameters hold NaN"):
         work()
 
@@ -327,13 +317,22 @@ def test_counted_positions_end_with_the_first_eos():
   assert rollout.count_positions(completion, 2, "all").all()
 
 
+def test_rollouts_that_differ_behind_their_eos_alone_are_the_same():
+  completion = np.array([[[5, 2, 2, 2], [5, 2, 6, 2], [5, 6, 2, 2], [5, 2, 7, 7]]], np.int32)
+  count = np.full((1, 4), 4)
+  rollouts = structs.Rollouts(completion, 0 * completion, np.full(completion.shape, 0.5), count, count, 0 * count)
+  grades = Grades(np.eye(1, 4), np.ones((1, 4), bool), np.ones((1, 4), bool))
+  figures = describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
+  np.testing.assert_allclose(figures["unique_rollouts"], 1 / (9 / 16 + 1 / 16), rtol=1e-6)
+
+
 def test_what_the_log_says_of_completions():
   completion = np.array([[[5, 2, 2, 2], [5, 5, 5, 5]]], np.int32)
   rollouts = structs.Rollouts(
     completion, completion * 0, np.full((1, 2, 4), 0.5), np.array([[2, 2]]), np.array([[4, 2]]), np.array([[0, 1]])
   )
   grades = Grades(np.array([[1.0, 0.0]]), np.array([[True, False]]), np.array([[True, False]]), per_second=4.0)
-  figures = rollout.describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
+  figures = describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
   assert figures == {
     "reward_mean": 1.0,
     "reward_std": 0.0,
@@ -353,15 +352,6 @@ def test_what_the_log_says_of_completions():
   }
 
 
-def test_rollouts_that_differ_behind_their_eos_alone_are_the_same():
-  completion = np.array([[[5, 2, 2, 2], [5, 2, 6, 2], [5, 6, 2, 2], [5, 2, 7, 7]]], np.int32)
-  count = np.full((1, 4), 4)
-  rollouts = structs.Rollouts(completion, 0 * completion, np.full(completion.shape, 0.5), count, count, 0 * count)
-  grades = Grades(np.eye(1, 4), np.ones((1, 4), bool), np.ones((1, 4), bool))
-  figures = rollout.describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
-  np.testing.assert_allclose(figures["unique_rollouts"], 1 / (9 / 16 + 1 / 16), rtol=1e-6)
-
-
 def test_a_probability_that_underflows_is_no_filled_position():
   count, confidence = np.array([[2]]), np.array([[[0.5, 0.0, 0.0]]], np.float32)
   rollouts = structs.Rollouts(
@@ -370,12 +360,12 @@ def test_a_probability_that_underflows_is_no_filled_position():
   lowest = np.log(np.finfo(np.float32).tiny)
   np.testing.assert_allclose(log_confidence(rollouts), [[[math.log(0.5), lowest, 0]]], rtol=1e-6)
   grades = Grades(np.ones((1, 1)), np.ones((1, 1), bool), np.ones((1, 1), bool))
-  figures = rollout.describe(grades, rollouts, np.ones((1, 1, 3), bool), 9)
+  figures = describe(grades, rollouts, np.ones((1, 1, 3), bool), 9)
   assert figures["sampled_nll"] == pytest.approx(-(math.log(0.5) + lowest) / 2)
 
 
 def test_rewards_that_all_failed_are_no_equal_ones():
-  said = rollout.lack_of_signal(np.zeros((2, 3)), np.zeros((2, 3), bool), compares=True)
+  said = lack_of_signal(np.zeros((2, 3)), np.zeros((2, 3), bool), compares=True)
   assert said == "no signal: no reward could be computed"
 
 
@@ -398,4 +388,4 @@ def test_rewards_that_all_failed_are_no_equal_ones():
   ],
 )
 def test_which_losses_learn_from_differences_alone(changes, compares):
-  assert phases._compares(tiny.config(**changes).objective) == compares
+  assert phases.compares_rewards(tiny.config(**changes)) == compares

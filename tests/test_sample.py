@@ -12,9 +12,9 @@ from absl.testing import flagsaver
 from etils import epath
 from rich.console import Console, Group
 
-from dmpo_jax import build, main, sample
+from dmpo_jax import build, main, policy, sample
 from dmpo_jax.config import ConfigError
-from dmpo_jax.measure import Policies
+from dmpo_jax.policy import Policies
 from dmpo_jax.run import params as params_lib
 from dmpo_jax.run import watch
 from dmpo_jax.sample import Request
@@ -87,7 +87,7 @@ def decoded():
   requests = [Request("12341234"), Request("4"), Request("1" * 70, prefill="2"), Request("12341234")]
   shown = io.StringIO()
   with pytest.MonkeyPatch.context() as patch, jax.set_mesh(parts.mesh):
-    policies = Policies(build.initial_params(config, parts), {})
+    policies = Policies(policy.initial_params(config, parts), {})
     together = list(sample.decode(config, parts, policies, requests))
     console = Console(file=shown, force_terminal=True, width=100, height=40)
     patch.setattr(watch, "Console", lambda **own: console)
@@ -190,7 +190,7 @@ def test_without_a_policy_there_is_nothing_to_sample_from():
   config = tiny.config()
   parts = build.build_model_parts(config)
   with pytest.raises(ConfigError, match=r"give --workdir of a finished run, or set config.model.init_from"):
-    build.load_policy(config, None, parts)
+    policy.load_policy(config, None, parts)
 
 
 def test_adapters_are_used_on_their_own_base_alone(use_devices, tmp_path, caplog):
@@ -202,26 +202,26 @@ def test_adapters_are_used_on_their_own_base_alone(use_devices, tmp_path, caplog
   with jax.set_mesh(parts.mesh):
     for path, seed in ((own, 1), (other, 2)):
       config.seed = seed
-      params_lib.save_params(path, build.initial_params(config, parts))
+      params_lib.save_params(path, policy.initial_params(config, parts))
     config.model.init_from = str(own)
-    adapters = build.initial_adapters(config, workdir, parts)
-    params_lib.save_params(workdir / "policy", adapters, build.about_policy(config, workdir, 3))
-    base = build.load_policies(config, workdir, parts, ["policy"])[1]
+    adapters = policy.initial_adapters(config, workdir, parts)
+    params_lib.save_params(workdir / "policy", adapters, policy.policy_metadata(config, workdir, 3))
+    base = policy.load_policies(config, workdir, parts, ["policy"])[1]
     np.testing.assert_array_equal(base["embedding"], params_lib.SavedParams(own).load(["embedding"]))
     config.model.init_from = str(other)
     names = rf"trained on the base {params_lib.identity(own)}, and this base is {params_lib.identity(other)}"
     with pytest.raises(ConfigError, match=names):
-      build.load_policy(config, workdir, parts)
+      policy.load_policy(config, workdir, parts)
     config.model.lora.init_from = str(workdir / "policy")
     with pytest.raises(ConfigError, match=names):
-      build.load_policy(config, None, parts)
+      policy.load_policy(config, None, parts)
     config.model.init_from = ""
     with pytest.raises(ConfigError, match=r"and this base is random, seed 2, float32: .* config.seed"):
-      build.load_policy(config, workdir, parts)
+      policy.load_policy(config, workdir, parts)
     params_lib.save_params(workdir / "policy", adapters)
     assert caplog.text == ""
     for _ in range(2):
-      build.load_policy(config, workdir, parts)
+      policy.load_policy(config, workdir, parts)
     assert caplog.text.count("does not say which base its adapters were trained on") == 1
 
 

@@ -8,7 +8,7 @@ import tiny
 from etils import epath
 from remains import leave_alone, policy_of, rows_of
 
-from dmpo_jax import build, measure, phases, train
+from dmpo_jax import build, phases, policy, rollout, train
 from dmpo_jax.run import checkpoints
 from dmpo_jax.run.preemption import Preempted
 
@@ -30,15 +30,19 @@ def left_alone(tmp_path_factory):
   return leave_alone(config(), tmp_path_factory.mktemp("left_alone"))
 
 
+def collect(phase, state, buffer):
+  return phase.buffers.complete(state, buffer, phase.buffers.generate(state, buffer))
+
+
 def test_a_buffer_is_drawn_by_the_policy_that_the_one_before_begins_with(left_alone, tmp_path):
   """The plain twin, which finishes every buffer before it goes on."""
   own, workdir = config(), epath.Path(tmp_path / "run")
   parts = build.build_parts(own, workdir)
   with jax.set_mesh(parts.mesh):
-    phase, state = phases.training_phase(own, workdir, parts, build.initial_params(own, parts))
-    rewards, (experience, figures) = [], phase.finish(state, phase.draw(state, 0), 0)
+    phase, state = phases.training_phase(own, workdir, parts, policy.initial_params(own, parts))
+    rewards, (experience, figures) = [], collect(phase, state, 0)
     for buffer in range(own.train.num_buffers):
-      following = phase.finish(state, phase.draw(state, buffer + 1), buffer + 1)
+      following = collect(phase, state, buffer + 1)
       for _ in range(own.train.updates_per_buffer):
         state, _ = phase.update(state, phase.frozen, experience)
       rewards.append((figures["reward_mean"], figures["log_ratio_std"]))
@@ -59,7 +63,7 @@ def num_drawn(workdir, name):
   """The prompts of the coming buffer that a checkpoint has sampled, and those that it has scored."""
   path = (workdir / "checkpoints" / "train" / name / "drawn").resolve()
   saved = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
-  return saved["rollouts"]["completion"].shape[0], saved["measures"]["entropy"].shape[0] if saved["measures"] else 0
+  return saved["rollouts"]["completion"].shape[0], saved["log_probs"]["entropy"].shape[0] if saved["log_probs"] else 0
 
 
 def test_no_buffer_is_drawn_after_the_last(left_alone):
@@ -90,7 +94,7 @@ def notice_at_poll(patch, number):
     if count[0] == number:
       raise Preempted
 
-  patch.setattr(measure, "check_preemption", listen)
+  patch.setattr(rollout, "check_preemption", listen)
 
 
 def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypatch):

@@ -13,14 +13,13 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from remains import leave_alone, policy_of, rows_of
 
-from dmpo_jax import build, noise, phases, rollout, sharding, train
-from dmpo_jax.measure import Policies
-from dmpo_jax.models import lora
-from dmpo_jax.objectives import wdce
+from dmpo_jax import build, noise, phases, policy, rollout, sharding, train
+from dmpo_jax.logprobs import make_score
+from dmpo_jax.models.trainable import Trainable
+from dmpo_jax.policy import Policies
 from dmpo_jax.run.checkpoints import Checkpoints
 from dmpo_jax.run.params import SavedParams
 from dmpo_jax.run.preemption import Preempted
-from dmpo_jax.scoring import make_score
 from launch.bench import programs
 
 
@@ -34,7 +33,7 @@ def begin(config, folder, num_devices, use_devices):
   config.warm_start.updates = 0  # the base is random here, and saved nowhere
   parts = build.build_parts(config, folder / "run")
   with jax.set_mesh(parts.mesh):
-    return parts, *phases.training_phase(config, folder / "run", parts, build.initial_params(config, parts))
+    return parts, *phases.training_phase(config, folder / "run", parts, policy.initial_params(config, parts))
 
 
 def experience_of(parts, config):
@@ -237,7 +236,7 @@ def test_parameters_rounded_once_are_those_rounded_at_every_use(folder, use_devi
     keys = noise.row_keys(
       noise.step_key(config.seed, "loss", 0), experience.prompts.prompt_id, config.rollout.group_size
     )
-    return wdce.loss(score, experience, keys, num_prompts=4, **phases._loss_keywords(config.objective))[0]
+    return phases.make_objective(config).loss(score, experience, keys, 4)[0]
 
   whole, gradient = jax.jit(jax.value_and_grad(loss))(state.trainable)
   np.testing.assert_allclose(metrics["loss"], whole, rtol=1e-5)
@@ -315,11 +314,11 @@ def test_the_best_policy_is_saved_in_float32_and_sampled_as_in_training(folder, 
     state, _ = phase.update(state, phase.frozen, experience_of(parts, config))
     phase.keep_best(state.trainable, 1)
     assert set(map(str, SavedParams(folder / "run" / "best").dtypes().values())) == {"float32"}
-    (loaded,), _ = build.load_policies(config, folder / "run", parts, ["best"])
-    trained = lora.computing(state.trainable, "bfloat16", lora=False)
+    (loaded,), _ = policy.load_policies(config, folder / "run", parts, ["best"])
+    trained = Trainable(False, "bfloat16").computing(state.trainable)
     jax.tree.map(lambda ours, theirs: np.testing.assert_array_equal(ours, theirs.astype("bfloat16")), loaded, trained)
     prompts, _ = parts.prompts.batch(0, 4)
-    sample = phases.training_sample(config, parts)
+    sample = phases.training_sample(config, parts.model, parts.mesh)
     drawn = [sample(Policies(policy, {}), prompts, jax.random.key(0)) for policy in (loaded, trained)]
   jax.tree.map(np.testing.assert_array_equal, *drawn)
 

@@ -1,7 +1,6 @@
 """What configuration keys must be to each other: the second table of `config.py`, after each key's own (`rules.py`)."""
 
 import dataclasses
-import inspect
 import operator
 from collections.abc import Callable
 
@@ -36,10 +35,9 @@ def drawn_for(key: str, objective: str, likelihood: str) -> str:
 
   A loss that takes no estimator draws its masks as `elbo` does.
   """
-  loss, needs, _ = OBJECTIVES[objective]
   if key == "num_mask_samples":
-    return likelihood if "likelihood" in inspect.signature(loss).parameters else "elbo"
-  return likelihood if needs == "weights" else ""
+    return likelihood if OBJECTIVES[objective].takes_likelihood else "elbo"
+  return likelihood if OBJECTIVES[objective].needs_weights else ""
 
 
 def mask_sample_relations(key: str) -> tuple[Relation, ...]:
@@ -140,7 +138,7 @@ RELATIONS = (
   Relation(
     "objective.likelihood",
     ("objective.name",),
-    lambda likelihood, name: OBJECTIVES[name].needs != "weights" or estimates_log_p(likelihood),
+    lambda likelihood, name: not OBJECTIVES[name].needs_weights or estimates_log_p(likelihood),
     "one that estimates log p (elbo, elbo_quadrature, ...), as {0} weighs rollouts by log p_ref - log p_old: coupled "
     "estimates a multiple of it",
   ),
@@ -203,7 +201,7 @@ RELATIONS = (
   Relation(
     "objective.likelihood",
     ("objective.name",),
-    lambda likelihood, name: likelihood != "sampler" or OBJECTIVES[name].needs == "weights",
+    lambda likelihood, name: likelihood != "sampler" or OBJECTIVES[name].needs_weights,
     "not sampler, as {0} needs no log-probabilities of whole completions: wdce and wddo do",
   ),
   Relation(
@@ -227,7 +225,7 @@ RELATIONS = (
   Relation(
     "rollout.pipelined",
     ("objective.name",),
-    lambda pipelined, name: not pipelined or OBJECTIVES[name].needs != "demonstrations",
+    lambda pipelined, name: not pipelined or not OBJECTIVES[name].learns_from_demonstrations,
     "False, as {0} learns from demonstrations",
   ),
   Relation(

@@ -1,15 +1,10 @@
-"""Low-rank adapters: which projections carry them, and which variables make the trained and the reference policy.
+"""Low-rank adapters: which projections carry them, and how wide they are.
 
 Adapters live in a collection of their own ("lora"), beside "params": applying the model without it is the reference.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 # Projections that can be adapted; a projection's index here also seeds its dropout.
 TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
@@ -63,40 +58,3 @@ def expand_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
         f"model.lora.targets: the model has no projection {name!r}{hint} (there are {', '.join(TARGETS)}, or all)"
       )
   return TARGETS if "all" in targets else tuple(name for name in TARGETS if name in targets)
-
-
-COMPUTED = ("kernel", "head")  # parameters that layers round to the activations' dtype and gather from all devices
-
-
-def computing(trainable: Any, dtype: str, lora: bool) -> Any:
-  """Round trained parameters to the activations' dtype once, as layers would at every use; adapters stay as they are.
-
-  Trained parameters are float32. Once they are rounded, half the bytes are gathered. The embedding stays as it is: only
-  single rows of it are read, and the gradients of all uses of a token are summed in its dtype.
-
-  Args:
-    trainable: arrays, or their descriptions, whose dtypes are then other.
-  """
-  if lora:
-    return trainable
-
-  def cast(path: Any, leaf: Any) -> Any:
-    if path[-1].key not in COMPUTED or leaf.dtype == jnp.dtype(dtype):
-      return leaf
-    return leaf.astype(dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=dtype)
-
-  return jax.tree.map_with_path(cast, trainable)
-
-
-def policy_variables(trainable: Any, frozen: Any, lora: bool) -> Mapping[str, Any]:
-  """Give the variables of the policy being trained: adapters on the frozen parameters, or the parameters alone."""
-  return {"params": frozen, "lora": trainable} if lora else {"params": trainable}
-
-
-def reference_variables(frozen: Any, reference: Any = None, lora: bool = False) -> Mapping[str, Any]:
-  """Give the variables of the reference policy: the frozen parameters, or what a copy of the trained ones makes.
-
-  With adapters the copy is of the adapters, on the same frozen parameters: the policy that merging them would give,
-  without a second copy of the model.
-  """
-  return {"params": frozen} if reference is None else policy_variables(reference, frozen, lora)

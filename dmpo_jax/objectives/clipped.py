@@ -3,12 +3,14 @@
 Each rival is a file that puts these together as its paper does.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Views
+from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience, Score
 
@@ -37,38 +39,51 @@ def estimate(score: Score, experience: Experience, keys: Key[Array, "p g"], like
   return Likelihood(scores.log_prob, likelihood.tokens(scores.log_prob, views), entropy, views)
 
 
-def ratio_loss(
-  score: Score,
-  experience: Experience,
-  keys: Key[Array, "p g"],
-  advantage: Float[Array, "p g"],
-  token_log_p_kl: Float[Array, "p g c"] | None,
-  *,
-  num_prompts: int,
-  likelihood: Estimator,
-  clip: float,
-  kl_weight: float,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute `token_loss` of a buffer under the views from `keys`, a rollout's counted tokens all alike.
+@dataclasses.dataclass(frozen=True)
+class RatioObjective(Objective):
+  """Objectives of ratios to the policy that drew the rollouts.
 
   Args:
-    experience: token_log_p_old is that of this update's views.
-    advantage: of each rollout.
-    token_log_p_kl: of the policy that the KL pulls to, under the same views; None: there is no KL.
-    likelihood: the estimator of log p.
+    clip: ratios are clipped to 1 - clip, 1 + clip.
+    kl_weight: of the KL; with 0 there is no reference.
   """
-  policy = estimate(score, experience, keys, likelihood)
-  losses, metrics = token_loss(
-    policy.tokens,
-    experience.token_log_p_old,
-    token_log_p_kl,
-    advantage,
-    experience.is_counted / jnp.maximum(experience.is_counted.sum(-1, keepdims=True), 1),
-    experience.is_kept,
-    clip=clip,
-    kl_weight=kl_weight,
-  )
-  return averaged(losses, metrics, policy.entropy, experience.is_kept, num_prompts)
+
+  clip: float
+  kl_weight: float
+
+  needs_token_log_probs: ClassVar[bool] = True
+  takes_likelihood: ClassVar[bool] = True
+
+  @property
+  def needs_reference(self) -> bool:
+    return self.kl_weight > 0
+
+  def ratio_loss(
+    self,
+    score: Score,
+    experience: Experience,
+    keys: Key[Array, "p g"],
+    num_prompts: int,
+    advantage: Float[Array, "p g"],
+  ) -> Loss:
+    """Compute `token_loss` of a buffer under the views from `keys`, a rollout's counted tokens all alike.
+
+    Args:
+      experience: token_log_p_old and token_log_p_ref are those of this update's views; the KL is to the reference.
+      advantage: of each rollout.
+    """
+    policy = estimate(score, experience, keys, self.likelihood)
+    losses, metrics = token_loss(
+      policy.tokens,
+      experience.token_log_p_old,
+      experience.token_log_p_ref,
+      advantage,
+      experience.is_counted / jnp.maximum(experience.is_counted.sum(-1, keepdims=True), 1),
+      experience.is_kept,
+      clip=self.clip,
+      kl_weight=self.kl_weight,
+    )
+    return averaged(losses, metrics, policy.entropy, experience.is_kept, num_prompts)
 
 
 def token_loss(

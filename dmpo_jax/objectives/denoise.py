@@ -1,47 +1,37 @@
 """Masked-diffusion training on given completions (demonstrations): LLaDA's supervised loss."""
 
+import dataclasses
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import masked_mean
-from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
+from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience, Score
 
 
-def loss(
-  score: Score,
-  experience: Experience,
-  keys: Key[Array, "p g"],
-  *,
-  num_prompts: int,
-  num_mask_samples: int,
-  antithetic: bool,
-  min_mask_ratio: float,
-  max_mask_ratio: float,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute LLaDA's loss: (1 / num_prompts) sum_prompts mean_g `bound` (arXiv 2502.09992, eq. 5, algorithm 2).
+@dataclasses.dataclass(frozen=True)
+class Denoise(Objective):
+  """LLaDA's supervised loss."""
 
-  Groups usually hold one completion, the prompt's demonstration; dropped ones are left out, weights are not used.
+  learns_from_demonstrations: ClassVar[bool] = True
 
-  Args:
-    score, keys, num_prompts and the masks' keywords: as in `wdce.loss`.
+  def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
+    """Compute LLaDA's loss: (1 / num_prompts) sum_prompts mean_g `bound` (arXiv 2502.09992, eq. 5, algorithm 2).
 
-  Returns:
-    The loss, and `loss_entropy` (nats a masked token).
-  """
-  is_masked, ratio = draw_masks(
-    keys,
-    experience.is_counted,
-    num_mask_samples=num_mask_samples,
-    antithetic=antithetic,
-    min_ratio=min_mask_ratio,
-    max_ratio=max_mask_ratio,
-  )
-  scores, is_kept = score(is_masked, pairs=complementary_pairs(num_mask_samples, antithetic)), experience.is_kept
-  losses = mean_kept(bound(scores.log_prob, is_masked, ratio, experience.is_counted), is_kept)
-  entropy = mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept)
-  return losses.sum() / num_prompts, {"loss_entropy": entropy.sum() / num_prompts}
+    Groups usually hold one completion, the prompt's demonstration; dropped ones are left out, weights are not used.
+
+    Returns:
+      The loss, and `loss_entropy` (nats a masked token).
+    """
+    is_masked, ratio = draw_masks(keys, experience.is_counted, self.masks)
+    scores, is_kept = score(is_masked, pairs=self.masks.pairs()), experience.is_kept
+    losses = mean_kept(bound(scores.log_prob, is_masked, ratio, experience.is_counted), is_kept)
+    entropy = mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept)
+    return losses.sum() / num_prompts, {"loss_entropy": entropy.sum() / num_prompts}
 
 
 def bound(

@@ -1,65 +1,63 @@
 """DTM, discrete tilt matching: at every masked position, towards the sampling policy tilted by the rewards."""
 
+import dataclasses
+from typing import ClassVar
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from dmpo_jax.objectives.clipped import averaged, bounded_exp, centred_advantage
 from dmpo_jax.objectives.likelihood import masked_mean
-from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
+from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience, Score
 
 
-def loss(
-  score: Score,
-  experience: Experience,
-  keys: Key[Array, "p g"],
-  *,
-  num_prompts: int,
-  num_mask_samples: int,
-  antithetic: bool,
-  min_mask_ratio: float,
-  max_mask_ratio: float,
-  tilt: float,
-  control_variate: float,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute the loss of discrete tilt matching (arXiv 2604.18739).
-
-  The policy p_old that drew the rollouts is to become p_old exp(h r). At a masked position l of a state z that a
-  completion y was masked to, that is
-
-    p_new(v | z) = E[exp(h r(y)) 1(y_l = v) | z] / E[exp(h r(y)) | z],
-
-  the minimum of a cross-entropy with target exp(h r) 1(y_l = v). As p_old(v | z) - 1(y_l = v) is 0 on average, any
-  multiple c of it may be added to the target (the control variate), and the loss is
-
-    (1 / num_prompts) sum_prompts mean_{g, r, l in M} [c KL(p_old || p) - (exp(h r) - c) log p(y_l | z)],
-
-  KL(p_old || p) over v at (z, l). With c = 1 the noise vanishes with h. The rewards have the group's mean taken from
-  them, a factor that the rollouts of a prompt share and that moves no minimum; the authors' code takes the buffer's
-  mean. h r is bounded (`clipped.bounded_exp`). An empty mask counts as 0. Over a run the tilts add up: h times the
-  number of buffers.
+@dataclasses.dataclass(frozen=True)
+class Dtm(Objective):
+  """Discrete tilt matching (arXiv 2604.18739).
 
   Args:
-    score: with p_old as its teacher, which the reference is where it is synchronised after every buffer.
-    num_mask_samples, antithetic, min_mask_ratio, max_mask_ratio: of the masks, as in `wdce.loss`.
-    tilt: h, at least 0.
-    control_variate: c.
+    tilt: h, at least 0: how far one buffer's rewards tilt the policy.
+    control_variate: c, the multiple of the old policy's distribution in the target.
   """
-  is_masked, _ = draw_masks(
-    keys,
-    experience.is_counted,
-    num_mask_samples=num_mask_samples,
-    antithetic=antithetic,
-    min_ratio=min_mask_ratio,
-    max_ratio=max_mask_ratio,
-  )
-  scores = score(is_masked, pairs=complementary_pairs(num_mask_samples, antithetic))
-  weight = bounded_exp(tilt * centred_advantage(experience.reward, experience.is_kept)) - control_variate
-  losses = masked_mean(control_variate * scores.divergence - weight[..., None, None] * scores.log_prob, is_masked)
-  entropy = masked_mean(scores.entropy, is_masked).mean(-1)
-  metrics = {
-    "loss_coefficient": mean_kept(jnp.abs(weight), experience.is_kept),
-    "loss_kl": mean_kept(masked_mean(scores.divergence, is_masked).mean(-1), experience.is_kept),
-  }
-  return averaged(mean_kept(losses.mean(-1), experience.is_kept), metrics, entropy, experience.is_kept, num_prompts)
+
+  tilt: float
+  control_variate: float
+
+  has_teacher: ClassVar[bool] = True
+
+  def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
+    """Compute the loss of discrete tilt matching (arXiv 2604.18739).
+
+    The policy p_old that drew the rollouts is to become p_old exp(h r). At a masked position l of a state z that a
+    completion y was masked to, that is
+
+      p_new(v | z) = E[exp(h r(y)) 1(y_l = v) | z] / E[exp(h r(y)) | z],
+
+    the minimum of a cross-entropy with target exp(h r) 1(y_l = v). As p_old(v | z) - 1(y_l = v) is 0 on average, any
+    multiple c of it may be added to the target (the control variate), and the loss is
+
+      (1 / num_prompts) sum_prompts mean_{g, r, l in M} [c KL(p_old || p) - (exp(h r) - c) log p(y_l | z)],
+
+    KL(p_old || p) over v at (z, l). With c = 1 the noise vanishes with h. The rewards have the group's mean taken from
+    them, a factor that the rollouts of a prompt share and that moves no minimum; the authors' code takes the buffer's
+    mean. h r is bounded (`clipped.bounded_exp`). An empty mask counts as 0. Over a run the tilts add up: h times the
+    number of buffers.
+
+    Args:
+      score: with p_old as its teacher: the reference, synchronised after every buffer.
+    """
+    is_masked, _ = draw_masks(keys, experience.is_counted, self.masks)
+    scores = score(is_masked, pairs=self.masks.pairs())
+    weight = bounded_exp(self.tilt * centred_advantage(experience.reward, experience.is_kept)) - self.control_variate
+    losses = masked_mean(
+      self.control_variate * scores.divergence - weight[..., None, None] * scores.log_prob, is_masked
+    )
+    entropy = masked_mean(scores.entropy, is_masked).mean(-1)
+    metrics = {
+      "loss_coefficient": mean_kept(jnp.abs(weight), experience.is_kept),
+      "loss_kl": mean_kept(masked_mean(scores.divergence, is_masked).mean(-1), experience.is_kept),
+    }
+    return averaged(mean_kept(losses.mean(-1), experience.is_kept), metrics, entropy, experience.is_kept, num_prompts)

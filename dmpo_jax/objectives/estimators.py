@@ -1,13 +1,11 @@
 """The likelihood estimators by name: which noised copies of a completion each of them shows, and what it makes of them.
 
 Of n counted positions y_1..y_n; M is a set of masked ones and log p(y_l | M) the model's log-probability of y_l when it
-sees the prompt and y without M. `num_mask_samples` is what an estimate costs: model calls a completion.
+sees the prompt and y without M. `masks.num`, the mask samples, is what an estimate costs: model calls a completion.
 """
 
 import dataclasses
 import difflib
-import inspect
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -16,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Linear, Views
-from dmpo_jax.objectives.masking import complementary_pairs, draw_block_masks, draw_masks, uniform_noise
+from dmpo_jax.objectives.masking import MaskSampling, draw_block_masks, draw_masks, uniform_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,22 +25,21 @@ class OneStep(Linear):
   masked with probability `prompt_mask_ratio`, which is the only noise.
   """
 
-  num_mask_samples: int
   prompt_mask_ratio: float
 
   @property
   def draws(self) -> tuple[int, ...]:
-    return tuple(range(self.num_mask_samples)) if self.prompt_mask_ratio else (-1,) * self.num_mask_samples
+    return tuple(range(self.masks.num)) if self.prompt_mask_ratio else (-1,) * self.masks.num
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     p, g, c = completions.is_counted.shape
-    is_masked = jnp.ones((p, g, self.num_mask_samples, c), bool)
-    share = jnp.broadcast_to(completions.is_counted[:, :, None], is_masked.shape) / self.num_mask_samples
+    is_masked = jnp.ones((p, g, self.masks.num, c), bool)
+    share = jnp.broadcast_to(completions.is_counted[:, :, None], is_masked.shape) / self.masks.num
     if not self.prompt_mask_ratio:
       return Views(is_masked, share)
     width = completions.prompt_is_valid.shape[-1]
     # Counted from the right, where a prompt's tokens stand whatever its padding.
-    noise = jnp.flip(uniform_noise(keys, self.num_mask_samples, width), -1)
+    noise = jnp.flip(uniform_noise(keys, self.masks.num, width), -1)
     return Views(is_masked, share, (noise < self.prompt_mask_ratio) & completions.prompt_is_valid[:, None, None])
 
 
@@ -51,38 +48,24 @@ class Elbo(Linear):
   """mean_r (n/m) sum_{l in M_r} log p(y_l | M_r): see `likelihood.elbo`, which it equals.
 
   Args:
-    antithetic, min_mask_ratio, max_mask_ratio: see `masking.draw_masks`.
-    mask_block_length: where positive, a mask sample masks some of one block of so many positions and everything after
-      it, as a block-wise sampler meets it (SPG, arXiv 2510.09541); 0: anywhere.
+    masks: with a block_length, as SPG draws them (arXiv 2510.09541).
   """
 
-  num_mask_samples: int
-  antithetic: bool
-  min_mask_ratio: float
-  max_mask_ratio: float
-  mask_block_length: int
+  def problem(self) -> str:
+    return self.masks.problem()
 
   @property
   def draws(self) -> tuple[int, ...]:
-    count = self.num_mask_samples
-    return tuple(range(count // 2)) * 2 if self.antithetic else tuple(range(count))
+    return tuple(range(self.masks.num_draws)) * (2 if self.masks.antithetic else 1)
 
   @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
-    return complementary_pairs(self.num_mask_samples, self.antithetic)
+    return self.masks.pairs()
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
-    is_read, is_masked = draw_block_masks(
-      keys,
-      is_counted,
-      num_mask_samples=self.num_mask_samples,
-      antithetic=self.antithetic,
-      min_ratio=self.min_mask_ratio,
-      max_ratio=self.max_mask_ratio,
-      block_length=self.mask_block_length,
-    )
-    return Views(is_masked, _by_count(is_read, is_counted) / self.num_mask_samples)
+    is_read, is_masked = draw_block_masks(keys, is_counted, self.masks)
+    return Views(is_masked, _by_count(is_read, is_counted) / self.masks.num)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,23 +112,29 @@ class ElboQuadrature(Linear):
   n <= 2 * num_points.
 
   Args:
-    num_mask_samples: a multiple of num_points; the rest are masks at each point.
+    num_points: the mask samples are a multiple of it: so many masks at each point.
   """
 
-  num_mask_samples: int
   num_points: int
+
+  def problem(self) -> str:
+    if self.masks.num % self.num_points:
+      return (
+        f"{self.masks.num} mask samples: must be a multiple of objective.elbo_quadrature.num_points = {self.num_points}"
+      )
+    return ""
 
   @property
   def draws(self) -> tuple[int, ...]:
-    return tuple(np.repeat(np.arange(self.num_mask_samples // self.num_points), self.num_points).tolist())
+    return tuple(np.repeat(np.arange(self.masks.num // self.num_points), self.num_points).tolist())
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
     nodes, weights = np.polynomial.legendre.leggauss(self.num_points)
-    masks_a_point = self.num_mask_samples // self.num_points
+    masks_a_point = self.masks.num // self.num_points
     ratio = np.tile((nodes + 1) / 2, masks_a_point).astype(np.float32)
     share = np.tile(weights / 2, masks_a_point).astype(np.float32) / ratio / masks_a_point
-    noise = uniform_noise(keys, self.num_mask_samples, is_counted.shape[-1])
+    noise = uniform_noise(keys, self.masks.num, is_counted.shape[-1])
     is_masked = (noise < ratio[:, None]) & is_counted[:, :, None]
     return Views(is_masked, jnp.where(is_masked, share[:, None], 0))
 
@@ -157,65 +146,60 @@ class Coupled(Linear):
   (1/(k+1)) [sum_{k pairs} (L_t + L_{1-t}) + L_1], L_t = (1/t) sum_{l in M_t} log p(y_l | M_t): t drawn from the range
   of mask ratios, M_{1-t} the complement of M_t, so that each pair reads every position once and the full mask reads
   them all again. It adds 2k + 1 bounds and divides by k + 1: as published, it is no likelihood but up to twice one.
-
-  Args:
-    num_mask_samples: 2k + 1.
+  There are 2k + 1 mask samples.
   """
 
-  num_mask_samples: int
-  min_mask_ratio: float
-  max_mask_ratio: float
   is_log_p: ClassVar[bool] = False
+
+  def problem(self) -> str:
+    if self.masks.num < 3 or self.masks.num % 2 == 0:
+      return f"{self.masks.num} mask samples: must be odd and 3 or more for objective.likelihood = 'coupled'"
+    return ""
+
+  @property
+  def _pairs(self) -> MaskSampling:
+    return dataclasses.replace(self.masks, num=self.masks.num - 1, antithetic=True)
 
   @property
   def draws(self) -> tuple[int, ...]:
-    return (-1, *tuple(range(self.num_mask_samples // 2)) * 2)
+    return (-1, *tuple(range(self.masks.num // 2)) * 2)
 
   @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
-    return complementary_pairs(self.num_mask_samples - 1, antithetic=True, first=1)
+    return self._pairs.pairs(first=1)
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
-    num_pairs = self.num_mask_samples // 2
-    is_drawn, ratio = draw_masks(
-      keys,
-      is_counted,
-      num_mask_samples=2 * num_pairs,
-      antithetic=True,
-      min_ratio=self.min_mask_ratio,
-      max_ratio=self.max_mask_ratio,
-    )
+    is_drawn, ratio = draw_masks(keys, is_counted, self._pairs)
     share = jnp.where(is_drawn, 1 / jnp.where(ratio > 0, ratio, 1)[..., None], 0)
     everything = is_counted[:, :, None]
     share = jnp.concatenate([everything.astype(share.dtype), share], axis=2)
-    return Views(jnp.concatenate([everything, is_drawn], axis=2), share / (num_pairs + 1))
+    return Views(jnp.concatenate([everything, is_drawn], axis=2), share / (self._pairs.num_draws + 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory(Linear):
   """sum_k sum_{l in C_k} log p(y_l | C_k and all later chunks masked): along the sampler's own order.
 
-  A completion's model calls, in the order in which they decided its positions, form `num_mask_samples` chunks C_k of
-  neighbouring calls (TraceRL, arXiv 2509.06949, whose shrinkage parameter is the calls of a chunk; d2's
-  estimator, arXiv 2509.21474). With as many chunks as calls it is the log-probability of the tokens along the
+  A completion's model calls, in the order in which they decided its positions, form as many chunks C_k as there are
+  mask samples, of neighbouring calls (TraceRL, arXiv 2509.06949, whose shrinkage parameter is the calls of a chunk;
+  d2's estimator, arXiv 2509.21474). With as many chunks as calls it is the log-probability of the tokens along the
   trajectory that was sampled; with fewer, tokens of a chunk count as independent. No noise: nothing is drawn.
 
   Where not all positions count, the states are still those that the sampler saw: what it had decided behind the EOS
   when it decided the tokens before it is shown, and not read.
   """
 
-  num_mask_samples: int
   replays: ClassVar[bool] = True
 
   @property
   def draws(self) -> tuple[int, ...]:
-    return (-1,) * self.num_mask_samples
+    return (-1,) * self.masks.num
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     last = jnp.where(completions.is_counted, completions.committed_at, 0).max(-1, keepdims=True)
-    chunk = completions.committed_at * self.num_mask_samples // (last + 1)
-    number = jnp.arange(self.num_mask_samples)[:, None]
+    chunk = completions.committed_at * self.masks.num // (last + 1)
+    number = jnp.arange(self.masks.num)[:, None]
     is_masked = chunk[:, :, None] >= number
     is_read = (chunk[:, :, None] == number) & completions.is_counted[:, :, None]
     return Views(is_masked, is_read.astype(jnp.float32))
@@ -227,7 +211,7 @@ def _by_count(is_read: Bool[Array, "p g r c"], is_counted: Bool[Array, "p g c"])
   return jnp.where(is_read, is_counted.sum(-1)[:, :, None, None] / num_read, 0)
 
 
-ESTIMATORS = {
+ESTIMATORS: dict[str, type[Linear]] = {
   "one_step": OneStep,
   "elbo": Elbo,
   "elbo_quadrature": ElboQuadrature,
@@ -237,8 +221,8 @@ ESTIMATORS = {
 }
 
 
-def make_estimator(name: str, settings: Mapping[str, Any], num_mask_samples: int) -> Estimator:
-  """Build an estimator from a configuration's section: its keywords, and those of its own section in it.
+def make_estimator(name: str, masks: MaskSampling, **own: Any) -> Estimator:
+  """Build an estimator with its own settings.
 
   Raises:
     ValueError: an unknown name, or a number of mask samples that the estimator cannot have.
@@ -247,19 +231,7 @@ def make_estimator(name: str, settings: Mapping[str, Any], num_mask_samples: int
     near = difflib.get_close_matches(name, ESTIMATORS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"objective.likelihood={name!r}: must be one of {', '.join(ESTIMATORS)}{hint}")
-  own = {**settings, **settings.get(name, {}), "num_mask_samples": num_mask_samples}
-  problem = mask_samples_problem(name, num_mask_samples, own)
-  if problem:
-    raise ValueError(f"objective.num_mask_samples (num_elbo_samples)={num_mask_samples}: {problem}")
-  return ESTIMATORS[name](**{key: own[key] for key in inspect.signature(ESTIMATORS[name]).parameters})
-
-
-def mask_samples_problem(name: str, num_mask_samples: int, own: Mapping[str, Any]) -> str:
-  """Say what a number of mask samples must be for this estimator, or nothing where it is right."""
-  if name in ("elbo", "eubo") and own["antithetic"] and num_mask_samples % 2:
-    return "must be even, as objective.antithetic = True draws masks in complementary pairs"
-  if name == "coupled" and (num_mask_samples < 3 or num_mask_samples % 2 == 0):
-    return "must be odd and at least 3 for objective.likelihood = 'coupled': pairs and the full mask"
-  if name == "elbo_quadrature" and num_mask_samples % own["num_points"]:
-    return f"must be a multiple of objective.elbo_quadrature.num_points = {own['num_points']}"
-  return ""
+  estimator = ESTIMATORS[name](masks, **own)
+  if problem := estimator.problem():
+    raise ValueError(problem)
+  return estimator

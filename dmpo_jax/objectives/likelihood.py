@@ -5,11 +5,14 @@ how what it says of them adds up, position by position. All of them share this i
 any.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+import dataclasses
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from dmpo_jax.objectives.masking import MaskSampling
 
 
 class Views(NamedTuple):
@@ -34,8 +37,8 @@ class Estimator(Protocol):
 
   draws: tuple[int, ...]  # the independent draw that each mask sample belongs to; -1: none, it is not random
   pairs: tuple[tuple[int, int], ...]  # mask samples (i, j): what is read of j is not masked in i, and all read of i is
-  replays: bool  # its views are states that the sampler saw, with what stood at positions that are not counted
   is_log_p: bool  # it estimates log p(y | x) or a bound of it, not a multiple
+  replays: bool  # its views are states that the sampler saw, with what stood at positions that are not counted
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     """Choose the copies from the rollouts' keys."""
@@ -50,13 +53,32 @@ class Estimator(Protocol):
     ...
 
 
+@dataclasses.dataclass(frozen=True)
 class Linear:
-  """What the estimators have in common that are sums of log-probabilities."""
+  """What the estimators have in common that are sums of log-probabilities.
 
-  draws: tuple[int, ...]
-  pairs: tuple[tuple[int, int], ...] = ()
-  replays: bool = False
-  is_log_p: bool = True
+  Args:
+    masks: how their masks are drawn; `masks.num` is their number of views.
+  """
+
+  masks: MaskSampling
+
+  is_log_p: ClassVar[bool] = True
+  replays: ClassVar[bool] = False
+
+  @property
+  def draws(self) -> tuple[int, ...]:
+    """The independent draw that each view belongs to; -1: none."""
+    raise NotImplementedError
+
+  @property
+  def pairs(self) -> tuple[tuple[int, int], ...]:
+    """Pairs of complementary views; none by default."""
+    return ()
+
+  def problem(self) -> str:
+    """Return why the estimator cannot have its masks; "" where it can."""
+    return ""
 
   def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
     return _shared(log_prob, views).sum(2)
@@ -73,7 +95,7 @@ def _shared(log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p 
 
 
 def masked_mean(values: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"]) -> Float[Array, "p g r"]:
-  """Average over the masked positions of each mask sample, (1/m) sum_{l in M} values_l; 0 for an empty mask."""
+  """Average over a sample's masked positions: (1/m) sum_{l in M} values_l, m = max(|M|, 1); 0 for an empty mask."""
   num_masked = jnp.maximum(is_masked.sum(-1), 1)
   return jnp.where(is_masked, values, 0).sum(-1) / num_masked
 
@@ -81,7 +103,7 @@ def masked_mean(values: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c
 def elbo(
   token_log_prob: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"], is_counted: Bool[Array, "p g c"]
 ) -> Float[Array, "p g r"]:
-  """Estimate the denoising bound of log p(y | x), once a mask sample.
+  """Estimate the denoising bound of log p(y | x), once a mask mask sample.
 
   (n/m) * sum_{l in M} log p(y_l | x, y with M masked), n counted positions, m = max(|M|, 1): DMPO, arXiv 2510.08233,
   after LLaDA's likelihood evaluation, arXiv 2502.09992, section 2.4. Given a non-empty mask and lambda ~ U(0, 1) it is

@@ -1,36 +1,39 @@
 """wd1: weighted log-likelihood without ratios, the softmax of the advantages up and that of their opposites down."""
 
+import dataclasses
+from typing import ClassVar
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from dmpo_jax.objectives.clipped import averaged, centred_advantage, estimate
-from dmpo_jax.objectives.likelihood import Estimator
+from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import softmax_kept
 from dmpo_jax.structs import Experience, Score
 
 
-def loss(
-  score: Score,
-  experience: Experience,
-  keys: Key[Array, "p g"],
-  *,
-  num_prompts: int,
-  likelihood: Estimator,
-  sharpness: float,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Compute wd1's loss (arXiv 2507.08838).
-
-  (1 / num_prompts) sum_prompts sum_i - (w_i^+ - w_i^-) log p(y_i), w^+- = softmax_g(+- sharpness * A), A the reward
-  minus the group's mean. Published: likelihood one_step with prompt_mask_ratio 0.15, sharpness 1, no reference policy,
-  12 updates a buffer (8 for Sudoku), groups of 6.
+@dataclasses.dataclass(frozen=True)
+class Wd1(Objective):
+  """wd1 (arXiv 2507.08838).
 
   Args:
-    likelihood: the estimator of log p, on views from `keys`; its sum over tokens counts.
-    sharpness: psi of the paper.
+    sharpness: psi of the paper, of the softmax of advantages.
   """
-  policy, is_kept = estimate(score, experience, keys, likelihood), experience.is_kept
-  advantage = sharpness * centred_advantage(experience.reward, is_kept)
-  coefficient = softmax_kept(advantage, is_kept) - softmax_kept(-advantage, is_kept)
-  log_p = jnp.where(is_kept, policy.tokens.sum(-1), 0)
-  metrics = {"loss_coefficient": jnp.abs(coefficient).sum(-1)}
-  return averaged(-(coefficient * log_p).sum(-1), metrics, policy.entropy, is_kept, num_prompts)
+
+  sharpness: float
+
+  takes_likelihood: ClassVar[bool] = True
+
+  def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
+    """Compute wd1's loss (arXiv 2507.08838).
+
+    (1 / num_prompts) sum_prompts sum_i - (w_i^+ - w_i^-) log p(y_i), w^+- = softmax_g(+- sharpness * A), A the reward
+    minus the group's mean. Published: likelihood one_step with prompt_mask_ratio 0.15, sharpness 1, no reference
+    policy, 12 updates a buffer (8 for Sudoku), groups of 6.
+    """
+    policy, is_kept = estimate(score, experience, keys, self.likelihood), experience.is_kept
+    advantage = self.sharpness * centred_advantage(experience.reward, is_kept)
+    coefficient = softmax_kept(advantage, is_kept) - softmax_kept(-advantage, is_kept)
+    log_p = jnp.where(is_kept, policy.tokens.sum(-1), 0)
+    metrics = {"loss_coefficient": jnp.abs(coefficient).sum(-1)}
+    return averaged(-(coefficient * log_p).sum(-1), metrics, policy.entropy, is_kept, num_prompts)

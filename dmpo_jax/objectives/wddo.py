@@ -1,71 +1,66 @@
 """DMPO's second loss, weighted direct discriminative optimisation: raise good rollouts against the policy's own."""
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import elbo, masked_mean
-from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
+from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience, Score
 
 SETS = ("shared", "independent")
 
 
-def loss(
-  score: Score,
-  experience: Experience,
-  keys: Key[Array, "p g"],
-  *,
-  num_prompts: int,
-  sets: str,
-  alpha_ddo: float,
-  beta: float,
-  num_mask_samples: int,
-  antithetic: bool,
-  min_mask_ratio: float,
-  max_mask_ratio: float,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Discriminate the target's samples from p_old's (DMPO, arXiv 2510.08233, after DDO).
-
-  (1 / num_prompts) sum_prompts [- sum_g w_i log sigmoid(beta d_i^real) - alpha_ddo mean_g log sigmoid(-beta d_i^fake)],
-  d_i = log p_theta(y_i) - log p_old(y_i), log p_theta the mean of the bound over the mask sample.
+@dataclasses.dataclass(frozen=True)
+class Wddo(Objective):
+  """DMPO's second loss (arXiv 2510.08233, after DDO).
 
   Args:
-    score, experience, keys, num_prompts and the masks' keywords: as in `wdce.loss`.
-    sets: `shared`: real and fake are one estimate; `independent`: two, each from num_mask_samples masks of its own.
-    alpha_ddo: weight of the fake term. beta: steepness.
-
-  Returns:
-    The loss, and of the kept rollouts, averaged over prompts: `loss_real`, `loss_fake` (the terms), `loss_log_ratio`
-    (d, nats) and `loss_entropy` (nats a masked token).
+    sets: `shared`: the real and the fake term read one estimate; `independent`: two, each from masks of its own.
+    alpha_ddo: weight of the fake term.
+    beta: steepness.
   """
-  drawn = [
-    draw_masks(
-      key,
-      experience.is_counted,
-      num_mask_samples=num_mask_samples,
-      antithetic=antithetic,
-      min_ratio=min_mask_ratio,
-      max_ratio=max_mask_ratio,
-    )[0]
-    for key in _keys_of(keys, sets)
-  ]
-  is_masked = jnp.concatenate(drawn, axis=2)
-  pairs = [complementary_pairs(num_mask_samples, antithetic, number * num_mask_samples) for number in range(len(drawn))]
-  scores = score(is_masked, pairs=sum(pairs, ()))
-  bounds = elbo(scores.log_prob, is_masked, experience.is_counted)
-  log_p_real, log_p_fake = bounds[:, :, :num_mask_samples].mean(-1), bounds[:, :, -num_mask_samples:].mean(-1)
-  real, fake = terms(log_p_real, log_p_fake, experience.log_p_old, experience.weight, experience.is_kept, beta=beta)
-  is_kept = experience.is_kept
-  metrics = {
-    "loss_real": real,
-    "loss_fake": fake,
-    "loss_log_ratio": mean_kept(log_p_real - experience.log_p_old, is_kept),
-    "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
-  }
-  losses = real + alpha_ddo * fake
-  return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}
+
+  sets: str
+  alpha_ddo: float
+  beta: float
+
+  needs_weights: ClassVar[bool] = True
+
+  def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
+    """Discriminate the target's samples from p_old's (DMPO, arXiv 2510.08233, after DDO).
+
+    (1 / num_prompts) sum_prompts [- sum_g w_i log sigmoid(beta d_i^real) - alpha_ddo mean_g log sigmoid(-beta
+    d_i^fake)], d_i = log p_theta(y_i) - log p_old(y_i), log p_theta the mean of the bound over the mask samples.
+
+    Returns:
+      The loss, and of the kept rollouts, averaged over prompts: `loss_real`, `loss_fake` (the terms), `loss_log_ratio`
+      (d, nats) and `loss_entropy` (nats a masked token).
+    """
+    num = self.masks.num
+    drawn = [draw_masks(key, experience.is_counted, self.masks)[0] for key in _keys_of(keys, self.sets)]
+    is_masked = jnp.concatenate(drawn, axis=2)
+    pairs = [self.masks.pairs(number * num) for number in range(len(drawn))]
+    scores = score(is_masked, pairs=sum(pairs, ()))
+    bounds = elbo(scores.log_prob, is_masked, experience.is_counted)
+    log_p_real, log_p_fake = bounds[:, :, :num].mean(-1), bounds[:, :, -num:].mean(-1)
+    real, fake = terms(
+      log_p_real, log_p_fake, experience.log_p_old, experience.weight, experience.is_kept, beta=self.beta
+    )
+    is_kept = experience.is_kept
+    metrics = {
+      "loss_real": real,
+      "loss_fake": fake,
+      "loss_log_ratio": mean_kept(log_p_real - experience.log_p_old, is_kept),
+      "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
+    }
+    losses = real + self.alpha_ddo * fake
+    return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}
 
 
 def terms(

@@ -3,7 +3,9 @@
 Every softmax runs over the rollouts of one prompt, the axis g; a rollout that is not kept has no share in any.
 """
 
+import dataclasses
 import difflib
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dmpo_jax.objectives.likelihood import standard_error
 
 BASELINES = ("none", "mean", "model", "negative")
-WEIGHTINGS = ("tilt", "softmax", "reward")
 REWARD_SCALINGS = ("none", "standardise", "standardise_parts")
+WEIGHTINGS = ("tilt", "softmax", "reward")
 MIN_KAPPA, MAX_KAPPA = 0.01, 0.99  # range of the adaptive proximal step, the official code's
 
 
@@ -28,47 +30,91 @@ class Weights(NamedTuple):
   is_kept: Bool[Array, "p g"]  # of the rollouts given as kept, those whose log-probabilities are numbers
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighing:
+  """How rewards and log-ratios become importance weights.
+
+  Args:
+    weighting: `tilt`, `softmax` or `reward`: see `importance_weights`.
+    alpha: temperature of the target p_ref * exp(reward / alpha), above 0; read by `tilt` alone.
+    proximal: `fixed` takes kappa, `adaptive` the largest that keeps the effective sample size (`adaptive_kappa`).
+    kappa: proximal step in (0, 1]; 1: none.
+    min_ess: effective sample size that `adaptive` keeps, as a share of the group.
+    reward_scaling, part_weights: see `scale_rewards`.
+    max_weight: weights are cut to this (truncated importance sampling), without being normalised again; 1: none.
+  """
+
+  weighting: str = "tilt"
+  alpha: float = 0.1
+  proximal: str = "fixed"
+  kappa: float = 1.0
+  min_ess: float = 0.8
+  reward_scaling: str = "none"
+  part_weights: tuple[float, ...] = ()
+  max_weight: float = 1.0
+
+
 def weigh(
   reward: Float[Array, "p g"],
   log_p_ref: Float[Array, "p g"],
   log_p_old: Float[Array, "p g"],
   is_kept: Bool[Array, "p g"],
-  *,
-  weighting: str,
-  alpha: float,
-  proximal: str,
-  kappa: float,
-  min_ess: float,
-  reward_scaling: str,
-  max_weight: float,
-  part_weights: Sequence[float] = (),
+  weighing: Weighing,
   reward_parts: Float[Array, "p g parts"] | None = None,
 ) -> Weights:
-  """Weigh a buffer as the configuration's `objective` says: scale the rewards, choose kappa, weigh, clip.
+  """Weigh a buffer: scale the rewards, choose kappa, weigh, cut.
 
   A rollout whose log-probabilities are not finite is dropped: it would make its whole group's weights NaN.
-
-  Args:
-    weighting, alpha: see `importance_weights`.
-    proximal: `fixed` takes kappa, `adaptive` the largest that keeps the effective sample size (`adaptive_kappa`).
-    reward_scaling, part_weights, reward_parts: see `scale_rewards`.
-    max_weight: weights are cut to this (truncated importance sampling), without being normalised again; 1: none.
 
   Raises:
     ValueError: an unknown name, or a number out of range.
   """
+  how, weighting = weighing, weighing.weighting
   is_kept = is_kept & jnp.isfinite(log_p_ref) & jnp.isfinite(log_p_old)
-  reward = scale_rewards(reward, reward_parts, is_kept, reward_scaling, part_weights)
-  if proximal == "adaptive" and weighting != "reward":
-    step = adaptive_kappa(log_weights(reward, log_p_ref, log_p_old, weighting, alpha)[0], is_kept, min_ess)
+  reward = scale_rewards(reward, reward_parts, is_kept, how.reward_scaling, how.part_weights)
+  if how.proximal == "adaptive" and weighting != "reward":
+    step = adaptive_kappa(log_weights(reward, log_p_ref, log_p_old, weighting, how.alpha)[0], is_kept, how.min_ess)
   else:
-    step = jnp.full(reward.shape[:1], kappa)
+    step = jnp.full(reward.shape[:1], how.kappa)
   weight, negative = importance_weights(
-    reward, log_p_ref, log_p_old, is_kept, weighting=weighting, alpha=alpha, kappa=step
+    reward, log_p_ref, log_p_old, is_kept, weighting=weighting, alpha=how.alpha, kappa=step
   )
   if weighting != "reward":
-    weight, negative = jnp.minimum(weight, max_weight), jnp.minimum(negative, max_weight)
+    weight, negative = jnp.minimum(weight, how.max_weight), jnp.minimum(negative, how.max_weight)
   return Weights(weight, negative, step, is_kept)
+
+
+@functools.partial(jax.jit, static_argnames="weighing")  # called on the host: one program, not one an operation
+def weigh_buffer(
+  reward: Float[Array, "p g"],
+  is_kept: Bool[Array, "p g"],
+  log_p_ref: Float[Array, "p g n"],
+  log_p_old: Float[Array, "p g n"],
+  weighing: Weighing,
+  reward_parts: Float[Array, "p g parts"] | None = None,
+) -> tuple[Weights, dict[str, Float[Array, ""]]]:
+  """Weigh a buffer by the means of n estimates, and say how far weights are spread and how much of it is noise.
+
+  Returns:
+    The weights, and `weight_difference` (mean over groups of sum |w - w_negative|), `kappa`, `tilt_std` (spread of
+    reward / alpha inside groups), `log_ratio_noise` (standard error of the log-ratio over tilt_std), the figures of
+    `log_ratio_figures`, and, where weights are shares of a group, `effective_sample_size`.
+  """
+  weighed = weigh(reward, log_p_ref.mean(-1), log_p_old.mean(-1), is_kept, weighing, reward_parts)
+  is_kept = weighed.is_kept
+  tilt = scale_rewards(reward, reward_parts, is_kept, weighing.reward_scaling, weighing.part_weights)
+  tilt_std = spread_within_groups(tilt / weighing.alpha if weighing.weighting == "tilt" else tilt, is_kept)
+  ratio = log_ratio_figures(log_p_ref, log_p_old, is_kept)
+  figures = {
+    "weight_difference": jnp.abs(weighed.weight - weighed.negative_weight).sum(-1).mean(),
+    "kappa": weighed.kappa.mean(),
+    "tilt_std": tilt_std,
+    "log_ratio_noise": ratio["log_ratio_error"] / jnp.maximum(tilt_std, 1e-6),
+    **ratio,
+  }
+  if weighing.weighting != "reward":
+    figures["effective_sample_size"] = effective_sample_size(weighed.weight).mean()
+  return weighed, figures
 
 
 def importance_weights(

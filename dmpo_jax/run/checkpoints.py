@@ -14,9 +14,11 @@ from dmpo_jax import digests, files
 from dmpo_jax.files import Unreadable
 from dmpo_jax.processes import Absent, Stopped, agree, meet, poll
 from dmpo_jax.run.orbax import STATES, Kept, Manager, Names, absolute, arrays_handler, first_line, host_copies
-from dmpo_jax.structs import Drawn, Experience, LogProbs, Prompts, Rollouts, TrainState
+from dmpo_jax.structs import Experience, LogProbs, PendingRollouts, Prompts, Rollouts, TrainState
 
 logger = logging.getLogger(__name__)
+
+_PENDING = "drawn"  # the item of pending rollouts in a checkpoint
 
 
 class Restored(NamedTuple):
@@ -26,7 +28,7 @@ class Restored(NamedTuple):
   state: TrainState  # with the shardings of the abstract state
   experience: Experience | None  # the live rollout buffer, replicated
   progress: dict[str, Any]
-  drawn: Drawn | None  # the next buffer, replicated, if its generation had begun
+  pending: PendingRollouts | None  # the next buffer, replicated, if its generation had begun
 
 
 class Checkpoints:
@@ -59,7 +61,7 @@ class Checkpoints:
     state: TrainState,
     experience: Experience | None,
     progress: dict[str, Any],
-    drawn: Drawn | None = None,
+    pending: PendingRollouts | None = None,
   ) -> None:
     """Save in the background; once this returns, the arrays may be donated.
 
@@ -68,7 +70,7 @@ class Checkpoints:
     Args:
       experience: the live rollout buffer, if it has updates left.
       progress: how far the run is, as JSON can hold it.
-      drawn: the next buffer, or the chunks of it that are finished.
+      pending: the next buffer, or the chunks of it that are finished.
 
     Raises:
       OSError: this or an earlier save failed.
@@ -76,12 +78,12 @@ class Checkpoints:
     """
     poll("saving a checkpoint")
     items, metadata = {"state": ocp.args.StandardSave(host_copies(state))}, {"progress": progress}
-    for name, buffer in (("experience", experience), ("drawn", drawn)):
+    for name, buffer in (("experience", experience), (_PENDING, pending)):
       metadata[f"has_{name}"] = buffer is not None
       if buffer is not None:
         items[name] = ocp.args.StandardSave(host_copies(buffer))
     items["progress"] = ocp.args.JsonSave(metadata)
-    custom, contents = digests.mark(list(items)), _contents(metadata, drawn)
+    custom, contents = digests.mark(list(items)), _contents(metadata, pending)
     if self._contents.get(step) == contents:
       return
     taken = [number for number in self._manager.all_steps() if number // STATES == step]
@@ -144,15 +146,15 @@ class Checkpoints:
     reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_item_handlers()), multiprocessing_options=alone)
     metadata = reader.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
     items, everywhere = {"state": ocp.args.StandardRestore(abstract_state)}, abstract_state.step.sharding
-    for name, gather in (("experience", _experience), ("drawn", _drawn)):
+    for name in ("experience", _PENDING):
       if metadata.get(f"has_{name}"):
         saved = self._manager.item_metadata(number)[name].tree
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), saved)
-        items[name] = ocp.args.StandardRestore(gather(abstract))
+        items[name] = ocp.args.StandardRestore(abstract)
     found = reader.restore(path, args=ocp.args.Composite(**items))
-    step, drawn = number // STATES, found.get("drawn")
-    self._contents.setdefault(step, _contents(metadata, drawn))
-    return Restored(step, found.state, found.get("experience"), metadata["progress"], drawn)
+    step, pending = number // STATES, _pending(found.get(_PENDING))
+    self._contents.setdefault(step, _contents(metadata, pending))
+    return Restored(step, found.state, _experience(found.get("experience")), metadata["progress"], pending)
 
   def _path(self, number: int) -> epath.Path:
     return self.directory / Names().build_name(number)
@@ -205,19 +207,24 @@ class Checkpoints:
 def _item_handlers() -> dict[str, ocp.CheckpointHandler]:
   """Return the handlers that write and read each part of a checkpoint."""
   progress = digests.with_digests(ocp.JsonCheckpointHandler())
-  return {**{name: arrays_handler() for name in ("state", "experience", "drawn")}, "progress": progress}
+  return {**{name: arrays_handler() for name in ("state", "experience", _PENDING)}, "progress": progress}
 
 
-def _contents(metadata: dict[str, Any], drawn: Drawn | None) -> str:
+def _contents(metadata: dict[str, Any], pending: PendingRollouts | None) -> str:
   """Describe what a checkpoint has besides its state, to tell whether there is more to save."""
-  return json.dumps([metadata, [np.shape(leaf) for leaf in jax.tree.leaves(drawn)]], sort_keys=True)
+  return json.dumps([metadata, [np.shape(leaf) for leaf in jax.tree.leaves(pending)]], sort_keys=True)
 
 
-def _experience(fields: dict[str, Any]) -> Experience:
+def _experience(fields: dict[str, Any] | None) -> Experience | None:
   """Build a buffer from the arrays of a checkpoint by name."""
-  return Experience(**fields | {"prompts": Prompts(**fields["prompts"])})
+  return None if fields is None else Experience(**fields | {"prompts": Prompts(**fields["prompts"])})
 
 
-def _drawn(fields: dict[str, Any]) -> Drawn:
-  measures = fields["measures"] and LogProbs(**fields["measures"])
-  return Drawn(**fields | {"rollouts": Rollouts(**fields["rollouts"]), "measures": measures})
+def _pending(fields: dict[str, Any] | None) -> PendingRollouts | None:
+  """Build pending rollouts likewise; earlier versions called their log-probabilities measures."""
+  if fields is None:
+    return None
+  fields = dict(fields)
+  log_probs = fields.pop("measures", None) or fields.get("log_probs")
+  log_probs = log_probs and LogProbs(**log_probs)
+  return PendingRollouts(**fields | {"rollouts": Rollouts(**fields["rollouts"]), "log_probs": log_probs})

@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from dmpo_jax.processes import poll
-from dmpo_jax.structs import Drawn
+from dmpo_jax.structs import PendingRollouts
 
 _num_polls = itertools.count(1)
 
@@ -18,7 +18,7 @@ _num_polls = itertools.count(1)
 class Preempted(RuntimeError):
   """The machines are about to be taken away."""
 
-  drawn: Drawn | None = None  # the finished chunks of the buffer whose generation was interrupted
+  pending: PendingRollouts | None = None  # the finished chunks of the buffer whose generation was interrupted
 
 
 def listen(is_enabled: bool) -> None:

@@ -16,9 +16,9 @@ import uvicorn
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax.build import build_model_parts, load_policy
+from dmpo_jax.build import build_model_parts
 from dmpo_jax.config import ConfigError
-from dmpo_jax.measure import Policies
+from dmpo_jax.policy import load_policy
 from dmpo_jax.run import progress
 from dmpo_jax.serve.api import is_loopback, make_app
 from dmpo_jax.serve.connections import bounded_protocol
@@ -43,8 +43,7 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
     raise ConfigError(f"config.serve.host = {own.host!r} is open to other machines: set {API_KEY} in the environment")
   parts = build_model_parts(config)
   with _listening(own.host, own.port) as listener:
-    policies = Policies(*load_policy(config, workdir, parts))
-    decode = make_decode(config, parts, policies)
+    decode = make_decode(config, parts, load_policy(config, workdir, parts))
     engine = Engine(decode, batch_size=own.batch_size, max_queue=own.max_queue)
     limits = Limits(
       completion_length=config.sampler.completion_length,

@@ -13,9 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dmpo_jax import noise
-from dmpo_jax.build import ModelParts, make_sample
 from dmpo_jax.data import prompt_id
-from dmpo_jax.measure import Policies, check_confidence
+from dmpo_jax.policy import ModelParts, Policies, check_confidence, make_sample
 from dmpo_jax.run.progress import Progress
 from dmpo_jax.sample import BUCKET, pad
 
@@ -132,7 +131,8 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
   own, programs, current = config.serve, {}, [lambda number, completion: None]
   sample = make_sample(
     config,
-    parts,
+    parts.model,
+    parts.mesh,
     group_size=1,
     temperature=0.0,  # each job brings its own
     early_exit=config.eval.early_exit,

@@ -72,13 +72,13 @@ def make_ours(config: ConfigDict) -> timing.Contender:
       state, buffer = _iterate(phase, state, buffer, config.train.updates_per_buffer), buffer + 1
 
   turn()  # compiles everything, so that compilation does not count as memory of an iteration
-  names = ("sample", "measure", "accumulate")
+  names = ("sample", "score", "accumulate")
   flops = sum(programs.calls_of(name, config) * workload.count_flops(name, config) for name in names)
   return timing.Contender(turn, facts={"flops": flops})
 
 
 def _iterate(phase: phases.Phase, state: TrainState, buffer: int, num_updates: int) -> TrainState:
-  experience, _ = phase.finish(state, phase.draw(state, buffer), buffer)
+  experience, _ = phase.buffers.complete(state, buffer, phase.buffers.generate(state, buffer))
   for _ in range(num_updates):
     state, metrics = phase.update(state, phase.frozen, experience)
     jax.device_get(metrics)  # as training does, for its log

@@ -13,15 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmpo_jax import build, phases, sharding
-from dmpo_jax.measure import Policies
-from dmpo_jax.models import lora
+from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.objectives import OBJECTIVES, needs_of
+from dmpo_jax.policy import Policies, abstract_collection, abstract_trained
 from dmpo_jax.structs import Experience, Prompts, TrainState
 from dmpo_jax.update import Update
 
 STEP = ("accumulate", "apply")  # the programs of a gradient step: one microbatch's gradient, and the optimizer
-PROGRAMS = (*STEP, "sample", "measure", "move")
+PROGRAMS = (*STEP, "sample", "score", "move")
 
 
 def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh, Mesh]:
@@ -57,12 +56,12 @@ def place(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Transforme
 
 def is_needed(name: str, config: ConfigDict) -> bool:
   """Whether the configuration's objective runs a program."""
-  needs = OBJECTIVES[config.objective.name].needs
-  if name == "measure":
-    return needs not in ("demonstrations", "rewards") and config.objective.likelihood != "sampler"
+  objective = phases.make_objective(config)
+  if name == "score":
+    return phases.needs_log_probs(config)
   if name == "move":
-    return needs != "demonstrations" and any(config.sharding.rollout.values())
-  return name in STEP or needs != "demonstrations"
+    return not objective.learns_from_demonstrations and any(config.sharding.rollout.values())
+  return name in STEP or not objective.learns_from_demonstrations
 
 
 def calls_of(name: str, config: ConfigDict) -> int:
@@ -76,8 +75,8 @@ def calls_of(name: str, config: ConfigDict) -> int:
 def make_step(config: ConfigDict, model: Transformer, mesh: Mesh) -> tuple[Update, TrainState]:
   """Jit the gradient step for a mesh, and describe its state."""
   optimizer = phases.training_optimizer(config)
-  trained = build.abstract_collection(model, mesh, "lora") if model.config.lora else _trained_params(model, mesh)
-  reference = lora.computing(trained, model.config.dtype, model.config.lora is not None)
+  trained = abstract_trained(model, mesh)
+  reference = Trainable.of(model.config).computing(trained)
   state = phases.abstract_state(trained, optimizer, mesh)
   state = state.replace(reference=reference if config.objective.sync_reference_every else None)
   layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
@@ -87,9 +86,9 @@ def make_step(config: ConfigDict, model: Transformer, mesh: Mesh) -> tuple[Updat
 def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh, Mesh]) -> jax.stages.Traced:
   """Trace one of `PROGRAMS` as training would call it, with descriptions in the place of arrays."""
   mesh = meshes[1] if name == "sample" else meshes[0]
-  params = build.abstract_collection(model, mesh, "params")
+  params = abstract_collection(model, mesh, "params")
   step, state = make_step(config, model, mesh)
-  trainable = lora.computing(state.trainable, model.config.dtype, model.config.lora is not None)
+  trainable = Trainable.of(model.config).computing(state.trainable)
   policies = Policies(trainable, params, state.reference)
   experience = _experience(config, config.rollout.chunk_prompts or config.rollout.num_prompts)
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -103,28 +102,24 @@ def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh,
       share = jax.tree.map(lambda leaf: leaf.update(sharding=sharding.replicated(mesh)), share)
       program, args = step.apply, (state, gradient, (share,) * step.num_microbatches)
   elif name == "sample":
-    program = phases.training_sample(config, SimpleNamespace(model=model, mesh=mesh))
+    program = phases.training_sample(config, model, mesh)
     args = policies, experience.prompts, key
   elif name == "move":
     args = (policies,)
     program = sharding.moving(policies, meshes[1])
   else:
-    program = phases.training_scores(config, model, mesh)
+    program = phases.training_log_probs(config, model, mesh)
     about = experience.completion, experience.is_counted, experience.committed_at
     args = policies, experience.prompts, *about, key
   with jax.set_mesh(mesh):  # from here on nothing may be computed: the devices are not there
     return program.trace(*args)
 
 
-def _trained_params(model: Transformer, mesh: Mesh) -> Any:
-  return build.abstract_collection(build.with_params(model, build.TRAINED), mesh, "params")
-
-
 def _experience(config: ConfigDict, num_prompts: int) -> Experience:
   """Describe a buffer of rollouts."""
   p, g = num_prompts, config.rollout.group_size
-  needs, num_updates = needs_of(config.objective), config.train.updates_per_buffer
-  names = {"ratio": ["token_log_p_old"], "ratio_and_reference": ["token_log_p_old", "token_log_p_ref"]}.get(needs, [])
+  objective, num_updates = phases.make_objective(config), config.train.updates_per_buffer
+  names = ["token_log_p_old"] * objective.needs_token_log_probs + ["token_log_p_ref"] * objective.needs_reference
   q, c = config.task.max_prompt_length, config.sampler.completion_length
 
   def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

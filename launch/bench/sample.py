@@ -1,7 +1,5 @@
 """The section `sample`: our samplers compared with each other, and with the published one in PyTorch."""
 
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -51,7 +49,7 @@ def make_ours(config: ConfigDict) -> timing.Contender:
 
   def check() -> dict[str, np.ndarray]:
     quiet = workload.make(workload.without_noise(config), sharpness=workload.SHARPNESS)
-    sample = phases.training_sample(quiet.config, SimpleNamespace(model=quiet.model, mesh=quiet.meshes[1]))
+    sample = phases.training_sample(quiet.config, quiet.model, quiet.meshes[1])
     return {"tokens": np.asarray(sample(quiet.policies, quiet.experience.prompts, key).completion).reshape(-1)}
 
   return timing.Contender(turn, check, {"planned_bytes": workload.planned_bytes(compiled)})

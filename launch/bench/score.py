@@ -4,8 +4,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmpo_jax import noise
-from dmpo_jax.objectives.estimators import make_estimator
+from dmpo_jax import noise, phases
 from dmpo_jax.objectives.likelihood import Completions
 from launch.bench import peers, timing, workload
 from launch.bench.results import Options, Result, compare
@@ -26,7 +25,7 @@ def run(config: ConfigDict, options: Options) -> Result:
 def make_ours(config: ConfigDict) -> timing.Contender:
   """Compile the log-probs of training."""
   work = workload.make(config)
-  compiled = workload.compiled("measure", work)
+  compiled = workload.compiled("score", work)
   own = work.experience
 
   def scores() -> dict[str, np.ndarray]:
@@ -34,7 +33,7 @@ def make_ours(config: ConfigDict) -> timing.Contender:
     log_p_old, log_p_ref = jax.device_get((measures.log_p_old, measures.log_p_ref))
     return {"log p_old": log_p_old.mean(-1).ravel(), "log p_ref": log_p_ref.mean(-1).ravel()}
 
-  facts = {"flops": workload.count_flops("measure", config), "planned_bytes": workload.planned_bytes(compiled)}
+  facts = {"flops": workload.count_flops("score", config), "planned_bytes": workload.planned_bytes(compiled)}
 
   def turn() -> None:
     scores()
@@ -49,8 +48,7 @@ def key(config: ConfigDict) -> jax.Array:
 
 def masks(work: workload.Workload) -> np.ndarray:
   """Draw the masks of the log-probs, [p, g, r, c]."""
-  own = work.config.objective
-  estimator = make_estimator(own.likelihood, own.to_dict(), own.num_elbo_samples)
+  estimator = phases.make_likelihood(work.config, work.config.objective.num_elbo_samples)
   keys = noise.row_keys(key(work.config), work.experience.prompts.prompt_id, work.config.rollout.group_size)
   known = Completions(work.experience.is_counted, work.experience.committed_at, work.experience.prompts.is_valid)
   return np.asarray(estimator.views(keys, known).is_masked)

@@ -85,15 +85,9 @@ def masks_of_step(work: workload.Workload, step: int) -> np.ndarray:
   """Draw the masks of a gradient step, [p, g, r, c]."""
   config, experience = work.config, work.experience
   key = noise.step_key(config.seed, "loss", step)
-  own = config.objective
-  is_masked, _ = draw_masks(
-    noise.row_keys(key, experience.prompts.prompt_id, config.rollout.group_size),
-    experience.is_counted,
-    num_mask_samples=own.num_mask_samples,
-    antithetic=own.antithetic,
-    min_ratio=own.min_mask_ratio,
-    max_ratio=own.max_mask_ratio,
-  )
+  keys = noise.row_keys(key, experience.prompts.prompt_id, config.rollout.group_size)
+  masks = phases.mask_sampling(config, config.objective.num_mask_samples)
+  is_masked, _ = draw_masks(keys, experience.is_counted, masks)
   return np.asarray(is_masked)
 
 

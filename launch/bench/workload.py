@@ -10,11 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import build
 from dmpo_jax.hub import pretrained
-from dmpo_jax.measure import Policies
-from dmpo_jax.models import lora
+from dmpo_jax.models.trainable import TRAINED_DTYPE, Trainable
 from dmpo_jax.models.transformer import ModelConfig, Transformer
+from dmpo_jax.policy import Policies, random_collection
 from dmpo_jax.structs import Experience, Prompts
 from dmpo_jax.update import Update
 from launch.bench import costs, programs
@@ -51,13 +50,13 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
   """
   model, meshes = programs.place(config, jax.devices())
   mesh = meshes[0]
-  params = build.random_collection(model, mesh, "params", jax.random.key(0))
+  params = random_collection(model, mesh, "params", jax.random.key(0))
   if not model.config.weight_tying:  # the published samplers fail where MASK is the most likely token
     params = params | {"head": params["head"].at[:, model.config.mask_token_id].set(0) * sharpness}
   if model.config.lora is None:
-    trainable = lora.computing(as_trained(params), model.config.dtype, lora=False)
+    trainable = Trainable.of(model.config).computing(as_trained(params))
   else:  # B of new adapters is 0, and with it their output and the gradient of A
-    trainable = build.random_collection(model, mesh, "lora", jax.random.key(1))
+    trainable = random_collection(model, mesh, "lora", jax.random.key(1))
     trainable = jax.tree.map_with_path(_fill_b, trainable)
   reference = jax.tree.map(jnp.copy, trainable) if config.objective.sync_reference_every else None
   return Workload(config, model, meshes, Policies(trainable, params, reference), _experience(config, model))
@@ -65,7 +64,7 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
 
 def as_trained(params: Any) -> Any:
   """Copy parameters in the dtype in which they are trained."""
-  return jax.tree.map(lambda x: jnp.copy(x.astype(build.TRAINED)), params)
+  return jax.tree.map(lambda x: jnp.copy(x.astype(TRAINED_DTYPE)), params)
 
 
 def _fill_b(path: Any, array: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dmpo_jax.objectives import OBJECTIVES, needs_of
+from dmpo_jax import phases
 
 TASKS = ("sudoku", "countdown")
 RATE = "optim.learning_rate"
@@ -105,16 +105,13 @@ def calls_a_buffer(config: ConfigDict) -> float:
 
   A teacher is called once more.
   """
-  objective, updates = config.objective, config.train.updates_per_buffer
-  measured = {
-    "rewards": 0,
-    "weights": 2 * objective.num_elbo_samples,
-    "ratio": objective.num_mask_samples * (1 if objective.likelihood == "trajectory" else updates),
-    "ratio_and_reference": 2 * objective.num_mask_samples * updates,
-  }[needs_of(objective)]
-  has_teacher = OBJECTIVES[objective.name].has_teacher
-  sets = 2 if objective.name == "wddo" and objective.wddo.sets == "independent" else 1
-  return config.sampler.steps + measured + (3 + has_teacher) * sets * objective.num_mask_samples * updates
+  own, objective, updates = config.objective, phases.make_objective(config), config.train.updates_per_buffer
+  scored = 2 * own.num_elbo_samples * objective.needs_weights
+  if objective.needs_token_log_probs:
+    views = 1 if own.likelihood == "trajectory" else updates
+    scored = (1 + objective.needs_reference) * own.num_mask_samples * views
+  sets = 2 if own.name == "wddo" and own.wddo.sets == "independent" else 1
+  return config.sampler.steps + scored + (3 + objective.has_teacher) * sets * own.num_mask_samples * updates
 
 
 def needed_rates(groups: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from etils import epath
 from dmpo_jax import files
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
 from dmpo_jax.objectives.likelihood import Completions, Estimator
+from dmpo_jax.objectives.masking import MaskSampling
 from dmpo_jax.run import buckets
 from launch import commands
 
@@ -74,18 +75,17 @@ def main() -> None:
 
 def candidates() -> Iterator[tuple[str, Estimator]]:
   """List the estimators by name, each at several costs."""
-  everything = dict(min_mask_ratio=0.0, max_mask_ratio=1.0, mask_block_length=0)
   for count in (1, 2, 4, 8, 16, 32):
-    yield "elbo", Elbo(count, antithetic=False, **everything)
+    yield "elbo", Elbo(MaskSampling(count, antithetic=False))
     if count > 1:
-      yield "elbo, antithetic", Elbo(count, antithetic=True, **everything)
-      yield "elbo_quadrature, 2 points", ElboQuadrature(count, num_points=2)
-      yield "eubo, beta 1", Eubo(count, antithetic=False, **everything, beta=1.0, mixture=1.0)
-      yield "eubo, beta 1.5, mixture 0.5", Eubo(count, antithetic=False, **everything, beta=1.5, mixture=0.5)
-      yield "coupled", Coupled(count + 1, min_mask_ratio=0.2, max_mask_ratio=0.8)
-  yield "one_step", OneStep(1, prompt_mask_ratio=0.0)
+      yield "elbo, antithetic", Elbo(MaskSampling(count))
+      yield "elbo_quadrature, 2 points", ElboQuadrature(MaskSampling(count), num_points=2)
+      yield "eubo, beta 1", Eubo(MaskSampling(count, antithetic=False), beta=1.0, mixture=1.0)
+      yield "eubo, beta 1.5, mixture 0.5", Eubo(MaskSampling(count, antithetic=False), beta=1.5, mixture=0.5)
+      yield "coupled", Coupled(MaskSampling(count + 1, min_ratio=0.2, max_ratio=0.8))
+  yield "one_step", OneStep(MaskSampling(1), prompt_mask_ratio=0.0)
   for count in (1, 2, 4):
-    yield "trajectory", Trajectory(count)
+    yield "trajectory", Trajectory(MaskSampling(count))
 
 
 def exact_log_likelihood(table: np.ndarray) -> np.ndarray:
@@ -124,7 +124,7 @@ def measure(name: str, estimator: Any, table: np.ndarray, exact: np.ndarray) -> 
   bias = float((weight * errors.mean(-1)).sum())
   spread = float(np.sqrt((weight * errors.var(-1)).sum()))
   centred = float(np.sqrt((weight * ((errors - bias) ** 2).mean(-1)).sum()))
-  return Figures(name, estimator.num_mask_samples, bias, spread, centred)
+  return Figures(name, estimator.masks.num, bias, spread, centred)
 
 
 def markdown(figures: Sequence[Figures]) -> str:

@@ -23,15 +23,15 @@ import pytest
 import tiny
 from plain_losses import View
 
-from dmpo_jax import build, noise, phases, rollout, sharding
+from dmpo_jax import build, noise, phases, policy, rollout, sharding
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.grading import Grades, Grading
-from dmpo_jax.measure import Policies
-from dmpo_jax.models import lora
-from dmpo_jax.objectives import OBJECTIVES, needs_of
-from dmpo_jax.objectives.estimators import ESTIMATORS, make_estimator
+from dmpo_jax.models.trainable import Trainable
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.objectives.likelihood import Completions
-from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.masking import MaskSampling, draw_masks
+from dmpo_jax.policy import Policies
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks.sudoku import Sudoku
@@ -53,7 +53,7 @@ def config_of(objective, likelihood, sampler, antithetic=True, has_adapters=Fals
   own |= dict(num_elbo_samples=mask_samples, sync_reference_every=2 * (objective == "dtm"))
   if objective == "wdce" and likelihood in ("elbo", "sampler"):  # the others compare with nothing
     own |= dict(wdce__baseline="model", wdce__unlearning="bounded", wdce__min_log_ratio=-1.0)
-  if OBJECTIVES[objective].needs in ("ratio", "ratio_and_reference"):
+  if OBJECTIVES[objective].needs_token_log_probs:
     own[f"{objective}__clip"] = 0.2
   changes = {f"objective__{key}": value for key, value in own.items()}
   changes |= dict(sampler__name=sampler, sampler__completion_length=C, sampler__block_length=4, sampler__steps=C)
@@ -131,8 +131,8 @@ def moved(params, scale, seed):
 def policies_of(has_adapters):
   """The base, what the policy that drew the rollouts trains, and what has become of it since."""
   parts = parts_of(has_adapters)
-  base = moved(build.random_collection(parts.model, parts.mesh, "params", jax.random.key(1)), 0.05, 0)
-  start = build.random_collection(parts.model, parts.mesh, "lora", jax.random.key(2)) if has_adapters else base
+  base = moved(policy.random_collection(parts.model, parts.mesh, "params", jax.random.key(1)), 0.05, 0)
+  start = policy.random_collection(parts.model, parts.mesh, "lora", jax.random.key(2)) if has_adapters else base
   scale = 0.2 if has_adapters else 0.02  # so that ratios are neither 1 nor all clipped
   old = moved(start, scale, 1)
   return base, old, moved(old, scale, 2)
@@ -153,7 +153,7 @@ def rollouts_of(sampler, has_adapters, has_padding, early_exit, with_reference):
   likelihood, ending = "sampler" if with_reference else "elbo", ENDINGS[2] if early_exit else ENDINGS[0]
   config = config_of("wdce", likelihood, sampler, has_adapters=has_adapters, ending=ending)
   with jax.set_mesh(parts.mesh):
-    sample = phases.training_sample(config, parts)
+    sample = phases.training_sample(config, parts.model, parts.mesh)
     key = noise.step_key(0, "rollout", 0)
     return jax.device_get(sample(Policies(old, base), prompts_of(has_padding), key))
 
@@ -166,16 +166,16 @@ class Case:
     self.has_adapters = config.model.lora.rank > 0
     self.parts = parts_of(self.has_adapters)
     self.base, self.old, self.new = policies_of(self.has_adapters)
-    self.needs = needs_of(self.objective)
-    self.has_teacher = OBJECTIVES[self.objective.name].has_teacher
+    self.objective_ = phases.make_objective(config)
+    self.has_teacher = self.objective_.has_teacher
     optimizer = phases.training_optimizer(config)
     self.state = phases.fresh_state(self.new, optimizer, self.parts.mesh)
     if self.has_teacher:
       self.state = self.state.replace(reference=self.old)
     where = jax.tree.map(lambda x: x.sharding, self.state), sharding.replicated(self.parts.mesh)
-    self.measure = None
-    if self.needs != "demonstrations":
-      self.measure = phases.training_measure(config, self.parts)
+    self.scoring = None
+    if not self.objective_.learns_from_demonstrations:
+      self.scoring = phases.training_scoring(config, self.parts.model, self.parts.mesh)
     self._update = phases.training_update(config, self.parts.model, optimizer, where)
 
   def update(self, experience):
@@ -186,14 +186,20 @@ class Case:
   def experience(self, rollouts, prompts, counted, is_kept):
     judge, records = grading()
     policies = Policies(self.old, self.base, self.old if self.has_teacher else None)
-    common = dict(measure=self.measure, grading=judge, tokenizer=self.parts.tokenizer, buffer=0, counted=counted)
+    collector = rollout.Collector(
+      sample=lambda policies: lambda prompts, key: rollouts,
+      scoring=self.scoring,
+      grading=judge,
+      tokenizer=self.parts.tokenizer,
+      seed=0,
+      chunk_prompts=0,
+      counted=counted,
+    )
     with jax.set_mesh(self.parts.mesh):
-      sample = lambda prompts, key: rollouts  # noqa: E731
-      drawn = rollout.draw(policies, prompts, records, sample=sample, seed=0, chunk_prompts=0, **common)
+      pending = collector.generate(policies, rollout.Batch(0, prompts, records))
       reward = np.where(is_kept, REWARD[:, : is_kept.shape[1]], 0)
       grades = Grades(reward, is_kept, reward > 0.5, per_second=1.0)
-      drawn = drawn.replace(wait=lambda: grades)
-      return rollout.finish(drawn, policies, prompts, records, **common)
+      return collector.complete(pending.replace(wait=lambda: grades), policies)
 
 
 @functools.cache
@@ -233,18 +239,16 @@ def log_distributions(variables, has_adapters, prompts, rows, prompt_is_masked):
   return np.stack(result)
 
 
-@functools.partial(jax.jit, static_argnames=("estimator", "purpose", "num_mask_samples", "step"))
-def draw(prompts, is_counted, committed_at, *, estimator, purpose, step, num_mask_samples):
+@functools.partial(jax.jit, static_argnames=("estimator", "purpose", "step"))
+def draw(prompts, is_counted, committed_at, *, estimator, purpose, step):
   """The views of an update or a measure, with the probability that each mask sample masks a position with."""
   keys = noise.row_keys(noise.step_key(0, purpose, step), prompts.prompt_id, is_counted.shape[1])
-  own = dict(num_mask_samples=num_mask_samples, min_ratio=0.1, max_ratio=1.0)
-  if isinstance(estimator, bool):  # of a loss that draws its masks itself: whether they are antithetic
-    return *draw_masks(keys, is_counted, antithetic=estimator, **own), None
+  if isinstance(estimator, MaskSampling):  # of a loss that draws its masks itself
+    return *draw_masks(keys, is_counted, estimator), None
   views = estimator.views(keys, Completions(is_counted, committed_at, prompts.is_valid))
   ratio = jnp.ones(views.is_masked.shape[:3])
   if type(estimator).__name__ == "Coupled":
-    own["num_mask_samples"] -= 1
-    _, ratio = draw_masks(keys, is_counted, antithetic=True, **own)
+    _, ratio = draw_masks(keys, is_counted, MaskSampling(len(estimator.draws) - 1, min_ratio=0.1))
     ratio = jnp.pad(ratio, ((0, 0), (0, 0), (1, 0)), constant_values=1)
   return views.is_masked, ratio, views.prompt_is_masked
 
@@ -259,10 +263,11 @@ def look(case, experience, about, which, replays=False):
   completion, config = np.asarray(experience.completion), case.parts.model.config
   stands = np.where(experience.is_counted, completion, experience.seen if replays else config.mask_token_id)
   rows = np.where(is_masked, config.mask_token_id, stands[:, :, None])
+  trainable = Trainable.of(case.parts.model.config)
   variables = {
-    "ref": lora.reference_variables(case.base, case.old if case.has_teacher else None, case.has_adapters),
-    "old": lora.policy_variables(case.old, case.base, case.has_adapters),
-    "new": lora.policy_variables(case.new, case.base, case.has_adapters),
+    "ref": trainable.reference(case.base, case.old if case.has_teacher else None),
+    "old": trainable.policy(case.old, case.base),
+    "new": trainable.policy(case.new, case.base),
   }
   log_p = {
     name: log_distributions(variables[name], case.has_adapters, experience.prompts, rows, prompt_is_masked)
@@ -300,16 +305,14 @@ def arrays_of(experience):
 def check_measure(case, experience, rollouts):
   """Compare what was measured with the plain way; returns it by group and rollout: sequences, and tokens."""
   o, likelihood = case.objective, case.objective.likelihood
-  if case.needs == "weights" and likelihood != "sampler":
-    estimator = make_estimator(likelihood, o.to_dict(), o.num_elbo_samples)
-    about = draw(
-      *arrays_of(experience), estimator=estimator, purpose="measure", step=0, num_mask_samples=o.num_elbo_samples
-    )
+  if case.objective_.needs_weights and likelihood != "sampler":
+    estimator = phases.make_likelihood(case.config, o.num_elbo_samples)
+    about = draw(*arrays_of(experience), estimator=estimator, purpose="measure", step=0)
     found = look(case, experience, about, ("old", "ref"), replays=likelihood == "trajectory")
     for name, measured in (("old", experience.log_p_old), ("ref", experience.log_p_ref)):
       plain = [[plain_losses.tokens(likelihood, o, view).sum() for view in group] for group in found[name]]
       np.testing.assert_allclose(measured, plain, rtol=2e-4, atol=1e-4, err_msg=name)
-  if case.needs == "weights":
+  if case.objective_.needs_weights:
     for i in range(P):
       kept = np.flatnonzero(IS_KEPT[i])
       old, ref = experience.log_p_old[i, kept], experience.log_p_ref[i, kept]
@@ -317,10 +320,10 @@ def check_measure(case, experience, rollouts):
       for measured, plain in zip((experience.weight, experience.negative_weight), weights, strict=True):
         np.testing.assert_allclose(measured[i, kept], plain, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(measured[i, ~IS_KEPT[i]], 0)
-  if case.needs.startswith("ratio"):
+  if case.objective_.needs_token_log_probs:
     views = look(case, experience, update_masks(case, experience), ("old", "ref"), replays=likelihood == "trajectory")
     pairs = [("old", experience.token_log_p_old), ("ref", experience.token_log_p_ref)]
-    for name, measured in pairs[: 1 + (case.needs == "ratio_and_reference")]:
+    for name, measured in pairs[: 1 + case.objective_.needs_reference]:
       measured = measured[:, :, STEP % measured.shape[2]]
       plain = [[plain_losses.tokens(likelihood, o, view) for view in group] for group in views[name]]
       np.testing.assert_allclose(measured, plain, rtol=2e-4, atol=1e-4, err_msg=name)
@@ -328,10 +331,9 @@ def check_measure(case, experience, rollouts):
 
 def update_masks(case, experience):
   o = case.objective
-  estimator = o.antithetic if o.name in OWN_MASKS else make_estimator(o.likelihood, o.to_dict(), o.num_mask_samples)
-  return draw(
-    *arrays_of(experience), estimator=estimator, purpose="loss", step=STEP, num_mask_samples=o.num_mask_samples
-  )
+  make = phases.mask_sampling if o.name in OWN_MASKS else phases.make_likelihood
+  estimator = make(case.config, o.num_mask_samples)
+  return draw(*arrays_of(experience), estimator=estimator, purpose="loss", step=STEP)
 
 
 def plain_loss(case, experience):
@@ -374,11 +376,11 @@ def test_an_update_equals_its_plain_form(use_devices, objective, likelihood):
     case = case_of(objective, likelihood, antithetic, has_adapters)
     prompts = prompts_of(has_padding)
     rollouts = rollouts_of(sampler, has_adapters, has_padding, early_exit, likelihood == "sampler")
-    if case.needs == "demonstrations":
+    if case.objective_.learns_from_demonstrations:
       experience = rollout.demonstrate(prompts, rollouts.completion[:, 0])
     else:
       experience, figures = case.experience(rollouts, prompts, counted, IS_KEPT)
-      assert figures["scores_failed" if case.measure.score else "rewards_failed"] == (not case.measure.score)
+      assert figures["scores_failed" if case.scoring.score else "rewards_failed"] == (not case.measure.score)
       check_measure(case, experience, rollouts)
     state, metrics = case.update(experience)
     check_finite((state.trainable, state.opt_state, metrics))

@@ -1,17 +1,63 @@
-"""Between the model and the objectives: the log-probabilities of a group's completions under given masks."""
+"""Log-probabilities of completions under given masks: the one place where the model and the estimators meet.
+
+`make_score` closes over a policy and completions for a gradient step. `make_log_probs` jits what a buffer needs: the
+estimates of the policy that drew it and of the reference, under the same masks.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dmpo_jax import sharding
+from dmpo_jax import noise, sharding
 from dmpo_jax.models.denoiser import completion_hidden
 from dmpo_jax.models.head import divergence, token_scores
+from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.structs import Pairs, Prompts, Score, Scores
+from dmpo_jax.objectives.likelihood import Completions, Estimator, Views
+from dmpo_jax.policy import Policies
+from dmpo_jax.structs import LogProbs, Pairs, Prompts, Score, Scores
+
+
+def make_log_probs(
+  model: Transformer, mesh: Mesh, estimator: Estimator, *, per_token: bool = False, with_reference: bool = True
+) -> jax.stages.Wrapped:
+  """Jit the estimates of the policy's and the reference's log-probabilities of completions.
+
+  `log_probs(policies, prompts, completion, is_counted, committed_at, key, seen=None) -> Measures`, on every device of
+  `mesh`. Both policies are scored under the same views, so that most of their noise cancels in the log-ratio.
+
+  Args:
+    per_token: give each position's part of the estimate, [p, g, c], instead of one estimate a draw, [p, g, draws].
+    with_reference: False: the reference is not scored, and `log_p_ref` is `log_p_old`.
+  """
+  trainable = Trainable.of(model.config)
+  read = estimator.tokens if per_token else estimator.estimates
+
+  def log_probs(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None) -> LogProbs:
+    keys = noise.row_keys(key, prompts.prompt_id, completion.shape[1])
+    views = estimator.views(keys, Completions(is_counted, committed_at, prompts.is_valid))
+    uncounted = seen if estimator.replays else None
+
+    def score(variables: Mapping[str, Any]) -> Scores:
+      scored = make_score(model, variables, prompts, completion, is_counted=is_counted, uncounted=uncounted)
+      return scored(views.is_masked, views.prompt_is_masked, pairs=estimator.pairs)
+
+    old = ref = score(trainable.policy(policies.trainable, policies.frozen))
+    if with_reference:
+      ref = score(trainable.reference(policies.frozen, policies.reference))
+    return LogProbs(read(old.log_prob, views), read(ref.log_prob, views), _mean_entropy(old, views))
+
+  return jax.jit(log_probs, out_shardings=sharding.replicated(mesh))
+
+
+def _mean_entropy(scores: Scores, views: Views) -> Float[Array, "p g"]:
+  """Average the entropy over the positions that the estimate reads, nats."""
+  is_read = views.share > 0
+  return jnp.where(is_read, scores.entropy, 0).sum((2, 3)) / jnp.maximum(is_read.sum((2, 3)), 1)
 
 
 def make_score(

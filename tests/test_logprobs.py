@@ -10,17 +10,19 @@ import pytest
 from jaxprs import arrays_of, equations, products_of
 from recorded_models import tiny
 
-from dmpo_jax import measure, sharding
+from dmpo_jax import sharding
+from dmpo_jax.logprobs import make_log_probs, make_score
 from dmpo_jax.models import head as head_module
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.objectives.estimators import Elbo
 from dmpo_jax.objectives.likelihood import Completions
-from dmpo_jax.objectives.masking import complementary_pairs, draw_masks
-from dmpo_jax.scoring import make_score
+from dmpo_jax.objectives.masking import MaskSampling, draw_masks
+from dmpo_jax.policy import Policies
 from dmpo_jax.structs import Prompts
 
 P, G, R, Q, C = 1, 1, 4, 3, 4
-PAIRS = complementary_pairs(R, antithetic=True)
+MASKS = MaskSampling(R, min_ratio=0.2, max_ratio=0.8)
+PAIRS = MASKS.pairs()
 WIDE = dict(vocab_size=301, embedding_size=304, mask_token_id=300)  # rows of the table that no token has
 ADAPTERS = LoraConfig(rank=2, alpha=4.0, dropout=0.3, targets=("up_proj",))
 CASES = {
@@ -37,8 +39,7 @@ def make_inputs():
   )
   completion = jax.random.randint(keys[1], (P, G, C), 0, 300)
   is_counted = (jnp.arange(C) < C - 1)[None, None]
-  masks = dict(num_mask_samples=R, antithetic=True, min_ratio=0.2, max_ratio=0.8)
-  is_masked, _ = draw_masks(jax.random.split(keys[2], (P, G)), is_counted, **masks)
+  is_masked, _ = draw_masks(jax.random.split(keys[2], (P, G)), is_counted, MASKS)
   return prompts, completion, is_masked, jax.random.split(keys[3], (P, G))
 
 
@@ -113,20 +114,19 @@ def test_a_pair_has_one_row_of_the_head_for_each_position(monkeypatch, pairs, ro
   assert not [shape for shape in arrays_of(program) if {301, 304} & set(shape) and 16 not in shape]
 
 
-@pytest.mark.parametrize(
-  "make", [measure.measure_program, functools.partial(measure.token_program, with_reference=True)]
-)
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("antithetic", [True, False])
-def test_both_policies_are_scored_under_masks_that_are_drawn_once(monkeypatch, make, antithetic):
+def test_both_policies_are_scored_under_masks_that_are_drawn_once(monkeypatch, per_token, antithetic):
   """One program draws them as often as the estimator alone, and pairs share the head's rows for each policy."""
   monkeypatch.setattr(head_module, "CHUNK_SIZE", 128)
-  estimator = Elbo(R, antithetic, min_mask_ratio=0.1, max_mask_ratio=1.0, mask_block_length=0)
+  estimator = Elbo(MaskSampling(R, antithetic, min_ratio=0.1))
   model, trainable, params = parts_of("adapters, dropout")
   prompts, completion, is_masked, keys = make_inputs()
   is_counted, committed_at = is_masked[:, :, 0], jnp.zeros_like(completion)
-  program = make(model, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]), estimator=estimator)
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  program = make_log_probs(model, mesh, estimator, per_token=per_token)
   about = prompts, completion, is_counted, committed_at, jax.random.key(0)
-  traced = program.trace(measure.Policies(trainable, params), *about).jaxpr
+  traced = program.trace(Policies(trainable, params), *about).jaxpr
   alone = jax.make_jaxpr(lambda keys: estimator.views(keys, Completions(is_counted, committed_at, prompts.is_valid)))
   assert num_draws(traced) == num_draws(alone(keys)) > 0
   assert rows_of_head(traced) == {P * G * R * C // (2 if antithetic else 1)}

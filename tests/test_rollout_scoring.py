@@ -1,4 +1,4 @@
-"""What is measured of rollouts: under the updates' own views, until it is quiet, against a reference that may move."""
+"""What an objective gets of rollouts: log-probabilities under the updates' views, and weights until they are quiet."""
 
 import jax
 import numpy as np
@@ -6,9 +6,10 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, phases, rollout, sharding
-from dmpo_jax.measure import Policies, make_measure_ratios, make_measure_sampled
-from dmpo_jax.objectives.estimators import ESTIMATORS, OneStep
+from dmpo_jax import build, phases, policy, rollout
+from dmpo_jax.objectives.estimators import ESTIMATORS
+from dmpo_jax.objectives.weights import Weighing
+from dmpo_jax.policy import Policies
 from dmpo_jax.structs import Experience, LogProbs, Prompts, Rollouts
 
 
@@ -24,12 +25,12 @@ def begin(config, folder, use_devices):
     config.warm_start.updates = 0
   parts = build.build_parts(config, folder / "run")
   with jax.set_mesh(parts.mesh):
-    return parts, *phases.training_phase(config, folder / "run", parts, build.initial_params(config, parts))
+    return parts, *phases.training_phase(config, folder / "run", parts, policy.initial_params(config, parts))
 
 
 def collect(phase, state, buffer):
-  """A buffer drawn and finished by the same policy."""
-  return phase.finish(state, phase.draw(state, buffer), buffer)
+  """A buffer generated and completed by the same policy."""
+  return phase.buffers.complete(state, buffer, phase.buffers.generate(state, buffer))
 
 
 @pytest.mark.parametrize(
@@ -139,13 +140,10 @@ def buffer_of_four(reward):
   return experience, Rollouts(tokens, tokens, log_p, counts, counts, counts, log_p_old=log_p, log_p_ref=log_p)
 
 
-OWN = dict(alpha=1.0, proximal="fixed", kappa=1.0, min_ess=0.8, reward_scaling="none", max_weight=1.0)
-
-
 @pytest.mark.parametrize("weighting", ["tilt", "reward"])
 def test_an_effective_sample_size_is_of_shares_not_of_rewards(weighting):
-  finish = make_measure_sampled(weighting=weighting, **OWN).finish
-  _, figures = finish(Policies(None, None), *buffer_of_four(2), None, 0)
+  scoring = rollout.SampledWeights(Weighing(weighting, alpha=1.0))
+  _, figures = scoring.complete(Policies(None, None), *buffer_of_four(2), None, 0)
   assert figures.get("effective_sample_size") == (1 if weighting == "tilt" else None)
   assert figures["scores_failed"] == 0
 
@@ -155,9 +153,8 @@ def test_a_rollout_whose_scores_fail_is_dropped_and_counted(value):
   experience, rollouts = buffer_of_four(np.array([0.0, 1.0, 2.0, 9.0]))
   experience.is_kept[0, 2] = False  # its reward failed, so it is not counted again
   rollouts.log_p_old[0, 2:] = value
-  weighed, figures = make_measure_sampled(weighting="tilt", **OWN).finish(
-    Policies(None, None), experience, rollouts, None, 0
-  )
+  scoring = rollout.SampledWeights(Weighing(alpha=1.0))
+  weighed, figures = scoring.complete(Policies(None, None), experience, rollouts, None, 0)
   assert figures["scores_failed"] == 1
   np.testing.assert_array_equal(weighed.is_kept, [[True, True, False, False]])
   np.testing.assert_allclose(weighed.weight, [[1 / (1 + np.e), 1 - 1 / (1 + np.e), 0, 0]], rtol=1e-5)
@@ -168,11 +165,9 @@ def test_a_rollout_with_a_token_that_fails_is_dropped_and_counted():
   experience, rollouts = buffer_of_four(1)
   log_p_old, log_p_ref = np.zeros((2, 1, 4, 3, 2), np.float32)
   log_p_old[0, 1, 2, 0], log_p_ref[0, 3, 0, 1] = np.nan, -np.inf
-  own = dict(estimator=OneStep(1, prompt_mask_ratio=0.1), seed=0, updates_per_buffer=3)
-  model = build.build_model_parts(tiny.config()).model
-  finish = make_measure_ratios(model, sharding.make_mesh(data=-1, fsdp=1, tensor=1), with_reference=True, **own).finish
-  measures = LogProbs(log_p_old, log_p_ref, np.zeros((1, 4, 3), np.float32))
-  experience, figures = finish(Policies(None, None), experience, rollouts, measures, 0)
+  scoring = rollout.TokenLogProbs(None, seed=0, updates_per_buffer=3, num_views=3, with_reference=True)
+  log_probs = LogProbs(log_p_old, log_p_ref, np.zeros((1, 4, 3), np.float32))
+  experience, figures = scoring.complete(Policies(None, None), experience, rollouts, log_probs, 0)
   assert figures["scores_failed"] == 2
   np.testing.assert_array_equal(experience.is_kept, [[True, False, True, False]])
 
@@ -196,12 +191,12 @@ def test_a_trajectory_is_replayed_as_the_sampler_saw_it(folder, use_devices, sam
   parts, phase, state = begin(config, folder, use_devices)
   assert parts.model.config.embedding_size > parts.model.config.vocab_size
   with jax.set_mesh(parts.mesh):
-    drawn = phase.draw(state, 0)
-    experience, _ = phase.finish(state, drawn, 0)
+    pending = phase.buffers.generate(state, 0)
+    experience, _ = phase.buffers.complete(state, 0, pending)
     is_counted = experience.is_counted
-    assert (~is_counted & (np.asarray(drawn.rollouts.seen) != parts.tokenizer.mask_token_id)).any()
+    assert (~is_counted & (np.asarray(pending.rollouts.seen) != parts.tokenizer.mask_token_id)).any()
     replayed = np.where(is_counted, experience.token_log_p_old[:, :, 0], 0)
-    np.testing.assert_allclose(replayed, np.log(np.where(is_counted, drawn.rollouts.confidence, 1)), atol=1e-5)
+    np.testing.assert_allclose(replayed, np.log(np.where(is_counted, pending.rollouts.confidence, 1)), atol=1e-5)
     _, metrics = phase.update(state, phase.frozen, experience)
   assert abs(metrics["loss_kl"]) < 1e-6, "the update sees the same states"
 
@@ -219,22 +214,19 @@ def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(fo
   parts, phase, state = begin(config, folder, use_devices)
   state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
   with jax.set_mesh(parts.mesh):
-    drawn = phase.draw(state, 0)
-    is_counted = np.asarray(
-      rollout.count_positions(drawn.rollouts.completion, parts.tokenizer.eos_token_id, "until_eos")
-    )
-    other = np.where(is_counted, drawn.rollouts.completion, 14)
+    pending = phase.buffers.generate(state, 0)
+    completion = pending.rollouts.completion
+    is_counted = np.asarray(rollout.count_positions(completion, parts.tokenizer.eos_token_id, "until_eos"))
+    other = np.where(is_counted, completion, 14)
     assert (~is_counted).any(-1).sum() > 4
-    measure, about = phases.training_measure(config, parts), (is_counted, drawn.rollouts.seen_at, 0)
+    scoring = phases.training_scoring(config, parts.model, parts.mesh)
     policies = Policies(state.trainable, phase.frozen, state.reference)
     prompts, _ = parts.prompts.batch(0, config.rollout.num_prompts)
-    if measure.score:
-      scored = [
-        jax.device_get(measure.score(policies, prompts, tokens, *about, seen=drawn.rollouts.seen))
-        for tokens in (drawn.rollouts.completion, other)
-      ]
+    if scoring.score:
+      both = [pending.rollouts.replace(completion=tokens) for tokens in (completion, other)]
+      scored = [jax.device_get(scoring.score(policies, prompts, rollouts, is_counted, 0)) for rollouts in both]
       jax.tree.map(np.testing.assert_array_equal, *scored)
-    experience, _ = phase.finish(state, drawn, 0)
+    experience, _ = phase.buffers.complete(state, 0, pending)
     weight = np.tile(np.array([0.7, 0.1, 0.1, 0.1], np.float32), (len(experience.reward), 1))
     losses = []
     for tokens in (experience.completion, other):

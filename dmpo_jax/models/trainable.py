@@ -1,0 +1,69 @@
+"""Which of a model's variables are learned, and which variables make the trained and the reference policy."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dmpo_jax.models.transformer import ModelConfig
+
+TRAINED_DTYPE = "float32"  # of what is trained and its optimizer's moments: bfloat16 would round small updates away
+COMPUTED = ("kernel", "head")  # parameters that layers round to the activations' dtype and gather from all devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+  """Either all of a model's parameters are learned, or adapters on parameters that stay frozen.
+
+  Args:
+    has_adapters: adapters (the collection "lora") are learned; False: all parameters ("params").
+    dtype: of the activations.
+  """
+
+  has_adapters: bool
+  dtype: str
+
+  @classmethod
+  def of(cls, config: ModelConfig) -> "Trainable":
+    """Return what is trained of a model."""
+    return cls(config.lora is not None, config.dtype)
+
+  @property
+  def collection(self) -> str:
+    """The collection of variables that is trained, saved and exported."""
+    return "lora" if self.has_adapters else "params"
+
+  def policy(self, trained: Any, frozen: Any) -> Mapping[str, Any]:
+    """Return the trained policy's variables: adapters on the frozen parameters, or the trained parameters alone."""
+    return {"params": frozen, "lora": trained} if self.has_adapters else {"params": trained}
+
+  def reference(self, frozen: Any, copy: Any = None) -> Mapping[str, Any]:
+    """Return the reference policy's variables.
+
+    Args:
+      frozen: the base parameters.
+      copy: an earlier state of what is trained, where the reference follows the policy; None: the reference is the
+        base. Adapters are copied without the base that they stand on, so the model is held once.
+    """
+    return {"params": frozen} if copy is None else self.policy(copy, frozen)
+
+  def computing(self, trained: Any) -> Any:
+    """Round trained parameters to the activations' dtype once, as layers would at every use. Adapters stay float32.
+
+    Rounded parameters are half the bytes to gather. The embedding stays float32: only single rows of it are read, and
+    the gradients of all uses of a token are summed in its dtype.
+
+    Args:
+      trained: arrays, or their descriptions (`jax.ShapeDtypeStruct`), whose dtypes change likewise.
+    """
+    if self.has_adapters:
+      return trained
+
+    def cast(path: Any, leaf: Any) -> Any:
+      if path[-1].key not in COMPUTED or leaf.dtype == jnp.dtype(self.dtype):
+        return leaf
+      return leaf.astype(self.dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=self.dtype)
+
+    return jax.tree.map_with_path(cast, trained)

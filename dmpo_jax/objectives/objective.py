@@ -1,0 +1,54 @@
+"""What the objectives have in common: their settings, what they need of a buffer, and the loss that each of them is."""
+
+import dataclasses
+from typing import ClassVar
+
+from jaxtyping import Array, Float, Key
+
+from dmpo_jax.objectives.likelihood import Estimator
+from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.structs import Experience, Score
+
+Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]  # and metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A loss and its settings. An objective is a subclass in a file of its own; its fields are its keys in the config.
+
+  Args:
+    masks: how a gradient step draws its masks, for losses that draw their own.
+    likelihood: the estimator of log p, for losses that take one.
+  """
+
+  masks: MaskSampling
+  likelihood: Estimator | None
+
+  # What a buffer must hold for it. A buffer of rollouts always has their rewards.
+  learns_from_demonstrations: ClassVar[bool] = False  # instead of rollouts
+  needs_weights: ClassVar[bool] = False  # importance weights
+  needs_token_log_probs: ClassVar[bool] = False  # of the policy that drew the rollouts, under the update's own views
+  has_teacher: ClassVar[bool] = False  # scores come with the divergence from the reference policy
+  takes_likelihood: ClassVar[bool] = False  # the loss reads `likelihood`; else it draws `masks`
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether the token log-probabilities of the reference are needed too."""
+    return False
+
+  @property
+  def subtracts_mean(self) -> bool:
+    """Whether weights that are all the same in a group cancel."""
+    return False
+
+  def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
+    """Compute the loss of some prompts of a buffer, and its metrics.
+
+    Both are sums over the prompts given, divided by `num_prompts`: those of microbatches add up to the buffer's.
+
+    Args:
+      score: the policy under update, differentiable: `score(is_masked)` gives its log-probabilities (`structs.Scores`).
+      keys: the rollouts' keys for this step; all masks are drawn from them.
+      num_prompts: prompts of the whole buffer.
+    """
+    raise NotImplementedError

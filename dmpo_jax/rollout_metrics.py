@@ -1,0 +1,96 @@
+"""What the log says of a buffer of rollouts: rewards, tokens, speed, and whether there is anything to learn."""
+
+import math
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from dmpo_jax.grading import Grades
+from dmpo_jax.objectives import weights
+from dmpo_jax.structs import Rollouts
+
+
+class Stopwatch:
+  """Seconds of the phases of a buffer."""
+
+  def __init__(self) -> None:
+    self.seconds: dict[str, float] = {}
+    self._start = time.monotonic()
+
+  def lap(self, name: str) -> None:
+    """Credit the time since the last lap to `name`."""
+    now = time.monotonic()
+    self.add(name, now - self._start)
+    self._start = now
+
+  def add(self, name: str, seconds: float) -> None:
+    """Credit seconds that were measured elsewhere."""
+    self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+  def rates(self, tokens: int) -> dict[str, float]:
+    """Return the seconds of each phase, and its completion tokens a second."""
+    seconds = {f"seconds_{name}": value for name, value in self.seconds.items()}
+    return seconds | {f"tokens_per_second_{name}": tokens / value for name, value in self.seconds.items()}
+
+
+def lack_of_signal(reward: Float[np.ndarray, "p g *parts"], is_kept: Bool[np.ndarray, "p g"], *, compares: bool) -> str:
+  """Return why the rewards of a buffer teach nothing; "" where they teach something.
+
+  Args:
+    reward: or its parts, where the objective takes them apart.
+    compares: the objective learns from differences inside a group; else from the rewards themselves.
+  """
+  num, parts = len(reward), reward.reshape(*is_kept.shape, -1)
+  highest = np.where(is_kept[..., None], parts, -np.inf).max(1)
+  if not is_kept.any():
+    return "no signal: no reward could be computed"
+  if not reward[is_kept].any():
+    return f"no signal: all rewards equal in {num} of {num} groups, all are 0"
+  if not compares or (highest > np.where(is_kept[..., None], parts, np.inf).min(1)).any():
+    return ""
+  alone = ", as rollout.group_size=1 leaves nothing to compare" if reward.shape[1] == 1 else ""
+  return f"no signal: all rewards equal in {num} of {num} groups{alone}"
+
+
+def describe(
+  grades: Grades, rollouts: Rollouts, is_until_eos: Bool[np.ndarray, "p g c"], eos_token_id: int
+) -> dict[str, float]:
+  """Compute a buffer's metrics of completions and rewards. Dropped rollouts count in no reward."""
+  kept = grades.is_kept
+  reward = grades.reward[kept]
+  completion = rollouts.completion
+  drawn = log_confidence(rollouts)[rollouts.is_drawn]
+  unique = weights.unique_rollouts(*map(jnp.asarray, (completion, is_until_eos, kept)))
+  return {
+    "reward_mean": _mean(reward),
+    **{f"reward_{name}": _mean(grades.parts[kept][:, index]) for index, name in enumerate(grades.part_names)},
+    "reward_std": float(reward.std()) if reward.size else math.nan,
+    "solve_rate": _mean(grades.is_solved[kept]),
+    "rewards_failed": float((~kept).sum()),
+    "grading_timeouts": float(grades.num_timeouts),
+    "grading_crashes": float(grades.num_crashes),
+    "graded_per_second": grades.per_second,
+    "groups_without_variance": float(weights.fraction_without_variance(*map(jnp.asarray, (grades.reward, kept)))),
+    "unique_rollouts": float(unique.mean()),
+    "tokens_per_call": _mean(rollouts.num_tokens) / _mean(rollouts.num_calls),
+    "calls_saved": _mean(rollouts.num_saved),
+    "confidence": float(rollouts.confidence.sum() / rollouts.num_tokens.sum()),
+    "sampled_nll": -_mean(drawn),  # nats a token; unlike `entropy` it is the same measure for every objective
+    "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
+    "eos_rate": _mean((completion == eos_token_id).any(-1)),
+  }
+
+
+def log_confidence(rollouts: Rollouts) -> Float[np.ndarray, "p g c"]:
+  """Return the logarithm of each token's probability when it was drawn, nats; 0 where early exit filled a position.
+
+  A probability that float32 takes for 0 counts as the smallest normal one, -87 nats.
+  """
+  least = np.finfo(np.float32).tiny
+  return np.where(rollouts.is_drawn, np.log(np.maximum(rollouts.confidence, least)), 0)
+
+
+def _mean(values: Float[np.ndarray, "..."] | Bool[np.ndarray, "..."] | Int[np.ndarray, "..."]) -> float:
+  return float(np.mean(values)) if values.size else math.nan
