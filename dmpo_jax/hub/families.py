@@ -1,6 +1,6 @@
 """Families of checkpoints in Hugging Face's layout: what each calls its tensors and its config keys.
 
-A family is a description; `model_config`, `layout` and `peft` read it in both directions. A new family is one entry.
+A family is a description; `model_config`, `layout`, `peft` and `tokenizer` read it. A new family is one entry.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ class Family:
   stated: tuple[str, ...] = ()  # those of them that must be present, as the family's default is another value
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further keys to write, for its training
   code_needs: tuple[str, ...] = ()  # further files beside the published weights that this code reads
+  wrong_ids: tuple[str, ...] = ()  # special ids that its published config.json has wrong
   mlp_ratio: str = ""  # key that gives the FFN's width as a multiple of the model's; "": none
   is_multi_query: str = ""  # key that says that there is one kv head; "": none
 
@@ -124,6 +125,7 @@ DREAM = Family(  # arXiv 2508.15487; the architecture of Qwen2.5
   defaults=dict(qkv_bias=True),
   fixed=dict(hidden_act="silu", rope_scaling=None, use_mrope=False, use_sliding_window=False),
   code_needs=("generation_config.json", "generation_utils.py"),
+  wrong_ids=("bos_token_id",),  # that of the Qwen model that it started from
 )
 
 FAMILIES = {"llada": LLADA, "dream": DREAM}
@@ -135,14 +137,18 @@ def family_of(config: Mapping[str, Any]) -> str:
   Raises:
     ValueError: no known family has its model_type.
   """
-  known = {family.model_type.lower(): name for name, family in FAMILIES.items()}
-  name = known.get(str(config.get("model_type")).lower())
-  if name is None:
-    raise ValueError(
-      f"config.json of the checkpoint: model_type={config.get('model_type')!r} is not supported; it must be one of "
-      f"{', '.join(known)}"
-    )
-  return name
+  for name, family in FAMILIES.items():
+    if is_of(family, config):
+      return name
+  known = " or ".join(family.model_type for family in FAMILIES.values())
+  raise ValueError(
+    f"config.json of the checkpoint: model_type={config.get('model_type')!r} is not supported; it must be {known}"
+  )
+
+
+def is_of(family: Family, config: Mapping[str, Any]) -> bool:
+  """Whether a config.json is of this family."""
+  return str(config.get("model_type")).lower() == family.model_type.lower()
 
 
 def natural_family(config: ModelConfig) -> str:

@@ -62,9 +62,11 @@ def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], famil
 
 def lora_config_to_peft(lora: LoraConfig, family: str, base: str) -> dict[str, Any]:
   """Write the adapter_config.json that PEFT reads; `base` names the model that the adapters are for."""
-  modules = [FAMILIES[family].modules[name].split(".")[-1] for name in lora.targets]
-  if "ff_out" in modules:  # LLaDA's head is called ff_out too, and PEFT would adapt both: match those of layers only
-    modules = rf".*blocks\.\d+\.({'|'.join(modules)})"
+  names = FAMILIES[family]
+  modules: list[str] | str = [names.modules[name].split(".")[-1] for name in lora.targets]
+  if names.head.split(".")[-1] in modules:  # as in LLaDA: PEFT would adapt the head too, so match layers only
+    layers = re.escape(names.block).replace(re.escape("{}"), r"\d+")
+    modules = rf".*{layers}({'|'.join(re.escape(names.modules[name]) for name in lora.targets)})"
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

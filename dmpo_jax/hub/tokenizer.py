@@ -14,6 +14,7 @@ import tokenizers
 from etils import epath
 
 from dmpo_jax.hub import chat
+from dmpo_jax.hub.families import FAMILIES, is_of
 from dmpo_jax.messages import Turn
 
 MASK_PIECE = "<mask>"
@@ -172,6 +173,8 @@ class HuggingFaceTokenizer:
 
   def _set_special_ids(self, names: Mapping[str, str], model: dict[str, Any]) -> None:
     problems = []
+    wrong = {name for family in FAMILIES.values() if is_of(family, model) for name in family.wrong_ids}
+    model = {key: value for key, value in model.items() if key not in wrong}
 
     def find(kind: str, token: str | None, is_needed: bool = True) -> int | None:
       own = None if token is None else self._model.token_to_id(token)
@@ -191,8 +194,6 @@ class HuggingFaceTokenizer:
     self.mask_token_id = find("mask", names.get("mask_token"))
     self.eos_token_id = find("eos", names.get("eos_token"))
     self.pad_token_id = find("pad", names.get("pad_token"))
-    if model.get("model_type") == "Dream":  # whose config.json has the bos id of the Qwen model that it started from
-      model = {key: value for key, value in model.items() if key != "bos_token_id"}
     self.bos_token_id = find("bos", names.get("bos_token"), is_needed=False)
     eot_token_id = find("eot", names.get("eot_token") or self._end_of_turn(), is_needed=False)
     self.eot_token_id = self.eos_token_id if eot_token_id is None else eot_token_id
