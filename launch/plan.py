@@ -1,14 +1,14 @@
-"""Compile a configuration's programs for a TPU slice that need not exist yet, and say what they take.
+"""Compile the programs of a configuration for a TPU slice that need not exist yet, and print their costs.
 
     python -m launch.plan --config=configs/llada_8b.py --topology=v5e:4x4 [--sweep]
 
-The gradient step (`accumulate`: the gradient of one microbatch; `apply`: the optimizer), the sampler of the rollouts
-and the scores that weigh them are compiled by the real TPU compiler, which needs no TPU but the package libtpu
-(`make libtpu`, part of `make test`). A program takes minutes of one core.
-Where samplers have a mesh of their own, so is the program that lays the parameters out for it: its collectives are what
-that costs, its memory beyond the arguments what stays taken while rollouts are sampled.
+The real TPU compiler compiles the gradient step (`accumulate`: the gradient of one microbatch; `apply`: the optimizer),
+the sampler of the rollouts (`sample`) and their log-probs (`score`). It needs no TPU, only the package libtpu
+(`make libtpu`, part of `make test`), and minutes of one core for each program. Where the samplers have a mesh of their
+own, `move` is the program that copies the parameters there: its collectives are the cost of the copy, and its memory
+beyond the arguments stays in use while rollouts are sampled.
 
---sweep finds the largest train.microbatch_prompts whose gradient step fits.
+--sweep finds the largest train.microbatch_prompts that fits.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags
+from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
@@ -29,38 +29,40 @@ from rich.console import Console
 from rich.table import Table
 
 from dmpo_jax import files, sharding
-from dmpo_jax.config import ConfigError, command, validate
+from dmpo_jax.config import ConfigError
 from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run import buckets, progress
+from launch import commands
 from launch.bench import costs, programs
 from launch.bench.programs import PROGRAMS
 
 GIB = 2**30
 
-# Without it XLA cuts products into many small ones with permutes between: twice the time to compile, and no faster.
+# Without it XLA cuts products into many small ones with permutes in between, which take twice as long to compile and
+# are no faster.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# What libtpu would ask a TPU machine about, and complain of where it gets no answer; no program depends on it. And it
-# would refuse to be loaded twice on a machine, as two processes cannot share a TPU: none is touched here.
+# libtpu asks the machine for these and complains where it is no TPU machine; no program depends on them. The last lets
+# several processes load it, which cannot share a TPU: none is used here.
 NO_MACHINE = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# The compiler refuses by an early estimate of what a program takes, and a run holds more than one program's arrays.
+# The compiler refuses programs by an early estimate, and a run holds the arrays of more than one program.
 MARGIN = 0.1
-MXU_SHARE = 0.5  # of the peak that matrix products reach: assumed; 0.45 to 0.6 is usual on these chips
-LINK_SHARE = 0.7  # of the links' peak that collectives reach: assumed
+MXU_SHARE = 0.5  # assumed share of the peak that matrix products reach; 0.45 to 0.6 is usual on these chips
+LINK_SHARE = 0.7  # assumed share of the peak of the links that collectives reach
 
 
 class Chip(NamedTuple):
-  """What its data sheet says of a chip."""
+  """Figures of the data sheet of a chip."""
 
   name: str
-  hbm: float  # GiB that programs may use
-  peak: float  # bf16 floating-point operations a second
-  links: float  # bytes a second, all links of a chip together
+  hbm: float  # GiB for programs
+  peak: float  # bf16 floating-point operations per second
+  links: float  # bytes per second of all links of a chip together
 
 
 CHIPS = {
@@ -73,46 +75,46 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What one program takes. Sizes are of one device."""
+  """The cost of one program; sizes are those of one device."""
 
   program: str
   arguments: float  # GiB
   peak: float  # GiB, arguments included
-  is_refused: bool  # the compiler found no way to fit it; peak is its estimate, which may be of temporaries alone
+  is_refused: bool  # the compiler could not fit it; peak is its estimate, perhaps only of temporaries
   flops: float  # floating-point operations of all devices
-  collectives: dict[str, dict[str, float]]  # by kind: how often, and bytes
-  vocabulary: list[list[int]]  # shapes of collectives of logits' size: there should be none
+  collectives: dict[str, dict[str, float]]  # by kind: times and bytes
+  vocabulary: list[list[int]]  # shapes of collectives of the size of logits, of which there should be none
   seconds_compute: float
   seconds_links: float
   seconds_compiling: float
 
   @property
   def seconds(self) -> float:
-    """Of the roofline: communication runs beside the products."""
+    """Return the time by the roofline, with communication beside matrix products."""
     return max(self.seconds_compute, self.seconds_links)
 
 
 class Slice(NamedTuple):
-  """The devices that are planned for."""
+  """The devices of a plan."""
 
   topology: str
   devices: Sequence[jax.Device]
   chip: Chip
 
   def fits(self, cost: Cost) -> bool:
-    """Whether a program leaves the margin free."""
+    """Return whether a program leaves the margin of memory free."""
     return not cost.is_refused and cost.peak <= (1 - MARGIN) * self.chip.hbm
 
 
 def find_slice(topology: str, num_slices: int = 1) -> Slice:
-  """Describe a slice such as v5e:4x4 or v5p:2x2x1, or several of them, by what the TPU compiler knows of it.
+  """Describe one or several slices, such as v5e:4x4 or v5p:2x2x1, as the TPU compiler knows them.
 
   Raises:
-    ValueError: there is no such slice, or no libtpu.
+    ValueError: there is no such slice, or libtpu is not installed.
   """
   for name, value in NO_MACHINE.items():
     os.environ.setdefault(name, value)
-  library = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make libtpu` puts it
+  library = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # of `make libtpu`
   if library.exists():
     os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
   from jax.experimental import topologies  # after the variables are set
@@ -120,20 +122,20 @@ def find_slice(topology: str, num_slices: int = 1) -> Slice:
   several = {"num_slices": num_slices} if num_slices > 1 else {}
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
-  except Exception as error:  # as RuntimeError, ValueError or XLA's own, by what is wrong
+  except Exception as error:  # RuntimeError, ValueError or an error of XLA
     hint = "run `make libtpu`" if "TPU support not installed" in str(error) else "give one such as v5e:4x4 or v5p:2x2x1"
     raise ValueError(f"--topology={topology}: {hint} ({str(error).splitlines()[0][:200]})") from error
   kind = devices[0].device_kind
   if kind not in CHIPS:
-    raise ValueError(f"--topology={topology}: no data sheet of {kind!r}; there are {', '.join(CHIPS)}")
+    raise ValueError(f"--topology={topology}: the data sheet of {kind!r} is missing; those of {', '.join(CHIPS)} exist")
   return Slice(f"{num_slices} x {topology}" if num_slices > 1 else topology, devices, CHIPS[kind])
 
 
 def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
-  """Compile one program for a slice and count what it takes.
+  """Compile one program for a slice and return its cost.
 
   Raises:
-    ValueError: the configuration does not fit the slice's mesh.
+    ValueError: the mesh of the configuration does not fit the slice.
   """
   start = time.monotonic()
   model, meshes = programs.place(config, where.devices)
@@ -168,7 +170,7 @@ def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
 
 
 def _is_of_logits(shape: tuple[int, ...], model: Transformer, mesh: Mesh) -> bool:
-  """Whether a shape has the vocabulary, or a device's share of it, beside other axes than the model's width."""
+  """Return whether a shape has the vocabulary or a device's share of it as an axis, and no axis of d_model."""
   size = model.config.embedding_size
   sizes = {size, size // mesh.shape["tensor"]}
   others = [axis for axis in shape if axis not in sizes]
@@ -176,14 +178,14 @@ def _is_of_logits(shape: tuple[int, ...], model: Transformer, mesh: Mesh) -> boo
 
 
 def _refused(name: str, message: str, flops: float, where: Slice, seconds: float) -> Cost:
-  """Read from the compiler's refusal how much the program would take, or its temporaries alone."""
+  """Read the memory of a program, or of its temporaries, from the compiler's refusal."""
   used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])\b", message)
   peak = float(used[1]) / (1 if used[2] == "G" else 1024) if used else float("inf")
   return Cost(name, float("nan"), peak, True, flops, {}, [], float("nan"), float("nan"), seconds)
 
 
 def _spread(config: ConfigDict, where: Slice) -> tuple[int, int]:
-  """Count the rows of a prompt in a gradient step, and the shares that rows are spread over."""
+  """Return the rows of a prompt in a gradient step, and the number of shards of the rows."""
   mesh, _ = programs.make_meshes(config, where.devices)
   return config.rollout.group_size * config.objective.num_mask_samples, mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -191,10 +193,13 @@ def _spread(config: ConfigDict, where: Slice) -> tuple[int, int]:
 def largest_microbatch(
   config: ConfigDict, where: Slice, log: Callable[[str], None], begin: Callable[[str], None]
 ) -> tuple[int, Cost]:
-  """Find the largest train.microbatch_prompts whose gradient step leaves the margin; 0 if none does.
+  """Find the largest train.microbatch_prompts whose gradient step fits (0: none), and its cost.
 
-  Memory grows evenly with the microbatch, so two sizes tell where to look; what is reported has been compiled. `begin`
-  is told what is compiled next, `log` what came out.
+  Memory grows linearly with the microbatch, so two sizes show where to search; the reported one has been compiled.
+
+  Args:
+    begin: gets the name of what is compiled next.
+    log: gets a line about each result.
   """
   rows, shards = _spread(config, where)
   step = max(1, shards // rows)
@@ -203,7 +208,10 @@ def largest_microbatch(
   def fits(size: int) -> bool:
     if size not in tried:
       own = ConfigDict(config.to_dict())
-      own.rollout.num_prompts, own.train.microbatch_prompts = 2 * size, size  # two, so that gradients are accumulated
+      own.rollout.num_prompts, own.train.microbatch_prompts = (
+        2 * size,
+        size,
+      )  # two are accumulated
       begin(f"microbatch_prompts {size}")
       tried[size] = cost_of("accumulate", own, where)
       log(f"microbatch_prompts {size:4}: {tried[size].peak:6.2f} GiB, {'fits' if where.fits(tried[size]) else 'no'}")
@@ -223,7 +231,7 @@ def largest_microbatch(
 
 
 def table(costs_of: Sequence[Cost], where: Slice) -> Table:
-  """Lay out the programs' costs."""
+  """Lay out the costs of the programs."""
   layout = Table(title=f"{where.topology}: {len(where.devices)} chips of {where.chip.hbm} GiB")
   for column in ("program", "arguments", "peak", "of HBM", "fits", "PFLOP", "collectives", "products", "links"):
     layout.add_column(column, justify="left" if column in ("program", "collectives") else "right")
@@ -244,7 +252,7 @@ def table(costs_of: Sequence[Cost], where: Slice) -> Table:
 
 
 def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice) -> str:
-  """Say how long a buffer takes by the roofline, and under which assumptions."""
+  """Estimate the time of a buffer by the roofline, and state the assumptions."""
   times = {name: programs.calls_of(name, config) for name in found}
   seconds = {name: times[name] * cost.seconds for name, cost in found.items()}
   listed = " + ".join(f"{times[name]} x {name} {cost.seconds:.2f} s" for name, cost in found.items())
@@ -252,13 +260,13 @@ def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice)
     f"a buffer of {config.rollout.num_prompts} prompts x {config.rollout.group_size} rollouts: {listed} "
     f"= {sum(seconds.values()):.1f} s\n"
     f"assumed: {MXU_SHARE:.0%} of {where.chip.peak / 1e12:.0f} TFLOP/s, {LINK_SHARE:.0%} of "
-    f"{where.chip.links / 1e9:.0f} GB/s, communication beside products; loops that end by their data at their longest"
+    f"{where.chip.links / 1e9:.0f} GB/s, communication beside products; loops that may stop early run to their end"
   )
 
 
 def describe_polls(found: dict[str, Cost], config: ConfigDict) -> str:
-  """Say how long the devices work between two looks for a notice of preemption, by the roofline."""
-  names = {"sample": "rollouts", "score": "scores", "accumulate": "a microbatch"}
+  """Estimate by the roofline how long the devices work between two polls for a notice of preemption."""
+  names = {"sample": "rollouts", "score": "log-probs", "accumulate": "a microbatch"}
   seconds = {what: found[name].seconds for name, what in names.items() if name in found}
   if "sample" in found:
     rows = (config.rollout.chunk_prompts or config.rollout.num_prompts) * config.rollout.group_size
@@ -268,32 +276,16 @@ def describe_polls(found: dict[str, Cost], config: ConfigDict) -> str:
   return f"a poll for preemption at least every {max(seconds.values(), default=0):.1f} s: {listed}"
 
 
-def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool, out: str, num_slices: int = 1) -> None:
-  """Compile and print; a mistake is a ValueError."""
-  where, console, config = find_slice(topology, num_slices), Console(width=140), filled(config)
-  if not config.tokenizer.path and not config.model.init_from:
-    checked = ConfigDict(config.to_dict())
-    checked.tokenizer.path = "."  # a checkpoint is asked for before training, not here
-    validate(checked)
-  else:
-    validate(config)
+def run(config: ConfigDict, where: Slice, names: Sequence[str], is_sweep: bool) -> dict[str, Any]:
+  """Compile and print; return the figures."""
+  console = Console(width=140)
   model, meshes = programs.place(config, where.devices)
   attention = model.config.attention
-  console.print(
-    f"attention: {attention}, {sharding.describe_both(*meshes, config.sharding.to_dict())}", highlight=False
-  )
+  layout = sharding.describe_both(*meshes, config.sharding.to_dict())
+  console.print(f"attention: {attention}, {layout}", highlight=False)
   result: dict[str, Any] = {"topology": where.topology, "attention": attention, "mesh": dict(meshes[0].shape)}
   if is_sweep:
-    with progress.Progress("sweeping", 1) as shown:
-      size, cost = largest_microbatch(config, where, log=console.print, begin=shown.part)
-      shown.advance()
-    result["largest_microbatch_prompts"] = size
-    result["sweep"] = dataclasses.asdict(cost)
-    (rows, shards), whole = _spread(config, where), config.rollout.num_prompts
-    on_chip = size * rows / len(where.devices)
-    console.print(f"largest train.microbatch_prompts that fits: {size} ({on_chip:g} rows a chip, {cost.peak:.2f} GiB)")
-    usable = [part for part in range(1, min(size, whole) + 1) if whole % part == 0 and part * rows % shards == 0]
-    console.print(f"of those that divide rollout.num_prompts={whole}: {max(usable, default='none')}")
+    result |= _sweep(config, where, console)
   found = {}
   with progress.Progress("compiling", len(names), unit="programs") as shown:
     for name in names:
@@ -308,12 +300,21 @@ def run(config: ConfigDict, topology: str, names: Sequence[str], is_sweep: bool,
     console.print(table(list(found.values()), where))
     console.print(describe_iteration(found, config, where), highlight=False, soft_wrap=True)
     console.print(describe_polls(found, config), highlight=False, soft_wrap=True)
-    wide = [shape for cost in found.values() for shape in cost.vocabulary]
-    if wide:
-      console.print(f"collectives of the size of logits, which cost dearly: {wide}")
-  result["programs"] = {name: dataclasses.asdict(cost) for name, cost in found.items()}
-  if out:
-    files.write_whole(epath.Path(out), files.to_json(result, indent=2) + "\n")
+  if wide := [shape for cost in found.values() for shape in cost.vocabulary]:
+    console.print(f"collectives of the size of logits, which are expensive: {wide}")
+  return result | {"programs": {name: dataclasses.asdict(cost) for name, cost in found.items()}}
+
+
+def _sweep(config: ConfigDict, where: Slice, console: Console) -> dict[str, Any]:
+  with progress.Progress("sweeping", 1) as shown:
+    size, cost = largest_microbatch(config, where, log=console.print, begin=shown.part)
+    shown.advance()
+  (rows, shards), whole = _spread(config, where), config.rollout.num_prompts
+  on_chip = size * rows / len(where.devices)
+  console.print(f"largest train.microbatch_prompts that fits: {size} ({on_chip:g} rows a chip, {cost.peak:.2f} GiB)")
+  usable = [part for part in range(1, min(size, whole) + 1) if whole % part == 0 and part * rows % shards == 0]
+  console.print(f"largest that divides rollout.num_prompts={whole}: {max(usable, default='none')}")
+  return {"largest_microbatch_prompts": size, "sweep": dataclasses.asdict(cost)}
 
 
 def define_flags() -> None:
@@ -321,31 +322,28 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "Configuration file; override a key with --config.section.key=value.")
   flags.adopt_module_key_flags(progress)
   flags.DEFINE_string("topology", None, "The slice, such as v5e:4x4, v5p:2x2x1 or v6e:4x4.")
-  flags.DEFINE_integer("slices", 1, "How many such slices, which data is split over.", lower_bound=1)
-  flags.DEFINE_list("programs", list(PROGRAMS), "Which programs to compile.")
+  flags.DEFINE_integer("slices", 1, "Number of such slices; data is split over them.", lower_bound=1)
+  flags.DEFINE_list("programs", list(PROGRAMS), "Programs to compile.")
   flags.DEFINE_boolean("sweep", False, "Find the largest train.microbatch_prompts that fits.")
   flags.DEFINE_string("out", "", "A JSON file for the figures.")
   flags.mark_flags_as_required(["config", "topology"])
 
 
-def main(argv: Sequence[str]) -> None:
-  """Plan what the flags name; a mistake ends in one message and exit code 2."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main() -> None:
+  """Plan what the flags name."""
   given = flags.FLAGS
-  unknown = sorted(set(given.programs) - {*PROGRAMS, ""})
-  try:
-    if unknown:
-      raise ConfigError(f"--programs: {', '.join(unknown)} is none of {', '.join(PROGRAMS)}")
-    buckets.check({"config.model.init_from": given.config.model.init_from}, {"--out": given.out})
-    names = [name for name in given.programs if name]
-    run(given.config, given.topology, names, given.sweep, given.out, given.slices)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  names = [name for name in given.programs if name]
+  if unknown := sorted(set(names) - {*PROGRAMS}):
+    raise ConfigError(f"--programs: {', '.join(unknown)} is none of {', '.join(PROGRAMS)}")
+  buckets.check({"config.model.init_from": given.config.model.init_from}, {"--out": given.out})
+  where, config = find_slice(given.topology, given.slices), filled(given.config)
+  programs.check(config)
+  result = run(config, where, names, given.sweep)
+  if given.out:
+    files.write_whole(epath.Path(given.out), files.to_json(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-  jax.config.update("jax_platforms", "cpu")  # a TPU that is there is not needed, and stays free
+  jax.config.update("jax_platforms", "cpu")  # leaves a TPU free
   define_flags()
-  command.run(main)
+  commands.start(main)

@@ -158,15 +158,14 @@ def test_the_sweep_finds_the_largest_that_fits(monkeypatch, limit, wanted):
 @pytest.mark.parametrize(("num_prompts", "wanted"), [(12, 6), (9, "none")])
 def test_the_sweep_names_what_divides_a_buffer_and_is_spread_evenly(monkeypatch, capsys, num_prompts, wanted):
   """Six prompts fit, of four rows each, which only even numbers of prompts spread evenly over eight devices."""
-  monkeypatch.setattr(plan, "find_slice", lambda *where: some_slice())
   monkeypatch.setattr(plan, "cost_of", lambda name, config, where: cost(peak=2.0 * config.train.microbatch_prompts))
   config = tiny.config(
     rollout__num_prompts=num_prompts, rollout__group_size=2, objective__num_mask_samples=2, sharding__fsdp=8
   )
-  plan.run(config, "v5e:2x4", [], True, "")
+  assert plan.run(config, some_slice(), [], is_sweep=True)["largest_microbatch_prompts"] == 6
   shown = capsys.readouterr().out
   assert "largest train.microbatch_prompts that fits: 6 (3 rows a chip, 12.00 GiB)" in shown
-  assert f"divide rollout.num_prompts={num_prompts}: {wanted}" in shown
+  assert f"divides rollout.num_prompts={num_prompts}: {wanted}" in shown
   assert "mesh data 1 fsdp 8 tensor 1" in shown
 
 
@@ -177,7 +176,7 @@ def cost_of(name, seconds):
 def test_a_plan_says_how_often_a_notice_is_looked_for():
   config = tiny.config(rollout__chunk_prompts=2, rollout__group_size=4, eval__batch_size=16)
   found = {name: cost_of(name, seconds) for name, seconds in (("sample", 4.0), ("score", 1.0), ("move", 20.0))}
-  said = "a poll for preemption at least every 8.0 s: rollouts 4.0 s, scores 1.0 s, evaluation 8.0 s"
+  said = "a poll for preemption at least every 8.0 s: rollouts 4.0 s, log-probs 1.0 s, evaluation 8.0 s"
   assert plan.describe_polls(found, config) == said
   assert "at least every 25.0 s" in plan.describe_polls(found | {"accumulate": cost_of("accumulate", 25.0)}, config)
 

@@ -26,10 +26,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from dmpo_jax.config import command, validate
+from dmpo_jax.config import command
 from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.run import buckets, progress
-from launch.bench import timing
+from launch.bench import programs, timing
 from launch.bench.results import Disagreement, Options, write_json
 
 
@@ -140,10 +140,7 @@ def check(config: ConfigDict, given: Any) -> None:
   Raises:
     ValueError: the message says what is wrong.
   """
-  checked = ConfigDict(config.to_dict())
-  if not checked.tokenizer.path and not checked.model.init_from:
-    checked.tokenizer.path = "."  # a checkpoint is needed before training, not here
-  validate(checked)
+  programs.check(config)
   if given.official and given.peer != "torch":
     raise ValueError("--official: only together with --peer=torch")
   if given.checkpointing and given.peer != "torch":

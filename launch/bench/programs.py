@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmpo_jax import build, phases, sharding
+from dmpo_jax.config import validate
 from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.policy import Policies, abstract_collection, abstract_trained
@@ -138,3 +139,15 @@ def _experience(config: ConfigDict, num_prompts: int) -> Experience:
     committed_at=array(jnp.int32, p, g, c),
     **dict.fromkeys(names, array(jnp.float32, p, g, num_updates, c)),
   )
+
+
+def check(config: ConfigDict) -> None:
+  """Validate a configuration whose checkpoint need not exist yet.
+
+  Raises:
+    ConfigError: it is not valid.
+  """
+  config = ConfigDict(config.to_dict())
+  if not config.tokenizer.path and not config.model.init_from:
+    config.tokenizer.path = "."
+  validate(config)
