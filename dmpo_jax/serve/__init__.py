@@ -36,36 +36,36 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
     ConfigError: there is no policy, the address is taken or open to other machines without a key, or the job has
       several processes.
   """
-  own, api_key = config.serve, os.environ.get(API_KEY, "")
+  serve, api_key = config.serve, os.environ.get(API_KEY, "")
   if jax.process_count() > 1:
     raise ConfigError("--mode=serve needs a job of one process")
-  if not is_loopback(own.host) and not api_key:
-    raise ConfigError(f"config.serve.host = {own.host!r} is open to other machines: set {API_KEY} in the environment")
+  if not is_loopback(serve.host) and not api_key:
+    raise ConfigError(f"config.serve.host = {serve.host!r} is open to other machines: set {API_KEY} in the environment")
   parts = build_model_parts(config)
-  with _listening(own.host, own.port) as listener:
+  with _listening(serve.host, serve.port) as listener:
     decode = make_decode(config, parts, load_policy(config, workdir, parts))
-    engine = Engine(decode, batch_size=own.batch_size, max_queue=own.max_queue)
+    engine = Engine(decode, batch_size=serve.batch_size, max_queue=serve.max_queue)
     limits = Limits(
       completion_length=config.sampler.completion_length,
       block_length=config.sampler.block_length,
       can_revoke=config.sampler.name == "wino",
       temperature=config.eval.temperature,
-      max_choices=own.batch_size,
-      max_jobs=own.max_queue,
-      max_prompt_length=own.max_prompt_length,
-      max_seconds=own.max_seconds,
+      max_choices=serve.batch_size,
+      max_jobs=serve.max_queue,
+      max_prompt_length=serve.max_prompt_length,
+      max_seconds=serve.max_seconds,
     )
     name = epath.Path(workdir or config.model.init_from).name
     app = make_app(
-      engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=is_loopback(own.host), log=_log
+      engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=is_loopback(serve.host), log=_log
     )
-    url = _url(own.host, listener.getsockname()[1])
+    url = _url(serve.host, listener.getsockname()[1])
     print(f"serving {name} on {url}/ and {url}/v1", flush=True)
     settings = uvicorn.Config(
       app,
-      http=bounded_protocol(own.max_queue + own.batch_size + SPARE_CONNECTIONS),
+      http=bounded_protocol(serve.max_queue + serve.batch_size + SPARE_CONNECTIONS),
       log_level="warning",
-      timeout_graceful_shutdown=int(own.max_seconds) + 1,
+      timeout_graceful_shutdown=int(serve.max_seconds) + 1,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, lambda *_: None)  # uvicorn handles them, and raises them again after it has stopped

@@ -128,7 +128,7 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
 
   That of the shortest bucket is compiled here, so that a server that listens can respond.
   """
-  own, programs, current = config.serve, {}, [lambda number, completion: None]
+  batch_size, programs, current = config.serve.batch_size, {}, [lambda number, completion: None]
   sample = make_sample(
     config,
     parts.model,
@@ -142,8 +142,8 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
 
   def decode(jobs: Sequence[Job], publish: Publish) -> Decoded:
     numbers = np.array([job.prompt_id for job in jobs], np.uint32)
-    prompts = pad([job.prompt for job in jobs], numbers, parts.tokenizer, num_rows=own.batch_size)
-    temperature = np.zeros(own.batch_size, np.float32)
+    prompts = pad([job.prompt for job in jobs], numbers, parts.tokenizer, num_rows=batch_size)
+    temperature = np.zeros(batch_size, np.float32)
     temperature[: len(jobs)] = [job.temperature for job in jobs]
     length, arguments = prompts.tokens.shape[1], (policies, prompts, key, temperature)
     with jax.set_mesh(parts.mesh):

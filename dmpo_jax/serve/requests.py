@@ -146,11 +146,11 @@ def read_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
   return [tokenizer.encode(one) if isinstance(one, str) else one for one in prompts]
 
 
-def _are_ids(value: Any) -> bool:
+def _are_ids(value: object) -> bool:
   return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
-def read_turns(given: Any) -> list[Turn]:
+def read_turns(given: object) -> list[Turn]:
   """Read the messages of a conversation.
 
   Raises:
@@ -176,13 +176,13 @@ def _temperature(value: Any, otherwise: float) -> float:
   return float(value)
 
 
-def _flag(value: Any, name: str) -> bool:
+def _flag(value: object, name: str) -> bool:
   if value is not None and type(value) is not bool:
     raise RequestError(400, f"{name} must be true or false", name)
   return bool(value)
 
 
-def _usage(options: Any, is_streamed: bool) -> bool:
+def _usage(options: object, is_streamed: bool) -> bool:
   if options is None:
     return False
   if not isinstance(options, Mapping) or not is_streamed:
@@ -193,7 +193,7 @@ def _usage(options: Any, is_streamed: bool) -> bool:
   return _flag(options.get("include_usage"), "stream_options")
 
 
-def _stops(value: Any) -> tuple[str, ...]:
+def _stops(value: object) -> tuple[str, ...]:
   stops: Sequence[Any] = [] if value is None else [value] if isinstance(value, str) else value
   is_list = isinstance(stops, list) and len(stops) <= MAX_STOPS
   if not is_list or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
