@@ -1,4 +1,4 @@
-"""Where randomness comes from: one seed, then what it is for, the step, the prompt and the rollout.
+"""Where randomness comes from: the seed, then its purpose, the step, the prompt and the rollout.
 
 Keys are derived, never carried, so a row's noise does not depend on its batch, its padding, the devices or where a run
 was interrupted. Below a row's key, its users fold in what is theirs: sampler step, mask sample, position.

@@ -2,19 +2,21 @@
 
 Axes, here and in every jaxtyping signature of the package:
 
-    p  prompts in a buffer               d  model width
-    g  rollouts of one prompt            y  layers
-    b  rows, usually p * g               n  attention heads
-    r  mask samples of a rollout         k  key/value heads
-    q  prompt positions                  h  head width
-    c  completion positions              f  feed-forward width
-    l  q + c, a whole row                e  experts
-    m  keys that queries attend to       v  vocabulary
-    s  positions of a block              w  ids of one vocabulary chunk, beside each other
-    t  tokens, whatever their axes       u  updates on one buffer
+    p  prompts in a buffer                  d  model width
+    g  rollouts of one prompt               y  layers
+    b  rows, usually p * g                  n  attention heads
+    r  mask samples of a rollout            k  key/value heads
+    q  prompt positions                     h  head width
+    c  completion positions                 f  feed-forward width
+    l  q + c, a whole row                   e  experts
+    m  keys that queries attend to          v  vocabulary
+    s  positions of a block                 w  neighbouring ids of a vocabulary chunk
+    t  tokens of any rows and positions     u  updates on one buffer
+    z  rows, several for each prompt's      j  candidates for a row or position
 
-`g` stays a real axis wherever a group matters, so that a softmax over a group cannot mix prompts. A letter may have
-another meaning within one function whose docstring says so.
+`g` stays a real axis wherever a group matters, so that a softmax over a group cannot mix prompts. Where there are no
+heads, `n` counts the mask draws of an estimate, or the runs of w ids in a chunk; where there is no attention, `w` is
+half of h in rotary tables.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,29 +40,30 @@ class Prompts:
 
   tokens: jax.Array  # int32 [p, q]
   is_valid: jax.Array  # bool [p, q]; False on padding
-  prompt_id: jax.Array  # uint32 [p]; identity of the prompt, or of its repeat: seeds the noise of its rows
+  prompt_id: jax.Array  # uint32 [p]; identifies the prompt (or its repeat) and seeds the noise of its rows
 
 
 @struct.dataclass
 class Rollouts:
-  """What a sampler returns for b rows."""
+  """What a sampler returns for b rows. Positions after an early exit are *filled*: EOS, not decided by the model."""
 
   completion: jax.Array  # int32 [b, c]
   committed_at: jax.Array  # int32 [b, c]; the row's model call (from 0) that decided the position; filled: num_calls
   confidence: jax.Array  # float32 [b, c]; the model's probability of the token when it was committed; filled: 0
-  num_calls: jax.Array  # int32 [b]; model calls that the row was live in
-  num_tokens: jax.Array  # int32 [b]; positions that the model decided; early exit fills the rest with EOS
-  num_saved: jax.Array  # int32 [b]; calls that early exit left out, of the most that the sampler would have made
-  log_p_old: jax.Array | None = None  # float32 [b, c]; log-probabilities that a sampler gives of its own tokens, in
-  log_p_ref: jax.Array | None = None  # nats, under the policy and under the reference; filled: 0
-  # What the model saw in the end, before early exit filled in EOS: tokens [b, c], MASK where none was decided, and the
-  # calls that decided them [b, c]; never: num_calls. None in rollouts of before they were kept.
-  seen: jax.Array | None = None  # int32
-  seen_at: jax.Array | None = None  # int32
+  num_calls: jax.Array  # int32 [b]; model calls while the row was live
+  num_tokens: jax.Array  # int32 [b]; positions that the model decided
+  num_saved: jax.Array  # int32 [b]; model calls saved by early exit, of the most that the sampler could have made
+  # Log-probabilities of the tokens under the policy and the reference, nats, if the sampler computes them; filled: 0.
+  log_p_old: jax.Array | None = None  # float32 [b, c]
+  log_p_ref: jax.Array | None = None  # float32 [b, c]
+  # What the model saw at the end, before filling: the tokens, MASK if undecided, and the calls that decided them,
+  # num_calls if none did. None in rollouts saved by older versions.
+  seen: jax.Array | None = None  # int32 [b, c]
+  seen_at: jax.Array | None = None  # int32 [b, c]
 
   @property
   def is_drawn(self) -> jax.Array:
-    """Bool [b, c]; False where early exit filled a position."""
+    """Bool [b, c]; False at filled positions."""
     return self.committed_at < self.num_calls[..., None]
 
   @property
@@ -209,10 +212,8 @@ class TrainState:
   """Everything that an update changes."""
 
   step: jax.Array  # int32 []; gradient steps tried so far
-  trainable: Any  # parameters that are learned: all of them, or the LoRA adapters
-  opt_state: Any
+  trainable: PyTree  # parameters that are learned: all of them, or the LoRA adapters
+  opt_state: PyTree
   num_skipped: jax.Array  # int32 []; updates skipped because something was not finite
   num_skipped_in_a_row: jax.Array  # int32 []
-  reference: Any = (
-    None  # like `trainable`: the reference policy, where it follows the trained one; None: it stays the base
-  )
+  reference: PyTree = None  # like `trainable`, if the reference follows the policy; None: it stays the base

@@ -80,7 +80,7 @@ def test_two_slices_exchange_gradients_alone(tmp_path):
   found, shown = plan_8b(tmp_path / "plan.json", *NARROW, *options)
   assert found["topology"] == "2 x v5e:2x2"
   assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
-  assert "mesh data 2 fsdp 4 (16 asked for) tensor 1" in shown
+  assert "mesh data 2 fsdp 4 (16 requested) tensor 1" in shown
   cost = found["programs"]["accumulate"]
   adapters = 2 * 4 * (4 * 2 * 256) * 4  # bytes: 2 layers' 4 targets of 256 x 4 and 4 x 256 numbers in float32
   assert adapters / 4 <= cost["collectives"]["between slices"]["bytes"] < adapters  # each chip its part of them

@@ -159,8 +159,8 @@ def test_negative_guidance_is_refused():
     make_denoiser(model, variables, *batch()[:2], guidance=-1.0)
 
 
-def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
-  """Tokens, probabilities, entropy and noise are the same in one part and in several, whatever their width."""
+def test_a_vocabulary_read_in_chunks_is_the_whole_one(monkeypatch):
+  """Tokens, probabilities, entropy and noise are the same in one chunk and in several, whatever their width."""
   model, variables = tiny(vocab_size=1000, embedding_size=1003, mask_token_id=999)
   prompt, is_valid, _, _ = batch()
   hidden = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 2, TINY.d_model)), jnp.float32)
@@ -172,7 +172,7 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
     denoiser = make_denoiser(model, variables, prompt, is_valid)
     return denoiser.logits(hidden)[0][:, :, 0]
 
-  def in_parts(chunk_size, temperature):
+  def in_chunks(chunk_size, temperature):
     monkeypatch.setattr(head_module, "CHUNK_SIZE", chunk_size)
     denoiser = make_denoiser(model, variables, prompt, is_valid)
     assert denoiser.num_chunks == -(-1003 // chunk_size)
@@ -187,7 +187,7 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
 
   logits = np.asarray(whole(variables), np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  chosen, given_log_p = in_parts(384, 0.0)
+  chosen, given_log_p = in_chunks(384, 0.0)
   tokens = np.where(np.arange(1003) == 999, -np.inf, logits).argmax(-1)
   np.testing.assert_array_equal(chosen.tokens, tokens)
   picked = np.take_along_axis(log_p, tokens[..., None], -1)[..., 0]
@@ -198,14 +198,14 @@ def test_a_vocabulary_read_in_parts_is_the_whole_one(monkeypatch):
   np.testing.assert_allclose(
     given_log_p, np.take_along_axis(log_p, np.asarray(given)[..., None], -1)[..., 0], atol=1e-5
   )
-  wide, narrow = in_parts(640, 2.0)[0], in_parts(128, 2.0)[0]
+  wide, narrow = in_chunks(640, 2.0)[0], in_chunks(128, 2.0)[0]
   np.testing.assert_array_equal(wide.tokens, narrow.tokens)
   np.testing.assert_allclose(wide.confidence, narrow.confidence, rtol=1e-4)
   assert (np.asarray(wide.tokens) != tokens).any(), "the noise has chosen"
 
 
 def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
-  """Each device reads runs of its own share, 9 groups of ids: other parts, the same tokens, noise and probabilities."""
+  """Each device reads runs of its own share, 9 tiles: other chunks, the same tokens, noise and probabilities."""
   monkeypatch.setattr(head_module, "CHUNK_SIZE", 512)
   model, variables = tiny(vocab_size=1000, embedding_size=1152, mask_token_id=999)
   prompt, is_valid, _, _ = batch()
@@ -218,7 +218,7 @@ def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
 
   alone = jax.jit(read)(variables, hidden)
   with jax.set_mesh(sharding.make_mesh(data=2, tensor=4)):
-    assert split_vocabulary(1152) == (Split(4, 288, 128), 3)
+    assert split_vocabulary(1152) == Split(4, 288, 128)
     split = jax.jit(read)(variables, hidden)
   np.testing.assert_array_equal(split.tokens, alone.tokens)
   for name in ("confidence", "log_prob", "entropy"):
@@ -227,7 +227,7 @@ def test_a_vocabulary_split_over_devices_is_the_whole_one(monkeypatch):
 
 @pytest.mark.parametrize(("chunk_size", "tensor"), [(1152, 1), (384, 1), (512, 4)])
 def test_samplers_and_scores_have_one_distribution(monkeypatch, chunk_size, tensor):
-  """Over the vocabulary's 800 ids, whatever other rows the table has: read at once, in parts, in shares without ids."""
+  """Over the vocabulary's 800 ids, whatever other rows the table has: read whole, in chunks, in shares without ids."""
   monkeypatch.setattr(head_module, "CHUNK_SIZE", chunk_size)
   model, variables = tiny(vocab_size=800, embedding_size=1152, mask_token_id=799)
   prompt, is_valid, _, _ = batch()

@@ -1,4 +1,4 @@
-"""The head in parts equals the head as a whole, in values and gradients, and no array of all logits exists."""
+"""The head in chunks equals the head as a whole, in values and gradients, and no array of all logits exists."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ TOKENS, WIDTH, SIZE = 6, 5, 1000
 RNG = np.random.default_rng(0)
 HIDDEN = jnp.asarray(RNG.normal(size=(TOKENS, WIDTH)), jnp.float32)
 HEAD = jnp.asarray(RNG.normal(size=(WIDTH, SIZE)), jnp.float32)
-TARGETS = jnp.array([0, 999, 383, 384, 700, 768])  # at the ends of parts, and where the last one reaches back
+TARGETS = jnp.array([0, 999, 383, 384, 700, 768])  # at the ends of chunks, and where the last one reaches back
 FACTOR = jnp.arange(1.0, TOKENS + 1)
 
 
@@ -42,7 +42,7 @@ def assert_close(actual, wanted, **tolerance):
 
 
 @pytest.mark.parametrize("chunk_size", [128, 384, SIZE])
-def test_parts_are_the_whole(monkeypatch, chunk_size):
+def test_chunks_are_the_whole(monkeypatch, chunk_size):
   monkeypatch.setattr(head_module, "CHUNK_SIZE", chunk_size)
   (_, scores), gradients = jax.jit(gradient_of(token_scores))(HIDDEN, HEAD)
   (_, wanted), wanted_gradients = gradient_of(plain)(HIDDEN, HEAD)
@@ -128,40 +128,41 @@ def test_a_head_split_over_devices_is_the_whole_one(monkeypatch, size):
     placed = jax.device_put(head, NamedSharding(mesh, sharding.spec("embed", "vocab")))
     program = jax.jit(compute).lower(hidden, placed).compile()
     split = program(hidden, placed)
-    assert split_vocabulary(size) == (Split(4, size // 4, 128), -(-size // 512))
+    assert split_vocabulary(size) == Split(4, size // 4, 128)
     gathered = [c.shapes for c in count_collectives(program.as_text()) if c.kind == "all-gather"]
     assert ((4, 1, 128),) in gathered
-    assert not [shapes for shapes in gathered if (4, 1, size // 4) in shapes], "a part at a time, not the whole share"
+    assert not [shapes for shapes in gathered if (4, 1, size // 4) in shapes], "a chunk at a time, not the whole share"
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), split, alone)
 
 
-def test_parts_have_one_size_and_cover_the_vocabulary():
+def test_chunks_have_one_size_and_cover_the_vocabulary():
   for size in (8193, 32_000, 50_257, 126_464, 152_064):
-    split, num_chunks = split_vocabulary(size)
+    split = split_vocabulary(size)
+    num_chunks = split.num_chunks
     assert num_chunks == -(-size // head_module.CHUNK_SIZE)
     assert split.step <= head_module.CHUNK_SIZE
     assert num_chunks * split.step - size < num_chunks * head_module.WIDTH_MULTIPLE
-    parts = [(np.asarray(ids), np.asarray(is_new)) for ids, is_new in map(split.ids, range(num_chunks))]
-    np.testing.assert_array_equal(np.concatenate([ids[is_new] for ids, is_new in parts]), np.arange(size))
-    for ids, is_new in parts:
-      assert ids[0, 0] % VOCAB_TILE == ids[is_new][0] % VOCAB_TILE == 0, "no part divides a group"
+    chunks = [(np.asarray(ids), np.asarray(is_new)) for ids, is_new in map(split.ids, range(num_chunks))]
+    np.testing.assert_array_equal(np.concatenate([ids[is_new] for ids, is_new in chunks]), np.arange(size))
+    for ids, is_new in chunks:
+      assert ids[0, 0] % VOCAB_TILE == ids[is_new][0] % VOCAB_TILE == 0, "no chunk cuts a tile"
 
 
-def test_where_groups_are_drawn_no_share_divides_one():
+def test_where_tiles_are_drawn_no_share_cuts_one():
   with jax.set_mesh(sharding.make_mesh(data=1, fsdp=2, tensor=4)):
-    assert [split_vocabulary(size, VOCAB_TILE)[0].num_shares for size in (10_240, 10_244)] == [4, 1]
-    split, num_chunks = split_vocabulary(10_244)  # scores need no groups
-    seen = [np.asarray(ids)[np.asarray(is_new)] for ids, is_new in map(split.ids, range(num_chunks))]
+    assert [split_vocabulary(size, VOCAB_TILE).num_shares for size in (10_240, 10_244)] == [4, 1]
+    split = split_vocabulary(10_244)  # scores need no tiles
+    seen = [np.asarray(ids)[np.asarray(is_new)] for ids, is_new in map(split.ids, range(split.num_chunks))]
   assert split.num_shares == 4
   np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(10_244))
 
 
 @pytest.mark.parametrize(("argnums", "products"), [(None, 1), (0, 2), ((0, 1), 4)])
-def test_a_part_at_a_time_and_no_product_too_many(monkeypatch, argnums, products):
+def test_a_chunk_at_a_time_and_no_product_too_many(monkeypatch, argnums, products):
   """Logits; for the gradient by hidden states one more; by the head's too, logits again and one more."""
   monkeypatch.setattr(head_module, "CHUNK_SIZE", 384)
   score = gradient_of(token_scores, argnums) if argnums is not None else lambda *arrays: weighted(token_scores, *arrays)
   program = jax.make_jaxpr(score)(HIDDEN, HEAD)
   assert len(products_of(program)) == products
   logits = {shape for shape in arrays_of(program) if len(shape) > 1 and shape[0] == TOKENS and shape[-1] > WIDTH}
-  assert logits == {(TOKENS, 392), (TOKENS, 1, 392)}  # and the 8 ids that are no whole group
+  assert logits == {(TOKENS, 392), (TOKENS, 1, 392)}  # and the 8 ids of the incomplete tile

@@ -78,7 +78,7 @@ def test_int8_kernels_are_their_plain_twin(layer_rows):
 
 
 def test_int8_is_what_is_gathered():
-  """Of the layers' kernels nothing wider goes over the links, with layers in groups of rows or not."""
+  """Of the layers' kernels nothing wider goes over the links, with layers in chunks of rows or not."""
   for layer_rows in (0, 1):
     model, _, _, _ = both(remat="full", num_layers=5, layer_rows=layer_rows)
     mesh = sharding.make_mesh(1, 4, 1, devices=jax.devices()[:4])

@@ -237,7 +237,7 @@ def test_remat_policies_compute_again_what_they_say():
   assert flops["full"] > flops["dots"]
 
 
-def test_rows_in_groups_change_no_number():
+def test_rows_in_chunks_change_no_number():
   """On one device and on eight, each with its own rows; padding, and dropout that belongs to a row wherever it is."""
   adapters = LoraConfig(2, 4.0, 0.1, ("q_proj", "up_proj", "ff_out"))
   model, variables = tiny(remat="full", num_layers=2, lora=adapters)
@@ -269,13 +269,13 @@ def test_rows_in_groups_change_no_number():
 
 
 @pytest.mark.parametrize(
-  ("num_rows", "layer_rows", "groups"), [(32, 0, 1), (32, 4, 8), (6, 4, 2), (5, 4, 5), (3, 4, 1)]
+  ("num_rows", "layer_rows", "num_chunks"), [(32, 0, 1), (32, 4, 8), (6, 4, 2), (5, 4, 5), (3, 4, 1)]
 )
-def test_groups_are_equal_and_no_larger_than_asked_for(num_rows, layer_rows, groups):
-  assert count_chunks(num_rows, layer_rows) == groups
+def test_chunks_are_equal_and_no_larger_than_asked_for(num_rows, layer_rows, num_chunks):
+  assert count_chunks(num_rows, layer_rows) == num_chunks
 
 
-def test_rows_that_devices_do_not_share_evenly_are_one_group():
+def test_rows_that_devices_do_not_share_evenly_are_one_chunk():
   model, variables = tiny(num_layers=2)
   with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
     assert [count_chunks(n, 1) for n in (3, 10, 12)] == [1, 1, 3]
@@ -285,7 +285,7 @@ def test_rows_that_devices_do_not_share_evenly_are_one_group():
 
 
 def test_groups_of_rows_share_the_weights_that_were_gathered():
-  """Over fsdp 4, in two groups: each layer's weights once forward and once back, and nothing that has all rows."""
+  """Over fsdp 4, in two chunks: each layer's weights once forward and once back, and nothing that has all rows."""
   model, _ = tiny(remat="full", num_layers=5, layer_rows=2, lora=LoraConfig(4, 4.0, 0.0, ("q_proj", "up_proj")))
   tokens, mesh = rows(8, 16, 6), sharding.make_mesh(1, 4, 1, devices=jax.devices()[:4])
   given = {name: policy.abstract_collection(model, mesh, name) for name in ("params", "lora")}

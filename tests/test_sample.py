@@ -180,7 +180,7 @@ def test_flags_that_do_not_belong_together(given, message):
 def test_a_mesh_of_fewer_devices_than_asked_for_is_said(caplog):
   parts = build.build_model_parts(tiny.config(sharding__fsdp=16))
   assert dict(parts.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-  assert caplog.messages == ["mesh data 1 fsdp 8 (16 asked for) tensor 1"]
+  assert caplog.messages == ["mesh data 1 fsdp 8 (16 requested) tensor 1"]
   caplog.clear()
   build.build_model_parts(tiny.config(sharding__fsdp=8))
   assert caplog.messages == []

@@ -1,4 +1,4 @@
-"""A token of a large vocabulary, drawn from a group of ids that is drawn first, is a draw from the whole of it."""
+"""A tile of ids is drawn first, then an id of it: this is a draw from the whole vocabulary."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ from jaxprs import equations
 from dmpo_jax.samplers.prediction import id_noise, predict, tile_noise
 from dmpo_jax.structs import VOCAB_TILE
 
-SIZE, NUM_CHUNKS, MASK = 150, 3, 149  # parts of 64, 64 and 22 ids; the last group has 22
+SIZE, NUM_CHUNKS, MASK = 150, 3, 149  # chunks of 64, 64 and 22 ids; the last tile has 22
 POSITIONS = jnp.arange(3, 5)
 
 
 class Chunked(Fake):
-  """Hidden states are logits, read in parts of 64 ids, of which the last is filled up."""
+  """Hidden states are logits, read in chunks of 64 ids, the last of them padded."""
 
   def logits(self, hidden, number=0):
     ids = number * 64 + jnp.arange(64)
@@ -89,7 +89,7 @@ def test_a_row_whose_logits_are_not_numbers_has_ids_too(temperature):
   np.testing.assert_array_equal(found[np.array([0, 2, 3])], wanted[np.array([0, 2, 3])])
 
 
-def test_noise_is_drawn_for_groups_and_for_the_ids_of_one():
+def test_noise_is_drawn_for_tiles_and_for_the_ids_of_one():
   program = jax.make_jaxpr(lambda hidden: predict(CHUNKED, hidden, keys(4), POSITIONS, 1.0))(logits_of(4))
   drawn = {x.outvars[0].aval.size for x in equations(program) if x.primitive.name == "random_bits"}
   two_words = 2 * 4 * len(POSITIONS)  # of random bits, for a number of each row and position

@@ -17,11 +17,9 @@ def test_minus_one_takes_the_devices_that_are_left():
 
 
 def test_sizes_that_do_not_multiply_to_the_devices_are_told_what_would():
-  with pytest.raises(
-    ValueError, match=r"need 3 devices, 8 are there: sizes have to multiply to 8; one of them may be -1"
-  ):
+  with pytest.raises(ValueError, match=r"need 3 devices, there are 8: sizes must multiply to 8; one of them may be -1"):
     sharding.make_mesh(data=3)
-  with pytest.raises(ValueError, match=r"need 6 devices, 8 are there: the sizes that are not -1 .* to a divisor of 8$"):
+  with pytest.raises(ValueError, match=r"need 6 devices, there are 8: the sizes that are not -1 .* to a divisor of 8$"):
     sharding.make_mesh(data=-1, fsdp=3)
 
 
@@ -39,12 +37,12 @@ def test_samplers_may_have_a_mesh_of_their_own_over_the_same_devices():
   ("num_devices", "asked", "sizes", "text"),
   [
     (8, (-1, 4, 1), (2, 4, 1), "data 2 fsdp 4 tensor 1"),
-    (8, (-1, 16, 1), (1, 8, 1), "data 1 fsdp 8 (16 asked for) tensor 1"),
-    (4, (1, 16, 1), (1, 4, 1), "data 1 fsdp 4 (16 asked for) tensor 1"),
-    (8, (2, 16, 2), (1, 4, 2), "data 1 (2 asked for) fsdp 4 (16 asked for) tensor 2"),
-    (4, (-1, 2, 8), (1, 1, 4), "data 1 fsdp 1 (2 asked for) tensor 4 (8 asked for)"),
-    (1, (8, 2, 2), (1, 1, 1), "data 1 (8 asked for) fsdp 1 (2 asked for) tensor 1 (2 asked for)"),
-    (8, (4, -1, 16), (1, 1, 8), "data 1 (4 asked for) fsdp 1 tensor 8 (16 asked for)"),
+    (8, (-1, 16, 1), (1, 8, 1), "data 1 fsdp 8 (16 requested) tensor 1"),
+    (4, (1, 16, 1), (1, 4, 1), "data 1 fsdp 4 (16 requested) tensor 1"),
+    (8, (2, 16, 2), (1, 4, 2), "data 1 (2 requested) fsdp 4 (16 requested) tensor 2"),
+    (4, (-1, 2, 8), (1, 1, 4), "data 1 fsdp 1 (2 requested) tensor 4 (8 requested)"),
+    (1, (8, 2, 2), (1, 1, 1), "data 1 (8 requested) fsdp 1 (2 requested) tensor 1 (2 requested)"),
+    (8, (4, -1, 16), (1, 1, 8), "data 1 (4 requested) fsdp 1 tensor 8 (16 requested)"),
   ],
 )
 def test_a_size_is_as_many_devices_as_there_are_at_most(num_devices, asked, sizes, text):
@@ -55,10 +53,10 @@ def test_a_size_is_as_many_devices_as_there_are_at_most(num_devices, asked, size
 
 def test_both_meshes_are_described_if_they_differ():
   asked = dict(data=-1, fsdp=16, tensor=1, rollout=dict(data=0, fsdp=1, tensor=16))
-  text = "mesh data 1 fsdp 8 (16 asked for) tensor 1"
+  text = "mesh data 1 fsdp 8 (16 requested) tensor 1"
   meshes = sharding.make_meshes(**asked)
   assert sharding.describe_both(meshes[0], meshes[0], asked) == text
-  own = "samplers' mesh data 1 fsdp 1 tensor 8 (16 asked for)"
+  own = "samplers' mesh data 1 fsdp 1 tensor 8 (16 requested)"
   assert sharding.describe_both(*meshes, asked) == f"{text}, {own}"
 
 
@@ -98,10 +96,10 @@ def test_no_array_is_gathered_whole_where_it_stays_split(sizes, rollout, most):
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [
-    (dict(data=3), "need 3 devices, 8 are there"),
+    (dict(data=3), "need 3 devices, there are 8"),
     (dict(data=-1, fsdp=-1), "at most one of them may be -1"),
-    (dict(data=-1, tensor=3), "need 6 devices, 8 are there"),
-    (dict(data=1, fsdp=2), "sharding.data=1, sharding.fsdp=2, sharding.tensor=1 need 2 devices, 8 are there"),
+    (dict(data=-1, tensor=3), "need 6 devices, there are 8"),
+    (dict(data=1, fsdp=2), "sharding.data=1, sharding.fsdp=2, sharding.tensor=1 need 2 devices, there are 8"),
   ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes, message):
@@ -139,7 +137,7 @@ def test_only_data_is_split_over_slices(num_slices, asked, sizes):
   [
     ((1, -1, 1), {}, "8 devices are in 2 slices, .*: set sharding.data to -1 or a multiple of 2"),
     ((-1, 4, 1), dict(data=1, fsdp=-1), "set sharding.rollout.data to -1 or a multiple of 2"),
-    ((-1, 3, 1), {}, "need 6 devices, 8 are there"),
+    ((-1, 3, 1), {}, "need 6 devices, there are 8"),
   ],
 )
 def test_a_mesh_that_splits_more_than_data_over_slices_is_refused(asked, rollout, message):

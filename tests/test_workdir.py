@@ -137,4 +137,4 @@ def test_every_start_leaves_a_line(tmp_path, capsys):
   assert "mesh data 2 fsdp 4 tensor 1" in capsys.readouterr().out
   few = tiny.config(sharding__fsdp=16)
   workdir.announce_start(folder, few, *sharding.make_meshes(**few.sharding.to_dict()))
-  assert "mesh data 1 fsdp 8 (16 asked for) tensor 1; dmpo_jax 0" in capsys.readouterr().out
+  assert "mesh data 1 fsdp 8 (16 requested) tensor 1; dmpo_jax 0" in capsys.readouterr().out

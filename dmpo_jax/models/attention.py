@@ -1,16 +1,16 @@
-"""Attention: its definition in plain JAX, and kernels that keep no array of scores, each for the devices it is of.
+"""Attention: plain JAX, or a fused kernel that never materialises the scores.
 
 | `model.attention` | what runs |
 |---|---|
-| xla | the definition; scores [b, n, l, m] in float32 exist, at least within a layer |
-| splash | Pallas's TPU kernel; the definition for masks of query and key, and for fewer than MIN_QUERIES queries |
-| cudnn | cuDNN's fused kernel of NVIDIA GPUs; the definition for masks of query and key |
+| xla | plain JAX; float32 scores [b, n, l, m] exist within a layer |
+| splash | Pallas's TPU kernel; plain JAX for masks over (query, key), and for fewer than MIN_QUERIES queries |
+| cudnn | cuDNN's fused kernel on NVIDIA GPUs; plain JAX for masks over (query, key) |
 
-Masks of query and key are those of a sampler's shadow block alone; the training step has none. All conditions are of
-shapes, so a program has one way and never changes it.
+Only a sampler's shadow block has a mask over (query, key); the training step has none. The choice depends on shapes
+alone, so it is made when a program is compiled.
 
-A kernel runs on every device with its own rows. Where the devices do not divide the rows (one prompt on a slice, the
-last batch), rows of zeros fill them up and are dropped after it.
+A kernel runs on every device with the device's own rows. If the devices do not divide the rows (one prompt on a slice,
+the last batch), rows of zeros are added and dropped again.
 """
 
 import functools
@@ -24,18 +24,16 @@ from jaxtyping import Array, Bool, Float, Int
 from dmpo_jax.sharding import constrain, pad_rows, spec
 
 ATTENTIONS = ("xla", "splash", "cudnn")
-MIN_QUERIES = (
-  128  # the splash kernel's smallest block; a sampler's block of 32 has few scores and would be mostly padding
-)
-MAX_BLOCK = 512  # queries and keys whose float32 scores lie in a TPU core's own memory at one time
-LANES = 128  # the splash kernel's blocks and head widths come in this many
+MIN_QUERIES = 128  # the splash kernel's smallest block; a sampler's block of 32 queries would be mostly padding
+MAX_BLOCK = 512  # queries and keys of a kernel block, whose float32 scores fit a TPU core's VMEM
+LANES = 128  # the splash kernel's blocks and head widths are multiples of this
 
 
 def choose_attention(asked: str, *, platform: str, head_dim: int, dtype: str) -> str:
-  """Choose the attention for a platform (see `sharding.platform`): `auto` is its kernel, if the model suits that.
+  """Choose the attention for a platform (see `sharding.platform`): `auto` takes its kernel, if that can run the model.
 
   Raises:
-    ValueError: the attention that is asked for cannot run this model there.
+    ValueError: the attention asked for cannot run this model on this platform.
   """
   obstacles = {
     "splash": _splash_obstacle(platform, head_dim),
@@ -70,11 +68,11 @@ def attend(
   mask: Bool[Array, "b #l m"] | None,
   attention: str = "xla",
 ) -> Float[Array, "b l n*h"]:
-  """Attend from l queries to m keys, n / k query heads sharing a key/value head; scores and softmax in float32.
+  """Attend from l queries to m keys; n / k query heads share a key/value head. Scores and softmax are float32.
 
   Args:
-    mask: True where a query may attend; None: everywhere. A query that may attend nowhere gets an average of values,
-      of which nothing else is promised.
+    mask: True where a query may attend; None: everywhere. A query that may attend nowhere gets some average of the
+      values.
     attention: one of ATTENTIONS.
   """
   query = query * query.shape[-1] ** -0.5
@@ -84,11 +82,11 @@ def attend(
     arrays = jax.tree.map(pad_rows, (query, key, value, None if mask is None else mask[:, 0]))
     mixed = kernel(*arrays)[: query.shape[0]]
   else:
-    mixed = _attend_plainly(query, key, value, mask)
+    mixed = _attend_xla(query, key, value, mask)
   return constrain(mixed.reshape(*query.shape[:2], -1), "batch", None, "heads")
 
 
-def _attend_plainly(
+def _attend_xla(
   query: Float[Array, "b l n h"],
   key: Float[Array, "b m k h"],
   value: Float[Array, "b m k h"],
@@ -102,7 +100,7 @@ def _attend_plainly(
   if mask is not None:
     mask = mask if mask.shape[1] == 1 else jnp.tile(mask, (1, n // k, 1))
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-  # The softmax's normalizer divides after the sum over keys, where there are fewer numbers to divide.
+  # Divide by the softmax's normalizer after the sum over keys: fewer numbers to divide.
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
   mixed = jnp.einsum("bkzm,bkmh->bkzh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
   mixed = (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype).reshape(b, n, length, h)
@@ -115,9 +113,9 @@ def _attend_cudnn(
   value: Float[Array, "b m k h"],
   is_key: Bool[Array, "b m"] | None,
 ) -> Float[Array, "b l n h"]:
-  """Attend by cuDNN, which skips keys past a row's number of them but would read a mask at every score.
+  """Attend with cuDNN, which can skip the keys beyond a row's length, but would read a mask for every score.
 
-  The order of keys means nothing to attention, so the ones to attend to come first.
+  Attention does not depend on the order of keys, so the keys to attend to are moved to the front.
   """
   num_keys = None
   if is_key is not None:
@@ -139,7 +137,7 @@ def _attend_splash(
   value: Float[Array, "b m k h"],
   is_key: Bool[Array, "b m"] | None,
 ) -> Float[Array, "b l n h"]:
-  """Attend by Pallas's TPU kernel, on every device with its own rows and heads."""
+  """Attend with Pallas's TPU kernel, on every device with its own rows and heads."""
   attend_rows = _attend_splash_rows
   if not jax.sharding.get_abstract_mesh().empty:
     queries, keys = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
@@ -147,7 +145,7 @@ def _attend_splash(
       attend_rows,
       in_specs=(queries, keys, keys, spec("batch", None)),
       out_specs=queries,
-      check_vma=False,  # the kernel does not say over which axes its results vary
+      check_vma=False,  # the kernel does not declare over which axes its results vary
     )
   return attend_rows(query, key, value, is_key)
 
@@ -163,10 +161,10 @@ def _attend_splash_rows(
   if is_key is None and columns > num_keys:
     is_key = jnp.ones(key.shape[:2], bool)
   segments = None
-  if is_key is not None:  # queries are of segment 1, as are the keys to attend to
+  if is_key is not None:  # queries and the keys to attend to are in segment 1
     is_key = jnp.pad(is_key, ((0, 0), (0, columns - num_keys)))
     segments = splash.SegmentIds(q=jnp.ones((key.shape[0], rows), jnp.int32), kv=is_key.astype(jnp.int32))
-  is_one_block = columns == column_block  # then the gradient of queries needs no kernel of its own, nor a sum
+  is_one_block = columns == column_block  # then one kernel computes all gradients
   blocks = splash.BlockSizes(
     block_q=row_block,
     block_kv=column_block,
@@ -189,7 +187,7 @@ def _pad(array: Float[Array, "b l n h"], length: int) -> Float[Array, "b m n h"]
 
 @functools.cache
 def _blocks(length: int) -> tuple[int, int]:
-  """Give the padded length of an axis and the block that divides it: as few as MAX_BLOCK allows, with least padding."""
+  """Return the padded length of an axis, and the block that divides it: the fewest blocks, then the least padding."""
   num_blocks = math.ceil(length / MAX_BLOCK)
   block = math.ceil(length / num_blocks / LANES) * LANES
   return num_blocks * block, block

@@ -1,18 +1,19 @@
-"""The head: from hidden states to logits, part after part of the vocabulary, and to the scores of given tokens.
+"""The head: from hidden states to logits, one chunk of the vocabulary at a time, and to the scores of given tokens.
 
-This module defines the policy's distribution, for samplers, likelihoods, entropies and divergences alike: the softmax
-of the logits over the vocabulary's ids. Rows of the table beyond them have no probability. MASK keeps its share, as in
-the published code: samplers never draw it, and training leaves it next to nothing, as it is never a target.
+This module defines the policy's distribution, for samplers, likelihoods, entropies and divergences: the softmax of the
+logits over the vocabulary's ids. Rows of the embedding table beyond the vocabulary have no probability. MASK keeps its
+share, as in the published code; samplers never draw it, and it is never a target, so training leaves it almost none.
 
-Full [tokens, vocabulary] logits of a large vocabulary are never materialised, not even in the backward pass.
+Full [tokens, vocab] logits of a large vocabulary are never materialised, not even in the backward pass.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dmpo_jax import sharding
@@ -20,21 +21,24 @@ from dmpo_jax.models.layers import project
 from dmpo_jax.sharding import constrain
 from dmpo_jax.structs import VOCAB_TILE, Scores
 
-CHUNK_SIZE = 8192  # ids whose logits exist at one time; smaller vocabularies are one part
-WIDTH_MULTIPLE = 128  # parts have one width, about a multiple of it
+CHUNK_SIZE = 8192  # ids whose logits exist at one time; a vocabulary up to this size is one chunk
+WIDTH_MULTIPLE = 128  # all chunks have the same width, a multiple of this but for incomplete tiles
 
 
 class Split(NamedTuple):
-  """How a table of n equal shares is read: `width` neighbouring rows of each share at one time."""
+  """How the vocabulary is read in chunks: `width` neighbouring columns of each of `num_shares` equal shares.
+
+  A share is what one device of the tensor axis holds, so every device reads chunks from its own weights.
+  """
 
   num_shares: int
-  share: int
+  share: int  # columns
   width: int
-  num_ids: int | None = None  # rows from here on are no ids of the vocabulary; None: all are
+  num_ids: int | None = None  # columns from here on are no ids of the vocabulary; None: all are
 
   @property
   def step(self) -> int:
-    """From one part to the next: the width, but for the odd ids of a share that is no whole number of groups."""
+    """Columns from one chunk to the next: the width, less the ids of a share's incomplete tile."""
     return self.width if self.width == self.share else self.width - self.share % VOCAB_TILE
 
   @property
@@ -42,51 +46,49 @@ class Split(NamedTuple):
     return -(-self.share // self.step)
 
   def start(self, number: Int[Array, ""] | int) -> Int[Array, ""]:
-    """Where part `number` begins in every share; the last part reaches back where the step does not divide it."""
+    """Return where chunk `number` begins in every share. The last chunk overlaps the one before if it must."""
     return jnp.minimum(jnp.int32(number) * self.step, self.share - self.width)
 
   def ids(self, number: Int[Array, ""] | int) -> tuple[Int[Array, "n w"], Bool[Array, "n w"]]:
-    """Give the ids of a part, from a multiple of VOCAB_GROUP in each share on, and which of them are its own: in no
-    other part, and in the vocabulary.
-    """
+    """Return a chunk's ids, and which of them are its own: in no other chunk, and in the vocabulary."""
     column = self.start(number) + jnp.arange(self.width)
     ids = jnp.arange(self.num_shares)[:, None] * self.share + column
     return ids, (column // self.step == number) & self.has(ids)
 
   def has(self, ids: Int[Array, "*n"]) -> Bool[Array, "*n"]:
-    """Tell which rows of the table are ids of the vocabulary."""
+    """Return which columns are ids of the vocabulary."""
     return jnp.ones(ids.shape, bool) if self.num_ids is None else ids < self.num_ids
 
   @property
   def axes(self) -> tuple[str | None, str | None]:
-    """The logical axes of a part's two."""
+    """The logical axes of a chunk [n, w]."""
     is_whole = self.width == self.num_shares * self.share
     return ("vocab", None) if self.num_shares > 1 else (None, "vocab" if is_whole else None)
 
 
-def split_vocabulary(size: int, multiple: int = 1, num_ids: int | None = None) -> tuple[Split, int]:
-  """Choose the parts of a table, and count them: each device's share of it is read from its own weights.
+def split_vocabulary(size: int, multiple: int = 1, num_ids: int | None = None) -> Split:
+  """Choose the chunks in which a head of `size` columns is read.
 
   Args:
-    multiple: that each device's share has to be of. Where it cannot be, parts are read one device after the other.
-    num_ids: the vocabulary's; rows from there on are none of its ids. None: all rows are.
+    multiple: each device's share must be a multiple of it. If it is not, a chunk is taken from one device after the
+      other, which is correct but slower.
+    num_ids: the vocabulary's size; columns from there on are none of its ids. None: all columns are.
   """
   if size <= CHUNK_SIZE:
-    return Split(1, size, size, num_ids), 1
+    return Split(1, size, size, num_ids)
   num_shares = sharding.num_shares("vocab")
   if size % (num_shares * multiple):
-    num_shares = 1  # correct, but parts then lie on few devices
+    num_shares = 1
   share = size // num_shares
   num_chunks = -(-size // CHUNK_SIZE)
-  width = -(-share // (num_chunks * WIDTH_MULTIPLE)) * WIDTH_MULTIPLE  # parts of one size, but for the rounding
-  split = Split(num_shares, share, min(share, width + share % VOCAB_TILE), num_ids)
-  return split, split.num_chunks
+  width = -(-share // (num_chunks * WIDTH_MULTIPLE)) * WIDTH_MULTIPLE
+  return Split(num_shares, share, min(share, width + share % VOCAB_TILE), num_ids)
 
 
 def chunk_logits(
   hidden: Float[Array, "*t d"], head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int
 ) -> Float32[Array, "*t n w"]:
-  """Give the float32 logits of one part of the vocabulary; the head is best whole on every device, or split by it."""
+  """Compute the float32 logits of chunk `number`, with a head that is whole on every device or sharded by "vocab"."""
   return _project(hidden, constrain(_slice(head, split, number), None, *split.axes), split)
 
 
@@ -98,15 +100,15 @@ def _slice(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int
 
 
 def _gather(head: Float[Array, "d v"], split: Split, number: Int[Array, ""] | int) -> Float[Array, "d n w"]:
-  """Take a part's columns from where the weights are, whole but for the vocabulary, which may stay split."""
-  # Without the barrier XLA may gather the whole head, before the loop over its parts; on a CPU it does.
-  part = jax.lax.optimization_barrier(constrain(_slice(head, split, number), "embed", split.axes[0], None))
-  return constrain(part, None, *split.axes)
+  """Slice a chunk's columns where the weights are, then gather d; the vocabulary may stay sharded."""
+  # Without the barrier XLA may gather the whole head before the loop over chunks. On CPU it does.
+  chunk = jax.lax.optimization_barrier(constrain(_slice(head, split, number), "embed", split.axes[0], None))
+  return constrain(chunk, None, *split.axes)
 
 
-def _project(hidden: Float[Array, "*t d"], part: Float[Array, "d n w"], split: Split) -> Float32[Array, "*t n w"]:
-  logits = project(hidden, part.reshape(part.shape[0], -1), jnp.float32)
-  logits = logits.reshape(*hidden.shape[:-1], *part.shape[1:])
+def _project(hidden: Float[Array, "*t d"], chunk: Float[Array, "d n w"], split: Split) -> Float32[Array, "*t n w"]:
+  logits = project(hidden, chunk.reshape(chunk.shape[0], -1), jnp.float32)
+  logits = logits.reshape(*hidden.shape[:-1], *chunk.shape[1:])
   return constrain(logits, "batch", *(None,) * (hidden.ndim - 2), *split.axes)
 
 
@@ -115,22 +117,22 @@ def token_scores(
 ) -> Scores:
   """Score tokens under the policy's distribution: the softmax over the first `num_ids` columns of the head (None: all).
 
-  A large vocabulary is read in parts, under a running log-sum-exp. The gradient by a hidden state does not depend on
-  the one that comes from above but by a factor,
+  A large vocabulary is read in chunks, under a running log-sum-exp. The gradient with respect to a hidden state is the
+  incoming one, a number, times
 
-    d log p(y) / d h = W_y - sum_v p(v) W_v,
+    d log p(y) / d h = W_y - sum_v p(v) W_v.
 
-  so where it is asked for it is summed up beside the logits, as flash attention sums up its output (arXiv 2205.14135):
-  a head that is frozen costs nothing in the backward pass. One that is trained has its logits computed again there.
+  If it is needed, the sum is accumulated along with the logits, as flash attention accumulates its output (arXiv
+  2205.14135), so a frozen head costs nothing in the backward pass. A trained head has its logits recomputed there.
   """
-  split, num_chunks = split_vocabulary(head.shape[1], num_ids=num_ids)
-  score = _score_whole if num_chunks == 1 else _score_in_chunks
+  split = split_vocabulary(head.shape[1], num_ids=num_ids)
+  score = _score_whole if split.num_chunks == 1 else _score_in_chunks
   log_prob, entropy = score(split, constrain(hidden, "batch", None), head, targets)
   return Scores(log_prob, jax.lax.stop_gradient(entropy))
 
 
 class _Pair(NamedTuple):
-  """Of tokens' two distributions over the ids read so far."""
+  """Running sums over the ids read so far, of tokens' distributions by the model and by the teacher."""
 
   highest: Float32[Array, "t"]  # logit
   teacher_highest: Float32[Array, "t"]
@@ -146,12 +148,12 @@ def divergence(
   teacher_head: Float[Array, "d v"],
   num_ids: int | None = None,
 ) -> Float32[Array, "t"]:
-  """Give KL(p_teacher || p) of the softmaxes over the first `num_ids` columns of two heads (None: all), in nats.
+  """Compute KL(p_teacher || p) of the softmaxes over the first `num_ids` columns of two heads (None: all), nats.
 
-  The teacher's distribution carries no gradient. The vocabulary is read in parts, whose logits are computed again in
-  the backward pass.
+  The teacher's distribution carries no gradient. The vocabulary is read in chunks; the backward pass recomputes their
+  logits.
   """
-  split, num_chunks = split_vocabulary(head.shape[1], num_ids=num_ids)
+  split = split_vocabulary(head.shape[1], num_ids=num_ids)
   hidden, teacher = constrain(hidden, "batch", None), constrain(jax.lax.stop_gradient(teacher), "batch", None)
 
   @jax.checkpoint
@@ -177,7 +179,7 @@ def divergence(
 
   zero = jnp.zeros(len(hidden))
   least = jnp.full_like(zero, -jnp.inf)
-  sums, _ = jax.lax.scan(read, _Pair(least, least, zero, zero, zero), jnp.arange(num_chunks))
+  sums, _ = jax.lax.scan(read, _Pair(least, least, zero, zero, zero), jnp.arange(split.num_chunks))
   log_normalizer, taught_normalizer = (
     level + jnp.log(total) for level, total in ((sums.highest, sums.total), (sums.teacher_highest, sums.teacher_total))
   )
@@ -186,7 +188,7 @@ def divergence(
 
 def _score_whole(split: Split, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
   logits = chunk_logits(hidden, head, split, 0)[:, 0]
-  # Selecting the target by comparison rather than by index keeps a split vocabulary split, in the gradient too.
+  # Selecting the target by comparison rather than by index keeps a sharded vocabulary sharded, in the gradient too.
   is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
   is_id = split.has(jnp.arange(logits.shape[-1]))
   log_normalizer = jax.nn.logsumexp(logits, axis=-1, where=is_id)
@@ -196,18 +198,16 @@ def _score_whole(split: Split, hidden: jax.Array, head: jax.Array, targets: jax.
 
 
 class _Sums(NamedTuple):
-  """Of tokens' distributions over the ids read so far, each share of the vocabulary for itself."""
+  """Running sums over the ids read so far, for tokens (t) and each share of the vocabulary (n)."""
 
   highest: Float32[Array, "t n"]  # logit
   total: Float32[Array, "t n"]  # sum of exp(logit - highest)
   weighted: Float32[Array, "t n"]  # sum of exp(logit - highest) * (logit - highest)
-  target: Float32[Array, "t n"]  # logit of the target; 0: it is not among the ids
-  column: (
-    Float32[Array, "t n d"] | None
-  )  # sum of exp(logit - highest) * the id's column of the head; None: not asked for
+  target: Float32[Array, "t n"]  # logit of the target; 0 if it is not among the ids
+  column: Float32[Array, "t n d"] | None  # sum of exp(logit - highest) * the id's column of the head; None: not needed
 
   def beside(self, highest: Float32[Array, "t #n"]) -> "_Sums":
-    """Give the same, relative to a logit at least as high."""
+    """Return the sums relative to a logit that is at least as high."""
     shift = jnp.where(self.total > 0, self.highest - highest, 0)  # nothing read yet: minus infinity
     shrunk = jnp.where(self.total > 0, jnp.exp(shift), 0)
     return _Sums(
@@ -219,7 +219,7 @@ class _Sums(NamedTuple):
     )
 
   def joined(self) -> "_Sums":
-    """Take the shares as one."""
+    """Add up the shares."""
     level = self.beside(self.highest.max(1, keepdims=True))
     return _Sums(level.highest[:, :1], *jax.tree.map(lambda array: array.sum(1, keepdims=True), tuple(level[1:])))
 
@@ -231,11 +231,11 @@ class _Sums(NamedTuple):
 def _read(
   split: Split, hidden: Float[Array, "t d"], head: Float[Array, "d v"], targets: Int[Array, "t"], with_column: bool
 ) -> _Sums:
-  """Sum up the whole vocabulary, part after part."""
+  """Sum over the whole vocabulary, chunk by chunk."""
 
   def add(number: Int[Array, ""], before: _Sums) -> _Sums:
-    part, (ids, is_own) = _gather(head, split, number), split.ids(number)
-    logits = jnp.where(is_own, _project(hidden, part, split), -jnp.inf)
+    chunk, (ids, is_own) = _gather(head, split, number), split.ids(number)
+    logits = jnp.where(is_own, _project(hidden, chunk, split), -jnp.inf)
     sums = before.beside(jnp.maximum(before.highest, logits.max(-1)))
     shifted = logits - jnp.where(sums.highest > -jnp.inf, sums.highest, 0)[..., None]  # a share may have no ids
     share = jnp.exp(shifted)
@@ -244,7 +244,7 @@ def _read(
       sums.total + share.sum(-1),
       sums.weighted + jnp.where(share > 0, share * shifted, 0).sum(-1),
       sums.target + jnp.where(is_own & (ids == targets[:, None, None]), logits, 0).sum(-1),
-      sums.column + _product("tnw,dnw->tnd", share, part, hidden.dtype) if with_column else None,
+      sums.column + _product("tnw,dnw->tnd", share, chunk, hidden.dtype) if with_column else None,
     )
 
   shape = (len(targets), split.num_shares)
@@ -254,8 +254,8 @@ def _read(
   return jax.lax.fori_loop(0, split.num_chunks, add, first).joined()
 
 
-def _product(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> Float32[Array, "..."]:
-  """Multiply in the activations' dtype, as all products with weights are, and sum in float32."""
+def _product(spec: str, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> Float32[Array, "..."]:
+  """Multiply in the activations' dtype, like all products with weights, and sum in float32."""
   return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
@@ -267,13 +267,19 @@ def _score_in_chunks(
 
 
 def _verdict(sums: _Sums) -> tuple[Float32[Array, "t"], Float32[Array, "t"]]:
-  """The target's log-probability and the entropy."""
+  """Return the target's log-probability and the entropy."""
   log_prob, entropy = sums.target - sums.log_normalizer, jnp.log(sums.total) - sums.weighted / sums.total
   return log_prob[:, 0], entropy[:, 0]
 
 
-def _score_forward(split: Split, hidden: Any, head: Any, targets: Any) -> tuple[Any, Any]:
-  """Score, and keep what the gradients need that are asked for."""
+# What each gradient needs, if it is needed: the slope by the hidden state; the inputs, to recompute logits.
+_Saved = tuple[jax.Array | None, tuple[jax.Array, ...] | None]
+
+
+def _score_forward(
+  split: Split, hidden: CustomVJPPrimal, head: CustomVJPPrimal, targets: CustomVJPPrimal
+) -> tuple[tuple[jax.Array, jax.Array], _Saved]:
+  """Score, and save what the required gradients need."""
   sums = _read(split, hidden.value, head.value, targets.value, with_column=hidden.perturbed)
   slope = again = None
   if hidden.perturbed:
@@ -284,7 +290,9 @@ def _score_forward(split: Split, hidden: Any, head: Any, targets: Any) -> tuple[
   return _verdict(sums), (slope, again)
 
 
-def _score_backward(split: Split, saved: tuple[Any, Any], from_above: tuple[Any, Any]) -> tuple[Any, Any, None]:
+def _score_backward(
+  split: Split, saved: _Saved, from_above: tuple[jax.Array | SymbolicZero, jax.Array | SymbolicZero]
+) -> tuple[jax.Array | None, jax.Array | None, None]:
   (slope, again), (of_log_prob, _) = saved, from_above
   if isinstance(of_log_prob, SymbolicZero):
     return None, None, None
@@ -296,7 +304,7 @@ _score_in_chunks.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
 
 
 def _columns(head: Float[Array, "d v"], ids: Int[Array, "t"]) -> Float[Array, "t d"]:
-  """Look up columns; each shard its part of the width for all rows, which then part."""
+  """Look up columns. Each fsdp shard looks up its part of d for all tokens; then the tokens are sharded again."""
   found = jnp.take(head, constrain(ids, "gathered_batch"), axis=1, mode="clip")
   return constrain(constrain(found, "embed", "gathered_batch").T, "batch", None)
 
@@ -309,11 +317,11 @@ def _head_gradient(
   log_normalizer: Float32[Array, "t 1"],
   of_log_prob: Float32[Array, "t"],
 ) -> Float[Array, "d v"]:
-  """Sum of_log_prob * h (1(v = y) - p(v)) over the tokens, from logits that are computed again."""
+  """Sum of_log_prob * h (1(v = y) - p(v)) over the tokens, from recomputed logits."""
 
   def add(number: Int[Array, ""], gradient: Float[Array, "d n s"]) -> Float[Array, "d n s"]:
-    part, (ids, is_own) = _gather(head, split, number), split.ids(number)
-    probability = jnp.exp(_project(hidden, part, split) - log_normalizer[..., None])
+    chunk, (ids, is_own) = _gather(head, split, number), split.ids(number)
+    probability = jnp.exp(_project(hidden, chunk, split) - log_normalizer[..., None])
     slope = jnp.where(is_own, (ids == targets[:, None, None]) - probability, 0) * of_log_prob[:, None, None]
     found = constrain(_product("td,tnw->dnw", hidden, slope, hidden.dtype), "embed", split.axes[0], None)
     start = (0, 0, split.start(number))

@@ -1,30 +1,32 @@
-"""The pieces a transformer block is made of: norm, projections with optional adapters, rotary positions.
+"""The parts of a transformer block: RMS norm, projections with optional adapters, rotary positions.
 
-Projections that are frozen may be in int8, each output with a scale of its own.
+Frozen projections may be int8, with one scale for each output.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Key, Num
 
 from dmpo_jax.models.lora import TARGETS, LoraConfig
 from dmpo_jax.sharding import constrain
 
-INT8_MAX = 127  # the range is symmetric
-KERNEL_SCALE = "kernel_scale"  # the parameter beside an int8 kernel
-PROJECTION = "projection"  # what the output of each is called where the backward pass chooses what to keep
+INT8_MAX = 127  # a symmetric range
+KERNEL_SCALE = "kernel_scale"  # name of the parameter beside an int8 kernel
+PROJECTION = "projection"  # name of the projections' outputs for rematerialisation policies
 
 
 class RMSNorm(nn.Module):
   """x / sqrt(mean(x^2) + eps) in float32, back to the input's dtype, times a learned scale."""
 
   eps: float
-  param_dtype: Any
+  param_dtype: str
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -36,20 +38,20 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-  """A projection, plus a low-rank adapter where the "lora" collection is given.
+  """A projection, plus its low-rank adapter if the "lora" collection is given.
 
   Args:
     features: output width.
     axes: logical axes of the kernel [in, out].
-    gain: factor on the initial weights' standard deviation, otherwise 1 / sqrt(in).
-    has_bias: whether a learned bias is added, 0 at first.
-    is_quantized: whether the kernel is int8, its columns times `kernel_scale` [out] float32; it cannot be trained.
-    lora: the adapters' settings; None: this projection is not adapted.
+    gain: the initial weights have standard deviation gain / sqrt(in).
+    has_bias: add a learned bias, initially 0.
+    is_quantized: the kernel is int8, its columns scaled by `kernel_scale` [out] float32; it cannot be trained.
+    lora: the adapters' settings; None: this projection has no adapter.
   """
 
   features: int
   axes: tuple[str, str]
-  param_dtype: Any
+  param_dtype: str
   gain: float = 1.0
   has_bias: bool = False
   is_quantized: bool = False
@@ -71,17 +73,17 @@ class Dense(nn.Module):
     if not self.is_quantized:
       return project(x, self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype))
     kernel = self.param("kernel", nn.with_logical_partitioning(_int8(init), self.axes), shape)
-    # A normal that is cut at two deviations has 0.88 of the deviation that it had.
+    # Truncated at two standard deviations, a normal keeps 0.88 of its standard deviation.
     reach = 2 / 0.88 * self.gain * shape[0] ** -0.5
     init = nn.with_logical_partitioning(nn.initializers.constant(reach / INT8_MAX), self.axes[1:])
     scale = self.param(KERNEL_SCALE, init, shape[1:], jnp.float32)
-    # Gathered as it is stored: converted first, twice the bytes would go over the links.
+    # All-gather it as int8: converted first, it would be twice the bytes.
     kernel = constrain(kernel, *gathered_axes(self.axes))
     return (project(x, kernel) * scale).astype(x.dtype)
 
   def _adapt(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l f"]:
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1, 1) / sqrt(in)
-    ranks = ["rank" if axis != "embed" else None for axis in self.axes]  # each adapter is split over fsdp once
+    ranks = ["rank" if axis != "embed" else None for axis in self.axes]  # shard each adapter over fsdp exactly once
     a = self._adapter("A", uniform, (x.shape[-1], self.lora.rank), (self.axes[0], ranks[0]))
     b = self._adapter("B", nn.initializers.zeros, (self.lora.rank, self.features), (ranks[1], self.axes[1]))
     if dropout_keys is not None and self.lora.dropout > 0:
@@ -89,7 +91,7 @@ class Dense(nn.Module):
     return project_adapter(project_adapter(x, a), b) * self.lora.scale
 
   def _adapter(
-    self, name: str, init: Any, shape: tuple[int, int], axes: tuple[str | None, str | None]
+    self, name: str, init: Initializer, shape: tuple[int, int], axes: tuple[str | None, str | None]
   ) -> Float32[Array, "_ _"]:
     init = nn.with_logical_partitioning(init, axes)
     return self.variable("lora", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
@@ -98,9 +100,9 @@ class Dense(nn.Module):
 def quantize(
   kernel: Float[Array | np.ndarray, "*y d f"],
 ) -> tuple[Int8[Array | np.ndarray, "*y d f"], Float32[Array | np.ndarray, "*y f"]]:
-  """Round a kernel to int8 times a scale for each column; on the host if it is NumPy's.
+  """Round a kernel to int8 and one scale for each column; a NumPy kernel is quantized on the host.
 
-  An entry's error is at most half its column's scale, the column's largest magnitude / 127.
+  The scale is the column's largest magnitude / 127. An entry's error is at most half its column's scale.
   """
   kernel = kernel.astype(jnp.float32)
   scale = abs(kernel).max(-2) / INT8_MAX
@@ -108,18 +110,24 @@ def quantize(
   return steps.astype(jnp.int8), scale
 
 
-def _int8(init: Any) -> Any:
+def _int8(init: Initializer) -> Callable[[Key[Array, ""], tuple[int, ...]], Int8[Array, "..."]]:
   return lambda key, shape: quantize(init(key, shape, jnp.float32))[0]
 
 
 def gathered_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
-  """Give the axes of weights where products read them: whole, but for heads and feed-forward, that may be split."""
+  """Return the axes of weights as products read them: gathered along d; heads and feed-forward may stay sharded."""
   return tuple(axis if axis != "embed" else None for axis in axes)
 
 
-def project(x: Float[Array, "*b d"], kernel: Num[Array, "d f"], output_dtype: Any = None) -> Float[Array, "*b f"]:
-  """Multiply by a kernel, in the input's dtype; `output_dtype`: of the sums and the result, None for the input's."""
-  # Rows and positions as one axis: with two of them, XLA's CPU backend transposes whole activations for the gradient.
+def project(
+  x: Float[Array, "*b d"], kernel: Num[Array, "d f"], output_dtype: DTypeLike | None = None
+) -> Float[Array, "*b f"]:
+  """Multiply by a kernel, in the input's dtype.
+
+  Args:
+    output_dtype: of the sums and the result; None: the input's.
+  """
+  # Flatten rows and positions: with two axes, XLA's CPU backend transposes whole activations for the gradient.
   flat = x.reshape(-1, x.shape[-1])
   y = jnp.matmul(flat, kernel.astype(x.dtype), preferred_element_type=output_dtype)
   return y.reshape(*x.shape[:-1], -1)
@@ -127,7 +135,7 @@ def project(x: Float[Array, "*b d"], kernel: Num[Array, "d f"], output_dtype: An
 
 @jax.custom_vjp
 def project_adapter(x: Float[Array, "b l d"], kernel: Float32[Array, "d f"]) -> Float[Array, "b l f"]:
-  """Multiply by an adapter as `project` does; the kernel's gradient is summed in float32, over devices too."""
+  """Multiply by an adapter like `project`, but sum the kernel's gradient in float32, over devices too."""
   return project(x, kernel)
 
 
@@ -145,9 +153,9 @@ project_adapter.defvjp(_project_adapter_forward, _project_adapter_backward)
 
 
 def drop(x: Float[Array, "b l d"], keys: Key[Array, "b l"], rate: float) -> Float[Array, "b l d"]:
-  """Zero entries with probability `rate` and scale up the rest; each position of each row draws from its own key.
+  """Apply dropout; each position of each row draws from its own key.
 
-  An entry takes 16 random bits, to which the rate is rounded: half the work of drawing floats.
+  An entry takes 16 random bits, half the work of drawing floats, so the rate is rounded to 16 bits.
   """
   width, limit = x.shape[-1], min(round(rate * 2**16), 2**16 - 1)
 
@@ -159,14 +167,14 @@ def drop(x: Float[Array, "b l d"], keys: Key[Array, "b l"], rate: float) -> Floa
 
 
 def fold_all(keys: Key[Array, "b l"], number: Int[Array, ""] | int) -> Key[Array, "b l"]:
-  """Derive a key from each of the keys, all with the same number."""
+  """Fold the same number into every key."""
   return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, number)
 
 
 def rotary_table(
   positions: Int[Array, "b l"], head_dim: int, theta: float
 ) -> tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]:
-  """Tabulate cos and sin of position * theta^(-2i / head_dim), i < w = head_dim / 2 (Su et al., arXiv 2104.09864)."""
+  """Compute cos and sin of position * theta^(-2i / head_dim), i < w = head_dim / 2 (Su et al., arXiv 2104.09864)."""
   frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angle = positions[..., None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)
@@ -175,7 +183,7 @@ def rotary_table(
 def rotate(
   x: Float[Array, "b l n h"], table: tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]
 ) -> Float[Array, "b l n h"]:
-  """Rotate each head's pairs (x_i, x_{i + h/2}) by their position's angle, in float32."""
+  """Rotate each head's pairs (x_i, x_{i + h/2}) by the position's angles, in float32."""
   cos, sin = table[0][:, :, None], table[1][:, :, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,12 +1,12 @@
-"""Low-rank adapters: which projections carry them, and how wide they are.
+"""Low-rank adapters: their rank, scale, dropout and targets.
 
-Adapters live in a collection of their own ("lora"), beside "params": applying the model without it is the reference.
+Adapters are a Flax collection ("lora") beside "params". The model applied without it is the reference policy.
 """
 
 import dataclasses
 import difflib
 
-# Projections that can be adapted; a projection's index here also seeds its dropout.
+# Projections that can have an adapter. A projection's index also seeds its dropout.
 TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 
 
@@ -15,13 +15,13 @@ class LoraConfig:
   """Adapters W x + (alpha / rank) B A dropout(x) (Hu et al., arXiv 2106.09685).
 
   Args:
-    rank: width of the adapters, at least 1.
-    alpha: numerator of their scale.
-    dropout: probability in [0, 1) that an input of an adapter is zeroed, where dropout keys are given.
+    rank: at least 1.
+    alpha: adapters are scaled by alpha / rank.
+    dropout: rate in [0, 1) on the adapters' inputs, if dropout keys are given.
     targets: names from `TARGETS`, or ("all",).
 
   Raises:
-    ValueError: a value is out of range or a target is not a projection of the model.
+    ValueError: a value is out of range, or a target is no projection of the model.
   """
 
   rank: int
@@ -38,12 +38,12 @@ class LoraConfig:
 
   @property
   def scale(self) -> float:
-    """What an adapter's output is multiplied by."""
+    """The factor on an adapter's output."""
     return self.alpha / self.rank
 
 
 def expand_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
-  """Check the names of adapted projections and return them in the order of `TARGETS`; "all" is every one.
+  """Check the names of projections and return them in the order of `TARGETS`; "all" stands for all of them.
 
   Raises:
     ValueError: a name is unknown, or there is none.

@@ -1,16 +1,16 @@
-"""LLaDA: a bidirectional transformer that predicts every masked token of a row at once (arXiv 2502.09992).
+"""One bidirectional transformer that predicts all masked tokens of a row at once (LLaDA, arXiv 2502.09992).
 
-Everything else sees it through `denoiser`. Caching keys and values, masks and positions, adapters and their dropout are
-optional arguments of this one model.
+`ModelConfig` describes it, which makes it the model of any family (LLaDA, Dream). Samplers and objectives use it
+through `denoiser.py`.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax import sharding
@@ -28,30 +28,28 @@ from dmpo_jax.models.layers import (
 )
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
+from dmpo_jax.structs import Params
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8")
-OLDER = {
-  "quantization": "none",
-  "head_dim": 0,
-}  # what the lack of a field means where a model was described before there was one
+OLDER = {"quantization": "none", "head_dim": 0}  # values of fields that older descriptions of a model lack
 REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # with their adapters; all else is recomputed
+  "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # all but the projections is recomputed
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Sizes and choices of the model; the configuration's `model` section explains each.
+  """Sizes and choices of the model; `configs/base.py` explains each in its section `model`.
 
-  `embedding_size` may exceed `vocab_size`: rows of the table that no token uses. With `shift_logits` the logits of a
-  position are the prediction of the next one, as an autoregressive ancestor had it; `denoiser` reads them so. With
-  `quantization` int8 the layers' projections are `layers.quantize`d and cannot be trained; adapters on them can.
-  A `head_dim` of 0 becomes d_model // num_heads.
+  `embedding_size` may exceed `vocab_size`; no token uses the rows beyond it. With `shift_logits` a position's logits
+  predict the next position, as in the autoregressive model that Dream started from; `denoiser.py` takes care of it.
+  With `quantization` int8 the layers' projections are quantized (`layers.quantize`) and cannot be trained; adapters on
+  them can. A `head_dim` of 0 becomes d_model // num_heads.
 
   Raises:
-    ValueError: sizes that do not fit together, or an unknown choice.
+    ValueError: sizes do not fit together, or a choice is unknown.
   """
 
   vocab_size: int
@@ -103,7 +101,7 @@ class ModelConfig:
 
 
 class KVCache(NamedTuple):
-  """Keys (rotated) and values of m slots of every row, layer by layer (y), and which slots hold a token."""
+  """Keys (rotated) and values of m slots of every row, for each layer, and which slots hold a token."""
 
   keys: Float[Array, "y b m k h"]
   values: Float[Array, "y b m k h"]
@@ -111,14 +109,14 @@ class KVCache(NamedTuple):
 
 
 def empty_kv_cache(config: ModelConfig, num_rows: int, length: int) -> KVCache:
-  """Make a cache of `length` slots, none of which holds a token yet."""
+  """Make a cache of `length` empty slots."""
   shape = (config.num_layers, num_rows, length, config.num_kv_heads, config.head_dim)
   zeros = constrain(jnp.zeros(shape, config.dtype), "layers", "batch", None, "kv_heads", None)
   return KVCache(zeros, zeros, jnp.zeros((num_rows, length), bool))
 
 
 class Context(NamedTuple):
-  """What every layer sees alike."""
+  """Inputs that are the same for every layer."""
 
   rotary: tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]  # cos and sin of the tokens' positions
   mask: Bool[Array, "b #l m"] | None
@@ -127,7 +125,7 @@ class Context(NamedTuple):
 
 
 class LayerInput(NamedTuple):
-  """What one layer sees."""
+  """Inputs that differ from layer to layer."""
 
   layer: Int[Array, ""]
   cached: tuple[Float[Array, "b m k h"], Float[Array, "b m k h"]] | None
@@ -135,8 +133,7 @@ class LayerInput(NamedTuple):
 
 KeysValues = tuple[Float[Array, "b l k h"], Float[Array, "b l k h"]]
 
-
-PROJECTIONS = {  # of a layer, with the logical axes of their kernels
+PROJECTIONS = {  # of a layer: the logical axes of the kernel [in, out]
   "q_proj": ("embed", "heads"),
   "k_proj": ("embed", "kv_heads"),
   "v_proj": ("embed", "kv_heads"),
@@ -148,13 +145,13 @@ PROJECTIONS = {  # of a layer, with the logical axes of their kernels
 
 
 class Block(nn.Module):
-  """x += attention(norm(x)); x += SwiGLU(norm(x)). Also returns the tokens' keys and values, to be cached."""
+  """A layer: x += attention(norm(x)); x += SwiGLU(norm(x)). With a cache also returns the tokens' keys and values."""
 
   config: ModelConfig
 
   def setup(self) -> None:
     c = self.config
-    residual = (2 * c.num_layers) ** -0.5  # what is added to the stream starts small
+    residual = (2 * c.num_layers) ** -0.5  # additions to the residual stream start small
     self.attn_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
     self.q_proj = self._dense("q_proj", c.num_heads * c.head_dim, has_bias=c.qkv_bias)
     self.k_proj = self._dense("k_proj", c.num_kv_heads * c.head_dim, has_bias=c.qkv_bias)
@@ -181,12 +178,12 @@ class Block(nn.Module):
     return self._run(x, inputs, context)
 
   def _run_chunks(self, num_chunks: int, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
-    """Compute groups of rows one after the other: what a layer holds for its gradient then has the size of a group.
+    """Compute chunks of rows one after the other, so that a layer's activations for the gradient are those of a chunk.
 
-    The weights are gathered once for all of them.
+    The weights are gathered once for all chunks.
     """
     layer, variables = Block(self.config, parent=None), _gather_layer(self.variables)
-    # Where kernels are trained, so that the groups' gradients are summed in float32.
+    # If the kernels are trained: so that the gradients of the chunks are summed in float32.
     if self.config.lora is None and self.config.quantization == "none":
       variables = jax.tree.map(lambda array: array.astype(jnp.float32), variables)
 
@@ -197,10 +194,10 @@ class Block(nn.Module):
       run = jax.checkpoint(run, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
     x = sharding.split_rows(x, num_chunks, None, "act_embed")
     context = jax.tree.map(lambda array: sharding.split_rows(array, num_chunks), context)
-    return sharding.join_rows(jax.lax.map(lambda part: run(*part), (x, context)), None, "act_embed")
+    return sharding.join_rows(jax.lax.map(lambda chunk: run(*chunk), (x, context)), None, "act_embed")
 
   def run_rows(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
-    """Run the layer on rows that have no cache and dropout keys of this layer."""
+    """Run the layer on rows without a cache; the dropout keys are already this layer's."""
     return self._run(x, LayerInput(jnp.int32(0), None), context)[0]
 
   def _run(
@@ -225,7 +222,7 @@ class Block(nn.Module):
     keys, values = new
     if inputs.cached is not None:
       start = (0, context.cache_start, 0, 0)
-      keys, values = jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, start), inputs.cached, new)
+      keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, start), inputs.cached, new)
     mixed = self.attn_out(attend(query, keys, values, context.mask, self.config.attention), dropout_keys)
     return mixed, None if inputs.cached is None else new
 
@@ -235,21 +232,22 @@ class Block(nn.Module):
 
 
 def count_chunks(num_rows: int, layer_rows: int) -> int:
-  """Count the equal groups of at most `layer_rows` rows of each device that rows are computed in; 0: one group.
+  """Count the equal chunks in which a layer computes its rows: at most `layer_rows` rows of each device in a chunk.
 
-  Rows that the devices do not share evenly are one group.
+  One chunk if `layer_rows` is 0, or if the devices do not divide the rows.
   """
-  own, left = divmod(num_rows, sharding.num_shares("batch"))
+  rows_per_device, left = divmod(num_rows, sharding.num_shares("batch"))
   if left:
     return 1
-  return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= (layer_rows or own))
+  most = layer_rows or rows_per_device
+  return next(n for n in range(1, rows_per_device + 1) if rows_per_device % n == 0 and rows_per_device // n <= most)
 
 
 def _add_residual(x: Float[Array, "b l d"], y: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-  """Add to the residual stream, of whose width each device of a tensor-parallel group holds its share alone.
+  """Add to the residual stream, sharded along d over the tensor axis.
 
-  The group's sums are scattered over it, and only normed rows are gathered. Korthikanti et al. (arXiv 2205.05198)
-  split the length; the width divides whatever the number of tokens is.
+  So the tensor-parallel sum is a reduce-scatter, and only normed activations are all-gathered. Korthikanti et al.
+  (arXiv 2205.05198) shard the length; d can be sharded for any number of tokens.
   """
   return constrain(x + y, "batch", None, "act_embed")
 
@@ -258,10 +256,10 @@ def _gather_embed(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
   return constrain(x, "batch", None, None)
 
 
-def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Lay out a layer's weights as its products read them (see `gathered_axes`)."""
+def _gather_layer(variables: Params) -> Params:
+  """All-gather a layer's weights along d, as its products read them (see `gathered_axes`)."""
 
-  def gather(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
+  def gather(path: tuple[DictKey, ...], array: jax.Array) -> jax.Array:
     projection, kind = path[-2].key, path[-1].key
     if projection not in PROJECTIONS or kind == "bias":
       return array
@@ -273,10 +271,7 @@ def _gather_layer(variables: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class Transformer(nn.Module):
-  """The model. Parameters in `param_dtype`, activations in `dtype`; norms, softmax, positions and logits in float32.
-
-  Parameters that are trained are float32 whatever `param_dtype` is (see `lora.computing`).
-  """
+  """The model: parameters in `param_dtype`, activations in `dtype`; norms, softmax, positions and logits in float32."""
 
   config: ModelConfig
 
@@ -301,9 +296,9 @@ class Transformer(nn.Module):
       init = nn.with_logical_partitioning(init, ("embed", "vocab"))
       self.head = self.param("head", init, (c.d_model, c.embedding_size), c.param_dtype)
 
-  def __call__(self, tokens: Int[Array, "b l"], **keywords: Any) -> Float32[Array, "b l v"]:
-    """Give the logits of every position; keywords as for `hidden`, whose cache is not returned."""
-    return self.logits(self.hidden(tokens, **keywords)[0])
+  def __call__(self, tokens: Int[Array, "b l"], **arguments: Any) -> Float32[Array, "b l v"]:
+    """Compute the logits of every position; arguments as for `hidden`."""
+    return self.logits(self.hidden(tokens, **arguments)[0])
 
   def hidden(
     self,
@@ -319,17 +314,17 @@ class Transformer(nn.Module):
     """Run the layers and the final norm.
 
     Args:
-      is_valid: False on padding, which is never attended to: a row's result does not depend on it. None: no padding.
-      positions: rotary positions, which may repeat. None: a token's number among the row's valid tokens.
-      attention_mask: True where query l may attend to key m, on top of `is_valid`. None: everywhere.
-      cache: with one, the tokens take its slots [cache_start, cache_start + l), whatever was there, and attend to all
-        slots that hold a token; then m is the number of slots. None: the tokens attend to each other.
+      is_valid: False on padding. No query attends to it, so a row's result does not depend on it. None: no padding.
+      positions: rotary positions; they may repeat. None: a token's index among the row's valid tokens.
+      attention_mask: True where query l may attend to key m, in addition to `is_valid`. None: everywhere.
+      kv_cache: the tokens overwrite its slots [cache_start, cache_start + l) and attend to all slots that hold a token;
+        m is the number of slots. None: the tokens attend to each other.
       cache_start: slot of the first token.
-      dropout_keys: the rows' keys of the adapters' dropout; None: no dropout. A draw belongs to the row's key, the
-        layer, the projection and the position.
+      dropout_keys: the rows' keys of the adapters' dropout; None: no dropout. Each row, layer, projection and position
+        draws for itself.
 
     Returns:
-      The final norm's output, and the cache with the tokens in it (None without a cache).
+      The final norm's output, and the updated cache (None without one).
     """
     start = None if kv_cache is None else jnp.asarray(cache_start, jnp.int32)
     if kv_cache is not None:
@@ -343,29 +338,26 @@ class Transformer(nn.Module):
       cache_start=start,
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
     )
-    # Each shard looks up its part of the width for all rows, which then part: no table is ever whole on a device.
-    x = jnp.take(self.embedding, constrain(tokens, "gathered_batch", None), axis=0).astype(self.config.dtype)
-    x = constrain(constrain(x, "gathered_batch", None, "embed"), "batch", None, "act_embed")
-    inputs = LayerInput(
-      jnp.arange(self.config.num_layers), None if kv_cache is None else (kv_cache.keys, kv_cache.values)
-    )
-    x, new = self.blocks(x, inputs, context)
+    cached = None if kv_cache is None else (kv_cache.keys, kv_cache.values)
+    x, new = self.blocks(self._embed(tokens), LayerInput(jnp.arange(self.config.num_layers), cached), context)
     if kv_cache is not None:
-      keys, values = jax.tree.map(
-        lambda old, part: jax.lax.dynamic_update_slice(old, part, (0, 0, start, 0, 0)),
-        (kv_cache.keys, kv_cache.values),
-        new,
-      )
+      at = (0, 0, start, 0, 0)
+      keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, at), cached, new)
       kv_cache = KVCache(keys, values, is_valid)
     return _gather_embed(self.final_norm(x)), kv_cache
 
+  def _embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+    # Each fsdp shard looks up its part of d for all rows; then the rows are sharded. No device gathers the whole table.
+    x = jnp.take(self.embedding, constrain(tokens, "gathered_batch", None), axis=0).astype(self.config.dtype)
+    return constrain(constrain(x, "gathered_batch", None, "embed"), "batch", None, "act_embed")
+
   def logits(self, hidden: Float[Array, "b s d"]) -> Float32[Array, "b s v"]:
-    """Give float32 logits over the whole embedding table, unused rows and MASK included; `head` reads it in parts."""
+    """Compute float32 logits over the whole table, unused rows and MASK included; `head.py` computes them in chunks."""
     head = self.embedding.T if self.config.weight_tying else self.head
     return constrain(project(hidden, head, jnp.float32), "batch", None, "vocab")
 
-  def head_of(self, variables: Mapping[str, Any]) -> Float[Array, "d v"]:
-    """Give what `head` makes logits of the hidden states with."""
+  def head_of(self, variables: Params) -> Float[Array, "d v"]:
+    """Return the matrix that maps hidden states to logits."""
     params = variables["params"]
     return params["embedding"].T.astype(self.config.dtype) if self.config.weight_tying else params["head"]
 
@@ -373,7 +365,7 @@ class Transformer(nn.Module):
 def _count_positions(
   tokens: Int[Array, "b l"], is_valid: Bool[Array, "b m"] | None, start: Int[Array, ""] | None
 ) -> Int[Array, "b l"]:
-  """Number the valid tokens of each row from 0; padding takes the number before it (at least 0)."""
+  """Count each row's valid tokens from 0; padding takes the number before it (at least 0)."""
   if is_valid is None:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   positions = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)

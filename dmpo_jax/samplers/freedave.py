@@ -41,15 +41,15 @@ class State(NamedTuple):
   """What one call of a block hands to the next."""
 
   num_done: Int[Array, "b"]  # steps of LLaDA's schedule done in this block
-  drafts: Int[Array, "b k s"]  # the block as drafted 1, 2, ... steps ahead
+  drafts: Int[Array, "b j s"]  # the block as drafted 1, 2, ... steps ahead
 
 
 class Choice(NamedTuple):
   """The token that each position of each state would take, and the score that orders the positions."""
 
-  tokens: Int[Array, "b k s"]
-  confidence: Float[Array, "b k s"]
-  score: Float[Array, "b k s"]
+  tokens: Int[Array, "b j s"]
+  confidence: Float[Array, "b j s"]
+  score: Float[Array, "b j s"]
 
 
 def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
@@ -64,17 +64,17 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
   draft_length, steps = options.draft_length, plan.steps_per_block
   schedule = num_transfer_tokens(jnp.int32(plan.block_length), steps)
 
-  def forward(view: View, state: State, kv_cache: None) -> Float[Array, "b k s d"]:
+  def forward(view: View, state: State, kv_cache: None) -> Float[Array, "b j s d"]:
     return _run_states(denoiser, view, _candidates(view, state))
 
-  def choose(view: View, hidden: Float[Array, "b k s d"], number: Int[Array, "b k"]) -> Choice:
+  def choose(view: View, hidden: Float[Array, "b j s d"], number: Int[Array, "b j"]) -> Choice:
     return _choose(denoiser, view, hidden, number, plan, options)
 
   def select(tokens: Int[Array, "b s"], score: Float[Array, "b s"], number: Int[Array, "b"]) -> Bool[Array, "b s"]:
     count = jnp.where(number < steps, schedule[jnp.minimum(number, steps - 1)], 0)
     return select_count(score, tokens == denoiser.mask_token_id, count)
 
-  def accept(view: View, hidden: Float[Array, "b k s d"], state: State) -> tuple[Decision, State]:
+  def accept(view: View, hidden: Float[Array, "b j s d"], state: State) -> tuple[Decision, State]:
     num_done = jnp.where(view.step == 0, 0, state.num_done)
     blocks = _candidates(view, state)
     number = num_done[:, None] + jnp.arange(draft_length)
@@ -104,36 +104,36 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
   return decode(Rule(forward, accept, steps), keys, plan, denoiser, first)[0]
 
 
-def _run_states(denoiser: Denoiser, view: View, blocks: Int[Array, "b k s"]) -> Float[Array, "b k s d"]:
-  """Run the rows with each of k states of the block."""
-  b, k, size = blocks.shape
-  rows = jnp.broadcast_to(view.completion[:, None], (b, k, view.completion.shape[1]))
+def _run_states(denoiser: Denoiser, view: View, blocks: Int[Array, "b j s"]) -> Float[Array, "b j s d"]:
+  """Run the rows with each of j states of the block."""
+  b, j, size = blocks.shape
+  rows = jnp.broadcast_to(view.completion[:, None], (b, j, view.completion.shape[1]))
   rows = jax.lax.dynamic_update_slice_in_dim(rows, blocks, view.start, axis=2)
-  hidden = take_block(denoiser.hidden(rows.reshape(b * k, -1)), view.start, size)
-  return hidden.reshape(b, k, *hidden.shape[1:])
+  hidden = take_block(denoiser.hidden(rows.reshape(b * j, -1)), view.start, size)
+  return hidden.reshape(b, j, *hidden.shape[1:])
 
 
 def _choose(
   denoiser: Denoiser,
   view: View,
-  hidden: Float[Array, "b k s d"],
-  number: Int[Array, "b k"],
+  hidden: Float[Array, "b j s d"],
+  number: Int[Array, "b j"],
   plan: Plan,
   options: Options,
 ) -> Choice:
   """Predict every state's tokens, each with the noise of its own step (`number`)."""
-  b, k = number.shape
+  b, j = number.shape
   folded = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(view.row_keys, view.number - view.step + number)
   folded = folded.reshape(-1)
   temperature = plan.temperature
   if isinstance(temperature, jax.Array):
-    temperature = jnp.repeat(temperature, k)
-  chosen = predict(denoiser, hidden.reshape(b * k, *hidden.shape[2:]), folded, view.positions, temperature)
+    temperature = jnp.repeat(temperature, j)
+  chosen = predict(denoiser, hidden.reshape(b * j, *hidden.shape[2:]), folded, view.positions, temperature)
   score = uniform_noise(folded, view.positions) if options.remasking == "random" else chosen.confidence
-  return Choice(*(array.reshape(b, k, -1) for array in (chosen.tokens, chosen.confidence, score)))
+  return Choice(*(array.reshape(b, j, -1) for array in (chosen.tokens, chosen.confidence, score)))
 
 
-def _candidates(view: View, state: State) -> Int[Array, "b k s"]:
+def _candidates(view: View, state: State) -> Int[Array, "b j s"]:
   """Give the states to run: the true one, then the drafts.
 
   A block's first call has no drafts and repeats the true state, which never follows from itself.
@@ -142,7 +142,7 @@ def _candidates(view: View, state: State) -> Int[Array, "b k s"]:
   return jnp.concatenate([tokens, jnp.where(view.step == 0, tokens, state.drafts)], axis=1)
 
 
-def _pick(array: Num[Array, "b k *s"], index: Int[Array, "b"]) -> Num[Array, "b *s"]:
-  """Take one of k for each row, by comparison rather than by index, so that it is computed where the rows are."""
+def _pick(array: Num[Array, "b j *s"], index: Int[Array, "b"]) -> Num[Array, "b *s"]:
+  """Take one of j for each row, by comparison rather than by index, so that it is computed where the rows are."""
   is_it = (jnp.arange(array.shape[1]) == index[:, None]).reshape(*array.shape[:2], *[1] * (array.ndim - 2))
   return jnp.where(is_it, array, 0).sum(1, dtype=array.dtype)

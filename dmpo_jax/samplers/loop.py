@@ -7,7 +7,7 @@ blocks, leaves finished rows alone, ends rows at EOS, keeps the record and gives
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +99,9 @@ class Carry(NamedTuple):
   state: PyTree  # the sampler's own
 
 
-Forward = Callable[[View, Any, Any], Any]  # (view, state, kv_cache) -> hidden
-Prefill = Callable[[View], tuple[Any, Any]]  # (view) -> (hidden, kv_cache)
-Accept = Callable[[View, Any, Any], tuple[Decision, Any]]  # (view, hidden, state) -> (decision, state)
+Forward = Callable[[View, PyTree, PyTree], PyTree]  # (view, state, kv_cache) -> hidden
+Prefill = Callable[[View], tuple[PyTree, PyTree]]  # (view) -> (hidden, kv_cache)
+Accept = Callable[[View, PyTree, PyTree], tuple[Decision, PyTree]]  # (view, hidden, state) -> (decision, state)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 
   score: Float32[Array, "b s"]  # logit with noise, of the id or of the whole tile
   place: Int[Array, "b s"]  # the id, or the tile's number
-  logits: Float32[Array, "b s k"]  # of the id, or of the tile's ids
+  logits: Float32[Array, "b s j"]  # of the id, or of the tile's ids
 
 
 Choose = Callable[[Float32[Array, "b s n w"], Int[Array, "n w"]], Choice]
@@ -140,7 +140,7 @@ def _read_vocabulary(
 
 
 def _first_best(
-  scores: Float32[Array, "b s n w"], logits: Float32[Array, "b s n w *k"], places: Int[Array, "*z n w"]
+  scores: Float32[Array, "b s n w"], logits: Float32[Array, "b s n w *j"], places: Int[Array, "*z n w"]
 ) -> Choice:
   """Return the highest score, the lowest place that has it, and that place's logits.
 
@@ -190,8 +190,8 @@ def gumbel_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], num_ids: int
 
 
 def tile_noise(
-  keys: Key[Array, "b"], positions: Int[Array, "s"], tiles: Int[Array, "n m"]
-) -> Float32[Array, "b s n m"]:
+  keys: Key[Array, "b"], positions: Int[Array, "s"], tiles: Int[Array, "n j"]
+) -> Float32[Array, "b s n j"]:
   """Draw Gumbel noise that depends on (row, call, position, tile) alone, not on the vocabulary's chunks."""
   return _draw(_fold(_fold(position_keys(keys, positions), 0)[..., None, None], tiles))
 

@@ -49,11 +49,11 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
   """
   size, mask = plan.block_length, denoiser.mask_token_id
 
-  def forward(view: View, state: Int[Array, "b"], kv_cache: None) -> Float[Array, "b t d"]:
+  def forward(view: View, state: Int[Array, "b"], kv_cache: None) -> Float[Array, "b _ d"]:
     return denoiser.shadowed(view.completion, view.start, size)
 
   def accept(
-    view: View, hidden: Float[Array, "b t d"], num_before: Int[Array, "b"]
+    view: View, hidden: Float[Array, "b _ d"], num_before: Int[Array, "b"]
   ) -> tuple[Decision, Int[Array, "b"]]:
     tokens, confidence, *_ = predict(denoiser, hidden[:, :size], view.keys, view.positions, plan.temperature)
     is_kept = select_wide(confidence, view.is_masked, options.threshold)
