@@ -13,7 +13,6 @@ def get_config() -> ConfigDict:
   c.seed = 0  # noise derives from it, with the step, prompt, rollout and position
 
   c.model = m = ConfigDict()
-  m.name = "llada"  # see dmpo_jax.models.MODELS
   m.init_from = ""  # a folder written by launch/convert_hf.py, or a run's base or policy; "": random initialisation
   m.vocab_size = 0  # number of ids, including unused ones; 0: the checkpoint's, or else the tokenizer's
   m.embedding_size = 0  # rows of the embedding table; 0: the checkpoint's, or vocab_size rounded up to a multiple of 8

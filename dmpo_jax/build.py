@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmpo_jax import data, models, processes, sharding, tasks
+from dmpo_jax import data, processes, sharding, tasks
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
 from dmpo_jax.hub import pretrained
@@ -196,7 +196,7 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
   fields["embedding_size"] = fields["embedding_size"] or _round_up(fields["vocab_size"], EMBEDDING_MULTIPLE)
   if fields["vocab_size"] < vocabulary.vocab_size:
     raise ValueError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {vocabulary.vocab_size} ids")
-  return models.MODELS[own.name](
+  return Transformer(
     ModelConfig(
       **fields, dtype=own.dtype, param_dtype=own.param_dtype, remat=own.remat, layer_rows=own.layer_rows, lora=lora
     )

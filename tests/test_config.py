@@ -60,7 +60,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("model.d_model", 60, "an even multiple of model.num_heads = 4"),
     ("model.head_dim", 7, "an even whole number (rotary pairs), or None"),
     ("model.num_kv_heads", 3, "a divisor of model.num_heads = 4"),
-    ("model.name", "lada", "one of llada; did you mean 'llada'?"),
+    ("sampler.name", "lada", "did you mean 'llada'?"),
     ("model.remat", "some", "one of none, dots, full"),
     ("model.quantization", "int4", "one of none, int8"),
     ("model.init_from", "no/such/folder", "the path of a folder of parameters that exists"),

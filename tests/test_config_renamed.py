@@ -15,10 +15,9 @@ from dmpo_jax.run import workdir as workdir_lib
 def with_old_names(config):
   """The nested dict of a run from before the renaming."""
   leaves = config_lib.flatten(config)
-  for old, (new, *others) in RENAMED.items():
-    leaves[old] = leaves.pop(new)
-    for other in others:
-      del leaves[other]
+  for old, news in RENAMED.items():
+    values = [leaves.pop(new) for new in news]
+    leaves[old] = values[0] if values else "llada"
   nested = {}
   for path, value in leaves.items():
     *sections, key = path.split(".")

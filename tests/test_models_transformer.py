@@ -14,7 +14,6 @@ from jaxprs import arrays_of
 from recorded_models import TINY, compiled, load, recorded, tiny
 
 from dmpo_jax import policy, sharding
-from dmpo_jax.models import MODELS
 from dmpo_jax.models.attention import attend
 from dmpo_jax.models.layers import rotary_table, rotate
 from dmpo_jax.models.lora import LoraConfig
@@ -393,7 +392,3 @@ def test_unused_rows_of_the_table_have_logits():
 def test_sizes_that_do_not_fit_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(TINY, **changes)
-
-
-def test_models_by_name():
-  assert MODELS["llada"] is Transformer

@@ -1,10 +1,11 @@
-"""Keys that had another name once: an old name is refused where it is given, and read where an old run has it."""
+"""Keys that had another name once, or are gone: refused where they are given, and read where an old run has them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 _CLIPPED = ("diffu_grpo", "coupled_grpo", "gdpo", "tracerl")
-RENAMED = {
+RENAMED = {  # old key: its names now; none: the key is gone
+  "model.name": (),
   "objective.num_replicates": ("objective.num_mask_samples",),
   "objective.num_elbo_replicates": ("objective.num_elbo_samples",),
   "objective.replicates": ("objective.elbo_rounds",),
@@ -25,4 +26,5 @@ def current(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def new_name(path: str) -> str:
   """Say what a renamed key is called now, as part of an error message."""
-  return f"is now {' or '.join(f'config.{new}' for new in RENAMED[path])}"
+  names = " or ".join(f"config.{new}" for new in RENAMED[path])
+  return f"is now {names}" if names else "is gone: leave it out"

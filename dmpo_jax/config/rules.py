@@ -12,7 +12,6 @@ from typing import Any
 from etils import epath
 
 from dmpo_jax.hub.tokenizer import TOKENIZERS
-from dmpo_jax.models import MODELS
 from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.objectives import OBJECTIVES, wddo
@@ -140,7 +139,6 @@ PARALLEL = ("parallel", "prefix_cache", "dual_cache")  # the samplers with a rul
 # A task's own section is checked against the task's fields; other choices' own keys as far as they are named here.
 RULES: dict[str, Rule] = {
   "seed": whole(0, 2**32 - 1),
-  "model.name": one_of(*MODELS),
   "model.init_from": existing("a folder of parameters", empty="random initialisation"),
   "model.vocab_size": whole(0),
   "model.embedding_size": whole(0),

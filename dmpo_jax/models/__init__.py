@@ -1,5 +1,1 @@
-"""Masked diffusion language models by name."""
-
-from dmpo_jax.models.transformer import Transformer
-
-MODELS = {"llada": Transformer}
+"""The model: one transformer, its attention, head, adapters, and the ways in which samplers and objectives run it."""

@@ -91,7 +91,7 @@ def read_change(change: str) -> tuple[str, Any]:
   try:
     return key, json.loads(value)
   except ValueError as error:
-    raise app.UsageError(f'--set={change}: must be key=value, the value as JSON, such as model.name="llada"') from error
+    raise app.UsageError(f"--set={change}: must be key=value, the value as JSON, such as sampler.steps=16") from error
 
 
 def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

@@ -123,7 +123,7 @@ FACTS: dict[str, Callable[[Run], object]] = {
     f"{run.config['sampler.block_length']}, {run.config['sampler.steps']} steps, T {run.config['sampler.temperature']}"
   ),
   "model": lambda run: (
-    f"{run.config['model.init_from'] or run.config['model.name']}, {run.config['model.num_layers']} layers of "
+    f"{run.config['model.init_from'] or 'random weights'}, {run.config['model.num_layers']} layers of "
     f"{run.config['model.d_model']}"
     + (f", LoRA rank {run.config['model.lora.rank']}" if run.config["model.lora.rank"] else "")
   ),
