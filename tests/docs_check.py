@@ -27,7 +27,7 @@ from nbclient.exceptions import CellExecutionError
 
 from configs import base
 from dmpo_jax.config import flatten
-from dmpo_jax.config.rules import RULES
+from dmpo_jax.config.keys import KEYS as RULED
 from launch.bench.main import SECTIONS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ PLACEHOLDERS = re.compile(r"gs://|[A-Z]{3,}|\*|hf=|runs/[ab]\b")  # what is not 
 RUN = ("dmpo_jax.main", "launch.report", "launch.export_hf", "launch.picture", "launch.replay")
 PATH = re.compile(r"`((?:dmpo_jax|configs|launch|tests|docs)/[\w/.-]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
-KEYS = {*RULES, *flatten(base.get_config())}  # with the own keywords of choices, which have no rules
+KEYS = {*RULED, *flatten(base.get_config())}  # with the own keywords of choices, which have no rules
 KEY = re.compile(
   rf"`(?:--config\.)?((?:{'|'.join(sorted({key.partition('.')[0] for key in KEYS}))})\.(?!json`)[\w.]+)[^`]*`"
 )

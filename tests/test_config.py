@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dmpo_jax import config as config_lib
 from dmpo_jax.config import rules
-from dmpo_jax.config.rules import RULES
+from dmpo_jax.config.keys import KEYS
 from dmpo_jax.run import workdir as workdir_lib
 from dmpo_jax.samplers import SAMPLERS, Sampler
 
@@ -43,9 +43,9 @@ def test_every_config_is_valid(name, tmp_path):
 
 def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
   leaves = config_lib.flatten(config)
-  assert RULES.keys() <= leaves.keys()
-  without = [path.split(".") for path in leaves if path not in RULES]
-  assert all(len(keys) == 3 and keys[0] in config_lib.CHOICES for keys in without)
+  assert KEYS.keys() <= leaves.keys()
+  without = [path.split(".") for path in leaves if path not in KEYS]
+  assert all(len(keys) == 3 and keys[0] in ("task", "sampler") for keys in without)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("sampler.llada.remasking", "low_confidense", "did you mean 'low_confidence'?"),
     ("sampler.name", "win", "did you mean 'wino'?"),
     ("sampler.guidance", -1.0, "a number in [0, inf)"),
-    ("sampler.dual_cache.rule", "treshold", "one of count, threshold, factor; did you mean 'threshold'?"),
-    ("sampler.freedave.draft_length", 0, "a whole number, 1 or more"),
+    ("sampler.dual_cache.rule", "treshold", "must be one of count, threshold, factor; did you mean 'threshold'?"),
+    ("sampler.freedave.draft_length", 0, "must be 1 or more"),
     ("rollout.chunk_prompts", 5, "0 or a divisor of rollout.num_prompts = 32"),
     ("rollout.early_exit", True, 'False unless objective.counted = "until_eos"'),
     ("objective.likelihood", "sampler", "not sampler, as sampler.name = 'llada' gives no log-probabilities"),
@@ -156,6 +156,9 @@ def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
     ({"wdce.baseline": "model", "likelihood": "one_step"}, "likelihood", "with objective.wdce.baseline = 'model'"),
     ({"wdce.unlearning": "bounded", "likelihood": "eubo"}, "likelihood", "objective.wdce.unlearning = 'bounded'"),
     ({"wdce.unlearning": "bounded", "mask_block_length": 4}, "mask_block_length", "0, as objective.name = 'wdce'"),
+    (dict(name="coupled_grpo", likelihood="coupled"), "num_mask_samples", "odd and 3 or more"),
+    (dict(likelihood="elbo_quadrature", num_elbo_samples=3), "num_elbo_samples", "num_points = 2"),
+    ({"wdce.baselin": "none"}, "wdce.baselin", "no such key; did you mean 'objective.wdce.baseline'?"),
     (dict(weighting="reward", proximal="adaptive"), "proximal", "fixed, as objective.weighting = 'reward'"),
     (dict(part_weights=(1.0, 2.0)), "part_weights", "(), as objective.reward_scaling = 'none'"),
     (dict(weighting="reward", max_weight=0.5), "max_weight", "1.0, as objective.weighting = 'reward'"),
@@ -261,7 +264,7 @@ def test_a_samplers_own_section_is_optional_if_its_options_have_defaults(config,
   config_lib.validate(config)
   options = dataclasses.make_dataclass("Options", [("depth", int), ("width", int, 3)], frozen=True)
   monkeypatch.setitem(SAMPLERS, "mine", Sampler(options, lambda denoiser, keys, plan, options: None))
-  monkeypatch.setitem(RULES, "sampler.name", rules.one_of("mine"))
+  monkeypatch.setitem(KEYS, "sampler.name", rules.one_of("mine"))
   config.sampler.name = "mine"
   (line,) = problems(config)
   assert line == "config.sampler.mine.depth is missing"
@@ -287,8 +290,10 @@ def test_own_section_of_the_sampler(config):
   config.sampler.name = "wino"
   config.sampler.wino.treshold = 0.5
   (line,) = problems(config)
-  assert line == "config.sampler.wino.treshold = 0.5: no such key; did you mean 'threshold'?"
-  config.sampler.name = "random_order"  # and where another sampler is chosen, nobody minds; nor that it has no section
+  assert line == "config.sampler.wino.treshold = 0.5: no such option; did you mean 'threshold'?"
+  config.sampler.name = "random_order"  # a mistake in another section is one too, but a section may be left out
+  assert problems(config) == [line]
+  del config.sampler["wino"]
   config_lib.validate(config)
 
 

@@ -2,7 +2,7 @@
 
 from dmpo_jax.config.identity import NOT_OF_EVALUATION, deciding, differences, fingerprint
 from dmpo_jax.config.renamed import current
-from dmpo_jax.config.validation import CHOICES, Config, ConfigError, did_you_mean, flatten, validate
+from dmpo_jax.config.validation import CHOICES, Config, ConfigError, flatten, validate
 
 __all__ = (
   "CHOICES",
@@ -11,7 +11,6 @@ __all__ = (
   "ConfigError",
   "current",
   "deciding",
-  "did_you_mean",
   "differences",
   "fingerprint",
   "flatten",

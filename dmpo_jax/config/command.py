@@ -15,9 +15,10 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from dmpo_jax.config import ConfigError, did_you_mean
+from dmpo_jax.config import ConfigError
+from dmpo_jax.config.keys import KEYS
 from dmpo_jax.config.renamed import RENAMED, new_name
-from dmpo_jax.config.rules import RULES
+from dmpo_jax.spelling import did_you_mean
 
 HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
 MISTAKE = 2  # exit code of a mistake in the command, by which nothing was started
@@ -102,9 +103,9 @@ def _unknown_keys(error: Exception, argv: Sequence[str]) -> list[str]:
   if not isinstance(error, AttributeError | KeyError):
     return []
   overrides = [arg[len("--config.") :].split("=")[0] for arg in argv if arg.startswith("--config.")]
-  unknown = [path for path in overrides if path not in RULES and any(part in str(error) for part in path.split("."))]
+  unknown = [path for path in overrides if path not in KEYS and any(part in str(error) for part in path.split("."))]
   return [
-    f"--config.{path}: " + (new_name(path) if path in RENAMED else f"no such key{did_you_mean(path, RULES)}")
+    f"--config.{path}: " + (new_name(path) if path in RENAMED else f"no such key{did_you_mean(path, KEYS)}")
     for path in unknown
   ]
 

@@ -4,7 +4,8 @@ Adapters are a Flax collection ("lora") beside "params". The model applied witho
 """
 
 import dataclasses
-import difflib
+
+from dmpo_jax.spelling import did_you_mean
 
 # Projections that can have an adapter. A projection's index also seeds its dropout.
 TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
@@ -52,9 +53,7 @@ def expand_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
     raise ValueError(f"model.lora.targets is empty: name some of {', '.join(TARGETS)}, or all")
   for name in targets:
     if name not in (*TARGETS, "all"):
-      near = difflib.get_close_matches(name, TARGETS, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ValueError(
-        f"model.lora.targets: the model has no projection {name!r}{hint} (there are {', '.join(TARGETS)}, or all)"
-      )
+      known = f"there are {', '.join(TARGETS)}, or all"
+      near = did_you_mean(name, TARGETS)
+      raise ValueError(f"model.lora.targets: the model has no projection {name!r}{near} ({known})")
   return TARGETS if "all" in targets else tuple(name for name in TARGETS if name in targets)

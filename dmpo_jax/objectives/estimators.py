@@ -5,7 +5,6 @@ sees the prompt and y without M. `masks.num`, the mask samples, is what an estim
 """
 
 import dataclasses
-import difflib
 from typing import Any, ClassVar
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Linear, Views
 from dmpo_jax.objectives.masking import MaskSampling, draw_block_masks, draw_masks, uniform_noise
+from dmpo_jax.spelling import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,9 +228,8 @@ def make_estimator(name: str, masks: MaskSampling, **own: Any) -> Estimator:
     ValueError: an unknown name, or a number of mask samples that the estimator cannot have.
   """
   if name not in ESTIMATORS:
-    near = difflib.get_close_matches(name, ESTIMATORS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"objective.likelihood={name!r}: must be one of {', '.join(ESTIMATORS)}{hint}")
+    near = did_you_mean(name, ESTIMATORS)
+    raise ValueError(f"objective.likelihood={name!r}: must be one of {', '.join(ESTIMATORS)}{near}")
   estimator = ESTIMATORS[name](masks, **own)
   if problem := estimator.problem():
     raise ValueError(problem)

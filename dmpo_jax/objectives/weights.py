@@ -4,7 +4,6 @@ Every softmax runs over the rollouts of one prompt, the axis g; a rollout that i
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dmpo_jax.objectives.likelihood import standard_error
+from dmpo_jax.spelling import did_you_mean
 
 BASELINES = ("none", "mean", "model", "negative")
 REWARD_SCALINGS = ("none", "standardise", "standardise_parts")
@@ -267,9 +267,8 @@ def baseline(
     return softmax_kept(jax.lax.stop_gradient(log_p_theta) - log_p_old, is_kept)
   if name == "negative":
     return jnp.where(is_kept, negative_weight, 0)
-  near = difflib.get_close_matches(name, BASELINES, n=1)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  raise ValueError(f"objective.wdce.baseline={name!r}: must be one of {', '.join(BASELINES)}{hint}")
+  near = did_you_mean(name, BASELINES)
+  raise ValueError(f"objective.wdce.baseline={name!r}: must be one of {', '.join(BASELINES)}{near}")
 
 
 def softmax_kept(logits: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:

@@ -1,12 +1,12 @@
 """Decoding rules by name, each on the loop of `loop.py`: `sample(denoiser, keys, plan, options) -> Rollouts`."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dmpo_jax.samplers import entropy_bound, freedave, llada, parallel, random_order, wino
 from dmpo_jax.samplers.loop import Plan
+from dmpo_jax.spelling import did_you_mean
 from dmpo_jax.structs import Rollouts
 
 __all__ = ["SAMPLERS", "Plan", "Sampler", "make_options"]
@@ -63,7 +63,6 @@ def make_options(name: str, section: Mapping[str, Any]) -> Any:
 
 def _find_problem(key: str, value: object, fields: Mapping[str, dataclasses.Field]) -> str:
   if key not in fields:
-    near = difflib.get_close_matches(key, fields, n=1)
-    return f"{key}={value!r}: no such option" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{key}={value!r}: no such option{did_you_mean(key, fields)}"
   types, allowed = KINDS[fields[key].type]
   return "" if type(value) in types else f"{key}={value!r}: must be {allowed}"

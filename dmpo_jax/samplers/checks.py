@@ -1,8 +1,9 @@
 """Checks of a sampler's options. Each returns what is wrong with one option ("": nothing); `refuse` raises them all."""
 
-import difflib
 import math
 from collections.abc import Sequence
+
+from dmpo_jax.spelling import did_you_mean
 
 
 def refuse(*problems: str) -> None:
@@ -20,9 +21,7 @@ def one_of(option: str, value: str, choices: Sequence[str]) -> str:
   """Check that a value is one of the choices; the message names them and the nearest."""
   if value in choices:
     return ""
-  near = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  return f"{option}={value!r}: must be one of {', '.join(choices)}{hint}"
+  return f"{option}={value!r}: must be one of {', '.join(choices)}{did_you_mean(value, choices)}"
 
 
 def from_zero(option: str, value: float) -> str:

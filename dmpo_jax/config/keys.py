@@ -1,0 +1,344 @@
+"""Every key with its rule, and beside it what it must be to other keys. `configs/base.py` says what each key means."""
+
+import operator
+
+from dmpo_jax.config.rules import (
+  Rule,
+  existing,
+  flag,
+  lengths,
+  mesh_size,
+  number,
+  numbers,
+  one_of,
+  some_of,
+  task_name,
+  text,
+  wandb_project,
+  whole,
+)
+from dmpo_jax.hub.tokenizer import TOKENIZERS
+from dmpo_jax.models.attention import ATTENTIONS
+from dmpo_jax.models.lora import TARGETS
+from dmpo_jax.models.transformer import DTYPES, QUANTIZATIONS, REMAT_POLICIES
+from dmpo_jax.objectives import OBJECTIVES, wddo
+from dmpo_jax.objectives.estimators import ESTIMATORS, Coupled, Elbo, ElboQuadrature
+from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.weights import BASELINES, REWARD_SCALINGS, WEIGHTINGS
+from dmpo_jax.samplers import SAMPLERS
+from dmpo_jax.sharding import MESH_AXES
+from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks.builtin import CHOICES
+
+POSITIVE, FROM_ZERO, SHARE = number("(0, inf)"), number("[0, inf)"), number("[0, 1]")
+CLIPPED = ("diffu_grpo", "coupled_grpo", "gdpo", "tracerl")  # the objectives with a clipped ratio
+COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning")
+
+
+def divides(value: int, other: int) -> bool:
+  return other % value == 0
+
+
+def is_part(value: int, whole: int) -> bool:
+  return value == 0 or divides(value, whole)
+
+
+def is_at_most(value: int, most: int) -> bool:
+  return most == 0 or value <= most  # 0: all
+
+
+def compares_bounds(name: str, baseline: str, unlearning: str) -> bool:
+  """Whether a loss compares the policy's own bound, drawn anywhere in the completion, with log p_old."""
+  return name == "wddo" or (name == "wdce" and (baseline == "model" or unlearning == "bounded"))
+
+
+def has_noise(likelihood: str, prompt_mask_ratio: float) -> bool:
+  """Whether another estimate of the same likelihood would differ."""
+  return likelihood not in ("sampler", "trajectory") and (likelihood != "one_step" or prompt_mask_ratio > 0)
+
+
+def is_log_p(likelihood: str) -> bool:
+  return likelihood not in ESTIMATORS or ESTIMATORS[likelihood].is_log_p
+
+
+def update_masks_problem(num: int, antithetic: bool, points: int, name: str, likelihood: str) -> str:
+  """Say what the masks of an update must be to the estimator of its loss, or to the loss that draws them itself."""
+  return masks_problem(num, antithetic, points, likelihood if OBJECTIVES[name].takes_likelihood else "elbo")
+
+
+def buffer_masks_problem(num: int, antithetic: bool, points: int, name: str, likelihood: str) -> str:
+  """Say what the masks that a buffer is scored under must be to their estimator."""
+  return masks_problem(num, antithetic, points, likelihood) if OBJECTIVES[name].needs_weights else ""
+
+
+def masks_problem(num: int, antithetic: bool, points: int, likelihood: str) -> str:
+  masks = MaskSampling(num, antithetic)
+  bounds = {"elbo": Elbo(masks), "eubo": Elbo(masks), "coupled": Coupled(masks)}
+  estimator = (bounds | {"elbo_quadrature": ElboQuadrature(masks, points)}).get(likelihood)
+  return estimator.problem().partition(": ")[2] if estimator is not None else ""
+
+
+DRAWN = ("objective.antithetic", "objective.elbo_quadrature.num_points", "objective.name", "objective.likelihood")
+
+LIKELIHOOD = (
+  one_of(*ESTIMATORS, "sampler")
+  .also(
+    "eubo, as {0} sets an upper bound against a lower one",
+    lambda likelihood, name: name != "spg" or likelihood == "eubo",
+    "objective.name",
+  )
+  .also(
+    "one that estimates log p (elbo, elbo_quadrature, ...), as {0} weighs rollouts by log p_ref - log p_old: coupled "
+    "estimates a multiple of it",
+    lambda likelihood, name: not OBJECTIVES[name].needs_weights or is_log_p(likelihood),
+    "objective.name",
+  )
+  .also(
+    "elbo or sampler, as {0} with {1} and {2} compares log p_old with the policy's elbo",
+    lambda likelihood, *own: likelihood in ("elbo", "sampler") or not compares_bounds(*own),
+    *COMPARED,
+  )
+  .also(
+    "not trajectory, as {0} leaves none that could be replayed: wino takes tokens back, and a call of freedave decides "
+    "several states (llada decides the same tokens)",
+    lambda likelihood, sampler: likelihood != "trajectory" or sampler not in ("wino", "freedave"),
+    "sampler.name",
+  )
+  .also(
+    "not sampler, as {0} gives no log-probabilities: random_order does",
+    lambda likelihood, sampler: likelihood != "sampler" or sampler == "random_order",
+    "sampler.name",
+  )
+  .also(
+    "not sampler, as {0} needs no log-probabilities of whole completions: wdce and wddo do",
+    lambda likelihood, name: likelihood != "sampler" or OBJECTIVES[name].needs_weights,
+    "objective.name",
+  )
+)
+
+KEYS: dict[str, Rule] = {
+  "seed": whole(0, 2**32 - 1),
+  "model.init_from": existing("a folder of parameters", empty="random initialisation"),
+  "model.vocab_size": whole(0),
+  "model.embedding_size": whole(0).also(
+    "0, or at least {0}", lambda rows, ids: rows == 0 or rows >= ids, "model.vocab_size"
+  ),
+  "model.d_model": whole(1).also(
+    "an even multiple of {0}, or give a model.head_dim",
+    lambda d_model, heads, head_dim: head_dim is not None or d_model % (2 * heads) == 0,
+    "model.num_heads",
+    "model.head_dim",
+  ),
+  "model.num_layers": whole(1),
+  "model.num_heads": whole(1),
+  "model.num_kv_heads": whole(1).also("a divisor of {0}", divides, "model.num_heads"),
+  "model.head_dim": Rule(
+    "an even whole number (rotary pairs), or None for model.d_model / model.num_heads",
+    lambda value: value is None or (type(value) is int and value > 0 and value % 2 == 0),
+  ),
+  "model.mlp_hidden_size": whole(1),
+  "model.rope_theta": POSITIVE,
+  "model.rms_norm_eps": POSITIVE,
+  "model.weight_tying": flag(),
+  "model.qkv_bias": flag(),
+  "model.shift_logits": flag(),
+  "model.dtype": one_of(*DTYPES),
+  "model.quantization": one_of(*QUANTIZATIONS),
+  "model.param_dtype": one_of(*DTYPES),
+  "model.remat": one_of("none", *REMAT_POLICIES),
+  "model.layer_rows": whole(0),
+  "model.attention": one_of("auto", *ATTENTIONS),
+  "model.lora.rank": whole(0).also(
+    "1 or more, as {0} cannot be trained (new adapters change nothing where it is only sampled)",
+    lambda rank, kind: rank > 0 or kind == "none",
+    "model.quantization",
+  ),
+  "model.lora.alpha": POSITIVE,
+  "model.lora.dropout": number("[0, 1)"),
+  "model.lora.targets": some_of(*TARGETS, "all"),
+  "model.lora.init_from": existing("a folder of adapters", empty="new ones"),
+  "tokenizer.name": one_of(*TOKENIZERS),
+  "tokenizer.path": existing("a tokenizer", empty="that of model.init_from").also(
+    "the path of a tokenizer, as {0} has none: give a checkpoint, see launch/convert_hf.py",
+    lambda path, init_from: bool(path or init_from),
+    "model.init_from",
+  ),
+  "tokenizer.is_chat": flag(),
+  # and the section of each task, which the task itself checks
+  "task.name": task_name(),
+  "task.prompt": text(),
+  "task.rewards": one_of(*CHOICES),
+  "task.grader": one_of(*CHOICES),
+  "task.records_dir": text(),
+  "task.data_dir": text(),
+  "task.eval_path": existing("a test file", empty="the generated test split"),
+  "task.num_train": whole(0),
+  "task.num_test": whole(0),
+  "task.max_prompt_length": whole(1),
+  "task.overlong_prompts": one_of("error", "skip", "cut_user"),
+  "grading.workers": whole(1),
+  "grading.seconds": POSITIVE,
+  "grading.memory_gb": POSITIVE,
+  # and the section of each sampler, which `samplers.make_options` checks
+  "sampler.name": one_of(*SAMPLERS).also(
+    "a sampler that runs whole rows (llada, parallel, ...), as {0}",
+    lambda name, is_shifted: not (is_shifted and name in ("prefix_cache", "dual_cache", "wino")),
+    "model.shift_logits",
+  ),
+  "sampler.completion_length": whole(1),
+  "sampler.block_length": whole(1).also("a divisor of {0}", divides, "sampler.completion_length"),
+  "sampler.steps": whole(1).also(
+    "a multiple of the number of blocks, {0} / {1}",
+    lambda steps, length, block: length % block > 0 or steps % (length // block) == 0,
+    "sampler.completion_length",
+    "sampler.block_length",
+  ),
+  "sampler.temperature": FROM_ZERO,
+  "sampler.guidance": FROM_ZERO,
+  "rollout.num_prompts": whole(1).also("at most {0}", is_at_most, "task.num_train"),
+  "rollout.group_size": whole(1),
+  "rollout.chunk_prompts": whole(0).also(
+    "0 or a divisor of {0}: a shorter chunk would be another program to compile", is_part, "rollout.num_prompts"
+  ),
+  "rollout.pipelined": flag()
+  .also(
+    "False, as {0} asks for more of the policy once rewards are known, and by then it has moved on",
+    lambda pipelined, rounds: not pipelined or rounds == "fixed",
+    "objective.elbo_rounds",
+  )
+  .also(
+    "False, as {0} learns from demonstrations",
+    lambda pipelined, name: not pipelined or not OBJECTIVES[name].learns_from_demonstrations,
+    "objective.name",
+  )
+  .also(
+    "False, as {0} takes the policy that drew the buffer for its reference",
+    lambda pipelined, name: not pipelined or not OBJECTIVES[name].has_teacher,
+    "objective.name",
+  ),
+  "rollout.early_exit": flag().also(
+    'False unless objective.counted = "until_eos" ({0}): what early exit fills in is not the policy\'s choice',
+    lambda exits, counted: not exits or counted == "until_eos",
+    "objective.counted",
+  ),
+  "objective.name": one_of(*OBJECTIVES),
+  "objective.counted": one_of("all", "until_eos"),
+  "objective.num_mask_samples": whole(1).checked_by(update_masks_problem, *DRAWN),
+  "objective.antithetic": flag(),
+  "objective.min_mask_ratio": SHARE.also("below {0}", operator.lt, "objective.max_mask_ratio"),
+  "objective.max_mask_ratio": number("(0, 1]"),
+  "objective.mask_block_length": whole(0).also(
+    "0, as {0} with {1} and {2} compares log p_old with an elbo of masks anywhere",
+    lambda length, *own: length == 0 or not compares_bounds(*own),
+    *COMPARED,
+  ),
+  "objective.sync_reference_every": whole(0).also(
+    "as many as {0}, as {1} takes the policy that drew the buffer for its reference",
+    lambda every, updates, name: not OBJECTIVES[name].has_teacher or every == updates,
+    "train.updates_per_buffer",
+    "objective.name",
+  ),
+  "objective.likelihood": LIKELIHOOD,
+  "objective.num_elbo_samples": whole(1).checked_by(buffer_masks_problem, *DRAWN),
+  "objective.elbo_rounds": one_of("fixed", "adaptive").also(
+    "fixed, as {0} (one_step: with {1}) has no noise to average",
+    lambda rounds, *likelihood: rounds == "fixed" or has_noise(*likelihood),
+    "objective.likelihood",
+    "objective.one_step.prompt_mask_ratio",
+  ),
+  "objective.max_noise": POSITIVE,
+  "objective.max_rounds": whole(1),
+  "objective.one_step.prompt_mask_ratio": number("[0, 1)"),
+  "objective.elbo_quadrature.num_points": whole(1, 16),
+  "objective.eubo.beta": number("[1, inf)"),
+  "objective.eubo.mixture": SHARE,
+  "objective.weighting": one_of(*WEIGHTINGS),
+  "objective.alpha": POSITIVE,
+  "objective.proximal": one_of("fixed", "adaptive").also(
+    "fixed, as {0} takes no proximal step",
+    lambda proximal, weighting: proximal == "fixed" or weighting != "reward",
+    "objective.weighting",
+  ),
+  "objective.kappa": number("(0, 1]"),
+  "objective.min_ess": number("(0, 1]"),
+  "objective.reward_scaling": one_of(*REWARD_SCALINGS),
+  "objective.part_weights": numbers().also(
+    "(), as {0} does not take the parts of the reward apart",
+    lambda weights, scaling: not weights or scaling == "standardise_parts",
+    "objective.reward_scaling",
+  ),
+  "objective.max_weight": number("(0, 1]").also(
+    "1.0, as {0} leaves no share of a group to cut",
+    lambda most, weighting: most == 1 or weighting != "reward",
+    "objective.weighting",
+  ),
+  "objective.wdce.baseline": one_of(*BASELINES),
+  "objective.wdce.baseline_strength": FROM_ZERO,
+  "objective.wdce.unlearning": one_of("unbounded", "bounded"),
+  "objective.wdce.min_log_ratio": number("(-inf, 0]"),
+  "objective.wddo.sets": one_of(*wddo.SETS),
+  "objective.wddo.alpha_ddo": FROM_ZERO,
+  "objective.wddo.beta": POSITIVE,
+  **{f"objective.{name}.clip": POSITIVE for name in CLIPPED},
+  **{f"objective.{name}.kl_weight": FROM_ZERO for name in CLIPPED},
+  "objective.wd1.sharpness": POSITIVE,
+  "objective.dtm.tilt": POSITIVE,
+  "objective.dtm.control_variate": FROM_ZERO,
+  "warm_start.updates": whole(0).also(
+    "0, as {0} cannot be trained", lambda updates, kind: updates == 0 or kind == "none", "model.quantization"
+  ),
+  "warm_start.batch_size": whole(1),
+  "warm_start.learning_rate": POSITIVE,
+  "warm_start.min_mask_ratio": number("(0, 1)"),
+  "warm_start.correct_share": SHARE,
+  "optim.learning_rate": POSITIVE,
+  "optim.warmup_updates": whole(0),
+  "optim.b1": number("[0, 1)"),
+  "optim.b2": number("[0, 1)"),
+  "optim.weight_decay": FROM_ZERO,
+  "optim.clip_norm": POSITIVE,
+  "optim.max_skips_in_a_row": whole(1),
+  "train.num_buffers": whole(0),
+  "train.updates_per_buffer": whole(1),
+  "train.microbatch_prompts": whole(0).also("0 or a divisor of {0}", is_part, "rollout.num_prompts"),
+  "sharding.data": mesh_size(),
+  "sharding.fsdp": mesh_size().also("a size, as {0}", lambda *sizes: sizes.count(-1) < 2, "sharding.data"),
+  "sharding.tensor": mesh_size().also(
+    "a size, as {0} and {1}",
+    lambda size, *others: size != -1 or -1 not in others,
+    "sharding.data",
+    "sharding.fsdp",
+  ),
+  **{f"sharding.rollout.{axis}": mesh_size(empty="that of the updates") for axis in MESH_AXES},
+  "sharding.rollout.data": mesh_size(empty="that of the updates").also(
+    "one of three of which at most one is -1, as {0} and {1}",
+    lambda *sizes: sizes.count(-1) < 2,
+    "sharding.rollout.fsdp",
+    "sharding.rollout.tensor",
+  ),
+  "eval.every_buffers": whole(0),
+  "eval.num_prompts": whole(0).also(
+    "at most {0}",
+    lambda prompts, test, path: bool(path) or is_at_most(prompts, test),
+    "task.num_test",
+    "task.eval_path",
+  ),
+  "eval.batch_size": whole(1),
+  "eval.temperature": FROM_ZERO,
+  "eval.num_samples": whole(1),
+  "eval.tasks": some_of(*TASKS, empty="the configured one"),
+  "eval.lengths": lengths(),
+  "eval.samplers": some_of(*SAMPLERS, empty="the configured one"),
+  "eval.early_exit": flag(),
+  "serve.host": text(),
+  "serve.port": whole(0, 65535),
+  "serve.batch_size": whole(1),
+  "serve.max_queue": whole(1).also(
+    "at least {0}, as one request may ask for so many choices", operator.ge, "serve.batch_size"
+  ),
+  "serve.max_prompt_length": whole(1),
+  "serve.max_seconds": POSITIVE,
+  "log.wandb_project": wandb_project(),
+  "checkpoint.every_updates": whole(1),
+  "checkpoint.keep": whole(1),
+}
