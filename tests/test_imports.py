@@ -1,6 +1,7 @@
 """The house's order: modules import only what lies below them, and nothing touches a device on import."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -87,6 +88,38 @@ def test_the_package_imports_neither_configs_nor_launch():
       names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
       names += [node.module] if isinstance(node, ast.ImportFrom) else []
       assert not {name.split(".")[0] for name in names} & {"configs", "launch"}, path
+
+
+LAUNCH = PACKAGE.parent / "launch"
+# What the commands and rooms of launch import of its rooms; a room may import all of itself.
+OF_ROOMS = {
+  "benchmark": {"bench.main"},
+  "plan": {"bench.costs", "bench.programs"},
+}
+
+
+def launch_imports(path):
+  """The modules of launch that a file imports, wherever in the file."""
+  modules = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "launch":
+      for name in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]:
+        file = PACKAGE.parent / name.replace(".", "/")
+        modules |= {name.removeprefix("launch.")} if file.with_suffix(".py").exists() else set()
+  return modules
+
+
+def test_launch_has_no_circle_and_its_rooms_stay_apart():
+  paths = {".".join(path.relative_to(LAUNCH).with_suffix("").parts): path for path in LAUNCH.rglob("*.py")}
+  imports = {name: launch_imports(path) for name, path in paths.items()}
+  graphlib.TopologicalSorter(imports).prepare()  # raises where there is a circle
+  across = {}
+  for name, found in imports.items():
+    own = name.partition(".")[0]
+    for other in found:
+      if "." in other and other.partition(".")[0] != own:
+        across.setdefault(own, set()).add(other)
+  assert across == OF_ROOMS
 
 
 def test_processes_wait_for_each_other_at_named_and_bounded_places_alone():
