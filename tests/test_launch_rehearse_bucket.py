@@ -198,7 +198,7 @@ def test_what_it_does_not_know_is_said_and_noted():
   api = Api(Buckets(("b",)))
   told = api.answer(Request("GET", "/storage/v1/b/b/acl", {}))
   assert told.status == 501
-  assert "does not know GET" in json.loads(told.body)["error"]["message"]
+  assert "does not support GET" in json.loads(told.body)["error"]["message"]
   assert api.unknown == ["GET /storage/v1/b/b/acl"]
 
 

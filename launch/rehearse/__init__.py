@@ -1,1 +1,1 @@
-"""The whole way of a run on a pod, rehearsed on this machine."""
+"""Rehearses a run on a pod, from the checkpoint to the export, on this machine."""

@@ -1,13 +1,13 @@
-"""Rehearse on this machine what a run does on a pod, before renting one.
+"""Rehearse a run on a pod on this machine, before renting one.
 
     python -m launch.rehearse --config=configs/llada_8b.py --processes=4 --devices=4
     python -m launch.rehearse --config=configs/llada_8b.py --workdir=gs://BUCKET/rehearsal    # a real bucket
 
-The configuration keeps its structure and gets small widths; a tiny checkpoint takes the place of the real one. Then
-come the user's own commands: convert, train, a preemption, a resume, the death of a host, a resume on other hosts,
-evaluation, sampling, export; and an undisturbed run, whose parameters the disturbed one must reach bit for bit. Hosts
-are processes with virtual CPU devices and folders of their own, the bucket is one in memory that speaks Google Cloud
-Storage's protocol. Exit code 1: a check failed, which is named with its log.
+The configuration keeps its structure but gets small widths and a tiny checkpoint. The rehearsal runs the user's own
+commands: convert, train, preemption, resume, death of a host, resume on other hosts, evaluation, sampling, export. The
+interrupted run must equal an undisturbed one bit for bit. Hosts are processes with virtual CPU devices and their own
+folders; the bucket is in memory and speaks the protocol of Google Cloud Storage. If a check fails, the exit code is 1
+and the message names the check and its log.
 """
 
 import contextlib
@@ -39,23 +39,21 @@ from launch.rehearse.shrink import shrink
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file; override a key with --config.section.key=value.", lock_config=True
 )
-_PROCESSES = flags.DEFINE_integer("processes", 4, "Hosts: an even number of processes.", lower_bound=2)
-_DEVICES = flags.DEFINE_integer("devices", 4, "Virtual devices of each.", lower_bound=1)
-_WORKDIR = flags.DEFINE_string("workdir", "", 'A gs:// path, new or empty; "": a bucket in this machine\'s memory.')
-_OUT = flags.DEFINE_string(
-  "out", "runs/rehearsal", "Folder of the logs; what an earlier rehearsal left there is removed."
-)
+_PROCESSES = flags.DEFINE_integer("processes", 4, "Number of hosts, which are processes; must be even.", lower_bound=2)
+_DEVICES = flags.DEFINE_integer("devices", 4, "Virtual devices of each host.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "", 'A new or empty gs:// path; "": a bucket in memory.')
+_OUT = flags.DEFINE_string("out", "runs/rehearsal", "Folder of the logs; an earlier rehearsal there is removed.")
 flags.adopt_module_key_flags(progress)  # --quiet
 
 TASK = "launch/rehearse/task.py"
-WIDTH = 120  # of the table where there is no terminal
-MARK = "rehearsal"  # a file by which a folder is known as an earlier rehearsal's
+WIDTH = 120  # of the table where the output is no terminal
+MARK = "rehearsal"  # a file that marks the folder of a rehearsal
 
 
 def main(argv: Sequence[str]) -> None:
-  """Rehearse and print the table; exit code 1 if a check failed, 2 for a mistake in the command."""
+  """Rehearse and print the table; exit with code 1 if a check failed, 2 for a mistake in the command."""
   jax.config.update("jax_platforms", "cpu")
-  absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what older versions of it would have written
+  absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about its older versions
   try:
     if len(argv) > 1:
       raise ConfigError(f"unknown argument {argv[1]!r}: options start with --, see --help")
@@ -75,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rehearse(plan: steps.Plan, console: Console) -> bool:
-  """Run the steps up to the first that fails; print what was checked and how long each took."""
+  """Run the steps until one fails; print what was checked and how long each took."""
   table = Table("step", "what", "checked", "seconds", title="Rehearsal", title_justify="left")
   failure: Failed | None = None
   with progress.Progress("rehearsal", len(steps.STEPS), unit="steps") as shown:
@@ -87,21 +85,14 @@ def rehearse(plan: steps.Plan, console: Console) -> bool:
       begun = time.monotonic()
       try:
         checked = "\n".join(map(escape, step.act(plan)))
-      except (
-        Failed,
-        OSError,
-        ValueError,
-        KeyError,
-      ) as error:  # the others: a file that is not there, or not as it must be
+      except (Failed, OSError, ValueError, KeyError) as error:  # a check, or a file that is missing or damaged
         failure = error if isinstance(error, Failed) else Failed(f"{step.name}: {type(error).__name__}: {error}")
         checked = f"[red]failed:[/] {escape(str(failure))}"
       table.add_row(step.name, step.what, checked, f"{time.monotonic() - begun:.0f}")
       shown.advance()
   console.print(table)
   if failure is None:
-    console.print(
-      f"passed; logs in {plan.folder}, what the runs left in {plan.bucket}", highlight=False, soft_wrap=True
-    )
+    console.print(f"passed; logs are in {plan.folder}, the runs in {plan.bucket}", highlight=False, soft_wrap=True)
     return True
   place = f"; see {failure.log}" if failure.log else f"; logs in {plan.folder / 'logs'}"
   print(f"failed: {failure}{place}", file=sys.stderr)
@@ -111,7 +102,7 @@ def rehearse(plan: steps.Plan, console: Console) -> bool:
 def _check_flags() -> pathlib.Path:
   """Check the flags; return the local folder."""
   if _PROCESSES.value % 2:
-    raise ConfigError(f"--processes={_PROCESSES.value}: must be even, as the run goes on with half of them")
+    raise ConfigError(f"--processes={_PROCESSES.value}: must be even, as half of them resume the run")
   if _WORKDIR.value and not buckets.is_in_bucket(_WORKDIR.value):
     raise ConfigError(f"--workdir={_WORKDIR.value}: must be a gs:// path; leave it out for a bucket in memory")
   buckets.check({}, {"--workdir": _WORKDIR.value})
@@ -120,7 +111,7 @@ def _check_flags() -> pathlib.Path:
   buckets.refuse("--out", _OUT.value)
   folder = pathlib.Path(_OUT.value).expanduser().resolve()
   if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ConfigError(f"--out={_OUT.value} exists and is no earlier rehearsal's: give a new folder, or remove it")
+    raise ConfigError(f"--out={_OUT.value} exists and is not the folder of a rehearsal: give a new one, or remove it")
   return folder
 
 
@@ -132,7 +123,7 @@ def _make_anew(folder: pathlib.Path) -> None:
 
 
 def _small(config: ConfigDict, given: Sequence[str]) -> tuple[ConfigDict, list[str]]:
-  """Shrink the configuration; return it and the arguments by which dmpo_jax.main makes it, as the user gave them first.
+  """Shrink the configuration; return it, and the arguments of dmpo_jax.main that result in it.
 
   Raises:
     ConfigError: it does not start from a checkpoint, or is not valid.
@@ -140,7 +131,7 @@ def _small(config: ConfigDict, given: Sequence[str]) -> tuple[ConfigDict, list[s
   _check_start(config)
   small = copy.deepcopy(config)
   with small.unlocked():
-    small.model.init_from = str(ROOT)  # any folder that there is, as the checkpoint is still to be made
+    small.model.init_from = str(ROOT)  # any existing folder, as the checkpoint does not exist yet
   validate(small)
   arguments = [arg for arg in given if arg.startswith(("--config=", "--config."))]
   changes = shrink(config)
@@ -157,26 +148,26 @@ def _small(config: ConfigDict, given: Sequence[str]) -> tuple[ConfigDict, list[s
 
 
 def _check_start(config: ConfigDict) -> None:
-  """Refuse a configuration that starts from something else than a converted checkpoint and its tokenizer."""
+  """Refuse a configuration that does not start from a converted checkpoint with its tokenizer."""
   wanted = {"tokenizer.name": "huggingface", "tokenizer.path": "", "model.init_from": "", "model.lora.init_from": ""}
   for path, value in wanted.items():
     section, _, key = path.rpartition(".")
     found = functools.reduce(operator.getitem, section.split("."), config)[key]
     if found != value:
       raise ConfigError(
-        f"config.{path} = {found!r}: must be {value!r}, as a rehearsal makes the run's checkpoint and its tokenizer; "
+        f"config.{path} = {found!r}: must be {value!r}, as the rehearsal makes the checkpoint and its tokenizer; "
         "give a configuration that starts from one, such as configs/llada_8b.py"
       )
 
 
 @contextlib.contextmanager
 def _bucket(folder: pathlib.Path) -> Iterator[tuple[epath.Path, dict[str, str]]]:
-  """The folder of a bucket to work in, and the variables by which processes find it."""
+  """Yield the folder of a bucket, and the environment variables that lead processes to it."""
   if _WORKDIR.value:
     yield epath.Path(_WORKDIR.value), {}
     return
   with bucket.running(("bucket",), folder / "bucket") as emulator:
-    os.environ.update(emulator.environment)  # this process looks at what the runs leave, too
+    os.environ.update(emulator.environment)  # this process reads the runs too
     yield epath.Path("gs://bucket"), emulator.environment
 
 

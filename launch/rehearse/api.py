@@ -1,7 +1,7 @@
-"""The requests by which libraries use Google Cloud Storage, answered from buckets in memory.
+"""Serves requests to Google Cloud Storage from buckets in memory.
 
-The JSON API as google-cloud-storage, tensorstore and gcsfs speak it, and the reads by object name (the XML API's) of
-TensorFlow's gfile. What is not among them is answered with 501, and noted in `unknown`.
+It knows the JSON API as google-cloud-storage, tensorstore and gcsfs use it, and the reads by object name (XML API) of
+TensorFlow's gfile. Other requests get status 501 and are recorded in `unknown`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from launch.rehearse.objects import Buckets, Object, Refused
 
 BUCKET = "(?:/storage/v1)?/b/([^/]+)"
 CONDITIONS = re.compile("if(?:Source)?(?:Meta)?[gG]eneration(?:Not)?Match|generation|sourceGeneration")
-HEADERS = {  # the XML API's conditions
+HEADERS = {  # conditions of the XML API
   "x-goog-if-generation-match": "ifGenerationMatch",
   "x-goog-if-metageneration-match": "ifMetagenerationMatch",
 }
@@ -29,7 +29,7 @@ class Request:
   Attributes:
     target: the path with its query, quoted.
     headers: by names in lower case.
-    origin: scheme and host by which the client came.
+    origin: scheme and host of the URL.
   """
 
   method: str
@@ -40,12 +40,12 @@ class Request:
 
   @property
   def path(self) -> str:
-    """The target without its query, still quoted."""
+    """Return the target without its query, quoted."""
     return urlsplit(self.target).path
 
   @property
   def query(self) -> dict[str, str]:
-    """The parameters of the target."""
+    """Return the parameters of the target."""
     return dict(parse_qsl(urlsplit(self.target).query, keep_blank_values=True))
 
 
@@ -60,7 +60,7 @@ class Answer:
 
 @dataclasses.dataclass
 class Upload:
-  """A resumable upload: what has come of it so far."""
+  """A resumable upload, with the data received so far."""
 
   bucket: str
   name: str
@@ -70,11 +70,11 @@ class Upload:
 
 
 class Api:
-  """Answers requests, one at a time."""
+  """Answers requests one at a time."""
 
   def __init__(self, buckets: Buckets):
     self.buckets = buckets
-    self.unknown: list[str] = []  # requests that no library was expected to make
+    self.unknown: list[str] = []  # unsupported requests
     self._uploads: dict[str, Upload] = {}
     self._numbers = map(str, itertools.count(1))
     objects = f"{BUCKET}/o"
@@ -96,14 +96,14 @@ class Api:
     ]
 
   def answer(self, request: Request) -> Answer:
-    """Do what the request asks for; what cannot be done is an answer, too."""
+    """Serve a request; errors are answers too."""
     try:
       for methods, path, handle in self._routes:
         match = re.fullmatch(path, request.path)
         if match and request.method in methods.split("|"):
           return handle(request, *map(unquote, match.groups()))
       self.unknown.append(f"{request.method} {request.target}")
-      raise Refused(501, f"the rehearsal's bucket does not know {request.method} {request.path}")
+      raise Refused(501, f"the bucket of the rehearsal does not support {request.method} {request.path}")
     except Refused as refused:
       if refused.status == 304 and request.method not in ("GET", "HEAD"):
         refused = Refused(412, "conditionNotMet")
@@ -111,17 +111,19 @@ class Api:
       return _json({"error": error}, refused.status)
 
   def _batch(self, request: Request) -> Answer:
-    """Answer several requests in one, as google-cloud-storage and gcsfs delete."""
+    """Answer a batch of requests, by which google-cloud-storage and gcsfs delete."""
     parts = []
     for headers, inner in _parts(request):
       line, _, rest = inner.partition(b"\n")
       method, target = line.decode().split()[:2]
       body = re.split(rb"\r?\n\r?\n", rest, maxsplit=1)[-1]
-      told = self.answer(Request(method, target, {}, body, request.origin))
-      said = f"HTTP/1.1 {told.status} -\r\nContent-Type: application/json\r\nContent-Length: {len(told.body)}\r\n\r\n"
+      answer = self.answer(Request(method, target, {}, body, request.origin))
+      status = (
+        f"HTTP/1.1 {answer.status} -\r\nContent-Type: application/json\r\nContent-Length: {len(answer.body)}\r\n\r\n"
+      )
       number = headers.get("content-id", "").strip("<>")
       head = f"--batch\r\nContent-Type: application/http\r\nContent-ID: <response-{number}>\r\n\r\n"
-      parts.append(f"{head}{said}".encode() + told.body + b"\r\n")
+      parts.append(f"{head}{status}".encode() + answer.body + b"\r\n")
     return Answer(200, b"".join(parts) + b"--batch--\r\n", {"Content-Type": "multipart/mixed; boundary=batch"})
 
   def _create_bucket(self, request: Request) -> Answer:
@@ -161,7 +163,7 @@ class Api:
     return Answer(200, headers={"Location": place, "X-GUploader-UploadID": number})
 
   def _continue_upload(self, request: Request, number: str) -> Answer:
-    """Take a piece of a resumable upload, or say how much of it has come."""
+    """Take a piece of a resumable upload, and return how much has been received."""
     upload = self._uploads.get(number)
     if upload is None:
       raise Refused(404, f"no upload {number}")
@@ -176,8 +178,8 @@ class Api:
     if piece[3] != "*" and len(upload.data) >= int(piece[3]):
       del self._uploads[number]
       return self._store(upload.bucket, upload.name, upload.data, upload.conditions, upload.about)
-    come = {"Range": f"bytes=0-{len(upload.data) - 1}"} if upload.data else {}
-    return Answer(308, headers=come)
+    received = {"Range": f"bytes=0-{len(upload.data) - 1}"} if upload.data else {}
+    return Answer(308, headers=received)
 
   def _store(
     self, bucket: str, name: str, data: bytes, conditions: Mapping[str, str], about: Mapping[str, Any]
@@ -208,12 +210,12 @@ class Api:
     return self.buckets.put(to_bucket, to_name, old.data, rest, content_type=old.content_type, metadata=old.metadata)
 
   def _compose(self, request: Request, bucket: str, name: str) -> Answer:
-    asked = json.loads(request.body)
+    order = json.loads(request.body)
     sources = [
-      self.buckets.get(bucket, part["name"], part.get("objectPreconditions", {})) for part in asked["sourceObjects"]
+      self.buckets.get(bucket, part["name"], part.get("objectPreconditions", {})) for part in order["sourceObjects"]
     ]
     data = b"".join(source.data for source in sources)
-    return self._store(bucket, name, data, _conditions(request), asked.get("destination") or {})
+    return self._store(bucket, name, data, _conditions(request), order.get("destination") or {})
 
   def _object(self, request: Request, bucket: str, name: str) -> Answer:
     if request.query.get("alt") == "media":
@@ -229,16 +231,16 @@ class Api:
     return Answer(204)
 
   def _read_by_name(self, request: Request, bucket: str, name: str) -> Answer:
-    """Send an object's bytes, or the range of them that is asked for."""
+    """Return the bytes of an object, or the requested range of them."""
     found = self.buckets.get(bucket, name, _conditions(request))
-    size, told = len(found.data), found.describe(bucket, name)
+    size, resource = len(found.data), found.describe(bucket, name)
     headers = {
       "Content-Type": found.content_type,
       "ETag": f'"{found.generation}"',
       "X-Goog-Generation": str(found.generation),
       "X-Goog-Metageneration": str(found.metageneration),
       "X-Goog-Stored-Content-Length": str(size),
-      "X-Goog-Hash": f"crc32c={told['crc32c']},md5={told['md5Hash']}",
+      "X-Goog-Hash": f"crc32c={resource['crc32c']},md5={resource['md5Hash']}",
     }
     span = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
     if span is None:
@@ -250,21 +252,21 @@ class Api:
     return Answer(206, found.data[first:end], headers | {"Content-Range": f"bytes {first}-{end - 1}/{size}"})
 
 
-def _json(told: Any, status: int = 200) -> Answer:
-  return Answer(status, json.dumps(told).encode(), {"Content-Type": "application/json; charset=UTF-8"})
+def _json(content: Any, status: int = 200) -> Answer:
+  return Answer(status, json.dumps(content).encode(), {"Content-Type": "application/json; charset=UTF-8"})
 
 
 def _conditions(request: Request) -> dict[str, str]:
-  """The preconditions of a request, from its query or its headers."""
-  asked = {key: value for key, value in request.query.items() if CONDITIONS.fullmatch(key)}
-  return asked | {name: request.headers[header] for header, name in HEADERS.items() if header in request.headers}
+  """Return the preconditions of a request, from its query or its headers."""
+  found = {key: value for key, value in request.query.items() if CONDITIONS.fullmatch(key)}
+  return found | {name: request.headers[header] for header, name in HEADERS.items() if header in request.headers}
 
 
 def _parts(request: Request) -> list[tuple[dict[str, str], bytes]]:
-  """Take a multipart body apart: each part's headers, in lower case, and its content."""
+  """Split a multipart body into the headers, in lower case, and the content of each part."""
   boundary = re.search(r'boundary="?([^";]+)"?', request.headers["content-type"])
   delimiter = b"--" + boundary[1].strip("'").encode()
-  newline = b"\r\n" if delimiter + b"\r\n" in request.body else b"\n"  # gcsfs writes the second
+  newline = b"\r\n" if delimiter + b"\r\n" in request.body else b"\n"  # gcsfs writes \n
   found = []
   for part in (newline + request.body).split(newline + delimiter)[1:-1]:
     head, content = part.removeprefix(newline).split(newline + newline, 1)

@@ -1,11 +1,11 @@
-"""A bucket of Google Cloud Storage on this machine, in memory, for the time of a rehearsal or a test.
+"""A bucket of Google Cloud Storage in the memory of this machine, for a rehearsal or a test.
 
     with bucket.running(("bucket",), folder) as emulator:
       subprocess.run(command, env=os.environ | emulator.environment)    # reads and writes gs://bucket/...
 
-Every library is pointed at it by its own variable: google-cloud-storage and gcsfs by STORAGE_EMULATOR_HOST, tensorstore
-by TENSORSTORE_GCS_HTTP_URL. TensorFlow's gfile has its address built in: it comes through HTTPS_PROXY, which ends TLS
-here, with a certificate that CURL_CA_BUNDLE says to trust.
+Environment variables lead each library to it: STORAGE_EMULATOR_HOST for google-cloud-storage and gcsfs,
+TENSORSTORE_GCS_HTTP_URL for tensorstore. The address is built into TensorFlow's gfile, which therefore comes through
+HTTPS_PROXY: this server is the proxy, ends TLS, and has a certificate that CURL_CA_BUNDLE names as trusted.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ UNAVAILABLE = Answer(503, b'{"error": {"code": 503, "message": "backendError"}}'
 
 @dataclasses.dataclass
 class Fault:
-  """What goes wrong: requests whose "METHOD /path?query" the pattern is found in, `times` of them.
+  """A simulated fault: the next `times` requests whose "METHOD /path?query" matches the pattern fail.
 
-  They are answered with `status`; a status of 0 is no answer at all, the connection is closed.
+  They are answered with `status`; for 0 the connection is closed without an answer.
   """
 
   pattern: str
@@ -47,13 +47,13 @@ class Fault:
 
 @dataclasses.dataclass
 class Emulator:
-  """A bucket that runs.
+  """A running bucket.
 
   Attributes:
-    environment: the variables by which each library finds it.
-    buckets: the objects themselves.
-    faults: what shall go wrong; may be changed at any time.
-    unknown: requests that it could not answer, none of them as long as libraries ask what they asked before.
+    environment: the variables that lead each library to it.
+    buckets: the objects.
+    faults: simulated faults; may be changed at any time.
+    unknown: unsupported requests; empty unless a library makes new ones.
   """
 
   environment: dict[str, str]
@@ -67,7 +67,7 @@ def running(names: Sequence[str], folder: pathlib.Path) -> Iterator[Emulator]:
   """Serve empty buckets of these names on a free port of this machine.
 
   Args:
-    folder: where the certificate and the log of all requests (requests.log) are put.
+    folder: gets the certificate and the log of all requests (requests.log).
   """
   folder.mkdir(parents=True, exist_ok=True)
   certificate, key = write_certificate(folder)
@@ -86,14 +86,14 @@ def running(names: Sequence[str], folder: pathlib.Path) -> Iterator[Emulator]:
 
 
 def _environment(url: str, certificate: pathlib.Path, folder: pathlib.Path) -> dict[str, str]:
-  """What points each library at `url`, without anybody's credentials."""
-  here = f"{HERE},localhost"  # jax.distributed would ask the proxy for the coordinator
+  """Return the variables that lead each library to `url`, without credentials."""
+  here = f"{HERE},localhost"  # otherwise jax.distributed would reach the coordinator through the proxy
   return {
     "STORAGE_EMULATOR_HOST": url,
     "TENSORSTORE_GCS_HTTP_URL": url,
     "TENSORSTORE_CA_BUNDLE": str(certificate),
     "CURL_CA_BUNDLE": str(certificate),
-    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "rehearsal",  # gfile's and tensorstore's; they look for no other then
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "rehearsal",  # gfile and tensorstore look for no other then
     "NO_GCE_CHECK": "true",
     "GOOGLE_CLOUD_PROJECT": "rehearsal",
     "GOOGLE_APPLICATION_CREDENTIALS": "",
@@ -116,7 +116,7 @@ class _Server(ThreadingHTTPServer):
     self._log = log.open("a", buffering=1)
 
   def answer(self, request: Request) -> Answer | None:
-    """The answer to a request, or none."""
+    """Return the answer to a request; None: close the connection."""
     with self.lock:
       fault = next((f for f in self.faults if f.times > 0 and re.search(f.pattern, _line(request))), None)
       if fault is None:
@@ -132,7 +132,7 @@ class _Server(ThreadingHTTPServer):
     self._log.close()
 
   def handle_error(self, request: Any, client_address: Any) -> None:
-    """Say nothing of clients that were killed while they asked."""
+    """Print nothing about clients that were killed during a request."""
 
 
 def _line(request: Request) -> str:
@@ -146,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
   scheme = "http"
 
   def do_CONNECT(self) -> None:
-    """End the client's TLS here, whatever host it is for: what it asks then, it asks this bucket."""
+    """Accept TLS for any host, so that the requests inside reach this bucket."""
     self.send_response(200, "Connection established")
     self.end_headers()
     self.wfile.flush()
@@ -191,11 +191,11 @@ class _Handler(BaseHTTPRequestHandler):
     self.connection.close()
 
   def log_message(self, *args: Any) -> None:
-    """Nothing on standard error: requests have a log of their own."""
+    """Print nothing: requests have their own log."""
 
 
 def write_certificate(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-  """Write a certificate for Google's hosts that nobody trusts unasked, and its key; return both files."""
+  """Write a self-signed certificate for Google's hosts, and its key; return both files."""
   key = ec.generate_private_key(ec.SECP256R1())
   name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bucket of a rehearsal")])
   now = datetime.datetime.now(datetime.UTC)

@@ -1,4 +1,4 @@
-"""Commands as a pod runs them: a process for each host, with folders of its own, joined by a coordinator."""
+"""Runs commands as a pod does: one process per host, with its own folders, joined by a coordinator."""
 
 import contextlib
 import dataclasses
@@ -16,11 +16,11 @@ from dmpo_jax.run import progress
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 POLL_SECONDS = 0.1
 SHOWN = 80  # characters of a process's last line
-HEARTBEAT_SECONDS = 10  # a process that was silent for so long is taken for dead
+HEARTBEAT_SECONDS = 10  # after which a silent process counts as dead
 
 
 class Failed(Exception):
-  """A check that did not hold, or a command that ended otherwise than it should; `log` is the file to read."""
+  """A check failed, or a command ended with an unexpected exit code; `log` is the file to read."""
 
   def __init__(self, check: str, log: pathlib.Path | None = None):
     super().__init__(check)
@@ -29,13 +29,13 @@ class Failed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-  """Machines of a slice: `processes` of them, each with `devices` virtual devices of the CPU.
+  """The machines of a slice: `processes` of them, each with `devices` virtual CPU devices.
 
   Attributes:
-    threads: of XLA on each, at least as many as devices. How a long sum is split over them decides its last bits, so
-      hosts whose results are to be compared have the same number.
-    folder: of what each keeps for itself: home, temporary files.
-    environment: variables of all of them.
+    threads: XLA's threads on each, at least as many as devices. Long sums are split over them, which changes their last
+      bits, so hosts with comparable results have the same number.
+    folder: holds a folder for each host, with its home and temporary files.
+    environment: environment variables of all hosts.
   """
 
   processes: int
@@ -45,7 +45,7 @@ class Hosts:
   environment: dict[str, str]
 
   def of(self, index: int) -> dict[str, str]:
-    """The environment of one host."""
+    """Return the environment of one host."""
     own = self.folder / f"host{index}"
     own.mkdir(parents=True, exist_ok=True)
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={self.devices}"
@@ -57,16 +57,16 @@ class Hosts:
 
 
 class Job:
-  """Processes of one command; `logs` has the output of each."""
+  """The processes of one command; `logs` are the files of their output."""
 
   def __init__(self, processes: Sequence[subprocess.Popen], logs: Sequence[pathlib.Path]):
     self.processes, self.logs = processes, logs
 
   def wait_for(self, what: str, happened: Callable[[], bool], seconds: float) -> None:
-    """Wait until something has happened, while all processes run.
+    """Wait until something has happened while all processes run.
 
     Raises:
-      Failed: a process has ended before, or it took longer.
+      Failed: a process ended first, or the time is over.
     """
     deadline = time.monotonic() + seconds
     while not happened():
@@ -79,10 +79,10 @@ class Job:
       self._pause()
 
   def codes(self, seconds: float) -> list[int]:
-    """Wait until all processes have ended; return the exit codes as a shell tells them (128 + n for signal n).
+    """Wait until all processes have ended; return the exit codes as a shell does (128 + n for signal n).
 
     Raises:
-      Failed: one is still running after so long.
+      Failed: a process is still running when the time is over.
     """
     deadline = time.monotonic() + seconds
     while left := [index for index, process in enumerate(self.processes) if process.poll() is None]:
@@ -92,10 +92,10 @@ class Job:
     return [128 - process.returncode if process.returncode < 0 else process.returncode for process in self.processes]
 
   def expect(self, wanted: Sequence[int], seconds: float) -> None:
-    """Wait until all processes have ended, with these exit codes.
+    """Wait until all processes have ended, and check their exit codes.
 
     Raises:
-      Failed: with other ones, or not in time.
+      Failed: an exit code is another one, or the time is over.
     """
     codes = self.codes(seconds)
     wrong = [index for index, (code, right) in enumerate(zip(codes, wanted, strict=True)) if code != right]
@@ -107,20 +107,20 @@ class Job:
     self.processes[index].send_signal(number)
 
   def output(self) -> str:
-    """What process 0 printed."""
+    """Return the output of process 0."""
     return self.logs[0].read_text(errors="replace")  # a line may be half written
 
   def _pause(self) -> None:
-    """Wait for a moment, and show what process 0 is at."""
-    said = [line for line in self.output().splitlines() if line.strip() and not line.startswith("[Gloo]")]
-    newest = said[-1][:SHOWN].translate(str.maketrans("[]", "()")) if said else ""  # brackets are rich's markup
+    """Wait for a moment, and show the last line of process 0."""
+    lines = [line for line in self.output().splitlines() if line.strip() and not line.startswith("[Gloo]")]
+    newest = lines[-1][:SHOWN].translate(str.maketrans("[]", "()")) if lines else ""  # brackets are markup of rich
     progress.part(f"{self.logs[0].parent.name}: {newest}")
     time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
 def running(module: str, arguments: Sequence[str], hosts: Hosts, logs: pathlib.Path) -> Iterator[Job]:
-  """Start a module of the project, on every host if there are several, and kill what is left of it afterwards."""
+  """Start a module of the project on every host, and kill the processes that are left afterwards."""
   logs.mkdir(parents=True, exist_ok=True)
   processes, paths = [], []
   joined = _joining(hosts) if hosts.processes > 1 else []

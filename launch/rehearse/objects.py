@@ -1,4 +1,4 @@
-"""Buckets in memory: objects with generations and preconditions, as Google Cloud Storage has them."""
+"""Buckets in memory: objects with generations and preconditions, as in Google Cloud Storage."""
 
 import base64
 import dataclasses
@@ -10,11 +10,11 @@ from typing import Any
 
 import google_crc32c
 
-PAGE = 1000  # entries of a listing, where the request asks for no fewer
+PAGE = 1000  # entries in a page of a listing, unless the request asks for fewer
 
 
 class Refused(Exception):
-  """What is asked for cannot be had: an HTTP status and why."""
+  """A request cannot be served: an HTTP status and the reason."""
 
   def __init__(self, status: int, reason: str):
     super().__init__(f"{status} {reason}")
@@ -23,7 +23,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """One version of an object: its bytes, and what is said of them."""
+  """One version of an object: its bytes and metadata."""
 
   data: bytes
   generation: int
@@ -34,7 +34,7 @@ class Object:
   metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def describe(self, bucket: str, name: str) -> dict[str, Any]:
-    """The JSON resource of the object."""
+    """Return the JSON resource of the object."""
     return {
       "kind": "storage#object",
       "id": f"{bucket}/{name}/{self.generation}",
@@ -62,33 +62,33 @@ class Buckets:
     self._generations = itertools.count(int(time.time() * 1e6))
 
   def create(self, bucket: str) -> None:
-    """Make an empty bucket, unless there is one of that name."""
+    """Create an empty bucket, unless it exists."""
     self._buckets.setdefault(bucket, {})
 
   def objects(self, bucket: str) -> dict[str, Object]:
-    """All objects of a bucket; changing the dict changes the bucket."""
+    """Return the objects of a bucket; changing the dict changes the bucket."""
     if bucket not in self._buckets:
       raise Refused(404, f"The specified bucket does not exist: {bucket}")
     return self._buckets[bucket]
 
   def get(self, bucket: str, name: str, conditions: Mapping[str, str]) -> Object:
-    """The object as it stands, if it meets the conditions."""
+    """Return the current version of an object, if it meets the conditions."""
     found = self.objects(bucket).get(name)
     if found is None or conditions.get("generation", str(found.generation)) != str(found.generation):
       raise Refused(404, f"No such object: {bucket}/{name}")
     self.check(bucket, name, conditions)
     return found
 
-  def put(self, bucket: str, name: str, data: bytes, conditions: Mapping[str, str], **about: Any) -> Object:
-    """Write an object whole: it gets a new generation."""
+  def put(self, bucket: str, name: str, data: bytes, conditions: Mapping[str, str], **metadata: Any) -> Object:
+    """Write an object, which gets a new generation."""
     self.check(bucket, name, conditions)
     now = time.time()
-    made = Object(data, next(self._generations), updated=now, created=now, **about)
+    made = Object(data, next(self._generations), updated=now, created=now, **metadata)
     self.objects(bucket)[name] = made
     return made
 
   def patch(self, bucket: str, name: str, about: Mapping[str, Any], conditions: Mapping[str, str]) -> Object:
-    """Change what is said of an object: its bytes keep their generation. A key of the metadata that is None goes."""
+    """Change the metadata of an object, which keeps its generation; a key whose value is None is removed."""
     old = self.get(bucket, name, conditions)
     metadata = {key: value for key, value in {**old.metadata, **(about.get("metadata") or {})}.items() if value}
     changed = dataclasses.replace(
@@ -107,20 +107,20 @@ class Buckets:
     del self.objects(bucket)[name]
 
   def check(self, bucket: str, name: str, conditions: Mapping[str, str]) -> None:
-    """Refuse what the preconditions of a request forbid; an object that is not there has generation 0."""
+    """Check the preconditions of a request; a missing object has generation 0."""
     found = self.objects(bucket).get(name)
-    is_now = {
+    current = {
       "Generation": found.generation if found else 0,
       "Metageneration": found.metageneration if found else 0,
     }
-    for what, number in is_now.items():
+    for what, number in current.items():
       if int(conditions.get(f"if{what}Match", number)) != number:
         raise Refused(412, "conditionNotMet")
       if int(conditions.get(f"if{what}NotMatch", -1)) == number:
         raise Refused(304, "notModified")
 
   def listing(self, bucket: str, query: Mapping[str, str]) -> dict[str, Any]:
-    """A page of a bucket's objects, and of the prefixes that end at the delimiter, in the order of their names."""
+    """Return a page of the objects of a bucket, and of the prefixes that end at the delimiter, sorted by name."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     objects, prefixes = self.objects(bucket), set()
     names = set()
@@ -129,7 +129,7 @@ class Buckets:
       if is_outside or not name.startswith(prefix):
         continue
       end = name.find(delimiter, len(prefix)) + len(delimiter) if delimiter else 0
-      if end < max(len(delimiter), 1):  # nothing to fold: no delimiter after the prefix
+      if end < max(len(delimiter), 1):  # no delimiter after the prefix
         names.add(name)
         continue
       prefixes.add(name[:end])
@@ -138,14 +138,14 @@ class Buckets:
     keys = sorted(key for key in names | prefixes if key > query.get("pageToken", ""))
     limit = int(query.get("maxResults", PAGE))
     page = keys[:limit]
-    told: dict[str, Any] = {"kind": "storage#objects"}
+    found: dict[str, Any] = {"kind": "storage#objects"}
     if items := [objects[name].describe(bucket, name) for name in page if name in names]:
-      told["items"] = items
+      found["items"] = items
     if folded := [key for key in page if key in prefixes]:
-      told["prefixes"] = folded
+      found["prefixes"] = folded
     if len(keys) > limit:
-      told["nextPageToken"] = page[-1]
-    return told
+      found["nextPageToken"] = page[-1]
+    return found
 
 
 def _rfc3339(when: float) -> str:

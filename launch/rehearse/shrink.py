@@ -1,4 +1,4 @@
-"""What a rehearsal makes small: every width that only scales. Structure, precision, mesh and choices stay."""
+"""Makes a configuration small: widths shrink, while structure, precision, mesh and choices stay."""
 
 import math
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from dmpo_jax.hub import pretrained
 
 HEAD_DIM = 16
 RANK = 16
-BUFFERS = 3  # enough to be preempted in the second one, killed in the third, and to end
+BUFFERS = 3  # a preemption in the second, a kill in the third
 VOCABULARY = 512
-MOST = {  # keys that are cut to a number of their own
+MOST = {  # upper limits of keys
   "model.num_layers": 2,
   "task.num_train": 64,
   "task.num_test": 16,
@@ -37,12 +37,12 @@ PARTS = {
 
 
 def shrink(config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-  """Say which keys become what, by their paths: (old, new). All others stay as they are.
+  """Return the keys that change, by path: (old, new).
 
-  Ratios are kept: query heads for each key head, feed-forward to model width, model calls for each token, adapters'
-  alpha to their rank. Where chunks, microbatches or batches were parts of a whole, there are two.
+  Ratios stay: query heads per key head, feed-forward to model width, model calls per token, adapters' alpha to their
+  rank. A chunk, microbatch or batch that was part of a whole becomes half of it.
   """
-  old = flatten(pretrained.filled(config))  # what is left open is small in the checkpoint that is made for it
+  old = flatten(pretrained.filled(config))  # keys left open come from the checkpoint, which is made small
   new: dict[str, Any] = {path: min(old[path], most) for path, most in MOST.items()}
   new |= _model(old) | _lengths(old, new) | {"train.num_buffers": BUFFERS}
   new["eval.num_prompts"] = new["eval.num_prompts"] or MOST["eval.num_prompts"]  # 0 is all
@@ -78,7 +78,7 @@ def _model(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lengths(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-  """Completions of at least two blocks, if they had several."""
+  """Shrink the lengths; completions of several blocks keep at least two."""
   before, length = old["sampler.completion_length"], new["sampler.completion_length"]
   block = length if old["sampler.block_length"] == before else min(old["sampler.block_length"], length // 2)
   blocks = length // block

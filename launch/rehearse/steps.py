@@ -1,4 +1,4 @@
-"""The way of a user, step by step: each runs the user's own commands and checks what they leave."""
+"""The steps of a rehearsal: each runs the user's own commands and checks what they leave."""
 
 import dataclasses
 import json
@@ -16,20 +16,23 @@ from launch.rehearse import checkpoint, checks, jobs
 from launch.rehearse.jobs import Failed, Hosts, Job
 
 MAIN = "dmpo_jax.main"
-STEP_SECONDS = 900.0  # a command that takes longer hangs
+STEP_SECONDS = 900.0  # a command that takes longer counts as hanging
 PROMPT = "Write 7 words about rivers."
 PREEMPTED, KILLED = 75, 128 + signal.SIGKILL
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is rehearsed, and where.
+  """The settings of a rehearsal.
 
   Attributes:
-    config: the small configuration. arguments: of dmpo_jax.main, which make it.
-    bucket: gets the checkpoint and the runs. folder: on this machine, gets logs and what hosts keep for themselves.
-    hosts: that run it first. others: that go on with it, as many devices on half the hosts.
-    is_own_task: whether the task is the rehearsal's, of which the rewards are known to vary.
+    config: the small configuration.
+    arguments: those of dmpo_jax.main that result in it.
+    bucket: holds the checkpoint and the runs.
+    folder: on this machine, for logs and the folders of the hosts.
+    hosts: start the runs.
+    others: resume them: half as many hosts, with as many devices in total.
+    is_own_task: the task is that of the rehearsal, whose rewards vary.
   """
 
   config: ConfigDict
@@ -42,28 +45,28 @@ class Plan:
 
   @property
   def undisturbed(self) -> epath.Path:
-    """The workdir of the run that is left alone."""
+    """Return the workdir of the undisturbed run."""
     return self.bucket / "undisturbed"
 
   @property
   def run(self) -> epath.Path:
-    """The workdir of the run that is preempted, killed and resumed."""
+    """Return the workdir of the run that is preempted, killed and resumed."""
     return self.bucket / "run"
 
   @property
   def one_host(self) -> Hosts:
-    """For commands that need no slice."""
+    """Return the single host of commands that need no slice."""
     return dataclasses.replace(self.hosts, processes=1, devices=1)
 
   def num_held_out(self, task: str) -> int:
-    """How many prompts of a task are evaluated: a user's file may have fewer than are asked for."""
+    """Return the number of evaluated prompts of a task: a user's file may have fewer than configured."""
     num = self.config.eval.num_prompts
     if not user.is_file(task):
       return num
     return min(len(list(user.load(task, grader=self.config.task.user.grader).records("test"))), num)
 
   def logs(self, step: str) -> pathlib.Path:
-    """Where a step's processes write what they print."""
+    """Return the folder of the output of a step's processes."""
     return self.folder / "logs" / step
 
   def start(self, step: str, workdir: epath.Path, hosts: Hosts, *more: str):
@@ -74,7 +77,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A step: `act` does it and returns what was checked."""
+  """A step: `act` does it and returns descriptions of what was checked."""
 
   name: str
   what: str
@@ -89,18 +92,18 @@ def convert(plan: Plan) -> list[str]:
   arguments = [f"--hf={plan.folder / 'hf'}", f"--out={out}", *dtype]
   with jobs.running("launch.convert_hf", arguments, plan.one_host, plan.logs("convert")) as job:
     _finish(job, plan.one_host)
-  return [f"{count:,} parameters", checks.exists(out / "model.json", "model.json is there")]
+  return [f"{count:,} parameters", checks.exists(out / "model.json", "model.json exists")]
 
 
 def train_undisturbed(plan: Plan) -> list[str]:
-  """Train from beginning to end."""
+  """Train without interruption."""
   with plan.start("undisturbed", plan.undisturbed, plan.hosts) as job:
     _finish(job, plan.hosts)
   return [*_whole(plan, plan.undisturbed), checks.rewards(plan.undisturbed, must_vary=plan.is_own_task)]
 
 
 def preempt(plan: Plan) -> list[str]:
-  """Give one process of the run the notice of preemption: all save and end."""
+  """Send the notice of preemption to one process: all must save and end."""
   with plan.start("preempted", plan.run, plan.hosts) as job:
     _wait_for_row(plan, job, 1)
     job.signal(plan.hosts.processes - 1, signal.SIGTERM)
@@ -111,7 +114,7 @@ def preempt(plan: Plan) -> list[str]:
 
 
 def kill(plan: Plan) -> list[str]:
-  """Go on, then kill one process: the others stop, so that they can be started again."""
+  """Resume, then kill one process: the others must stop, so that all can be started again."""
   before, starts = checks.last_row(plan.run), _num_starts(plan.run)
   with plan.start("killed", plan.run, plan.hosts) as job:
     job.wait_for("the start", lambda: _num_starts(plan.run) > starts, STEP_SECONDS)
@@ -122,23 +125,23 @@ def kill(plan: Plan) -> list[str]:
     codes = job.codes(STEP_SECONDS)
     seconds = time.monotonic() - begun
   left = codes[:victim]
-  if codes[victim] != KILLED or min(left) <= 2:  # launch/pods/supervise.sh starts again what ended with more than 2
-    raise Failed(f"the others stop, to be started again: exit codes {codes}", job.logs[0])
-  return [f"went on after row {before}", f"the others ended with {sorted(set(left))}, {seconds:.1f} s after the kill"]
+  if codes[victim] != KILLED or min(left) <= 2:  # launch/pods/supervise.sh restarts after more than 2
+    raise Failed(f"the other processes stop for a restart: exit codes {codes}", job.logs[0])
+  return [f"resumed after row {before}", f"the others ended with {sorted(set(left))}, {seconds:.1f} s after the kill"]
 
 
 def resume(plan: Plan) -> list[str]:
-  """Go on to the end, on half the hosts with twice the devices."""
+  """Resume on half the hosts with twice the devices, until the run is finished."""
   before, starts = checks.last_row(plan.run), _num_starts(plan.run)
   with plan.start("resumed", plan.run, plan.others) as job:
     _finish(job, plan.others)
   if _num_starts(plan.run) != starts + 1:
-    raise Failed(f"the start is recorded: {plan.run}/starts.jsonl has not one line more than {starts}", job.logs[0])
-  return [f"went on after row {before}", *_whole(plan, plan.run), checks.ends_alike(plan.undisturbed, plan.run)]
+    raise Failed(f"the start is recorded: {plan.run}/starts.jsonl must have one line more than {starts}", job.logs[0])
+  return [f"resumed after row {before}", *_whole(plan, plan.run), checks.ends_alike(plan.undisturbed, plan.run)]
 
 
 def evaluate(plan: Plan) -> list[str]:
-  """Evaluate the policies; where no tasks are named, on one whose prompts are made on each host."""
+  """Evaluate the policies; if eval.tasks is empty, on a task whose prompts are generated on each host."""
   own = plan.config.eval
   names = tuple(own.tasks or ("sudoku",))
   with plan.start("eval", plan.run, plan.others, "--mode=eval", f"--config.eval.tasks={names!r}") as job:
@@ -148,18 +151,18 @@ def evaluate(plan: Plan) -> list[str]:
 
 
 def sample(plan: Plan) -> list[str]:
-  """Decode one prompt, which is fewer than there are devices."""
+  """Sample for a single prompt, fewer than there are devices."""
   with plan.start("sample", plan.run, plan.others, "--mode=sample", f"--prompt={PROMPT}", "--json", "--quiet") as job:
     _finish(job, plan.others)
   lines = [line for line in job.output().splitlines() if line.startswith("{")]
-  told = [json.loads(line) for line in lines]
-  if len(told) != 1 or told[0]["prompt"] != PROMPT or not told[0]["ids"]:
-    raise Failed(f"one completion is printed: there are {len(told)}", job.logs[0])
-  return [f"a completion of {len(told[0]['ids'])} tokens in {told[0]['calls']} model calls"]
+  found = [json.loads(line) for line in lines]
+  if len(found) != 1 or found[0]["prompt"] != PROMPT or not found[0]["ids"]:
+    raise Failed(f"one completion is printed: there are {len(found)}", job.logs[0])
+  return [f"a completion of {len(found[0]['ids'])} tokens in {found[0]['calls']} model calls"]
 
 
 def export(plan: Plan) -> list[str]:
-  """Export to Hugging Face's layout, and convert that again: what was not trained must come back as it was."""
+  """Export to Hugging Face's layout and convert the result: untrained arrays must be unchanged."""
   out, again = plan.bucket / "exported", plan.folder / "converted_again"
   with jobs.running(
     "launch.export_hf", [f"--run={plan.run}", f"--out={out}"], plan.one_host, plan.logs("export")
@@ -177,19 +180,19 @@ def export(plan: Plan) -> list[str]:
     for path in (source, again / "params")
   )
   if difference := compare(wanted, got):
-    raise Failed(f"exported weights are the run's: {difference}, in {out}")
-  return ["the exported folder loads", f"{len(wanted)} arrays that were not trained are as they were"]
+    raise Failed(f"exported weights equal the run's: {difference}, in {out}")
+  return ["the exported folder loads", f"{len(wanted)} arrays that were not trained are unchanged"]
 
 
 STEPS = (
   Step("convert", "launch.convert_hf, a checkpoint into the bucket", convert),
-  Step("train", "undisturbed, to its end", train_undisturbed),
+  Step("train", "the undisturbed run", train_undisturbed),
   Step("preempt", "SIGTERM to one process of the other run", preempt),
   Step("kill", "resumed, SIGKILL to one process", kill),
-  Step("resume", "on half the hosts with twice the devices, to its end", resume),
+  Step("resume", "on half the hosts with twice the devices", resume),
   Step("evaluate", "--mode=eval", evaluate),
   Step("sample", "--mode=sample", sample),
-  Step("export", "launch.export_hf into the bucket, and converted again", export),
+  Step("export", "launch.export_hf into the bucket, then launch.convert_hf", export),
 )
 
 
@@ -202,7 +205,7 @@ def _wait_for_row(plan: Plan, job: Job, step: int) -> None:
 
 
 def _whole(plan: Plan, workdir: epath.Path) -> list[str]:
-  """Check what a finished run must have left."""
+  """Check what every finished run must leave."""
   return [
     checks.rows_in_order(workdir, plan.config.train.num_buffers),
     checks.generations(workdir, plan.num_held_out(plan.config.task.name)),
