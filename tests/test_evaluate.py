@@ -15,7 +15,7 @@ from configs import base
 from dmpo_jax import build, data, evaluate, grading, policy, structs
 from dmpo_jax import config as config_lib
 from dmpo_jax.hub.tokenizer import load_tokenizer
-from dmpo_jax.rollout import Compiled
+from dmpo_jax.policy import Compiled
 from dmpo_jax.run import params as params_lib
 from dmpo_jax.run import workdir as workdir_lib
 from dmpo_jax.run.preemption import Preempted
