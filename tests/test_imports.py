@@ -42,7 +42,7 @@ ROOMS = {
   | {"build", "data", "evaluate", "logprobs", "models", "objectives", "optim", "policy", "rollout"}
   | {"rollout_metrics", "run", "update"},
   "sample": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run"},
-  "serve": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run", "sample"},
+  "serve": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run", "sample", "samplers"},
   "train": FOUNDATIONS | {"build", "config", "evaluate", "phases", "policy", "run"},
   "main": FOUNDATIONS | {"config", "evaluate", "hub", "policy", "run", "sample", "serve", "train"},
 }

@@ -101,12 +101,12 @@ LIKELIHOOD = (
   .also(
     "not trajectory, as {0} leaves none that could be replayed: wino takes tokens back, and a call of freedave decides "
     "several states (llada decides the same tokens)",
-    lambda likelihood, sampler: likelihood != "trajectory" or sampler not in ("wino", "freedave"),
+    lambda likelihood, sampler: likelihood != "trajectory" or SAMPLERS[sampler].has_trajectory,
     "sampler.name",
   )
   .also(
     "not sampler, as {0} gives no log-probabilities: random_order does",
-    lambda likelihood, sampler: likelihood != "sampler" or sampler == "random_order",
+    lambda likelihood, sampler: likelihood != "sampler" or SAMPLERS[sampler].gives_log_probs,
     "sampler.name",
   )
   .also(
@@ -182,7 +182,7 @@ KEYS: dict[str, Rule] = {
   # and the section of each sampler, which `samplers.make_options` checks
   "sampler.name": one_of(*SAMPLERS).also(
     "a sampler that runs whole rows (llada, parallel, ...), as {0}",
-    lambda name, is_shifted: not (is_shifted and name in ("prefix_cache", "dual_cache", "wino")),
+    lambda name, is_shifted: SAMPLERS[name].runs_whole_rows or not is_shifted,
     "model.shift_logits",
   ),
   "sampler.completion_length": whole(1),

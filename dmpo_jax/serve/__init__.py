@@ -20,6 +20,7 @@ from dmpo_jax.build import build_model_parts
 from dmpo_jax.config import ConfigError
 from dmpo_jax.policy import load_policy
 from dmpo_jax.run import progress
+from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.serve.api import is_loopback, make_app
 from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Engine, make_decode
@@ -48,7 +49,7 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
     limits = Limits(
       completion_length=config.sampler.completion_length,
       block_length=config.sampler.block_length,
-      can_revoke=config.sampler.name == "wino",
+      can_revoke=SAMPLERS[config.sampler.name].can_revoke,
       temperature=config.eval.temperature,
       max_choices=serve.batch_size,
       max_jobs=serve.max_queue,
