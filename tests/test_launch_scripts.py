@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -203,17 +204,31 @@ def dockerfile():
   return found
 
 
-def test_the_image_has_what_runs_need():
+def test_the_steps_of_the_image_run(tmp_path):
+  """Without Docker: a folder with nothing but the copied files starts the program; pip installs nothing new."""
   found = dockerfile()
-  root = ROOT
-  for *sources, target in found["COPY"]:
-    assert all((root / source).exists() for source in sources), sources
-    assert target.startswith("./")
-  assert {source for *sources, _ in found["COPY"] for source in sources} >= {"configs", "dmpo_jax", "requirements.txt"}
-  (install,) = (words for words in found["RUN"] if words[0] == "pip")
-  assert install[-3:] == ["--requirement", "requirements.txt", with_tpu()]
-  assert found["ENTRYPOINT"] == [["tini", "--", "python", "-m", "dmpo_jax.main"]]
-  assert any("tini" in words for words in found["RUN"])
+  for source, target in found["COPY"]:
+    path, copy = ROOT / source, tmp_path / target
+    if path.is_dir():
+      shutil.copytree(path, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+      shutil.copy(path, copy)
+
+  def step(*command):
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+  system, install, check = found["RUN"]
+  assert "tini" in system
+  assert install == ["pip", "install", "--no-cache-dir", "--requirement", "requirements.txt", with_tpu()]
+  assert "tpu" in importlib.metadata.metadata("jax").get_all("Provides-Extra")
+  assert "Would install" not in step("-m", *install[:2], "--dry-run", "--no-index", *install[3:-1])
+  assert check[0] == "python"
+  step(*check[1:])
+  (entry,) = found["ENTRYPOINT"]
+  assert entry[:3] == ["tini", "--", "python"]
+  assert "--workdir" in step(*entry[3:], "--help")
 
 
 # what a person develops with, and draws the documents' figures with

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run dmpo_jax as several processes on this machine, started again together when one of them dies.
+# Run dmpo_jax as several processes on this machine, restarted together when one of them dies.
 #
 #   launch/pods/local.sh [-n PROCESSES] [-r RESTARTS] -- --config=configs/smoke.py --workdir=runs/smoke ...
 #
-# PROCESSES is 2 and RESTARTS 3 by default; PYTHON names the interpreter. On one machine with several accelerators one
-# process (plain `python -m dmpo_jax.main`) sees them all: this is for trying out what a pod does.
+# PROCESSES is 2 and RESTARTS 3 by default; PYTHON names the interpreter. This is for trying out what a pod does: on one
+# machine with several accelerators, a single process (plain `python -m dmpo_jax.main`) uses all of them.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 
@@ -21,7 +21,7 @@ while getopts "n:r:" option; do
 done
 shift $((OPTIND - 1))
 
-# One attempt: all processes, and the exit code of the first that did not end well.
+# One attempt: run all processes; return the exit code of the first one that failed.
 attempt() {
   local python=$1 processes=$2 port code=0 running pids=()
   shift 2
@@ -34,7 +34,7 @@ attempt() {
   trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
   while ((${#pids[@]})); do
     running=${#pids[@]}
-    wait -n "${pids[@]}" 2>/dev/null # until one ends, or a signal is passed on; of several that end at once it may name one
+    wait -n "${pids[@]}" 2>/dev/null # until one ends or a signal arrives; of several that end at once it may report one
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue
       wait "${pids[i]}"

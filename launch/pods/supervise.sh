@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Start a command again when it was interrupted: preempted (75), killed, or stopped because another process of the job died.
+# Restart a command that was interrupted: preempted (75), killed, or stopped because another process of the job died.
 #
 #   launch/pods/supervise.sh RESTARTS COMMAND [ARGUMENT ...]
 #
-# A command that finished (0), gave up (1) or was given wrongly (2) is not started again. The pause before a restart
-# doubles from 1 to at most 60 seconds; SUPERVISE_PAUSE sets the first one.
+# A command that finished (0), gave up (1) or was called wrongly (2) is not restarted. The pause before a restart doubles
+# from 1 to at most 60 seconds; SUPERVISE_PAUSE sets the first one.
 set -uo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[0-9]+$ ]]; then
@@ -23,13 +23,13 @@ forward() {
 }
 trap forward TERM INT
 
-run() {  # to its end, whatever signal comes when
+run() {  # waits for the end of the command, also if a signal arrives
   "$@" &
   child=$!
-  [[ $stopping == early ]] && kill -TERM "$child"  # the signal came before the child had a name
+  [[ $stopping == early ]] && kill -TERM "$child"  # the signal came before the child was known
   wait "$child"
   code=$?
-  while kill -0 "$child" 2>/dev/null; do  # a signal ends `wait` before the command has saved and ended
+  while kill -0 "$child" 2>/dev/null; do  # a signal ends `wait` while the command still saves
     wait "$child"
     code=$?
   done

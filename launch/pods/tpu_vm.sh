@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# dmpo_jax on a Cloud TPU slice: create it, set it up, run on all of its workers, look on, stop, delete.
+# dmpo_jax on a Cloud TPU slice: create, set up, run on all workers, follow the log, stop, delete.
 #
 #   launch/pods/tpu_vm.sh create --name=dmpo --zone=us-west4-a --type=v5litepod-16 [--spot] [--queued]
 #   launch/pods/tpu_vm.sh setup  --name=dmpo --zone=us-west4-a       # copies this checkout; installs Python and requirements
@@ -9,10 +9,10 @@
 #   launch/pods/tpu_vm.sh delete --name=dmpo --zone=us-west4-a [--queued]
 #
 # The images of TPU VMs, v2-alpha-tpuv5-lite (v5e, the default of --version), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e) and
-# tpu-ubuntu2204-base (v4), are Ubuntu 22.04 with Python 3.10, which is too old: `setup` has uv fetch a Python 3.11, which
-# takes the VMs' way to the internet. --dry-run prints the commands. --queued asks through a queued resource, which waits
-# for capacity. --restarts=N (10) is how often `run` starts an interrupted run again. Needs gcloud, logged in, with a
-# project set (or --project=ID).
+# tpu-ubuntu2204-base (v4), are Ubuntu 22.04 with Python 3.10, which is too old: `setup` lets uv download Python 3.11, which
+# needs internet access. --dry-run prints the commands. --queued requests a queued resource, which waits for capacity.
+# --restarts=N (10) limits how often `run` restarts an interrupted run. Needs gcloud, logged in, with a project set (or
+# --project=ID).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -24,7 +24,7 @@ usage() {
 [[ $# -ge 1 ]] || usage "which of create, setup, run, tail, stop, delete?"
 action=$1
 shift
-wanted_python=3.11                # the oldest that does
+wanted_python=3.11                # the oldest supported
 jax='jax[tpu]>=0.10,<0.12'        # the range of requirements.txt, with the TPU's libraries
 name='' zone='' type='' version=v2-alpha-tpuv5-lite project='' restarts=10 spot='' queued='' dry='' arguments=()
 while [[ $# -gt 0 ]]; do
