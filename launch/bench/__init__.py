@@ -1,1 +1,1 @@
-"""What training costs, measured: one file a section of `python -m launch.benchmark`."""
+"""The benchmark: one file for each section of `python -m launch.benchmark`, and what they share."""

@@ -1,8 +1,7 @@
-"""The official PyTorch code of DMPO, from a checkout of it: its model, its trainer's functions and its samplers.
+"""The official PyTorch code of DMPO from a checkout: its model, functions of its trainer, and its sampler.
 
-The checkout is that of github.com/yuchen-zhu-zyc/DMPO. Nothing of it is copied or changed; packages that its trainer
-file imports and that are not installed (trl, datasets, wandb, pandas) are stood in for, as no function used here needs
-them.
+The checkout is that of github.com/yuchen-zhu-zyc/DMPO, unchanged. Packages that its trainer imports but that are not
+installed (trl, datasets, wandb, pandas) are replaced by empty stand-ins; no function used here needs them.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.models.transformer import ModelConfig
 from launch.bench import workload
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it compiles one call of PyTorch's attention, nothing else
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it would only compile one call of PyTorch's attention
 
 from launch.bench.peer_torch import Peer, tensor, torch
 
@@ -37,21 +36,21 @@ FILES = ("DMPO/dmpo_trainer.py", "fast_samplers/fast_dllm/modeling_llada.py", "f
 
 
 class OfficialPeer(Peer):
-  """The workload run by the official code."""
+  """The official code on a workload."""
 
   layer_names = types.MappingProxyType({name: name for name in TARGETS})
 
   def __init__(self, work: workload.Workload, checkout: str, **keywords: Any):
     own = work.config.objective
     if (own.min_mask_ratio, own.max_mask_ratio, own.antithetic) != (0.1, 1.0, True):
-      raise ValueError("--official: its masks are antithetic, of ratios in [0.1, 1]: set config.objective so")
+      raise ValueError("--official: its masks are antithetic with ratios in [0.1, 1]: set config.objective so")
     if keywords.pop("is_checkpointing", False):
-      raise ValueError("--official: its model's attention cannot be checkpointed with its configuration")
+      raise ValueError("--official: its model does not support gradient checkpointing")
     self._modeling, self._trainer, self._generate = load(checkout)
     super().__init__(work, **keywords)
 
   def make_model(self, config: ModelConfig, params: Mapping[str, Any]) -> torch.nn.Module:
-    """Build its LLaDA with our weights."""
+    """Build the official LLaDA with our weights."""
     fields = model_config_to_hf(config, "llada")
     own = self._modeling.LLaDAConfig(**{key: value for key, value in fields.items() if key != "architectures"})
     model = self._modeling.LLaDAModelLM(own, init_params=True)
@@ -64,7 +63,7 @@ class OfficialPeer(Peer):
     return model.to(getattr(torch, config.dtype))
 
   def loss(self, is_masked: torch.Tensor | None) -> torch.Tensor:
-    """Compute the loss by its trainer, whose sum over prompts becomes the mean."""
+    """Compute the loss of the official trainer, with the mean instead of the sum over prompts."""
     inputs = {
       "prompt_ids": self.prompt,
       "completion_ids": self.completion,
@@ -79,7 +78,7 @@ class OfficialPeer(Peer):
 
   @torch.no_grad()
   def elbo(self, is_masked: Any = None) -> tuple[Any, Any]:
-    """Score the rollouts by its trainer."""
+    """Compute the log-probs of the rollouts by the official trainer."""
     self.model.eval()
     completion_mask = torch.ones_like(self.completion, dtype=torch.int)
     mask_samples = self.config.objective.num_elbo_samples
@@ -92,7 +91,7 @@ class OfficialPeer(Peer):
 
   @torch.no_grad()
   def decode(self, temperature: float) -> torch.Tensor:
-    """Decode by its sampler."""
+    """Decode by the official sampler."""
     self.model.eval()
     own = self.config.sampler
     rows = self._generate.generate_with_prefix_cache(
@@ -107,7 +106,7 @@ class OfficialPeer(Peer):
     return rows[:, self.q :]
 
   def _method(self, name: str) -> Callable[..., Any]:
-    """Bind one of its trainer's methods to what that method reads, without a trainer's start."""
+    """Bind a method of the official trainer to the attributes that it reads, without initialising a trainer."""
     own = self.config.objective
     trainer = self._trainer.__new__(self._trainer)
     trainer.accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
@@ -127,7 +126,7 @@ class OfficialPeer(Peer):
 
   @contextlib.contextmanager
   def _given(self, is_masked: torch.Tensor | None) -> Iterator[None]:
-    """Let the trainer's two draws give these masks: the ratios, and then a number for every position of a half."""
+    """Make the two draws of the trainer result in these masks: first the ratios, then one number per position."""
     if is_masked is None:
       yield
       return
@@ -141,7 +140,7 @@ def load(checkout: str) -> tuple[types.ModuleType, type, types.ModuleType]:
   """Import the official model, trainer and samplers.
 
   Raises:
-    ValueError: files are missing, or they cannot be imported.
+    ValueError: files are missing or cannot be imported.
   """
   folder = pathlib.Path(checkout).expanduser().resolve()
   missing = [name for name in FILES if not (folder / name).is_file()]
@@ -162,7 +161,7 @@ def load(checkout: str) -> tuple[types.ModuleType, type, types.ModuleType]:
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-  """Gives modules of packages that are not installed: every name in them is an empty class."""
+  """Imports stand-ins of packages that are not installed: every name in them is an empty class."""
 
   def __init__(self, roots: list[str]):
     self._roots = roots

@@ -1,7 +1,7 @@
-"""LLaDA, its sampler and DMPO's arithmetic in plain PyTorch, as they are published: what the benchmark compares with.
+"""The published LLaDA, its sampler and DMPO in plain PyTorch, for comparison in the benchmark.
 
-transformers' Llama attending in both directions, PEFT's adapters; logits of all positions over the whole vocabulary, as
-the published trainer computes them.
+It uses transformers' Llama with attention in both directions and PEFT's adapters, and computes the logits of all
+positions over the whole vocabulary, as the published trainer does.
 """
 
 import os
@@ -15,7 +15,7 @@ from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import ModelConfig
 from launch.bench import workload
 
-os.environ.setdefault("USE_TF", "0")  # transformers would import TensorFlow where it finds it
+os.environ.setdefault("USE_TF", "0")  # otherwise transformers imports TensorFlow if it is installed
 try:
   import peft
   import torch
@@ -23,7 +23,7 @@ try:
 except ImportError as missing:
   raise ValueError(f"--peer=torch: {missing}; pip install -r requirements-torch.txt") from missing
 
-# names of ours -> names of transformers' Llama, whose kernels are [out, in]
+# our names -> names in transformers' Llama, whose kernels are [out, in]
 LAYER = {
   "attn_norm": "input_layernorm",
   "q_proj": "self_attn.q_proj",
@@ -38,7 +38,7 @@ LAYER = {
 
 
 def tensor(array: Any) -> torch.Tensor:
-  """Copy an array; floating-point ones become float32, integers int64."""
+  """Copy an array; floating-point numbers become float32, integers int64."""
   array = np.asarray(array)
   if array.dtype == bool:
     return torch.tensor(array)
@@ -49,7 +49,7 @@ class Peer:
   """The workload's model and buffer in PyTorch.
 
   Args:
-    is_checkpointing: layers are computed again on the way back; the published configuration has it off.
+    is_checkpointing: recompute layers in the backward pass; off in the published configuration.
   """
 
   layer_names: Mapping[str, str] = LAYER
@@ -107,7 +107,7 @@ class Peer:
     return model.to(getattr(torch, config.dtype))
 
   def _adapt(self, lora: LoraConfig, adapters: Mapping[str, Any]) -> torch.nn.Module:
-    """Wrap the model in PEFT's adapters, and give them our values."""
+    """Wrap the model in PEFT's adapters, with our values."""
     names = "|".join(re.escape(self.layer_names[name]) for name in lora.targets)
     wrapped = peft.get_peft_model(
       self.model,
@@ -130,7 +130,7 @@ class Peer:
         yield name, modules[found], layer
 
   def logits(self, rows: torch.Tensor, **keywords: Any) -> torch.Tensor:
-    """Run the model, every position seeing all others."""
+    """Run the model with every position attending to all others."""
     everywhere = torch.zeros(1, 1, 1, 1, dtype=self._module.dtype)
     seen = rows.shape[1] + (keywords["past_key_values"].get_seq_length() if "past_key_values" in keywords else 0)
     mask = everywhere.expand(len(rows), 1, rows.shape[1], seen)  # added to the scores
@@ -149,7 +149,7 @@ class Peer:
     return float(loss.detach()), float(norm), self._gradient()
 
   def loss(self, is_masked: torch.Tensor | None) -> torch.Tensor:
-    """Compute the weighted denoising cross-entropy (DMPO, arXiv 2510.08233); masks are drawn unless they are given."""
+    """Compute the weighted denoising cross-entropy (DMPO, arXiv 2510.08233), under these masks or random ones."""
     own = self.config.objective
     mask_samples = own.num_mask_samples
     rows = torch.cat([self.prompt, self.completion], dim=1).repeat(mask_samples, 1)
@@ -166,7 +166,7 @@ class Peer:
   def _hide(
     self, rows: torch.Tensor, mask_samples: int, is_masked: torch.Tensor | None
   ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mark what the model is not to see, in antithetic pairs, and count it."""
+    """Mark and count the masked positions, in antithetic pairs."""
     if is_masked is None:
       own = self.config.objective
       half = len(rows) // 2
@@ -191,7 +191,7 @@ class Peer:
     own = self.config.model.lora
     return LoraConfig(own.rank, own.alpha, own.dropout, tuple(own.targets)) if own.rank else None
 
-  # what weighs the rollouts
+  # log-probs of the rollouts
 
   @torch.no_grad()
   def elbo(self, is_masked: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -203,7 +203,7 @@ class Peer:
     noised, found = torch.where(is_hidden, self.mask_token_id, rows), []
     logits_old = self.logits(noised)
     with self.model.disable_adapter():
-      logits_ref = self.logits(noised)  # as published, both at one time
+      logits_ref = self.logits(noised)  # as published, both in memory at once
     for logits in (logits_old, logits_ref):
       bound = (self.c / num_masked)[:, None] * -_cross_entropy(logits, rows, is_hidden)
       found.append(bound.view(mask_samples, len(self.prompt), -1).mean(0).sum(-1).numpy())
@@ -212,7 +212,7 @@ class Peer:
   # rollouts, and the whole iteration
 
   def iterate(self, reward: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Draw a buffer, weigh it by `reward` (completions [b, c] -> [b]) and both policies' scores, and learn from it."""
+    """Sample a buffer, weigh it by `reward` (completions [b, c] -> [b]) and log-probs, and do its updates."""
     config = self.config
     self.completion = self.decode(config.sampler.temperature)
     rewards = tensor(reward(self.completion.numpy())) / config.objective.alpha
@@ -228,9 +228,9 @@ class Peer:
 
   @torch.no_grad()
   def decode(self, temperature: float) -> torch.Tensor:
-    """Decode the completions [b, c] with as many calls as the schedule says, the most confident tokens first.
+    """Decode the completions [b, c] in the scheduled number of calls, the most confident tokens first.
 
-    After a block's first call, what stands before the block is cached (`prefix_cache`, arXiv 2505.22618).
+    After the first call of a block, what precedes the block is cached (`prefix_cache`, arXiv 2505.22618).
     """
     self.model.eval()
     rows, size = self._masked_rows(), self.config.sampler.block_length
@@ -262,9 +262,9 @@ class Peer:
     count: int,
     temperature: float,
   ) -> None:
-    """Decide each row's `count` most confident masked positions before `end`; logits are of those from `first` on.
+    """Fill the `count` most confident masked positions of each row before `end`; logits start at position `first`.
 
-    As published: noise and softmax in float64, of all positions over the whole vocabulary; then row by row.
+    As published: noise and softmax in float64 at all positions over the whole vocabulary, then row by row.
     """
     seen, noisy = rows[:, first:], logits
     if temperature > 0:
@@ -281,6 +281,6 @@ class Peer:
 
 
 def _cross_entropy(logits: torch.Tensor, rows: torch.Tensor, is_hidden: torch.Tensor) -> torch.Tensor:
-  """Give -log p of every hidden token, 0 elsewhere; the softmax is taken at every position, in float32."""
+  """Return -log p of every hidden token and 0 elsewhere; softmax in float32 at every position."""
   losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows.flatten(), reduction="none")
   return losses.view(rows.shape).masked_fill(~is_hidden, 0)

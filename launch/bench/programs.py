@@ -1,7 +1,4 @@
-"""Training's programs, traced as a run would call them, with descriptions in the place of arrays.
-
-What plans a slice that is not there (`plan.py`) and what measures a machine (`benchmark.py`) take them from here.
-"""
+"""The programs of training, traced as a run calls them, with abstract arrays; for `launch.plan` and the benchmark."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -20,12 +17,12 @@ from dmpo_jax.policy import Policies, abstract_collection, abstract_trained
 from dmpo_jax.structs import Experience, Prompts, TrainState
 from dmpo_jax.update import Update
 
-STEP = ("accumulate", "apply")  # the programs of a gradient step: one microbatch's gradient, and the optimizer
+STEP = ("accumulate", "apply")  # of a gradient step: the gradient of a microbatch, and the optimizer
 PROGRAMS = (*STEP, "sample", "score", "move")
 
 
 def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh, Mesh]:
-  """Lay the configuration's meshes over the slice, the samplers' second, as a run on it would.
+  """Lay out the meshes of training and of the samplers over devices.
 
   Raises:
     ValueError: the devices do not fit a mesh.
@@ -34,11 +31,10 @@ def make_meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Mesh
 
 
 def make_model(config: ConfigDict) -> Transformer:
-  """Build the configuration's model; where its checkpoint is not at hand, special ids are any: no program depends on
-  which they are.
+  """Build the model of a configuration; without a checkpoint its special ids are arbitrary: no program depends on them.
 
   Raises:
-    ValueError: neither a checkpoint nor model.vocab_size says how large the vocabulary is.
+    ValueError: neither a checkpoint nor model.vocab_size gives the size of the vocabulary.
   """
   if config.tokenizer.path or config.model.init_from:
     return build.build_model(config, build.make_tokenizer(config))
@@ -50,13 +46,13 @@ def make_model(config: ConfigDict) -> Transformer:
 
 
 def place(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Transformer, tuple[Mesh, Mesh]]:
-  """Build the configuration's model for its meshes over the devices, and those."""
+  """Return the model of a configuration and its meshes over the devices."""
   meshes = make_meshes(config, devices)
   return build.place_model(make_model(config), config, *meshes), meshes
 
 
 def is_needed(name: str, config: ConfigDict) -> bool:
-  """Whether the configuration's objective runs a program."""
+  """Return whether the objective of a configuration runs a program."""
   objective = phases.make_objective(config)
   if name == "score":
     return phases.needs_log_probs(config)
@@ -66,7 +62,7 @@ def is_needed(name: str, config: ConfigDict) -> bool:
 
 
 def calls_of(name: str, config: ConfigDict) -> int:
-  """Count how often a program runs for one buffer."""
+  """Return how often a program runs for one buffer."""
   if name in STEP:
     return config.train.updates_per_buffer * (phases.num_microbatches(config) if name == "accumulate" else 1)
   chunks = -(-config.rollout.num_prompts // (config.rollout.chunk_prompts or config.rollout.num_prompts))
@@ -74,7 +70,7 @@ def calls_of(name: str, config: ConfigDict) -> int:
 
 
 def make_step(config: ConfigDict, model: Transformer, mesh: Mesh) -> tuple[Update, TrainState]:
-  """Jit the gradient step for a mesh, and describe its state."""
+  """Return the jitted gradient step for a mesh, and its abstract state."""
   optimizer = phases.training_optimizer(config)
   trained = abstract_trained(model, mesh)
   reference = Trainable.of(model.config).computing(trained)
@@ -85,7 +81,7 @@ def make_step(config: ConfigDict, model: Transformer, mesh: Mesh) -> tuple[Updat
 
 
 def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh, Mesh]) -> jax.stages.Traced:
-  """Trace one of `PROGRAMS` as training would call it, with descriptions in the place of arrays."""
+  """Trace one of `PROGRAMS` as training calls it, with abstract arrays."""
   mesh = meshes[1] if name == "sample" else meshes[0]
   params = abstract_collection(model, mesh, "params")
   step, state = make_step(config, model, mesh)
@@ -112,12 +108,12 @@ def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh,
     program = phases.training_log_probs(config, model, mesh)
     about = experience.completion, experience.is_counted, experience.committed_at
     args = policies, experience.prompts, *about, key
-  with jax.set_mesh(mesh):  # from here on nothing may be computed: the devices are not there
+  with jax.set_mesh(mesh):  # nothing may be computed here: the devices may not exist
     return program.trace(*args)
 
 
 def _experience(config: ConfigDict, num_prompts: int) -> Experience:
-  """Describe a buffer of rollouts."""
+  """Return an abstract buffer of rollouts."""
   p, g = num_prompts, config.rollout.group_size
   objective, num_updates = phases.make_objective(config), config.train.updates_per_buffer
   names = ["token_log_p_old"] * objective.needs_token_log_probs + ["token_log_p_ref"] * objective.needs_reference
