@@ -17,7 +17,7 @@ from dmpo_jax.hub.export import ModelExport, Source, export_adapter, how_to_load
 from dmpo_jax.hub.families import natural_family
 from dmpo_jax.run import buckets, progress
 from dmpo_jax.run import workdir as workdir_lib
-from dmpo_jax.run.params import SavedParams, check_params
+from dmpo_jax.run.params import SavedParams
 from launch import commands
 
 
@@ -25,19 +25,19 @@ def find_model(folder: epath.Path) -> Source:
   """Describe the export of a converted folder.
 
   Raises:
-    ValueError: it is not a converted folder, or is damaged.
+    ValueError: it is not a converted folder.
   """
   model = pretrained.read_model(folder)
   if model is None:
     raise ValueError(f"--model={folder} has no {pretrained.MODEL_FILE}: give a folder that launch/convert_hf.py wrote")
-  return Source(model.model_config(), model.family, _open(folder), None, folder)
+  return Source(model.model_config(), model.family, SavedParams(folder), None, folder)
 
 
 def find_run(workdir: epath.Path) -> Source:
   """Describe the export of a finished run.
 
   Raises:
-    ValueError: it has not finished, is damaged, or its base is not stored anywhere.
+    ValueError: it has not finished, or its base is not stored anywhere.
   """
   path = workdir / workdir_lib.FILE
   if not path.exists() or not (workdir / "policy").exists():
@@ -57,18 +57,12 @@ def find_run(workdir: epath.Path) -> Source:
   return Source(
     config,
     described.family if described else natural_family(config),
-    base and (_open(base) if config.lora else SavedParams(base)),
-    _open(workdir / "policy"),
+    base and SavedParams(base),
+    SavedParams(workdir / "policy"),
     checkpoint if described else None,
     origin=(described.origin if described and is_original else "") or str(base),
     tokenizer=epath.Path(settings.tokenizer.path) if settings.tokenizer.path else None,
   )
-
-
-def _open(path: epath.Path) -> SavedParams:
-  """Open saved parameters after comparing their files with their digests."""
-  check_params(path)
-  return SavedParams(path)
 
 
 def run() -> None:

@@ -253,6 +253,19 @@ def test_a_policy_that_is_not_finite_is_not_exported(run, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_damaged_adapters_are_not_exported(run, tmp_path):
+  workdir, out = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "out")
+  shutil.copytree(run, workdir)
+  source = export_hf.find_run(workdir)
+  with (workdir / "policy" / "_METADATA").open("a") as file:
+    file.write(" ")
+  with pytest.raises(ValueError, match="_METADATA has changed since it was written"):
+    export_adapter(source, out)
+  with pytest.raises(ValueError, match="_METADATA has changed since it was written"):
+    ModelExport(source, "same")
+  assert not out.exists()
+
+
 def test_peft_is_told_what_the_base_was_converted_from(run, tmp_path):
   """But of a base in int8, whose weights are others, where it is."""
   source = export_hf.find_run(run)

@@ -30,6 +30,10 @@ SENTENCEPIECE = "tokenizer.model"  # a sentencepiece tokenizer beside exported w
 class Params(Protocol):
   """Saved parameters, of which one array is read at a time (`run.params.SavedParams`)."""
 
+  def check(self) -> None:
+    """Raise a ValueError if files are missing or damaged."""
+    ...
+
   def dtypes(self) -> Mapping[Path, np.dtype]:
     """Return the dtype of every array, by its keys."""
     ...
@@ -79,11 +83,16 @@ class ModelExport:
 
   Args:
     dtype: of the weights; "same": as stored, and int8 kernels as the embedding is.
+
+  Raises:
+    ValueError: saved parameters are damaged.
   """
 
   def __init__(self, source: Source, dtype: str):
     weights = source.base if source.config.lora else source.policy or source.base
     assert weights is not None
+    for saved in filter(None, dict.fromkeys((weights, source.policy))):
+      saved.check()
     self._source, self._weights = source, weights
     self._places = layout.checkpoint_places(source.config, source.family)
     self._names = layout.leaves_of(self._places)
@@ -113,7 +122,7 @@ class ModelExport:
       report: called with the number of bytes written since the last call.
 
     Raises:
-      ValueError: `out` exists, or weights are damaged or not finite.
+      ValueError: `out` exists, or weights are not finite.
     """
     with files.new_folder(out, "--out"):
       _write_side_files(self._source, out, jnp.result_type(*self._dtypes.values()).name)
@@ -158,11 +167,12 @@ def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
     base_name: what the adapter names as its base; "": `source.origin`.
 
   Raises:
-    ValueError: the run has no adapters, or `out` exists.
+    ValueError: the run has no adapters, they are damaged, or `out` exists.
   """
   lora = source.config.lora
   if lora is None or source.policy is None:
     raise ValueError("--adapter: all parameters were trained (model.lora.rank = 0); leave it out to write the weights")
+  source.policy.check()
   tensors = dict(layout.to_tensors(source.policy.load, layout.adapter_places(source.config, source.family)))
   with files.new_folder(out, "--out"):
     write_file(out / ADAPTER, tensors)

@@ -136,8 +136,12 @@ class SavedParams:
   """Saved parameters, of which one array is read to the host at a time."""
 
   def __init__(self, path: epath.PathLike):
-    """Look at a folder; see `load_params`."""
-    self._path = absolute(pretrained.params_path(path))
+    """Open a folder; see `load_params`."""
+    self._folder, self._path = path, absolute(pretrained.params_path(path))
+
+  def check(self) -> None:
+    """Compare the files with their digests; see `check_params`."""
+    check_params(self._folder)
 
   def dtypes(self) -> dict[tuple[str, ...], np.dtype]:
     """Return the dtype of every array, by its keys; the arrays are not read."""
