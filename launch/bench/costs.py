@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between slices"  # sent by a host to other slices for a device, over the data centre network
@@ -49,7 +49,7 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
   return total
 
 
-def _dot_flops(eqn: Any) -> float:
+def _dot_flops(eqn: JaxprEqn) -> float:
   (contracted, _), _ = eqn.params["dimension_numbers"]
   shape = eqn.invars[0].aval.shape
   return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -30,7 +29,7 @@ from dmpo_jax.config import command
 from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.run import buckets, progress
 from launch.bench import programs, timing
-from launch.bench.results import Disagreement, Options, write_json
+from launch.bench.results import Disagreement, Measured, Options, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     write_json(pathlib.Path(given.json), results, machine)
 
 
-def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
+def run(name: str, config: ConfigDict, given: flags.FlagValues) -> list[Measured]:
   """Measure the peak of the machine and run a section."""
   check(config, given)
   start = time.monotonic()
@@ -134,7 +133,7 @@ def run(name: str, config: ConfigDict, given: Any) -> list[Any]:
   return [importlib.import_module(SECTIONS[name].module).run(config, options)]
 
 
-def check(config: ConfigDict, given: Any) -> None:
+def check(config: ConfigDict, given: flags.FlagValues) -> None:
   """Refuse what cannot be measured before anything runs.
 
   Raises:
@@ -149,7 +148,7 @@ def check(config: ConfigDict, given: Any) -> None:
     raise ValueError("--peer=torch: PyTorch is not installed; pip install -r requirements-torch.txt")
 
 
-def show(results: Sequence[Any], machine: str) -> None:
+def show(results: Sequence[Measured], machine: str) -> None:
   """Print the tables."""
   console = Console(width=140)
   for result in results:

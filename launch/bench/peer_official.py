@@ -77,7 +77,7 @@ class OfficialPeer(Peer):
       return self._method("compute_loss")(self.model, inputs) / self.config.rollout.num_prompts
 
   @torch.no_grad()
-  def elbo(self, is_masked: Any = None) -> tuple[Any, Any]:
+  def elbo(self, is_masked: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Compute the log-probs of the rollouts by the official trainer."""
     self.model.eval()
     completion_mask = torch.ones_like(self.completion, dtype=torch.int)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +118,7 @@ def _experience(config: ConfigDict, num_prompts: int) -> Experience:
   names = ["token_log_p_old"] * objective.needs_token_log_probs + ["token_log_p_ref"] * objective.needs_reference
   q, c = config.task.max_prompt_length, config.sampler.completion_length
 
-  def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+  def array(dtype: jax.typing.DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
   return Experience(

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -17,6 +17,18 @@ MIB = 2**20
 
 class Disagreement(RuntimeError):
   """Two contenders computed different numbers, so their times cannot be compared."""
+
+
+class Measured(Protocol):
+  """The result of any section."""
+
+  peak_flops: float | None  # of the machine
+
+  def tables(self) -> list[Table]:
+    """Lay out the result."""
+
+  def as_json(self) -> dict[str, Any]:
+    """Return everything in a form for a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +247,7 @@ def ratio(ours: str, peer: str, measured: Mapping[str, timing.Timing]) -> Ratio:
   return Ratio(ours, peer, speeds, memory)
 
 
-def shown(value: Any, form: str) -> str:
+def shown(value: float | None, form: str) -> str:
   """Format a value; a dash stands for None."""
   return "-" if value is None else form.format(value)
 
@@ -245,7 +257,7 @@ def shown_bytes(value: int | None) -> str:
   return shown(None if value is None else value / MIB, "{:,.0f} MiB")
 
 
-def write_json(path: pathlib.Path, results: list[Any], machine: str) -> None:
+def write_json(path: pathlib.Path, results: Sequence[Measured], machine: str) -> None:
   """Write the results and the machine as JSON."""
   path.parent.mkdir(parents=True, exist_ok=True)
   everything = {"machine": machine, "sections": [each.as_json() for each in results]}

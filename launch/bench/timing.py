@@ -15,6 +15,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import jax
@@ -198,7 +199,7 @@ class _Turn(NamedTuple):
   facts: dict[str, float]
 
 
-def _serve(pipe: Any, make: Callable[..., Contender], args: tuple[Any, ...]) -> None:
+def _serve(pipe: Connection, make: Callable[..., Contender], args: tuple[Any, ...]) -> None:
   """Build the contender and answer requests until the pipe is closed."""
   try:
     contender = make(*args)

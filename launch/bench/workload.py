@@ -67,7 +67,7 @@ def as_trained(params: Any) -> Any:
   return jax.tree.map(lambda x: jnp.copy(x.astype(TRAINED_DTYPE)), params)
 
 
-def _fill_b(path: Any, array: jax.Array) -> jax.Array:
+def _fill_b(path: tuple[jax.tree_util.DictKey, ...], array: jax.Array) -> jax.Array:
   if path[-1].key != "B":
     return array
   key = jax.random.fold_in(jax.random.key(2), array.shape[-1])

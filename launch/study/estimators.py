@@ -10,7 +10,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def exact_log_likelihood(table: np.ndarray) -> np.ndarray:
   return np.array(totals)
 
 
-def measure(name: str, estimator: Any, table: np.ndarray, exact: np.ndarray) -> Figures:
+def measure(name: str, estimator: Estimator, table: np.ndarray, exact: np.ndarray) -> Figures:
   """Estimate every completion `DRAWS` times."""
   p = len(COMPLETIONS)
   keys = jax.random.split(jax.random.key(0), (p, DRAWS))

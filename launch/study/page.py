@@ -13,6 +13,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
 
 from dmpo_jax import files
@@ -274,14 +276,14 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> st
   return "\n".join(lines + ["| " + " | ".join(row).replace("*", r"\*") + " |" for row in rows])
 
 
-def _figure(results: Sequence[Result], curves: Sequence[tuple[str, str, str]]) -> Any:
+def _figure(results: Sequence[Result], curves: Sequence[tuple[str, str, str]]) -> Figure:
   figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), layout="constrained")
   _draw_curves(axes, results, curves)
   _add_legend(figure, axes[0])
   return figure
 
 
-def _draw_curves(axes: Sequence[Any], results: Sequence[Result], curves: Sequence[tuple[str, str, str]]) -> None:
+def _draw_curves(axes: Sequence[Axes], results: Sequence[Result], curves: Sequence[tuple[str, str, str]]) -> None:
   for axis, (rows, key, label) in zip(axes, curves, strict=True):
     for index, (name, members) in enumerate(_by_name(results).items()):
       style = ("-", "--", ":")[index // 10 % 3]
@@ -291,7 +293,7 @@ def _draw_curves(axes: Sequence[Any], results: Sequence[Result], curves: Sequenc
     axis.grid(alpha=0.3)
 
 
-def _add_legend(figure: Any, axis: Any) -> None:
+def _add_legend(figure: Figure, axis: Axes) -> None:
   handles, labels = axis.get_legend_handles_labels()
   figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), fontsize="small")
 
@@ -301,7 +303,7 @@ def _points(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.nd
   return np.array([x for x, _ in present], float), np.array([y for _, y in present], float)
 
 
-def _draw(axis: Any, name: str, style: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+def _draw(axis: Axes, name: str, style: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
   curves = [(x, y) for x, y in curves if len(x)]
   if not curves:
     return
@@ -311,7 +313,7 @@ def _draw(axis: Any, name: str, style: str, curves: Sequence[tuple[np.ndarray, n
   axis.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Figure) -> str:
   buffer = io.StringIO()
   with matplotlib.rc_context({"svg.hashsalt": "dmpo_jax"}):
     figure.savefig(buffer, format="svg", metadata={"Date": None})
