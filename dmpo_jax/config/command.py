@@ -1,6 +1,6 @@
-"""How every command of the project starts: what is wrong with its flags ends in one message and exit code 2.
+"""How every command starts: a mistake in its flags ends it with one message and exit code 2.
 
-A configuration is a program of the user's: whatever it raises while it is loaded is such a mistake, too.
+A configuration file is a program of the user's, so an exception while it loads is such a mistake too.
 """
 
 import os
@@ -21,12 +21,12 @@ from dmpo_jax.config.renamed import RENAMED, new_name
 from dmpo_jax.spelling import did_you_mean
 
 HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
-MISTAKE = 2  # exit code of a mistake in the command, by which nothing was started
+MISTAKE = 2  # exit code; nothing was started
 _MISSING = re.compile(r"Flag --(\w+) must have a value other than None")  # as absl says it
 
 
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> None:
-  """Parse the flags and call `main` with what is left of the command line, `sys.argv` by default."""
+  """Parse the flags of `argv` (default: `sys.argv`) and call `main` with the remaining arguments."""
   absl.logging.set_verbosity(absl.logging.WARNING)
   _silence_tensorflow()
   app.run(lambda rest: _call(main, rest), argv=argv, flags_parser=parse)
@@ -39,25 +39,25 @@ def _silence_tensorflow() -> None:
 
 
 def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """Parse the flags and load the configurations that they name; return what is left of the command line."""
-  asked = set(argv[: argv.index("--")] if "--" in argv else argv)
-  if asked & HELP:
-    app.usage(shorthelp="--helpfull" not in asked, writeto_stdout=True)
+  """Parse the flags and load the configurations that they name; return the remaining arguments."""
+  before_end = set(argv[: argv.index("--")] if "--" in argv else argv)
+  if before_end & HELP:
+    app.usage(shorthelp="--helpfull" not in before_end, writeto_stdout=True)
     sys.exit(0)
   try:
     rest = known(argv)
     for name in known:
       if config_flags.is_config_flag(known[name]) and known[name].present:
         _check_loaded(known[name].value)
-  except Exception as error:  # the flags' own errors, or anything that the file of a configuration does
+  except Exception as error:  # an error of a flag, or anything that a configuration file raises
     if "--traceback" in argv:
       traceback.print_exc()
-    complain(_told(error, argv))
+    complain(_describe(error, argv))
   return rest
 
 
 def complain(problem: Any) -> None:
-  """End the command."""
+  """Print a mistake in the command and exit."""
   print(f"error: {problem}", file=sys.stderr)
   sys.exit(MISTAKE)
 
@@ -67,26 +67,26 @@ def _call(main: Callable[[list[str]], Any], rest: list[str]) -> None:
     main(rest)
   except (app.UsageError, ConfigError) as error:
     complain(error)
-  except OSError as error:  # a disk that is full, a folder that cannot be written to
+  except OSError as error:  # a full disk, a folder without write permission
     print(f"stopped: {error}", file=sys.stderr)
     sys.exit(1)
 
 
 def _check_loaded(config: Any) -> None:
   if not isinstance(config, ConfigDict):
-    config.items()  # a file that is not there is told of here
+    config.items()  # raises if the file is missing
     raise flags.IllegalFlagValueError("--config: the file's get_config() must return a ConfigDict")
 
 
-def _told(error: Exception, argv: Sequence[str]) -> str:
-  """Say what is wrong: with a flag as absl says it, with a configuration where in its file."""
+def _describe(error: Exception, argv: Sequence[str]) -> str:
+  """Describe an error: of a flag in absl's words, of a configuration file with the line."""
   given = next((arg for arg in argv if arg.startswith("--config=")), "--config")
   if isinstance(error, OSError):
     is_absent = "Failed loading config file" in f"{error} {error.__cause__}"
     return f"{given}: {'no such file' if is_absent else error.__cause__ or error}"
   if missing := _MISSING.search(str(error)):
     return f"--{missing[1]} is missing; --help says what it is"
-  if "Error whilst parsing config file" in str(error):  # a traceback in the message, by ml_collections and then absl
+  if "Error whilst parsing config file" in str(error):  # wrapped by ml_collections, then by absl
     error = error.__context__.__context__
   elif isinstance(error, flags.Error):
     return str(error)
@@ -99,7 +99,7 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _unknown_keys(error: Exception, argv: Sequence[str]) -> list[str]:
-  """Name the overridden keys that the error is about, as there are none of that name."""
+  """Name the overridden keys that do not exist, if the error is about them."""
   if not isinstance(error, AttributeError | KeyError):
     return []
   overrides = [arg[len("--config.") :].split("=")[0] for arg in argv if arg.startswith("--config.")]
@@ -111,9 +111,9 @@ def _unknown_keys(error: Exception, argv: Sequence[str]) -> list[str]:
 
 
 def _renamed_keys(error: Exception) -> str:
-  """Name the keys that a configuration's file may mean, where it sets one by a name of before."""
+  """Name the new keys if a configuration file uses an old one."""
   if not isinstance(error, AttributeError | KeyError):
     return ""
   named = re.match(r"""["']*(?:Key ")?(\w+)""", str(error))
-  old = [path for path in RENAMED if named and path.rpartition(".")[2] == named[1]]
+  old = [path for path, names in RENAMED.items() if names and named and path.rpartition(".")[2] == named[1]]
   return "".join(f"; {path} {new_name(path)}" for path in old)

@@ -13,8 +13,8 @@ from dmpo_jax.config.renamed import current
 from dmpo_jax.config.validation import CHOICES, Config, flatten
 from dmpo_jax.models.transformer import OLDER as OLDER_MODEL
 
-# What may differ when a run goes on: how long, how often, where, how much at one time, in which precision; and the path
-# of the base, whose identity is in every checkpoint. The rest decides results.
+# Keys that may differ when a run is resumed: how long, how often, where, how much at a time, in which precision, and
+# the path of the base, whose identity is in every checkpoint. All others decide results.
 MAY_CHANGE = (
   "checkpoint.*",
   "eval.batch_size",
@@ -37,7 +37,7 @@ MAY_CHANGE = (
   "train.num_buffers",
 )
 
-# What an evaluation does not depend on, beside the policy and its base, which have an identity.
+# Keys that an evaluation does not depend on. The policy and its base have identities of their own.
 NOT_OF_EVALUATION = (
   *("checkpoint.*", "log.*", "objective.*", "optim.*", "rollout.*", "serve.*", "sharding.*", "train.*", "warm_start.*"),
   *("eval.batch_size", "eval.every_buffers", "eval.lengths", "eval.samplers", "eval.tasks", "grading.workers"),
@@ -45,18 +45,18 @@ NOT_OF_EVALUATION = (
   *("task.data_dir", "task.records_dir"),
 )
 
-# What the lack of a key means, in runs of before there was one.
+# Values of keys in runs that are older than the key.
 OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {"objective.part_weights": []}
 
 
 def fingerprint(config: Config) -> str:
-  """Hash what decides a run's results: the same for equal configurations on every machine and Python."""
+  """Hash the keys that decide a run's results, independently of machine and Python version."""
   leaves = {path: float(value) if type(value) is int else value for path, value in deciding(config).items()}
   return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(old: Config, new: Config) -> list[str]:
-  """List the keys by which two configurations decide different results, as `config.path: old -> new`."""
+  """List the differences that change results, as `config.path: old -> new`."""
   before, after = deciding(old), deciding(new)
   return [
     f"config.{path}: {before.get(path, 'absent')!r} -> {after.get(path, 'absent')!r}"
@@ -66,7 +66,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str, Any]:
-  """List the leaves that decide results: not those of `may_change`, nor of choices that were not made, nor OLDER."""
+  """Return the leaves that decide results: without `may_change`, options of other choices and values of OLDER."""
   leaves = current(flatten(config))
   chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
   chosen.add(("objective", leaves.get("objective.likelihood")))
@@ -80,12 +80,12 @@ def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str
     if value is None or is_of_another or is_as_before or any(fnmatch(path, key) for key in may_change):
       continue
     found[path] = value
-  if isinstance(found.get("tokenizer.path"), str):  # a checkout may move; its file is the same one
+  if isinstance(found.get("tokenizer.path"), str):  # a checkout may move, with the same file in it
     found["tokenizer.path"] = epath.Path(found["tokenizer.path"]).name
   return found
 
 
 def _is_quotient(leaves: Mapping[str, Any]) -> bool:
-  """Whether heads are as wide as they were before there was a key for it."""
-  d_model, num_heads = leaves.get("model.d_model"), leaves.get("model.num_heads")
-  return None not in (d_model, num_heads) and leaves["model.head_dim"] == d_model // num_heads
+  """Whether model.head_dim is what it was before it was a key."""
+  head_dim, num_heads, d_model = (leaves.get(f"model.{name}") for name in ("head_dim", "num_heads", "d_model"))
+  return None not in (head_dim, num_heads, d_model) and head_dim * num_heads == d_model

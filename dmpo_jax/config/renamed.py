@@ -1,4 +1,4 @@
-"""Keys that had another name once, or are gone: refused where they are given, and read where an old run has them."""
+"""Old names of keys, and keys that are gone: an error in a command or a file, accepted in an old run's workdir."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ RENAMED = {  # old key: its names now; none: the key is gone
 
 
 def current(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Give the keys of a configuration, which may be an old run's, the names that they have now."""
+  """Rename the keys of an old run's configuration to what they are called now."""
   return {new: value for path, value in leaves.items() for new in RENAMED.get(path, (path,))}
 
 
