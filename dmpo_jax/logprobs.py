@@ -27,7 +27,7 @@ def make_log_probs(
 ) -> jax.stages.Wrapped:
   """Jit the estimates of the policy's and the reference's log-probabilities of completions.
 
-  `log_probs(policies, prompts, completion, is_counted, committed_at, key, seen=None) -> Measures`, on every device of
+  `log_probs(policies, prompts, completion, is_counted, committed_at, key, seen=None) -> LogProbs`, on every device of
   `mesh`. Both policies are scored under the same views, so that most of their noise cancels in the log-ratio.
 
   Args:

@@ -1,16 +1,19 @@
-"""Which of a model's variables are learned, and which variables make the trained and the reference policy."""
+"""Which variables of a model are trained, and which make the trained and the reference policy."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey
+from jaxtyping import PyTree
 
 from dmpo_jax.models.transformer import ModelConfig
+from dmpo_jax.structs import Params
 
-TRAINED_DTYPE = "float32"  # of what is trained and its optimizer's moments: bfloat16 would round small updates away
-COMPUTED = ("kernel", "head")  # parameters that layers round to the activations' dtype and gather from all devices
+TRAINED_DTYPE = "float32"  # of trained parameters and their moments: bfloat16 would round small updates away
+COMPUTED = ("kernel", "head")  # parameters that layers round to the activations' dtype and all-gather
+
+Leaf = jax.Array | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +38,21 @@ class Trainable:
     """The collection of variables that is trained, saved and exported."""
     return "lora" if self.has_adapters else "params"
 
-  def policy(self, trained: Any, frozen: Any) -> Mapping[str, Any]:
+  def policy(self, trained: PyTree, frozen: PyTree) -> Params:
     """Return the trained policy's variables: adapters on the frozen parameters, or the trained parameters alone."""
     return {"params": frozen, "lora": trained} if self.has_adapters else {"params": trained}
 
-  def reference(self, frozen: Any, copy: Any = None) -> Mapping[str, Any]:
+  def reference(self, frozen: PyTree, copy: PyTree = None) -> Params:
     """Return the reference policy's variables.
 
     Args:
       frozen: the base parameters.
-      copy: an earlier state of what is trained, where the reference follows the policy; None: the reference is the
-        base. Adapters are copied without the base that they stand on, so the model is held once.
+      copy: an earlier state of what is trained, if the reference follows the policy; None: the reference is the base.
+        A copy of adapters shares the base, so the model is held once.
     """
     return {"params": frozen} if copy is None else self.policy(copy, frozen)
 
-  def computing(self, trained: Any) -> Any:
+  def computing(self, trained: PyTree) -> PyTree:
     """Round trained parameters to the activations' dtype once, as layers would at every use. Adapters stay float32.
 
     Rounded parameters are half the bytes to gather. The embedding stays float32: only single rows of it are read, and
@@ -61,7 +64,7 @@ class Trainable:
     if self.has_adapters:
       return trained
 
-    def cast(path: Any, leaf: Any) -> Any:
+    def cast(path: tuple[DictKey, ...], leaf: Leaf) -> Leaf:
       if path[-1].key not in COMPUTED or leaf.dtype == jnp.dtype(self.dtype):
         return leaf
       return leaf.astype(self.dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=self.dtype)
