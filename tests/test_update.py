@@ -173,7 +173,7 @@ def test_nothing_is_compiled_after_the_first_iteration(folder, use_devices):
   try:
     with jax.set_mesh(parts.mesh):
       for buffer in range(3):
-        experience, _ = phase.finish(state, phase.draw(state, buffer), buffer)
+        experience, _ = phase.buffers.complete(state, buffer, phase.buffers.generate(state, buffer))
         for _ in range(2):
           state, _ = phase.update(state, phase.frozen, experience)
         counts.append(len(compiled))
