@@ -57,11 +57,11 @@ format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-$(INSTALLED): requirements.txt requirements-dev.txt
+$(INSTALLED): requirements.txt requirements-dev.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed; name one: make PYTHON=python3.12'; exit 1; }
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c requirements.lock
 	@touch $@
 
 $(LIBTPU): $(INSTALLED)

@@ -232,6 +232,11 @@ def _compare_commands(config: ConfigDict, workdir: epath.Path | None) -> None:
     raise ConfigError("the processes of the job were given different commands:\n  " + "\n  ".join(lines))
 
 
-if __name__ == "__main__":
+def start() -> None:
+  """Run the command line: `python -m dmpo_jax.main`, or `dmpo-jax` where the package is installed."""
   flags.mark_flag_as_required("config")
   command.run(main)
+
+
+if __name__ == "__main__":
+  start()

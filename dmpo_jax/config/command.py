@@ -4,6 +4,7 @@ A configuration file is a program of the user's, so an exception while it loads 
 """
 
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -21,6 +22,7 @@ from dmpo_jax.config.renamed import RENAMED, new_name
 from dmpo_jax.spelling import did_you_mean
 
 HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
+INSTALLED = pathlib.Path(__file__).resolve().parents[2]  # where the package lies, with the shipped configs/ beside it
 MISTAKE = 2  # exit code; nothing was started
 _MISSING = re.compile(r"Flag --(\w+) must have a value other than None")  # as absl says it
 
@@ -45,7 +47,7 @@ def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[st
     app.usage(shorthelp="--helpfull" not in before_end, writeto_stdout=True)
     sys.exit(0)
   try:
-    rest = known(argv)
+    rest = known(list(map(_find_shipped, argv)))
     for name in known:
       if config_flags.is_config_flag(known[name]) and known[name].present:
         _check_loaded(known[name].value)
@@ -54,6 +56,14 @@ def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[st
       traceback.print_exc()
     complain(_describe(error, argv))
   return rest
+
+
+def _find_shipped(arg: str) -> str:
+  """Point `--config=configs/NAME.py` to the shipped file where the working directory has none of that name."""
+  path, colon, argument = arg.removeprefix("--config=").partition(":")
+  if not arg.startswith("--config=") or pathlib.Path(path).exists() or not (INSTALLED / path).is_file():
+    return arg
+  return f"--config={INSTALLED / path}{colon}{argument}"
 
 
 def complain(problem: Any) -> None:
