@@ -6,12 +6,12 @@ During training the current policy is evaluated now and then, as it samples in t
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import logging
-import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +23,14 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import files, grading, noise, sharding, tasks
+from dmpo_jax import files, noise, sharding, tasks
 from dmpo_jax.build import Parts, build_parts
 from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
+from dmpo_jax.generations import Unfinished, grade_batch, summarize
+from dmpo_jax.grading import Grading
 from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.policy import Compiled, Policies, base_name, check_confidence, load_policies, make_sample
-from dmpo_jax.processes import HostShare, gather_texts
+from dmpo_jax.processes import gather_texts
 from dmpo_jax.run import progress
 from dmpo_jax.run.metrics import read_result
 from dmpo_jax.run.params import identity, read_metadata
@@ -41,7 +43,6 @@ logger = logging.getLogger(__name__)
 RESULT = "result.json"
 POLICIES = {"last": "policy", "best": "best"}  # folders of the workdir
 SHORTEST = 64  # tokens that the shortest prompts are padded to
-_Z = 1.959964  # of a 95 % interval
 
 
 def main(config: ConfigDict, workdir: epath.Path) -> None:
@@ -165,100 +166,104 @@ def make_evaluate_training(
 def make_evaluate(
   config: ConfigDict, parts: Parts, base: Any
 ) -> Callable[[Any, epath.Path, Mapping[str, Any]], dict[str, float]]:
-  """Close over the configuration's evaluation: `evaluate(trainable, path, about) -> figures`."""
+  """Close over the configuration's evaluation: `evaluate(trainable, path, metadata) -> figures`."""
   own = config.eval
   settings = dict(group_size=own.num_samples, temperature=own.temperature, early_exit=own.early_exit)
   program = Compiled(make_sample(config, parts.model, parts.mesh, **settings))
   sample = sharding.within(parts.rollout_mesh, program)
-  prompts, records = parts.held_out
+  evaluation = Evaluation(*parts.held_out, parts.grading, parts.tokenizer, config.seed, own.batch_size)
 
-  def evaluate_policy(trainable: Any, path: epath.Path, about: Mapping[str, Any]) -> dict[str, float]:
-    return evaluate(
-      functools.partial(sample, sharding.move(Policies(trainable, base), parts.rollout_mesh)),
-      prompts,
-      records,
-      grading=parts.grading,
-      tokenizer=parts.tokenizer,
-      seed=config.seed,
-      batch_size=own.batch_size,
-      path=path,
-      about=about,
-      seconds_compiling=lambda: program.seconds,
-    )
+  def evaluate_policy(trainable: Any, path: epath.Path, metadata: Mapping[str, Any]) -> dict[str, float]:
+    of_policy = functools.partial(sample, sharding.move(Policies(trainable, base), parts.rollout_mesh))
+    return evaluation.run(of_policy, Unfinished(path, metadata), seconds_compiling=lambda: program.seconds)
 
   return evaluate_policy
 
 
-def evaluate(
-  sample: Callable[[Prompts, jax.Array], Rollouts],
-  prompts: Prompts,
-  records: Sequence[dict],
-  *,
-  grading: grading.Grading,
-  tokenizer: Tokenizer,
-  seed: int,
-  batch_size: int,
-  path: epath.Path,
-  about: Mapping[str, Any],
-  seconds_compiling: Callable[[], float] = lambda: 0.0,
-) -> dict[str, float]:
-  """Decode completions of every prompt, grade them, and save the generations as JSON lines.
-
-  Prompts are decoded the longest first, and each batch is padded to one of few lengths (`cut_padding`). An evaluation
-  that was cut off goes on after its last whole batch. Every prompt's rows are a function of the seed and the prompt, so
-  neither order, batches, padding nor hosts change them; each host grades and writes down its share of a batch.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Held-out prompts, and how their completions are decoded and graded.
 
   Args:
-    sample: from `policy.make_sample`, closed over the policy; fields [p, g, ...].
+    records: the task's records of the prompts.
     batch_size: prompts decoded at one time; the last batch is filled up with copies of the last prompt, dropped again.
-    path: one line a completion, see `_line`. Written by process 0.
-    about: what the evaluation depends on; an unfinished file of another one is begun anew.
-    seconds_compiling: seconds that `sample` has spent on compiling so far.
-
-  Returns:
-    See `summarize`; `seconds` of this start and, of these, `seconds_compiling`; and the effective tokens a second of
-    the others, `tokens_per_second`.
-
-  Raises:
-    Preempted: between two batches, those before it kept.
-    NotFinite: see `policy.check_confidence`.
   """
-  start, compiled_before, num = time.monotonic(), seconds_compiling(), len(records)
-  key, batch_size = noise.step_key(seed, "evaluate", 0), min(batch_size, max(num, 1))
-  unfinished = Unfinished(path, about)
-  lines = unfinished.read()
-  is_done = np.isin(np.arange(num), [line["index"] for line in lines])
-  longest_first = np.argsort(-prompts.is_valid.sum(1), kind="stable")
-  left = longest_first[~is_done[longest_first]].tolist()
-  batches = [left[first : first + batch_size] for first in range(0, len(left), batch_size)]
 
-  def dispatch(batch: Sequence[int]) -> Rollouts:
-    check_preemption()
-    index = np.array([*batch, *batch[-1:] * (batch_size - len(batch))])
-    return sample(cut_padding(jax.tree.map(lambda array: array[index], prompts)), key)
+  prompts: Prompts
+  records: Sequence[tasks.Record]
+  grading: Grading
+  tokenizer: Tokenizer
+  seed: int
+  batch_size: int
 
-  ahead = dispatch(batches[0]) if batches else None
-  for batch, following in itertools.zip_longest(batches, batches[1:]):
-    progress.part("evaluating prompts", len({line["index"] for line in lines}), num)
-    rollouts = jax.device_get(ahead)
-    check_confidence(rollouts)
-    finish = _grade_batch(grading, tokenizer, records, rollouts, batch)
-    notice = None
-    try:
-      ahead = dispatch(following) if following else None  # while the accelerator does this, workers grade
-    except Preempted as error:
-      notice = error
-    found = finish()
-    lines += found
-    unfinished.add(found)
-    if notice is not None:
-      raise notice
-  lines.sort(key=operator.itemgetter("index", "sample"))
-  unfinished.finish(lines)
-  seconds, compiling = time.monotonic() - start, seconds_compiling() - compiled_before
-  tokens = sum(line["num_tokens"] for line in lines if not is_done[line["index"]])
-  times = {"seconds": seconds, "seconds_compiling": compiling, "tokens_per_second": tokens / (seconds - compiling)}
-  return summarize(lines) | times
+  def run(
+    self,
+    sample: Callable[[Prompts, jax.Array], Rollouts],
+    unfinished: Unfinished,
+    seconds_compiling: Callable[[], float] = lambda: 0.0,
+  ) -> dict[str, float]:
+    """Decode completions of every prompt, grade them, and save the generations as JSON lines.
+
+    Prompts are decoded the longest first, and each batch is padded to one of few lengths (`cut_padding`). An evaluation
+    that was cut off resumes after its last whole batch. Every prompt's rows are a function of the seed and the prompt,
+    so neither order, batches, padding nor hosts change them; each host grades and writes its share of a batch.
+
+    Args:
+      sample: from `policy.make_sample`, closed over the policy; fields [p, g, ...].
+      unfinished: the generations' file.
+      seconds_compiling: seconds that `sample` has spent on compiling so far.
+
+    Returns:
+      See `generations.summarize`; `seconds` of this start and, of these, `seconds_compiling`; and the effective tokens
+      a second of the others, `tokens_per_second`.
+
+    Raises:
+      Preempted: between two batches, those before it kept.
+      NotFinite: see `policy.check_confidence`.
+    """
+    start, compiled_before = time.monotonic(), seconds_compiling()
+    lines = unfinished.read()
+    num_read = len(lines)
+    self._decode(sample, lines, unfinished)
+    seconds, compiling = time.monotonic() - start, seconds_compiling() - compiled_before
+    tokens = sum(line["num_tokens"] for line in lines[num_read:])
+    lines.sort(key=operator.itemgetter("index", "sample"))
+    unfinished.finish(lines)
+    times = {"seconds": seconds, "seconds_compiling": compiling, "tokens_per_second": tokens / (seconds - compiling)}
+    return summarize(lines) | times
+
+  def _decode(
+    self, sample: Callable[[Prompts, jax.Array], Rollouts], lines: list[dict[str, Any]], unfinished: Unfinished
+  ) -> None:
+    """Append the lines of the prompts that have none; the accelerator samples a batch while the last one is graded."""
+    key, num = noise.step_key(self.seed, "evaluate", 0), len(self.records)
+    size = min(self.batch_size, max(num, 1))
+    is_done = np.isin(np.arange(num), [line["index"] for line in lines])
+    longest_first = np.argsort(-self.prompts.is_valid.sum(1), kind="stable")
+    left = longest_first[~is_done[longest_first]].tolist()
+    batches = [left[first : first + size] for first in range(0, len(left), size)]
+
+    def dispatch(batch: Sequence[int]) -> Rollouts:
+      check_preemption()
+      index = np.array([*batch, *batch[-1:] * (size - len(batch))])
+      return sample(cut_padding(jax.tree.map(lambda array: array[index], self.prompts)), key)
+
+    ahead = dispatch(batches[0]) if batches else None
+    for batch, following in itertools.zip_longest(batches, batches[1:]):
+      progress.part("evaluating prompts", len({line["index"] for line in lines}), num)
+      rollouts = jax.device_get(ahead)
+      check_confidence(rollouts)
+      finish = grade_batch(self.grading, self.tokenizer, self.records, rollouts, batch)
+      notice = None
+      try:
+        ahead = dispatch(following) if following else None  # while the accelerator does this, workers grade
+      except Preempted as error:
+        notice = error
+      found = finish()
+      lines += found
+      unfinished.add(found)
+      if notice is not None:
+        raise notice
 
 
 def cut_padding(prompts: Prompts) -> Prompts:
@@ -270,154 +275,6 @@ def cut_padding(prompts: Prompts) -> Prompts:
   while length < longest:
     length *= 2
   return prompts.replace(tokens=prompts.tokens[:, -length:], is_valid=prompts.is_valid[:, -length:])
-
-
-def _grade_batch(
-  grader: grading.Grading, tokenizer: Tokenizer, records: Sequence[dict], rollouts: Rollouts, rows: Sequence[int]
-) -> Callable[[], list[dict[str, Any]]]:
-  """Begin to grade a batch, each process its share of prompts; return a function that waits for everyone's lines."""
-  share = HostShare(len(rows))
-  mine, group_size = rows[share.mine], rollouts.completion.shape[1]
-  here = jax.tree.map(lambda array: array[share.mine], rollouts)
-  texts, is_ended = grading.decode(tokenizer, here.completion)
-  record_of = [records[index] for index in mine for _ in range(group_size)]
-  pending = grader.submit(record_of, texts, is_ended)
-
-  def finish() -> list[dict[str, Any]]:
-    verdicts = pending.result()
-    grading.log_problems(grader.task, verdicts, texts)
-    lines = []
-    for row, (verdict, text) in enumerate(zip(verdicts, texts, strict=True)):
-      p, g = divmod(row, group_size)
-      ids = here.completion[p, g]
-      ends = np.flatnonzero(np.isin(ids, [tokenizer.eos_token_id, tokenizer.eot_token_id]))
-      lines.append(
-        {
-          "index": mine[p],
-          "sample": g,
-          "record": record_of[row],
-          "prompt": grader.task.prompt(record_of[row]),
-          "prompt_name": getattr(grader.task, "prompt_name", "default"),
-          "completion": text,
-          "extracted": verdict.grade.extracted,
-          "reward": verdict.reward,
-          "reward_parts": dict(verdict.parts) or None,
-          "is_solved": verdict.grade.is_correct,
-          "is_formatted": verdict.grade.is_formatted,
-          "cells": verdict.grade.cells,
-          "is_ended": bool(is_ended[row]),
-          "grading": verdict.kind,
-          "num_tokens": int(ends[0]) if len(ends) else len(ids),
-          "num_calls": int(here.num_calls[p, g]),
-          "num_saved": int(here.num_saved[p, g]),
-          "denoising": _denoising(tokenizer, ids, here.committed_at[p, g], here.confidence[p, g], here.num_calls[p, g]),
-        }
-      )
-    texts_of_lines = [json.dumps(line, default=str) for line in lines]
-    gathered = gather_texts(texts_of_lines, "completions are graded", grader.patience(len(rows) * group_size))
-    return [json.loads(text) for text in gathered]
-
-  return finish
-
-
-def _denoising(
-  tokenizer: Tokenizer, ids: np.ndarray, committed_at: np.ndarray, confidence: np.ndarray, num_calls: np.integer
-) -> dict[str, list[Any]]:
-  """Say of each position that the model decided what it holds, at which call, and how probable that was."""
-  is_decided = committed_at < num_calls
-  return {
-    "pieces": [tokenizer.piece(int(token)) for token in ids[is_decided]],
-    "committed_at": committed_at[is_decided].tolist(),
-    "confidence": [round(float(value), 4) for value in confidence[is_decided]],
-  }
-
-
-class Unfinished:
-  """The file of an evaluation that is under way: a line about it, then the lines of whole batches."""
-
-  def __init__(self, path: epath.Path, about: Mapping[str, Any]):
-    self._path = path
-    self._file = path.parent / f".{path.name}.unfinished"
-    self._head = json.dumps(dict(about), sort_keys=True)
-    self._texts: list[str] = []
-
-  def read(self) -> list[dict[str, Any]]:
-    """Return the lines that an earlier start has left for this very evaluation, on every process."""
-    texts = []
-    if jax.process_index() == 0 and self._file.exists():
-      lines = files.read_lines(self._file)
-      if lines.rows and json.dumps(lines.rows[0], sort_keys=True) == self._head:
-        texts = [json.dumps(row, ensure_ascii=False) for row in lines.rows[1:]]
-        if lines.problem:
-          logger.warning("%s: %s; these completions are drawn again", self._file, lines.problem)
-    self._texts = gather_texts(texts, "an unfinished evaluation is read")
-    return [json.loads(text) for text in self._texts]
-
-  def add(self, lines: Sequence[dict[str, Any]]) -> None:
-    """Keep the lines of a further batch."""
-    self._texts += [files.to_json(line, ensure_ascii=False) for line in lines]
-    if jax.process_index() == 0:
-      files.write_whole(self._file, "\n".join([self._head, *self._texts]) + "\n")
-
-  def finish(self, lines: Sequence[dict[str, Any]]) -> None:
-    """Write the generations and drop the unfinished file."""
-    if jax.process_index() == 0:
-      files.write_whole(self._path, "".join(files.to_json(line, ensure_ascii=False) + "\n" for line in lines))
-      self._file.unlink(missing_ok=True)
-
-
-def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """Count an evaluation's lines; of no lines, rates are NaN.
-
-  Returns:
-    `solve_rate` in [0, 1] (with several samples their mean) with its 95 % Wilson interval over the prompts
-    (`solve_rate_low`, `solve_rate_high`); `pass_at_<k>` for k = 1, 2, 4, ... up to the samples of a prompt, unbiased
-    (Chen et al., arXiv 2107.03374, eq. 1); `cell_rate` where the grader counts cells (the published one of Sudoku);
-    `reward_mean`, `reward_<part>` where rewards have parts, `format_rate`, `eos_rate`, `effective_tokens` before the
-    first end token, `model_calls`, `calls_saved`, `num_prompts`, and how many completions were not graded and why.
-  """
-  solved: dict[int, list[bool]] = {}
-  for line in lines:
-    solved.setdefault(line["index"], []).append(line["is_solved"])
-  num_prompts, group_size = len(solved), len(lines) // max(len(solved), 1)
-  rate = _mean(lines, "is_solved")
-  low, high = wilson(rate, num_prompts)
-  figures = {"solve_rate": rate, "solve_rate_low": low, "solve_rate_high": high}
-  if group_size > 1:
-    for k in (2**i for i in range(group_size.bit_length())):
-      figures[f"pass_at_{k}"] = float(np.mean([pass_at_k(len(group), sum(group), k) for group in solved.values()]))
-  cells = [line["cells"] for line in lines if line.get("cells")]
-  if cells:
-    figures["cell_rate"] = sum(right for right, _ in cells) / max(sum(blank for _, blank in cells), 1)
-  parts = [line.get("reward_parts") or {} for line in lines]
-  for name in dict.fromkeys(name for part in parts for name in part):  # a completion that was not graded has 0 of each
-    figures[f"reward_{name}"] = float(np.mean([part.get(name, 0.0) for part in parts]))
-  return figures | {
-    "reward_mean": _mean(lines, "reward"),
-    "format_rate": _mean(lines, "is_formatted"),
-    "eos_rate": _mean(lines, "is_ended"),
-    "effective_tokens": _mean(lines, "num_tokens"),
-    "model_calls": _mean(lines, "num_calls"),
-    "calls_saved": _mean(lines, "num_saved"),
-    "num_prompts": num_prompts,
-    "rewards_failed": sum(line["grading"] == "failed" for line in lines),
-    "grading_timeouts": sum(line["grading"] == "timeout" for line in lines),
-    "grading_crashes": sum(line["grading"] == "crash" for line in lines),
-  }
-
-
-def wilson(rate: float, num: int) -> tuple[float, float]:
-  """Return the 95 % Wilson score interval of a rate among `num` independent trials (Wilson, 1927)."""
-  if num == 0:
-    return 0.0, 1.0
-  z2 = _Z**2 / num
-  centre, width = rate + z2 / 2, _Z * math.sqrt((rate * (1 - rate) + z2 / 4) / num)
-  return max((centre - width) / (1 + z2), 0.0), min((centre + width) / (1 + z2), 1.0)
-
-
-def pass_at_k(num: int, num_right: int, k: int) -> float:
-  """Return the probability that one of k completions, drawn from `num` of which `num_right` are right, is right."""
-  return 1.0 - math.comb(num - num_right, k) / math.comb(num, k)
 
 
 def best_buffer(evaluations: Mapping[str, Mapping[str, float]]) -> str:
@@ -455,7 +312,3 @@ def _read_own_rows(path: epath.Path) -> list[dict[str, Any]]:
   path.rename(aside)
   print(f"{path} is of another version: set aside as {aside.name}")
   return []
-
-
-def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
-  return float(np.mean([line[name] for line in lines])) if lines else math.nan

@@ -12,7 +12,7 @@ from hosts import run_hosts
 from scipy import stats
 
 from configs import base
-from dmpo_jax import build, data, evaluate, grading, policy, structs
+from dmpo_jax import build, data, evaluate, generations, grading, policy, structs
 from dmpo_jax import config as config_lib
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.policy import Compiled
@@ -60,17 +60,8 @@ def run(tokenizer, held_out, tmp_path):
         completion, np.zeros(shape, np.int32), np.ones(shape, np.float32), count, count, 0 * count
       )
 
-    figures = evaluate.evaluate(
-      sample,
-      prompts,
-      records,
-      grading=grading.Grading(task=TASK),
-      tokenizer=tokenizer,
-      seed=0,
-      batch_size=batch_size,
-      path=path,
-      about=dict([about]),
-    )
+    evaluation = evaluate.Evaluation(prompts, records, grading.Grading(task=TASK), tokenizer, 0, batch_size)
+    figures = evaluation.run(sample, generations.Unfinished(path, dict([about])))
     return {name: x for name, x in figures.items() if "second" not in name}, calls, path.read_text()
 
   return evaluate_with
@@ -98,7 +89,7 @@ def test_what_is_counted(run, held_out):
 def test_generations_say_when_each_token_was_decided(tokenizer):
   ids = np.array([*tokenizer.encode("12="), tokenizer.eos_token_id, tokenizer.eos_token_id])
   committed_at, confidence = np.array([1, 0, 2, 2, 3]), np.array([0.25, 0.5, 0.123456, 1, 0], np.float32)
-  assert evaluate._denoising(tokenizer, ids, committed_at, confidence, np.int32(3)) == {  # the last was filled in
+  assert generations._denoising(tokenizer, ids, committed_at, confidence, np.int32(3)) == {  # the last was filled in
     "pieces": ["1", "2", "=", "</s>"],
     "committed_at": [1, 0, 2, 2],
     "confidence": [0.25, 0.5, 0.1235, 1.0],
@@ -190,7 +181,7 @@ def test_pass_at_k_is_what_drawing_gives(run, held_out):
   assert figures["pass_at_4"] == pytest.approx(num_even / NUM)
   for num_right in range(6):
     drawn = list(itertools.combinations([True] * num_right + [False] * (5 - num_right), 2))
-    assert evaluate.pass_at_k(5, num_right, 2) == pytest.approx(np.mean([any(two) for two in drawn]))
+    assert generations.pass_at_k(5, num_right, 2) == pytest.approx(np.mean([any(two) for two in drawn]))
 
 
 @pytest.mark.parametrize("num_hosts", [1, 4, 32, 64])
@@ -203,8 +194,8 @@ def test_hosts_lose_and_double_nothing(tokenizer, held_out, monkeypatch, num_hos
   pool, rows = grading.Grading(task=TASK), range(2, 2 + num)
 
   def grade_batch(_):
-    lines = evaluate._grade_batch(pool, tokenizer, records, rollouts, rows)()
-    return lines, evaluate.summarize(lines)
+    lines = generations.grade_batch(pool, tokenizer, records, rollouts, rows)()
+    return lines, generations.summarize(lines)
 
   plain, figures = grade_batch(0)
   assert [(line["index"], line["sample"]) for line in plain] == [(p, g) for p in rows for g in range(2)]
@@ -221,12 +212,12 @@ def test_parts_of_the_reward_are_averaged_and_a_completion_without_a_grade_has_n
     }  # fmt: skip
 
   lines = [line(0, 2.5, {"correct": 2.0, "form": 0.5}), line(1, 1, {"correct": 0, "form": 1}), line(2, 0, None)]
-  figures = evaluate.summarize(lines)
+  figures = generations.summarize(lines)
   assert [figures[f"reward_{name}"] for name in ("mean", "correct", "form")] == pytest.approx([3.5 / 3, 2 / 3, 0.5])
 
 
 def test_an_evaluation_of_nothing_knows_nothing():
-  figures = evaluate.summarize([])
+  figures = generations.summarize([])
   assert (figures["num_prompts"], figures["solve_rate_low"], figures["solve_rate_high"]) == (0, 0, 1)
   assert np.isnan(figures["solve_rate"])
 

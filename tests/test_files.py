@@ -13,7 +13,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import evaluate, files, sharding
+from dmpo_jax import evaluate, files, generations, sharding
 from dmpo_jax.config import ConfigError
 from dmpo_jax.files import Unreadable
 from dmpo_jax.run import metrics, workdir
@@ -185,18 +185,18 @@ def test_a_garbled_table_of_evaluations_is_set_aside_and_made_again(tmp_path, ca
 
 def test_an_unfinished_evaluation_keeps_the_lines_that_can_be_read(tmp_path, caplog):
   about, lines = {"task": "sudoku"}, [{"index": i, "sample": 0, "completion": "é"} for i in range(3)]
-  unfinished = evaluate.Unfinished(epath.Path(tmp_path / "000001.jsonl"), about)
+  unfinished = generations.Unfinished(epath.Path(tmp_path / "000001.jsonl"), about)
   unfinished.add(lines)
   (path,) = tmp_path.iterdir()
   whole = path.read_bytes()
   path.write_bytes(whole.replace(b'"index": 1', b'"in\0ex": \xff'))
   with caplog.at_level(logging.WARNING):
-    assert evaluate.Unfinished(epath.Path(tmp_path / "000001.jsonl"), about).read() == [lines[0], lines[2]]
+    assert generations.Unfinished(epath.Path(tmp_path / "000001.jsonl"), about).read() == [lines[0], lines[2]]
   assert "1 line(s) cannot be read, first line 3" in caplog.text
   path.write_bytes(whole[:-5])  # killed in the middle of the last line
-  assert evaluate.Unfinished(epath.Path(tmp_path / "000001.jsonl"), about).read() == lines[:2]
+  assert generations.Unfinished(epath.Path(tmp_path / "000001.jsonl"), about).read() == lines[:2]
   path.write_bytes(b"\0" * 10)
-  assert evaluate.Unfinished(epath.Path(tmp_path / "000001.jsonl"), about).read() == []
+  assert generations.Unfinished(epath.Path(tmp_path / "000001.jsonl"), about).read() == []
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ ROOMS = {
   "rollout": FOUNDATIONS | {"grading", "hub", "objectives", "policy", "rollout_metrics", "run"},
   "update": FOUNDATIONS | {"logprobs", "models", "objectives", "run"},
   "build": FOUNDATIONS | {"config", "data", "grading", "hub", "models", "objectives", "policy", "run", "tasks"},
-  "evaluate": FOUNDATIONS | {"build", "config", "grading", "hub", "policy", "run", "tasks"},
+  "generations": FOUNDATIONS | {"grading", "hub"},
+  "evaluate": FOUNDATIONS | {"generations", "build", "config", "grading", "hub", "policy", "run", "tasks"},
   "phases": FOUNDATIONS
   | {"build", "data", "evaluate", "logprobs", "models", "objectives", "optim", "policy", "rollout"}
   | {"rollout_metrics", "run", "update"},
