@@ -99,20 +99,8 @@ def make_score(
     is_masked: Bool[Array, "p g r c"], prompt_is_masked: Bool[Array, "p g r q"] | None = None, pairs: Pairs = ()
   ) -> Scores:
     p, g, r, c = is_masked.shape
-
-    def rows(array: jax.Array) -> jax.Array:
-      array = jnp.broadcast_to(array, (p, g, r, array.shape[-1])).reshape(p * g * r, -1)
-      return sharding.fill_rows(array)
-
-    keys = None
-    if dropout_keys is not None:
-      keys = jax.vmap(jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(r))))(dropout_keys)
-      keys = sharding.fill_rows(keys.reshape(p * g * r))
-    prompt = rows(prompts.tokens[:, None, None])
-    if prompt_is_masked is not None:
-      prompt = jnp.where(rows(prompt_is_masked), mask, prompt)
-    is_valid = rows(prompts.is_valid[:, None, None])
-    noised = jnp.where(rows(is_masked), mask, rows(shown[:, :, None]))
+    keys = None if dropout_keys is None else _sample_keys(dropout_keys, r)
+    prompt, is_valid, noised = _noised_rows(prompts, shown, is_masked, prompt_is_masked, mask)
 
     def states(variables: Mapping[str, Any], keys: Key[Array, "rows"] | None) -> tuple[Float[Array, "t d"], list[int]]:
       hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys)
@@ -131,6 +119,33 @@ def make_score(
     return jax.tree.map(lambda array: _stack(array[: targets.size].reshape(targets.shape), source), scores)
 
   return score
+
+
+def _noised_rows(
+  prompts: Prompts,
+  shown: Int[Array, "p g c"],
+  is_masked: Bool[Array, "p g r c"],
+  prompt_is_masked: Bool[Array, "p g r q"] | None,
+  mask_token_id: int,
+) -> tuple[Int[Array, "rows q"], Bool[Array, "rows q"], Int[Array, "rows c"]]:
+  """Lay out a row for each mask sample, filled up to what the devices divide: prompts, their validity, completions."""
+  p, g, r, _ = is_masked.shape
+
+  def rows(array: jax.Array) -> jax.Array:
+    array = jnp.broadcast_to(array, (p, g, r, array.shape[-1])).reshape(p * g * r, -1)
+    return sharding.fill_rows(array)
+
+  prompt = rows(prompts.tokens[:, None, None])
+  if prompt_is_masked is not None:
+    prompt = jnp.where(rows(prompt_is_masked), mask_token_id, prompt)
+  noised = jnp.where(rows(is_masked), mask_token_id, rows(shown[:, :, None]))
+  return prompt, rows(prompts.is_valid[:, None, None]), noised
+
+
+def _sample_keys(keys: Key[Array, "p g"], num: int) -> Key[Array, "rows"]:
+  """Derive a key for each mask sample of each rollout."""
+  keys = jax.vmap(jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num))))(keys)
+  return sharding.fill_rows(keys.reshape(-1))
 
 
 def _pack(

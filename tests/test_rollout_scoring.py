@@ -165,7 +165,7 @@ def test_a_rollout_with_a_token_that_fails_is_dropped_and_counted():
   experience, rollouts = buffer_of_four(1)
   log_p_old, log_p_ref = np.zeros((2, 1, 4, 3, 2), np.float32)
   log_p_old[0, 1, 2, 0], log_p_ref[0, 3, 0, 1] = np.nan, -np.inf
-  scoring = rollout.TokenLogProbs(None, seed=0, updates_per_buffer=3, num_views=3, with_reference=True)
+  scoring = rollout.TokenLogProbs(lambda *batch: None, seed=0, updates_per_buffer=3, num_views=3, with_reference=True)
   log_probs = LogProbs(log_p_old, log_p_ref, np.zeros((1, 4, 3), np.float32))
   experience, figures = scoring.complete(Policies(None, None), experience, rollouts, log_probs, 0)
   assert figures["scores_failed"] == 2
