@@ -166,8 +166,9 @@ class Now:
   def collect(self, phase: Phase) -> None:
     """Complete the buffer to learn from, unless it is there; in a pipelined run, generate the next one too."""
     if self.experience is None:
-      pending = self._generate(phase, self.position.buffer)
-      self.experience, self.position.scalars = phase.buffers.complete(self.state, self.position.buffer, pending)
+      buffer = self.position.buffer
+      self.pending = self._generate(phase, buffer)  # kept, as completing it may be interrupted too
+      self.experience, self.position.scalars = phase.buffers.complete(self.state, buffer, self.pending)
       self.pending = None
     if phase.is_pipelined and self.position.buffer + 1 < phase.num_buffers:
       self.pending = self._generate(phase, self.position.buffer + 1)

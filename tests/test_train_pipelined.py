@@ -123,3 +123,19 @@ def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypa
   of_buffers = [name for name in rows_of(left_alone)[1] if not name.startswith("eval_")]
   for row, wanted in zip(rows_of(workdir)[1:], rows_of(left_alone)[1:], strict=True):
     assert {name: row[name] for name in of_buffers} == {name: wanted[name] for name in of_buffers}
+
+
+@pytest.mark.slow
+def test_a_buffer_whose_last_rounds_are_interrupted_is_kept(tmp_path, monkeypatch):
+  """Rounds of further masks are scored once rewards are known: what was generated before them is saved."""
+  own = dict(objective__elbo_rounds="adaptive", objective__max_noise=1e-9, objective__max_rounds=2)
+  own = config(rollout__pipelined=False, train__num_buffers=2, **own)
+  workdir, alone = epath.Path(tmp_path / "run"), leave_alone(own, tmp_path / "alone")
+  with monkeypatch.context() as patch:
+    notice_at_poll(patch, 9)  # in the second buffer, after two chunks were sampled and scored; the first has no noise
+    with pytest.raises(Preempted):
+      train.main(own, workdir)
+  assert saved_at(workdir, "2.1") == {"state", "drawn"}
+  assert num_drawn(workdir, "2.1") == (4, 4)
+  train.main(own, workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(alone))
