@@ -30,6 +30,7 @@ def options(**fields):
   return results.Options(repeats=1, say=lambda what: None, **fields)
 
 
+@pytest.mark.slow
 def test_a_section_as_a_command(tmp_path):
   """It measures in processes of its own, prints a table, and writes everything to a file."""
   path = tmp_path / "score.json"
@@ -96,6 +97,7 @@ def test_samplers_and_their_calls():
   assert bench_sample.count_calls(rollouts.replace(committed_at=slow_in_turns), 2) == 4
 
 
+@pytest.mark.slow
 def test_a_whole_iteration():
   contender = bench_iteration.make_ours(bench_tiny.config())
   contender.run()

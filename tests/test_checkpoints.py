@@ -259,6 +259,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_damage_that_one_of_them_finds_and_save_together(saved, mesh, tmp_path):
   script = tmp_path / "two.py"
   script.write_text(textwrap.dedent(TWO_PROCESSES))

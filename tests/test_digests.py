@@ -68,6 +68,7 @@ def test_every_bit_that_flips_in_saved_parameters_is_noticed_or_harmless(params,
   assert_same(load(params, mesh), whole)
 
 
+@pytest.mark.slow
 def test_every_bit_that_flips_in_the_newest_checkpoint_is_noticed_or_harmless(mesh, tmp_path):
   with Checkpoints(tmp_path / "whole", keep=2) as checkpoints:
     for step in (1, 2):

@@ -31,6 +31,7 @@ def saved_steps(workdir):
   return [int(path.name) for path in (workdir / "checkpoints" / "train").iterdir() if path.name.isdigit()]
 
 
+@pytest.mark.slow
 def test_killed_runs_end_bit_for_bit_as_if_left_alone(tmp_path):
   pipelined = "--config.rollout.pipelined=True"  # a kill may then find a buffer in use and one that is still graded
   done = start("--kills=5", f"--workdir={tmp_path / 'soak'}", "--", TINY, pipelined, module="launch.soak")
@@ -38,6 +39,7 @@ def test_killed_runs_end_bit_for_bit_as_if_left_alone(tmp_path):
   assert "5 kills survived" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_workdir_has_one_run_and_an_interrupt_saves_it(tmp_path):
   """Ctrl+C becomes the SIGTERM by which clusters give notice."""
   workdir = tmp_path / "run"
@@ -60,6 +62,7 @@ def test_a_workdir_has_one_run_and_an_interrupt_saves_it(tmp_path):
   assert len((workdir / "starts.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path):
   workdir = tmp_path / "run"
   command = (TINY, f"--workdir={workdir}", "--config.warm_start.updates=0")
@@ -132,6 +135,7 @@ def test_one_late_host_does_not_hold_the_others(tmp_path):
   assert "asleep" in finish(both[1]).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_two_processes_equal_one_and_stop_when_one_of_them_dies(tmp_path):
   workdir = tmp_path / "two"

@@ -53,6 +53,7 @@ def test_columns_are_rounded_in_127_steps_of_their_own():
   assert (jnp.abs(values).max(1) == 127).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_rows", [0, 1])
 def test_int8_kernels_are_their_plain_twin(layer_rows):
   """Logits and adapters' gradients, on one device and on eight."""

@@ -236,6 +236,7 @@ def test_remat_policies_compute_again_what_they_say():
   assert flops["full"] > flops["dots"]
 
 
+@pytest.mark.slow
 def test_rows_in_chunks_change_no_number():
   """On one device and on eight, each with its own rows; padding, and dropout that belongs to a row wherever it is."""
   adapters = LoraConfig(2, 4.0, 0.1, ("q_proj", "up_proj", "ff_out"))

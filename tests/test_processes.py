@@ -72,6 +72,7 @@ def run_job(count, program, num_started=None, **environment):
   return [finish(process, timeout=120) for process in started]
 
 
+@pytest.mark.slow
 def test_an_absent_process_is_named_and_the_others_end(tmp_path):
   program = """
   assert processes.join(address, count, index, heartbeat_seconds=30)
@@ -155,6 +156,7 @@ def test_what_one_process_finds_stops_all_of_them_at_one_point():
   assert [(process.returncode, process.stdout) for process in done] == [(1, "1 the lock is gone\n")] * 2, done
 
 
+@pytest.mark.slow
 def test_work_that_may_take_long_is_no_stall():
   program = """
   processes.STALL_SECONDS = 2.0
@@ -168,6 +170,7 @@ def test_work_that_may_take_long_is_no_stall():
   assert [process.returncode for process in done] == [0, 0], done
 
 
+@pytest.mark.slow
 def test_a_process_that_meets_nobody_ends():
   program = """
   processes.STALL_SECONDS = 6.0

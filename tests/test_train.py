@@ -101,6 +101,7 @@ def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypa
   assert rows_of(workdir) == rows_of(left_alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saves_before_the_end", "step"), [(6, 3), (7, 4)])
 def test_a_run_that_has_more_than_it_is_asked_for_ends(left_alone, tmp_path, monkeypatch, saves_before_the_end, step):
   """With the buffer that it was learning from, or at once between two; and it can go on from there."""
@@ -147,6 +148,7 @@ def test_a_base_that_is_not_whole_is_written_again_unless_training_began_from_it
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
 
 
+@pytest.mark.slow
 def test_more_buffers_go_on_from_a_finished_run(left_alone, tmp_path):
   workdir = epath.Path(tmp_path / "run")
   train.main(config(train__num_buffers=2), workdir)
@@ -163,6 +165,7 @@ def test_adapters_are_all_that_a_lora_run_saves(tmp_path):
   assert np.isfinite(policy["blocks"]["q_proj"]["B"]).all()
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_on_an_int8_base(tmp_path, use_devices):
   """With samplers on a mesh of their own, which the base in int8 moves to."""
   use_devices(2)
@@ -177,6 +180,7 @@ def test_adapters_are_trained_on_an_int8_base(tmp_path, use_devices):
   assert (policy["blocks"]["q_proj"]["B"] != 0).any()
 
 
+@pytest.mark.slow
 def test_supervised_training_is_an_objective_like_another(tmp_path):
   workdir = epath.Path(tmp_path / "run")
   train.main(config(objective__name="denoise", warm_start__updates=0, train__num_buffers=3), workdir)
@@ -186,10 +190,21 @@ def test_supervised_training_is_an_objective_like_another(tmp_path):
   assert "reward_mean" not in rows[-1]
 
 
+def spoil_weights(monkeypatch):
+  """Let the weights of every buffer be NaN, and with them every loss."""
+  weigh_buffer = weights.weigh_buffer
+
+  def spoiled(*args):
+    weighed, figures = weigh_buffer(*args)
+    return weighed._replace(weight=weighed.weight * np.nan), figures
+
+  monkeypatch.setattr(weights, "weigh_buffer", spoiled)
+
+
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path, monkeypatch):
   own = config(warm_start__updates=0, optim__max_skips_in_a_row=2)
   workdir = epath.Path(tmp_path / "run")
-  monkeypatch.setattr(weights, "importance_weights", lambda reward, *args, **keywords: (reward * np.nan,) * 2)
+  spoil_weights(monkeypatch)
   with pytest.raises(train.Diverged, match="2 updates in a row"):
     train.main(own, workdir)
   assert (workdir / "checkpoints" / "train" / "2").exists()
@@ -198,7 +213,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path, monkeypatc
 
 def test_a_run_whose_updates_were_all_skipped_has_not_ended_well(tmp_path, monkeypatch):
   own, workdir = config(warm_start__updates=0, train__num_buffers=1), epath.Path(tmp_path / "run")
-  monkeypatch.setattr(weights, "importance_weights", lambda reward, *args, **keywords: (reward * np.nan,) * 2)
+  spoil_weights(monkeypatch)
   for _ in range(2):  # nor when it is started again
     with pytest.raises(train.Diverged, match="all 2 updates had a loss or gradient that was not finite"):
       train.main(own, workdir)

@@ -211,6 +211,7 @@ def test_small_steps_move_parameters_that_compute_in_bfloat16(folder, use_device
   assert np.concatenate(stuck).mean() > 0.5, "most of these steps are too small for bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "frozen"), [(0, "bfloat16"), (2, "bfloat16"), (2, "float32")])
 def test_what_is_trained_and_its_moments_are_float32(folder, use_devices, rank, frozen):
   config = tiny.config(model__dtype="bfloat16", model__param_dtype=frozen, model__lora__rank=rank)
@@ -224,6 +225,7 @@ def test_what_is_trained_and_its_moments_are_float32(folder, use_devices, rank, 
   assert dtypes_of((state.trainable, state.opt_state)) == {"float32"}
 
 
+@pytest.mark.slow
 def test_parameters_rounded_once_are_those_rounded_at_every_use(folder, use_devices):
   """Loss and gradient against a plain twin, whose layers round float32 parameters each time that they multiply."""
   config = tiny.config(**HALF, optim__learning_rate=0.1, train__microbatch_prompts=2)
@@ -349,6 +351,7 @@ def test_a_step_interrupted_between_microbatches_has_changed_nothing(folder, use
   jax.tree.map(np.testing.assert_array_equal, again, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_interrupted_between_microbatches_ends_as_if_left_alone(tmp_path, use_devices, monkeypatch, rank):
   """Polls come before a buffer, before it is sampled and scored, before an update, and before each microbatch."""
