@@ -43,6 +43,16 @@ class Vocabulary(Protocol):
   pad_token_id: int
 
 
+@dataclasses.dataclass
+class SpecialIds:
+  """What a model takes from a tokenizer (`Vocabulary`), where there is none."""
+
+  vocab_size: int
+  mask_token_id: int
+  eos_token_id: int
+  pad_token_id: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts(ModelParts):
   """The same, and on what: what training and evaluation need."""

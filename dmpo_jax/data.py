@@ -15,7 +15,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import absl.logging
 import grain
@@ -31,7 +31,7 @@ from dmpo_jax.messages import Turn, as_text, turns_of
 from dmpo_jax.processes import meet, working
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import option_types, sources
-from dmpo_jax.tasks.base import GeneratedTask, Record, Split, Task
+from dmpo_jax.tasks.base import GeneratedTask, Record, Split, Task, UserTask
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,20 @@ class TaskRecords(tfds.core.GeneratorBasedBuilder):
     return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict]]]:
-    return {split: self._generate_examples(split) for split in self.builder_config.splits}
+    return {split: self._generate_examples(split) for split in self._own.splits}
+
+  @property
+  def _own(self) -> TaskRecordsConfig:
+    assert isinstance(self.builder_config, TaskRecordsConfig)
+    return self.builder_config
 
   def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict]]:
-    config = self.builder_config
+    config = self._own
     if isinstance(config.task, GeneratedTask):
       num = config.num_train if split == "train" else config.num_test
       records = config.task.generate(split, num, config.seed)
     else:
+      assert isinstance(config.task, sources.PublishedTask)
       records = sources.read_source(config.task.SOURCES[split], config.data_dir, config.task.read_row)
     for index, record in enumerate(records):
       yield index, {"record": json.dumps(record, ensure_ascii=False)}
@@ -108,7 +114,9 @@ class TaskData:
     self._eval_path = eval_path
     self._records_dir = epath.Path(records_dir)
     self._nums = {"train": num_train, "test": num_test}
-    self._common = dict(version=task.version, task=task, num_train=num_train, num_test=num_test, seed=seed)
+    self._common: dict[str, Any] = dict(
+      version=task.version, task=task, num_train=num_train, num_test=num_test, seed=seed
+    )
     self._common["data_dir"] = data_dir
 
   def train(self) -> list[Record]:
@@ -140,7 +148,7 @@ class TaskData:
         if not num:
           raise ValueError(f"task.num_{part}=0: so many records of {self._name} are generated; give 1 or more")
       return self._read(split)
-    records = self._read(split) if hasattr(self._task, "SOURCES") else self._task.records(split)
+    records = self._task.records(split) if isinstance(self._task, UserTask) else self._read(split)
     if not records:
       raise ValueError(f"task.name={self._name!r}: there is no {split} record in it{self._hint(split)}")
     return records[: self._nums[split] or None]
@@ -173,7 +181,7 @@ class TaskData:
       self._write_together(split, is_mine=not first, when="by all")
     try:
       with _quiet_tfds():
-        source = TaskRecords(data_dir=self._records_dir, config=self._config(split)).as_data_source(split)
+        source = TaskRecords(data_dir=self._records_dir, config=self._config(split)).as_data_source(split)  # pyright: ignore[reportCallIssue]  # TFDS wraps it
       return [json.loads(row["record"]) for row in source.__getitems__(list(range(len(source))))]
     except Exception as error:  # ArrayRecord verifies checksums; it and TFDS raise various errors
       problem = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -303,7 +311,8 @@ class PromptStream:
 
   def batch(self, position: int, n: int) -> tuple[Prompts, list[Record]]:
     """Return the `n` prompts from `position` on, padded on the left (host arrays), and their records."""
-    indices = [self._kept[self._order[place]] for place in range(position, position + n)]
+    order: Any = self._order  # Grain says that an element may be missing; of a range none is
+    indices = [self._kept[order[place]] for place in range(position, position + n)]
     return self._collate(indices), [self._records[index] for index in indices]
 
   def demonstrations(

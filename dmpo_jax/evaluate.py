@@ -245,7 +245,7 @@ class Evaluation:
 
     def dispatch(batch: Sequence[int]) -> Rollouts:
       check_preemption()
-      index = np.array([*batch, *batch[-1:] * (size - len(batch))])
+      index = np.array([*batch, *list(batch[-1:]) * (size - len(batch))])
       return sample(cut_padding(jax.tree.map(lambda array: array[index], self.prompts)), key)
 
     ahead = dispatch(batches[0]) if batches else None
@@ -274,7 +274,7 @@ def cut_padding(prompts: Prompts) -> Prompts:
   longest, length = prompts.is_valid.sum(1).max(), SHORTEST
   while length < longest:
     length *= 2
-  return prompts.replace(tokens=prompts.tokens[:, -length:], is_valid=prompts.is_valid[:, -length:])
+  return dataclasses.replace(prompts, tokens=prompts.tokens[:, -length:], is_valid=prompts.is_valid[:, -length:])
 
 
 def best_buffer(evaluations: Mapping[str, Mapping[str, float]]) -> str:

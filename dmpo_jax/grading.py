@@ -63,11 +63,11 @@ class Grading:
     memory_gb: float = 4.0,
     task: Task | None = None,
   ):
-    self.task = task or make_task(**spec)
+    self.task = task or make_task(**spec or {})
     self._is_local = task is not None or self.task.is_bounded
     self._seconds = seconds
     self._threads = ThreadPoolExecutor(1 if self._is_local else workers, thread_name_prefix="grading")
-    self._workers = [] if self._is_local else [_Worker(spec, memory_gb) for _ in range(workers)]
+    self._workers = [] if self._is_local else [_Worker(spec or {}, memory_gb) for _ in range(workers)]
     self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in self._workers:
       self._idle.put(worker)
@@ -186,6 +186,7 @@ class _Worker:
         self._end()
 
   def _end(self) -> None:
+    assert self._process is not None
     os.close(self._life)  # the keeper notices and ends them
     try:
       self._process.wait(STOP_SECONDS)
@@ -225,11 +226,12 @@ class Grades:
     """Join the grades of a buffer's chunks."""
     paces = [(part.reward.size, part.per_second) for part in parts if not math.isnan(part.per_second)]
     seconds = sum(size / pace for size, pace in paces)
+    of_parts = [part.parts for part in parts if part.parts is not None]
     return cls(
       reward=np.concatenate([part.reward for part in parts]),
       is_kept=np.concatenate([part.is_kept for part in parts]),
       is_solved=np.concatenate([part.is_solved for part in parts]),
-      parts=None if parts[0].parts is None else np.concatenate([part.parts for part in parts]),
+      parts=np.concatenate(of_parts) if of_parts else None,
       part_names=parts[0].part_names,
       num_timeouts=sum(part.num_timeouts for part in parts),
       num_crashes=sum(part.num_crashes for part in parts),
@@ -280,7 +282,7 @@ def decode(tokenizer: Tokenizer, completion: Int[np.ndarray, "... c"]) -> tuple[
   """Return the texts of completions in order, and whether each ended with an end token."""
   rows = completion.reshape(-1, completion.shape[-1])
   ends = [tokenizer.eos_token_id, tokenizer.eot_token_id]
-  return [tokenizer.decode(row.tolist()) for row in rows], np.isin(rows, ends).any(-1).tolist()
+  return [tokenizer.decode(row.tolist()) for row in rows], np.any(np.isin(rows, ends), axis=-1).tolist()
 
 
 def log_problems(task: Task, verdicts: Sequence[Verdict], texts: Sequence[str]) -> None:

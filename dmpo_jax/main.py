@@ -134,13 +134,15 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> None:
     sample.main(config, workdir, requests, as_json=_JSON.value, watch=_WATCH.value)
   elif _MODE.value == "serve":
     serve.main(config, workdir)
-  elif _MODE.value == "eval":
-    evaluate.main(config, workdir)
-    _renew_page(workdir)
   else:
-    preemption.save_on_interrupt()
-    with alone_in(workdir):
-      train.main(config, workdir)
+    assert workdir is not None  # `_check_flags` asks for it
+    if _MODE.value == "eval":
+      evaluate.main(config, workdir)
+      _renew_page(workdir)
+    else:
+      preemption.save_on_interrupt()
+      with alone_in(workdir):
+        train.main(config, workdir)
   processes.finish()
 
 
@@ -159,22 +161,21 @@ def _check_flags() -> None:
 def _check_cluster() -> None:
   """Check the flags that describe a job of several processes: all or none, and in range."""
   cluster = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+  coordinator, num, index = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   missing = [f"--{flag.name}" for flag in cluster if flag.value is None]
   if len(missing) == len(cluster):
     return
-  if missing:
+  if coordinator is None or num is None or index is None:
     raise ConfigError(f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together")
-  if not 0 <= _PROCESS_ID.value < _NUM_PROCESSES.value:
-    raise ConfigError(
-      f"--process_id={_PROCESS_ID.value}: must be 0 or more, below --num_processes={_NUM_PROCESSES.value}"
-    )
-  if not re.fullmatch(r".+:\d+", _COORDINATOR.value):
-    raise ConfigError(f"--coordinator={_COORDINATOR.value}: must be host:port")
+  if not 0 <= index < num:
+    raise ConfigError(f"--process_id={index}: must be 0 or more, below --num_processes={num}")
+  if not re.fullmatch(r".+:\d+", coordinator):
+    raise ConfigError(f"--coordinator={coordinator}: must be host:port")
 
 
 def _check_buckets(config: ConfigDict, workdir: epath.Path | None) -> None:
   """Check access to every bucket that the workdir or a key of the configuration names."""
-  read = {
+  read: dict[str, epath.PathLike] = {
     f"config.{key}": value for key, value in flatten(config).items() if isinstance(value, str) and "gs://" in value
   }
   read |= {"--prompts": _PROMPTS.value or ""}

@@ -67,7 +67,8 @@ def _read_message(message: Any, where: str) -> Turn:
     raise ValueError(f"{where}: {extra[0]} is not supported")
   content = message.get("content")
   if isinstance(content, list):  # parts, which must all be text
-    content = "".join(map(_text_of, content)) if all(_text_of(part) is not None for part in content) else None
+    texts = [text for part in content if (text := _text_of(part)) is not None]
+    content = "".join(texts) if len(texts) == len(content) else None
   if not isinstance(content, str):
     raise ValueError(f"{where} must have text content")
   return Turn(ROLES[message["role"]], content)

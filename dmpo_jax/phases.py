@@ -93,7 +93,7 @@ class Demonstrations:
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="demonstrations")
     self._ahead: dict[int, Future[Experience]] = {}
 
-  def generate(self, state: TrainState, buffer: int, begun: None = None) -> Experience:
+  def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None) -> Experience:
     """Return a buffer's demonstrations, and begin to make the next ones."""
     made = self._ahead.pop(buffer, None) or self._thread.submit(self._make, buffer)
     self._ahead[buffer + 1] = self._thread.submit(self._make, buffer + 1)
@@ -105,6 +105,7 @@ class Demonstrations:
 
   def _make(self, buffer: int) -> Experience:
     stream = self._parts.correct_demonstrations if buffer < self._num_correct else self._parts.prompts
+    assert stream is not None  # training has both
     prompts, completion, _ = stream.demonstrations(
       buffer * self._batch_size, self._batch_size, completion_length=self._completion_length
     )
@@ -131,9 +132,10 @@ class GradedRollouts:
 
   def complete(self, state: TrainState, buffer: int, pending: PendingRollouts) -> tuple[Experience, dict[str, float]]:
     """Complete them for the objective, and warn where their rewards teach nothing."""
-    pending = pending.replace(batch=self._batch(buffer))  # which a checkpoint does not hold
+    pending = dataclasses.replace(pending, batch=self._batch(buffer))  # which a checkpoint does not hold
     experience, metrics = self.collector.complete(pending, self._policies(state))
     reward = experience.reward_parts if self.takes_parts else experience.reward
+    assert reward is not None  # `build` has checked that the task has parts
     lack = lack_of_signal(reward, experience.is_kept, compares=self.compares_rewards)
     if lack and jax.process_index() == 0:
       logger.warning("buffer %d: %s", buffer + 1, lack)
@@ -215,7 +217,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     base = jax.tree.map(lambda x: x.astype(parts.model.config.param_dtype), base)
   state = fresh_state(trained, optimizer, parts.mesh)
   if config.objective.sync_reference_every:
-    state = state.replace(reference=jax.tree.map(jnp.copy, trainable.computing(trained)))
+    state = dataclasses.replace(state, reference=jax.tree.map(jnp.copy, trainable.computing(trained)))
   if objective.learns_from_demonstrations:
     buffers = Demonstrations(config, parts, config.rollout.num_prompts)
   else:
@@ -343,6 +345,7 @@ def training_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> roll
   own, objective = config.objective, make_objective(config)
   log_probs = training_log_probs(config, model, mesh)
   if objective.needs_token_log_probs:
+    assert log_probs is not None
     has_noise = max(make_likelihood(config, own.num_mask_samples).draws) >= 0
     return rollout.TokenLogProbs(
       log_probs,
@@ -376,6 +379,7 @@ def _graded_rollouts(config: ConfigDict, parts: Parts, base: Any) -> GradedRollo
     chunk_prompts=config.rollout.chunk_prompts,
     counted=config.objective.counted,
   )
+  assert parts.prompts is not None  # training has them
   return GradedRollouts(
     collector,
     parts.prompts,

@@ -60,7 +60,7 @@ class ModelParts:
 
 def abstract_collection(model: Transformer, mesh: Mesh, name: str) -> Any:
   """Describe a collection of the model's variables ("params", "lora") by shape, dtype and sharding."""
-  boxed = _boxed_shapes(model, name)
+  boxed = _boxed_shapes(model, name)  # pyright: ignore[reportArgumentType]  # Flax makes its modules hashable
   shapes, shardings = nn.unbox(boxed), sharding.layout(boxed, mesh)
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 

@@ -111,7 +111,9 @@ def join(coordinator: str | None, num: int | None, index: int | None, *, heartbe
     coordinator: host:port of process 0. num, index: processes in the job, and which of them this one is.
     heartbeat_seconds: a process that was silent for so long is taken for dead.
   """
-  timeouts = dict(heartbeat_timeout_seconds=heartbeat_seconds, shutdown_timeout_seconds=heartbeat_seconds)
+  timeouts: dict[str, Any] = dict(
+    heartbeat_timeout_seconds=heartbeat_seconds, shutdown_timeout_seconds=heartbeat_seconds
+  )
   # JAX aborts when its own time is up; this says first, in plain words, what is the matter.
   timer = threading.Timer(JOIN_SECONDS, _give_up_joining)
   timer.daemon = True
@@ -126,6 +128,7 @@ def join(coordinator: str | None, num: int | None, index: int | None, *, heartbe
   finally:
     timer.cancel()
   state = distributed.global_state
+  assert state.client is not None  # this process has just joined
   state.client.key_value_set(f"{_HOSTS}{state.process_id}", platform.node())
   if state.num_processes > 1:
     threading.Thread(target=_listen, args=(state.client, state.process_id), daemon=True).start()

@@ -42,9 +42,13 @@ class Batch(NamedTuple):
 class Scoring(Protocol):
   """How an objective gets what it needs of rollouts besides their rewards."""
 
-  # Dispatch the forward passes on a chunk of prompts: `score(policies, prompts, rollouts, is_counted, buffer)` returns
-  # log-probabilities that are still on the devices. None: there are no forward passes.
-  score: Callable[..., LogProbs] | None
+  @property
+  def score(self) -> Callable[..., LogProbs] | None:
+    """The function that dispatches the forward passes on a chunk of prompts; None: there are no forward passes.
+
+    `score(policies, prompts, rollouts, is_counted, buffer)` returns log-probabilities that are still on the devices.
+    """
+    ...
 
   def complete(
     self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
@@ -88,6 +92,7 @@ class Collector:
     sample = self.sample(policies) if len(sampled) < len(chunks) else None
 
     def sample_chunk(chunk: slice) -> Rollouts:
+      assert sample is not None  # until all chunks are sampled
       progress.part("sampling prompts", chunk.start, len(batch.records))
       on_devices[chunk.start] = sample(_take(batch.prompts, chunk), key)
       return on_devices[chunk.start]
@@ -96,6 +101,7 @@ class Collector:
       progress.part("scoring prompts", chunk.start, len(batch.records))
       rollouts = on_devices.pop(chunk.start) if chunk.start in on_devices else everywhere(sampled[index])
       is_counted = count_positions(rollouts.completion, self.tokenizer.eos_token_id, self.counted)
+      assert self.scoring.score is not None  # else there is nothing to score
       return self.scoring.score(policies, _take(batch.prompts, chunk), rollouts, is_counted, batch.buffer)
 
     to_sample = list(enumerate(chunks))[len(sampled) :]
@@ -118,7 +124,7 @@ class Collector:
       raise
     watch.lap("score")
     pending = _join(sampled, scored, watch, begun, is_whole=True)
-    return pending.replace(batch=batch, wait=lambda: Grades.join([wait() for wait in graded]))
+    return dataclasses.replace(pending, batch=batch, wait=lambda: Grades.join([wait() for wait in graded]))
 
   def complete(self, pending: PendingRollouts, policies: Policies) -> tuple[Experience, dict[str, float]]:
     """Wait for the grades of a generated buffer, and complete it for the objective.
@@ -163,7 +169,7 @@ class RewardsOnly:
   score = None
 
   def complete(
-    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: None, buffer: int
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
   ) -> tuple[Experience, dict[str, float]]:
     return experience, {}
 
@@ -180,8 +186,10 @@ class SampledWeights:
   score = None
 
   def complete(
-    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: None, buffer: int
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
   ) -> tuple[Experience, dict[str, float]]:
+    assert rollouts.log_p_old is not None  # the sampler computes both
+    assert rollouts.log_p_ref is not None
     log_p_old, log_p_ref = (
       np.where(experience.is_counted, log_p, 0.0).sum(-1, keepdims=True)
       for log_p in (rollouts.log_p_old, rollouts.log_p_ref)
@@ -223,8 +231,9 @@ class EstimatedWeights:
     return self.log_probs(policies, prompts, rollouts.completion, is_counted, decided_at(rollouts), key, rollouts.seen)
 
   def complete(
-    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs, buffer: int
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
   ) -> tuple[Experience, dict[str, float]]:
+    assert log_probs is not None  # `score` returns them
     rounds = [log_probs]
     while True:
       weighed, figures = _weigh(experience, _join_rounds(rounds), self.weighing)
@@ -278,11 +287,13 @@ class TokenLogProbs:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=2), *scored)
 
   def complete(
-    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs, buffer: int
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
   ) -> tuple[Experience, dict[str, float]]:
+    assert log_probs is not None  # `score` returns them
     is_kept = experience.is_kept & np.isfinite(log_probs.log_p_old + log_probs.log_p_ref).all((2, 3))
     figures = {"entropy": float(log_probs.entropy.mean()), "scores_failed": _num_failed(experience.is_kept, is_kept)}
-    return experience.replace(
+    return dataclasses.replace(
+      experience,
       is_kept=is_kept,
       token_log_p_old=log_probs.log_p_old,
       token_log_p_ref=log_probs.log_p_ref if self.with_reference else None,
@@ -303,7 +314,8 @@ def _weigh(experience: Experience, log_probs: LogProbs, weighing: Weighing) -> t
   )
   figures["scores_failed"] = _num_failed(experience.is_kept, weighed.is_kept)
   figures["entropy"] = log_probs.entropy.mean()
-  experience = experience.replace(
+  experience = dataclasses.replace(
+    experience,
     is_kept=weighed.is_kept,
     log_p_old=log_probs.log_p_old.mean(-1),
     log_p_ref=log_probs.log_p_ref.mean(-1),

@@ -3,9 +3,10 @@
 import math
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Num
 
 from dmpo_jax.grading import Grades
 from dmpo_jax.objectives import weights
@@ -55,17 +56,20 @@ def lack_of_signal(reward: Float[np.ndarray, "p g *parts"], is_kept: Bool[np.nda
 
 
 def describe(
-  grades: Grades, rollouts: Rollouts, is_until_eos: Bool[np.ndarray, "p g c"], eos_token_id: int
+  grades: Grades, rollouts: Rollouts, is_until_eos: Bool[np.ndarray | jax.Array, "p g c"], eos_token_id: int
 ) -> dict[str, float]:
   """Compute a buffer's metrics of completions and rewards. Dropped rollouts count in no reward."""
   kept = grades.is_kept
   reward = grades.reward[kept]
+  parts = {}
+  if grades.parts is not None:
+    parts = {f"reward_{name}": _mean(grades.parts[kept][:, index]) for index, name in enumerate(grades.part_names)}
   completion = rollouts.completion
   drawn = log_confidence(rollouts)[rollouts.is_drawn]
   unique = weights.unique_rollouts(*map(jnp.asarray, (completion, is_until_eos, kept)))
   return {
     "reward_mean": _mean(reward),
-    **{f"reward_{name}": _mean(grades.parts[kept][:, index]) for index, name in enumerate(grades.part_names)},
+    **parts,
     "reward_std": float(reward.std()) if reward.size else math.nan,
     "solve_rate": _mean(grades.is_solved[kept]),
     "rewards_failed": float((~kept).sum()),
@@ -92,5 +96,5 @@ def log_confidence(rollouts: Rollouts) -> Float[np.ndarray, "p g c"]:
   return np.where(rollouts.is_drawn, np.log(np.maximum(rollouts.confidence, least)), 0)
 
 
-def _mean(values: Float[np.ndarray, "..."] | Bool[np.ndarray, "..."] | Int[np.ndarray, "..."]) -> float:
+def _mean(values: Num[np.ndarray | jax.Array, "..."] | Bool[np.ndarray, "..."]) -> float:
   return float(np.mean(values)) if values.size else math.nan

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import PyTreeDef
 from jaxtyping import PyTree
 
@@ -246,7 +246,8 @@ def num_shares(logical: str) -> int:
 def layout(boxed: PyTree, mesh: Mesh) -> PyTree:
   """Return the NamedSharding of each array in a tree of Flax partitioned boxes (or of their shapes)."""
   rules = [(name, axes or None) for name, axes in LOGICAL_AXES.items()]
-  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
+  # documented, but not in the list that flax.linen exports
+  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def abstract(tree: PyTree) -> PyTree:
@@ -259,7 +260,8 @@ def move(tree: PyTree, mesh: Mesh) -> PyTree:
 
   A tree that is already on that mesh, or on the host, is returned as it is.
   """
-  is_there = all(not isinstance(x, jax.Array) or x.sharding.mesh == mesh for x in jax.tree.leaves(tree))
+  arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+  is_there = all(isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh for x in arrays)
   return tree if is_there else moving(tree, mesh)(tree)
 
 
@@ -296,7 +298,7 @@ def _halfway(array: Any, mesh: Mesh) -> NamedSharding:
   fine = Mesh(mesh.devices.reshape([*sizes.values()][::-1]), [*sizes][::-1], axis_types=(AxisType.Auto,) * len(sizes))
 
   def parts(sharding: NamedSharding) -> list[list[str]]:
-    bounds = dict(zip(MESH_AXES, itertools.pairwise(_strides(sharding.mesh)), strict=True))
+    bounds: dict[Any, tuple[int, int]] = dict(zip(MESH_AXES, itertools.pairwise(_strides(sharding.mesh)), strict=True))
     return [
       [str(cut) for axis in axes for cut in cuts[::-1] if bounds[axis][1] <= cut < bounds[axis][0]]
       for axes in ((entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec)
@@ -315,7 +317,7 @@ def _halfway(array: Any, mesh: Mesh) -> NamedSharding:
   return NamedSharding(fine, PartitionSpec(*(tuple(entry) or None for entry in entries))) if is_even else before
 
 
-def _strides(mesh: Mesh) -> list[int]:
+def _strides(mesh: Mesh | AbstractMesh) -> list[int]:
   """Return the number of devices, then the distance of neighbours along each axis in the devices' order."""
   return [math.prod(mesh.axis_sizes[index:]) for index in range(len(MESH_AXES) + 1)]
 
@@ -324,8 +326,8 @@ def within(mesh: Mesh, program: Callable) -> Callable:
   """Wrap a jitted program so that it runs with `mesh` set and its arguments moved there."""
 
   def call(*args: Any) -> PyTree:
-    args = [move(arg, mesh) for arg in args]
+    moved = [move(arg, mesh) for arg in args]
     with jax.set_mesh(mesh):
-      return program(*args)
+      return program(*moved)
 
   return call

@@ -23,11 +23,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
 Params = Mapping[str, Any]  # nested: the arrays of a model, or one collection of its Flax variables
+
+# A field of the structures below. Programs see a jax.Array there, the host an np.ndarray, a plan a jax.ShapeDtypeStruct
+# and a layout a sharding, and no type says which of them it is.
+AnyArray = Any
 
 # Samplers draw an id of a large vocabulary in two steps: a tile of this many neighbouring ids, then one of them. Tiles
 # begin at multiples of this number, and no chunk of the vocabulary cuts one.
@@ -38,28 +41,28 @@ VOCAB_TILE = 32
 class Prompts:
   """A batch of prompts, left-padded to one length."""
 
-  tokens: jax.Array  # int32 [p, q]
-  is_valid: jax.Array  # bool [p, q]; False on padding
-  prompt_id: jax.Array  # uint32 [p]; identifies the prompt (or its repeat) and seeds the noise of its rows
+  tokens: AnyArray  # int32 [p, q]
+  is_valid: AnyArray  # bool [p, q]; False on padding
+  prompt_id: AnyArray  # uint32 [p]; identifies the prompt (or its repeat) and seeds the noise of its rows
 
 
 @struct.dataclass
 class Rollouts:
   """What a sampler returns for b rows. Positions after an early exit are *filled*: EOS, not decided by the model."""
 
-  completion: jax.Array  # int32 [b, c]
-  committed_at: jax.Array  # int32 [b, c]; the row's model call (from 0) that decided the position; filled: num_calls
-  confidence: jax.Array  # float32 [b, c]; the model's probability of the token when it was committed; filled: 0
-  num_calls: jax.Array  # int32 [b]; model calls while the row was live
-  num_tokens: jax.Array  # int32 [b]; positions that the model decided
-  num_saved: jax.Array  # int32 [b]; model calls saved by early exit, of the most that the sampler could have made
+  completion: AnyArray  # int32 [b, c]
+  committed_at: AnyArray  # int32 [b, c]; the row's model call (from 0) that decided the position; filled: num_calls
+  confidence: AnyArray  # float32 [b, c]; the model's probability of the token when it was committed; filled: 0
+  num_calls: AnyArray  # int32 [b]; model calls while the row was live
+  num_tokens: AnyArray  # int32 [b]; positions that the model decided
+  num_saved: AnyArray  # int32 [b]; model calls saved by early exit, of the most that the sampler could have made
   # Log-probabilities of the tokens under the policy and the reference, nats, if the sampler computes them; filled: 0.
-  log_p_old: jax.Array | None = None  # float32 [b, c]
-  log_p_ref: jax.Array | None = None  # float32 [b, c]
+  log_p_old: AnyArray | None = None  # float32 [b, c]
+  log_p_ref: AnyArray | None = None  # float32 [b, c]
   # What the model saw at the end, before filling: the tokens, MASK if undecided, and the calls that decided them,
   # num_calls if none did. None in rollouts saved by older versions.
-  seen: jax.Array | None = None  # int32 [b, c]
-  seen_at: jax.Array | None = None  # int32 [b, c]
+  seen: AnyArray | None = None  # int32 [b, c]
+  seen_at: AnyArray | None = None  # int32 [b, c]
 
   @property
   def is_drawn(self) -> jax.Array:
@@ -85,9 +88,9 @@ class LogProbs:
   c], under the masks of update u on the buffer; for a single update [p, g, c].
   """
 
-  log_p_old: jax.Array  # float32
-  log_p_ref: jax.Array  # float32
-  entropy: jax.Array  # float32 [p, g], mean over masked positions, nats; position by position [p, g, u]
+  log_p_old: AnyArray  # float32
+  log_p_ref: AnyArray  # float32
+  entropy: AnyArray  # float32 [p, g], mean over masked positions, nats; position by position [p, g, u]
 
 
 @struct.dataclass
@@ -96,8 +99,8 @@ class PendingRollouts:
 
   rollouts: Rollouts  # fields [p, g, c] and [p, g]
   log_probs: LogProbs | None  # None where the objective needs none
-  seconds: dict[str, jax.Array]  # float32 []; what sampling and scoring took
-  is_whole: jax.Array | np.ndarray | bool = True  # bool []; False: the run was stopped while it was generated
+  seconds: dict[str, AnyArray]  # float32 []; what sampling and scoring took
+  is_whole: AnyArray = True  # bool []; False: the run was stopped while it was generated
   # The buffer's prompts (`rollout.Batch`), and what waits for their grades. Checkpoints hold neither.
   batch: Any = struct.field(pytree_node=False, default=None)
   wait: Callable[[], Any] | None = struct.field(pytree_node=False, default=None)
@@ -108,20 +111,20 @@ class Experience:
   """A buffer of graded rollouts: all that the updates need, and independent of the current parameters."""
 
   prompts: Prompts
-  completion: jax.Array  # int32 [p, g, c]
-  is_counted: jax.Array  # bool [p, g, c]; positions that count in the likelihood
-  reward: jax.Array  # float32 [p, g]
-  is_kept: jax.Array  # bool [p, g]; False: dropped from its group (its reward failed)
-  log_p_old: jax.Array  # float32 [p, g]; sequence log-probability (bound) under the sampling policy
-  log_p_ref: jax.Array  # float32 [p, g]; the same under the reference policy, with the same masks
-  weight: jax.Array  # float32 [p, g]; importance weights, summing to 1 over g
-  negative_weight: jax.Array  # float32 [p, g]; weights of the target tilted the other way
-  committed_at: jax.Array  # int32 [p, g, c]; the model call that decided the position as the sampler saw it
+  completion: AnyArray  # int32 [p, g, c]
+  is_counted: AnyArray  # bool [p, g, c]; positions that count in the likelihood
+  reward: AnyArray  # float32 [p, g]
+  is_kept: AnyArray  # bool [p, g]; False: dropped from its group (its reward failed)
+  log_p_old: AnyArray  # float32 [p, g]; sequence log-probability (bound) under the sampling policy
+  log_p_ref: AnyArray  # float32 [p, g]; the same under the reference policy, with the same masks
+  weight: AnyArray  # float32 [p, g]; importance weights, summing to 1 over g
+  negative_weight: AnyArray  # float32 [p, g]; weights of the target tilted the other way
+  committed_at: AnyArray  # int32 [p, g, c]; the model call that decided the position as the sampler saw it
   # For ratios to the policy that drew the rollouts; None for objectives that take none.
-  token_log_p_old: jax.Array | None = None  # float32 [p, g, u, c]; under the masks of update u of the buffer
-  token_log_p_ref: jax.Array | None = None  # float32 [p, g, u, c]; the same under the reference policy
-  seen: jax.Array | None = None  # int32 [p, g, c]; see `Rollouts.seen`; None: what is not counted is unknown
-  reward_parts: jax.Array | None = None  # float32 [p, g, parts]; in the order of Task.reward_parts; None: it has none
+  token_log_p_old: AnyArray | None = None  # float32 [p, g, u, c]; under the masks of update u of the buffer
+  token_log_p_ref: AnyArray | None = None  # float32 [p, g, u, c]; the same under the reference policy
+  seen: AnyArray | None = None  # int32 [p, g, c]; see `Rollouts.seen`; None: what is not counted is unknown
+  reward_parts: AnyArray | None = None  # float32 [p, g, parts]; in the order of Task.reward_parts; None: it has none
 
 
 class Scores(NamedTuple):
@@ -211,9 +214,9 @@ class Denoiser(Protocol):
 class TrainState:
   """Everything that an update changes."""
 
-  step: jax.Array  # int32 []; gradient steps tried so far
+  step: AnyArray  # int32 []; gradient steps tried so far
   trainable: PyTree  # parameters that are learned: all of them, or the LoRA adapters
   opt_state: PyTree
-  num_skipped: jax.Array  # int32 []; updates skipped because something was not finite
-  num_skipped_in_a_row: jax.Array  # int32 []
+  num_skipped: AnyArray  # int32 []; updates skipped because something was not finite
+  num_skipped_in_a_row: AnyArray  # int32 []
   reference: PyTree = None  # like `trainable`, if the reference follows the policy; None: it stays the base

@@ -199,6 +199,7 @@ class Now:
     start, scalars = time.monotonic(), self.position.scalars
     if phase.updates_per_buffer > 1:
       progress.part("update", self.position.update + 1, phase.updates_per_buffer)
+    assert self.experience is not None  # `collect` comes first
     self.state, found = phase.update(self.state, phase.frozen, self.experience)
     for name, value in jax.device_get(found).items():
       scalars[name] = scalars.get(name, 0.0) + float(value) / phase.updates_per_buffer
@@ -293,7 +294,7 @@ def report_buffer(phase: Phase, now: Now, metrics: Metrics, shown: progress.Prog
     metrics.write(phase.name, position.buffer, position.scalars)
   position.reported = position.buffer
   if is_new and position.buffer:
-    shown.advance(**position.scalars)
+    shown.advance(1, **position.scalars)
 
 
 def report(result: dict[str, Any], workdir: epath.Path, page: str) -> None:

@@ -124,7 +124,8 @@ def make_update(
 def _make_loss(model: Transformer, objective: Objective, num_microbatches: int) -> Callable:
   """Close over an objective's loss of one microbatch, a share of the mean over the buffer's prompts."""
   trainable = Trainable.of(model.config)
-  has_dropout = trainable.has_adapters and model.config.lora.dropout > 0
+  lora = model.config.lora
+  has_dropout = trainable.has_adapters and lora is not None and lora.dropout > 0
   replays = objective.likelihood is not None and objective.likelihood.replays
 
   def loss_and_metrics(trained: Any, state: TrainState, frozen: Any, microbatch: Experience, seed: jax.Array):
@@ -169,7 +170,8 @@ def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, syn
       is_due = (state.step + 1) % sync_reference_every == 0  # a copy of what was chosen, so a skipped update syncs too
       followed = trainable.computing(trained)
       reference = jax.tree.map(lambda a, b: jnp.where(is_due, a, b), followed, reference)
-    state = state.replace(
+    state = dataclasses.replace(
+      state,
       step=state.step + 1,
       reference=reference,
       trainable=trained,
@@ -191,6 +193,6 @@ def of_update(experience: Experience, step: jax.Array) -> Experience:
   def take(measured: jax.Array | None) -> jax.Array | None:
     return None if measured is None else measured[:, :, step % measured.shape[2]]
 
-  return experience.replace(
-    token_log_p_old=take(experience.token_log_p_old), token_log_p_ref=take(experience.token_log_p_ref)
+  return dataclasses.replace(
+    experience, token_log_p_old=take(experience.token_log_p_old), token_log_p_ref=take(experience.token_log_p_ref)
   )

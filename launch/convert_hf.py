@@ -60,7 +60,7 @@ def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None,
     raise ValueError(f"--base={base}: {source} holds a model and no adapter_config.json; leave it out")
   size = sum(tensor.size for tensor in Shards(source, ADAPTER if is_adapter else WEIGHTS).tensors.values())
   with progress.Progress("converting", size, unit="bytes") as shown:
-    if is_adapter:
+    if base is not None:
       count = convert_adapter(source, base, out, shown.advance)
     else:
       origin = "" if epath.Path(hf).expanduser().is_dir() else hf

@@ -27,7 +27,7 @@ from dmpo_jax import files, tasks
 from dmpo_jax.grading import Grading
 from dmpo_jax.run import buckets
 from dmpo_jax.tasks import TASKS, Grade, answers
-from dmpo_jax.tasks.builtin import END
+from dmpo_jax.tasks.builtin import END, BuiltinTask
 from dmpo_jax.tasks.judge import Verdict
 from dmpo_jax.tasks.published import GRADERS
 from launch import commands
@@ -78,9 +78,11 @@ def read_items(path: str, task: str) -> list[Item]:
   except json.JSONDecodeError:
     whole = None  # several lines
   is_published = isinstance(whole, dict) and "generations" in whole
-  if is_published and not isinstance(whole["generations"], list):
+  lines: list[Any] = [line for line in text.split("\n") if line.strip()]
+  if isinstance(whole, dict) and "generations" in whole:
+    lines = whole["generations"]
+  if not isinstance(lines, list):
     raise ValueError(f"{path}: `generations` is not a list")
-  lines = whole["generations"] if is_published else [line for line in text.split("\n") if line.strip()]
   items, problems = [], []
   for index, line in enumerate(lines):
     try:
@@ -102,7 +104,9 @@ def _published_item(path: str, index: int, row: dict[str, Any], task: str) -> It
 
 def _our_item(path: str, index: int, row: dict[str, Any], task: str) -> Item:
   record, text, prompt = row["record"], row["completion"], row.get("prompt_name", "default")
-  question, gold = tasks.make_task(**spec(task, prompt=prompt)).published_question(record)
+  ours = tasks.make_task(**spec(task, prompt=prompt))
+  assert isinstance(ours, BuiltinTask)  # --task names one
+  question, gold = ours.published_question(record)
   return Item(path, index, text + END * row.get("is_ended", True), text, question, gold, record, prompt)
 
 

@@ -30,7 +30,9 @@ def outcome(workdir: epath.Path) -> dict[str, Any]:
 def arrays(path: epath.Path) -> dict[str, np.ndarray]:
   """Read saved arrays as NumPy arrays, whatever devices saved them."""
   reader = ocp.StandardCheckpointer()
-  saved = reader.metadata(path).item_metadata.tree
+  described = reader.metadata(path).item_metadata
+  assert described is not None
+  saved = described.tree
   read = reader.restore(path, jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), saved))
   return {jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in jax.tree.flatten_with_path(read)[0]}
 

@@ -6,6 +6,7 @@ The puzzle is the first held-out one; `--index` chooses another. The colour of a
 """
 
 import pathlib
+from typing import Any
 
 import matplotlib
 from absl import flags
@@ -18,6 +19,9 @@ from launch import commands
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 SIDE, NUM_FRAMES = 4, 5
 ENDS = ("low", "high")  # of the confidence interval, which runs of older versions lack
@@ -73,7 +77,7 @@ def _generation(workdir: epath.Path, buffer: int, index: int) -> Row:
   return line
 
 
-def _draw_frame(axes: plt.Axes, line: Row, column: int, label: str, *, is_top: bool) -> None:
+def _draw_frame(axes: Axes, line: Row, column: int, label: str, *, is_top: bool) -> None:
   """Draw the grid as it is after the share of model calls that belongs to a column."""
   animation, num_calls = line["denoising"], line["num_calls"]
   call = round(column * num_calls / (NUM_FRAMES - 1))
@@ -83,7 +87,7 @@ def _draw_frame(axes: plt.Axes, line: Row, column: int, label: str, *, is_top: b
     decided_at, piece = animation["committed_at"][cell], animation["pieces"][cell]
     is_decided = decided_at < call
     face = COLOURS(0.08 + 0.42 * decided_at / max(num_calls - 1, 1)) if is_decided else "white"
-    axes.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=face, edgecolor=LINE, linewidth=0.6))
+    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=face, edgecolor=LINE, linewidth=0.6))
     is_given, is_wrong = puzzle[cell] != "0", piece != solution[cell]
     text, colour = (piece, WRONG if is_wrong else INK) if is_decided else ("·", SOFT)
     weight = "bold" if is_decided and (is_given or is_wrong) else "normal"
@@ -98,18 +102,18 @@ def _draw_frame(axes: plt.Axes, line: Row, column: int, label: str, *, is_top: b
   axes.text(-0.35, SIDE / 2, label, ha="right", va="center", fontsize=10, weight="bold")
 
 
-def _draw_curve(axes: plt.Axes, run: Run) -> None:
+def _draw_curve(axes: Axes, run: Run) -> None:
   """Draw the solve rate of the rollouts, and that of the held-out prompts with its 95 % interval."""
   rows = [row for row in run.rows.get("train", ()) if "solve_rate" in row]
   axes.plot([row["step"] for row in rows], [row["solve_rate"] for row in rows], color=ACCENT, label="rollouts")
   rates = [row["solve_rate"] for row in run.evaluations.values()]
   ends = [[row.get(f"solve_rate_{end}", row["solve_rate"]) for row in run.evaluations.values()] for end in ENDS]
   errors = [[abs(end - rate) for end, rate in zip(side, rates, strict=True)] for side in ends]
-  held_out = dict(fmt="o", color=INK, markersize=4, capsize=3, label="held out, greedy, 95 %")
+  held_out: dict[str, Any] = dict(fmt="o", color=INK, markersize=4, capsize=3, label="held out, greedy, 95 %")
   axes.errorbar(list(run.evaluations), rates, yerr=errors, **held_out)
   axes.set(ylim=(-0.03, 1.03), xlabel="buffers of rollouts")
   axes.set_title("puzzles solved", fontsize=10, loc="left")
-  axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+  axes.yaxis.set_major_formatter(PercentFormatter(1.0))
   axes.grid(alpha=0.3)
   axes.spines[["top", "right"]].set_visible(False)
   axes.legend(loc="lower right", frameon=False, fontsize=8)

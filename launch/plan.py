@@ -41,7 +41,7 @@ GIB = 2**30
 
 # Without it XLA cuts products into many small ones with permutes in between, which take twice as long to compile and
 # are no faster.
-OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 # libtpu asks the machine for these and complains where it is no TPU machine; no program depends on them. The last lets
 # several processes load it, which cannot share a TPU: none is used here.
 NO_MACHINE = {
@@ -149,7 +149,8 @@ def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
       raise
     return _refused(name, str(error), flops, where, time.monotonic() - start)
   memory = compiled.memory_analysis()
-  collectives = costs.count_collectives(compiled.as_text(), while_trips=calls)
+  assert memory is not None  # the TPU compiler has one
+  collectives = costs.count_collectives(compiled.as_text() or "", while_trips=calls)
   by_kind: dict[str, dict[str, float]] = {}
   for each in collectives:
     total = by_kind.setdefault(each.kind, {"times": 0, "bytes": 0.0})

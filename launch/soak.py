@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
   shutil.rmtree(folder, ignore_errors=True)
   run_until(folder / "warm_up", arguments, None)  # fills the compilation cache, so that the next run is not slower
   seconds = run_until(folder / "undisturbed", arguments, None)
+  assert seconds is not None  # nothing kills it
   wanted = outcome(epath.Path(folder / "undisturbed"))
   rng, kills, finished = np.random.default_rng(_SEED.value), 0, 0
   with Progress("kills", _KILLS.value) as progress:

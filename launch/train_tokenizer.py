@@ -23,6 +23,7 @@ from configs import base
 from dmpo_jax.hub.tokenizer import MASK_PIECE
 from dmpo_jax.run import buckets
 from dmpo_jax.tasks import TASKS, answers
+from dmpo_jax.tasks.base import GeneratedTask
 from launch import commands
 
 TASK_NAMES = ("sudoku", "countdown")  # the tasks that generate their text
@@ -42,6 +43,7 @@ def find_alphabet(num_records: int = NUM_RECORDS) -> str:
   seen: set[str] = set()
   for name in TASK_NAMES:
     task = TASKS[name](**config.task[name])
+    assert isinstance(task, GeneratedTask)
     for record in task.generate("train", num_records, seed=0):
       seen |= set(task.prompt(record) + task.demonstration(record, rng))
   return "".join(sorted(seen))
@@ -95,8 +97,10 @@ def _train(sentences: Sequence[str], **own: Any) -> bytes:
 
 def main() -> None:
   """Write the model file."""
-  buckets.check({"--text": _TEXT.value or ""}, {"--output": _OUTPUT.value})
-  path = epath.Path(_OUTPUT.value)
+  output = _OUTPUT.value
+  assert output is not None  # it has a default
+  buckets.check({"--text": _TEXT.value or ""}, {"--output": output})
+  path = epath.Path(output)
   sentences = read_sentences(_TEXT.value) if _TEXT.value else []
   path.parent.mkdir(parents=True, exist_ok=True)
   if _TEXT.value:

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import absl.logging
 from absl import app, flags
@@ -31,7 +31,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
   """Parse the flags of `argv` (default: `sys.argv`) and call `main` with the remaining arguments."""
   absl.logging.set_verbosity(absl.logging.WARNING)
   _silence_tensorflow()
-  app.run(lambda rest: _call(main, rest), argv=argv, flags_parser=parse)
+  app.run(lambda rest: _call(main, rest), argv=None if argv is None else list(argv), flags_parser=parse)
 
 
 def _silence_tensorflow() -> None:
@@ -66,7 +66,7 @@ def _find_shipped(arg: str) -> str:
   return f"--config={INSTALLED / path}{colon}{argument}"
 
 
-def complain(problem: Any) -> None:
+def complain(problem: Any) -> NoReturn:
   """Print a mistake in the command and exit."""
   print(f"error: {problem}", file=sys.stderr)
   sys.exit(MISTAKE)
@@ -97,7 +97,10 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
   if missing := _MISSING.search(str(error)):
     return f"--{missing[1]} is missing; --help says what it is"
   if "Error whilst parsing config file" in str(error):  # wrapped by ml_collections, then by absl
-    error = error.__context__.__context__
+    cause = error.__context__
+    assert cause is not None
+    assert isinstance(cause.__context__, Exception)
+    error = cause.__context__
   elif isinstance(error, flags.Error):
     return str(error)
   if unknown := _unknown_keys(error, argv):

@@ -88,4 +88,4 @@ def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str
 def _is_quotient(leaves: Mapping[str, Any]) -> bool:
   """Whether model.head_dim is what it was before it was a key."""
   head_dim, num_heads, d_model = (leaves.get(f"model.{name}") for name in ("head_dim", "num_heads", "d_model"))
-  return None not in (head_dim, num_heads, d_model) and head_dim * num_heads == d_model
+  return head_dim is not None and num_heads is not None and d_model is not None and head_dim * num_heads == d_model

@@ -6,7 +6,7 @@ A template is a program that comes with a checkpoint, so it runs in Jinja's sand
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from etils import epath
@@ -64,7 +64,7 @@ class Template:
 class _GenerationBlocks(Extension):
   """Ignores the tags {% generation %} and {% endgeneration %}, which mark the assistant's text for training."""
 
-  tags = frozenset({"generation"})
+  tags: ClassVar[set[str]] = {"generation"}
 
   def parse(self, parser: Any) -> Any:
     next(parser.stream)

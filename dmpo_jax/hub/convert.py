@@ -105,8 +105,8 @@ def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Rep
       node = node.setdefault(key, {})
     make, shape = functools.partial(_array, shards, {name: places[name] for name in names}), places[names[0]].shape
     if dtype == "int8" and last == "kernel":
-      node[last] = make(shape, np.dtype(np.int8), lambda piece: quantize(piece)[0], report)
-      node[KERNEL_SCALE] = make(shape[1:], np.dtype(np.float32), lambda piece: quantize(piece)[1], ignore)
+      node[last] = make(shape, np.dtype(np.int8), lambda piece: np.asarray(quantize(piece)[0]), report)
+      node[KERNEL_SCALE] = make(shape[1:], np.dtype(np.float32), lambda piece: np.asarray(quantize(piece)[1]), ignore)
     else:
       stored = jnp.result_type(*(shards.tensors[name].dtype for name in names))
       target = np.dtype(stored if dtype in ("same", "int8") else jnp.dtype(dtype))

@@ -132,25 +132,31 @@ class ModelExport:
   def _read(self, path: Path) -> np.ndarray:
     """Read a leaf; int8 times its scale, plus its adapters: W + (alpha / rank) A B, in float32, rounded once."""
     stored, lora, dtype = self._weights.load(path), self._source.config.lora, self._dtypes[path]
-    is_adapted = lora is not None and path[-1] == "kernel" and path[1] in lora.targets
-    if stored.dtype != np.int8 and not is_adapted:
+    adapted = lora if lora is not None and path[-1] == "kernel" and path[1] in lora.targets else None
+    if stored.dtype != np.int8 and adapted is None:
       written = stored.astype(dtype, copy=False)
       if lora is None and self._source.policy and self._source.base and dtype != stored.dtype:
         self._compare(path, self._source.base.load(path), stored, written)
       return written
     written = np.empty(stored.shape, dtype)
     scale = self._weights.load((*path[:-1], KERNEL_SCALE)) if stored.dtype == np.int8 else None
-    if is_adapted:
-      a, b = (self._source.policy.load((*path[:-1], part)).astype(np.float32) for part in "AB")
+    adapters = [] if adapted is None else [self._adapter((*path[:-1], part)) for part in "AB"]
     for layer, kernel in enumerate(stored):
       kernel = kernel.astype(np.float32)
       if scale is not None:
         kernel *= scale[layer]
-      merged = kernel + lora.scale * (a[layer] @ b[layer]) if is_adapted else kernel
+      merged = kernel
+      if adapted is not None:
+        a, b = adapters
+        merged = kernel + adapted.scale * (a[layer] @ b[layer])
       written[layer] = merged
-      if is_adapted and dtype != np.float32:
+      if adapted is not None and dtype != np.float32:
         self.rounding.add(self._names[path][layer], kernel, merged, written[layer])
     return written
+
+  def _adapter(self, path: Path) -> np.ndarray:
+    assert self._source.policy is not None  # where adapters come from
+    return self._source.policy.load(path).astype(np.float32)
 
   def _compare(self, path: Path, base: np.ndarray, policy: np.ndarray, written: np.ndarray) -> None:
     """Add the tensors of a leaf that was itself trained to the rounding error."""

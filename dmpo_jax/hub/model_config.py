@@ -31,7 +31,9 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   """
   family = FAMILIES[family_of(config)]
   _check(config, family)
-  fields = {field: config.get(key) for field, key in family.keys.items()} | {"head_dim": config.get(HEAD_DIM)}
+  fields: dict[str, Any] = {field: config.get(key) for field, key in family.keys.items()} | {
+    "head_dim": config.get(HEAD_DIM)
+  }
   defaults = {
     **dict.fromkeys(("vocab_size", "embedding_size"), config["vocab_size"]),
     "num_kv_heads": fields["num_heads"],

@@ -135,7 +135,8 @@ def read_adapter(folder: epath.PathLike) -> LoraConfig | None:
   if not path.exists():
     return None
   fields = _read(path, {"rank": int, "alpha": float, "dropout": float, "targets": list}, {})
-  return LoraConfig(**fields | {"targets": tuple(fields["targets"])})
+  targets = tuple(fields.pop("targets"))
+  return LoraConfig(**fields, targets=targets)
 
 
 def write_adapter(folder: epath.Path, lora: LoraConfig) -> None:

@@ -91,7 +91,7 @@ class SentencePieceTokenizer:
       raise ValueError(f"tokenizer.path={str(path)!r}: not a sentencepiece model ({error})") from error
     self.vocab_size = self._model.vocab_size()
     self.pad_token_id = self._model.pad_id()
-    self.bos_token_id = self._model.bos_id()
+    self.bos_token_id: int | None = self._model.bos_id()
     self.eos_token_id = self.eot_token_id = self._model.eos_id()
     self.mask_token_id = self._model.piece_to_id(MASK_PIECE)
     self._specials = frozenset((self.pad_token_id, self.bos_token_id, self.eos_token_id, self.mask_token_id))
@@ -158,7 +158,8 @@ class HuggingFaceTokenizer:
       if path.is_file():
         return tokenizers.Tokenizer.from_str(path.read_text())
       if all(part.is_file() for part in parts):
-        return _qwen_tokenizer(*(part.read_text() for part in parts), config["added_tokens_decoder"])
+        vocabulary, merges = (part.read_text() for part in parts)
+        return _qwen_tokenizer(vocabulary, merges, config["added_tokens_decoder"])
     except Exception as error:  # the library raises plain Exceptions
       raise ValueError(f"{self._where}: {path.name} is not a tokenizer ({error})") from error
     raise ValueError(f"{self._where}: no {path.name} there; give the folder of a model in Hugging Face's layout")
@@ -191,17 +192,18 @@ class HuggingFaceTokenizer:
         problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted}, but the {kind} token {token!r} is {own}")
       return wanted if own is None else own
 
-    self.mask_token_id = find("mask", names.get("mask_token"))
-    self.eos_token_id = find("eos", names.get("eos_token"))
-    self.pad_token_id = find("pad", names.get("pad_token"))
+    mask = find("mask", names.get("mask_token"))
+    eos = find("eos", names.get("eos_token"))
+    pad = find("pad", names.get("pad_token"))
     self.bos_token_id = find("bos", names.get("bos_token"), is_needed=False)
-    eot_token_id = find("eot", names.get("eot_token") or self._end_of_turn(), is_needed=False)
-    self.eot_token_id = self.eos_token_id if eot_token_id is None else eot_token_id
+    eot = find("eot", names.get("eot_token") or self._end_of_turn(), is_needed=False)
     size = model.get("vocab_size")
     if isinstance(size, int) and size < self.vocab_size:  # other types are refused when the model is converted
       problems.append(f"{MODEL_FILE} has vocab_size={size}, but there are {self.vocab_size} tokens")
-    if problems:
+    if problems or mask is None or eos is None or pad is None:
       raise ValueError(f"{self._where}: " + "; ".join(problems))
+    self.mask_token_id, self.eos_token_id, self.pad_token_id = mask, eos, pad
+    self.eot_token_id = eos if eot is None else eot
 
   def _end_of_turn(self) -> str | None:
     """Return the special token that the chat template puts after an answer."""

@@ -88,6 +88,7 @@ class _Prompted:
     tokens = jnp.concatenate([self._prompt, self._repeat_sides(completion)], axis=1)
     kv_cache = empty_kv_cache(self._model.config, *tokens.shape)
     hidden, kv_cache = self._run(tokens, is_valid=self._extend_valid(completion.shape[1]), kv_cache=kv_cache)
+    assert kv_cache is not None  # one goes in
     return self._join_sides(hidden[:, self._q :]), kv_cache
 
   def suffix(
@@ -147,7 +148,9 @@ class _Prompted:
         "model.shift_logits=True: samplers with a cache or a shadow block (prefix_cache, dual_cache, wino) read each "
         "position from itself; choose a sampler.name that runs whole rows, such as llada or parallel"
       )
-    return self._model.apply(self._variables, constrain(tokens, "batch", None), method="hidden", **arguments)
+    tokens = constrain(tokens, "batch", None)
+    # `apply` returns variables too, but only where they may change
+    return self._model.apply(self._variables, tokens, method="hidden", **arguments)  # pyright: ignore[reportReturnType]
 
   def _repeat_sides(self, completion: Int[Array, "z c"]) -> Int[Array, "z_sides c"]:
     return jnp.repeat(completion, self._num_sides, axis=0) if self._num_sides > 1 else completion

@@ -127,7 +127,8 @@ def token_scores(
   """
   split = split_vocabulary(head.shape[1], num_ids=num_ids)
   score = _score_whole if split.num_chunks == 1 else _score_in_chunks
-  log_prob, entropy = score(split, constrain(hidden, "batch", None), head, targets)
+  # functools.partial hides the result's type from `custom_vjp`
+  log_prob, entropy = score(split, constrain(hidden, "batch", None), head, targets)  # pyright: ignore[reportGeneralTypeIssues]
   return Scores(log_prob, jax.lax.stop_gradient(entropy))
 
 
@@ -171,7 +172,8 @@ def divergence(
     share, taught_share = (jnp.exp(logits - level[:, None, None]) for logits, level in zip(kept, highest, strict=True))
     shrunk, taught_shrunk = jnp.exp(before.highest - highest[0]), jnp.exp(before.teacher_highest - highest[1])
     return _Pair(
-      *highest,
+      highest[0],
+      highest[1],
       before.total * shrunk + share.sum((-2, -1)),
       before.teacher_total * taught_shrunk + taught_share.sum((-2, -1)),
       before.weighted * taught_shrunk + (taught_share * (taught - own)).sum((-2, -1)),
@@ -244,7 +246,7 @@ def _read(
       sums.total + share.sum(-1),
       sums.weighted + jnp.where(share > 0, share * shifted, 0).sum(-1),
       sums.target + jnp.where(is_own & (ids == targets[:, None, None]), logits, 0).sum(-1),
-      sums.column + _product("tnw,dnw->tnd", share, chunk, hidden.dtype) if with_column else None,
+      None if sums.column is None else sums.column + _product("tnw,dnw->tnd", share, chunk, hidden.dtype),
     )
 
   shape = (len(targets), split.num_shares)
@@ -273,7 +275,7 @@ def _verdict(sums: _Sums) -> tuple[Float32[Array, "t"], Float32[Array, "t"]]:
 
 
 # What each gradient needs, if it is needed: the slope by the hidden state; the inputs, to recompute logits.
-_Saved = tuple[jax.Array | None, tuple[jax.Array, ...] | None]
+_Saved = tuple[jax.Array | None, tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None]
 
 
 def _score_forward(
@@ -282,7 +284,7 @@ def _score_forward(
   """Score, and save what the required gradients need."""
   sums = _read(split, hidden.value, head.value, targets.value, with_column=hidden.perturbed)
   slope = again = None
-  if hidden.perturbed:
+  if sums.column is not None:
     mean = sums.column[:, 0] / sums.total
     slope = (_columns(head.value, targets.value) - mean).astype(hidden.value.dtype)
   if head.perturbed:

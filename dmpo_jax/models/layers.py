@@ -4,6 +4,7 @@ Frozen projections may be int8, with one scale for each output.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,14 @@ KERNEL_SCALE = "kernel_scale"  # name of the parameter beside an int8 kernel
 PROJECTION = "projection"  # name of the projections' outputs for rematerialisation policies
 
 
+def with_axes(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Callable[..., Any]:
+  """Name the logical axes of a parameter where it is drawn.
+
+  Flax types the result as the box that holds the names, but `param` and `variable` give the module the array inside.
+  """
+  return nn.with_logical_partitioning(init, axes)
+
+
 class RMSNorm(nn.Module):
   """x / sqrt(mean(x^2) + eps) in float32, back to the input's dtype, times a learned scale."""
 
@@ -30,7 +39,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+    init = with_axes(nn.initializers.ones, (None,))
     scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
@@ -61,40 +70,42 @@ class Dense(nn.Module):
   def __call__(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None = None) -> Float[Array, "b l f"]:
     y = self._project(x)
     if self.has_bias:
-      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+      init = with_axes(nn.initializers.zeros, self.axes[1:])
       y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(y.dtype)
     if self.lora is not None and (self.is_initializing() or self.has_variable("lora", "A")):
-      y = y + self._adapt(x, dropout_keys)
+      y = y + self._adapt(x, self.lora, dropout_keys)
     return checkpoint_name(y, PROJECTION)
 
   def _project(self, x: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
     init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
     shape = (x.shape[-1], self.features)
     if not self.is_quantized:
-      return project(x, self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype))
-    kernel = self.param("kernel", nn.with_logical_partitioning(_int8(init), self.axes), shape)
+      return project(x, self.param("kernel", with_axes(init, self.axes), shape, self.param_dtype))
+    kernel = self.param("kernel", with_axes(_int8(init), self.axes), shape)
     # Truncated at two standard deviations, a normal keeps 0.88 of its standard deviation.
     reach = 2 / 0.88 * self.gain * shape[0] ** -0.5
-    init = nn.with_logical_partitioning(nn.initializers.constant(reach / INT8_MAX), self.axes[1:])
+    init = with_axes(nn.initializers.constant(reach / INT8_MAX), self.axes[1:])
     scale = self.param(KERNEL_SCALE, init, shape[1:], jnp.float32)
     # All-gather it as int8: converted first, it would be twice the bytes.
     kernel = constrain(kernel, *gathered_axes(self.axes))
     return (project(x, kernel) * scale).astype(x.dtype)
 
-  def _adapt(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l f"]:
+  def _adapt(
+    self, x: Float[Array, "b l d"], lora: LoraConfig, dropout_keys: Key[Array, "b l"] | None
+  ) -> Float[Array, "b l f"]:
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1, 1) / sqrt(in)
     ranks = ["rank" if axis != "embed" else None for axis in self.axes]  # shard each adapter over fsdp exactly once
-    a = self._adapter("A", uniform, (x.shape[-1], self.lora.rank), (self.axes[0], ranks[0]))
-    b = self._adapter("B", nn.initializers.zeros, (self.lora.rank, self.features), (ranks[1], self.axes[1]))
-    if dropout_keys is not None and self.lora.dropout > 0:
-      x = drop(x, fold_all(dropout_keys, TARGETS.index(self.name)), self.lora.dropout)
-    return project_adapter(project_adapter(x, a), b) * self.lora.scale
+    a = self._adapter("A", uniform, (x.shape[-1], lora.rank), (self.axes[0], ranks[0]))
+    b = self._adapter("B", nn.initializers.zeros, (lora.rank, self.features), (ranks[1], self.axes[1]))
+    if dropout_keys is not None and lora.dropout > 0:
+      x = drop(x, fold_all(dropout_keys, TARGETS.index(self.name)), lora.dropout)
+    return project_adapter(project_adapter(x, a), b) * lora.scale
 
   def _adapter(
     self, name: str, init: Initializer, shape: tuple[int, int], axes: tuple[str | None, str | None]
   ) -> Float32[Array, "_ _"]:
-    init = nn.with_logical_partitioning(init, axes)
-    return self.variable("lora", name, lambda: init(self.make_rng("params"), shape, jnp.float32)).value
+    draw = with_axes(init, axes)
+    return self.variable("lora", name, lambda: draw(self.make_rng("params"), shape, jnp.float32)).value
 
 
 def quantize(
@@ -110,7 +121,7 @@ def quantize(
   return steps.astype(jnp.int8), scale
 
 
-def _int8(init: Initializer) -> Callable[[Key[Array, ""], tuple[int, ...]], Int8[Array, "..."]]:
+def _int8(init: Initializer) -> Callable[[Key[Array, ""], tuple[int, ...]], Int8[Array | np.ndarray, "..."]]:
   return lambda key, shape: quantize(init(key, shape, jnp.float32))[0]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import DictKey
+from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from dmpo_jax.models.transformer import ModelConfig
@@ -64,7 +64,7 @@ class Trainable:
     if self.has_adapters:
       return trained
 
-    def cast(path: tuple[DictKey, ...], leaf: Leaf) -> Leaf:
+    def cast(path: KeyPath, leaf: Leaf) -> Leaf:
       if path[-1].key not in COMPUTED or leaf.dtype == jnp.dtype(self.dtype):
         return leaf
       return leaf.astype(self.dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=self.dtype)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.tree_util import DictKey
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax import sharding
@@ -25,6 +25,7 @@ from dmpo_jax.models.layers import (
   project,
   rotary_table,
   rotate,
+  with_axes,
 )
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
@@ -188,7 +189,8 @@ class Block(nn.Module):
       variables = jax.tree.map(lambda array: array.astype(jnp.float32), variables)
 
     def run(x: jax.Array, context: Context) -> jax.Array:
-      return layer.apply(variables, x, context, method="run_rows")
+      # `apply` returns variables too, but only where they may change
+      return layer.apply(variables, x, context, method="run_rows")  # pyright: ignore[reportReturnType]
 
     if self.config.remat != "none":
       run = jax.checkpoint(run, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
@@ -221,6 +223,7 @@ class Block(nn.Module):
     new = (rotate(heads(self.k_proj, "kv_heads"), context.rotary), heads(self.v_proj, "kv_heads"))
     keys, values = new
     if inputs.cached is not None:
+      assert context.cache_start is not None  # it comes with the cache
       start = (0, context.cache_start, 0, 0)
       keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, start), inputs.cached, new)
     mixed = self.attn_out(attend(query, keys, values, context.mask, self.config.attention), dropout_keys)
@@ -259,7 +262,7 @@ def _gather_embed(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
 def _gather_layer(variables: Params) -> Params:
   """All-gather a layer's weights along d, as its products read them (see `gathered_axes`)."""
 
-  def gather(path: tuple[DictKey, ...], array: jax.Array) -> jax.Array:
+  def gather(path: KeyPath, array: jax.Array) -> jax.Array:
     projection, kind = path[-2].key, path[-1].key
     if projection not in PROJECTIONS or kind == "bias":
       return array
@@ -277,7 +280,7 @@ class Transformer(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), ("vocab", "embed"))
+    init = with_axes(nn.initializers.normal(c.d_model**-0.5), ("vocab", "embed"))
     self.embedding = self.param("embedding", init, (c.embedding_size, c.d_model), c.param_dtype)
     block = Block
     if c.remat != "none":
@@ -286,14 +289,14 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0, "lora": 0, "intermediates": 0},
       split_rngs={"params": True},
-      in_axes=(0, nn.broadcast),
+      in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax says int, and documents tuples
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c)
     self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
     if not c.weight_tying:
       init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-      init = nn.with_logical_partitioning(init, ("embed", "vocab"))
+      init = with_axes(init, ("embed", "vocab"))
       self.head = self.param("head", init, (c.d_model, c.embedding_size), c.param_dtype)
 
   def __call__(self, tokens: Int[Array, "b l"], **arguments: Any) -> Float32[Array, "b l v"]:
@@ -326,8 +329,9 @@ class Transformer(nn.Module):
     Returns:
       The final norm's output, and the updated cache (None without one).
     """
-    start = None if kv_cache is None else jnp.asarray(cache_start, jnp.int32)
+    start = None
     if kv_cache is not None:
+      start = jnp.asarray(cache_start, jnp.int32)
       is_new_valid = jnp.ones(tokens.shape, bool) if is_valid is None else is_valid
       is_valid = jax.lax.dynamic_update_slice(kv_cache.is_valid, is_new_valid, (0, start))
     if positions is None:
@@ -341,6 +345,8 @@ class Transformer(nn.Module):
     cached = None if kv_cache is None else (kv_cache.keys, kv_cache.values)
     x, new = self.blocks(self._embed(tokens), LayerInput(jnp.arange(self.config.num_layers), cached), context)
     if kv_cache is not None:
+      assert start is not None
+      assert is_valid is not None
       at = (0, 0, start, 0, 0)
       keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, at), cached, new)
       kv_cache = KVCache(keys, values, is_valid)

@@ -72,6 +72,8 @@ class RatioObjective(Objective):
       experience: token_log_p_old and token_log_p_ref are those of this update's views; the KL is to the reference.
       advantage: of each rollout.
     """
+    assert self.likelihood is not None  # as `takes_likelihood` says
+    assert experience.token_log_p_old is not None  # as `needs_token_log_probs` says
     policy = estimate(score, experience, keys, self.likelihood)
     losses, metrics = token_loss(
       policy.tokens,

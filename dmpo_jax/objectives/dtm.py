@@ -51,6 +51,7 @@ class Dtm(Objective):
     """
     is_masked, _ = draw_masks(keys, experience.is_counted, self.masks)
     scores = score(is_masked, pairs=self.masks.pairs())
+    assert scores.divergence is not None  # as `has_teacher` says
     weight = bounded_exp(self.tilt * centred_advantage(experience.reward, experience.is_kept)) - self.control_variate
     losses = masked_mean(
       self.control_variate * scores.divergence - weight[..., None, None] * scores.log_prob, is_masked

@@ -27,6 +27,8 @@ class Gdpo(RatioObjective):
 
     With a kl_weight of 0 the reference policy is not read.
     """
+    assert self.likelihood is not None  # as `takes_likelihood` says
+    assert experience.token_log_p_old is not None  # as `needs_token_log_probs` says
     policy = estimate(score, experience, keys, self.likelihood)
     is_kept, is_counted = experience.is_kept, experience.is_counted
 

@@ -35,10 +35,18 @@ class Completions(NamedTuple):
 class Estimator(Protocol):
   """One way to estimate log p(y | x)."""
 
-  draws: tuple[int, ...]  # the independent draw that each mask sample belongs to; -1: none, it is not random
-  pairs: tuple[tuple[int, int], ...]  # mask samples (i, j): what is read of j is not masked in i, and all read of i is
-  is_log_p: bool  # it estimates log p(y | x) or a bound of it, not a multiple
-  replays: bool  # its views are states that the sampler saw, with what stood at positions that are not counted
+  is_log_p: ClassVar[bool]  # it estimates log p(y | x) or a bound of it, not a multiple
+  replays: ClassVar[bool]  # its views are states that the sampler saw, with what stood at positions that do not count
+
+  @property
+  def draws(self) -> tuple[int, ...]:
+    """The independent draw that each mask sample belongs to; -1: none, it is not random."""
+    ...
+
+  @property
+  def pairs(self) -> tuple[tuple[int, int], ...]:
+    """Mask samples (i, j): what is read of j is not masked in i, and all read of i is."""
+    ...
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     """Choose the copies from the rollouts' keys."""
@@ -75,6 +83,9 @@ class Linear:
   def pairs(self) -> tuple[tuple[int, int], ...]:
     """Pairs of complementary views; none by default."""
     return ()
+
+  def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
+    raise NotImplementedError
 
   def problem(self) -> str:
     """Return why the estimator cannot have its masks; "" where it can."""

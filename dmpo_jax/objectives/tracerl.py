@@ -33,6 +33,8 @@ class TraceRl(RatioObjective):
     batch, all against the log-probabilities before the first. Here an update reads all chunks of the buffer, so that
     several updates take the place of the several batches of that pass.
     """
+    assert self.likelihood is not None  # as `takes_likelihood` says
+    assert experience.token_log_p_old is not None  # as `needs_token_log_probs` says
     policy, is_kept = estimate(score, experience, keys, self.likelihood), experience.is_kept
     is_read = policy.views.share > 0  # a mask sample reads a chunk
     size = is_read.sum(-1, keepdims=True)

@@ -31,6 +31,7 @@ class Wd1(Objective):
     minus the group's mean. Published: likelihood one_step with prompt_mask_ratio 0.15, sharpness 1, no reference
     policy, 12 updates a buffer (8 for Sudoku), groups of 6.
     """
+    assert self.likelihood is not None  # as `takes_likelihood` says
     policy, is_kept = estimate(score, experience, keys, self.likelihood), experience.is_kept
     advantage = self.sharpness * centred_advantage(experience.reward, is_kept)
     coefficient = softmax_kept(advantage, is_kept) - softmax_kept(-advantage, is_kept)

@@ -226,9 +226,9 @@ def scale_rewards(
   if scaling != "standardise_parts" or reward_parts is None:
     raise ValueError(f"objective.reward_scaling={scaling!r}: one of {', '.join(REWARD_SCALINGS)}; the last needs parts")
   parts = jnp.moveaxis(reward_parts, -1, 0)
-  return sum(
-    weight * standardise(part, is_kept) for part, weight in zip(parts, part_weights or (1.0,) * len(parts), strict=True)
-  )
+  weighted = zip(parts, part_weights or (1.0,) * len(parts), strict=True)
+  # the sum of no parts would be an int
+  return sum(weight * standardise(part, is_kept) for part, weight in weighted)  # pyright: ignore[reportReturnType]
 
 
 def standardise(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:

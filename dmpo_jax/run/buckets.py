@@ -253,6 +253,7 @@ class Lock:
     from google.api_core import exceptions
 
     while (blob := self._bucket.get_blob(self._key, **self._options)) is not None:
+      assert blob.generation is not None  # it is in the store
       try:
         text = blob.download_as_bytes(if_generation_match=blob.generation, **self._options)
         return blob.generation, dict(json.loads(text))

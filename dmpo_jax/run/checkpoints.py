@@ -77,7 +77,8 @@ class Checkpoints:
       Absent, Stopped: see `processes.poll`.
     """
     poll("saving a checkpoint")
-    items, metadata = {"state": ocp.args.StandardSave(host_copies(state))}, {"progress": progress}
+    items: dict[str, ocp.args.CheckpointArgs] = {"state": ocp.args.StandardSave(host_copies(state))}
+    metadata: dict[str, Any] = {"progress": progress}
     for name, buffer in (("experience", experience), (_PENDING, pending)):
       metadata[f"has_{name}"] = buffer is not None
       if buffer is not None:
@@ -143,7 +144,8 @@ class Checkpoints:
     path, own = self._path(number), jax.process_index()
     digests.check(path)
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_item_handlers()), multiprocessing_options=alone)
+    handlers: dict[str, Any] = _item_handlers()  # the first arguments of the class that takes them are options
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers), multiprocessing_options=alone)
     metadata = reader.restore(path, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
     items, everywhere = {"state": ocp.args.StandardRestore(abstract_state)}, abstract_state.step.sharding
     for name in ("experience", _PENDING):

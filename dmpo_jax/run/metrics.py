@@ -114,7 +114,7 @@ class Metrics:
 def _begin_wandb(project: str, workdir: epath.Path, config: Mapping[str, object]) -> Any:
   """Start a run of Weights & Biases, or resume the workdir's."""
   try:
-    import wandb  # here, as it is optional
+    import wandb  # pyright: ignore[reportMissingImports]  # here, as it is optional
   except ImportError as error:
     raise ConfigError(f"config.log.wandb_project = {project!r}: {NO_WANDB}") from error
   path = workdir / "wandb_id.txt"

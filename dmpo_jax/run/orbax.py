@@ -44,18 +44,18 @@ class _Metadata(ocp_path.step.Metadata):
 class Names:
   """Names of checkpoints: the first of step 12 is `12`, later ones are `12.1`, `12.2` and so on."""
 
-  def build_name(self, number: int) -> str:
-    step, again = divmod(number, STATES)
-    return f"{step}.{again}" if again else f"{step}"
+  def build_name(self, step: int) -> str:
+    whole, again = divmod(step, STATES)
+    return f"{whole}.{again}" if again else f"{whole}"
 
-  def find_all(self, folder: epath.PathLike) -> Iterator[ocp_path.step.Metadata]:
-    paths = epath.Path(folder).iterdir() if epath.Path(folder).is_dir() else ()
+  def find_all(self, base_path: epath.PathLike) -> Iterator[ocp_path.step.Metadata]:
+    paths = epath.Path(base_path).iterdir() if epath.Path(base_path).is_dir() else ()
     return ocp_path.step.build_step_metadatas(paths, self._metadata)
 
-  def find_step(self, folder: epath.PathLike, number: int) -> ocp_path.step.Metadata:
-    metadata = self._metadata(epath.Path(folder) / self.build_name(number))
+  def find_step(self, base_path: epath.PathLike, step: int) -> ocp_path.step.Metadata:
+    metadata = self._metadata(epath.Path(base_path) / self.build_name(step))
     if metadata is None or not metadata.path.exists():
-      raise ValueError(f"{folder} has no checkpoint {self.build_name(number)}")
+      raise ValueError(f"{base_path} has no checkpoint {self.build_name(step)}")
     return metadata
 
   def _metadata(self, path: epath.Path) -> ocp_path.step.Metadata | None:

@@ -37,7 +37,7 @@ def check_preemption() -> None:
     Absent, Stopped: see `processes.poll`.
   """
   poll("the next step")
-  is_listening = jax.config.jax_enable_preemption_service
+  is_listening = jax.config.jax_enable_preemption_service  # pyright: ignore[reportAttributeAccessIssue]  # no stub
   if is_listening and multihost_utils.reached_preemption_sync_point(next(_num_polls)):
     raise Preempted("everything is saved; re-running the command resumes the run")
 

@@ -214,6 +214,6 @@ def _begins_to_compile(event: str, value: float, **details: object) -> None:
     _open[-1].compiling(name.removeprefix("jit").strip("_()"))
 
 
-def _has_compiled(event: str, seconds: float, **details: object) -> None:
+def _has_compiled(event: str, duration_secs: float, **details: object) -> None:
   if event == COMPILING and _open:
     _open[-1].compiling("")

@@ -87,7 +87,7 @@ class Watcher:
 
   def draw(self, frame: Frame) -> Group:
     """Draw the rows, each above the list of its newest tokens."""
-    if self._last is None:
+    if self._last is None or self._since is None:
       self._last = np.full_like(frame.completion, self._tokenizer.mask_token_id)
       self._since = np.zeros_like(frame.completion)
     is_new = (frame.completion != self._last) & (frame.completion != self._tokenizer.mask_token_id)
@@ -147,7 +147,7 @@ def draw_row(
       hue = (265 - 215 * min(at / max(len(pieces) - 1, 1), 1.0)) / 360
       red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.65, 0.65))
       text.append(piece, Style(color=f"rgb({red},{green},{blue})", reverse=bool(stands_out)))
-  named = [f"{pieces[i]!r} {confidence[i]:.2f}" for i in np.flatnonzero(is_new)]
+  named = [f"{pieces[i]!r} {confidence[i]:.2f}" for i in np.flatnonzero(is_new).tolist()]
   if len(named) > NUM_NAMED:
     named[NUM_NAMED:] = [f"{len(named) - NUM_NAMED} more"]
   listed = f"call {call}: {', '.join(named) or 'nothing new'}"

@@ -45,7 +45,8 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
     chosen = predict(denoiser, hidden[0], view.keys, view.positions, plan.temperature)
     order = uniform_noise(fold_calls(view.row_keys, view.number - view.step), view.positions)
     is_kept = select_count(order, view.is_masked, schedule[view.step])
-    new = (chosen.log_prob, None if reference is None else log_probs(reference, hidden[1], chosen.tokens))
+    by_reference = None if reference is None or hidden[1] is None else log_probs(reference, hidden[1], chosen.tokens)
+    new = (chosen.log_prob, by_reference)
 
     def write(rows: Float32[Array, "b c"], block: Float32[Array, "b s"]) -> Float32[Array, "b c"]:
       block = jnp.where(is_kept, block, take_block(rows, view.start, plan.block_length))
@@ -60,4 +61,4 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
   # Tokens behind an EOS were replaced by EOS, so their log-probabilities are dropped.
   is_own = jnp.arange(plan.completion_length) < rollouts.num_tokens[:, None]
   log_p_old, log_p_ref = jax.tree.map(lambda array: jnp.where(is_own, array, 0.0), log_p)
-  return rollouts.replace(log_p_old=log_p_old, log_p_ref=log_p_ref)
+  return dataclasses.replace(rollouts, log_p_old=log_p_old, log_p_ref=log_p_ref)

@@ -128,7 +128,8 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
 
   That of the shortest bucket is compiled here, so that a server that listens can respond.
   """
-  batch_size, programs, current = config.serve.batch_size, {}, [lambda number, completion: None]
+  batch_size, programs = config.serve.batch_size, {}
+  current: list[Publish] = [lambda number, completion: None]
   sample = make_sample(
     config,
     parts.model,

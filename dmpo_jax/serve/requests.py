@@ -5,7 +5,7 @@ Fields that would change the result and are not supported are refused, not ignor
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -194,7 +194,7 @@ def _usage(options: object, is_streamed: bool) -> bool:
 
 
 def _stops(value: object) -> tuple[str, ...]:
-  stops: Sequence[Any] = [] if value is None else [value] if isinstance(value, str) else value
+  stops: Any = [] if value is None else [value] if isinstance(value, str) else value
   is_list = isinstance(stops, list) and len(stops) <= MAX_STOPS
   if not is_list or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
     allowed = f"a string or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters each"

@@ -10,7 +10,7 @@ from dmpo_jax.tasks.builtin import BuiltinTask
 
 __all__ = ["TASKS", "Grade", "Record", "Reward", "Split", "Task", "make_task", "option_types", "section", "spec"]
 
-TASKS: dict[str, type[Task]] = {
+TASKS: dict[str, type[BuiltinTask]] = {
   "sudoku": sudoku.Sudoku,
   "countdown": countdown.Countdown,
   "gsm8k": gsm8k.GSM8K,
@@ -50,4 +50,5 @@ def option_types(name: str) -> dict[str, type]:
   if user.is_file(name):
     return {"grader": str}
   common = {field.name for field in dataclasses.fields(BuiltinTask)}
-  return {field.name: field.type for field in dataclasses.fields(TASKS[name]) if field.name not in common}
+  # a type as it stands in the class: none is a string here
+  return {field.name: field.type for field in dataclasses.fields(TASKS[name]) if field.name not in common}  # pyright: ignore[reportReturnType]

@@ -100,6 +100,19 @@ class GeneratedTask(Task, Protocol):
     ...
 
 
+@runtime_checkable
+class UserTask(Task, Protocol):
+  """A task whose records are read from the user's file whenever they are needed."""
+
+  def records(self, split: Split) -> list[Record]:
+    """Return the records of a split.
+
+    Raises:
+      ValueError: records cannot be used; all of them are listed.
+    """
+    ...
+
+
 MAX_REWARD = 1e15  # training squares and sums rewards in float32, whose range ends at 3e38
 PART_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 TAKEN = ("mean", "std")  # metrics have reward_mean and reward_std beside reward_<part>

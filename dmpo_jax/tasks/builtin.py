@@ -5,6 +5,9 @@ import string
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+from etils import epath
+
 from dmpo_jax.tasks import answers
 from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Reward, refuse_options
 from dmpo_jax.tasks.published import GRADERS, rewards
@@ -25,6 +28,7 @@ class BuiltinTask:
   """
 
   name: ClassVar[str]
+  version: ClassVar[str]  # of the records; see Task.version
   PROMPTS: ClassVar[Mapping[str, PromptTemplate]]
   default_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # bounds of the default reward
   default_parts: ClassVar[tuple[str, ...]] = ()  # of the default reward; see Task.reward_parts
@@ -117,6 +121,14 @@ class BuiltinTask:
   def has_form(self, record: Record, text: str) -> bool:
     """Whether a text has the form that the prompt asks for: both blocks, or any text if it asks for no tags."""
     return answers.has_blocks(text) or not self._prompt.is_tagged
+
+  def demonstration(self, record: Record, rng: np.random.Generator) -> str:
+    """Return a completion to imitate; see Task.demonstration."""
+    raise NotImplementedError
+
+  def read_published(self, path: epath.PathLike) -> list[Record]:
+    """Read a published test file; see Task.read_published."""
+    raise NotImplementedError
 
   def only_correct(self) -> "BuiltinTask":
     """Return this task: its demonstrations are always correct."""

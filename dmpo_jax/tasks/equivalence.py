@@ -84,7 +84,7 @@ def _surely_differ(answer: tuple, gold: tuple) -> bool:
   if names[0] != names[1] and all(names):
     return False
   left, right = map(_value, pair)
-  return None not in (left, right) and abs(left - right) > 1e-3 * (1 + abs(right))
+  return left is not None and right is not None and abs(left - right) > 1e-3 * (1 + abs(right))
 
 
 def _value(expression: Any) -> complex | None:

@@ -102,5 +102,7 @@ class GSM8K(BuiltinTask):
 
     The official evaluation does not read minus signs in the data, so no answer to such a question is correct there.
     """
-    gold = float(answers.read_number(record["answer"]))
+    number = answers.read_number(record["answer"])
+    assert number is not None  # `read_row` refuses others
+    gold = float(number)
     return record["question"], gold if gold >= 0 else None

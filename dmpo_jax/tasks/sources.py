@@ -6,11 +6,11 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from etils import epath
 
-from dmpo_jax.tasks.base import Record
+from dmpo_jax.tasks.base import Record, Split, Task
 
 TIMEOUT = 30.0  # seconds without data until a download fails
 MAX_LISTED = 50  # rows that one message describes; all are counted
@@ -23,6 +23,21 @@ class Source:
   name: str  # name of the file in `task.data_dir`
   url: str
   sha256: tuple[str, ...]  # checksum of the file at the URL, then those of other known forms
+
+
+@runtime_checkable
+class PublishedTask(Task, Protocol):
+  """A task whose records are files that others have published."""
+
+  SOURCES: ClassVar[dict[Split, Source]]
+
+  def read_row(self, row: dict[str, Any]) -> Record:
+    """Make a record of a row.
+
+    Raises:
+      ValueError: the row cannot be used.
+    """
+    ...
 
 
 def read_source(source: Source, data_dir: str, read_row: Callable[[dict[str, Any]], Record]) -> list[Record]:

@@ -19,7 +19,7 @@ from etils import epath
 
 from dmpo_jax.messages import Prompt, as_text, read_messages, turns_of
 from dmpo_jax.tasks import answers, equivalence, sources
-from dmpo_jax.tasks.base import Grade, Record, Reward, Split, Task, check_part_names, describe, split_reward
+from dmpo_jax.tasks.base import Grade, Record, Reward, Split, UserTask, check_part_names, describe, split_reward
 
 TEST_SHARE = 0.1  # share of the rows of a JSONL file that is held out, chosen by a hash of the prompt
 NEEDED = ("records", "prompt", "reward")  # functions that a Python file must define
@@ -32,7 +32,7 @@ def is_file(name: str) -> bool:
   return name.endswith(_SUFFIXES)
 
 
-def load(path: str, *, grader: str) -> Task:
+def load(path: str, *, grader: str) -> UserTask:
   """Load the task of a user's file.
 
   Args:
@@ -74,12 +74,20 @@ class JsonlTask:
   grader: str
 
   version: ClassVar[str] = "1.0.0"
-  prefill: ClassVar[str] = ""
-  reward_parts: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self) -> None:
     if self.grader not in GRADERS:
       raise ValueError(f"task.user.grader={self.grader!r}: must be one of {', '.join(GRADERS)}")
+
+  @property
+  def prefill(self) -> str:
+    """Nothing."""
+    return ""
+
+  @property
+  def reward_parts(self) -> tuple[str, ...]:
+    """None: the reward is one number."""
+    return ()
 
   @property
   def is_bounded(self) -> bool:
@@ -154,7 +162,6 @@ class PythonTask:
   path: str
 
   version: ClassVar[str] = "1.0.0"
-  is_bounded: ClassVar[bool] = False  # unknown
 
   def __post_init__(self) -> None:
     missing = [name for name in NEEDED if not callable(getattr(self._module, name, None))]
@@ -168,6 +175,11 @@ class PythonTask:
     if self.path not in _MODULES:
       _MODULES[self.path] = _import(self.path)
     return _MODULES[self.path]
+
+  @property
+  def is_bounded(self) -> bool:
+    """Whether grading is fast on any text: nothing is known of the file's functions."""
+    return False
 
   @property
   def prefill(self) -> str:
@@ -198,7 +210,7 @@ class PythonTask:
       return f"{record!r:.60} is not a dict"
     try:
       json.dumps(record)
-      prompt = self.prompt(record)
+      prompt = self._module.prompt(record)
     except Exception as error:  # whatever the file's function raises
       return f"{type(error).__name__}: {error}"
     try:
@@ -250,6 +262,8 @@ _MODULES: dict[str, ModuleType] = {}  # imported files, by path
 
 def _import(path: str) -> ModuleType:
   spec = importlib.util.spec_from_file_location("user_task_" + hashlib.sha256(path.encode()).hexdigest()[:8], path)
+  assert spec is not None  # the name ends in .py
+  assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)

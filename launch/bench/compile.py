@@ -48,11 +48,11 @@ def make_start(name: str, folder: str, start: str) -> timing.Contender:
   spans: list[tuple[float, float]] = []
   num_programs = 0
 
-  def listen(event: str, seconds: float, **_: str) -> None:
+  def listen(event: str, duration_secs: float, **_: object) -> None:
     nonlocal num_programs
     if event.endswith(EVENTS):
       now = time.monotonic()
-      spans.append((now - seconds, now))
+      spans.append((now - duration_secs, now))
       num_programs += event.endswith(EVENTS[-1])
 
   jax.monitoring.register_event_duration_secs_listener(listen)

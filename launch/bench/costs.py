@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -51,8 +52,11 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
 
 def _dot_flops(eqn: JaxprEqn) -> float:
   (contracted, _), _ = eqn.params["dimension_numbers"]
-  shape = eqn.invars[0].aval.shape
-  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+  product, left = eqn.outvars[0].aval, eqn.invars[0].aval
+  assert isinstance(product, ShapedArray)
+  assert isinstance(left, ShapedArray)
+  shape = left.shape
+  return 2.0 * math.prod(product.shape) * math.prod(shape[axis] for axis in contracted)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:

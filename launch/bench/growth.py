@@ -135,7 +135,7 @@ class Growth(NamedTuple):
 def row_of(point: Point) -> list[str]:
   """Format a point as a row of the table."""
   communication = "-"
-  if point.collectives is not None:
+  if point.collectives is not None and point.collective_bytes is not None:
     communication = f"{point.collectives:,} x, {point.collective_bytes / 1e6:,.1f} MB"
   return [
     point.axis,
@@ -197,6 +197,7 @@ def make_turn(program: str, work: workload.Workload) -> tuple[jax.stages.Compile
   """Compile; return the first of the programs, and a function without arguments that runs all of them."""
   if program == "update":
     step = workload.compile_step(work)
+    assert isinstance(step.accumulate, jax.stages.Compiled)
     return step.accumulate, bench_update.make_turn(work, step)
   compiled, key = workload.compiled("sample", work), noise.step_key(work.config.seed, "rollout", 0)
   return compiled, lambda: jax.block_until_ready(compiled(work.policies, work.experience.prompts, key))
@@ -207,6 +208,7 @@ def point_of(
 ) -> Point:
   """Return a point with the memory that the compiler estimates."""
   memory = compiled.memory_analysis()
+  assert memory is not None  # CPUs, GPUs and TPUs have one
   working = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return Point(axis.name, program, value, memory.argument_size_in_bytes, working, flops, seconds)
 
@@ -221,7 +223,7 @@ def make_devices(config: ConfigDict) -> timing.Contender:
       traced = [workload.trace_on(name, own, devices[:value]) for name in PROGRAMS[program]]
       compiled = [each.lower().compile() for each in traced]
       calls = workload.loop_calls(own)
-      found = [each for part in compiled for each in costs.count_collectives(part.as_text(), while_trips=calls)]
+      found = [each for part in compiled for each in costs.count_collectives(part.as_text() or "", while_trips=calls)]
       flops = costs.count_flops(traced[0].jaxpr, while_trips=calls) / value
       point = point_of(DEVICES, program, value, compiled[0], flops, None)
       times, size = sum(each.trips for each in found), sum(each.size * each.trips for each in found)
@@ -239,12 +241,12 @@ def draw(growth: Growth, path: pathlib.Path) -> None:
       values = [point.value for point in line]
       color = f"C{number}"
       if axis is not DEVICES:
-        seconds = [point.seconds for point in line]
+        seconds = [point.seconds for point in line if point.seconds is not None]
         expected = [seconds[-1] * point.flops / line[-1].flops for point in line]
         grid[0, column].plot(values, seconds, "o-", color=color, markersize=4, label=program)
         grid[0, column].plot(values, expected, "--", color=color, linewidth=0.9)
       else:
-        sizes = [point.collective_bytes / 1e6 for point in line]
+        sizes = [point.collective_bytes / 1e6 for point in line if point.collective_bytes is not None]
         grid[0, column].plot(values, sizes, "o-", color=color, markersize=4)
       memory = [point.working_bytes / 2**20 for point in line]
       power = -1 if axis is DEVICES else 1

@@ -1,5 +1,6 @@
 """The section `iteration`: rollouts, rewards, log-probs under both policies, and the updates of one buffer."""
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from dmpo_jax import build, data, phases, tasks
 from dmpo_jax.grading import Grading
 from dmpo_jax.messages import Turn
 from dmpo_jax.structs import TrainState
+from dmpo_jax.tasks.base import GeneratedTask
 from dmpo_jax.tasks.judge import judge
 from launch.bench import peers, programs, timing, workload
 from launch.bench.results import Options, Result, compare
@@ -23,7 +25,8 @@ class Numbers:
   def __init__(self, work: workload.Workload):
     self._length = work.config.task.max_prompt_length
     own = work.model.config
-    self.vocab_size, self.bos_token_id = own.vocab_size, None
+    self.vocab_size = own.vocab_size
+    self.bos_token_id: int | None = None
     self.pad_token_id, self.mask_token_id = own.pad_token_id, own.mask_token_id
     self.eos_token_id = self.eot_token_id = own.eos_token_id
     self._ordinary = workload.ordinary_ids(own)
@@ -89,6 +92,7 @@ def _phase(work: workload.Workload) -> tuple[phases.Phase, TrainState]:
   config, tokenizer = work.config, Numbers(work)
   spec = tasks.spec(config.task.to_dict())
   task = tasks.make_task(**spec)
+  assert isinstance(task, GeneratedTask)
   records = list(task.generate("train", 16, config.seed))
   limits = dict(max_prompt_length=config.task.max_prompt_length, overlong="error")
   prompts = data.PromptStream(records, task, tokenizer, seed=config.seed, **limits)
@@ -105,7 +109,7 @@ def _phase(work: workload.Workload) -> tuple[phases.Phase, TrainState]:
   )
   workdir = epath.Path(tempfile.mkdtemp())
   phase, state = phases.training_phase(config, workdir, parts, work.policies.frozen)
-  return phase, state.replace(trainable=workload.as_trained(work.policies.trainable))
+  return phase, dataclasses.replace(state, trainable=workload.as_trained(work.policies.trainable))
 
 
 def make_peer(config: ConfigDict, official: str) -> timing.Contender:
@@ -115,6 +119,7 @@ def make_peer(config: ConfigDict, official: str) -> timing.Contender:
   work = workload.make(config, sharpness=workload.SHARPNESS)
   peer, tokenizer = peers.make(work, official), Numbers(work)
   task = tasks.make_task(**tasks.spec(config.task.to_dict()))
+  assert isinstance(task, GeneratedTask)
   record = next(iter(task.generate("train", 1, config.seed)))
 
   def reward(completion: np.ndarray) -> np.ndarray:

@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       raise ValueError(f"unexpected argument {argv[1]!r}")
     for option in ("json", "picture"):
-      buckets.refuse(f"--{option}", given[option].value)
+      buckets.refuse(f"--{option}", given[option].value or "")
     results = run(argv[0], filled(given.config), given)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

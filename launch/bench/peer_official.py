@@ -108,7 +108,7 @@ class OfficialPeer(Peer):
   def _method(self, name: str) -> Callable[..., Any]:
     """Bind a method of the official trainer to the attributes that it reads, without initialising a trainer."""
     own = self.config.objective
-    trainer = self._trainer.__new__(self._trainer)
+    trainer: Any = object.__new__(self._trainer)
     trainer.accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
     trainer.args = types.SimpleNamespace(
       mask_id=self.mask_token_id,

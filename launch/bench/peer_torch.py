@@ -17,8 +17,8 @@ from launch.bench import workload
 
 os.environ.setdefault("USE_TF", "0")  # otherwise transformers imports TensorFlow if it is installed
 try:
-  import peft
-  import torch
+  import peft  # pyright: ignore[reportMissingImports]  # optional
+  import torch  # pyright: ignore[reportMissingImports]
   from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 except ImportError as missing:
   raise ValueError(f"--peer=torch: {missing}; pip install -r requirements-torch.txt") from missing
@@ -89,9 +89,9 @@ class Peer:
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
+        rope_theta=config.rope_theta,  # pyright: ignore[reportCallIssue]  # taken as **kwargs by new versions
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
       )
     )
     named = {
@@ -171,8 +171,9 @@ class Peer:
       own = self.config.objective
       half = len(rows) // 2
       ratio = own.min_mask_ratio + (own.max_mask_ratio - own.min_mask_ratio) * torch.rand(half, 1)
-      is_masked = torch.rand(half, self.c) < ratio
-      is_masked = torch.cat([is_masked, ~is_masked])
+      first = torch.rand(half, self.c) < ratio
+      is_masked = torch.cat([first, ~first])
+    assert is_masked is not None
     is_hidden = torch.zeros(rows.shape, dtype=torch.bool)
     is_hidden[:, self.q :] = is_masked
     return is_hidden, is_masked.sum(-1).clamp(min=1)

@@ -1,7 +1,7 @@
 """The programs of training, traced as a run calls them, with abstract arrays; for `launch.plan` and the benchmark."""
 
+import dataclasses
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ def make_model(config: ConfigDict) -> Transformer:
   size = config.model.vocab_size
   if not size:
     raise ValueError("config.model.vocab_size = 0: without a tokenizer the size of the vocabulary is needed")
-  vocabulary = SimpleNamespace(vocab_size=size, mask_token_id=size - 1, eos_token_id=size - 2, pad_token_id=size - 2)
-  return build.build_model(config, vocabulary)
+  own = build.SpecialIds(vocab_size=size, mask_token_id=size - 1, eos_token_id=size - 2, pad_token_id=size - 2)
+  return build.build_model(config, own)
 
 
 def place(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Transformer, tuple[Mesh, Mesh]]:
@@ -74,7 +74,7 @@ def make_step(config: ConfigDict, model: Transformer, mesh: Mesh) -> tuple[Updat
   trained = abstract_trained(model, mesh)
   reference = Trainable.of(model.config).computing(trained)
   state = phases.abstract_state(trained, optimizer, mesh)
-  state = state.replace(reference=reference if config.objective.sync_reference_every else None)
+  state = dataclasses.replace(state, reference=reference if config.objective.sync_reference_every else None)
   layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
   return phases.training_update(config, model, optimizer, layout), state
 
@@ -105,6 +105,7 @@ def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh,
     program = sharding.moving(policies, meshes[1])
   else:
     program = phases.training_log_probs(config, model, mesh)
+    assert program is not None  # callers ask for what the objective needs
     about = experience.completion, experience.is_counted, experience.committed_at
     args = policies, experience.prompts, *about, key
   with jax.set_mesh(mesh):  # nothing may be computed here: the devices may not exist

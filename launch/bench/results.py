@@ -26,9 +26,11 @@ class Measured(Protocol):
 
   def tables(self) -> list[Table]:
     """Lay out the result."""
+    ...
 
   def as_json(self) -> dict[str, Any]:
     """Return everything in a form for a file."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

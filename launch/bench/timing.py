@@ -14,7 +14,7 @@ import re
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Contender:
 
   run: Callable[[], Mapping[str, float] | None]  # does one turn, and returns facts about it
   check: Callable[[], Mapping[str, np.ndarray]] = dict  # the same work without noise; numbers to compare
-  facts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # known before any turn, such as "flops"
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # known before any turn, such as "flops"
 
 
 Numbers = Mapping[str, np.ndarray]
@@ -47,7 +47,7 @@ class Timing:
 
   seconds: tuple[float, ...]
   peak_bytes: int | None  # above what the process held before its first turn; None: unknown on this system
-  facts: Mapping[str, float]
+  facts: Mapping[str, Any]
 
   @property
   def median(self) -> float:
@@ -102,7 +102,7 @@ def run_in_turns(
   return {
     name: Timing(
       tuple(turn.seconds for turn in rows),
-      None if None in [turn.peak_bytes for turn in rows] else max(turn.peak_bytes for turn in rows),
+      _highest([turn.peak_bytes for turn in rows]),
       facts[name] | rows[-1].facts,
     )
     for name, rows in turns.items()
@@ -118,7 +118,7 @@ def measure_peak(dtype: str) -> float:
     process.stop()
 
 
-def facts_of(make: Callable[..., Contender], args: tuple[Any, ...]) -> dict[str, float]:
+def facts_of(make: Callable[..., Contender], args: tuple[Any, ...]) -> dict[str, Any]:
   """Build a contender in its own process and return its facts."""
   process = _Process(make.__name__, make, args)
   process.stop()
@@ -189,6 +189,11 @@ class _Process:
     self._process.kill()
 
 
+def _highest(peaks: Sequence[int | None]) -> int | None:
+  known = [peak for peak in peaks if peak is not None]
+  return max(known) if len(known) == len(peaks) else None
+
+
 class _Problem(NamedTuple):
   text: str
 
@@ -196,7 +201,7 @@ class _Problem(NamedTuple):
 class _Turn(NamedTuple):
   seconds: float
   peak_bytes: int | None
-  facts: dict[str, float]
+  facts: dict[str, Any]
 
 
 def _serve(pipe: Connection, make: Callable[..., Contender], args: tuple[Any, ...]) -> None:
@@ -211,8 +216,9 @@ def _serve(pipe: Connection, make: Callable[..., Contender], args: tuple[Any, ..
         continue
       before = _resident()
       pipe.send({name: np.asarray(value) for name, value in contender.check().items()})
-      if base is not None:
-        base += _resident() - before  # the programs of the check stay in memory
+      after = _resident()
+      if base is not None and before is not None and after is not None:
+        base += after - before  # the programs of the check stay in memory
   except EOFError:
     pass
   except ValueError as error:
@@ -249,4 +255,6 @@ def _forget_peak() -> None:
 
 
 def _read_status(key: str) -> int:
-  return int(re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
+  found = re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())
+  assert found is not None  # Linux writes every key
+  return int(found[1]) * 1024

@@ -1,5 +1,6 @@
 """The section `update`: masks, loss, gradient, clipping and AdamW, and the same step in PyTorch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ def make_ours(config: ConfigDict) -> timing.Contender:
   """Compile the gradient step of training."""
   work = workload.make(config)
   step = workload.compile_step(work)
+  assert isinstance(step.accumulate, jax.stages.Compiled)
+  assert isinstance(step.apply, jax.stages.Compiled)
   facts = {
     "flops": step.num_microbatches * workload.count_flops("accumulate", config),
     "planned_bytes": max(map(workload.planned_bytes, (step.accumulate, step.apply))),
@@ -60,7 +63,7 @@ def fresh_state(work: workload.Workload) -> TrainState:
   """Start from a copy of the trained parameters, since a step donates its state."""
   trainable = workload.as_trained(work.policies.trainable)
   state = phases.fresh_state(trainable, phases.training_optimizer(work.config), work.mesh)
-  return state.replace(reference=work.policies.reference)
+  return dataclasses.replace(state, reference=work.policies.reference)
 
 
 def _check(config: ConfigDict) -> dict[str, np.ndarray]:

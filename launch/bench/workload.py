@@ -67,7 +67,7 @@ def as_trained(params: Any) -> Any:
   return jax.tree.map(lambda x: jnp.copy(x.astype(TRAINED_DTYPE)), params)
 
 
-def _fill_b(path: tuple[jax.tree_util.DictKey, ...], array: jax.Array) -> jax.Array:
+def _fill_b(path: jax.tree_util.KeyPath, array: jax.Array) -> jax.Array:
   if path[-1].key != "B":
     return array
   key = jax.random.fold_in(jax.random.key(2), array.shape[-1])
@@ -154,6 +154,7 @@ def loop_calls(config: ConfigDict) -> int:
 def planned_bytes(compiled: jax.stages.Compiled) -> int:
   """Return the peak memory of a program as the compiler estimates it: arguments, results and temporaries."""
   memory = compiled.memory_analysis()
+  assert memory is not None  # CPUs, GPUs and TPUs have one
   total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
   return total - memory.alias_size_in_bytes
 

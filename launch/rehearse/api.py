@@ -265,6 +265,7 @@ def _conditions(request: Request) -> dict[str, str]:
 def _parts(request: Request) -> list[tuple[dict[str, str], bytes]]:
   """Split a multipart body into the headers, in lower case, and the content of each part."""
   boundary = re.search(r'boundary="?([^";]+)"?', request.headers["content-type"])
+  assert boundary is not None  # in every multipart request
   delimiter = b"--" + boundary[1].strip("'").encode()
   newline = b"\r\n" if delimiter + b"\r\n" in request.body else b"\n"  # gcsfs writes \n
   found = []

@@ -150,6 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
     self.send_response(200, "Connection established")
     self.end_headers()
     self.wfile.flush()
+    assert isinstance(self.server, _Server)
     self.connection = self.server.context.wrap_socket(self.connection, server_side=True)
     self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb")
     self.scheme, self.close_connection = "https", False
@@ -157,6 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
   def _answer(self) -> None:
     origin = f"{self.scheme}://{self.headers.get('Host', HERE)}"
     headers = {name.lower(): value for name, value in self.headers.items()}
+    assert isinstance(self.server, _Server)
     answer = self.server.answer(Request(self.command, self.path, headers, self._body(), origin))
     if answer is None:
       self.close_connection = True

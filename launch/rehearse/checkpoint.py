@@ -3,7 +3,6 @@
 import copy
 import json
 import pathlib
-import types
 from collections.abc import Iterable
 
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from dmpo_jax.hub.model_config import model_config_to_hf
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.hub.tokenizer import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from dmpo_jax.tasks import user
+from dmpo_jax.tasks.base import GeneratedTask, UserTask
 
 SPECIAL = {
   "bos_token": "<|startoftext|>",
@@ -48,7 +48,7 @@ def write(folder: pathlib.Path, config: ConfigDict, scale: float = SCALE) -> int
   ids = _write_tokenizer(folder, _prompts(config))
   with copy.deepcopy(config).unlocked() as own:
     own.model.init_from, own.model.quantization = "", "none"
-    model = build.build_model(own, types.SimpleNamespace(**ids, vocab_size=PIECES)).config
+    model = build.build_model(own, build.SpecialIds(**ids, vocab_size=PIECES)).config
   family = natural_family(model)
   rng, dtype = np.random.default_rng(config.seed), jnp.dtype(config.model.param_dtype)
   places = checkpoint_places(model, family)
@@ -75,8 +75,10 @@ def _prompts(config: ConfigDict) -> list[str]:
     with copy.deepcopy(config.task).unlocked() as own:
       own.name = name
     task = tasks.make_task(**tasks.spec(own.to_dict()))
-    records = task.records("train") if user.is_file(name) else task.generate("train", 64, 0)
-    found += [task.prompt(record) for record in records]
+    if isinstance(task, UserTask):
+      found += map(task.prompt, task.records("train"))
+    elif isinstance(task, GeneratedTask):
+      found += map(task.prompt, task.generate("train", 64, 0))
   return found
 
 
@@ -96,4 +98,5 @@ def _write_tokenizer(folder: pathlib.Path, texts: list[str]) -> dict[str, int]:
   tokenizer.save(str(folder / TOKENIZER_FILE))
   about = {**SPECIAL, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
   (folder / CONFIG_FILE).write_text(json.dumps(about, indent=2))
-  return {f"{kind}_id": tokenizer.token_to_id(SPECIAL[kind]) for kind in ("mask_token", "eos_token", "pad_token")}
+  vocabulary = tokenizer.get_vocab()
+  return {f"{kind}_id": vocabulary[SPECIAL[kind]] for kind in ("mask_token", "eos_token", "pad_token")}

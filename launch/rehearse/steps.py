@@ -63,7 +63,8 @@ class Plan:
     num = self.config.eval.num_prompts
     if not user.is_file(task):
       return num
-    return min(len(list(user.load(task, grader=self.config.task.user.grader).records("test"))), num)
+    own = user.load(task, grader=self.config.task.user.grader)
+    return min(len(list(own.records("test"))), num)
 
   def logs(self, step: str) -> pathlib.Path:
     """Return the folder of the output of a step's processes."""

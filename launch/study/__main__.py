@@ -48,11 +48,11 @@ def main(argv: Sequence[str]) -> None:
   for chosen, known in ((given.groups, GROUPS), (given.tasks, TASKS)):
     if set(chosen) - set(known):
       raise app.UsageError(f"{', '.join(sorted(set(chosen) - set(known)))}: must be among {', '.join(known)}")
-  seeds, changes = read_seeds(given.seeds), dict(read_change(change) for change in given["set"].value)
+  seeds, changes = read_seeds(given.seeds), dict(read_change(change) for change in given["set"].value or ())
   for task in given.tasks:
     validate(_changed(bench_config("wdce", task), changes))
   for option in ("out", "docs"):
-    buckets.refuse(f"--{option}", given[option].value)
+    buckets.refuse(f"--{option}", given[option].value or "")
   study = runs.Study(pathlib.Path(given.out).expanduser().resolve(), given.calls, changes)
   study.check_folder()
   os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # a third of a run on CPUs was compilation

@@ -22,7 +22,7 @@ from etils import epath
 
 from dmpo_jax import files
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
-from dmpo_jax.objectives.likelihood import Completions, Estimator
+from dmpo_jax.objectives.likelihood import Completions, Linear
 from dmpo_jax.objectives.masking import MaskSampling
 from dmpo_jax.run import buckets
 from launch import commands
@@ -73,7 +73,7 @@ def main() -> None:
   print(markdown(figures))
 
 
-def candidates() -> Iterator[tuple[str, Estimator]]:
+def candidates() -> Iterator[tuple[str, Linear]]:
   """List the estimators by name, each at several costs."""
   for count in (1, 2, 4, 8, 16, 32):
     yield "elbo", Elbo(MaskSampling(count, antithetic=False))
@@ -103,7 +103,7 @@ def exact_log_likelihood(table: np.ndarray) -> np.ndarray:
   return np.array(totals)
 
 
-def measure(name: str, estimator: Estimator, table: np.ndarray, exact: np.ndarray) -> Figures:
+def measure(name: str, estimator: Linear, table: np.ndarray, exact: np.ndarray) -> Figures:
   """Estimate every completion `DRAWS` times."""
   p = len(COMPLETIONS)
   keys = jax.random.split(jax.random.key(0), (p, DRAWS))

@@ -144,8 +144,10 @@ def overview(results: Sequence[Result]) -> str:
   curves = [CURVES[0], CURVES[3], CURVES[4]]
   if not questions:
     questions = [members for _, _, members in _by_question(results)][:1]
-  figure, axes = plt.subplots(len(questions), len(curves), figsize=(13, 3.4 * len(questions)), layout="constrained")
-  for row, members in zip(np.reshape(axes, (len(questions), -1)), questions, strict=True):
+  figure, axes = plt.subplots(
+    len(questions), len(curves), squeeze=False, figsize=(13, 3.4 * len(questions)), layout="constrained"
+  )
+  for row, members in zip(axes.tolist(), questions, strict=True):
     _draw_curves(row, members, curves)
     row[0].set_title(members[0].task, loc="left")
   _add_legend(figure, row[0])
@@ -229,8 +231,8 @@ def _figures(data: dict[str, Any]) -> tuple[float, float, float, float]:
   """Return the final solve rate and reward, and -log p and the number of different rollouts in the last quarter."""
   last, buffers = data["evaluations"][-1], data["buffers"]
   late = buffers[-max(1, len(buffers) // 4) :]
-  drawn = [float(np.mean([row[key] for row in late])) for key in ("sampled_nll", "unique_rollouts")]
-  return (last["solve_rate"], last["reward_mean"], *drawn)
+  log_p, different = (float(np.mean([row[key] for row in late])) for key in ("sampled_nll", "unique_rollouts"))
+  return last["solve_rate"], last["reward_mean"], log_p, different
 
 
 def half_width(values: np.ndarray) -> float:

@@ -5,7 +5,7 @@ A specification contains its values but no colours; the page has those, for ligh
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dmpo_jax.run.report.runs import Row, Run
@@ -119,7 +119,7 @@ SYMBOLS = {"symbolOpacity": 1, "symbolStrokeWidth": 2}  # of a legend; by defaul
 STEPS = {"train": "buffers", "warm_start": "updates"}
 
 
-def list_parts(rows: Iterable[Row]) -> list[str]:
+def list_parts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
   """Return the names of the reward's parts, of which rows of figures have the means."""
   found = dict.fromkeys(name for row in rows for name in row if name.startswith("reward_"))
   return [name.removeprefix("reward_") for name in found if name not in WHOLE_REWARD]

@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 import vl_convert
@@ -201,11 +201,11 @@ def animations(run: Run) -> list[Animation]:
   return found
 
 
-def is_animation(record: object) -> bool:
+def is_animation(record: object) -> TypeGuard[Mapping[str, Any]]:
   """Whether the `denoising` of a generation is complete and can be animated."""
   if not isinstance(record, Mapping):
     return False
-  pieces, calls, confidence = (record.get(name) for name in ("pieces", "committed_at", "confidence"))
+  pieces, calls, confidence = (record.get(name, ()) for name in ("pieces", "committed_at", "confidence"))
   if not all(isinstance(part, list) and part for part in (pieces, calls, confidence)):
     return False
   return (
@@ -228,7 +228,8 @@ def _as_json(value: object) -> Markup:
 @functools.cache
 def _vega() -> str:
   """Return the bundle of Vega-Lite and its renderer, for a script element."""
-  return vl_convert.javascript_bundle().replace("</script", "<\\/script").replace("<!--", "<\\!--")
+  bundle = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]  # the snippet is optional
+  return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _digest(text: str) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from etils import epath
 
@@ -156,7 +156,7 @@ def _read_grid(workdir: epath.Path, missing: list[str]) -> list[Row]:
   return known
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
   """Whether a value is a finite number, which can be drawn."""
   return type(value) in (int, float) and abs(value) <= sys.float_info.max
 

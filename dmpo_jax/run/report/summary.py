@@ -39,7 +39,7 @@ def buffers_of(run: Run) -> list[Row]:
 def _amounts(run: Run, rows: Sequence[Row]) -> Iterator[str]:
   spent = times(run)
   prompts, group, updates = map(run.count, ("rollout.num_prompts", "rollout.group_size", "train.updates_per_buffer"))
-  if rows and None not in (prompts, group, updates):
+  if rows and prompts is not None and group is not None and updates is not None:
     yield f"{len(rows)} buffers of {prompts * group:,} rollouts, {len(rows) * updates:,} updates"
   if spent:
     yield "time: " + ", ".join(

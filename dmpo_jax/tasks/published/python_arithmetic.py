@@ -57,7 +57,7 @@ def _value(node: ast.expr) -> Number:
 
 
 def _unsigned_value(node: ast.expr) -> Number:
-  if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+  if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
     return node.value
   if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
     left, right = _value(node.left), _value(node.right)

@@ -1,0 +1,8 @@
+from typing import Any
+
+from absl import flags
+from ml_collections.config_flags import config_flags as config_flags
+
+def DEFINE_config_file(
+  name: str, default: str | None = ..., help_string: str = ..., flag_values: flags.FlagValues = ..., **kwargs: Any
+) -> flags.FlagHolder[Any]: ...
