@@ -49,9 +49,11 @@ libtpu: $(LIBTPU)
 docs-check: $(INSTALLED)
 	PYTHONPATH=. $(RUN) tests/docs_check.py
 
+# style, layout and types
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
