@@ -166,15 +166,15 @@ class Case:
     self.has_adapters = config.model.lora.rank > 0
     self.parts = parts_of(self.has_adapters)
     self.base, self.old, self.new = policies_of(self.has_adapters)
-    self.objective_ = phases.make_objective(config)
-    self.has_teacher = self.objective_.has_teacher
+    self.learner = phases.make_objective(config)
+    self.has_teacher = self.learner.has_teacher
     optimizer = phases.training_optimizer(config)
     self.state = phases.fresh_state(self.new, optimizer, self.parts.mesh)
     if self.has_teacher:
       self.state = self.state.replace(reference=self.old)
     where = jax.tree.map(lambda x: x.sharding, self.state), sharding.replicated(self.parts.mesh)
     self.scoring = None
-    if not self.objective_.learns_from_demonstrations:
+    if not self.learner.learns_from_demonstrations:
       self.scoring = phases.training_scoring(config, self.parts.model, self.parts.mesh)
     self._update = phases.training_update(config, self.parts.model, optimizer, where)
 
@@ -305,14 +305,14 @@ def arrays_of(experience):
 def check_measure(case, experience, rollouts):
   """Compare what was measured with the plain way; returns it by group and rollout: sequences, and tokens."""
   o, likelihood = case.objective, case.objective.likelihood
-  if case.objective_.needs_weights and likelihood != "sampler":
+  if case.learner.needs_weights and likelihood != "sampler":
     estimator = phases.make_likelihood(case.config, o.num_elbo_samples)
     about = draw(*arrays_of(experience), estimator=estimator, purpose="measure", step=0)
     found = look(case, experience, about, ("old", "ref"), replays=likelihood == "trajectory")
     for name, measured in (("old", experience.log_p_old), ("ref", experience.log_p_ref)):
       plain = [[plain_losses.tokens(likelihood, o, view).sum() for view in group] for group in found[name]]
       np.testing.assert_allclose(measured, plain, rtol=2e-4, atol=1e-4, err_msg=name)
-  if case.objective_.needs_weights:
+  if case.learner.needs_weights:
     for i in range(P):
       kept = np.flatnonzero(IS_KEPT[i])
       old, ref = experience.log_p_old[i, kept], experience.log_p_ref[i, kept]
@@ -320,10 +320,10 @@ def check_measure(case, experience, rollouts):
       for measured, plain in zip((experience.weight, experience.negative_weight), weights, strict=True):
         np.testing.assert_allclose(measured[i, kept], plain, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(measured[i, ~IS_KEPT[i]], 0)
-  if case.objective_.needs_token_log_probs:
+  if case.learner.needs_token_log_probs:
     views = look(case, experience, update_masks(case, experience), ("old", "ref"), replays=likelihood == "trajectory")
     pairs = [("old", experience.token_log_p_old), ("ref", experience.token_log_p_ref)]
-    for name, measured in pairs[: 1 + case.objective_.needs_reference]:
+    for name, measured in pairs[: 1 + case.learner.needs_reference]:
       measured = measured[:, :, STEP % measured.shape[2]]
       plain = [[plain_losses.tokens(likelihood, o, view) for view in group] for group in views[name]]
       np.testing.assert_allclose(measured, plain, rtol=2e-4, atol=1e-4, err_msg=name)
@@ -376,11 +376,11 @@ def test_an_update_equals_its_plain_form(use_devices, objective, likelihood):
     case = case_of(objective, likelihood, antithetic, has_adapters)
     prompts = prompts_of(has_padding)
     rollouts = rollouts_of(sampler, has_adapters, has_padding, early_exit, likelihood == "sampler")
-    if case.objective_.learns_from_demonstrations:
+    if case.learner.learns_from_demonstrations:
       experience = rollout.demonstrate(prompts, rollouts.completion[:, 0])
     else:
       experience, figures = case.experience(rollouts, prompts, counted, IS_KEPT)
-      assert figures["scores_failed" if case.scoring.score else "rewards_failed"] == (not case.measure.score)
+      assert figures["scores_failed" if case.scoring.score else "rewards_failed"] == (not case.scoring.score)
       check_measure(case, experience, rollouts)
     state, metrics = case.update(experience)
     check_finite((state.trainable, state.opt_state, metrics))
