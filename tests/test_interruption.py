@@ -105,15 +105,15 @@ import sys, time
 from dmpo_jax.config import command
 from dmpo_jax import main, processes, train
 processes.meet.__defaults__ = (40.0, "")  # seconds of patience
-update, index = train.update, int(sys.argv[-1].partition("=")[2])
+learn, index = train.Now.learn, int(sys.argv[-1].partition("=")[2])
 
-def late(phase, state, experience, position):
-  if index == 1 and position.buffer == 1:
+def late(now, phase):
+  if index == 1 and now.position.buffer == 1:
     print("asleep", flush=True)
     time.sleep(3600)
-  return update(phase, state, experience, position)
+  learn(now, phase)
 
-train.update = late
+train.Now.learn = late
 command.run(main.main)
 """
 
