@@ -84,6 +84,7 @@ def begin_two(*args):
   return [begin(*args, *job, f"--process_id={process}", devices=2) for process in (0, 1)]
 
 
+@pytest.mark.slow
 def test_processes_of_different_commands_do_not_begin(tmp_path):
   job = (f"--coordinator={free_address()}", "--num_processes=2")
   both = [

@@ -98,6 +98,7 @@ def test_compiled_programs_of_a_bucket_are_kept_in_it(monkeypatch, workdir):
   assert changed == {"jax_compilation_cache_dir": "gs://bucket/.jax_cache"}
 
 
+@pytest.mark.slow
 def test_the_smoke_run_from_beginning_to_end(workdir):
   command = ("--config=configs/smoke.py", f"--workdir={workdir}")
   first = start(*command)

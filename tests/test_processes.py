@@ -96,6 +96,7 @@ def test_an_absent_process_is_named_and_the_others_end(tmp_path):
   assert re.search(f"stopped in process 1 by process [02], which has said: {re.escape(named)} 2 s\n", done[1].stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_that_fails_alone_ends_all_with_its_code(index):
   program = f"""
@@ -114,6 +115,7 @@ def test_a_process_that_fails_alone_ends_all_with_its_code(index):
     assert f"{own}stopped: the disk is full\n" in process.stderr
 
 
+@pytest.mark.slow
 def test_who_is_abandoned_ends_with_the_code_of_whoever_failed():
   """Collectives of a CPU break at once, before the words of the process that failed are there."""
   program = """

@@ -73,6 +73,7 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
     return collector.complete(collector.generate(policies, batch), policies)
 
 
+@pytest.mark.slow
 def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
   plain, metrics = collect(tiny.config(), folder, use_devices)
   assert np.abs(plain.log_p_ref - plain.log_p_old).max() > 0.01

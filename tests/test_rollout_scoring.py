@@ -64,6 +64,7 @@ def test_the_first_update_meets_the_views_that_were_measured(
     assert metrics["loss_kl"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_reference_follows_every_other_update(folder, use_devices, rank):
   config = tiny.config(
@@ -175,6 +176,7 @@ def test_a_rollout_with_a_token_that_fails_is_dropped_and_counted():
 UNTIL_EOS = dict(objective__counted="until_eos", objective__antithetic=False, sampler__steps=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_exit", [False, True])
 @pytest.mark.parametrize("sampler", ["random_order", "llada"])
 def test_a_trajectory_is_replayed_as_the_sampler_saw_it(folder, use_devices, sampler, early_exit):
@@ -201,6 +203,7 @@ def test_a_trajectory_is_replayed_as_the_sampler_saw_it(folder, use_devices, sam
   assert abs(metrics["loss_kl"]) < 1e-6, "the update sees the same states"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", [*ESTIMATORS, "sampler"])
 def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(folder, use_devices, likelihood):
   config = tiny.config(

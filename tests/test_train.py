@@ -156,6 +156,7 @@ def test_more_buffers_go_on_from_a_finished_run(left_alone, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(left_alone))
 
 
+@pytest.mark.slow
 def test_adapters_are_all_that_a_lora_run_saves(tmp_path):
   workdir = epath.Path(tmp_path / "run")
   train.main(config(model__lora__rank=2, train__num_buffers=1), workdir)
@@ -220,6 +221,7 @@ def test_a_run_whose_updates_were_all_skipped_has_not_ended_well(tmp_path, monke
   assert metrics.read_result(workdir) is None
 
 
+@pytest.mark.slow
 def test_a_run_without_a_signal_says_so(tmp_path, capsys, caplog):
   """While it runs, on the screen at its end, and on its page."""
   workdir = epath.Path(tmp_path / "run")

@@ -97,6 +97,7 @@ def notice_at_poll(patch, number):
   patch.setattr(rollout, "check_preemption", listen)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypatch):
   """Twice while one buffer is drawn, while the next is, in the middle of one, between two, and after a shorter run."""
   workdir = epath.Path(tmp_path / "run")

@@ -65,6 +65,7 @@ def step_of(begun, experience):
   return jax.device_get((state, metrics))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["negative", "model"])
 def test_microbatches_and_devices_change_nothing(folder, use_devices, baseline):
   whole = tiny.config(objective__wdce__baseline=baseline, optim__learning_rate=0.1)
