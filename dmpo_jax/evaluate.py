@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -150,13 +151,13 @@ def _num_buffers(workdir: epath.Path, name: str) -> int:
 
 
 def make_evaluate_training(
-  config: ConfigDict, workdir: epath.Path, parts: Parts, base: Any
+  config: ConfigDict, workdir: epath.Path, parts: Parts, base: PyTree
 ) -> Callable[[Any, int], dict[str, float]]:
   """Close over a run's own evaluation: `evaluate(trainable, after so many buffers) -> figures`."""
   evaluate_policy = make_evaluate(config, parts, base)
   about = describe(config, config) | _prompts_identity(config, parts) | {"base_identity": base_name(config, workdir)}
 
-  def evaluate_after(trainable: Any, buffers: int) -> dict[str, float]:
+  def evaluate_after(trainable: PyTree, buffers: int) -> dict[str, float]:
     path = workdir / "generations" / f"{buffers:06d}.jsonl"
     return evaluate_policy(trainable, path, about | {"buffers": buffers})
 
@@ -164,7 +165,7 @@ def make_evaluate_training(
 
 
 def make_evaluate(
-  config: ConfigDict, parts: Parts, base: Any
+  config: ConfigDict, parts: Parts, base: PyTree
 ) -> Callable[[Any, epath.Path, Mapping[str, Any]], dict[str, float]]:
   """Close over the configuration's evaluation: `evaluate(trainable, path, metadata) -> figures`."""
   own = config.eval
@@ -173,7 +174,7 @@ def make_evaluate(
   sample = sharding.within(parts.rollout_mesh, program)
   evaluation = Evaluation(*parts.held_out, parts.grading, parts.tokenizer, config.seed, own.batch_size)
 
-  def evaluate_policy(trainable: Any, path: epath.Path, metadata: Mapping[str, Any]) -> dict[str, float]:
+  def evaluate_policy(trainable: PyTree, path: epath.Path, metadata: Mapping[str, Any]) -> dict[str, float]:
     of_policy = functools.partial(sample, sharding.move(Policies(trainable, base), parts.rollout_mesh))
     return evaluation.run(of_policy, Unfinished(path, metadata), seconds_compiling=lambda: program.seconds)
 

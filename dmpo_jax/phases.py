@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from dmpo_jax import data, optim, policy, rollout, sharding, update
@@ -60,7 +61,7 @@ class Phase:
   num_buffers: int
   updates_per_buffer: int
   base: str  # identity of the saved parameters that it begins with; "" where they are random
-  frozen: Any  # reference parameters; {} where the objective has no reference
+  frozen: PyTree  # reference parameters; {} where the objective has no reference
   buffers: Buffers
   update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
   evaluate: Callable[[Any, int], dict[str, float]]  # of what is trained, after so many buffers
@@ -119,7 +120,7 @@ class GradedRollouts:
   collector: Collector
   prompts: data.PromptStream
   num_prompts: int
-  base: Any
+  base: PyTree
   trainable: Trainable
   compares_rewards: bool  # the objective learns from the differences of rewards inside a group alone
   takes_parts: bool  # it takes the parts of the rewards apart
@@ -150,7 +151,7 @@ class GradedRollouts:
     return Policies(self.trainable.computing(state.trainable), self.base, state.reference)
 
 
-def abstract_state(trained: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """Describe the state by shape, dtype and sharding; the optimizer's moments are laid out as their parameters are.
 
   Args:
@@ -169,7 +170,7 @@ def abstract_state(trained: Any, optimizer: optax.GradientTransformation, mesh: 
   return TrainState(zero, sharding.abstract(trained), opt_state, num_skipped=zero, num_skipped_in_a_row=zero)
 
 
-def fresh_state(trained: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def fresh_state(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """Return the state before the first update."""
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trained, optimizer, mesh))
 
@@ -206,7 +207,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
   return phase, state
 
 
-def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: Any) -> tuple[Phase, TrainState]:
+def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: PyTree) -> tuple[Phase, TrainState]:
   """Build the training proper by `config.objective`, and its first state: the base, or fresh adapters on it."""
   trainable, objective = parts.trainable, make_objective(config)
   optimizer = training_optimizer(config)
@@ -368,7 +369,7 @@ def training_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> roll
   )
 
 
-def _graded_rollouts(config: ConfigDict, parts: Parts, base: Any) -> GradedRollouts:
+def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRollouts:
   sample = sharding.within(parts.rollout_mesh, training_sample(config, parts.model, parts.mesh))
   collector = Collector(
     sample=lambda policies: functools.partial(sample, sharding.move(policies, parts.rollout_mesh)),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from dmpo_jax import noise, samplers, sharding
@@ -38,9 +39,9 @@ class NotFinite(RuntimeError):
 class Policies(NamedTuple):
   """The policy that draws rollouts, and its reference."""
 
-  trainable: Any
-  frozen: Any  # parameters that are not trained; {} where there are none
-  reference: Any = None  # see `structs.TrainState`
+  trainable: PyTree
+  frozen: PyTree  # parameters that are not trained; {} where there are none
+  reference: PyTree = None  # see `structs.TrainState`
 
 
 @dataclasses.dataclass(frozen=True)

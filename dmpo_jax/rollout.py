@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, PyTree
 
 from dmpo_jax import noise
 from dmpo_jax.grading import Grades, Grading, grade
@@ -428,5 +428,5 @@ def _join_rounds(rounds: list[LogProbs]) -> LogProbs:
   )
 
 
-def _take(arrays: Any, chunk: slice) -> Any:
+def _take(arrays: PyTree, chunk: slice) -> PyTree:
   return jax.tree.map(operator.itemgetter(chunk), arrays)

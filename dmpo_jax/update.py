@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
+from jaxtyping import PyTree
 
 from dmpo_jax import noise
 from dmpo_jax.logprobs import make_score
@@ -47,7 +48,7 @@ class Update:
   apply: Callable[[TrainState, Any, tuple[Metrics, ...]], tuple[TrainState, Metrics]]
 
   def __call__(
-    self, state: TrainState, frozen: Any, experience: Experience, seed: jax.Array
+    self, state: TrainState, frozen: PyTree, experience: Experience, seed: jax.Array
   ) -> tuple[TrainState, Metrics]:
     """Take one gradient step on a buffer; the state given is donated.
 
@@ -99,10 +100,10 @@ def make_update(
   trainable = Trainable.of(model.config)
   loss_and_metrics = _make_loss(model, objective, num_microbatches)
 
-  def zeros(trained: Any) -> Any:
+  def zeros(trained: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
 
-  def accumulate(gradient: Any, state: TrainState, frozen: Any, microbatch: Experience, seed: jax.Array):
+  def accumulate(gradient: PyTree, state: TrainState, frozen: PyTree, microbatch: Experience, seed: jax.Array):
     trained = trainable.computing(state.trainable)
     microbatch = of_update(microbatch, state.step)
     result = jax.value_and_grad(loss_and_metrics, has_aux=True)(trained, state, frozen, microbatch, seed)
@@ -128,7 +129,7 @@ def _make_loss(model: Transformer, objective: Objective, num_microbatches: int) 
   has_dropout = trainable.has_adapters and lora is not None and lora.dropout > 0
   replays = objective.likelihood is not None and objective.likelihood.replays
 
-  def loss_and_metrics(trained: Any, state: TrainState, frozen: Any, microbatch: Experience, seed: jax.Array):
+  def loss_and_metrics(trained: PyTree, state: TrainState, frozen: PyTree, microbatch: Experience, seed: jax.Array):
     num_prompts, group_size = microbatch.reward.shape
 
     def keys(purpose: str) -> jax.Array:
@@ -153,7 +154,7 @@ def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, syn
   """Close over the optimizer's change of the state by a whole gradient."""
   trainable = Trainable.of(model.config)
 
-  def apply(state: TrainState, gradient: Any, shares: tuple[Metrics, ...]):
+  def apply(state: TrainState, gradient: PyTree, shares: tuple[Metrics, ...]):
     metrics = functools.reduce(lambda total, share: jax.tree.map(jnp.add, total, share), shares)
     # A prompt without a kept rollout has added 0: the mean is over the others.
     scale = metrics.pop(PROMPTS) / jnp.maximum(metrics.pop(KEPT), 1)
@@ -162,7 +163,7 @@ def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, syn
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
 
-    def choose(new: Any, old: Any) -> Any:
+    def choose(new: PyTree, old: PyTree) -> PyTree:
       return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
 
     trained, reference = choose(optax.apply_updates(state.trainable, changes), state.trainable), state.reference

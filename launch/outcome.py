@@ -37,7 +37,7 @@ def arrays(path: epath.Path) -> dict[str, np.ndarray]:
   return {jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in jax.tree.flatten_with_path(read)[0]}
 
 
-def _timeless(value: Any) -> Any:
+def _timeless(value: object) -> Any:
   """Drop values that depend on the clock."""
   if not isinstance(value, dict):
     return value

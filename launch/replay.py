@@ -5,8 +5,6 @@ python -m launch.replay --workdir=runs/sudoku_tiny --buffers=0 --index=3    # fo
 python -m launch.replay --generations=FILE                                  # named in evaluation/result.json
 """
 
-from typing import Any
-
 from absl import flags
 from etils import epath
 from rich.console import Console
@@ -61,7 +59,7 @@ def main() -> None:
   console.print(f"{shown}, {verdict}", highlight=False)
 
 
-def _three_decimals(value: Any) -> str:
+def _three_decimals(value: object) -> str:
   return f"{value:.3f}" if is_number(value) else "unknown"
 
 

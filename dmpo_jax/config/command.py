@@ -66,7 +66,7 @@ def _find_shipped(arg: str) -> str:
   return f"--config={INSTALLED / path}{colon}{argument}"
 
 
-def complain(problem: Any) -> NoReturn:
+def complain(problem: object) -> NoReturn:
   """Print a mistake in the command and exit."""
   print(f"error: {problem}", file=sys.stderr)
   sys.exit(MISTAKE)

@@ -86,7 +86,7 @@ def _key_problem(path: str, values: Mapping[str, Any]) -> str:
   return _line(path, value, rule.allowed + "".join(did_you_mean(name, rule.names) for name in unknown))
 
 
-def _line(path: str, value: Any, allowed: str) -> str:
+def _line(path: str, value: object, allowed: str) -> str:
   return f"config.{path} = {value!r}: {allowed}"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from jaxtyping import PyTree
 from orbax.checkpoint import type_handlers
 
 from dmpo_jax import digests
@@ -63,7 +64,7 @@ class _Handler(type_handlers.NumpyHandler):
       self._is_unfinished = False
 
 
-def save_piecewise(path: epath.PathLike, arrays: Any) -> None:
+def save_piecewise(path: epath.PathLike, arrays: PyTree) -> None:
   """Save a tree of `PiecewiseArray`s to a folder, whole or not at all."""
   unused = type_handlers.ArrayHandler(array_metadata_store=None)  # without it Orbax logs a warning
   registry = type_handlers.create_type_handler_registry((PiecewiseArray, _Handler()), (jax.Array, unused))

@@ -140,7 +140,7 @@ def _tensor(path: epath.Path, name: str, entry: Mapping[str, Any], data: int) ->
   return tensor
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: object) -> bool:
   return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 

@@ -278,7 +278,7 @@ def _qwen_tokenizer(vocab: str, merges: str, added: Mapping[str, Mapping[str, An
   return tokenizer
 
 
-def _content(value: Any) -> str | None:
+def _content(value: object) -> str | None:
   """Return the text of a special token, given as text or with its properties; None for other settings."""
   text = value.get("content") if isinstance(value, Mapping) else value
   return text if isinstance(text, str) else None

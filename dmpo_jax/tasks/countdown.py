@@ -309,7 +309,7 @@ def _read_row(row: dict[str, Any]) -> Record:
   return {"numbers": ",".join(map(str, numbers)), "target": _positive(row["output"], "output")}
 
 
-def _positive(value: Any, name: str) -> int:
+def _positive(value: object, name: str) -> int:
   text = str(value).strip()
   if isinstance(value, bool) or not (text.isascii() and text.isdigit() and 0 < int(text) < 10**arithmetic.MAX_DIGITS):
     raise ValueError(f"{name} {value!r} is not a positive whole number")

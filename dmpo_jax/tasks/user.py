@@ -205,7 +205,7 @@ class PythonTask:
     sources.refuse_rows(f"task.name={self.path!r}, {split} split", problems)
     return records
 
-  def _problem(self, record: Any) -> str:
+  def _problem(self, record: object) -> str:
     if not isinstance(record, Mapping):
       return f"{record!r:.60} is not a dict"
     try:

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from dmpo_jax import noise, phases
@@ -79,7 +79,7 @@ def _check(config: ConfigDict) -> dict[str, np.ndarray]:
   }
 
 
-def flat(tree: Any) -> np.ndarray:
+def flat(tree: PyTree) -> np.ndarray:
   """Concatenate the arrays of a tree in the order of their names."""
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from dmpo_jax.hub import pretrained
@@ -62,7 +63,7 @@ def make(config: ConfigDict, *, sharpness: float = 1.0) -> Workload:
   return Workload(config, model, meshes, Policies(trainable, params, reference), _experience(config, model))
 
 
-def as_trained(params: Any) -> Any:
+def as_trained(params: PyTree) -> PyTree:
   """Copy parameters in the dtype in which they are trained."""
   return jax.tree.map(lambda x: jnp.copy(x.astype(TRAINED_DTYPE)), params)
 

@@ -252,7 +252,7 @@ class Api:
     return Answer(206, found.data[first:end], headers | {"Content-Range": f"bytes {first}-{end - 1}/{size}"})
 
 
-def _json(content: Any, status: int = 200) -> Answer:
+def _json(content: object, status: int = 200) -> Answer:
   return Answer(status, json.dumps(content).encode(), {"Content-Type": "application/json; charset=UTF-8"})
 
 

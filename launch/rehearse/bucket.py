@@ -18,7 +18,6 @@ import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -131,7 +130,7 @@ class _Server(ThreadingHTTPServer):
     super().server_close()
     self._log.close()
 
-  def handle_error(self, request: Any, client_address: Any) -> None:
+  def handle_error(self, request: object, client_address: object) -> None:
     """Print nothing about clients that were killed during a request."""
 
 
@@ -192,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
       super().finish()
     self.connection.close()
 
-  def log_message(self, *args: Any) -> None:
+  def log_message(self, *args: object) -> None:
     """Print nothing: requests have their own log."""
 
 
