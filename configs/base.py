@@ -114,7 +114,11 @@ def get_config() -> ConfigDict:
   # completion positions in the likelihood: all, until_eos (up to and including the first EOS; later ones are hidden)
   o.counted = "all"
   o.num_mask_samples = 2  # masks of each rollout in a gradient step
-  o.antithetic = True  # draw masks in complementary pairs
+  # where these masks, and those of the likelihoods elbo and eubo (coupled: not trajectory), come from. random: a ratio,
+  # then positions with that probability; stratified: the same with the ratios of a group spread evenly; trajectory:
+  # what the sampler had still to decide at a random point of its own trajectory
+  o.masks = "random"
+  o.antithetic = True  # draw masks in complementary pairs; not along a trajectory
   o.min_mask_ratio = 0.1  # mask ratios are drawn from U(min, max); a complement has 1 - ratio
   o.max_mask_ratio = 1.0
   o.mask_block_length = 0  # likelihoods elbo and eubo mask within one block of so many positions; 0: anywhere

@@ -281,6 +281,7 @@ def mask_sampling(config: ConfigDict, num: int) -> MaskSampling:
     min_ratio=own.min_mask_ratio,
     max_ratio=own.max_mask_ratio,
     block_length=own.mask_block_length,
+    kind=own.masks,
   )
 
 

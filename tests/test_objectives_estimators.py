@@ -12,7 +12,7 @@ import pytest
 from dmpo_jax.objectives import estimators
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory, make_estimator
 from dmpo_jax.objectives.likelihood import Completions, Estimator, elbo
-from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.masking import MaskSampling, mask_along_trajectory
 
 MASK, C = 3, 3
 COMPLETIONS = np.array(list(itertools.product(range(3), repeat=C)))  # all 27
@@ -26,6 +26,9 @@ CASES = {
   "eubo": Eubo(MaskSampling(2, antithetic=False), beta=1.0, mixture=1.0),
   "coupled": Coupled(MaskSampling(3, min_ratio=0.2, max_ratio=0.8)),
   "trajectory": Trajectory(MaskSampling(3)),
+  "elbo along the trajectory": Elbo(MaskSampling(2, antithetic=False, kind="trajectory")),
+  "elbo, stratified": Elbo(MaskSampling(8, antithetic=False, kind="stratified")),
+  "elbo, independent": Elbo(MaskSampling(8, antithetic=False)),
 }
 
 
@@ -140,6 +143,45 @@ def expected_by_size():
     log_prob = np.asarray(token_log_prob(jnp.broadcast_to(is_masked, (len(COMPLETIONS), 1, len(masks), C))))[:, 0]
     columns.append((C / size * np.where(is_masked, log_prob, 0).sum(-1)).mean(-1))
   return np.stack(columns, axis=-1)
+
+
+def along_trajectory(committed_at):
+  """The expected estimate under masks along a trajectory: each point of three as often, [27]."""
+  shape = (len(COMPLETIONS), 1, C)
+  ratio = jnp.broadcast_to((jnp.arange(C) + 0.5) / C, shape)
+  is_counted = jnp.ones(shape, bool)
+  is_masked, _ = mask_along_trajectory(ratio, jnp.broadcast_to(jnp.asarray(committed_at), shape), is_counted)
+  return np.asarray(elbo(token_log_prob(is_masked), is_masked, is_counted).mean(-1))[:, 0]
+
+
+def test_masks_along_the_trajectory_take_a_calls_choice_for_a_random_one():
+  # position 1 was decided first, then 2, then 0: next is any of those that are masked
+  states = [[MASK, MASK, MASK], [MASK, None, MASK], [MASK, None, None]]
+  expected = []
+  for y in COMPLETIONS:
+    total = 0.0
+    for state in states:
+      hidden = [l for l in range(C) if state[l] == MASK]
+      row = TABLE[tuple(MASK if l in hidden else y[l] for l in range(C))]
+      total += np.mean([row[l, y[l]] for l in hidden])
+    expected.append(total)
+  np.testing.assert_allclose(along_trajectory([2, 0, 1]), expected, rtol=1e-5)
+  assert within_noise(drawn("elbo along the trajectory")[1].mean(-1), np.array(expected))
+
+
+def test_over_random_orders_masks_along_the_trajectory_give_the_bound():
+  by_order = [along_trajectory(np.argsort(order)) for order in ORDERS]
+  np.testing.assert_allclose(np.mean(by_order, axis=0), BOUND, rtol=1e-5)
+
+
+def test_positions_of_one_call_are_masked_together():
+  np.testing.assert_allclose(along_trajectory([0, 0, 0]), drawn("one_step")[0][:, 0].sum(-1), rtol=1e-5)
+
+
+def test_stratified_ratios_leave_the_expectation_and_take_noise():
+  stratified, independent = (drawn(f"elbo, {kind}")[1].mean(-1) for kind in ("stratified", "independent"))
+  assert within_noise(stratified, expected_by_size().sum(-1) / (C + 1))
+  assert (stratified.std(-1) ** 2).mean() < 0.9 * (independent.std(-1) ** 2).mean()
 
 
 def test_the_bound_is_the_mean_over_sizes():

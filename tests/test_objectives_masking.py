@@ -5,11 +5,12 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dmpo_jax import noise
-from dmpo_jax.objectives.masking import MaskSampling, draw_masks, place_masks
+from dmpo_jax.objectives.masking import MaskSampling, draw_masks, mask_along_trajectory, place_masks
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 RANGE = dict(min_ratio=0.1, max_ratio=1.0)
@@ -22,7 +23,9 @@ MOST = 40  # prompts of the largest batch below; keys are always made for so man
   compiler_options={"xla_backend_optimization_level": 0},  # noise takes long to compile, and little to run
 )
 def draw_on_device(key_data, is_counted, masks):
-  return draw_masks(jax.random.wrap_key_data(key_data), is_counted, masks)
+  order = jnp.array([0, 3, 3, 1, 3, 2, 2, 9])[: is_counted.shape[-1]]
+  committed_at = jnp.broadcast_to(order, is_counted.shape) if masks.kind == "trajectory" else None
+  return draw_masks(jax.random.wrap_key_data(key_data), is_counted, masks, committed_at)
 
 
 def draw(keys, is_counted, **settings):
@@ -130,6 +133,53 @@ def test_devices_change_no_mask():
   np.testing.assert_array_equal(np.asarray(split)[:3], whole)
 
 
+def test_a_point_of_the_trajectory_masks_what_the_sampler_had_still_to_decide():
+  committed_at = np.array([[[2, 0, 1, 1, 0]]], np.int32)  # the last position does not count
+  is_counted = np.array([[[True, True, True, True, False]]])
+  ratio = np.array([[[1.0, 0.76, 0.74, 0.5, 0.26, 0.24, 0.0]]], np.float32)
+  is_masked, share = jax.jit(mask_along_trajectory)(ratio, committed_at, is_counted)
+  # 0, 0, 1, 2, 2, 3 and 3 of the four are before the chosen one; the two of call 1 go together
+  later, tied = [True, False, True, True, False], [True, False, False, False, False]
+  everything = [True, True, True, True, False]
+  np.testing.assert_array_equal(is_masked[0, 0], [everything, everything, later, later, later, tied, tied])
+  np.testing.assert_allclose(share[0, 0], [1, 1, 0.75, 0.75, 0.75, 0.25, 0.25])
+
+
+def test_a_call_is_met_as_often_as_it_decided_positions():
+  committed_at = np.array([[[0, 3, 3, 1, 3, 2, 2, 9]]], np.int32)
+  is_counted = np.arange(8)[None, None] < 7
+  ratio = (np.arange(7, dtype=np.float32)[None, None] + 0.5) / 7
+  is_masked, _ = jax.jit(mask_along_trajectory)(ratio, committed_at, is_counted)
+  assert sorted(np.asarray(is_masked[0, 0]).sum(-1)) == [3, 3, 3, 5, 5, 6, 7]
+  is_masked, _ = draw(keys_of([3]), is_counted.repeat(3, 1), num=5, antithetic=False, kind="trajectory")
+  assert set(is_masked.sum(-1).ravel()) <= {3, 5, 6, 7}
+  assert len(set(is_masked.sum(-1).ravel())) > 2
+
+
+def test_stratified_ratios_are_uniform_and_evenly_spread_over_a_rollout_and_its_group():
+  settings = dict(antithetic=False, min_ratio=0.2, max_ratio=0.7, kind="stratified")
+  is_masked, ratio = draw(keys_of(range(MOST)), counted(MOST, 3, 50), num=4, **settings)
+  share = (ratio - 0.2) / 0.5
+  assert (share >= -1e-6).all()
+  assert (share < 1 + 1e-5).all()
+  np.testing.assert_allclose(np.diff(np.sort(share, axis=-1)), 1 / 4, atol=1e-5)
+  np.testing.assert_allclose(np.diff(np.sort(share.reshape(MOST, 12), axis=-1)), 1 / 12, atol=1e-5)
+  # the groups' shifts are independent: where the lowest of 12 stands is uniform
+  lowest = 12 * share.reshape(MOST, 12).min(-1)
+  np.testing.assert_allclose(np.quantile(lowest, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.25)
+  standard = (is_masked - ratio[..., None]) / np.sqrt(ratio * (1 - ratio))[..., None]
+  assert np.mean(standard) == pytest.approx(0, abs=4 / np.sqrt(standard.size))
+
+
+def test_stratified_masks_of_a_group_depend_on_no_other():
+  settings = dict(num=4, kind="stratified", antithetic=True, **RANGE)
+  whole, _ = draw(keys_of([11, 12, 13]), counted(3, 3, 7), **settings)
+  shuffled, _ = draw(keys_of([13, 11, 12]), counted(3, 3, 7), **settings)
+  np.testing.assert_array_equal(whole, shuffled[[1, 2, 0]])
+  _, later = draw(keys_of([11, 12, 13], step=1), counted(3, 3, 7), **settings)
+  assert len(np.unique(later.round(5))) == later.size
+
+
 @pytest.mark.parametrize("name", ["wdce", "elbo"])
 def test_recorded_noise_gives_the_recorded_masks(name):
   # recorded from the official PyTorch code
@@ -167,6 +217,9 @@ def test_recorded_noise_gives_the_recorded_masks(name):
     (dict(num=0), "^0 mask samples: must be at least 1"),
     (dict(min_ratio=-0.1), "mask ratios from -0.1 to 1.0"),
     (dict(max_ratio=1.5), "mask ratios from 0.1 to 1.5"),
+    (dict(kind="stratifed"), "^stratifed masks: must be one of .*; did you mean 'stratified'"),
+    (dict(kind="trajectory"), "^trajectory masks: must be random or stratified, as objective.antithetic = True"),
+    (dict(kind="trajectory", antithetic=False, block_length=4), "as objective.mask_block_length = 4 masks within one"),
     (dict(min_ratio=0.9, max_ratio=0.5), "mask ratios from 0.9 to 0.5: must be 0 <= min <= max <= 1"),
   ],
 )

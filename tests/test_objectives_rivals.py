@@ -359,7 +359,8 @@ def test_independent_sets_of_wddo_are_no_complements():
     seen.append(np.asarray(is_masked))
     return Scores(log_prob=jnp.full(is_masked.shape, -1.0), entropy=jnp.zeros(is_masked.shape))
 
-  wide = make_experience(is_counted=np.ones((1, 2, 64), bool), completion=np.zeros((1, 2, 64), np.int32))
+  zeros = np.zeros((1, 2, 64), np.int32)
+  wide = make_experience(is_counted=zeros == 0, completion=zeros, committed_at=zeros)
   wide = jax.tree.map(jnp.asarray, wide)
   keys = jax.random.split(jax.random.key(0), (1, 2))
   for sets in wddo.SETS:

@@ -232,6 +232,26 @@ def test_groups_without_variance_by_hand():
   assert weights.fraction_without_variance(reward, is_kept).item() == 0.75
 
 
+def test_the_signal_kept_is_what_weights_and_their_opposites_differ_in_by_hand():
+  reward = jnp.array([[1.0, 0.0], [1.0, 1.0], [2.0, 0.0]])  # the second group has no variance
+  weight = jnp.array([[0.9, 0.1], [0.5, 0.5], [0.7, 0.3]])
+  opposite = jnp.array([[0.1, 0.9], [0.5, 0.5], [0.6, 0.4]])
+  weighed = weights.Weights(weight, opposite, jnp.ones(3), reward >= 0)
+  assert weights.signal_kept(weighed, reward).item() == pytest.approx((0.8 + 0.1) / 2)
+  assert jnp.isnan(weights.signal_kept(weighed, jnp.ones((3, 2))))
+
+
+def test_a_log_ratio_beyond_the_tilt_leaves_no_signal():
+  reward, is_kept = jnp.array([[1.0, 0.0], [0.5, 0.5]]), jnp.ones((2, 2), bool)
+  zeros = jnp.zeros((2, 2, 1))
+
+  def kept(log_p_ref):
+    return weights.weigh_buffer(reward, is_kept, log_p_ref, zeros, weights.Weighing(alpha=0.1))[1]["signal_kept"]
+
+  assert kept(zeros).item() == pytest.approx(math.tanh(5), rel=1e-5)  # (w - w_negative)_0 of logits 10 and -10
+  assert kept(zeros.at[0, 0].set(30.0)).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_log_ratio_figures_by_hand():
   log_p_old = jnp.zeros((2, 2, 4))
   log_p_ref = jnp.array([[[1.0, 1, 3, 3], [4, 4, 4, 4]], [[5.0, 5, 5, 5], [jnp.nan] * 4]])

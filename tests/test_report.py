@@ -399,15 +399,37 @@ def test_the_summary_is_short_and_says_what_is_worth_a_look(workdir, tmp_path):
     "time: warm start 500 s, sampling 16 s, updates 8.0 s, other 76 s",
     "rollouts, first buffer to last: reward 0.100 to 0.800",
   ]
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   bad = {"updates_skipped": 3.0, "rewards_failed": 2.0, "log_ratio_error": 2.0, "tilt_std": 1.0}
-  rows = [row | bad if row["phase"] == "train" and row["step"] else row for row in rows]
-  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  assert report.summarize(tmp_path)[2:] == [
+  assert [line.partition(": weights")[0] for line in summary_with(workdir, tmp_path, bad)[2:]] == [
+    "warning: the log-ratio's noise exceeded the spread of reward / alpha in 8 of 8 buffers",
     "warning: 3 updates skipped: loss or gradient not finite",
     "warning: 16 rollouts dropped: their reward failed",
-    "warning: the log-ratio's noise exceeded the spread of reward / alpha in 8 of 8 buffers",
   ]
+
+
+def summary_with(workdir, folder, figures):
+  """The summary of the same run with these figures in every buffer."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  rows = [row | figures if row["phase"] == "train" and row["step"] else row for row in rows]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return report.summarize(folder)
+
+
+@pytest.mark.parametrize(
+  ("figures", "remedy"),
+  [
+    ({"signal_kept": 0.03, "log_ratio_std": 3.0, "log_ratio_error": 0.5, "tilt_std": 1.0}, "let the reference follow"),
+    ({"signal_kept": 0.03, "log_ratio_std": 0.1, "tilt_std": 0.2}, "lower objective.alpha, or raise objective.kappa"),
+  ],
+)
+def test_weights_that_cancel_are_reported_with_what_would_help(workdir, tmp_path, figures, remedy):
+  (line,) = [line for line in summary_with(workdir, tmp_path, figures) if line.startswith("warning")]
+  assert line.startswith("warning: next to nothing was learned in 8 of 8 buffers: weights and those of")
+  assert remedy in line
+  assert "Next to nothing was learned in 8 of 8 buffers" in report.write([tmp_path]).read_text()
+  kept = summary_with(workdir, tmp_path, figures | {"signal_kept": 0.3})
+  assert not [line for line in kept if line.startswith("warning")]
+  assert any("signal kept 0.30 to 0.30" in line for line in kept)
 
 
 def browse(path, folder):

@@ -23,7 +23,7 @@ from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.models.transformer import DTYPES, QUANTIZATIONS, REMAT_POLICIES
 from dmpo_jax.objectives import OBJECTIVES, wddo
 from dmpo_jax.objectives.estimators import ESTIMATORS, Coupled, Elbo, ElboQuadrature
-from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.masking import KINDS, MaskSampling
 from dmpo_jax.objectives.weights import BASELINES, REWARD_SCALINGS, WEIGHTINGS
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.sharding import MESH_AXES
@@ -76,6 +76,17 @@ def masks_problem(num: int, antithetic: bool, points: int, likelihood: str) -> s
   bounds = {"elbo": Elbo(masks), "eubo": Elbo(masks), "coupled": Coupled(masks)}
   estimator = (bounds | {"elbo_quadrature": ElboQuadrature(masks, points)}).get(likelihood)
   return estimator.problem().partition(": ")[2] if estimator is not None else ""
+
+
+def kind_problem(kind: str, antithetic: bool, block_length: int, name: str, likelihood: str) -> str:
+  """Say which masks the loss or its likelihood can have instead."""
+  if problem := MaskSampling(2, antithetic, block_length=block_length, kind=kind).kind_problem():
+    return problem
+  objective = OBJECTIVES[name]
+  is_own = not objective.takes_likelihood
+  kinds = objective.mask_kinds if is_own or likelihood not in ESTIMATORS else ESTIMATORS[likelihood].mask_kinds
+  reader = f"objective.name = {name!r}" if is_own else f"objective.likelihood = {likelihood!r}"
+  return "" if kind in kinds else f"{' or '.join(kinds)}, as {reader} has no others"
 
 
 DRAWN = ("objective.antithetic", "objective.elbo_quadrature.num_points", "objective.name", "objective.likelihood")
@@ -224,6 +235,9 @@ KEYS: dict[str, Rule] = {
   "objective.name": one_of(*OBJECTIVES),
   "objective.counted": one_of("all", "until_eos"),
   "objective.num_mask_samples": whole(1).checked_by(update_masks_problem, *DRAWN),
+  "objective.masks": one_of(*KINDS).checked_by(
+    kind_problem, "objective.antithetic", "objective.mask_block_length", "objective.name", "objective.likelihood"
+  ),
   "objective.antithetic": flag(),
   "objective.min_mask_ratio": SHARE.also("below {0}", operator.lt, "objective.max_mask_ratio"),
   "objective.max_mask_ratio": number("(0, 1]"),

@@ -18,6 +18,7 @@ class Denoise(Objective):
   """LLaDA's supervised loss."""
 
   learns_from_demonstrations: ClassVar[bool] = True
+  mask_kinds: ClassVar[tuple[str, ...]] = ("random", "stratified")  # a demonstration has no trajectory
 
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
     """Compute LLaDA's loss: (1 / num_prompts) sum_prompts mean_g `bound` (arXiv 2502.09992, eq. 5, algorithm 2).

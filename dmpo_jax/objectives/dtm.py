@@ -49,7 +49,7 @@ class Dtm(Objective):
     Args:
       score: with p_old as its teacher: the reference, synchronised after every buffer.
     """
-    is_masked, _ = draw_masks(keys, experience.is_counted, self.masks)
+    is_masked, _ = draw_masks(keys, experience.is_counted, self.masks, experience.committed_at)
     scores = score(is_masked, pairs=self.masks.pairs())
     assert scores.divergence is not None  # as `has_teacher` says
     weight = bounded_exp(self.tilt * centred_advantage(experience.reward, experience.is_kept)) - self.control_variate

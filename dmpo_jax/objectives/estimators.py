@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Linear, Views
-from dmpo_jax.objectives.masking import MaskSampling, draw_block_masks, draw_masks, uniform_noise
+from dmpo_jax.objectives.masking import KINDS, MaskSampling, draw_block_masks, draw_masks, uniform_noise
 from dmpo_jax.spelling import did_you_mean
 
 
@@ -48,8 +48,11 @@ class Elbo(Linear):
   """mean_r (n/m) sum_{l in M_r} log p(y_l | M_r): see `likelihood.elbo`, which it equals.
 
   Args:
-    masks: with a block_length, as SPG draws them (arXiv 2510.09541).
+    masks: with a block_length, as SPG draws them (arXiv 2510.09541). Along a trajectory it is what
+      `masking.mask_along_trajectory` says, and no bound.
   """
+
+  mask_kinds: ClassVar[tuple[str, ...]] = KINDS
 
   def problem(self) -> str:
     return self.masks.problem()
@@ -64,7 +67,7 @@ class Elbo(Linear):
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
-    is_read, is_masked = draw_block_masks(keys, is_counted, self.masks)
+    is_read, is_masked = draw_block_masks(keys, is_counted, self.masks, completions.committed_at)
     return Views(is_masked, _by_count(is_read, is_counted) / self.masks.num)
 
 
@@ -150,6 +153,7 @@ class Coupled(Linear):
   """
 
   is_log_p: ClassVar[bool] = False
+  mask_kinds: ClassVar[tuple[str, ...]] = ("random", "stratified")
 
   def problem(self) -> str:
     if self.masks.num < 3 or self.masks.num % 2 == 0:

@@ -73,6 +73,9 @@ class Linear:
 
   is_log_p: ClassVar[bool] = True
   replays: ClassVar[bool] = False
+  mask_kinds: ClassVar[tuple[str, ...]] = (
+    "random",
+  )  # what `masks.kind` may be; one that is not read has its own masks
 
   @property
   def draws(self) -> tuple[int, ...]:

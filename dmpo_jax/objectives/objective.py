@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Array, Float, Key
 
 from dmpo_jax.objectives.likelihood import Estimator
-from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.masking import KINDS, MaskSampling
 from dmpo_jax.structs import Experience, Score
 
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]  # and metrics
@@ -29,7 +29,8 @@ class Objective:
   needs_weights: ClassVar[bool] = False  # importance weights
   needs_token_log_probs: ClassVar[bool] = False  # of the policy that drew the rollouts, under the update's own views
   has_teacher: ClassVar[bool] = False  # scores come with the divergence from the reference policy
-  takes_likelihood: ClassVar[bool] = False  # the loss reads `likelihood`; else it draws `masks`
+  takes_likelihood: ClassVar[bool] = False  # the loss reads `likelihood`; else it draws `masks`,
+  mask_kinds: ClassVar[tuple[str, ...]] = KINDS  # which may be of these kinds
 
   @property
   def needs_reference(self) -> bool:

@@ -49,7 +49,7 @@ class Wdce(Objective):
       far the policy moved since it drew the rollouts), and where unlearning is bounded `loss_stopped`, the share of the
       rollouts that no longer count.
     """
-    is_masked, _ = draw_masks(keys, experience.is_counted, self.masks)
+    is_masked, _ = draw_masks(keys, experience.is_counted, self.masks, experience.committed_at)
     losses, metrics = self.group_loss(score(is_masked, pairs=self.masks.pairs()), is_masked, experience)
     return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}
 

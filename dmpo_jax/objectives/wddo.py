@@ -43,7 +43,10 @@ class Wddo(Objective):
       (d, nats) and `loss_entropy` (nats a masked token).
     """
     num = self.masks.num
-    drawn = [draw_masks(key, experience.is_counted, self.masks)[0] for key in _keys_of(keys, self.sets)]
+    drawn = [
+      draw_masks(key, experience.is_counted, self.masks, experience.committed_at)[0]
+      for key in _keys_of(keys, self.sets)
+    ]
     is_masked = jnp.concatenate(drawn, axis=2)
     pairs = [self.masks.pairs(number * num) for number in range(len(drawn))]
     scores = score(is_masked, pairs=sum(pairs, ()))

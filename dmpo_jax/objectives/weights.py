@@ -98,7 +98,7 @@ def weigh_buffer(
   Returns:
     The weights, and `weight_difference` (mean over groups of sum |w - w_negative|), `kappa`, `tilt_std` (spread of
     reward / alpha inside groups), `log_ratio_noise` (standard error of the log-ratio over tilt_std), the figures of
-    `log_ratio_figures`, and, where weights are shares of a group, `effective_sample_size`.
+    `log_ratio_figures`, and, where weights are shares of a group, `effective_sample_size` and `signal_kept`.
   """
   weighed = weigh(reward, log_p_ref.mean(-1), log_p_old.mean(-1), is_kept, weighing, reward_parts)
   is_kept = weighed.is_kept
@@ -114,6 +114,7 @@ def weigh_buffer(
   }
   if weighing.weighting != "reward":
     figures["effective_sample_size"] = effective_sample_size(weighed.weight).mean()
+    figures["signal_kept"] = signal_kept(weighed, tilt)
   return weighed, figures
 
 
@@ -297,9 +298,27 @@ def effective_sample_size(weight: Float[Array, "p g"]) -> Float[Array, "p"]:
 @jax.jit  # called on the host: one program, where each of its operations would be one
 def fraction_without_variance(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, ""]:
   """Fraction of the groups whose kept rewards are all the same (or none): they have nothing to learn from."""
+  return (~has_variance(reward, is_kept)).mean()
+
+
+def has_variance(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Bool[Array, "p"]:
+  """Whether the kept rewards of each group differ."""
   highest = jnp.where(is_kept, reward, -jnp.inf).max(-1)
   lowest = jnp.where(is_kept, reward, jnp.inf).min(-1)
-  return (highest <= lowest).mean()
+  return highest > lowest
+
+
+def signal_kept(weighed: Weights, reward: Float[Array, "p g"]) -> Float[Array, ""]:
+  """Say how far the weights and those of the opposite target come apart, of what they could: in [0, 1].
+
+  sum_g |w - w_negative| / 2, the mean over the groups whose rewards differ; NaN where none do. 1: the two pick
+  different rollouts; 0: the same ones, and under the negative baseline nothing is learned. Low where the log-ratio,
+  signal or noise, outweighs the tilt reward / alpha in both, and where kappa times the tilt is so small that neither
+  picks any.
+  """
+  difference = jnp.abs(weighed.weight - weighed.negative_weight).sum(-1) / 2
+  is_informative = has_variance(reward, weighed.is_kept)
+  return jnp.where(is_informative, difference, 0).sum() / is_informative.sum()
 
 
 def spread_within_groups(values: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, ""]:

@@ -90,7 +90,7 @@ def masks_of_step(work: workload.Workload, step: int) -> np.ndarray:
   key = noise.step_key(config.seed, "loss", step)
   keys = noise.row_keys(key, experience.prompts.prompt_id, config.rollout.group_size)
   masks = phases.mask_sampling(config, config.objective.num_mask_samples)
-  is_masked, _ = draw_masks(keys, experience.is_counted, masks)
+  is_masked, _ = draw_masks(keys, experience.is_counted, masks, experience.committed_at)
   return np.asarray(is_masked)
 
 

@@ -1,9 +1,9 @@
 """One update of every objective with every likelihood and sampler that validation lets through.
 
-
 Of each such triple one case runs, from the rollouts of its sampler to the new parameters. The other switches (early
-exit and what is counted, antithetic masks, adapters or full, padding) change from case to case so that each value of
-each meets every objective and likelihood, every sampler, and each value of every other switch. In each case
+exit and what is counted, antithetic masks, padding, full or adapters, these with stratified masks or masks along the
+trajectory) change from case to case so that each value of each meets every objective and likelihood, every sampler, and
+each value of every other switch. In each case
 
   - everything is finite,
   - the likelihoods and the loss equal those of `plain_losses.py`, from whole logits of one unpadded row at a time,
@@ -51,6 +51,8 @@ def config_of(objective, likelihood, sampler, antithetic=True, has_adapters=Fals
   own = dict(likelihood=likelihood, name=objective, antithetic=antithetic, alpha=1.0, kappa=0.5, counted=ending[0])
   own |= dict(num_mask_samples=2 if objective in OWN_MASKS else mask_samples)
   own |= dict(num_elbo_samples=mask_samples, sync_reference_every=2 * (objective == "dtm"))
+  if has_adapters and (objective in OWN_MASKS[:-1] or likelihood in ("elbo", "eubo")):
+    own |= dict(masks="stratified" if antithetic else "trajectory")
   if objective == "wdce" and likelihood in ("elbo", "sampler"):  # the others compare with nothing
     own |= dict(wdce__baseline="model", wdce__unlearning="bounded", wdce__min_log_ratio=-1.0)
   if OBJECTIVES[objective].needs_token_log_probs:
@@ -244,7 +246,7 @@ def draw(prompts, is_counted, committed_at, *, estimator, purpose, step):
   """The views of an update or a measure, with the probability that each mask sample masks a position with."""
   keys = noise.row_keys(noise.step_key(0, purpose, step), prompts.prompt_id, is_counted.shape[1])
   if isinstance(estimator, MaskSampling):  # of a loss that draws its masks itself
-    return *draw_masks(keys, is_counted, estimator), None
+    return *draw_masks(keys, is_counted, estimator, committed_at), None
   views = estimator.views(keys, Completions(is_counted, committed_at, prompts.is_valid))
   ratio = jnp.ones(views.is_masked.shape[:3])
   if type(estimator).__name__ == "Coupled":

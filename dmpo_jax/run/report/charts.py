@@ -41,6 +41,12 @@ CURVES = (
     is_always=False,
   ),
   Curves(
+    "Signal kept",
+    {"signal_kept": "share"},
+    "How far weights and those of the opposite target come apart, of what they could; near 0 nothing is learned.",
+    is_always=False,
+  ),
+  Curves(
     "Entropy",
     {"entropy": "as the buffer is scored", "loss_entropy": "in its updates"},
     "Of the policy at masked positions, mean, nats.",

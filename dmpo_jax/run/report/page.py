@@ -63,7 +63,7 @@ def render(runs: Sequence[Run]) -> str:
     made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     facts=facts(runs),
     outcomes=[(run, *_outcome(run)) for run in runs],
-    lacking=[(run.name, lack) for run in runs if (lack := lack_of_signal(buffers_of(run)))],
+    lacking=[(run.name, lack) for run in runs for lack in lack_of_signal(buffers_of(run))],
     figures=figures,
     absent=absent,
     settings=settings(runs),

@@ -1,5 +1,6 @@
 """A run in a few lines, printed at its end: amounts, time, first and last figures, warnings."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -17,6 +18,7 @@ COUNTED = {
   "prompts_skipped": "prompts skipped: too long",
   "prompts_cut": "prompts cut: too long",
 }
+FAINT = 0.1  # of `signal_kept`: next to nothing is learned below
 RUNNING = (
   "updates_skipped",
   "prompts_skipped",
@@ -52,6 +54,7 @@ def _first_and_last(rows: Sequence[Row]) -> Iterator[str]:
     ("reward", ("reward_mean",), "{:.3f}"),
     ("solved", ("solve_rate",), "{:.1%}"),
     ("effective sample size", ("effective_sample_size",), "{:.2f}"),
+    ("signal kept", ("signal_kept",), "{:.2f}"),
     ("entropy", ("entropy", "loss_entropy"), "{:.3f}"),  # the updates' own, if nothing is scored before them
   )
   ranges = []
@@ -64,20 +67,44 @@ def _first_and_last(rows: Sequence[Row]) -> Iterator[str]:
     yield "rollouts, first buffer to last: " + ", ".join(ranges)
 
 
-def lack_of_signal(rows: Sequence[Row]) -> str:
-  """Report how many buffers had rewards without a signal; "" if none had."""
-  count = sum(row.get("without_signal") == 1 for row in rows)
-  return f"no signal in {count} of {len(rows)} buffers: all rewards equal in every group" if count else ""
+def lack_of_signal(rows: Sequence[Row]) -> list[str]:
+  """Report in how many buffers rewards or weights had no signal, each cause a sentence; empty if they had one.
+
+  A few noisy buffers are normal: at the end of a successful run rewards hardly differ. So noise and weights that cancel
+  are reported where most buffers have them.
+  """
+  found = []
+  if count := sum(row.get("without_signal") == 1 for row in rows):
+    found.append(f"no signal in {count} of {len(rows)} buffers: all rewards equal in every group")
+  noisy = [row for row in rows if row.get("log_ratio_error", 0.0) > row.get("tilt_std", math.inf)]
+  if len(noisy) > len(rows) / 2:
+    found.append(
+      f"the log-ratio's noise exceeded the spread of reward / alpha in {len(noisy)} of {len(rows)} buffers: weights "
+      "follow the noise. More objective.num_elbo_samples lower it; objective.sync_reference_every = "
+      "train.updates_per_buffer leaves no log-ratio"
+    )
+  faint = [row for row in rows if row.get("signal_kept", 1.0) < FAINT]
+  if len(faint) > len(rows) / 2:
+    found.append(
+      f"next to nothing was learned in {len(faint)} of {len(rows)} buffers: weights and those of the opposite target "
+      f"hardly differed (signal_kept below {FAINT}). {_remedy(faint)}"
+    )
+  return found
+
+
+def _remedy(rows: Sequence[Row]) -> str:
+  """Say what brings weights and their opposites apart: what the log-ratio leaves of the tilt, or a larger tilt."""
+  covered = sum(row.get("log_ratio_std", 0.0) > row.get("tilt_std", math.inf) for row in rows)
+  if covered > len(rows) / 2:
+    return "The log-ratio's spread exceeded that of reward / alpha: let the reference follow, or lower objective.alpha"
+  return "The spread of reward / alpha was small: lower objective.alpha, or raise objective.kappa"
 
 
 def _warnings(rows: Sequence[Row]) -> Iterator[str]:
-  if lack := lack_of_signal(rows):
+  for lack in lack_of_signal(rows):
     yield f"warning: {lack}"
   for name, what in COUNTED.items():
     values = [row[name] for row in rows if name in row]
     count = (values[-1] if name in RUNNING else sum(values)) if values else 0
     if count:
       yield f"warning: {count:,.0f} {what}"
-  noisy = sum(row.get("log_ratio_error", 0.0) > row.get("tilt_std", float("inf")) for row in rows)
-  if noisy > len(rows) / 2:  # a few are normal: at the end of a successful run rewards hardly differ
-    yield f"warning: the log-ratio's noise exceeded the spread of reward / alpha in {noisy} of {len(rows)} buffers"
