@@ -95,7 +95,8 @@ def get_config() -> ConfigDict:
   s.llada = ConfigDict(dict(remasking="low_confidence"))  # the tokens to remask: low_confidence, random
   s.freedave = ConfigDict(dict(remasking="low_confidence", draft_length=4))  # states per row in a model call
   s.entropy_bound = ConfigDict(dict(bound=0.1))  # nats: total entropy of a call's tokens but the least certain one
-  # tokens that a call commits: count (by steps), threshold (confident ones), factor (more, the more confident they are)
+  # tokens that a call commits: count (by steps), threshold (confident ones), factor (more, the more confident they
+  # are), entropy (by steps, the most certain ones, as in Dream's own code)
   parallel = dict(rule="threshold", threshold=0.9, factor=1.0)
   s.parallel = ConfigDict(parallel)
   s.prefix_cache = ConfigDict(parallel)

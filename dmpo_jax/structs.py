@@ -160,13 +160,14 @@ class Score(Protocol):
 class Denoiser(Protocol):
   """The model as samplers see it: parameters and the prompts of b rows closed over.
 
-  Hidden states may hold several things side by side along d (with guidance: the row with and without its prompt).
-  Samplers only slice them by position and pass them to `logits`.
+  Hidden states are given at the positions that they predict. They may hold several things side by side along d (with
+  guidance: the row with and without its prompt). Samplers only slice them by position and pass them to `logits`.
   """
 
   mask_token_id: int
   eos_token_id: int
   num_chunks: int  # of the vocabulary
+  shift_logits: bool  # the hidden state of a position predicts the next one's token (Dream)
 
   @property
   def reference(self) -> Self | None:
@@ -188,14 +189,19 @@ class Denoiser(Protocol):
     ...
 
   def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""], kv_cache: PyTree) -> Float[Array, "b s d"]:
-    """Compute positions [start, start + s), all others cached."""
+    """Compute positions [start, start + s), all others cached.
+
+    With `shift_logits` the position before the block predicts its first token. It is cached too, here and in `suffix`,
+    so the prediction of the first token stays that of `prefill`.
+    """
     ...
 
   def shadowed(self, completion: Int[Array, "b c"], start: Int[Array, ""], block_length: int) -> Float[Array, "b t d"]:
     """Compute a block, then its shadow: t = 2 * block_length.
 
-    The shadow is a second copy of the block's positions, all MASK. A shadow position sees the whole row but its own
-    token, and the row does not see the shadow: so it predicts each decided token as if that were still masked.
+    The shadow is a second copy of the positions that predict the block's tokens, all MASK. A shadow position sees the
+    whole row but the token that it predicts, and the row does not see the shadow: so it predicts each decided token as
+    if that were still masked.
     """
     ...
 

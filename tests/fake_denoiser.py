@@ -23,6 +23,7 @@ class Fake(NamedTuple):
   mask_token_id: int = MASK
   eos_token_id: int = -1  # none of the tokens
   num_chunks: int = 1
+  shift_logits: bool = False
   reference: Any = None
 
   def logits(self, hidden, number=0):

@@ -81,7 +81,11 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("sampler.llada.remasking", "low_confidense", "did you mean 'low_confidence'?"),
     ("sampler.name", "win", "did you mean 'wino'?"),
     ("sampler.guidance", -1.0, "a number in [0, inf)"),
-    ("sampler.dual_cache.rule", "treshold", "must be one of count, threshold, factor; did you mean 'threshold'?"),
+    (
+      "sampler.dual_cache.rule",
+      "treshold",
+      "threshold, factor, entropy; did you mean 'threshold'?",
+    ),
     ("sampler.freedave.draft_length", 0, "must be 1 or more"),
     ("rollout.chunk_prompts", 5, "0 or a divisor of rollout.num_prompts = 32"),
     ("rollout.early_exit", True, 'False unless objective.counted = "until_eos"'),

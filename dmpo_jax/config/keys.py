@@ -191,11 +191,7 @@ KEYS: dict[str, Rule] = {
   "grading.seconds": POSITIVE,
   "grading.memory_gb": POSITIVE,
   # and the section of each sampler, which `samplers.make_options` checks
-  "sampler.name": one_of(*SAMPLERS).also(
-    "a sampler that runs whole rows (llada, parallel, ...), as {0}",
-    lambda name, is_shifted: SAMPLERS[name].runs_whole_rows or not is_shifted,
-    "model.shift_logits",
-  ),
+  "sampler.name": one_of(*SAMPLERS),
   "sampler.completion_length": whole(1),
   "sampler.block_length": whole(1).also("a divisor of {0}", divides, "sampler.completion_length"),
   "sampler.steps": whole(1).also(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,13 @@ def make_denoiser(
   return _Prompted(model, variables, *prompts, guidance, reference_denoiser)
 
 
+class RowCache(NamedTuple):
+  """What a pass over whole rows leaves to calls on a part of them."""
+
+  kv_cache: KVCache
+  predicting: Float[Array, "b c d"] | None  # with `shift_logits` the hidden states that predict the completion
+
+
 class _Prompted:
   """The model on rows [prompt; completion], as a `structs.Denoiser`.
 
@@ -61,6 +68,7 @@ class _Prompted:
   ):
     config = model.config
     self.mask_token_id, self.eos_token_id = config.mask_token_id, config.eos_token_id
+    self.shift_logits = config.shift_logits
     self.reference = reference
     self._model, self._variables, self._guidance = model, variables, guidance
     self._head = constrain(model.head_of(variables), None, "vocab")  # gathered once, not for every chunk of every call
@@ -84,20 +92,22 @@ class _Prompted:
     tokens = self._repeat_sides(completion)
     return self._join_sides(completion_hidden(self._model, self._variables, prompt, is_valid, tokens))
 
-  def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], KVCache]:
+  def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], RowCache]:
     tokens = jnp.concatenate([self._prompt, self._repeat_sides(completion)], axis=1)
     kv_cache = empty_kv_cache(self._model.config, *tokens.shape)
     hidden, kv_cache = self._run(tokens, is_valid=self._extend_valid(completion.shape[1]), kv_cache=kv_cache)
     assert kv_cache is not None  # one goes in
-    return self._join_sides(hidden[:, self._q :]), kv_cache
+    first = self._q - self.shift_logits
+    predicting = self._join_sides(hidden[:, first : first + completion.shape[1]])
+    return predicting, RowCache(kv_cache, predicting if self.shift_logits else None)
 
   def suffix(
-    self, completion: Int[Array, "b c"], start: Int[Array, ""], kv_cache: KVCache, block_length: int
+    self, completion: Int[Array, "b c"], start: Int[Array, ""], kv_cache: RowCache, block_length: int
   ) -> Float[Array, "b s d"]:
     """Compute from `start` on. Every start is a branch of its own, so that all shapes are static."""
 
-    def from_start(start: int) -> Callable[[Int[Array, "b c"], KVCache], Float[Array, "b s d"]]:
-      def run(completion: Int[Array, "b c"], kv_cache: KVCache) -> Float[Array, "b s d"]:
+    def from_start(start: int) -> Callable[[Int[Array, "b c"], RowCache], Float[Array, "b s d"]]:
+      def run(completion: Int[Array, "b c"], kv_cache: RowCache) -> Float[Array, "b s d"]:
         return self.block(completion[:, start:], start, kv_cache)[:, :block_length]
 
       return run
@@ -105,9 +115,13 @@ class _Prompted:
     branches = [from_start(start) for start in range(0, completion.shape[1], block_length)]
     return jax.lax.switch(start // block_length, branches, completion, kv_cache)
 
-  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""] | int, kv_cache: KVCache) -> Float[Array, "b s d"]:
-    hidden, _ = self._run(self._repeat_sides(tokens), kv_cache=kv_cache, cache_start=self._q + start)
-    return self._join_sides(hidden)
+  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""] | int, kv_cache: RowCache) -> Float[Array, "b s d"]:
+    hidden, _ = self._run(self._repeat_sides(tokens), kv_cache=kv_cache.kv_cache, cache_start=self._q + start)
+    hidden = self._join_sides(hidden)
+    if kv_cache.predicting is None:
+      return hidden
+    before = jax.lax.dynamic_slice_in_dim(kv_cache.predicting, start, 1, axis=1)
+    return jnp.concatenate([before, hidden[:, :-1]], axis=1)
 
   def shadowed(self, completion: Int[Array, "b c"], start: Int[Array, ""], block_length: int) -> Float[Array, "b _ d"]:
     shadow = jnp.full((completion.shape[0], block_length), self.mask_token_id, completion.dtype)
@@ -117,9 +131,10 @@ class _Prompted:
     length = tokens.shape[1] - block_length
     index = jnp.arange(tokens.shape[1])
     is_shadow = index >= length
-    slot = jnp.where(is_shadow, index - length + self._q + start, index)  # of itself, or of what it shadows
+    first = self._q + start - self.shift_logits  # slot of the hidden state that predicts the block's first token
+    slot = jnp.where(is_shadow, index - length + first, index)  # of itself, or of what it shadows
     may_see = ~is_shadow | (is_shadow[:, None] & is_shadow)
-    may_see &= ~(is_shadow[:, None] & ~is_shadow & (slot[:, None] == slot))
+    may_see &= ~(is_shadow[:, None] & ~is_shadow & (slot[:, None] + self.shift_logits == slot))
     positions = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)
     hidden, _ = self._run(
       tokens,
@@ -127,7 +142,7 @@ class _Prompted:
       positions=positions[:, slot],
       attention_mask=jnp.broadcast_to(may_see, (tokens.shape[0], *may_see.shape)),
     )
-    block = jax.lax.dynamic_slice_in_dim(hidden, self._q + start, block_length, axis=1)
+    block = jax.lax.dynamic_slice_in_dim(hidden, first, block_length, axis=1)
     return self._join_sides(jnp.concatenate([block, hidden[:, length:]], axis=1))
 
   def logits(
@@ -143,11 +158,6 @@ class _Prompted:
   def _run(
     self, tokens: Int[Array, "z_sides l"], **arguments: Any
   ) -> tuple[Float[Array, "z_sides l d"], KVCache | None]:
-    if self._model.config.shift_logits:  # a cut row lacks the position that predicts its first token
-      raise ValueError(
-        "model.shift_logits=True: samplers with a cache or a shadow block (prefix_cache, dual_cache, wino) read each "
-        "position from itself; choose a sampler.name that runs whole rows, such as llada or parallel"
-      )
     tokens = constrain(tokens, "batch", None)
     # `apply` returns variables too, but only where they may change
     return self._model.apply(self._variables, tokens, method="hidden", **arguments)  # pyright: ignore[reportReturnType]

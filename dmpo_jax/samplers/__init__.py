@@ -17,7 +17,6 @@ class Sampler(NamedTuple):
 
   options: type
   sample: Callable[..., Rollouts]  # (denoiser, keys [b], plan, options) -> Rollouts of b rows
-  runs_whole_rows: bool = True  # in every call, as models with `shift_logits` need
   has_trajectory: bool = True  # each call decides one state from the one before, so that they can be replayed
   can_revoke: bool = False  # a token that was committed may change
   gives_log_probs: bool = False  # of the completions, under the policy and the reference
@@ -27,9 +26,9 @@ SAMPLERS = {
   "random_order": Sampler(random_order.Options, random_order.sample, gives_log_probs=True),
   "llada": Sampler(llada.Options, llada.sample),
   "parallel": Sampler(parallel.Options, parallel.sample),
-  "prefix_cache": Sampler(parallel.Options, parallel.sample_with_prefix_cache, runs_whole_rows=False),
-  "dual_cache": Sampler(parallel.Options, parallel.sample_with_dual_cache, runs_whole_rows=False),
-  "wino": Sampler(wino.Options, wino.sample, runs_whole_rows=False, has_trajectory=False, can_revoke=True),
+  "prefix_cache": Sampler(parallel.Options, parallel.sample_with_prefix_cache),
+  "dual_cache": Sampler(parallel.Options, parallel.sample_with_dual_cache),
+  "wino": Sampler(wino.Options, wino.sample, has_trajectory=False, can_revoke=True),
   "freedave": Sampler(freedave.Options, freedave.sample, has_trajectory=False),
   "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample),
 }

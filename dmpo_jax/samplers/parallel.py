@@ -2,20 +2,32 @@
 
 Three samplers share the rules. They differ in what the calls after a block's first one compute: whole rows; the block
 and what follows it (prefix cache); or the block alone (dual cache).
+
+Where a position predicts the next one's token (Dream), a block's first token is predicted by a position outside, and
+calls with a cache learn nothing new of it. As in the authors' code, the first call with a cache commits that token and
+no other, whatever the rule; it costs a call a block.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from dmpo_jax.samplers import checks
 from dmpo_jax.samplers.loop import Decision, Forward, Plan, Prefill, Rule, View, decode, take_block
-from dmpo_jax.samplers.prediction import predict
-from dmpo_jax.samplers.selection import num_transfer_tokens, select_count, select_factor, select_threshold
+from dmpo_jax.samplers.prediction import Prediction, predict
+from dmpo_jax.samplers.selection import (
+  certain_shares,
+  num_transfer_tokens,
+  select_count,
+  select_factor,
+  select_share,
+  select_threshold,
+)
 from dmpo_jax.structs import Denoiser, Rollouts
 
-RULES = ("count", "threshold", "factor")
+RULES = ("count", "threshold", "factor", "entropy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +36,8 @@ class Options:
 
   Args:
     rule: `count`: the number that `plan.steps` asks for; `threshold`, `factor`: see `select_threshold` and
-      `select_factor`, at least one token a call.
+      `select_factor`, at least one token a call; `entropy`: Dream's own, the most certain positions, as many as
+      `plan.steps` asks for by `certain_shares`.
     threshold, factor: of the rule with that name, at least 0.
 
   Raises:
@@ -93,19 +106,38 @@ def _decode(
   forward: Forward,
   prefill: Prefill | None = None,
 ) -> Rollouts:
-  schedule = num_transfer_tokens(jnp.int32(plan.block_length), plan.steps_per_block)
-
-  def select(view: View, confidence: Float[Array, "b s"]) -> Bool[Array, "b s"]:
-    if options.rule == "count":
-      return select_count(confidence, view.is_masked, schedule[view.step])
-    if options.rule == "threshold":
-      return select_threshold(confidence, view.is_masked, options.threshold)
-    return select_factor(confidence, view.is_masked, options.factor)
+  size = plan.block_length
+  most_calls = {"count": plan.steps_per_block, "entropy": min(plan.steps_per_block, size)}.get(options.rule, size)
+  is_first_alone = prefill is not None and denoiser.shift_logits and most_calls > 1
+  select = _make_select(options, size, most_calls, is_first_alone)
 
   def accept(view: View, hidden: Float[Array, "b s d"], state: tuple[()]) -> tuple[Decision, tuple[()]]:
-    tokens, confidence, *_ = predict(denoiser, hidden, view.keys, view.positions, plan.temperature)
-    is_kept = select(view, confidence)
-    return Decision(jnp.where(is_kept, tokens, view.tokens), confidence), state
+    chosen = predict(denoiser, hidden, view.keys, view.positions, plan.temperature)
+    is_kept = select(view, chosen)
+    if is_first_alone:
+      is_kept = jnp.where(view.step == 0, view.is_masked & (view.positions == view.start), is_kept)
+    return Decision(jnp.where(is_kept, chosen.tokens, view.tokens), chosen.confidence), state
 
-  most_calls = plan.steps_per_block if options.rule == "count" else plan.block_length
   return decode(Rule(forward, accept, most_calls, prefill), keys, plan, denoiser)[0]
+
+
+def _make_select(
+  options: Options, size: int, most_calls: int, is_first_alone: bool
+) -> Callable[[View, Prediction], Bool[Array, "b s"]]:
+  """Close over the rule of `options`; `is_first_alone`: a block's first call takes one token, the others the rest."""
+  if is_first_alone:
+    schedule = jnp.concatenate([jnp.ones(1, jnp.int32), num_transfer_tokens(jnp.int32(size - 1), most_calls - 1)])
+  else:
+    schedule = num_transfer_tokens(jnp.int32(size), most_calls)
+  shares = jnp.asarray(certain_shares(most_calls))
+
+  def select(view: View, chosen: Prediction) -> Bool[Array, "b s"]:
+    if options.rule == "count":
+      return select_count(chosen.confidence, view.is_masked, schedule[view.step])
+    if options.rule == "threshold":
+      return select_threshold(chosen.confidence, view.is_masked, options.threshold)
+    if options.rule == "factor":
+      return select_factor(chosen.confidence, view.is_masked, options.factor)
+    return select_share(-chosen.entropy, view.is_masked, shares[view.step])
+
+  return select

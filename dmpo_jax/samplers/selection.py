@@ -1,7 +1,8 @@
 """Which of a block's masked positions a model call commits: the rules of LLaDA and of parallel decoding."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dmpo_jax.samplers.prediction import rank
 
@@ -17,6 +18,30 @@ def select_count(
 ) -> Bool[Array, "b s"]:
   """Keep the `count` masked positions of highest score, the leftmost first among equals."""
   return is_masked & (rank(score, is_masked) < jnp.broadcast_to(count, score.shape[:1])[:, None])
+
+
+def certain_shares(steps: int) -> Float32[np.ndarray, "{steps}"]:
+  """Return the share of the tokens still masked that each of a block's calls commits in Dream's code.
+
+  From noise level t to s < t a share 1 - s / t is decided; the levels go from 1 to 0.001 in equal steps, and the last
+  call takes all. The levels are float32, counted from the nearer end as PyTorch's `linspace` does: where a share of the
+  tokens is almost a whole number, the last bit decides.
+  """
+  index, end = np.arange(steps + 1), np.float32(1e-3)
+  step = float((end - np.float32(1)) / np.float32(steps))
+  levels = np.where(index < (steps + 1) // 2, 1 + step * index, float(end) - step * (steps - index)).astype(np.float32)
+  return np.append(1 - levels[1:-1] / levels[:-2], np.float32(1))
+
+
+def select_share(
+  score: Float[Array, "b s"], is_masked: Bool[Array, "b s"], share: Float[Array, ""]
+) -> Bool[Array, "b s"]:
+  """Keep a share of each row's masked positions, rounded down, those of highest score.
+
+  Dream's code takes one number for all rows, the share of the mean of their masked positions.
+  """
+  count = jnp.floor(is_masked.sum(1).astype(jnp.float32) * share).astype(jnp.int32)
+  return select_count(score, is_masked, count)
 
 
 def select_threshold(
