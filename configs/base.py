@@ -149,6 +149,10 @@ def get_config() -> ConfigDict:
   o.max_weight = 1.0  # larger weights are cut to this; 1: no cut
 
   # keys of one objective each
+  o.denoise = d = ConfigDict()  # supervised: demonstrations instead of rollouts, rollout.num_prompts at a time
+  d.schedule = "linear"  # share of masked positions at time t, which is drawn from U(min_mask_ratio, max_mask_ratio)
+  d.weight = "bound"  # of a mask sample: bound (1 / t if linear, LLaDA's), scheduler (dllm's: + 1e-6), uniform
+  d.normalisation = "sequence"  # divides the loss by the counted tokens of each sequence, of the buffer (token); batch
   o.wdce = d = ConfigDict()
   d.baseline = "negative"  # subtracted from the weights: none, mean, model, negative
   d.baseline_strength = 1.0

@@ -311,9 +311,12 @@ class PromptStream:
 
   def batch(self, position: int, n: int) -> tuple[Prompts, list[Record]]:
     """Return the `n` prompts from `position` on, padded on the left (host arrays), and their records."""
-    order: Any = self._order  # Grain says that an element may be missing; of a range none is
-    indices = [self._kept[order[place]] for place in range(position, position + n)]
+    indices = self._indices(position, n)
     return self._collate(indices), [self._records[index] for index in indices]
+
+  def _indices(self, position: int, n: int) -> list[int]:
+    order: Any = self._order  # Grain says that an element may be missing; of a range none is
+    return [self._kept[order[place]] for place in range(position, position + n)]
 
   def demonstrations(
     self, position: int, n: int, completion_length: int
@@ -328,9 +331,9 @@ class PromptStream:
     """
     prompts, records = self.batch(position, n)
     completion = np.full((n, completion_length), self._tokenizer.eos_token_id, np.int32)
-    for row, record in enumerate(records):
-      tokens = self._encode_demonstration(self._demonstration(record, position + row), completion_length)
-      completion[row, : len(tokens)] = tokens
+    for row, index in enumerate(self._indices(position, n)):
+      tokens = self._encode_demonstration(index, self._demonstration(index, position + row), completion_length)
+      completion[row, : len(tokens)] = tokens[:completion_length]
     return prompts, completion, records
 
   def check_demonstrations(self, completion_length: int) -> None:
@@ -339,21 +342,31 @@ class PromptStream:
     Raises:
       ValueError: see `demonstrations`.
     """
-    texts = [self._demonstration(record, place) for place, record in enumerate(self.batch(0, len(self))[1])]
+    indices = self._indices(0, len(self))
+    texts = [self._demonstration(index, place) for place, index in enumerate(indices)]
     self._warn_of_letters("".join(texts), "demonstrations")
-    for text in texts:
-      self._encode_demonstration(text, completion_length)
+    lengths = [
+      len(self._encode_demonstration(index, text, completion_length))
+      for index, text in zip(indices, texts, strict=True)
+    ]
+    if num_cut := sum(length > completion_length for length in lengths):
+      logger.warning(
+        "sampler.completion_length=%d: %d of %d demonstrations are longer, by up to %d tokens, and lose their end",
+        *(completion_length, num_cut, len(lengths), max(lengths) - completion_length),
+      )
 
-  def _demonstration(self, record: Record, position: int) -> str:
-    return self._task.demonstration(record, np.random.Generator(np.random.Philox(key=(self._seed, position))))
+  def _demonstration(self, index: int, position: int) -> str:
+    rng = np.random.Generator(np.random.Philox(key=(self._seed, position)))
+    return self._task.demonstration(self._records[index], rng)
 
-  def _encode_demonstration(self, text: str, completion_length: int) -> list[int]:
-    tokens = self._tokenizer.encode(text)
+  def _encode_demonstration(self, index: int, text: str, completion_length: int) -> list[int]:
+    """Return the ids of a record's demonstration; they may be more than `completion_length` unless it is generated."""
+    tokens = self._tokenizer.encode_answer(self._turns[index], text, self._task.prefill)
     if len(tokens) > completion_length and isinstance(self._task, GeneratedTask):
       raise ValueError(
         f"sampler.completion_length={completion_length}: the demonstration {text!r} has {len(tokens)} tokens"
       )
-    return tokens[:completion_length]
+    return tokens
 
   def _encode(self, turns: Sequence[Turn]) -> list[int]:
     return self._tokenizer.encode_prompt(turns, self._task.prefill)

@@ -46,17 +46,26 @@ def show(prompt: Any) -> str:
 
 
 def read_messages(messages: Any) -> list[Turn]:
-  """Read messages as turns.
+  """Read messages, which the assistant is to answer, as turns.
 
   Raises:
     ValueError: they are no conversation, or the last one is the assistant's.
   """
-  if not isinstance(messages, list | tuple) or not messages:
-    raise ValueError("messages must be a list of at least one message")
-  turns = [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+  turns = read_chat(messages)
   if turns[-1].role == "assistant":
     raise ValueError("the last message must not be the assistant's")
   return turns
+
+
+def read_chat(messages: Any) -> list[Turn]:
+  """Read messages as turns, whoever has the last one.
+
+  Raises:
+    ValueError: they are no conversation.
+  """
+  if not isinstance(messages, list | tuple) or not messages:
+    raise ValueError("messages must be a list of at least one message")
+  return [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
 
 
 def _read_message(message: Any, where: str) -> Turn:

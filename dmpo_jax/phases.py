@@ -88,8 +88,18 @@ class Demonstrations:
   The next one is made while the devices learn from this one, by a thread that leaves them alone.
   """
 
-  def __init__(self, config: ConfigDict, parts: Parts, batch_size: int, num_correct: int = 0):
-    self._parts, self._batch_size, self._num_correct = parts, batch_size, num_correct
+  def __init__(
+    self,
+    config: ConfigDict,
+    parts: Parts,
+    objective: Objective,
+    batch_size: int,
+    *,
+    counted: str = "all",
+    num_correct: int = 0,
+  ):
+    self._parts, self._objective, self._counted = parts, objective, counted
+    self._batch_size, self._num_correct = batch_size, num_correct
     self._completion_length = config.sampler.completion_length
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="demonstrations")
     self._ahead: dict[int, Future[Experience]] = {}
@@ -110,7 +120,10 @@ class Demonstrations:
     prompts, completion, _ = stream.demonstrations(
       buffer * self._batch_size, self._batch_size, completion_length=self._completion_length
     )
-    return rollout.demonstrate(prompts, completion)
+    experience = rollout.demonstrate(prompts, completion)
+    is_counted = rollout.count_positions(experience.completion, self._parts.tokenizer.eos_token_id, self._counted)
+    weight = self._objective.demonstration_weights(is_counted)
+    return dataclasses.replace(experience, is_counted=is_counted, weight=weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,10 +200,11 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
   optimizer = _make_optimizer(config, optim.warmup_cosine(warm.learning_rate, num_updates=warm.updates))
   state = fresh_state(policy.initial_params(config, parts, are_trained=True), optimizer, parts.mesh)
   masks = MaskSampling(num=1, antithetic=False, min_ratio=warm.min_mask_ratio, max_ratio=1.0)
+  objective, num_correct = Denoise(masks, likelihood=None), round(warm.correct_share * warm.updates)
   gradient_step = update.make_update(
     Transformer(dataclasses.replace(parts.model.config, lora=None)),
     optimizer,
-    Denoise(masks, likelihood=None),
+    objective,
     shardings=_shardings(state, parts.mesh),
   )
   phase = Phase(
@@ -199,7 +213,7 @@ def warm_start_phase(config: ConfigDict, parts: Parts) -> tuple[Phase, TrainStat
     updates_per_buffer=1,
     base=policy.initial_identity(config),
     frozen={},
-    buffers=Demonstrations(config, parts, warm.batch_size, num_correct=round(warm.correct_share * warm.updates)),
+    buffers=Demonstrations(config, parts, objective, warm.batch_size, num_correct=num_correct),
     update=_with_seed(config.seed, gradient_step),
     evaluate=lambda trained, buffer: {},
     evaluate_every=None,
@@ -220,7 +234,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
   if config.objective.sync_reference_every:
     state = dataclasses.replace(state, reference=jax.tree.map(jnp.copy, trainable.computing(trained)))
   if objective.learns_from_demonstrations:
-    buffers = Demonstrations(config, parts, config.rollout.num_prompts)
+    buffers = Demonstrations(config, parts, objective, config.rollout.num_prompts, counted=config.objective.counted)
   else:
     buffers = _graded_rollouts(config, parts, base)
   evaluate = make_evaluate_training(config, workdir, parts, base)

@@ -432,6 +432,9 @@ class Chat:
   def encode_prompt(self, prompt, prefill=""):
     return [1, *(id for _, text in prompt for id in (2, *map(ord, text), 3)), *map(ord, prefill)]
 
+  def encode_answer(self, prompt, answer, prefill=""):
+    return self.encode(answer)
+
   def lacking(self, text):
     return ""
 
@@ -523,3 +526,17 @@ def test_a_data_sets_long_demonstrations_lose_their_end(gsm8k, tmp_path, tokeniz
   stream = PromptStream(source.test(), GSM8K(), tokenizer, seed=0, max_prompt_length=400)
   _, completion, _ = stream.demonstrations(0, 3, 8)
   assert completion.shape == (3, 8)
+
+
+def test_long_demonstrations_are_counted_before_work_starts(tmp_path, caplog):
+  answers = ("yes", "no, never", "not at all")
+  rows = [{"messages": [USER, {"role": "assistant", "content": text}]} for text in answers]
+  (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  task = user.JsonlTask(str(tmp_path / "chats.jsonl"), "exact")
+  records = task.read_published(tmp_path / "chats.jsonl")
+  stream = PromptStream(records, task, Chat(), seed=None, max_prompt_length=9)
+  stream.check_demonstrations(4)
+  assert "sampler.completion_length=4: 2 of 3 demonstrations are longer, by up to 6 tokens" in caplog.text
+  prompts, completion, _ = stream.demonstrations(0, 3, 4)
+  assert completion.tolist() == [[*map(ord, "yes"), 4], [*map(ord, "no, ")], [*map(ord, "not ")]]
+  assert prompts.tokens[0, -7:].tolist() == [2, *map(ord, "1,2=3"), 3]

@@ -1,7 +1,12 @@
-"""The supervised loss: by hand, its expectation on the two-position model, and what it shares with every objective."""
+"""The supervised loss: by hand, its expectation on the two-position model, and what it shares with every objective.
+
+`goldens/objectives/denoise.*` are losses and gradients of dllm's MDLMTrainer.compute_loss (github.com/ZHZisZZ/dllm).
+"""
 
 import functools
+import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,8 @@ from dmpo_jax.objectives import denoise
 from dmpo_jax.objectives.masking import MaskSampling, place_masks
 from dmpo_jax.structs import Experience, Scores
 
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
+CASES = json.loads((GOLDENS / "denoise.json").read_text())["cases"]
 P, G, C = 4, 1, 6
 MASKS = MaskSampling(num=2, antithetic=False, min_ratio=0.001)
 
@@ -60,14 +67,14 @@ def test_the_loss_by_hand():
   ratio = jnp.array([0.75, 0.25])[None, None]
   is_counted = jnp.array([1, 1, 1, 0], bool)[None, None]
   expected = (3 / (3 * 0.75) + 1 / (3 * 0.25)) / 2 * math.log(2)
-  assert denoise.bound(log_prob, is_masked, ratio, is_counted).item() == pytest.approx(expected)
+  assert denoise.cross_entropy(log_prob, is_masked, ratio, is_counted).item() == pytest.approx(expected)
 
 
 def test_a_ratio_of_zero_counts_as_nothing():
   nothing = jnp.zeros((1, 1, 1, 3), bool)
 
   def compute(log_prob):
-    return denoise.bound(log_prob, nothing, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 3), bool))[0, 0]
+    return denoise.cross_entropy(log_prob, nothing, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 3), bool))[0, 0]
 
   value, gradient = jax.value_and_grad(compute)(jnp.full((1, 1, 1, 3), -2.0))
   assert value == 0
@@ -88,7 +95,7 @@ def test_over_all_ratios_the_loss_is_the_bound():
   )
   log_prob = jnp.where(is_masked.all(-1, keepdims=True), alone, seen)
   by_orders = [alone[0] + seen[1], alone[1] + seen[0]]
-  bound = denoise.bound(log_prob, is_masked, ratio, is_counted).item()
+  bound = denoise.cross_entropy(log_prob, is_masked, ratio, is_counted).item()
   assert 2 * bound == pytest.approx(-np.mean(by_orders), rel=1e-4)
 
 
@@ -116,3 +123,60 @@ def test_microbatches_add_up_and_uncounted_positions_teach_nothing():
   first_three[np.arange(C), np.asarray(experience.completion[:3, 0])] = np.asarray(experience.is_counted[:3, 0])
   np.testing.assert_array_equal(np.asarray(gradient)[~first_three], 0)
   assert metrics["loss_entropy"] < whole[0][1]["loss_entropy"]
+
+
+def published(name):
+  """The arrays of one of dllm's cases, its settings, and our objective with them."""
+  about = CASES[name]
+  with np.load(GOLDENS / "denoise.npz") as arrays:
+    case = {key.removeprefix(f"{name}/"): arrays[key] for key in arrays if key.startswith(f"{name}/")}
+  masks = MaskSampling(num=1, antithetic=False, min_ratio=about["time_epsilon"])
+  own = {key: about[key] for key in ("schedule", "weight", "normalisation")}
+  return case, about, denoise.Denoise(masks, None, **own)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_those_of_dllm(name):
+  """Its masks from its uniform draws, its loss from its cross-entropy of every token, and the gradient by them."""
+  case, _, objective = published(name)
+  is_counted = (case["effective_labels"] != -100)[:, None]
+  uniform = (jnp.asarray(case[name][:, None, None]) for name in ("u_t", "u_mask"))
+  is_masked, divisor = objective.place(*uniform, jnp.asarray(is_counted))
+  np.testing.assert_array_equal(is_masked[:, 0, 0], case["mask"])
+  weight = objective.demonstration_weights(is_counted)
+
+  def compute(token_nll):
+    return (weight * denoise.cross_entropy(-token_nll, is_masked, divisor, jnp.asarray(is_counted))).mean()
+
+  loss, gradient = jax.value_and_grad(compute)(jnp.asarray(case["token_nll"][:, None, None]))
+  np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)  # theirs rounds 1 - (1 - t)
+  np.testing.assert_array_equal(gradient[:, 0, 0] != 0, case["mask"])
+
+
+@pytest.mark.parametrize("schedule", denoise.SCHEDULES)
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_the_bound_is_that_of_the_likelihood_whatever_the_schedule(schedule, antithetic):
+  """As over all ratios above: over times, and over complements too."""
+  log_p = jnp.log(jnp.array([0.5, 0.2]))  # independent positions: the bound is log p itself
+  times, noises = ((np.arange(n, dtype=np.float32) + 0.5) / n for n in (200, 400))
+  # a position alone is masked for a share p(t) of its noise
+  u_time, u_first = (jnp.asarray(x.reshape(1, 1, -1)) for x in np.meshgrid(times, noises, indexing="ij"))
+  masks = MaskSampling(2 if antithetic else 1, antithetic=antithetic)
+  objective = denoise.Denoise(masks, None, schedule=schedule)
+  is_counted = jnp.ones((1, 1, 2), bool)
+  is_masked, divisor = objective.place(u_time, jnp.stack([u_first, 1 - u_first], axis=-1), is_counted)
+  log_prob = jnp.broadcast_to(log_p, is_masked.shape)
+  assert 2 * denoise.cross_entropy(log_prob, is_masked, divisor, is_counted).item() == pytest.approx(
+    -log_p.sum().item(), rel=1e-2
+  )
+
+
+def test_a_buffers_weights_by_hand():
+  is_counted = np.arange(6) < np.array([6, 4, 0, 2])[:, None, None]
+
+  def weights(normalisation):
+    return denoise.Denoise(MASKS, None, normalisation=normalisation).demonstration_weights(is_counted)[:, 0].tolist()
+
+  assert weights("sequence") == [1, 1, 1, 1]
+  assert weights("token") == [2, pytest.approx(4 / 3), 0, pytest.approx(2 / 3)]  # times 1 / (4 n): 1 / 12 a token
+  assert weights("batch") == [6, 4, 0, 2]

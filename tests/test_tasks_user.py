@@ -107,6 +107,58 @@ def test_rows_and_files_may_have_conversations(tmp_path, python_file):
   assert task.prompt(task.records("test")[0]) == [SYSTEM, {"role": "user", "content": "say 8"}]
 
 
+def said(role, content):
+  return {"role": role, "content": content}
+
+
+CHAT = [SYSTEM, said("user", "2 + 2?"), said("assistant", "4."), said("user", "Sure?"), said("assistant", "Yes: 4.")]
+
+
+def test_every_turn_of_the_assistant_is_a_demonstration_of_what_stands_before_it(tmp_path):
+  rows = [{"messages": CHAT}, {"messages": [said("assistant", "Hello."), *CHAT[1:3]], "answer": 4}]
+  task = load(rows_file(tmp_path, rows))
+  records = [record for split in ("train", "test") for record in task.records(split)]
+  turns = {(len(task.prompt(record)), task.demonstration(record, np.random.default_rng(0))) for record in records}
+  assert turns == {(2, "4."), (4, "Yes: 4.")}  # the greeting is no answer
+  greeted = next(record for record in records if record["messages"][0]["content"] == "Hello.")
+  assert task.prompt(greeted) == rows[1]["messages"][:2]
+  last = next(record for record in records if len(record["messages"]) == 4)
+  for record, completion, reward in ((greeted, "<answer>4</answer>", 1), (greeted, "4.", 0), (last, "yes: 4.", 1)):
+    assert judge(task, record, completion, True).reward == reward
+
+
+def test_a_chat_is_held_out_whole_and_like_its_first_prompt(tmp_path):
+  texts = [f"what is {n}" for n in range(200)]
+  plain = load(rows_file(tmp_path, [{"prompt": text, "answer": "1"} for text in texts]))
+  held_out = [record["prompt"] for record in plain.records("test")]
+  chats = load(rows_file(tmp_path, [{"messages": [said("user", text), *CHAT[2:]]} for text in texts]))
+  records = chats.records("test")
+  assert [record["messages"][0]["content"] for record in records[::2]] == held_out
+  assert [len(record["messages"]) for record in records] == [1, 3] * len(held_out)
+  assert chats.read_published(tmp_path / "rows.jsonl")[:2] == (chats.records("train") + records)[:2]
+
+
+def test_a_row_may_have_a_worked_answer(tmp_path):
+  row = {"prompt": "2 + 2?", "answer": 4, "demonstration": "Two and two are <answer>4</answer>"}
+  (record,) = load(rows_file(tmp_path, [row]), "number").read_published(tmp_path / "rows.jsonl")
+  assert load(tmp_path / "rows.jsonl").demonstration(record, np.random.default_rng(0)) == row["demonstration"]
+
+
+def test_chats_that_cannot_be_learned_from_are_all_listed(tmp_path):
+  rows = [
+    {"messages": [said("assistant", "Hello.")]},
+    {"messages": [said("user", "2 + 2?"), said("assistant", " ")]},
+    {"messages": [said("user", "2 + 2?"), said("tool", "4"), said("assistant", "4")]},
+    {"messages": [said("user", "2 + 2?"), said("assistant", "4")]},
+  ]
+  with pytest.raises(
+    ValueError,
+    match=r"4 rows.*\n  row 1: the assistant answers nothing in it\n  row 2: messages\[1\] is empty"
+    r"\n  row 3: messages\[1\] must have a role.*\n  row 4: no field 'answer'",
+  ):
+    load(rows_file(tmp_path, rows), "number").records("train")
+
+
 def test_a_row_with_one_user_message_is_held_out_like_its_text(tmp_path):
   texts = [f"what is {n}" for n in range(200)]
   plain = load(rows_file(tmp_path, [{"prompt": text, "answer": "1"} for text in texts]))

@@ -55,6 +55,20 @@ def test_a_prompt_is_a_conversation_whose_answer_begins(tokenizer):
   assert tokenizer.encode_prompt([Turn("system", "Kurz."), Turn("user", "Wer da?")]) == said
 
 
+def test_an_answer_is_what_the_template_puts_behind_its_prompt(tokenizer, tmp_path):
+  ids = tokenizer.encode("Ich.")
+  assert tokenizer.encode_answer("Wer da?", " Ich.\n") == [*ids, 126348]  # as the template trims it
+  assert tokenizer.encode_answer([Turn("system", "Kurz."), Turn("user", "Wer da?")], "Ich.") == [*ids, 126348]
+  assert tokenizer.encode_answer("Wer da?", "ch.", "I") == [*tokenizer.encode("ch."), 126348]
+  # a template that renders an answered prompt otherwise, and one whose turns end with EOS, which is not in the answer
+  odd = "{{ messages | length }}" + standin.LLADA_TEMPLATE
+  ended = standin.LLADA_TEMPLATE.replace("<|eot_id|>", "<|endoftext|>\n")
+  for name, template, end in (("odd", odd, [126348]), ("ended", ended, [])):
+    path = standin.write(tmp_path / name, template=template, model_config=MODEL)
+    assert HuggingFaceTokenizer(path, is_chat=True).encode_answer("Wer da?", "Ich.") == ids + end
+  assert HuggingFaceTokenizer(path, is_chat=False).encode_answer("Wer da?", " Ich.") == tokenizer.encode(" Ich.")
+
+
 def test_text_comes_back(tokenizer):
   for text in ("", "a b\n\nc", "żółć, 1 + 1 = 2 ✓", " leading"):
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -3,13 +3,18 @@
 import json
 import shutil
 
+import docs_check
+import documents
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
 from etils import epath
+from programs import start
 from remains import leave_alone, policy_of, rows_of
+from standin_tokenizer import DREAM_CONFIG, DREAM_TEMPLATE
+from standin_tokenizer import write as write_tokenizer
 
 from dmpo_jax import train
 from dmpo_jax.config import ConfigError
@@ -181,12 +186,37 @@ def test_adapters_are_trained_on_an_int8_base(tmp_path, use_devices):
   assert (policy["blocks"]["q_proj"]["B"] != 0).any()
 
 
+CHAT_IDS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258, "<|beginoftext|>": 259, "<|mask|>": 260}
+
+
 @pytest.mark.slow
-def test_supervised_training_is_an_objective_like_another(tmp_path):
+def test_the_documented_command_trains_on_chats(tmp_path):
+  lines = documents.code("tasks.md", '{"messages"').splitlines()
+  rows = [lines[0].replace("2 + 2", f"2 + {n}") for n in range(40)]
+  (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+  write_tokenizer(tmp_path / "chat", CHAT_IDS, DREAM_CONFIG, DREAM_TEMPLATE)
+  (command,) = [each for each in docs_check.commands("    " + documents.code("tasks.md", "python -m dmpo_jax")) if each]
+  flags = [flag for flag in command.split()[3:] if flag.startswith(("--config.objective", "--config.task"))]
   workdir = epath.Path(tmp_path / "run")
-  train.main(config(objective__name="denoise", warm_start__updates=0, train__num_buffers=3), workdir)
+  done = start(
+    *(
+      "--config=tests/tiny.py",
+      f"--workdir={workdir}",
+      "--config.warm_start.updates=0",
+      "--config.train.num_buffers=6",
+    ),
+    *(flag.replace("chats.jsonl", str(tmp_path / "chats.jsonl")) for flag in flags),
+    *("--config.tokenizer.name=huggingface", f"--config.tokenizer.path={tmp_path}/chat", "--config.tokenizer.is_chat"),
+    *(
+      "--config.task.max_prompt_length=128",
+      "--config.optim.learning_rate=1e-2",
+      "--config.train.updates_per_buffer=1",
+    ),
+    *("--config.train.microbatch_prompts=2", "--config.objective.counted=until_eos"),
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
   rows = rows_of(workdir)
-  assert [row["step"] for row in rows] == [0, 1, 2, 3]
+  assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
   assert rows[-1]["loss"] > 0
   assert "reward_mean" not in rows[-1]
 

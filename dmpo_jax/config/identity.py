@@ -46,7 +46,12 @@ NOT_OF_EVALUATION = (
 )
 
 # Values of keys in runs that are older than the key.
-OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {"objective.part_weights": []}
+OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
+  "objective.part_weights": [],
+  "objective.denoise.schedule": "linear",
+  "objective.denoise.weight": "bound",
+  "objective.denoise.normalisation": "sequence",
+}
 
 
 def fingerprint(config: Config) -> str:

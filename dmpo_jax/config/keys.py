@@ -21,7 +21,7 @@ from dmpo_jax.hub.tokenizer import TOKENIZERS
 from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.models.transformer import DTYPES, QUANTIZATIONS, REMAT_POLICIES
-from dmpo_jax.objectives import OBJECTIVES, wddo
+from dmpo_jax.objectives import OBJECTIVES, denoise, wddo
 from dmpo_jax.objectives.estimators import ESTIMATORS, Coupled, Elbo, ElboQuadrature
 from dmpo_jax.objectives.masking import KINDS, MaskSampling
 from dmpo_jax.objectives.weights import BASELINES, REWARD_SCALINGS, WEIGHTINGS
@@ -282,6 +282,9 @@ KEYS: dict[str, Rule] = {
     lambda most, weighting: most == 1 or weighting != "reward",
     "objective.weighting",
   ),
+  "objective.denoise.schedule": one_of(*denoise.SCHEDULES),
+  "objective.denoise.weight": one_of(*denoise.WEIGHTS),
+  "objective.denoise.normalisation": one_of(*denoise.NORMALISATIONS),
   "objective.wdce.baseline": one_of(*BASELINES),
   "objective.wdce.baseline_strength": FROM_ZERO,
   "objective.wdce.unlearning": one_of("unbounded", "bounded"),

@@ -60,6 +60,10 @@ class Tokenizer(Protocol):
     """
     ...
 
+  def encode_answer(self, prompt: str | Sequence[Turn], answer: str, prefill: str = "") -> list[int]:
+    """Return the ids of an answer to what `encode_prompt` returns, up to the end of the turn and without EOS."""
+    ...
+
   def lacking(self, text: str) -> str:
     """Return the characters of a text without a token: the model sees them as unknown, or not at all."""
     ...
@@ -108,6 +112,10 @@ class SentencePieceTokenizer:
   def encode_prompt(self, prompt: str | Sequence[Turn], prefill: str = "") -> list[int]:
     """Return the ids of what the user says and of the prefill."""
     return self._model.encode(_plain_text(prompt) + prefill)
+
+  def encode_answer(self, prompt: str | Sequence[Turn], answer: str, prefill: str = "") -> list[int]:
+    """Return the ids of the answer."""
+    return self._model.encode(answer)
 
   def lacking(self, text: str) -> str:
     """Return the characters of a text that are the unknown piece."""
@@ -226,8 +234,21 @@ class HuggingFaceTokenizer:
     """Return the ids of the conversation, rendered by the chat template if there is one, and of the prefill."""
     if self._template is None:
       return self.encode(_plain_text(prompt) + prefill)
-    turns = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
-    return self.encode(self._template.render(turns) + prefill)
+    return self.encode(self._template.render(_as_turns(prompt)) + prefill)
+
+  def encode_answer(self, prompt: str | Sequence[Turn], answer: str, prefill: str = "") -> list[int]:
+    """Return the ids that the chat template puts behind the prompt for this answer, up to the end of the turn.
+
+    Without a template, or where it renders an answered prompt otherwise, they are those of the answer and of EOT.
+    """
+    if self._template is None:
+      return self.encode(answer)
+    turns = _as_turns(prompt)
+    opened = self._template.render(turns) + prefill
+    whole = self._template.render([*turns, Turn("assistant", prefill + answer)], is_answering=False)
+    ids = self.encode(whole.removeprefix(opened) if whole.startswith(opened) else answer)
+    end = ids.index(self.eot_token_id) if self.eot_token_id in ids else len(ids)
+    return ids[:end] + [self.eot_token_id] * (self.eot_token_id != self.eos_token_id)
 
   def lacking(self, text: str) -> str:
     """Return the characters of a text that are the unknown token, or none; a tokenizer of bytes lacks none."""
@@ -249,6 +270,10 @@ class HuggingFaceTokenizer:
 def _lacking(text: str, encode: Callable[[str], list[int]], unknown: int | None) -> str:
   found = ((letter, encode(letter)) for letter in sorted(set(text)) if not letter.isspace())
   return "".join(letter for letter, ids in found if not ids or unknown in ids)
+
+
+def _as_turns(prompt: str | Sequence[Turn]) -> Sequence[Turn]:
+  return [Turn("user", prompt)] if isinstance(prompt, str) else prompt
 
 
 def _plain_text(prompt: str | Sequence[Turn]) -> str:

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Key
 
 from dmpo_jax.objectives.likelihood import Estimator
 from dmpo_jax.objectives.masking import KINDS, MaskSampling
@@ -41,6 +42,10 @@ class Objective:
   def subtracts_mean(self) -> bool:
     """Whether weights that are all the same in a group cancel."""
     return False
+
+  def demonstration_weights(self, is_counted: Bool[np.ndarray, "p g c"]) -> Float32[np.ndarray, "p g"]:
+    """Weigh a buffer's demonstrations, for objectives that learn from them; `Experience.weight` then holds this."""
+    return np.ones(is_counted.shape[:2], np.float32)
 
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
     """Compute the loss of some prompts of a buffer, and its metrics.

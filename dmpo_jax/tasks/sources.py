@@ -6,11 +6,13 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from etils import epath
 
 from dmpo_jax.tasks.base import Record, Split, Task
+
+T = TypeVar("T")  # what a row is read as: a record, or several
 
 TIMEOUT = 30.0  # seconds without data until a download fails
 MAX_LISTED = 50  # rows that one message describes; all are counted
@@ -74,8 +76,8 @@ def _download(source: Source, remedy: str) -> bytes:
     raise ValueError(f"could not download {source.url} ({error}): {remedy}") from error
 
 
-def read_rows(content: bytes, read_row: Callable[[dict[str, Any]], Record]) -> tuple[list[Record], list[str]]:
-  """Read JSON lines; return the records, and one `row N: reason` for each row that cannot be used.
+def read_rows(content: bytes, read_row: Callable[[dict[str, Any]], T]) -> tuple[list[T], list[str]]:
+  """Read JSON lines; return what they are read as, and one `row N: reason` for each row that cannot be used.
 
   Args:
     read_row: makes a record from a row, or raises ValueError with the reason why it cannot.
@@ -122,7 +124,7 @@ def refuse_rows(where: str, problems: list[str]) -> None:
     raise ValueError(f"{where}: {len(problems)} rows cannot be used\n{listed}{more}")
 
 
-def read_file(path: epath.PathLike, read_row: Callable[[dict[str, Any]], Record]) -> list[Record]:
+def read_file(path: epath.PathLike, read_row: Callable[[dict[str, Any]], T]) -> list[T]:
   """Read the file of JSON lines at `task.eval_path`.
 
   Raises:

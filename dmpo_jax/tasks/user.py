@@ -1,9 +1,11 @@
-"""A user's own task: a Python file with a few functions, or a JSONL file of prompts and answers.
+"""A user's own task: a Python file with a few functions, or a JSONL file of prompts and answers, or of chats.
 
 --config.task.name=path/to/my_task.py        the file defines records, prompt and reward
 --config.task.name=path/to/rows.jsonl        each line is {"prompt": ..., "answer": ...}, graded by task.user.grader
 
-A prompt is the text of the user's turn, or a conversation: {"messages": [{"role": ..., "content": ...}], ...}.
+A prompt is the text of the user's turn, or a conversation: {"messages": [{"role": ..., "content": ...}], ...}. Messages
+that end with the assistant's are a chat to imitate: each of its turns is a demonstration, and what stands before the
+turn is its prompt.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from etils import epath
 
-from dmpo_jax.messages import Prompt, as_text, read_messages, turns_of
+from dmpo_jax.messages import Prompt, Turn, as_text, read_chat, turns_of
 from dmpo_jax.tasks import answers, equivalence, sources
 from dmpo_jax.tasks.base import Grade, Record, Reward, Split, UserTask, check_part_names, describe, split_reward
 
@@ -65,9 +67,10 @@ GRADERS: dict[str, Callable[[str, str], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class JsonlTask:
-  """Rows of prompt and answer. The reward is 1 if the last answer is correct.
+  """Rows of prompt and answer, or chats. The reward is 1 if the last answer is correct.
 
-  Without answer tags and box, the whole completion is the answer.
+  Without answer tags and box, the whole completion is the answer. A chat becomes one record for each turn of the
+  assistant that answers something, so that no turn is learned from what follows it.
   """
 
   path: str
@@ -105,34 +108,62 @@ class JsonlTask:
     Raises:
       ValueError: rows cannot be used; all of them are listed.
     """
-    records, problems = sources.read_rows(epath.Path(self.path).read_bytes(), self._read_row)
+    rows, problems = sources.read_rows(epath.Path(self.path).read_bytes(), self._read_row)
     sources.refuse_rows(f"task.name={self.path!r}", problems)
-    return [record for record in records if _is_held_out(self.prompt(record)) == (split == "test")]
+    return [
+      record for records in rows if _is_held_out(self.prompt(records[0])) == (split == "test") for record in records
+    ]
 
-  def _read_row(self, row: dict[str, Any]) -> Record:
-    if "messages" not in row:
-      sources.text_field(row, "prompt")
-    elif "prompt" in row:
-      raise ValueError("fields 'prompt' and 'messages': give one of them")
+  def _read_row(self, row: dict[str, Any]) -> list[Record]:
+    """Make a record of a row, or of each answer in a chat."""
+    if "messages" in row:
+      if "prompt" in row:
+        raise ValueError("fields 'prompt' and 'messages': give one of them")
+      turns = read_chat(row["messages"])
+      if turns[-1].role == "assistant":
+        return self._read_chat(row, turns)
     else:
-      read_messages(row["messages"])
+      sources.text_field(row, "prompt")
+    if "demonstration" in row:
+      sources.text_field(row, "demonstration")
+    return [{**row, "answer": self._read_answer(row)}]
+
+  def _read_answer(self, row: dict[str, Any]) -> str:
     answer = row.get("answer")
     answer = str(answer) if type(answer) in (int, float) else sources.text_field(row, "answer")
     if self.grader == "number" and answers.read_number(answer) is None:
       raise ValueError(f"the answer {answer!r:.60} is no number")
-    return {**row, "answer": answer}
+    return answer
+
+  def _read_chat(self, row: dict[str, Any], turns: list[Turn]) -> list[Record]:
+    """Make a record of each turn of the assistant but one that begins the chat.
+
+    The row's answer, if it has one, is that of the last turn. A turn without one is graded against its own text.
+    """
+    numbers = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number > 0]
+    if not numbers:
+      raise ValueError("the assistant answers nothing in it")
+    if empty := [number for number in numbers if not turns[number].text.strip()]:
+      raise ValueError(f"messages[{empty[0]}] is empty")
+    records = [
+      {**row, "messages": row["messages"][:number], "demonstration": turns[number].text, "answer": turns[number].text}
+      for number in numbers
+    ]
+    if row.get("answer") is not None or self.grader == "number":
+      records[-1]["answer"] = self._read_answer(row)
+    return records
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
     """Read another JSONL file to evaluate on."""
-    return sources.read_file(path, self._read_row)
+    return [record for records in sources.read_file(path, self._read_row) for record in records]
 
   def prompt(self, record: Record) -> Prompt:
     """Return the prompt or the messages of a row."""
     return record["messages"] if "messages" in record else record["prompt"]
 
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
-    """Return the answer of a row."""
-    return record["answer"]
+    """Return the turn of a chat or the demonstration of a row, or else its answer."""
+    return record.get("demonstration", record["answer"])
 
   def only_correct(self) -> "JsonlTask":
     """Return this task: its demonstrations are right."""

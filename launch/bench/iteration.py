@@ -40,6 +40,10 @@ class Numbers:
     """Return as many ids as a prompt may have."""
     return self.encode(str(prompt) + prefill)
 
+  def encode_answer(self, prompt: str | Sequence[Turn], answer: str, prefill: str = "") -> list[int]:
+    """Return ids that depend only on the answer."""
+    return self.encode(answer)
+
   def lacking(self, text: str) -> str:
     """Return no character: every character has a token."""
     return ""
