@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Key
 
 from dmpo_jax.objectives.likelihood import masked_mean
-from dmpo_jax.objectives.masking import place_masks, uniform_noise
+from dmpo_jax.objectives.masking import place_masks, spread_evenly, uniform_noise
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience, Score
@@ -53,7 +53,8 @@ class Denoise(Objective):
       The loss, and `loss_entropy` (nats a masked token).
     """
     noise = uniform_noise(keys, self.masks.num_draws, 1 + experience.is_counted.shape[-1])
-    is_masked, divisor = self.place(noise[..., 0], noise[..., 1:], experience.is_counted)
+    u_time = spread_evenly(keys, self.masks.num_draws) if self.masks.kind == "stratified" else noise[..., 0]
+    is_masked, divisor = self.place(u_time, noise[..., 1:], experience.is_counted)
     scores, is_kept = score(is_masked, pairs=self.masks.pairs()), experience.is_kept
     losses = experience.weight * cross_entropy(scores.log_prob, is_masked, divisor, experience.is_counted)
     entropy = mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept)
@@ -71,7 +72,7 @@ class Denoise(Objective):
     """
     if problem := self.masks.problem():
       raise ValueError(problem)
-    time = self.masks.min_ratio + (self.masks.max_ratio - self.masks.min_ratio) * u_time
+    time = self.masks.ratio(u_time)
     ratio, slope = time, jnp.ones_like(time)
     if self.schedule == "cosine":
       angle = math.pi / 2 * time
