@@ -107,6 +107,9 @@ def get_config() -> ConfigDict:
   r.num_prompts = 32  # prompts per buffer
   r.group_size = 8  # rollouts per prompt
   r.chunk_prompts = 0  # prompts sampled and scored at a time, a divisor of num_prompts; 0: the whole buffer
+  # rollouts of a chunk's prompt, a divisor of group_size; 0: all. Fewer, with chunk_prompts = 1, let a run look for a
+  # notice of preemption more often
+  r.chunk_rollouts = 0
   r.pipelined = False  # generate a buffer before the updates on the previous one, and grade it during them
   r.early_exit = False  # a rollout ends with its first EOS; needs objective.counted = "until_eos"
 

@@ -82,7 +82,7 @@ def get_config(settings="256"):
 
 
 def listen_often(c, where, row):
-  """Size chunks of rollouts and evaluation, and microbatches, to take 8 s or less, but at least one prompt's rollouts.
+  """Size chunks of rollouts and evaluation, and microbatches, to take 8 s or less, a microbatch at least a prompt.
 
   Hosts check for a notice of preemption between two of them, and lose machines 30 s after it. Samplers use groups
   of four chips, each with all of the weights. Gathered over fsdp, the weights would take 14 s for any chunk on v5e-16.
@@ -100,6 +100,7 @@ def listen_often(c, where, row):
   teraflop = row[length] if length in row else [each * (length / 256) ** 2 for each in row[256]]
   rows, microbatch = (2 ** int(math.log2(max(budget / each, 1))) for each in teraflop)
   c.rollout.chunk_prompts = min(max(rows // c.rollout.group_size, 1), c.rollout.num_prompts)
+  c.rollout.chunk_rollouts = rows if rows < c.rollout.group_size else 0
   c.train.microbatch_prompts = min(max(microbatch // c.rollout.group_size, 1), 8)
   c.eval.batch_size = min(rows, 256)
   c.sharding.rollout.data = -1

@@ -222,16 +222,21 @@ class Grades:
   per_second: float = math.nan  # completions graded per second by this host; NaN if it had none
 
   @classmethod
-  def join(cls, parts: Sequence["Grades"]) -> "Grades":
-    """Join the grades of a buffer's chunks."""
+  def join(cls, parts: Sequence["Grades"], group_size: int) -> "Grades":
+    """Join the grades of a buffer's chunks, which hold its rollouts in order."""
+
+    def groups(arrays: list[np.ndarray]) -> np.ndarray:
+      rows = np.concatenate([array.reshape(-1, *array.shape[2:]) for array in arrays])
+      return rows.reshape(-1, group_size, *rows.shape[1:])
+
     paces = [(part.reward.size, part.per_second) for part in parts if not math.isnan(part.per_second)]
     seconds = sum(size / pace for size, pace in paces)
     of_parts = [part.parts for part in parts if part.parts is not None]
     return cls(
-      reward=np.concatenate([part.reward for part in parts]),
-      is_kept=np.concatenate([part.is_kept for part in parts]),
-      is_solved=np.concatenate([part.is_solved for part in parts]),
-      parts=np.concatenate(of_parts) if of_parts else None,
+      reward=groups([part.reward for part in parts]),
+      is_kept=groups([part.is_kept for part in parts]),
+      is_solved=groups([part.is_solved for part in parts]),
+      parts=groups(of_parts) if of_parts else None,
       part_names=parts[0].part_names,
       num_timeouts=sum(part.num_timeouts for part in parts),
       num_crashes=sum(part.num_crashes for part in parts),
@@ -242,16 +247,17 @@ class Grades:
 def grade(
   grading: Grading, tokenizer: Tokenizer, records: Sequence[Record], completion: Int[np.ndarray, "p g c"]
 ) -> Callable[[], Grades]:
-  """Start grading a buffer, each process its share of the prompts; return a function that waits for all grades.
+  """Start grading rollouts, each process its share of them; return a function that waits for all grades.
 
   A reward that fails drops its rollout from the group and never stops the run. A completion that timed out or crashed
   has 0 of each part.
   """
-  share = HostShare(len(completion))
-  texts, is_ended = decode(tokenizer, completion[share.mine])
-  group_size = completion.shape[1]
-  rows = [record for record in records[share.mine] for _ in range(group_size)]
-  pending = grading.submit(rows, texts, is_ended)
+  group_size, length = completion.shape[1:]
+  rows = completion.reshape(-1, length)
+  share = HostShare(len(rows))
+  texts, is_ended = decode(tokenizer, rows[share.mine])
+  record_of_each = [record for record in records for _ in range(group_size)]
+  pending = grading.submit(record_of_each[share.mine], texts, is_ended)
   names = grading.task.reward_parts
 
   def collect() -> Grades:
@@ -260,9 +266,9 @@ def grade(
     columns = [
       [x.reward, KINDS.index(x.kind), x.grade.is_correct, *(x.parts.get(name, 0.0) for name in names)] for x in verdicts
     ]
-    table = np.array(columns, np.float32).reshape(-1, group_size, 3 + len(names))
-    processes.meet("completions are graded", grading.patience(completion.shape[0] * group_size))
-    table = share.gather(table)
+    table = np.array(columns, np.float32).reshape(-1, 3 + len(names))
+    processes.meet("completions are graded", grading.patience(len(rows)))
+    table = share.gather(table).reshape(-1, group_size, 3 + len(names))
     kind = table[..., 1]
     return Grades(
       reward=table[..., 0],

@@ -27,8 +27,9 @@ def make_log_probs(
 ) -> jax.stages.Wrapped:
   """Jit the estimates of the policy's and the reference's log-probabilities of completions.
 
-  `log_probs(policies, prompts, completion, is_counted, committed_at, key, seen=None) -> LogProbs`, on every device of
-  `mesh`. Both policies are scored under the same views, so that most of their noise cancels in the log-ratio.
+  `log_probs(policies, prompts, completion, is_counted, committed_at, key, seen=None, first=0) -> LogProbs`, on every
+  device of `mesh`; `first` is the index of each prompt's first rollout. Both policies are scored under the same views,
+  so that most of their noise cancels in the log-ratio.
 
   Args:
     per_token: give each position's part of the estimate, [p, g, c], instead of one estimate a draw, [p, g, draws].
@@ -37,8 +38,10 @@ def make_log_probs(
   trainable = Trainable.of(model.config)
   read = estimator.tokens if per_token else estimator.estimates
 
-  def log_probs(policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None) -> LogProbs:
-    keys = noise.row_keys(key, prompts.prompt_id, completion.shape[1])
+  def log_probs(
+    policies: Policies, prompts: Prompts, completion, is_counted, committed_at, key, seen=None, first=0
+  ) -> LogProbs:
+    keys = noise.row_keys(key, prompts.prompt_id, completion.shape[1], first)
     views = estimator.views(keys, Completions(is_counted, committed_at, prompts.is_valid))
     uncounted = seen if estimator.replays else None
 

@@ -107,8 +107,9 @@ def _explain(error: Exception) -> tuple[int, str]:
       return ABANDONED, f"{error}; its log says what it was doing"
     case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
       return 1, (
-        f"out of device memory: {first}\nReduce rollout.chunk_prompts, eval.batch_size or train.microbatch_prompts, "
-        "set model.layer_rows, or set model.remat='full'; python -m launch.plan shows what a program needs"
+        f"out of device memory: {first}\nReduce rollout.chunk_prompts (below 1: rollout.chunk_rollouts), "
+        "eval.batch_size or train.microbatch_prompts, set model.layer_rows, or set model.remat='full'; "
+        "python -m launch.plan shows what a program needs"
       )
     case jax.errors.JaxRuntimeError() if _which_process():
       return ABANDONED, (

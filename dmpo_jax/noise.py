@@ -21,7 +21,14 @@ def step_key(seed: int | Key[Array, ""], purpose: str, step: int | Int[Array, ""
   return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(purpose.encode())), step)
 
 
-def row_keys(key: Key[Array, ""], prompt_id: UInt32[Array, "p"], group_size: int) -> Key[Array, "p g"]:
-  """Key of each rollout of each prompt: the step's key, then the prompt's id, then the rollout's index."""
+def row_keys(
+  key: Key[Array, ""], prompt_id: UInt32[Array, "p"], group_size: int, first: int | Int[Array, ""] = 0
+) -> Key[Array, "p g"]:
+  """Key of each rollout of each prompt: the step's key, then the prompt's id, then the rollout's index.
+
+  Args:
+    group_size: rollouts of each prompt that keys are wanted for, where they are a part of the group.
+    first: index of the first of them.
+  """
   by_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_id)
-  return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(by_prompt, jnp.arange(group_size))
+  return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(by_prompt, first + jnp.arange(group_size))

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import data, optim, policy, rollout, sharding, update
 from dmpo_jax.build import Parts
+from dmpo_jax.chunks import Chunking
 from dmpo_jax.evaluate import make_evaluate_training
 from dmpo_jax.logprobs import make_log_probs
 from dmpo_jax.models.trainable import TRAINED_DTYPE, Trainable
@@ -326,13 +327,19 @@ def num_microbatches(config: ConfigDict) -> int:
   return config.rollout.num_prompts // (config.train.microbatch_prompts or config.rollout.num_prompts)
 
 
+def make_chunking(config: ConfigDict) -> Chunking:
+  """Build how a buffer is cut into chunks."""
+  own = config.rollout
+  return Chunking(own.group_size, own.chunk_prompts, own.chunk_rollouts)
+
+
 def training_sample(config: ConfigDict, model: Transformer, mesh: Mesh) -> jax.stages.Wrapped:
   """Jit the sampler of the rollouts."""
   return policy.make_sample(
     config,
     model,
     mesh,
-    group_size=config.rollout.group_size,
+    group_size=config.rollout.chunk_rollouts or config.rollout.group_size,
     temperature=config.sampler.temperature,
     early_exit=config.rollout.early_exit,
     with_reference=config.objective.likelihood == "sampler",
@@ -378,7 +385,7 @@ def training_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> roll
     log_probs,
     make_weighing(config),
     seed=config.seed,
-    chunk_prompts=config.rollout.chunk_prompts,
+    chunking=make_chunking(config),
     max_noise=own.max_noise,
     max_rounds=own.max_rounds if own.elbo_rounds == "adaptive" else 1,
   )
@@ -392,7 +399,7 @@ def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRo
     grading=parts.grading,
     tokenizer=parts.tokenizer,
     seed=config.seed,
-    chunk_prompts=config.rollout.chunk_prompts,
+    chunking=make_chunking(config),
     counted=config.objective.counted,
   )
   assert parts.prompts is not None  # training has them

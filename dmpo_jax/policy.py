@@ -218,14 +218,15 @@ def make_sample(
   with_reference: bool = False,
   on_call: Callable[..., None] | None = None,
 ) -> jax.stages.Wrapped:
-  """Jit the sampler of `config.sampler`: `sample(policies, prompts, key[, temperature]) -> Rollouts` [p, g, ...].
+  """Jit the sampler of `config.sampler`: `sample(policies, prompts, key, first=0, temperature=None) -> Rollouts`.
 
-  A temperature [p], one for each prompt's rollouts, replaces the one given here. Where the devices do not divide the
-  rows, copies of the last row fill them up and are dropped again.
+  Its fields are [p, g, ...], from the rollout with index `first` on. A temperature [p], one for each prompt's rollouts,
+  replaces the one given here. Where the devices do not divide the rows, copies of the last row fill them up and are
+  dropped again.
 
   Args:
     mesh: where the rollouts are to lie, on every device; the sampler runs on the mesh that is set when it is called.
-    group_size: rollouts of each prompt.
+    group_size: rollouts of each prompt, of one call.
     temperature, early_exit, on_call: see `samplers.Plan`.
     with_reference: the sampler also gives the reference's log-probabilities of the tokens that it draws.
   """
@@ -241,7 +242,13 @@ def make_sample(
     on_call=on_call,
   )
 
-  def sample(policies: Policies, prompts: Prompts, key: jax.Array, temperature: jax.Array | None = None) -> Rollouts:
+  def sample(
+    policies: Policies,
+    prompts: Prompts,
+    key: jax.Array,
+    first: int | jax.Array = 0,
+    temperature: jax.Array | None = None,
+  ) -> Rollouts:
     num_rows = prompts.tokens.shape[0] * group_size
 
     def rows(array: jax.Array) -> jax.Array:
@@ -255,7 +262,7 @@ def make_sample(
       guidance=own.guidance,
       reference=trainable.reference(policies.frozen, policies.reference) if with_reference else None,
     )
-    keys = sharding.fill_rows(noise.row_keys(key, prompts.prompt_id, group_size).reshape(-1))
+    keys = sharding.fill_rows(noise.row_keys(key, prompts.prompt_id, group_size, first).reshape(-1))
     plan = common_plan
     if temperature is not None:
       plan = dataclasses.replace(plan, temperature=rows(temperature))

@@ -1,23 +1,22 @@
 """One buffer: prompts -> rollouts -> log-probabilities and rewards -> what the objective needs -> Experience.
 
 Forward passes only. `Collector.generate` samples, begins the grading, and scores meanwhile. `Collector.complete` waits
-for the grades and makes the experience. The jitted programs run on chunks of prompts, so a buffer may be larger than
-what fits on the devices at one time; their results are small and replicated, and every host reads them.
+for the grades and makes the experience. The jitted programs run on chunks, so a buffer may be larger than what fits on
+the devices at one time; their results are small and replicated, and every host reads them.
 """
 
-import collections
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, PyTree
+from jaxtyping import Bool, Int
 
 from dmpo_jax import noise
+from dmpo_jax.chunks import Chunk, Chunking, fetch_ahead, join_rows
 from dmpo_jax.grading import Grades, Grading, grade
 from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.objectives import weights
@@ -25,7 +24,7 @@ from dmpo_jax.objectives.weights import Weighing
 from dmpo_jax.policy import Policies, check_confidence
 from dmpo_jax.rollout_metrics import Stopwatch, describe, log_confidence
 from dmpo_jax.run import progress
-from dmpo_jax.run.preemption import Preempted, check_preemption
+from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.sharding import everywhere
 from dmpo_jax.structs import Experience, LogProbs, PendingRollouts, Prompts, Rollouts
 
@@ -44,9 +43,10 @@ class Scoring(Protocol):
 
   @property
   def score(self) -> Callable[..., LogProbs] | None:
-    """The function that dispatches the forward passes on a chunk of prompts; None: there are no forward passes.
+    """The function that dispatches the forward passes on a chunk; None: there are no forward passes.
 
-    `score(policies, prompts, rollouts, is_counted, buffer)` returns log-probabilities that are still on the devices.
+    `score(policies, prompts, rollouts, is_counted, buffer, first)` returns log-probabilities that are still on the
+    devices; `first` is the index of the chunk's first rollout of each prompt.
     """
     ...
 
@@ -62,17 +62,18 @@ class Collector:
   """What a run's buffers have in common.
 
   Args:
-    sample: lays policies out for the sampler, and returns `sample(prompts, key) -> Rollouts` [p, g, ...].
-    chunk_prompts: prompts sampled and scored at one time; 0: all.
+    sample: lays policies out for the sampler, and returns `sample(prompts, key, first) -> Rollouts` [p, g, ...]: the
+      rollouts of a chunk, which begin with the `first` of each prompt.
+    chunking: what is sampled and scored at one time.
     counted: completion positions that the likelihood counts, see `count_positions`.
   """
 
-  sample: Callable[[Policies], Callable[[Prompts, jax.Array], Rollouts]]
+  sample: Callable[[Policies], Callable[[Prompts, jax.Array, int], Rollouts]]
   scoring: Scoring
   grading: Grading
   tokenizer: Tokenizer
   seed: int
-  chunk_prompts: int
+  chunking: Chunking
   counted: str
 
   def generate(self, policies: Policies, batch: Batch, begun: PendingRollouts | None = None) -> PendingRollouts:
@@ -86,34 +87,33 @@ class Collector:
       NotFinite: see `policy.check_confidence`.
     """
     watch, key = Stopwatch(), noise.step_key(self.seed, "rollout", batch.buffer)
-    chunks = cut(len(batch.records), self.chunk_prompts)
-    sampled, scored = _finished_chunks(begun, chunks)
-    on_devices: dict[int, Rollouts] = {}  # those that are still to be scored, by their first prompt
+    chunks = self.chunking.cut(len(batch.records))
+    sampled, scored = (self.chunking.finished(rows, chunks) for rows in _begun(begun))
+    on_devices: dict[int, Rollouts] = {}  # the chunks that are still to be scored
     sample = self.sample(policies) if len(sampled) < len(chunks) else None
 
-    def sample_chunk(chunk: slice) -> Rollouts:
+    def sample_chunk(number: int) -> Rollouts:
       assert sample is not None  # until all chunks are sampled
-      progress.part("sampling prompts", chunk.start, len(batch.records))
-      on_devices[chunk.start] = sample(_take(batch.prompts, chunk), key)
-      return on_devices[chunk.start]
+      prompts, rollouts = chunks[number]
+      progress.part("sampling prompts", prompts.start, len(batch.records))
+      on_devices[number] = sample(chunks[number].of_prompts(batch.prompts), key, rollouts.start)
+      return on_devices[number]
 
-    def score_chunk(index: int, chunk: slice) -> LogProbs:
-      progress.part("scoring prompts", chunk.start, len(batch.records))
-      rollouts = on_devices.pop(chunk.start) if chunk.start in on_devices else everywhere(sampled[index])
-      is_counted = count_positions(rollouts.completion, self.tokenizer.eos_token_id, self.counted)
-      assert self.scoring.score is not None  # else there is nothing to score
-      return self.scoring.score(policies, _take(batch.prompts, chunk), rollouts, is_counted, batch.buffer)
+    def score_chunk(number: int) -> LogProbs:
+      progress.part("scoring prompts", chunks[number].prompts.start, len(batch.records))
+      rollouts = on_devices.pop(number) if number in on_devices else everywhere(sampled[number])
+      return self._score(policies, batch, chunks[number], rollouts)
 
-    to_sample = list(enumerate(chunks))[len(sampled) :]
-    to_score = list(enumerate(chunks))[len(scored) :] if self.scoring.score else []
-    graded = [self._grade(batch, *each) for each in zip(chunks, sampled, strict=False)]
-    calls = [functools.partial(sample_chunk, chunk) for _, chunk in to_sample]
-    results = fetch_ahead(calls + [functools.partial(score_chunk, *each) for each in to_score])
+    to_sample = range(len(sampled), len(chunks))
+    to_score = range(len(scored), len(chunks)) if self.scoring.score else ()
+    graded = [self._grade(batch, chunk.prompts, done) for chunk, done in zip(chunks, sampled, strict=False)]
+    calls = [functools.partial(sample_chunk, number) for number in to_sample]
+    results = fetch_ahead(calls + [functools.partial(score_chunk, number) for number in to_score])
     try:
-      for (_, chunk), rollouts in zip(to_sample, results, strict=False):
+      for number, rollouts in zip(to_sample, results, strict=False):
         check_confidence(rollouts)
         sampled.append(rollouts)
-        graded.append(self._grade(batch, chunk, rollouts))
+        graded.append(self._grade(batch, chunks[number].prompts, rollouts))
       watch.lap("sample")
       sample = None  # and with it the parameters that were laid out for it
       for log_probs in results:
@@ -123,8 +123,8 @@ class Collector:
       notice.pending = _join(sampled, scored, watch, begun, is_whole=False) if sampled else None
       raise
     watch.lap("score")
-    pending = _join(sampled, scored, watch, begun, is_whole=True)
-    return dataclasses.replace(pending, batch=batch, wait=lambda: Grades.join([wait() for wait in graded]))
+    pending, group_size = _join(sampled, scored, watch, begun, is_whole=True), self.chunking.group_size
+    return dataclasses.replace(pending, batch=batch, wait=lambda: Grades.join([wait() for wait in graded], group_size))
 
   def complete(self, pending: PendingRollouts, policies: Policies) -> tuple[Experience, dict[str, float]]:
     """Wait for the grades of a generated buffer, and complete it for the objective.
@@ -132,7 +132,8 @@ class Collector:
     Returns:
       The experience, and what the log says of it: seconds and tokens/s by phase among it.
     """
-    watch, batch, rollouts = Stopwatch(), pending.batch, pending.rollouts
+    watch, batch = Stopwatch(), pending.batch
+    rollouts, log_probs = self.chunking.groups((pending.rollouts, pending.log_probs))
     progress.part("waiting for rewards")
     grades = (pending.wait or self._grade(batch, slice(None), rollouts))()
     watch.lap("reward")  # what grading took longer than all that was done meanwhile
@@ -151,7 +152,7 @@ class Collector:
       seen=rollouts.seen,
       reward_parts=grades.parts,
     )
-    experience, figures = self.scoring.complete(policies, experience, rollouts, pending.log_probs, batch.buffer)
+    experience, figures = self.scoring.complete(policies, experience, rollouts, log_probs, batch.buffer)
     watch.lap("score")
     is_until_eos = count_positions(rollouts.completion, self.tokenizer.eos_token_id, "until_eos")
     metrics = describe(grades, rollouts, is_until_eos, self.tokenizer.eos_token_id) | figures
@@ -159,8 +160,14 @@ class Collector:
       watch.add(name, float(seconds))
     return experience, metrics | watch.rates(tokens=rollouts.completion.size)
 
-  def _grade(self, batch: Batch, chunk: slice, rollouts: Rollouts) -> Callable[[], Grades]:
-    return grade(self.grading, self.tokenizer, batch.records[chunk], rollouts.completion)
+  def _score(self, policies: Policies, batch: Batch, chunk: Chunk, rollouts: Rollouts) -> LogProbs:
+    assert self.scoring.score is not None  # else there is nothing to score
+    is_counted = count_positions(rollouts.completion, self.tokenizer.eos_token_id, self.counted)
+    prompts = chunk.of_prompts(batch.prompts)
+    return self.scoring.score(policies, prompts, rollouts, is_counted, batch.buffer, chunk.rollouts.start)
+
+  def _grade(self, batch: Batch, prompts: slice, rollouts: Rollouts) -> Callable[[], Grades]:
+    return grade(self.grading, self.tokenizer, batch.records[prompts], rollouts.completion)
 
 
 class RewardsOnly:
@@ -212,7 +219,7 @@ class EstimatedWeights:
   log_probs: Callable[..., LogProbs]
   weighing: Weighing
   seed: int
-  chunk_prompts: int
+  chunking: Chunking
   max_noise: float = 0.0
   max_rounds: int = 1
 
@@ -223,12 +230,14 @@ class EstimatedWeights:
     rollouts: Rollouts,
     is_counted: Bool[np.ndarray | jax.Array, "p g c"],
     buffer: int,
+    first: int = 0,
     number: int = 0,
   ) -> LogProbs:
     """Estimate a chunk's log-probabilities; `number` is the round of draws."""
     key = noise.step_key(self.seed, "measure", buffer)
     key = jax.random.fold_in(key, number) if number else key
-    return self.log_probs(policies, prompts, rollouts.completion, is_counted, decided_at(rollouts), key, rollouts.seen)
+    about = rollouts.completion, is_counted, decided_at(rollouts)
+    return self.log_probs(policies, prompts, *about, key, rollouts.seen, first)
 
   def complete(
     self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
@@ -248,10 +257,15 @@ class EstimatedWeights:
   def _score_all(
     self, policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int, number: int
   ) -> LogProbs:
-    arrays = experience.prompts, rollouts, experience.is_counted
-    chunks = [_take(arrays, chunk) for chunk in cut(len(experience.completion), self.chunk_prompts)]
-    calls = (functools.partial(self.score, policies, *chunk, buffer, number) for chunk in chunks)
-    return concatenate(list(fetch_ahead(calls)))
+    arrays = rollouts, experience.is_counted
+
+    def score_chunk(chunk: Chunk) -> LogProbs:
+      prompts, own = chunk.of_prompts(experience.prompts), chunk.of_rollouts(arrays)
+      return self.score(policies, prompts, *own, buffer, chunk.rollouts.start, number)
+
+    chunks = self.chunking.cut(len(experience.completion))
+    scored = fetch_ahead([functools.partial(score_chunk, chunk) for chunk in chunks])
+    return self.chunking.groups(join_rows(list(scored)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,11 +293,12 @@ class TokenLogProbs:
     rollouts: Rollouts,
     is_counted: Bool[np.ndarray | jax.Array, "p g c"],
     buffer: int,
+    first: int = 0,
   ) -> LogProbs:
-    first = buffer * self.updates_per_buffer
-    keys = [noise.step_key(self.seed, "loss", first + update) for update in range(self.num_views)]
+    step = buffer * self.updates_per_buffer
+    keys = [noise.step_key(self.seed, "loss", step + update) for update in range(self.num_views)]
     batch = policies, prompts, rollouts.completion, is_counted, decided_at(rollouts)
-    scored = [self.log_probs(*batch, key, rollouts.seen) for key in keys]
+    scored = [self.log_probs(*batch, key, rollouts.seen, first) for key in keys]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=2), *scored)
 
   def complete(
@@ -365,46 +380,8 @@ def decided_at(rollouts: Rollouts) -> Int[np.ndarray | jax.Array, "p g c"]:
   return rollouts.committed_at if rollouts.seen_at is None else rollouts.seen_at
 
 
-def cut(num: int, size: int) -> list[slice]:
-  """Cut `num` prompts into chunks of `size`; 0: one chunk."""
-  size = size or num
-  return [slice(start, start + size) for start in range(0, num, size)]
-
-
-def concatenate(chunks: list[Any]) -> Any:
-  """Join the arrays of several chunks along the prompt axis."""
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
-
-
-def fetch_ahead(calls: Iterable[Callable[[], Any]]) -> Iterator[Any]:
-  """Yield what each call computes as numpy arrays; the next call is dispatched before one's result is awaited.
-
-  So the devices have work while the host looks at results.
-
-  Raises:
-    Preempted: between two calls, once all that was dispatched has been yielded.
-  """
-  dispatched = collections.deque()
-  for call in calls:
-    try:
-      check_preemption()
-    except Preempted:
-      yield from map(jax.device_get, dispatched)
-      raise
-    dispatched.append(call())
-    if len(dispatched) > 1:
-      yield jax.device_get(dispatched.popleft())
-  yield from map(jax.device_get, dispatched)
-
-
-def _finished_chunks(begun: PendingRollouts | None, chunks: Sequence[slice]) -> tuple[list[Rollouts], list[LogProbs]]:
-  """Cut what was generated into its whole chunks: rollouts and log-probabilities of the first prompts, on the host."""
-  sampled, scored = [], []
-  if begun is not None:
-    for whole, found in ((begun.rollouts, sampled), (begun.log_probs, scored)):
-      num = len(jax.tree.leaves(whole)[0]) if whole is not None else 0
-      found += [_take(whole, chunk) for chunk in chunks if chunk.stop <= num]
-  return sampled, scored
+def _begun(begun: PendingRollouts | None) -> tuple[Rollouts | None, LogProbs | None]:
+  return (None, None) if begun is None else (begun.rollouts, begun.log_probs)
 
 
 def _join(
@@ -413,8 +390,8 @@ def _join(
   for name, seconds in begun.seconds.items() if begun is not None else ():
     watch.add(name, float(seconds))
   return PendingRollouts(
-    rollouts=concatenate(sampled),
-    log_probs=concatenate(scored) if scored else None,
+    rollouts=join_rows(sampled),
+    log_probs=join_rows(scored) if scored else None,
     seconds={name: np.array(seconds, np.float32) for name, seconds in watch.seconds.items()},
     is_whole=np.array(is_whole),
   )
@@ -426,7 +403,3 @@ def _join_rounds(rounds: list[LogProbs]) -> LogProbs:
     log_p_ref=np.concatenate([log_probs.log_p_ref for log_probs in rounds], axis=-1),
     entropy=np.mean([log_probs.entropy for log_probs in rounds], axis=0),
   )
-
-
-def _take(arrays: PyTree, chunk: slice) -> PyTree:
-  return jax.tree.map(operator.itemgetter(chunk), arrays)

@@ -95,9 +95,9 @@ class LogProbs:
 
 @struct.dataclass
 class PendingRollouts:
-  """A buffer of rollouts that has no rewards yet, or its first prompts: some sampled, fewer of them scored."""
+  """A buffer of rollouts that has no rewards yet, or its first rows: some sampled, fewer of them scored."""
 
-  rollouts: Rollouts  # fields [p, g, c] and [p, g]
+  rollouts: Rollouts  # its rows prompt by prompt, fields [b, c] and [b]; b need not be a multiple of g
   log_probs: LogProbs | None  # None where the objective needs none
   seconds: dict[str, AnyArray]  # float32 []; what sampling and scoring took
   is_whole: AnyArray = True  # bool []; False: the run was stopped while it was generated

@@ -270,9 +270,8 @@ def describe_polls(found: dict[str, Cost], config: ConfigDict) -> str:
   names = {"sample": "rollouts", "score": "log-probs", "accumulate": "a microbatch"}
   seconds = {what: found[name].seconds for name, what in names.items() if name in found}
   if "sample" in found:
-    rows = (config.rollout.chunk_prompts or config.rollout.num_prompts) * config.rollout.group_size
-    own = config.eval.batch_size * config.eval.num_samples
-    seconds["evaluation"] = found["sample"].seconds * own / rows
+    rows = config.rollout.num_prompts * config.rollout.group_size / programs.calls_of("sample", config)
+    seconds["evaluation"] = found["sample"].seconds * config.eval.batch_size * config.eval.num_samples / rows
   listed = ", ".join(f"{what} {value:.1f} s" for what, value in seconds.items())
   return f"a poll for preemption at least every {max(seconds.values(), default=0):.1f} s: {listed}"
 

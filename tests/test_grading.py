@@ -219,9 +219,10 @@ def test_grades_of_chunks_are_joined():
     array = np.full((1, 2), reward)
     return Grades(array, array > 0, array > 1, num_timeouts=1, num_crashes=2, per_second=10.0)
 
-  joined = Grades.join([part(1.0), part(2.0)])
+  joined = Grades.join([part(1.0), part(2.0)], group_size=2)
   assert (joined.parts, joined.part_names) == (None, ())
   np.testing.assert_array_equal(joined.reward, [[1, 1], [2, 2]])
+  np.testing.assert_array_equal(Grades.join([part(1.0), part(2.0)], group_size=4).reward, [[1, 1, 2, 2]])
   assert (joined.num_timeouts, joined.num_crashes, joined.per_second) == (2, 4, 10.0)
 
 
@@ -248,7 +249,7 @@ def test_hosts_without_rows_have_the_grades_of_all(monkeypatch, num, count):
 
   def grade_chunks(_):
     waits = [grading.grade(pool, tokenizer, records[chunk], completion[chunk]) for chunk in chunks]
-    return Grades.join([wait() for wait in waits])
+    return Grades.join([wait() for wait in waits], group_size=2)
 
   plain = [
     [list(task.reward(record, tokenizer.decode(row.tolist())).values()) for row in rows]
@@ -263,7 +264,7 @@ def test_hosts_without_rows_have_the_grades_of_all(monkeypatch, num, count):
     np.testing.assert_array_equal(grades.is_kept, ~np.isnan(reward))
     is_ended = (completion == tokenizer.eos_token_id).any(-1)
     np.testing.assert_array_equal(grades.is_solved, is_ended & ~np.isnan(reward))
-    has_rows = any(range(size)[HostShare(size, index, count).mine] for size in (num // 2, num - num // 2))
+    has_rows = any(range(size)[HostShare(size, index, count).mine] for size in (num // 2 * 2, num * 2 - num // 2 * 2))
     assert grades.per_second > 0 if has_rows else np.isnan(grades.per_second)
   pool.close()
 

@@ -34,13 +34,14 @@ ROOMS = {
   "policy": FOUNDATIONS | {"config", "hub", "models", "run", "samplers"},
   "logprobs": FOUNDATIONS | {"models", "objectives", "policy"},
   "rollout_metrics": FOUNDATIONS | {"grading", "objectives"},
-  "rollout": FOUNDATIONS | {"grading", "hub", "objectives", "policy", "rollout_metrics", "run"},
+  "chunks": {"run"},
+  "rollout": FOUNDATIONS | {"chunks", "grading", "hub", "objectives", "policy", "rollout_metrics", "run"},
   "update": FOUNDATIONS | {"logprobs", "models", "objectives", "run"},
   "build": FOUNDATIONS | {"config", "data", "grading", "hub", "models", "objectives", "policy", "run", "tasks"},
   "generations": FOUNDATIONS | {"grading", "hub"},
   "evaluate": FOUNDATIONS | {"generations", "build", "config", "grading", "hub", "policy", "run", "tasks"},
   "phases": FOUNDATIONS
-  | {"build", "data", "evaluate", "logprobs", "models", "objectives", "optim", "policy", "rollout"}
+  | {"build", "chunks", "data", "evaluate", "logprobs", "models", "objectives", "optim", "policy", "rollout"}
   | {"rollout_metrics", "run", "update"},
   "sample": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run"},
   "serve": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run", "sample", "samplers"},

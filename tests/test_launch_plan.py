@@ -182,20 +182,22 @@ def test_a_plan_says_how_often_a_notice_is_looked_for():
 
 
 @pytest.mark.parametrize(
-  ("settings", "chunk_prompts", "microbatch_prompts", "batch_size"),
+  ("settings", "chunk_prompts", "chunk_rollouts", "microbatch_prompts", "batch_size"),
   [
-    ("256", 2, 8, 32),
-    ("256,v5e-16", 2, 8, 32),
-    ("256,v6e-16", 8, 8, 128),
-    ("256,v5p-8", 1, 4, 16),
-    ("128,v5e-64", 32, 8, 256),
-    ("512", 1, 4, 8),
-    ("256,v5e-1", 1, 1, 2),
+    ("256", 2, 0, 8, 32),
+    ("256,v5e-16", 2, 0, 8, 32),
+    ("256,v6e-16", 8, 0, 8, 128),
+    ("256,v5p-8", 1, 0, 4, 16),
+    ("128,v5e-64", 32, 0, 8, 256),
+    ("512", 1, 8, 4, 8),
+    ("512,v5p-8", 1, 4, 2, 4),
+    ("256,v5e-1", 1, 2, 1, 2),
   ],
 )
-def test_a_slice_has_parts_that_take_seconds(settings, chunk_prompts, microbatch_prompts, batch_size):
+def test_a_slice_has_parts_that_take_seconds(settings, chunk_prompts, chunk_rollouts, microbatch_prompts, batch_size):
   config = llada_8b.get_config(settings)
-  assert (config.rollout.chunk_prompts, config.eval.batch_size) == (chunk_prompts, batch_size)
+  assert (config.rollout.chunk_prompts, config.rollout.chunk_rollouts) == (chunk_prompts, chunk_rollouts)
+  assert config.eval.batch_size == batch_size
   assert config.train.microbatch_prompts == microbatch_prompts
   assert config.sampler.completion_length == int(settings[:3])
   with pytest.raises(ValueError, match="slice 'v9-16': must be a kind"):

@@ -66,6 +66,10 @@ def test_the_published_widths():
     ({"model.num_layers": 1, "train.num_buffers": 1}, {"model.num_layers": 1, "train.num_buffers": 3}),
     ({"rollout.chunk_prompts": 4}, {"rollout.chunk_prompts": 4}),
     ({"rollout.chunk_prompts": 32}, {"rollout.chunk_prompts": 8}),
+    (
+      {"rollout.chunk_prompts": 1, "rollout.chunk_rollouts": 8},
+      {"rollout.chunk_prompts": 1, "rollout.chunk_rollouts": 2, "rollout.group_size": 4},
+    ),
     ({"eval.batch_size": 64}, {"eval.batch_size": 8, "eval.num_prompts": 16}),
     ({"eval.num_prompts": 0}, {"eval.num_prompts": 16}),
     ({"model.d_model": None, "model.num_heads": None, "model.num_kv_heads": None}, {"model.d_model": None}),

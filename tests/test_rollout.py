@@ -1,6 +1,7 @@
 """A buffer's way: nothing depends on batch, padding or devices; failed rewards drop out and are counted."""
 
 import functools
+import itertools
 import math
 import threading
 
@@ -11,7 +12,8 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, phases, policy, rollout, sharding, structs
+from dmpo_jax import build, chunks, phases, policy, rollout, sharding, structs
+from dmpo_jax.chunks import Chunking
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.hub.tokenizer import load_tokenizer
@@ -22,6 +24,7 @@ from dmpo_jax.objectives.masking import MaskSampling
 from dmpo_jax.policy import NotFinite, Policies
 from dmpo_jax.rollout_metrics import describe, lack_of_signal, log_confidence
 from dmpo_jax.run import progress
+from dmpo_jax.run.preemption import Preempted
 from dmpo_jax.tasks.sudoku import Sudoku
 
 
@@ -43,7 +46,7 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
       config,
       parts.model,
       parts.mesh,
-      group_size=config.rollout.group_size,
+      group_size=config.rollout.chunk_rollouts or config.rollout.group_size,
       temperature=1.0,
       early_exit=config.rollout.early_exit,
       with_reference=is_sampled,
@@ -55,7 +58,7 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
         make_log_probs(parts.model, parts.mesh, estimator),
         phases.make_weighing(config),
         seed=config.seed,
-        chunk_prompts=config.rollout.chunk_prompts,
+        chunking=phases.make_chunking(config),
       )
     collector = rollout.Collector(
       sample=lambda policies: functools.partial(
@@ -65,7 +68,7 @@ def collect(config, folder, use_devices, num_devices=1, task=None):
       grading=Grading(task=task) if task else parts.grading,
       tokenizer=parts.tokenizer,
       seed=config.seed,
-      chunk_prompts=config.rollout.chunk_prompts,
+      chunking=phases.make_chunking(config),
       counted=objective.counted,
     )
     policies = Policies(params, reference)
@@ -162,7 +165,7 @@ def test_chunks_are_drawn_while_earlier_ones_are_graded():
       is_drawn.set()  # a draw that waits for rewards is not to wait for every one of them
       return 1.0
 
-  def sample(prompts, key):
+  def sample(prompts, key, first):
     shape = (len(prompts.prompt_id), g, c)
     count = np.ones(shape[:2], np.int32)
     return structs.Rollouts(
@@ -177,7 +180,7 @@ def test_chunks_are_drawn_while_earlier_ones_are_graded():
     grading=Grading(task=task),
     tokenizer=load_tokenizer("sentencepiece", tiny.config().tokenizer.path, is_chat=False),
     seed=0,
-    chunk_prompts=1,
+    chunking=Chunking(g, prompts=1),
     counted="all",
   )
   pending = collector.generate(Policies(None, None), rollout.Batch(0, prompts, list(task.generate("test", p, 0))))
@@ -200,8 +203,8 @@ def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_dev
     phase, state = phase_of(1)
     whole = phase.buffers.generate(state, 0)
     begun = structs.PendingRollouts(
-      rollouts=jax.tree.map(lambda x: x[:3], whole.rollouts),
-      log_probs=jax.tree.map(lambda x: x[:2], whole.log_probs),
+      rollouts=jax.tree.map(lambda x: x[:12], whole.rollouts),
+      log_probs=jax.tree.map(lambda x: x[:8], whole.log_probs),
       seconds={"sample": np.float32(1000), "score": np.float32(0)},
       is_whole=np.array(False),
     )
@@ -211,11 +214,85 @@ def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_dev
     assert asked == [("sampling prompts", 2), ("scoring prompts", 2)]
     assert rest.is_whole
     np.testing.assert_array_equal(rest.rollouts.completion, whole.rollouts.completion)
-    np.testing.assert_array_equal(rest.log_probs.log_p_old[:2], whole.log_probs.log_p_old[:2])
+    np.testing.assert_array_equal(rest.log_probs.log_p_old[:8], whole.log_probs.log_p_old[:8])
     np.testing.assert_allclose(rest.log_probs.log_p_old, whole.log_probs.log_p_old, rtol=1e-5)
     assert 1000 < rest.seconds["sample"] < 2000
     rewards = [phase.buffers.complete(state, 0, pending)[0].reward for pending in (rest, whole)]
   np.testing.assert_array_equal(*rewards)
+
+
+def begin(config, folder, use_devices):
+  """A phase that starts from parameters at random, and its reference other ones."""
+  use_devices(1)
+  parts = build.build_parts(config, folder / "run")
+  with jax.set_mesh(parts.mesh):
+    params = policy.initial_params(config, parts)
+    phase, state = phases.training_phase(config, folder / "run", parts, jax.tree.map(lambda x: 1.1 * x, params))
+    return parts, phase, state.replace(trainable=params)
+
+
+SPLIT = dict(rollout__chunk_prompts=1, rollout__chunk_rollouts=2)  # of four
+
+
+@pytest.mark.parametrize("objective", ["wdce", pytest.param("coupled_grpo", marks=pytest.mark.slow)])
+def test_a_group_that_is_split_over_chunks_is_the_whole_group(folder, use_devices, objective):
+  own = dict(objective__name=objective, objective__num_elbo_samples=4, warm_start__updates=0)
+  own |= dict(objective__likelihood="coupled", objective__num_mask_samples=3) if objective == "coupled_grpo" else {}
+  found = []
+  for config in (tiny.config(**own), tiny.config(**own, **SPLIT)):
+    parts, phase, state = begin(config, folder, use_devices)
+    with jax.set_mesh(parts.mesh):
+      pending = phase.buffers.generate(state, 0)
+      found.append((pending, *phase.buffers.complete(state, 0, pending)))
+  (whole, experience, metrics), (split, split_experience, split_metrics) = found
+  assert (whole.log_probs.log_p_old != whole.log_probs.log_p_ref).any()
+  np.testing.assert_array_equal(split.rollouts.completion, whole.rollouts.completion)
+  np.testing.assert_array_equal(split.rollouts.committed_at, whole.rollouts.committed_at)
+  for ours, theirs in zip(*(jax.tree.leaves(each.log_probs) for each in (split, whole)), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+  np.testing.assert_array_equal(split_experience.reward, experience.reward)
+  np.testing.assert_allclose(split_experience.weight, experience.weight, rtol=1e-3, atol=1e-6)
+  assert split_metrics["reward_mean"] == metrics["reward_mean"]
+
+
+@pytest.mark.parametrize("polls", [2, 5, 12])  # of eight chunks that are sampled, then scored: in the middle of a group
+def test_a_group_that_was_interrupted_in_its_middle_goes_on_from_there(folder, use_devices, monkeypatch, polls):
+  parts, phase, state = begin(tiny.config(**SPLIT, warm_start__updates=0), folder, use_devices)
+  count = itertools.count(1)
+
+  def listen():
+    if next(count) == polls:
+      raise Preempted
+
+  with jax.set_mesh(parts.mesh):
+    alone = phase.buffers.generate(state, 0)
+    with monkeypatch.context() as patch:
+      patch.setattr(chunks, "check_preemption", listen)
+      with pytest.raises(Preempted) as notice:
+        phase.buffers.generate(state, 0)
+    begun = notice.value.pending
+    num_scored = 0 if begun.log_probs is None else len(begun.log_probs.entropy)
+    assert (len(begun.rollouts.completion), num_scored) == (2 * min(polls - 1, 8), 2 * max(polls - 9, 0))
+    rest = phase.buffers.generate(state, 0, begun)
+  for ours, theirs in zip(jax.tree.leaves(rest.rollouts), jax.tree.leaves(alone.rollouts), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  jax.tree.map(np.testing.assert_array_equal, rest.log_probs, alone.log_probs)
+
+
+def test_a_reward_is_asked_once_for_each_rollout_of_a_split_group(folder, use_devices):
+  asked = []
+
+  class Asked(Sudoku):
+    def reward(self, record, completion):
+      asked.append((record["puzzle"], completion))
+      return float(len(asked))
+
+  experience, _ = collect(
+    tiny.config(**SPLIT), folder, use_devices, task=Asked(min_blanks=4, max_blanks=10, demo_patience=11.0)
+  )
+  np.testing.assert_array_equal(experience.reward, np.arange(1, 17).reshape(4, 4))
+  assert len(asked) == 16
+  assert [puzzle for puzzle, _ in asked] == [puzzle for puzzle, _ in asked[::4] for _ in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ def begin(config, folder, use_devices):
     return parts, *phases.training_phase(config, folder / "run", parts, policy.initial_params(config, parts))
 
 
+def groups(config, rows):
+  """A buffer's rows [b, ...] as [p, g, ...]."""
+  return phases.make_chunking(config).groups(rows)
+
+
 def collect(phase, state, buffer):
   """A buffer generated and completed by the same policy."""
   return phase.buffers.complete(state, buffer, phase.buffers.generate(state, buffer))
@@ -196,9 +201,10 @@ def test_a_trajectory_is_replayed_as_the_sampler_saw_it(folder, use_devices, sam
     pending = phase.buffers.generate(state, 0)
     experience, _ = phase.buffers.complete(state, 0, pending)
     is_counted = experience.is_counted
-    assert (~is_counted & (np.asarray(pending.rollouts.seen) != parts.tokenizer.mask_token_id)).any()
+    rollouts = groups(config, pending.rollouts)
+    assert (~is_counted & (np.asarray(rollouts.seen) != parts.tokenizer.mask_token_id)).any()
     replayed = np.where(is_counted, experience.token_log_p_old[:, :, 0], 0)
-    np.testing.assert_allclose(replayed, np.log(np.where(is_counted, pending.rollouts.confidence, 1)), atol=1e-5)
+    np.testing.assert_allclose(replayed, np.log(np.where(is_counted, rollouts.confidence, 1)), atol=1e-5)
     _, metrics = phase.update(state, phase.frozen, experience)
   assert abs(metrics["loss_kl"]) < 1e-6, "the update sees the same states"
 
@@ -218,7 +224,8 @@ def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(fo
   state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
   with jax.set_mesh(parts.mesh):
     pending = phase.buffers.generate(state, 0)
-    completion = pending.rollouts.completion
+    drawn = groups(config, pending.rollouts)
+    completion = drawn.completion
     is_counted = np.asarray(rollout.count_positions(completion, parts.tokenizer.eos_token_id, "until_eos"))
     other = np.where(is_counted, completion, 14)
     assert (~is_counted).any(-1).sum() > 4
@@ -226,7 +233,7 @@ def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(fo
     policies = Policies(state.trainable, phase.frozen, state.reference)
     prompts, _ = parts.prompts.batch(0, config.rollout.num_prompts)
     if scoring.score:
-      both = [pending.rollouts.replace(completion=tokens) for tokens in (completion, other)]
+      both = [drawn.replace(completion=tokens) for tokens in (completion, other)]
       scored = [jax.device_get(scoring.score(policies, prompts, rollouts, is_counted, 0)) for rollouts in both]
       jax.tree.map(np.testing.assert_array_equal, *scored)
     experience, _ = phase.buffers.complete(state, 0, pending)

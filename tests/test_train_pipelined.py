@@ -8,7 +8,7 @@ import tiny
 from etils import epath
 from remains import leave_alone, policy_of, rows_of
 
-from dmpo_jax import build, phases, policy, rollout, train
+from dmpo_jax import build, chunks, phases, policy, train
 from dmpo_jax.run import checkpoints
 from dmpo_jax.run.preemption import Preempted
 
@@ -60,7 +60,7 @@ def saved_at(workdir, name):
 
 
 def num_drawn(workdir, name):
-  """The prompts of the coming buffer that a checkpoint has sampled, and those that it has scored."""
+  """The rollouts of the coming buffer that a checkpoint has sampled, and those that it has scored; four of a prompt."""
   path = (workdir / "checkpoints" / "train" / name / "drawn").resolve()
   saved = ocp.StandardCheckpointer().metadata(path).item_metadata.tree
   return saved["rollouts"]["completion"].shape[0], saved["log_probs"]["entropy"].shape[0] if saved["log_probs"] else 0
@@ -94,7 +94,7 @@ def notice_at_poll(patch, number):
     if count[0] == number:
       raise Preempted
 
-  patch.setattr(rollout, "check_preemption", listen)
+  patch.setattr(chunks, "check_preemption", listen)
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypa
         train.main(config(), workdir)
     assert saved_at(workdir, name) == wanted
     drawn.append(num_drawn(workdir, name))
-  assert drawn == [(2, 0), (4, 2), (2, 0), (4, 4), (4, 4)]  # no finished chunk is lost, none is drawn again
+  assert drawn == [(8, 0), (16, 8), (8, 0), (16, 16), (16, 16)]  # no finished chunk is lost, none is drawn again
   train.main(config(train__num_buffers=2, checkpoint__keep=1), workdir)
   assert saved_at(workdir, "4") == {"state"}
   train.main(config(), workdir)  # the third buffer's policy is that of step 2
@@ -137,6 +137,6 @@ def test_a_buffer_whose_last_rounds_are_interrupted_is_kept(tmp_path, monkeypatc
     with pytest.raises(Preempted):
       train.main(own, workdir)
   assert saved_at(workdir, "2.1") == {"state", "drawn"}
-  assert num_drawn(workdir, "2.1") == (4, 4)
+  assert num_drawn(workdir, "2.1") == (16, 16)
   train.main(own, workdir)
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(alone))

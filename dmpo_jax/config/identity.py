@@ -29,6 +29,7 @@ MAY_CHANGE = (
   "model.remat",
   "optim.max_skips_in_a_row",
   "rollout.chunk_prompts",
+  "rollout.chunk_rollouts",
   "serve.*",
   "sharding.*",
   "task.data_dir",

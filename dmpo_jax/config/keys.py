@@ -207,6 +207,14 @@ KEYS: dict[str, Rule] = {
   "rollout.chunk_prompts": whole(0).also(
     "0 or a divisor of {0}: a shorter chunk would be another program to compile", is_part, "rollout.num_prompts"
   ),
+  "rollout.chunk_rollouts": whole(0)
+  .also("0 or a divisor of {0}", is_part, "rollout.group_size")
+  .also(
+    "0, as {0} and {1}: only of a single prompt can the rollouts be split over chunks",
+    lambda rollouts, prompts, group_size: rollouts in (0, group_size) or prompts == 1,
+    "rollout.chunk_prompts",
+    "rollout.group_size",
+  ),
   "rollout.pipelined": flag()
   .also(
     "False, as {0} asks for more of the policy once rewards are known, and by then it has moved on",

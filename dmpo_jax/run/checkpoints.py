@@ -223,10 +223,12 @@ def _experience(fields: dict[str, Any] | None) -> Experience | None:
 
 
 def _pending(fields: dict[str, Any] | None) -> PendingRollouts | None:
-  """Build pending rollouts likewise; earlier versions called their log-probabilities measures."""
+  """Build pending rollouts likewise; earlier versions saved [p, g, ...], their log-probabilities as measures."""
   if fields is None:
     return None
   fields = dict(fields)
   log_probs = fields.pop("measures", None) or fields.get("log_probs")
-  log_probs = log_probs and LogProbs(**log_probs)
-  return PendingRollouts(**fields | {"rollouts": Rollouts(**fields["rollouts"]), "log_probs": log_probs})
+  buffer = Rollouts(**fields["rollouts"]), log_probs and LogProbs(**log_probs)
+  if buffer[0].completion.ndim == 3:
+    buffer = jax.tree.map(lambda array: np.asarray(array).reshape(-1, *array.shape[2:]), buffer)
+  return PendingRollouts(**fields | {"rollouts": buffer[0], "log_probs": buffer[1]})

@@ -48,13 +48,14 @@ def check_rows(config: ConfigDict, d_model: int, mesh: Mesh) -> None:
   completion, own = config.sampler.completion_length, config.rollout
   length = config.task.max_prompt_length + completion
   rows = (config.train.microbatch_prompts or own.num_prompts) * own.group_size * config.objective.num_mask_samples
-  scored = (own.chunk_prompts or own.num_prompts) * own.group_size * config.objective.num_elbo_samples
+  chunk = (own.chunk_prompts or own.num_prompts) * (own.chunk_rollouts or own.group_size)
+  scored = chunk * config.objective.num_elbo_samples
   on_device = rows * length * d_model * 2 / (mesh.shape["data"] * mesh.shape["fsdp"])
   on_host = {  # bytes a token: id, call and confidence for rollouts; id for demonstrations
     "rollout.num_prompts * rollout.group_size rollouts of sampler.completion_length tokens": (
       12 * own.num_prompts * own.group_size * completion
     ),
-    "rollout.num_prompts * rollout.group_size * objective.num_elbo_samples masks": (scored * completion),
+    "a chunk's rollouts (rollout.chunk_prompts) * objective.num_elbo_samples masks": scored * completion,
     "warm_start.batch_size demonstrations of task.max_prompt_length + sampler.completion_length tokens": (
       4 * config.warm_start.batch_size * length * bool(config.warm_start.updates)
     ),

@@ -146,7 +146,7 @@ def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> De
     prompts = pad([job.prompt for job in jobs], numbers, parts.tokenizer, num_rows=batch_size)
     temperature = np.zeros(batch_size, np.float32)
     temperature[: len(jobs)] = [job.temperature for job in jobs]
-    length, arguments = prompts.tokens.shape[1], (policies, prompts, key, temperature)
+    length, arguments = prompts.tokens.shape[1], (policies, prompts, key, 0, temperature)
     with jax.set_mesh(parts.mesh):
       if length not in programs:
         with Progress(f"compiling for prompts of up to {length} tokens", 1) as shown:

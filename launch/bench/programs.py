@@ -64,8 +64,7 @@ def calls_of(name: str, config: ConfigDict) -> int:
   """Return how often a program runs for one buffer."""
   if name in STEP:
     return config.train.updates_per_buffer * (phases.num_microbatches(config) if name == "accumulate" else 1)
-  chunks = -(-config.rollout.num_prompts // (config.rollout.chunk_prompts or config.rollout.num_prompts))
-  return 1 if name == "move" else chunks
+  return 1 if name == "move" else len(phases.make_chunking(config).cut(config.rollout.num_prompts))
 
 
 def make_step(config: ConfigDict, model: Transformer, mesh: Mesh) -> tuple[Update, TrainState]:
@@ -86,11 +85,12 @@ def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh,
   step, state = make_step(config, model, mesh)
   trainable = Trainable.of(model.config).computing(state.trainable)
   policies = Policies(trainable, params, state.reference)
-  experience = _experience(config, config.rollout.chunk_prompts or config.rollout.num_prompts)
+  own = config.rollout
+  chunk = _experience(config, own.chunk_prompts or own.num_prompts, own.chunk_rollouts or own.group_size)
   key = jax.eval_shape(lambda: jax.random.key(0))
   if name in STEP:
     gradient = state.trainable  # in shapes, float32 and layout
-    microbatch = _experience(config, config.rollout.num_prompts // step.num_microbatches)
+    microbatch = _experience(config, own.num_prompts // step.num_microbatches, own.group_size)
     program, args = step.accumulate, (gradient if step.num_microbatches > 1 else None, state, params, microbatch, key)
     if name == "apply":
       with jax.set_mesh(mesh):
@@ -99,22 +99,20 @@ def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh,
       program, args = step.apply, (state, gradient, (share,) * step.num_microbatches)
   elif name == "sample":
     program = phases.training_sample(config, model, mesh)
-    args = policies, experience.prompts, key
+    args = policies, chunk.prompts, key, 0
   elif name == "move":
     args = (policies,)
     program = sharding.moving(policies, meshes[1])
   else:
     program = phases.training_log_probs(config, model, mesh)
     assert program is not None  # callers ask for what the objective needs
-    about = experience.completion, experience.is_counted, experience.committed_at
-    args = policies, experience.prompts, *about, key
+    args = policies, chunk.prompts, chunk.completion, chunk.is_counted, chunk.committed_at, key, None, 0
   with jax.set_mesh(mesh):  # nothing may be computed here: the devices may not exist
     return program.trace(*args)
 
 
-def _experience(config: ConfigDict, num_prompts: int) -> Experience:
-  """Return an abstract buffer of rollouts."""
-  p, g = num_prompts, config.rollout.group_size
+def _experience(config: ConfigDict, p: int, g: int) -> Experience:
+  """Return abstract rollouts, g of each of p prompts."""
   objective, num_updates = phases.make_objective(config), config.train.updates_per_buffer
   names = ["token_log_p_old"] * objective.needs_token_log_probs + ["token_log_p_ref"] * objective.needs_reference
   q, c = config.task.max_prompt_length, config.sampler.completion_length

@@ -31,6 +31,7 @@ MOST = {  # upper limits of keys
 }
 PARTS = {
   "rollout.chunk_prompts": "rollout.num_prompts",
+  "rollout.chunk_rollouts": "rollout.group_size",
   "train.microbatch_prompts": "rollout.num_prompts",
   "eval.batch_size": "eval.num_prompts",
 }
@@ -49,6 +50,8 @@ def shrink(config: ConfigDict) -> dict[str, tuple[Any, Any]]:
   for path, whole in PARTS.items():
     is_part = 0 < old[path] < old[whole]
     new[path] = max(new[whole] // 2, 1) if is_part else min(old[path], new[whole])
+  if new["rollout.chunk_rollouts"]:  # of one prompt
+    new["rollout.chunk_prompts"] = old["rollout.chunk_prompts"]
   every, updates = "objective.sync_reference_every", "train.updates_per_buffer"
   new[every] = new[updates] if old[every] == old[updates] else min(old[every], new[updates])
   has_warm_start = old["warm_start.updates"] > 0

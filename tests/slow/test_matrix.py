@@ -24,6 +24,7 @@ import tiny
 from plain_losses import View
 
 from dmpo_jax import build, noise, phases, policy, rollout, sharding
+from dmpo_jax.chunks import Chunking
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.grading import Grades, Grading
 from dmpo_jax.models.trainable import Trainable
@@ -189,12 +190,12 @@ class Case:
     judge, records = grading()
     policies = Policies(self.old, self.base, self.old if self.has_teacher else None)
     collector = rollout.Collector(
-      sample=lambda policies: lambda prompts, key: rollouts,
+      sample=lambda policies: lambda prompts, key, first: rollouts,
       scoring=self.scoring,
       grading=judge,
       tokenizer=self.parts.tokenizer,
       seed=0,
-      chunk_prompts=0,
+      chunking=Chunking(is_kept.shape[1]),
       counted=counted,
     )
     with jax.set_mesh(self.parts.mesh):

@@ -1,0 +1,98 @@
+"""A buffer in chunks: what of it is sampled and scored at one time, and how the results of chunks are joined again.
+
+The processes look for a notice of preemption before each chunk, so its size decides how often they do.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from dmpo_jax.run.preemption import Preempted, check_preemption
+
+
+class Chunk(NamedTuple):
+  """Some prompts of a buffer, and of each of them some rollouts."""
+
+  prompts: slice
+  rollouts: slice
+
+  def of_prompts(self, arrays: PyTree) -> PyTree:
+    """Take the chunk's prompts of arrays [p, ...]."""
+    return jax.tree.map(lambda array: array[self.prompts], arrays)
+
+  def of_rollouts(self, arrays: PyTree) -> PyTree:
+    """Take the chunk's rollouts of arrays [p, g, ...]."""
+    return jax.tree.map(lambda array: array[self.prompts, self.rollouts], arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunking:
+  """How a buffer is cut into chunks.
+
+  Args:
+    group_size: rollouts of a prompt.
+    prompts: of a chunk; 0: all of the buffer.
+    rollouts: of each of its prompts; 0: all. Fewer only if `prompts` is 1: then chunks hold the buffer's rows in order.
+  """
+
+  group_size: int
+  prompts: int = 0
+  rollouts: int = 0
+
+  def cut(self, num_prompts: int) -> list[Chunk]:
+    """Cut a buffer of so many prompts."""
+    prompts, rollouts = self.prompts or num_prompts, self.rollouts or self.group_size
+    return [
+      Chunk(slice(prompt, prompt + prompts), slice(rollout, rollout + rollouts))
+      for prompt in range(0, num_prompts, prompts)
+      for rollout in range(0, self.group_size, rollouts)
+    ]
+
+  def finished(self, rows: PyTree, chunks: Sequence[Chunk]) -> list[PyTree]:
+    """Cut the first rows of a buffer, [b, ...] (None: there are none), into those chunks [p, g, ...] that are whole."""
+    num = len(jax.tree.leaves(rows)[0]) if rows is not None else 0
+    found, start = [], 0
+    for chunk in chunks:
+      shape = chunk.prompts.stop - chunk.prompts.start, chunk.rollouts.stop - chunk.rollouts.start
+      stop = start + shape[0] * shape[1]
+      if stop > num:
+        break
+      part = slice(start, stop)
+      found.append(jax.tree.map(lambda x, part=part, shape=shape: x[part].reshape(*shape, *x.shape[1:]), rows))
+      start = stop
+    return found
+
+  def groups(self, rows: PyTree) -> PyTree:
+    """Arrange a whole buffer's rows [b, ...] in groups [p, g, ...]."""
+    return jax.tree.map(lambda array: array.reshape(-1, self.group_size, *array.shape[1:]), rows)
+
+
+def join_rows(chunks: Sequence[PyTree]) -> PyTree:
+  """Join the arrays [p, g, ...] of successive chunks, rollout by rollout: [b, ...]."""
+  return jax.tree.map(lambda *parts: np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts]), *chunks)
+
+
+def fetch_ahead(calls: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+  """Yield what each call computes as numpy arrays; the next call is dispatched before one's result is awaited.
+
+  So the devices have work while the host looks at results.
+
+  Raises:
+    Preempted: between two calls, once all that was dispatched has been yielded.
+  """
+  dispatched = collections.deque()
+  for call in calls:
+    try:
+      check_preemption()
+    except Preempted:
+      yield from map(jax.device_get, dispatched)
+      raise
+    dispatched.append(call())
+    if len(dispatched) > 1:
+      yield jax.device_get(dispatched.popleft())
+  yield from map(jax.device_get, dispatched)
