@@ -182,6 +182,12 @@ def test_what_would_be_compared_wrongly_or_not_be_read_is_refused(config, change
   assert allowed in line
 
 
+def test_a_group_in_several_chunks_cannot_spread_its_mask_ratios(config):
+  config.rollout.chunk_prompts, config.rollout.chunk_rollouts, config.objective.masks = 1, 4, "stratified"
+  (line,) = problems(config)
+  assert line.startswith("config.rollout.chunk_rollouts = 4: 0, as objective.masks = 'stratified'")
+
+
 @pytest.mark.parametrize("sampler", ["wino", "freedave"])
 def test_a_sampler_whose_states_cannot_be_replayed_has_no_trajectory(config, sampler):
   config.objective.likelihood = "trajectory"

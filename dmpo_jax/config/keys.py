@@ -214,6 +214,12 @@ KEYS: dict[str, Rule] = {
     lambda rollouts, prompts, group_size: rollouts in (0, group_size) or prompts == 1,
     "rollout.chunk_prompts",
     "rollout.group_size",
+  )
+  .also(
+    "0, as {0} spreads the mask ratios over a whole group",
+    lambda rollouts, masks, group_size: rollouts in (0, group_size) or masks != "stratified",
+    "objective.masks",
+    "rollout.group_size",
   ),
   "rollout.pipelined": flag()
   .also(
