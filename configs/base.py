@@ -118,14 +118,16 @@ def get_config() -> ConfigDict:
   # completion positions in the likelihood: all, until_eos (up to and including the first EOS; later ones are hidden)
   o.counted = "all"
   o.num_mask_samples = 2  # masks of each rollout in a gradient step
-  # where these masks, and those of the likelihoods elbo and eubo (coupled: not trajectory), come from. random: a ratio,
+  # where these masks, and those of elbo, unweighted, eubo (and coupled: not trajectory), come from. random: a ratio,
   # then positions with that probability; stratified: the same with the ratios of a group spread evenly; trajectory:
   # what the sampler had still to decide at a random point of its own trajectory
   o.masks = "random"
   o.antithetic = True  # draw masks in complementary pairs; not along a trajectory
   o.min_mask_ratio = 0.1  # mask ratios are drawn from U(min, max); a complement has 1 - ratio
   o.max_mask_ratio = 1.0
-  o.mask_block_length = 0  # likelihoods elbo and eubo mask within one block of so many positions; 0: anywhere
+  o.mask_block_length = (
+    0  # likelihoods elbo, unweighted and eubo mask within one block of so many positions; 0: anywhere
+  )
   o.sync_reference_every = 0  # updates after which p_ref becomes a copy of the policy; 0: never, p_ref is the base
 
   # estimates log p_old and log p_ref of a buffer (wdce, wddo), or the likelihood to optimise (the others)
@@ -168,6 +170,8 @@ def get_config() -> ConfigDict:
   o.diffu_grpo = ConfigDict(clipped)
   o.coupled_grpo = ConfigDict(clipped)
   o.gdpo = ConfigDict(clipped)
+  o.espo = ConfigDict(clipped)
+  o.gdsd = ConfigDict(clipped | dict(guidance=1.0))  # nats a token that an advantage of 1 asks for
   o.tracerl = ConfigDict(clipped)
   o.wd1 = ConfigDict(dict(sharpness=1.0))  # multiplies the advantages in the softmax
   # tilt: multiplies the reward. control_variate: multiple of the old policy's distribution in the target

@@ -1,4 +1,7 @@
-"""DMPO with its default, the negative baseline, on the bench (arXiv 2510.08233)."""
+"""DMPO as published, with the negative baseline, on the bench (arXiv 2510.08233).
+
+`bench_wdce_proximal.py` has the recipe that reuses rollouts less.
+"""
 
 from configs import bench
 

@@ -354,7 +354,9 @@ def training_log_probs(config: ConfigDict, model: Transformer, mesh: Mesh) -> ja
   if objective.needs_weights:
     return make_log_probs(model, mesh, make_likelihood(config, own.num_elbo_samples))
   estimator = make_likelihood(config, own.num_mask_samples)
-  return make_log_probs(model, mesh, estimator, per_token=True, with_reference=objective.needs_reference)
+  return make_log_probs(
+    model, mesh, estimator, per_token=objective.reads_tokens, with_reference=objective.needs_reference
+  )
 
 
 def needs_log_probs(config: ConfigDict) -> bool:

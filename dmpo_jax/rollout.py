@@ -270,12 +270,12 @@ class EstimatedWeights:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogProbs:
-  """Log-probabilities of tokens under the views of each update that the buffer will serve, for ratios.
+  """Log-probabilities of tokens, or completions, under the views of each update that the buffer will serve, for ratios.
 
   A rollout with one that is not finite is dropped.
 
   Args:
-    log_probs: the jitted estimates, position by position.
+    log_probs: the jitted estimates, position by position or one a draw.
     num_views: updates with views of their own; 1 where the estimator draws nothing and all updates share one estimate.
     with_reference: keep those of the reference.
   """

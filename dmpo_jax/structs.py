@@ -84,8 +84,8 @@ class Rollouts:
 class LogProbs:
   """Log-probabilities of a buffer under the sampling policy and the reference, nats; both under the same masks.
 
-  For whole completions: [p, g, n], one estimate for each of n independent mask draws. Position by position: [p, g, u,
-  c], under the masks of update u on the buffer; for a single update [p, g, c].
+  For whole completions: [p, g, n], one estimate for each of n independent mask draws. Position by position: [p, g, c].
+  Under the masks of each update u on the buffer: [p, g, u, n] and [p, g, u, c].
   """
 
   log_p_old: AnyArray  # float32
@@ -120,7 +120,8 @@ class Experience:
   weight: AnyArray  # float32 [p, g]; importance weights, summing to 1 over g
   negative_weight: AnyArray  # float32 [p, g]; weights of the target tilted the other way
   committed_at: AnyArray  # int32 [p, g, c]; the model call that decided the position as the sampler saw it
-  # For ratios to the policy that drew the rollouts; None for objectives that take none.
+  # For ratios to the policy that drew the rollouts; None for objectives that take none. Where they are of whole
+  # completions, the last axis is that of the estimate's draws.
   token_log_p_old: AnyArray | None = None  # float32 [p, g, u, c]; under the masks of update u of the buffer
   token_log_p_ref: AnyArray | None = None  # float32 [p, g, u, c]; the same under the reference policy
   seen: AnyArray | None = None  # int32 [p, g, c]; see `Rollouts.seen`; None: what is not counted is unknown

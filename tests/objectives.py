@@ -9,7 +9,8 @@ OWN = {
   "wddo": dict(sets="shared", alpha_ddo=1.0, beta=0.1),
   "wd1": dict(sharpness=1.0),
   "dtm": dict(tilt=2.0, control_variate=1.0),
-  **{name: dict(clip=0.2, kl_weight=0.1) for name in ("diffu_grpo", "coupled_grpo", "gdpo", "tracerl")},
+  **{name: dict(clip=0.2, kl_weight=0.1) for name in ("diffu_grpo", "coupled_grpo", "gdpo", "espo", "tracerl")},
+  "gdsd": dict(clip=0.2, kl_weight=0.1, guidance=0.5),
 }
 
 

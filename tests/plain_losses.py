@@ -46,7 +46,7 @@ class Rollout:
   weight: float = 0.0
   negative_weight: float = 0.0
   old: float = 0.0  # log p of the whole completion
-  token_old: np.ndarray | None = None  # [c]; under the update's masks
+  token_old: np.ndarray | None = None  # [c], or one a draw; under the update's masks
   token_ref: np.ndarray | None = None
 
 
@@ -70,6 +70,8 @@ def tokens(name, o, view):
       result[l] = of_position.mean()
     elif name == "elbo":
       result[l] = lower
+    elif name == "unweighted":
+      result[l] = sum(of_position[r] for r in read) / num_mask_samples
     elif name == "eubo":
       power = sum(by_count[r] * math.exp(o.eubo.beta * of_position[r]) for r in read)
       upper = math.log(power) / o.eubo.beta if read else 0.0
@@ -86,6 +88,16 @@ def tokens(name, o, view):
     else:
       raise ValueError(name)
   return result
+
+
+def by_draw(name, o, view, num_draws):
+  """Estimate log p of a completion from each independent draw; several draws have one mask sample each."""
+  rows = [slice(None)] if num_draws == 1 else [[number] for number in range(num_draws)]
+  views = [
+    dataclasses.replace(view, log_p=view.log_p[own], is_masked=view.is_masked[own], ratio=view.ratio[own])
+    for own in rows
+  ]
+  return np.array([tokens(name, o, of_draw).sum() for of_draw in views])
 
 
 def softmax(values):
@@ -173,6 +185,31 @@ def gdpo(group, o):
   return total / len(group)
 
 
+def espo(group, o):
+  total = 0.0
+  n = len(group)
+  for rollout, advantage in zip(group, advantages(group) * (n / (n - 1) if n > 1 else 0), strict=True):
+    length = rollout.view.num_counted
+    new = tokens(o.likelihood, o, rollout.view).sum()
+    total -= surrogate((new - rollout.token_old.mean()) / length, advantage, o)
+    if o.espo.kl_weight:
+      total += o.espo.kl_weight * (new - rollout.token_ref.mean()) ** 2 / 2 / length
+  return total / n
+
+
+def gdsd(group, o):
+  own, n, total = o.gdsd, len(group), 0.0
+  for rollout, advantage in zip(group, advantages(group) * (n / (n - 1) if n > 1 else 0), strict=True):
+    length, num_draws = rollout.view.num_counted, len(rollout.token_old)
+    new = by_draw(o.likelihood, o, rollout.view, num_draws)
+    for draw in range(num_draws):
+      moved = min(max(new[draw] - rollout.token_old[draw], math.log(1 - own.clip)), math.log(1 + own.clip))
+      total += (moved / length - own.guidance * advantage) ** 2
+      if own.kl_weight:
+        total += own.kl_weight * (new[draw] - rollout.token_ref[draw]) ** 2 / 2 / length / num_draws
+  return total / n
+
+
 def tracerl(group, o):
   centred = advantages(group)
   deviation = math.sqrt((centred**2).mean())
@@ -245,4 +282,7 @@ def denoise(group, o):
   return total / len(group)
 
 
-LOSSES = {loss.__name__: loss for loss in (wdce, wddo, diffu_grpo, coupled_grpo, gdpo, tracerl, wd1, spg, dtm, denoise)}
+LOSSES = {
+  loss.__name__: loss
+  for loss in (wdce, wddo, diffu_grpo, coupled_grpo, gdpo, espo, gdsd, tracerl, wd1, spg, dtm, denoise)
+}

@@ -12,7 +12,7 @@ import pytest
 
 from dmpo_jax.objectives import wddo
 from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
-from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
+from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory, Unweighted
 from dmpo_jax.objectives.likelihood import Completions
 from dmpo_jax.objectives.masking import MaskSampling
 from dmpo_jax.structs import Experience, Prompts, Scores
@@ -22,6 +22,8 @@ LIKELIHOODS = {
   "wd1": OneStep(MaskSampling(1), prompt_mask_ratio=0.0),
   "coupled_grpo": Coupled(MaskSampling(3, min_ratio=0.2, max_ratio=0.8)),
   "gdpo": ElboQuadrature(MaskSampling(2), num_points=2),
+  "espo": Elbo(MaskSampling(2)),
+  "gdsd": Unweighted(MaskSampling(1, antithetic=False, min_ratio=1.0)),
   "tracerl": Trajectory(MaskSampling(2)),
   "spg": Eubo(MaskSampling(2, antithetic=False, min_ratio=0.3), beta=1.5, mixture=0.5),
 }
@@ -75,7 +77,11 @@ def value_and_grad(log_p, experience, *, name, kl_weight=0.1, seed=1):
 
 
 def run(name, log_p=OLD, experience=None, **keywords):
-  return value_and_grad(jnp.asarray(log_p), experience or make_experience(), name=name, **keywords)
+  experience = experience or make_experience()
+  if name in ("espo", "gdsd"):  # of whole completions, one estimate
+    whole = [np.sum(each, -1, keepdims=True) for each in (experience.token_log_p_old, experience.token_log_p_ref)]
+    experience = experience.replace(token_log_p_old=whole[0], token_log_p_ref=whole[1])
+  return value_and_grad(jnp.asarray(log_p), experience, name=name, **keywords)
 
 
 def test_the_objective_that_the_documents_add():
@@ -175,6 +181,26 @@ def test_gdpo_by_hand():
   first, second = 0.5 * 1.2, -0.5 * 0.8  # exp(0.2) = 1.22 and exp(-0.3) = 0.74, both clipped
   assert loss.item() == pytest.approx(-(first + second) / 2, rel=1e-5)
   assert metrics["loss_clipped"].item() == 1.0
+
+
+def test_espo_by_hand():
+  tokens = np.asarray(run_tokens("espo", jnp.asarray(OLD)))
+  shift = np.array([[[0.1, 0.5], [-0.5, -0.1]]], np.float32)
+  experience = make_experience(token_log_p_old=tokens - shift, token_log_p_ref=tokens - [[[1.0, 0.0], [0.0, 0.0]]])
+  loss, metrics, _ = run("espo", OLD, experience)
+  # leave-one-out advantages are 1 and -1; exp(0.3) = 1.35 and exp(-0.3) = 0.74 are clipped to 1.2 and 0.8
+  assert metrics["loss_kl"].item() == pytest.approx(1 / 2 / 2 / 2, rel=1e-4)  # 1 nat of the first, of two tokens each
+  assert loss.item() == pytest.approx(-(1.2 - 0.8) / 2 + 0.1 * 0.125, rel=1e-4)
+  assert metrics["loss_clipped"].item() == 1.0
+
+
+def test_gdsd_by_hand():
+  experience = make_experience(token_log_p_old=OLD - np.array([[[0.1, 0.0], [0.5, 0.5]]], np.float32))
+  loss, metrics, gradient = run("gdsd", OLD, experience, kl_weight=0.0)
+  # it aims at half a nat a token up and down; the second went up by 1, of which log 1.2 counts and has no gradient
+  assert loss.item() == pytest.approx(((0.05 - 0.5) ** 2 + (math.log(1.2) / 2 + 0.5) ** 2) / 2, rel=1e-5)
+  np.testing.assert_allclose(gradient[0], [[(0.05 - 0.5) / 2] * C, [0, 0]], rtol=1e-5)
+  assert metrics["loss_clipped"].item() == 0.5
 
 
 def test_wd1_by_hand():

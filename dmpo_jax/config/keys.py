@@ -31,7 +31,7 @@ from dmpo_jax.tasks import TASKS
 from dmpo_jax.tasks.builtin import CHOICES
 
 POSITIVE, FROM_ZERO, SHARE = number("(0, inf)"), number("[0, inf)"), number("[0, 1]")
-CLIPPED = ("diffu_grpo", "coupled_grpo", "gdpo", "tracerl")  # the objectives with a clipped ratio
+CLIPPED = ("diffu_grpo", "coupled_grpo", "gdpo", "espo", "gdsd", "tracerl")  # the objectives with a clipped ratio
 COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning")
 
 
@@ -308,6 +308,8 @@ KEYS: dict[str, Rule] = {
   "objective.wddo.beta": POSITIVE,
   **{f"objective.{name}.clip": POSITIVE for name in CLIPPED},
   **{f"objective.{name}.kl_weight": FROM_ZERO for name in CLIPPED},
+  "objective.gdsd.clip": number("(0, 1)"),  # of a log-ratio, from log(1 - clip) on
+  "objective.gdsd.guidance": POSITIVE,
   "objective.wd1.sharpness": POSITIVE,
   "objective.dtm.tilt": POSITIVE,
   "objective.dtm.control_variate": FROM_ZERO,

@@ -4,7 +4,9 @@ from dmpo_jax.objectives.coupled_grpo import CoupledGrpo
 from dmpo_jax.objectives.denoise import Denoise
 from dmpo_jax.objectives.diffu_grpo import DiffuGrpo
 from dmpo_jax.objectives.dtm import Dtm
+from dmpo_jax.objectives.espo import Espo
 from dmpo_jax.objectives.gdpo import Gdpo
+from dmpo_jax.objectives.gdsd import Gdsd
 from dmpo_jax.objectives.objective import Objective
 from dmpo_jax.objectives.spg import Spg
 from dmpo_jax.objectives.tracerl import TraceRl
@@ -19,6 +21,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
   "diffu_grpo": DiffuGrpo,
   "coupled_grpo": CoupledGrpo,
   "gdpo": Gdpo,
+  "espo": Espo,
+  "gdsd": Gdsd,
   "tracerl": TraceRl,
   "wd1": Wd1,
   "spg": Spg,

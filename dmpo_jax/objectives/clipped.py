@@ -52,6 +52,7 @@ class RatioObjective(Objective):
   kl_weight: float
 
   needs_token_log_probs: ClassVar[bool] = True
+  reads_tokens: ClassVar[bool] = True
   takes_likelihood: ClassVar[bool] = True
 
   @property
@@ -152,6 +153,11 @@ def k3(log_p_other: Float[Array, "*s"], log_p: Float[Array, "*s"]) -> Float[Arra
   """
   distance = jnp.minimum(log_p_other - log_p, MAX_LOG_RATIO)
   return jnp.exp(distance) - distance - 1
+
+
+def k2(log_p_other: Float[Array, "*s"], log_p: Float[Array, "*s"]) -> Float[Array, "*s"]:
+  """d^2 / 2, d = log p_other - log p: for samples of p, KL(p || p_other) to second order, and its gradient exactly."""
+  return (log_p_other - log_p) ** 2 / 2
 
 
 def centred_advantage(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:

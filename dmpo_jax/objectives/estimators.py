@@ -72,6 +72,22 @@ class Elbo(Linear):
 
 
 @dataclasses.dataclass(frozen=True)
+class Unweighted(Elbo):
+  """mean_r sum_{l in M_r} log p(y_l | M_r): the ELBO without the weight n/m (GDSD, arXiv 2605.29398).
+
+  From complementary pairs it reads every position once a pair, and halves the sum. It is no likelihood: in expectation
+  over lambda ~ U(0, 1) it is sum_m (m / (n + 1)) times the mean log-probability of a token among m masked ones, where
+  the ELBO has n / (n + 1) for every m.
+  """
+
+  is_log_p: ClassVar[bool] = False
+
+  def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
+    views = super().views(keys, completions)
+    return views._replace(share=jnp.where(views.share > 0, 1 / self.masks.num, 0))
+
+
+@dataclasses.dataclass(frozen=True)
 class Eubo(Elbo):
   """An upper bound up to a constant, mixed with the lower one (SPG, arXiv 2510.09541).
 
@@ -100,6 +116,10 @@ class Eubo(Elbo):
     powers = self.beta * jnp.where(is_read, log_prob, 0) + jnp.log(jnp.where(is_read, views.share, 1))
     powers = jnp.where(is_read, powers, jnp.where(is_any, -jnp.inf, 0)[:, :, None])
     return jnp.where(is_any, jax.nn.logsumexp(powers, axis=2) / self.beta, 0)
+
+  @property
+  def num_estimates(self) -> int:
+    return 1
 
   def estimates(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g n"]:
     return self.tokens(log_prob, views).sum(-1, keepdims=True)  # not a mean of single draws
@@ -219,6 +239,7 @@ ESTIMATORS: dict[str, type[Linear]] = {
   "one_step": OneStep,
   "elbo": Elbo,
   "elbo_quadrature": ElboQuadrature,
+  "unweighted": Unweighted,
   "eubo": Eubo,
   "coupled": Coupled,
   "trajectory": Trajectory,

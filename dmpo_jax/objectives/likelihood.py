@@ -44,6 +44,11 @@ class Estimator(Protocol):
     ...
 
   @property
+  def num_estimates(self) -> int:
+    """The number of `estimates` of a completion."""
+    ...
+
+  @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
     """Mask samples (i, j): what is read of j is not masked in i, and all read of i is."""
     ...
@@ -87,6 +92,11 @@ class Linear:
     """Pairs of complementary views; none by default."""
     return ()
 
+  @property
+  def num_estimates(self) -> int:
+    """The number of `estimates`."""
+    return max(*self.draws, 0) + 1 if len(self.draws) > 1 else 1
+
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     raise NotImplementedError
 
@@ -99,7 +109,7 @@ class Linear:
 
   def estimates(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g n"]:
     parts = _shared(log_prob, views).sum(-1)
-    num_draws = max(*self.draws, 0) + 1 if len(self.draws) > 1 else 1
+    num_draws = self.num_estimates
     of_draw = np.array([[num_draws * (draw == n) + (draw < 0) for n in range(num_draws)] for draw in self.draws])
     return parts @ jnp.asarray(of_draw, parts.dtype)
 

@@ -29,6 +29,7 @@ class Objective:
   learns_from_demonstrations: ClassVar[bool] = False  # instead of rollouts
   needs_weights: ClassVar[bool] = False  # importance weights
   needs_token_log_probs: ClassVar[bool] = False  # of the policy that drew the rollouts, under the update's own views
+  reads_tokens: ClassVar[bool] = False  # of these, each position's part; else one estimate of a completion a draw
   has_teacher: ClassVar[bool] = False  # scores come with the divergence from the reference policy
   takes_likelihood: ClassVar[bool] = False  # the loss reads `likelihood`; else it draws `masks`,
   mask_kinds: ClassVar[tuple[str, ...]] = KINDS  # which may be of these kinds

@@ -116,6 +116,7 @@ def _experience(config: ConfigDict, p: int, g: int) -> Experience:
   objective, num_updates = phases.make_objective(config), config.train.updates_per_buffer
   names = ["token_log_p_old"] * objective.needs_token_log_probs + ["token_log_p_ref"] * objective.needs_reference
   q, c = config.task.max_prompt_length, config.sampler.completion_length
+  width = c if objective.likelihood is None or objective.reads_tokens else objective.likelihood.num_estimates
 
   def array(dtype: jax.typing.DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -131,7 +132,7 @@ def _experience(config: ConfigDict, p: int, g: int) -> Experience:
     weight=array(jnp.float32, p, g),
     negative_weight=array(jnp.float32, p, g),
     committed_at=array(jnp.int32, p, g, c),
-    **dict.fromkeys(names, array(jnp.float32, p, g, num_updates, c)),
+    **dict.fromkeys(names, array(jnp.float32, p, g, num_updates, width)),
   )
 
 

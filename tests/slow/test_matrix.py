@@ -52,7 +52,7 @@ def config_of(objective, likelihood, sampler, antithetic=True, has_adapters=Fals
   own = dict(likelihood=likelihood, name=objective, antithetic=antithetic, alpha=1.0, kappa=0.5, counted=ending[0])
   own |= dict(num_mask_samples=2 if objective in OWN_MASKS else mask_samples)
   own |= dict(num_elbo_samples=mask_samples, sync_reference_every=2 * (objective == "dtm"))
-  if has_adapters and (objective in OWN_MASKS[:-1] or likelihood in ("elbo", "eubo")):
+  if has_adapters and (objective in OWN_MASKS[:-1] or likelihood in ("elbo", "unweighted", "eubo")):
     own |= dict(masks="stratified" if antithetic else "trajectory")
   if objective == "wdce" and likelihood in ("elbo", "sampler"):  # the others compare with nothing
     own |= dict(wdce__baseline="model", wdce__unlearning="bounded", wdce__min_log_ratio=-1.0)
@@ -328,7 +328,11 @@ def check_measure(case, experience, rollouts):
     pairs = [("old", experience.token_log_p_old), ("ref", experience.token_log_p_ref)]
     for name, measured in pairs[: 1 + case.learner.needs_reference]:
       measured = measured[:, :, STEP % measured.shape[2]]
-      plain = [[plain_losses.tokens(likelihood, o, view) for view in group] for group in views[name]]
+      if case.learner.reads_tokens:
+        plain = [[plain_losses.tokens(likelihood, o, view) for view in group] for group in views[name]]
+      else:
+        num = measured.shape[-1]
+        plain = [[plain_losses.by_draw(likelihood, o, view, num) for view in group] for group in views[name]]
       np.testing.assert_allclose(measured, plain, rtol=2e-4, atol=1e-4, err_msg=name)
 
 
@@ -394,6 +398,7 @@ def test_an_update_equals_its_plain_form(use_devices, objective, likelihood):
 
 
 PUBLISHED = dict(wdce="elbo", wddo="elbo", diffu_grpo="one_step", coupled_grpo="coupled", gdpo="elbo_quadrature")
+PUBLISHED |= dict(espo="elbo", gdsd="unweighted")
 PUBLISHED |= dict(tracerl="trajectory", wd1="one_step", spg="eubo", dtm="elbo")
 
 
