@@ -24,9 +24,13 @@ def get_config() -> ConfigDict:
   m.head_dim = placeholder(int)  # of queries, keys and values; None without a checkpoint: d_model / num_heads
   m.mlp_hidden_size = placeholder(int)
   m.rope_theta = placeholder(float)
+  m.rotary_fraction = placeholder(float)  # of a head, from its first entry on: what positions rotate
+  # Llama 3's (factor, low frequency factor, high frequency factor, original length), for longer rows; (): none
+  m.rope_scaling = placeholder(tuple)
   m.rms_norm_eps = placeholder(float)
   m.weight_tying = placeholder(bool)  # the head reuses the embedding
-  m.qkv_bias = placeholder(bool)  # biases of queries, keys and values, as in Dream
+  m.qkv_bias = placeholder(bool)  # biases of queries, keys and values, as in Dream and Qwen2
+  m.qk_norm = placeholder(bool)  # every head of queries and keys is normed, as in Qwen3
   m.shift_logits = placeholder(bool)  # the logits of a position predict the next token, as in Dream
   m.quantization = placeholder(str)  # of the projections in the layers, which freezes them: none, int8
   m.dtype = "float32"  # of activations: float32, bfloat16

@@ -19,9 +19,10 @@ from dmpo_jax.grading import Grading
 from dmpo_jax.hub import pretrained
 from dmpo_jax.hub.tokenizer import Tokenizer, load_tokenizer
 from dmpo_jax.models.attention import choose_attention
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.trainable import Trainable
-from dmpo_jax.models.transformer import ModelConfig, Transformer
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.policy import ModelParts, abstract_collection, abstract_trained
 from dmpo_jax.run import checks
@@ -196,7 +197,7 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
   if own.lora.rank:
     lora = LoraConfig(own.lora.rank, own.lora.alpha, own.lora.dropout, tuple(own.lora.targets))
     pretrained.check_adapter(lora, own.lora.init_from)
-  fields = {name: own[name] for name in pretrained.FIELDS if own.get(name) is not None}
+  fields = {name: pretrained.as_field(own[name]) for name in pretrained.FIELDS if own.get(name) is not None}
   fields |= {name: getattr(vocabulary, name) for name in pretrained.SPECIAL_IDS}
   checkpoint = pretrained.read_model(own.init_from) if own.init_from else None
   if checkpoint is not None:

@@ -18,7 +18,8 @@ from dmpo_jax.hub import convert, pretrained
 from dmpo_jax.hub.model_config import model_config_from_hf, model_config_to_hf
 from dmpo_jax.hub.peft import lora_config_to_peft
 from dmpo_jax.hub.shards import write_shards
-from dmpo_jax.models.transformer import ModelConfig, Transformer
+from dmpo_jax.models.config import ModelConfig
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run.params import load_params
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "models"
@@ -41,8 +42,10 @@ TINY = ModelConfig(
 
 def tensors(name):
   """The tensors of a checkpoint or adapter, by their Hugging Face names."""
-  folder = WEIGHTS.get(name, FOLDER / name)
-  return load_file(folder / ("adapter_model.safetensors" if name == "adapter" else "model.safetensors"))
+  found = {}
+  for path in WEIGHTS.get(name, FOLDER / name).glob("*.safetensors"):
+    found |= load_file(path)
+  return found
 
 
 def settings(name):

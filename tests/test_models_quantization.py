@@ -26,7 +26,7 @@ def rows(seed, b, l):
 @functools.cache
 def both(**changes):
   """Give an int8 model with its variables, and its plain twin: the same kernels, multiplied out."""
-  plain, variables = tiny(lora=ADAPTERS, qkv_bias=True, **changes)
+  plain, variables = tiny(lora=ADAPTERS, qkv_bias=True, qk_norm=True, **changes)
   model = Transformer(dataclasses.replace(plain.config, quantization="int8"))
   blocks, twins = {}, {}
   for name, leaves in variables["params"]["blocks"].items():

@@ -15,12 +15,15 @@ from recorded_models import TINY, compiled, load, recorded, tiny
 
 from dmpo_jax import policy, sharding
 from dmpo_jax.models.attention import attend
-from dmpo_jax.models.layers import rotary_table, rotate
+from dmpo_jax.models.layers import rotary_frequencies, rotary_table, rotate
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import KVCache, Transformer, count_chunks, empty_kv_cache
 from launch.bench import costs
 
 TOLERANCE = 5e-4  # of recorded float32 logits with a standard deviation of 2-3
+
+
+OPTIONS = dict(qk_norm=True, rotary_fraction=0.5, rope_scaling=(2.0, 1.0, 4.0, 8.0))  # as some families have them
 
 
 def close(actual, wanted, tolerance=TOLERANCE):
@@ -89,7 +92,7 @@ def test_cached_keys_and_values_are_the_recorded_ones():
   tokens = arrays["c_ids_full"]
   _, kv_cache = compiled(model, "hidden")(variables, tokens, kv_cache=empty_kv_cache(model.config, *tokens.shape))
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  table = rotary_table(positions, model.config.head_dim, model.config.rope_theta)
+  table = rotary_table(positions, rotary_frequencies(model.config.head_dim, model.config.rope_theta))
   close(kv_cache.keys[1], rotate(arrays["c_k_1"].swapaxes(1, 2), table))  # recorded before rotation
   close(kv_cache.values[1].swapaxes(1, 2), arrays["c_v_1"])
 
@@ -210,6 +213,22 @@ def gradient(model, variables, tokens, **own):
   return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
 
+def test_slow_waves_are_stretched_as_llama_3_does():
+  """Of five waves, two fit into 64 tokens more than four times and two less than once; the third is in between."""
+  plain = 10_000.0 ** -(np.arange(0, 10, 2) / 10)
+  fit = 64 * plain / (2 * np.pi)  # 10.2, 1.6, 0.26, ...
+  kept = np.clip((fit - 1.0) / 3.0, 0, 1)
+  np.testing.assert_allclose(kept, [1, 0.2048, 0, 0, 0], atol=1e-3)
+  wanted = plain * [1, 0.2048 + 0.7952 / 8, 1 / 8, 1 / 8, 1 / 8]
+  np.testing.assert_allclose(rotary_frequencies(10, 10_000.0, (8.0, 1.0, 4.0, 64.0)), wanted, rtol=1e-3)
+
+
+def test_what_is_behind_the_rotated_part_of_a_head_stays():
+  x = jnp.arange(1.0, 7.0)[None, None, None]
+  turned = rotate(x, rotary_table(jnp.array([[1]]), jnp.array([np.pi / 2, 0.0], jnp.float32)))
+  np.testing.assert_allclose(turned[0, 0, 0], [-3, 2, 1, 4, 5, 6], atol=1e-6)
+
+
 def test_remat_policies_give_equal_gradients():
   _, variables = tiny()
   tokens = rows(4, 8, 6)
@@ -240,7 +259,7 @@ def test_remat_policies_compute_again_what_they_say():
 def test_rows_in_chunks_change_no_number():
   """On one device and on eight, each with its own rows; padding, and dropout that belongs to a row wherever it is."""
   adapters = LoraConfig(2, 4.0, 0.1, ("q_proj", "up_proj", "ff_out"))
-  model, variables = tiny(remat="full", num_layers=2, lora=adapters)
+  model, variables = tiny(remat="full", num_layers=2, lora=adapters, **OPTIONS)
   tokens, keys = rows(7, 16, 6), jax.random.split(jax.random.key(1), 16)
   is_valid = jnp.arange(6) >= jnp.arange(16)[:, None] % 3
 
@@ -333,7 +352,7 @@ def test_layers_are_stacked():
 
 
 def test_one_and_eight_devices_agree():
-  model, variables = tiny()
+  model, variables = tiny(**OPTIONS)
   tokens, is_valid = rows(4, 8, 6), jnp.arange(6) >= jnp.arange(8)[:, None] % 3
   wanted_logits = compiled(model)(variables, tokens, is_valid=is_valid)
   wanted_gradient = gradient(model, variables, tokens, is_valid=is_valid)
@@ -383,6 +402,8 @@ def test_unused_rows_of_the_table_have_logits():
   [
     ({"num_heads": 6, "head_dim": 0}, "model.d_model=16"),
     ({"head_dim": 3}, "model.head_dim=3"),
+    ({"rotary_fraction": 0.25}, "model.rotary_fraction=0.25: .* an even part of model.head_dim=4"),
+    ({"rope_scaling": (2.0, 4.0, 1.0, 8.0)}, r"model.rope_scaling=\(2.0, 4.0, .* a larger high frequency factor"),
     ({"num_kv_heads": 3}, "model.num_kv_heads=3"),
     ({"embedding_size": 20}, "model.embedding_size=20"),
     ({"mask_token_id": 29}, "model.mask_token_id=29"),

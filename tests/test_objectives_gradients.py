@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from dmpo_jax.hub import layout
 from dmpo_jax.logprobs import make_score
 from dmpo_jax.models import lora
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.trainable import Trainable
-from dmpo_jax.models.transformer import ModelConfig, Transformer
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import likelihood, wddo
 from dmpo_jax.structs import Experience, Prompts, Scores
 

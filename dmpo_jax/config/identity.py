@@ -11,7 +11,7 @@ from etils import epath
 from dmpo_jax import tasks
 from dmpo_jax.config.renamed import current
 from dmpo_jax.config.validation import CHOICES, Config, flatten
-from dmpo_jax.models.transformer import OLDER as OLDER_MODEL
+from dmpo_jax.models.config import OLDER as OLDER_MODEL
 
 # Keys that may differ when a run is resumed: how long, how often, where, how much at a time, in which precision, and
 # the path of the base, whose identity is in every checkpoint. All others decide results.

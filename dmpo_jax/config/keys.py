@@ -19,8 +19,8 @@ from dmpo_jax.config.rules import (
 )
 from dmpo_jax.hub.tokenizer import TOKENIZERS
 from dmpo_jax.models.attention import ATTENTIONS
+from dmpo_jax.models.config import DTYPES, QUANTIZATIONS, REMAT_POLICIES, ROPE_SCALING, is_rope_scaling
 from dmpo_jax.models.lora import TARGETS
-from dmpo_jax.models.transformer import DTYPES, QUANTIZATIONS, REMAT_POLICIES
 from dmpo_jax.objectives import OBJECTIVES, denoise, wddo
 from dmpo_jax.objectives.estimators import ESTIMATORS, Coupled, Elbo, ElboQuadrature
 from dmpo_jax.objectives.masking import KINDS, MaskSampling
@@ -149,9 +149,12 @@ KEYS: dict[str, Rule] = {
   ),
   "model.mlp_hidden_size": whole(1),
   "model.rope_theta": POSITIVE,
+  "model.rotary_fraction": number("(0, 1]"),
+  "model.rope_scaling": Rule(ROPE_SCALING, lambda value: numbers().holds(value) and is_rope_scaling(value)),
   "model.rms_norm_eps": POSITIVE,
   "model.weight_tying": flag(),
   "model.qkv_bias": flag(),
+  "model.qk_norm": flag(),
   "model.shift_logits": flag(),
   "model.dtype": one_of(*DTYPES),
   "model.quantization": one_of(*QUANTIZATIONS),

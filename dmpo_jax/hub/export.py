@@ -20,8 +20,8 @@ from dmpo_jax.hub.model_config import model_config_to_hf
 from dmpo_jax.hub.peft import lora_config_to_peft
 from dmpo_jax.hub.shards import ADAPTER, write_file, write_shards
 from dmpo_jax.hub.tokenizer import CONFIG_FILE, FILES, TOKENIZER_FILE
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.layers import KERNEL_SCALE
-from dmpo_jax.models.transformer import ModelConfig
 
 SENTENCEPIECE = "tokenizer.model"  # a sentencepiece tokenizer beside exported weights
 
@@ -235,26 +235,44 @@ def how_to_load(source: Source, out: epath.Path) -> str:
   """Return Python lines that load an exported model with `transformers`; comments say what else that needs."""
   family, config, is_in_bucket = FAMILIES[source.family], files.read_object(out / "config.json"), "://" in str(out)
   folder = "DIR" if is_in_bucket else out
+  auto, remote = ("AutoModel", ", trust_remote_code=True") if family.code else ("AutoModelForCausalLM", "")
+  is_dllms = config["model_type"] in family.diffusion_types
+  if is_dllms:
+    auto = "AutoModelForMaskedLM"
   lines = [
-    "from transformers import AutoModel, AutoTokenizer",
-    f'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)',
-    f'model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)',
+    ("import dllm; " if is_dllms else "") + f"from transformers import {auto}, AutoTokenizer",
+    f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{remote})',
+    f'model = {auto}.from_pretrained("{folder}"{remote})',
   ]
   if (out / SENTENCEPIECE).exists() and not (out / TOKENIZER_FILE).exists():  # transformers has no class for it
     lines[:2] = [
-      "import sentencepiece; from transformers import AutoModel",
+      f"import sentencepiece; from transformers import {auto}",
       f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="{folder}/{SENTENCEPIECE}")',
     ]
-  lines.insert(0, f"# The published code of {family.architecture} needs transformers 4: pip install 'transformers<5'")
-  if source.config.head_dim * source.config.num_heads != source.config.d_model:
-    lines.insert(0, "# It cannot load this model: it has no head_dim, only hidden size / heads")
-  if missing := sorted(name for name in _code_files(family, config, out) if not (out / name).exists()):
-    lines.insert(0, f"# Copy {', '.join(missing)} from {family.published_at} on the hub to {folder} first")
-  if "auto_map" not in config:  # the original has none, and its config.json is exported as it was
-    lines.insert(0, f'# Add to its config.json: "auto_map": {json.dumps(dict(family.code))}')
+  if family.code:
+    lines = _code_remarks(source, config, out, folder) + lines
+  elif is_dllms:
+    lines.insert(0, f"# {config['model_type']} is a model of dllm: pip install git+https://github.com/ZHZisZZ/dllm")
+  else:
+    lines.insert(
+      0, "# Its attention is causal there; attention_mask=torch.zeros(1, 1, l, l) makes it full for l tokens"
+    )
   if is_in_bucket:  # transformers cannot load from there
     lines.insert(0, f"# gcloud storage cp -r {out} {folder}")
   return "\n".join(f"  {line}" for line in lines)
+
+
+def _code_remarks(source: Source, config: Mapping[str, Any], out: epath.Path, folder: object) -> list[str]:
+  """Say what an export needs to be loaded by the code that was published with its family."""
+  family, remarks = FAMILIES[source.family], []
+  if "auto_map" not in config:  # the original has none, and its config.json is exported as it was
+    remarks.append(f'# Add to its config.json: "auto_map": {json.dumps(dict(family.code))}')
+  if missing := sorted(name for name in _code_files(family, config, out) if not (out / name).exists()):
+    remarks.append(f"# Copy {', '.join(missing)} from {family.published_at} on the hub to {folder} first")
+  if source.config.head_dim * source.config.num_heads != source.config.d_model:
+    remarks.append("# It cannot load this model: it has no head_dim, only hidden size / heads")
+  remarks.append(f"# The published code of {family.architecture} needs transformers 4: pip install 'transformers<5'")
+  return remarks
 
 
 def _code_files(family: Family, config: Mapping[str, Any], out: epath.Path) -> set[str]:

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.lora import TARGETS
-from dmpo_jax.models.transformer import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +17,6 @@ class Family:
 
   model_type: str  # of its config.json, in any case
   architecture: str  # the class that its config.json names
-  code: Mapping[str, str]  # `auto_map` of its config.json: classes in Python files beside the published weights
-  published_at: str  # a repository of the hub that has these files
   # tensors, without .weight and .bias
   embedding: str
   final_norm: str
@@ -30,6 +28,12 @@ class Family:
   model: Mapping[str, Any]  # fields of ModelConfig that are the same for the whole family
   defaults: Mapping[str, Any]  # fields of ModelConfig whose key may be absent or null, and their values then
   fixed: Mapping[str, Any]  # keys for which the model supports one value only
+  code: Mapping[str, str] = dataclasses.field(default_factory=dict)  # see `published_at`
+  # a repository of the hub whose Python files `code` names, as `auto_map` of its config.json: the model in PyTorch;
+  # "": transformers has the model
+  published_at: str = ""
+  # further model types, for which its model_type is autoregressive: dllm's diffusion models with the same tensors
+  diffusion_types: tuple[str, ...] = ()
   stated: tuple[str, ...] = ()  # those of them that must be present, as the family's default is another value
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further keys to write, for its training
   code_needs: tuple[str, ...] = ()  # further files beside the published weights that this code reads
@@ -89,11 +93,10 @@ LLADA = Family(  # arXiv 2502.09992
   is_multi_query="multi_query_attention",
 )
 
-DREAM = Family(  # arXiv 2508.15487; the architecture of Qwen2.5
-  model_type="Dream",
-  architecture="DreamModel",
-  code={"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-  published_at="Dream-org/Dream-v0-Instruct-7B",
+LLAMA = Family(  # arXiv 2407.21783
+  model_type="llama",
+  diffusion_types=("a2d-llama",),
+  architecture="LlamaForCausalLM",
   embedding="model.embed_tokens",
   final_norm="model.norm",
   head="lm_head",
@@ -114,13 +117,50 @@ DREAM = Family(  # arXiv 2508.15487; the architecture of Qwen2.5
     num_layers="num_hidden_layers",
     num_heads="num_attention_heads",
     num_kv_heads="num_key_value_heads",
+    head_dim="head_dim",
     mlp_hidden_size="intermediate_size",
     weight_tying="tie_word_embeddings",
-    qkv_bias="attention_bias",
-    vocab_size="used_vocab_size",  # ours: Dream's `vocab_size` is the size of its tables, and no id is padding
+    vocab_size="used_vocab_size",  # ours: their `vocab_size` is the size of the tables
     embedding_size="vocab_size",
+    rope_scaling="rope_scaling",
+    shift_logits="shift_logits",  # ours, for diffusion models
     **_SAME_KEYS,
   ),
+  model={},
+  defaults=dict(shift_logits=False, rope_theta=10_000.0, weight_tying=False, rope_scaling=()),
+  fixed=dict(hidden_act="silu", attention_bias=False, mlp_bias=False),
+)
+
+QWEN3 = dataclasses.replace(  # arXiv 2505.09388
+  LLAMA,
+  model_type="qwen3",
+  diffusion_types=("a2d-qwen3",),
+  architecture="Qwen3ForCausalLM",
+  modules={**LLAMA.modules, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+  model=dict(qk_norm=True),
+  defaults={**LLAMA.defaults, "head_dim": 128},
+  fixed=dict(hidden_act="silu", attention_bias=False, use_sliding_window=False),
+)
+
+QWEN2 = dataclasses.replace(  # arXiv 2412.15115
+  LLAMA,
+  model_type="qwen2",
+  diffusion_types=("a2d-qwen2",),
+  architecture="Qwen2ForCausalLM",
+  keys={field: key for field, key in LLAMA.keys.items() if field != "head_dim"},
+  model=dict(qkv_bias=True),
+  fixed=dict(hidden_act="silu", use_sliding_window=False),
+)
+
+DREAM = dataclasses.replace(  # arXiv 2508.15487
+  QWEN2,
+  model_type="Dream",
+  diffusion_types=(),
+  architecture="DreamModel",
+  code={"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+  published_at="Dream-org/Dream-v0-Instruct-7B",
+  keys={field: key for field, key in QWEN2.keys.items() if field not in ("rope_scaling", "shift_logits")}
+  | {"qkv_bias": "attention_bias"},
   model=dict(shift_logits=True),
   defaults=dict(qkv_bias=True),
   fixed=dict(hidden_act="silu", rope_scaling=None, use_mrope=False, use_sliding_window=False),
@@ -128,7 +168,35 @@ DREAM = Family(  # arXiv 2508.15487; the architecture of Qwen2.5
   wrong_ids=("bos_token_id",),  # that of the Qwen model that it started from
 )
 
-FAMILIES = {"llada": LLADA, "dream": DREAM}
+FAMILIES = {"llada": LLADA, "dream": DREAM, "qwen3": QWEN3, "qwen2": QWEN2, "llama": LLAMA}
+
+# Keys with which `transformers` changes what some models compute, and the values that change nothing. They are refused
+# with other values where the family does not read them.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  "attention_multiplier": (None,),
+  "attn_logit_softcapping": (None,),
+  "clip_qkv": (None,),
+  "embedding_multiplier": (None, 1),
+  "final_logit_softcapping": (None,),
+  "logit_scale": (None, 1),
+  "logits_scaling": (None, 1),
+  "no_rope_layers": (None,),
+  "num_experts": (None, 0),
+  "num_local_experts": (None, 0),
+  "partial_rotary_factor": (None, 1),
+  "qk_layernorm": (None, False),
+  "quantization_config": (None,),
+  "residual_multiplier": (None, 1),
+  "use_qk_norm": (None, False),
+}
+
+# Fields of ModelConfig that no layout of tensors depends on.
+_OF_ANY = ("quantization", "dtype", "param_dtype", "remat", "attention", "layer_rows", "lora", "head_dim")
+_DEFAULTS = {
+  field.name: field.default
+  for field in dataclasses.fields(ModelConfig)
+  if field.default is not dataclasses.MISSING and field.name not in _OF_ANY
+}
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -140,20 +208,27 @@ def family_of(config: Mapping[str, Any]) -> str:
   for name, family in FAMILIES.items():
     if is_of(family, config):
       return name
-  known = " or ".join(family.model_type for family in FAMILIES.values())
+  known = (kind for family in FAMILIES.values() for kind in (family.model_type, *family.diffusion_types))
   raise ValueError(
-    f"config.json of the checkpoint: model_type={config.get('model_type')!r} is not supported; it must be {known}"
+    f"config.json of the checkpoint: model_type={config.get('model_type')!r} is not supported; it must be one of "
+    f"{', '.join(known)} (docs/extending.md shows how to add one)"
   )
 
 
 def is_of(family: Family, config: Mapping[str, Any]) -> bool:
   """Whether a config.json is of this family."""
-  return str(config.get("model_type")).lower() == family.model_type.lower()
+  known = (family.model_type, *family.diffusion_types)
+  return str(config.get("model_type")).lower() in (kind.lower() for kind in known)
 
 
 def natural_family(config: ModelConfig) -> str:
-  """Name the first family whose layout fits a model that did not come from a checkpoint."""
+  """Name the first family whose layout fits a model that did not come from a checkpoint.
+
+  Raises:
+    ValueError: none does.
+  """
   for name, family in FAMILIES.items():
-    if all(getattr(config, field) == value for field, value in family.model.items()):
+    fixed = {**_DEFAULTS, **family.model}
+    if all(getattr(config, field) == value for field, value in fixed.items() if field not in family.keys):
       return name
   raise ValueError(f"no family of checkpoints has such models: {config}")

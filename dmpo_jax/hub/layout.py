@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.lora import TARGETS
-from dmpo_jax.models.transformer import ModelConfig
 
 PEFT_ROOT = "base_model.model."
 BIASED = ("q_proj", "k_proj", "v_proj")
+QK_NORMS = ("q_norm", "k_norm")
 
 Path = tuple[str, ...]  # keys down to a leaf of our variables
 
@@ -44,13 +45,16 @@ def checkpoint_places(config: ModelConfig, family: str) -> dict[str, Place]:
   if not config.weight_tying:
     places[f"{names.head}.weight"] = Place(("head",), None, table[::-1], True)
   shapes = projection_shapes(config)
+  norms = dict(attn_norm=width, ff_norm=width) | (dict.fromkeys(QK_NORMS, config.head_dim) if config.qk_norm else {})
   for name, theirs in names.modules.items():
+    if name not in shapes and name not in norms:
+      continue
     for layer in range(config.num_layers):
       module = names.block.format(layer) + theirs
       if name in shapes:
         places[f"{module}.weight"] = Place(("blocks", name, "kernel"), layer, shapes[name], True)
       else:
-        places[f"{module}.weight"] = Place(("blocks", name, "scale"), layer, (width,), False)
+        places[f"{module}.weight"] = Place(("blocks", name, "scale"), layer, (norms[name],), False)
       if config.qkv_bias and name in BIASED:
         places[f"{module}.bias"] = Place(("blocks", name, "bias"), layer, shapes[name][1:], False)
   return places

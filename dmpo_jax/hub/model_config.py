@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmpo_jax.hub.entries import ANYTHING, FLAG, ID, POSITIVE, SIZE, check_entries
-from dmpo_jax.hub.families import FAMILIES, Family, family_of
-from dmpo_jax.models.transformer import ModelConfig
+from dmpo_jax.hub.families import FAMILIES, NEUTRAL, Family, family_of
+from dmpo_jax.models.config import ModelConfig
 
-HEAD_DIM = "head_dim"  # the published code does not know it: a key only where it is not hidden size / heads
+HEAD_DIM = "head_dim"  # where a family does not read it, a key only if it is not hidden size / heads
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 WHERE = "config.json of the checkpoint"
 _NEEDED = dict(
   **dict.fromkeys(("d_model", "num_layers", "num_heads", "mlp_hidden_size"), SIZE),
@@ -17,7 +18,12 @@ _NEEDED = dict(
   rope_theta=POSITIVE,
   rms_norm_eps=POSITIVE,
 )
-_OPTIONAL = dict(num_kv_heads=SIZE, vocab_size=SIZE, embedding_size=SIZE, qkv_bias=FLAG, pad_token_id=ID)
+_OPTIONAL = dict(
+  **dict.fromkeys(("num_kv_heads", "head_dim", "vocab_size", "embedding_size"), SIZE),
+  qkv_bias=FLAG,
+  shift_logits=FLAG,
+  pad_token_id=ID,
+)
 
 
 def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
@@ -29,11 +35,12 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   Raises:
     ValueError: an entry is missing or of the wrong kind, or the model does not support an option.
   """
-  family = FAMILIES[family_of(config)]
+  family, config = FAMILIES[family_of(config)], _with_rope_keys(config)
   _check(config, family)
-  fields: dict[str, Any] = {field: config.get(key) for field, key in family.keys.items()} | {
-    "head_dim": config.get(HEAD_DIM)
-  }
+  fields: dict[str, Any] = {"head_dim": config.get(HEAD_DIM)}
+  fields |= {field: config.get(key) for field, key in family.keys.items()}
+  if "rope_scaling" in family.keys:
+    fields["rope_scaling"] = _rope_scaling(fields["rope_scaling"])
   defaults = {
     **dict.fromkeys(("vocab_size", "embedding_size"), config["vocab_size"]),
     "num_kv_heads": fields["num_heads"],
@@ -41,7 +48,7 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
     "head_dim": 0,
     **family.defaults,
   }
-  fields |= {field: value for field, value in defaults.items() if fields[field] is None}
+  fields |= {field: value for field, value in defaults.items() if fields.get(field) is None}
   fields |= {"mlp_hidden_size": _mlp_hidden_size(config, family)}
   fields |= {field: float(fields[field]) for field in ("rope_theta", "rms_norm_eps")}
   if config.get(family.is_multi_query):
@@ -53,33 +60,76 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   """Write a config.json for a model of ours, in the layout of the family `name`."""
   family = FAMILIES[name]
   own = {} if config.head_dim * config.num_heads == config.d_model else {HEAD_DIM: config.head_dim}
+  values = {key: getattr(config, field) for field, key in family.keys.items()}
+  if "rope_scaling" in family.keys:
+    values[family.keys["rope_scaling"]] = _rope_scaling_to_hf(config.rope_scaling)
   return {
     "model_type": family.model_type,
     "architectures": [family.architecture],
-    "auto_map": dict(family.code),
+    **({"auto_map": dict(family.code)} if family.code else {}),
     "use_cache": False,
     **family.fixed,
     **family.written,
-    **{key: getattr(config, field) for field, key in family.keys.items()},
+    **values,
     **own,
   }
 
 
+def _with_rope_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Return a config.json with the keys of transformers 4 where it has those of 5."""
+  if not isinstance(config.get("rope_parameters"), Mapping):
+    return config
+  scaling = dict(config["rope_parameters"])
+  moved = {key: scaling.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in scaling}
+  return {**config, **moved, "rope_scaling": None if scaling.get("rope_type") == "default" else scaling}
+
+
+def _rope_scaling(scaling: object) -> tuple[float, ...]:
+  """Read the scaling of rotary frequencies: none, or Llama 3's."""
+  if scaling is None:
+    return ()
+  if isinstance(scaling, Mapping):
+    kind = scaling.get("rope_type", scaling.get("type"))
+    values = [scaling.get(key) for key in LLAMA3_SCALING]
+    if kind == "default":
+      return ()
+    if kind == "llama3" and all(POSITIVE.fits(value) for value in values):
+      return tuple(map(float, values))
+  raise ValueError(
+    f"{WHERE}: rope_scaling={scaling!r} is not supported; it must be null, or of rope_type llama3 with "
+    f"{', '.join(LLAMA3_SCALING)}"
+  )
+
+
+def _rope_scaling_to_hf(values: tuple[float, ...]) -> dict[str, Any] | None:
+  if not values:
+    return None
+  length = LLAMA3_SCALING[-1]
+  return {"rope_type": "llama3", **dict(zip(LLAMA3_SCALING, values, strict=True)), length: int(values[-1])}
+
+
 def _check(config: Mapping[str, Any], family: Family) -> None:
   """Check that the entries are there, of the right kind and supported."""
-  needed = {family.keys[field]: kind for field, kind in _NEEDED.items()}
+  needed = {family.keys[field]: kind for field, kind in _NEEDED.items() if field not in family.defaults}
   width = family.keys["mlp_hidden_size"]
   if config.get(width) is None and family.mlp_ratio in config:
     del needed[width]
     needed[family.mlp_ratio] = POSITIVE
   needed |= dict.fromkeys(family.stated, ANYTHING) | {"vocab_size": SIZE}
-  optional = {family.keys[field]: kind for field, kind in _OPTIONAL.items()} | {HEAD_DIM: SIZE}
-  if family.is_multi_query:
-    optional[family.is_multi_query] = FLAG
+  defaulted = {field: kind for field, kind in _NEEDED.items() if field in family.defaults}
+  optional = {family.keys[field]: kind for field, kind in (_OPTIONAL | defaulted).items() if field in family.keys}
+  optional |= {HEAD_DIM: SIZE} | ({family.is_multi_query: FLAG} if family.is_multi_query else {})
   check_entries(config, WHERE, needed=needed, optional=optional)
-  other = {key: config[key] for key, value in family.fixed.items() if config.get(key, value) not in (value, None)}
+  known = {key: (value, None) for key, value in family.fixed.items()}
+  known |= {key: values for key, values in NEUTRAL.items() if key not in family.keys.values()}
+  if "use_sliding_window" not in family.fixed:  # which says whether the other key has an effect
+    known["sliding_window"] = (None,)
+  other = {key: config[key] for key, values in known.items() if key in config and config[key] not in values}
+  layers = config.get("layer_types")
+  if isinstance(layers, list) and set(layers) - {"full_attention"}:
+    other["layer_types"], known["layer_types"] = sorted(set(layers)), ("full_attention",)
   if other:
-    supported = {key: family.fixed[key] for key in other}
+    supported = {key: known[key][0] for key in other}
     raise ValueError(f"{WHERE}: {other} is not supported; it must be {supported}")
 
 

@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from dmpo_jax import files
 from dmpo_jax.digests import DIGESTS
 from dmpo_jax.files import Unreadable
+from dmpo_jax.models.config import OLDER, ModelConfig
 from dmpo_jax.models.lora import LoraConfig
-from dmpo_jax.models.transformer import OLDER, ModelConfig
 
 MODEL_FILE = "model.json"
 ADAPTER_FILE = "adapter.json"
@@ -39,7 +39,8 @@ SIDE_FILES = (
 OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora")
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
 SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")  # the tokenizer has them too
-_TYPES = {name: typing.get_type_hints(ModelConfig)[name] for name in FIELDS}
+_HINTS = typing.get_type_hints(ModelConfig)
+_TYPES = {name: list if typing.get_origin(_HINTS[name]) is tuple else _HINTS[name] for name in FIELDS}  # in JSON
 _REMEDY = "convert the checkpoint again"
 
 # Keys of config.model that may be None, and their values without a checkpoint: a model for tests and laptops.
@@ -52,7 +53,10 @@ SMALL = {
   "rope_theta": 10_000.0,
   "rms_norm_eps": 1e-5,
   "weight_tying": False,
+  "rotary_fraction": 1.0,
+  "rope_scaling": (),
   "qkv_bias": False,
+  "qk_norm": False,
   "shift_logits": False,
   "quantization": "none",
 }
@@ -113,10 +117,15 @@ def read_model(folder: epath.PathLike) -> Pretrained | None:
   fields = _read(path, {"family": str, "origin": str, **_TYPES}, OLDER | {"origin": ""})
   family, origin = fields.pop("family"), fields.pop("origin")
   try:
-    model = ModelConfig(**fields)
-  except ValueError as error:
+    model = ModelConfig(**{name: as_field(value) for name, value in fields.items()})
+  except (TypeError, ValueError) as error:
     raise Unreadable(f"{path} describes no valid model ({error}): {_REMEDY}") from error
   return Pretrained(family, {name: getattr(model, name) for name in FIELDS}, origin)
+
+
+def as_field(value: Any) -> Any:
+  """Return a value as ModelConfig has it: a list, of JSON or of a configuration, becomes a tuple of floats."""
+  return tuple(map(float, value)) if isinstance(value, list | tuple) else value
 
 
 def write_model(folder: epath.Path, family: str, config: ModelConfig, origin: str) -> None:

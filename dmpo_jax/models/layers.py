@@ -3,6 +3,7 @@
 Frozen projections may be int8, with one scale for each output.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -182,11 +183,26 @@ def fold_all(keys: Key[Array, "b l"], number: Int[Array, ""] | int) -> Key[Array
   return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, number)
 
 
+def rotary_frequencies(width: int, theta: float, scaling: tuple[float, ...] = ()) -> Float32[Array, "w"]:
+  """Compute the angle per position of each pair, theta^(-2i / width) for i < w = width / 2 (arXiv 2104.09864).
+
+  Args:
+    width: entries of a head that are rotated.
+    scaling: () or Llama 3.1's (factor, low, high, length): frequencies of which fewer than `low` waves fit into the
+      length are divided by the factor, those of more than `high` waves kept, and the others interpolated.
+  """
+  frequency = theta ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+  if not scaling:
+    return frequency
+  factor, low, high, length = scaling
+  kept = jnp.clip((length * frequency / (2 * math.pi) - low) / (high - low), 0, 1)
+  return frequency * (kept + (1 - kept) / factor)
+
+
 def rotary_table(
-  positions: Int[Array, "b l"], head_dim: int, theta: float
+  positions: Int[Array, "b l"], frequency: Float32[Array, "w"]
 ) -> tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]:
-  """Compute cos and sin of position * theta^(-2i / head_dim), i < w = head_dim / 2 (Su et al., arXiv 2104.09864)."""
-  frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  """Compute cos and sin of the positions' angles."""
   angle = positions[..., None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
@@ -194,7 +210,9 @@ def rotary_table(
 def rotate(
   x: Float[Array, "b l n h"], table: tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]
 ) -> Float[Array, "b l n h"]:
-  """Rotate each head's pairs (x_i, x_{i + h/2}) by the position's angles, in float32."""
+  """Rotate each head's pairs (x_i, x_{i + w}), i < w, by the position's angles, in float32; the rest stays."""
   cos, sin = table[0][:, :, None], table[1][:, :, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  width = cos.shape[-1]
+  first, second, rest = jnp.split(x.astype(jnp.float32), [width, 2 * width], axis=-1)
+  rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

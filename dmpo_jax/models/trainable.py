@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
-from dmpo_jax.models.transformer import ModelConfig
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.structs import Params
 
 TRAINED_DTYPE = "float32"  # of trained parameters and their moments: bfloat16 would round small updates away

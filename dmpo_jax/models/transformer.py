@@ -1,10 +1,9 @@
 """One bidirectional transformer that predicts all masked tokens of a row at once (LLaDA, arXiv 2502.09992).
 
-`ModelConfig` describes it, which makes it the model of any family (LLaDA, Dream). Samplers and objectives use it
-through `denoiser.py`.
+`ModelConfig` describes it, which makes it the model of any family (LLaDA, Dream, Qwen3, Llama). Samplers and objectives
+use it through `denoiser.py`.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,91 +13,22 @@ from jax.tree_util import KeyPath
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax import sharding
-from dmpo_jax.models.attention import ATTENTIONS, attend
+from dmpo_jax.models.attention import attend
+from dmpo_jax.models.config import REMAT_POLICIES, ModelConfig
 from dmpo_jax.models.layers import (
   KERNEL_SCALE,
-  PROJECTION,
   Dense,
   RMSNorm,
   fold_all,
   gathered_axes,
   project,
+  rotary_frequencies,
   rotary_table,
   rotate,
   with_axes,
 )
-from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.sharding import constrain
 from dmpo_jax.structs import Params
-
-DTYPES = ("float32", "bfloat16")
-QUANTIZATIONS = ("none", "int8")
-OLDER = {"quantization": "none", "head_dim": 0}  # values of fields that older descriptions of a model lack
-REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # all but the projections is recomputed
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Sizes and choices of the model; `configs/base.py` explains each in its section `model`.
-
-  `embedding_size` may exceed `vocab_size`; no token uses the rows beyond it. With `shift_logits` a position's logits
-  predict the next position, as in the autoregressive model that Dream started from; `denoiser.py` takes care of it.
-  With `quantization` int8 the layers' projections are quantized (`layers.quantize`) and cannot be trained; adapters on
-  them can. A `head_dim` of 0 becomes d_model // num_heads.
-
-  Raises:
-    ValueError: sizes do not fit together, or a choice is unknown.
-  """
-
-  vocab_size: int
-  embedding_size: int
-  d_model: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  mlp_hidden_size: int
-  mask_token_id: int
-  eos_token_id: int
-  pad_token_id: int
-  rope_theta: float = 500_000.0
-  rms_norm_eps: float = 1e-5
-  weight_tying: bool = False
-  qkv_bias: bool = False
-  shift_logits: bool = False
-  quantization: str = "none"
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-  remat: str = "none"
-  attention: str = "xla"
-  layer_rows: int = 0
-  lora: LoraConfig | None = None
-  head_dim: int = 0
-
-  def __post_init__(self) -> None:
-    if not self.head_dim:
-      if self.d_model % (2 * self.num_heads):
-        raise ValueError(
-          f"model.d_model={self.d_model}: must be a multiple of 2 * model.num_heads={2 * self.num_heads} without a "
-          "model.head_dim"
-        )
-      object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
-    if self.head_dim < 0 or self.head_dim % 2:
-      raise ValueError(f"model.head_dim={self.head_dim}: must be even, for rotary pairs")
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
-    if self.embedding_size < self.vocab_size:
-      raise ValueError(f"model.embedding_size={self.embedding_size}: must be at least vocab_size={self.vocab_size}")
-    for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-      if not 0 <= getattr(self, name) < self.vocab_size:
-        raise ValueError(f"model.{name}={getattr(self, name)}: must be in [0, vocab_size={self.vocab_size})")
-    remats = ("none", *REMAT_POLICIES)
-    choices = dict(dtype=DTYPES, param_dtype=DTYPES, quantization=QUANTIZATIONS, remat=remats, attention=ATTENTIONS)
-    for name, known in choices.items():
-      if getattr(self, name) not in known:
-        raise ValueError(f"model.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
 
 
 class KVCache(NamedTuple):
@@ -157,6 +87,9 @@ class Block(nn.Module):
     self.q_proj = self._dense("q_proj", c.num_heads * c.head_dim, has_bias=c.qkv_bias)
     self.k_proj = self._dense("k_proj", c.num_kv_heads * c.head_dim, has_bias=c.qkv_bias)
     self.v_proj = self._dense("v_proj", c.num_kv_heads * c.head_dim, has_bias=c.qkv_bias)
+    if c.qk_norm:
+      self.q_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
+      self.k_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
     self.attn_out = self._dense("attn_out", c.d_model, gain=residual)
     self.ff_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
     self.ff_proj = self._dense("ff_proj", c.mlp_hidden_size)
@@ -213,20 +146,22 @@ class Block(nn.Module):
   def _attention(
     self, x: Float[Array, "b l d"], inputs: LayerInput, context: Context
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
-    h, dropout_keys = self.config.head_dim, context.dropout_keys
+    c, dropout_keys = self.config, context.dropout_keys
 
     def heads(projection: Dense, axis: str) -> Float[Array, "b l n h"]:
       y = projection(x, dropout_keys)
-      return constrain(y.reshape(*y.shape[:2], -1, h), "batch", None, axis, None)
+      return constrain(y.reshape(*y.shape[:2], -1, c.head_dim), "batch", None, axis, None)
 
-    query = rotate(heads(self.q_proj, "heads"), context.rotary)
-    new = (rotate(heads(self.k_proj, "kv_heads"), context.rotary), heads(self.v_proj, "kv_heads"))
+    query, key = heads(self.q_proj, "heads"), heads(self.k_proj, "kv_heads")
+    if c.qk_norm:
+      query, key = self.q_norm(query), self.k_norm(key)
+    query, new = rotate(query, context.rotary), (rotate(key, context.rotary), heads(self.v_proj, "kv_heads"))
     keys, values = new
     if inputs.cached is not None:
       assert context.cache_start is not None  # it comes with the cache
       start = (0, context.cache_start, 0, 0)
       keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, start), inputs.cached, new)
-    mixed = self.attn_out(attend(query, keys, values, context.mask, self.config.attention), dropout_keys)
+    mixed = self.attn_out(attend(query, keys, values, context.mask, c.attention), dropout_keys)
     return mixed, None if inputs.cached is None else new
 
   def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
@@ -336,8 +271,9 @@ class Transformer(nn.Module):
       is_valid = jax.lax.dynamic_update_slice(kv_cache.is_valid, is_new_valid, (0, start))
     if positions is None:
       positions = _count_positions(tokens, is_valid, start)
+    c = self.config
     context = Context(
-      rotary=rotary_table(positions, self.config.head_dim, self.config.rope_theta),
+      rotary=rotary_table(positions, rotary_frequencies(c.rotary_width, c.rope_theta, c.rope_scaling)),
       mask=_join_masks(is_valid, attention_mask),
       cache_start=start,
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),

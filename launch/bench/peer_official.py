@@ -23,8 +23,8 @@ import numpy as np
 
 from dmpo_jax.hub.layout import checkpoint_places, to_tensors
 from dmpo_jax.hub.model_config import model_config_to_hf
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.lora import TARGETS
-from dmpo_jax.models.transformer import ModelConfig
 from launch.bench import workload
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it would only compile one call of PyTorch's attention

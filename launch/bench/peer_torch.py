@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.lora import LoraConfig
-from dmpo_jax.models.transformer import ModelConfig
 from launch.bench import workload
 
 os.environ.setdefault("USE_TF", "0")  # otherwise transformers imports TensorFlow if it is installed

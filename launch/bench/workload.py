@@ -12,8 +12,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from dmpo_jax.hub import pretrained
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.trainable import TRAINED_DTYPE, Trainable
-from dmpo_jax.models.transformer import ModelConfig, Transformer
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.policy import Policies, random_collection
 from dmpo_jax.structs import Experience, Prompts
 from dmpo_jax.update import Update

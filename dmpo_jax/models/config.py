@@ -1,0 +1,104 @@
+"""The description of a model, which makes the one transformer that of any family."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from dmpo_jax.models.attention import ATTENTIONS
+from dmpo_jax.models.layers import PROJECTION
+from dmpo_jax.models.lora import LoraConfig
+
+DTYPES = ("float32", "bfloat16")
+QUANTIZATIONS = ("none", "int8")
+# values, as JSON has them, of fields that older descriptions of a model lack
+OLDER = {"quantization": "none", "head_dim": 0, "qk_norm": False, "rotary_fraction": 1.0, "rope_scaling": []}
+REMAT_POLICIES = {
+  "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # all but the projections is recomputed
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+ROPE_SCALING = "(), or (factor, low frequency factor, a larger high frequency factor, original length), all above 0"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and choices of the model; `configs/base.py` explains each in its section `model`.
+
+  `embedding_size` may exceed `vocab_size`; no token uses the rows beyond it. With `shift_logits` a position's logits
+  predict the next position, as in the autoregressive model that Dream started from; `denoiser.py` takes care of it.
+  With `qk_norm` every head of the queries and keys is normed before the rotary positions. These rotate the first
+  `rotary_fraction` of a head; `rope_scaling` is () or Llama 3's (factor, low frequency factor, high frequency factor,
+  original length), see `layers.rotary_frequencies`.
+  With `quantization` int8 the layers' projections are quantized (`layers.quantize`) and cannot be trained; adapters on
+  them can. A `head_dim` of 0 becomes d_model // num_heads.
+
+  Raises:
+    ValueError: sizes do not fit together, or a choice is unknown.
+  """
+
+  vocab_size: int
+  embedding_size: int
+  d_model: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  mlp_hidden_size: int
+  mask_token_id: int
+  eos_token_id: int
+  pad_token_id: int
+  rope_theta: float = 500_000.0
+  rms_norm_eps: float = 1e-5
+  weight_tying: bool = False
+  qkv_bias: bool = False
+  shift_logits: bool = False
+  quantization: str = "none"
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  remat: str = "none"
+  attention: str = "xla"
+  layer_rows: int = 0
+  lora: LoraConfig | None = None
+  head_dim: int = 0
+  qk_norm: bool = False
+  rotary_fraction: float = 1.0
+  rope_scaling: tuple[float, ...] = ()
+
+  def __post_init__(self) -> None:
+    if not self.head_dim:
+      if self.d_model % (2 * self.num_heads):
+        raise ValueError(
+          f"model.d_model={self.d_model}: must be a multiple of 2 * model.num_heads={2 * self.num_heads} without a "
+          "model.head_dim"
+        )
+      object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+    if self.head_dim < 0 or self.head_dim % 2:
+      raise ValueError(f"model.head_dim={self.head_dim}: must be even, for rotary pairs")
+    if not 0 < self.rotary_width <= self.head_dim or self.rotary_width % 2:
+      raise ValueError(
+        f"model.rotary_fraction={self.rotary_fraction}: must be in (0, 1] and make an even part of "
+        f"model.head_dim={self.head_dim}"
+      )
+    if not is_rope_scaling(self.rope_scaling):
+      raise ValueError(f"model.rope_scaling={self.rope_scaling}: must be {ROPE_SCALING}")
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
+    if self.embedding_size < self.vocab_size:
+      raise ValueError(f"model.embedding_size={self.embedding_size}: must be at least vocab_size={self.vocab_size}")
+    for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+      if not 0 <= getattr(self, name) < self.vocab_size:
+        raise ValueError(f"model.{name}={getattr(self, name)}: must be in [0, vocab_size={self.vocab_size})")
+    remats = ("none", *REMAT_POLICIES)
+    choices = dict(dtype=DTYPES, param_dtype=DTYPES, quantization=QUANTIZATIONS, remat=remats, attention=ATTENTIONS)
+    for name, known in choices.items():
+      if getattr(self, name) not in known:
+        raise ValueError(f"model.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
+
+  @property
+  def rotary_width(self) -> int:
+    """The entries of a head that are rotated."""
+    return int(self.head_dim * self.rotary_fraction)
+
+
+def is_rope_scaling(values: Sequence[float]) -> bool:
+  """Whether `values` can be a model's `rope_scaling`."""
+  return not values or (len(values) == 4 and min(values) > 0 and values[1] < values[2])
