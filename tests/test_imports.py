@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "dmpo_jax"
 FOUNDATIONS = {"digests", "files", "messages", "noise", "processes", "sharding", "spelling", "structs"}
 ROOMS = {
   "structs": set(),
+  "logsumexp": set(),
   "noise": set(),
   "spelling": set(),
   "files": set(),
@@ -22,8 +23,8 @@ ROOMS = {
   "sharding": {"processes"},
   "digests": {"files", "processes"},
   "tasks": {"messages"},
-  "models": {"sharding", "spelling", "structs"},
-  "samplers": {"sharding", "spelling", "structs"},
+  "models": {"logsumexp", "sharding", "spelling", "structs"},
+  "samplers": {"logsumexp", "sharding", "spelling", "structs"},
   "objectives": {"spelling", "structs"},
   "hub": {"digests", "files", "messages", "models"},
   "config": {"hub", "models", "objectives", "samplers", "sharding", "spelling", "tasks"},

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dmpo_jax import sharding
+from dmpo_jax.logsumexp import LogSumExp
 from dmpo_jax.models.layers import project
 from dmpo_jax.sharding import constrain
 from dmpo_jax.structs import VOCAB_TILE, Scores
@@ -133,13 +134,11 @@ def token_scores(
 
 
 class _Pair(NamedTuple):
-  """Running sums over the ids read so far, of tokens' distributions by the model and by the teacher."""
+  """Sums over the ids read so far, of tokens' distributions by the model and by the teacher."""
 
-  highest: Float32[Array, "t"]  # logit
-  teacher_highest: Float32[Array, "t"]
-  total: Float32[Array, "t"]  # sum of exp(logit - highest)
-  teacher_total: Float32[Array, "t"]
-  weighted: Float32[Array, "t"]  # sum of exp(teacher's logit - teacher_highest) * (teacher's logit - logit)
+  own: LogSumExp
+  teacher: LogSumExp
+  apart: Float32[Array, "t"]  # sum of exp(teacher's logit - its highest) * (teacher's logit - logit)
 
 
 def divergence(
@@ -164,28 +163,14 @@ def divergence(
       _project(states, _gather(weights, split, number), split)
       for states, weights in ((hidden, head), (teacher, jax.lax.stop_gradient(teacher_head)))
     )
-    kept = jnp.where(is_own, own, -jnp.inf), jnp.where(is_own, taught, -jnp.inf)
-    highest = [
-      jnp.maximum(level, jax.lax.stop_gradient(logits.max((-2, -1))))
-      for level, logits in zip((before.highest, before.teacher_highest), kept, strict=True)
-    ]
-    share, taught_share = (jnp.exp(logits - level[:, None, None]) for logits, level in zip(kept, highest, strict=True))
-    shrunk, taught_shrunk = jnp.exp(before.highest - highest[0]), jnp.exp(before.teacher_highest - highest[1])
-    return _Pair(
-      highest[0],
-      highest[1],
-      before.total * shrunk + share.sum((-2, -1)),
-      before.teacher_total * taught_shrunk + taught_share.sum((-2, -1)),
-      before.weighted * taught_shrunk + (taught_share * (taught - own)).sum((-2, -1)),
-    ), None
+    sums, _, _ = before.own.add(jnp.where(is_own, own, -jnp.inf), (-2, -1))
+    taught_sums, share, shrunk = before.teacher.add(jnp.where(is_own, taught, -jnp.inf), (-2, -1))
+    return _Pair(sums, taught_sums, before.apart * shrunk + (share * (taught - own)).sum((-2, -1))), None
 
   zero = jnp.zeros(len(hidden))
-  least = jnp.full_like(zero, -jnp.inf)
-  sums, _ = jax.lax.scan(read, _Pair(least, least, zero, zero, zero), jnp.arange(split.num_chunks))
-  log_normalizer, taught_normalizer = (
-    level + jnp.log(total) for level, total in ((sums.highest, sums.total), (sums.teacher_highest, sums.teacher_total))
-  )
-  return sums.weighted / sums.teacher_total + log_normalizer - taught_normalizer
+  nothing = LogSumExp.start(zero, with_entropy=False)
+  sums, _ = jax.lax.scan(read, _Pair(nothing, nothing, zero), jnp.arange(split.num_chunks))
+  return sums.apart / sums.teacher.total + sums.own.log_normalizer - sums.teacher.log_normalizer
 
 
 def _score_whole(split: Split, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -200,34 +185,20 @@ def _score_whole(split: Split, hidden: jax.Array, head: jax.Array, targets: jax.
 
 
 class _Sums(NamedTuple):
-  """Running sums over the ids read so far, for tokens (t) and each share of the vocabulary (n)."""
+  """Sums over the ids read so far, for tokens (t) and each share of the vocabulary (n)."""
 
-  highest: Float32[Array, "t n"]  # logit
-  total: Float32[Array, "t n"]  # sum of exp(logit - highest)
-  weighted: Float32[Array, "t n"]  # sum of exp(logit - highest) * (logit - highest)
+  logits: LogSumExp  # [t, n]
   target: Float32[Array, "t n"]  # logit of the target; 0 if it is not among the ids
   column: Float32[Array, "t n d"] | None  # sum of exp(logit - highest) * the id's column of the head; None: not needed
 
-  def beside(self, highest: Float32[Array, "t #n"]) -> "_Sums":
-    """Return the sums relative to a logit that is at least as high."""
-    shift = jnp.where(self.total > 0, self.highest - highest, 0)  # nothing read yet: minus infinity
-    shrunk = jnp.where(self.total > 0, jnp.exp(shift), 0)
-    return _Sums(
-      jnp.broadcast_to(highest, self.highest.shape),
-      self.total * shrunk,
-      (self.weighted + self.total * shift) * shrunk,
-      self.target,
-      None if self.column is None else self.column * shrunk[..., None],
-    )
-
   def joined(self) -> "_Sums":
     """Add up the shares."""
-    level = self.beside(self.highest.max(1, keepdims=True))
-    return _Sums(level.highest[:, :1], *jax.tree.map(lambda array: array.sum(1, keepdims=True), tuple(level[1:])))
-
-  @property
-  def log_normalizer(self) -> Float32[Array, "t n"]:
-    return self.highest + jnp.log(self.total)
+    level, shrunk = self.logits.beside(self.logits.highest.max(1, keepdims=True))
+    column = None if self.column is None else self.column * shrunk[..., None]
+    logits, target, column = jax.tree.map(
+      lambda array: array.sum(1, keepdims=True), (level._replace(highest=None), self.target, column)
+    )
+    return _Sums(logits._replace(highest=level.highest[:, :1]), target, column)
 
 
 def _read(
@@ -238,21 +209,16 @@ def _read(
   def add(number: Int[Array, ""], before: _Sums) -> _Sums:
     chunk, (ids, is_own) = _gather(head, split, number), split.ids(number)
     logits = jnp.where(is_own, _project(hidden, chunk, split), -jnp.inf)
-    sums = before.beside(jnp.maximum(before.highest, logits.max(-1)))
-    shifted = logits - jnp.where(sums.highest > -jnp.inf, sums.highest, 0)[..., None]  # a share may have no ids
-    share = jnp.exp(shifted)
-    return _Sums(
-      sums.highest,
-      sums.total + share.sum(-1),
-      sums.weighted + jnp.where(share > 0, share * shifted, 0).sum(-1),
-      sums.target + jnp.where(is_own & (ids == targets[:, None, None]), logits, 0).sum(-1),
-      None if sums.column is None else sums.column + _product("tnw,dnw->tnd", share, chunk, hidden.dtype),
-    )
+    sums, share, shrunk = before.logits.add(logits, -1)  # a share may have no ids
+    column = before.column
+    if column is not None:
+      column = column * shrunk[..., None] + _product("tnw,dnw->tnd", share, chunk, hidden.dtype)
+    return _Sums(sums, before.target + jnp.where(is_own & (ids == targets[:, None, None]), logits, 0).sum(-1), column)
 
   shape = (len(targets), split.num_shares)
   zero = constrain(jnp.zeros(shape), "batch", split.axes[0])
   column = constrain(jnp.zeros((*shape, head.shape[0])), "batch", split.axes[0], None) if with_column else None
-  first = _Sums(jnp.full_like(zero, -jnp.inf), zero, zero, zero, column)
+  first = _Sums(LogSumExp.start(zero), zero, column)
   return jax.lax.fori_loop(0, split.num_chunks, add, first).joined()
 
 
@@ -270,8 +236,7 @@ def _score_in_chunks(
 
 def _verdict(sums: _Sums) -> tuple[Float32[Array, "t"], Float32[Array, "t"]]:
   """Return the target's log-probability and the entropy."""
-  log_prob, entropy = sums.target - sums.log_normalizer, jnp.log(sums.total) - sums.weighted / sums.total
-  return log_prob[:, 0], entropy[:, 0]
+  return (sums.target - sums.logits.log_normalizer)[:, 0], sums.logits.entropy[:, 0]
 
 
 # What each gradient needs, if it is needed: the slope by the hidden state; the inputs, to recompute logits.
@@ -285,10 +250,10 @@ def _score_forward(
   sums = _read(split, hidden.value, head.value, targets.value, with_column=hidden.perturbed)
   slope = again = None
   if sums.column is not None:
-    mean = sums.column[:, 0] / sums.total
+    mean = sums.column[:, 0] / sums.logits.total
     slope = (_columns(head.value, targets.value) - mean).astype(hidden.value.dtype)
   if head.perturbed:
-    again = (hidden.value, head.value, targets.value, sums.log_normalizer)
+    again = (hidden.value, head.value, targets.value, sums.logits.log_normalizer)
   return _verdict(sums), (slope, again)
 
 

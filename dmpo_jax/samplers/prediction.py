@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Integer, Key
 
+from dmpo_jax.logsumexp import LogSumExp
 from dmpo_jax.structs import VOCAB_TILE, Denoiser
 
 NOWHERE = 2**31 - 1  # no id, and no tile
@@ -25,14 +26,6 @@ class Prediction(NamedTuple):
   confidence: Float32[Array, "b s"]  # the token's probability
   log_prob: Float32[Array, "b s"]  # the same in nats
   entropy: Float32[Array, "b s"]  # of the position's distribution, nats
-
-
-class Sums(NamedTuple):
-  """Running sums over each position's distribution, after some chunks of the vocabulary."""
-
-  highest: Float32[Array, "b s"]  # logit
-  total: Float32[Array, "b s"]  # sum of exp(logit - highest)
-  weighted: Float32[Array, "b s"]  # sum of exp(logit - highest) * (logit - highest)
 
 
 class Choice(NamedTuple):
@@ -84,9 +77,9 @@ def predict(
   if in_tiles:
     found = _best_in_tile(found, keys, positions, scale)
   tokens = jnp.where(found.place == NOWHERE, 0, found.place)  # an id even where logits are NaN
-  logit, log_total = found.logits[..., 0], jnp.log(sums.total)
+  logit = found.logits[..., 0]
   confidence = jnp.exp(logit - sums.highest) / sums.total
-  return Prediction(tokens, confidence, logit - sums.highest - log_total, log_total - sums.weighted / sums.total)
+  return Prediction(tokens, confidence, logit - sums.highest - jnp.log(sums.total), sums.entropy)
 
 
 def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Array, "b s"]) -> Float32[Array, "b s"]:
@@ -101,39 +94,28 @@ def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Arr
 
 def _read_vocabulary(
   denoiser: Denoiser, hidden: Float[Array, "b s d"], choose: Choose, num_kept: int
-) -> tuple[Sums, Choice]:
+) -> tuple[LogSumExp, Choice]:
   """Reduce the logits over the vocabulary's chunks: their log-sum-exp and entropy, and the first best by `choose`.
 
   Args:
     num_kept: number of logits in a choice.
   """
 
-  def read(number: Int[Array, ""] | int, before: tuple[Sums, Choice]) -> tuple[Sums, Choice]:
+  def read(number: Int[Array, ""] | int, before: tuple[LogSumExp, Choice]) -> tuple[LogSumExp, Choice]:
     sums, best = before
     logits, ids = denoiser.logits(hidden, number)
     logits = logits.astype(jnp.float32)
-    highest = jnp.maximum(sums.highest, logits.max((-2, -1)))
-    shifted = logits - highest[..., None, None]
-    share = jnp.exp(shifted)
-    shrunk, shift = jnp.exp(sums.highest - highest), jnp.where(sums.total > 0, sums.highest - highest, 0.0)
     choice = choose(logits, ids)
     is_new = ~(choice.score < best.score) & ((choice.score != best.score) | (choice.place < best.place))
-    return Sums(
-      highest=highest,
-      total=sums.total * shrunk + share.sum((-2, -1)),
-      weighted=(sums.weighted + sums.total * shift) * shrunk + jnp.where(share > 0, share * shifted, 0.0).sum((-2, -1)),
-    ), Choice(
+    return sums.add(logits, (-2, -1))[0], Choice(
       score=jnp.where(is_new, choice.score, best.score),
       place=jnp.where(is_new, choice.place, best.place),
       logits=jnp.where(is_new[..., None], choice.logits, best.logits),
     )
 
   shape = hidden.shape[:2]
-  least, zero = jnp.full(shape, -jnp.inf), jnp.zeros(shape)
-  first = (
-    Sums(least, zero, zero),
-    Choice(least, jnp.full(shape, NOWHERE), jnp.full((*shape, num_kept), -jnp.inf)),
-  )
+  nothing = Choice(jnp.full(shape, -jnp.inf), jnp.full(shape, NOWHERE), jnp.full((*shape, num_kept), -jnp.inf))
+  first = LogSumExp.start(jnp.zeros(shape)), nothing
   if denoiser.num_chunks == 1:
     return read(0, first)
   return jax.lax.fori_loop(0, denoiser.num_chunks, read, first)
