@@ -129,9 +129,7 @@ def get_config() -> ConfigDict:
   o.antithetic = True  # draw masks in complementary pairs; not along a trajectory
   o.min_mask_ratio = 0.1  # mask ratios are drawn from U(min, max); a complement has 1 - ratio
   o.max_mask_ratio = 1.0
-  o.mask_block_length = (
-    0  # likelihoods elbo, unweighted and eubo mask within one block of so many positions; 0: anywhere
-  )
+  o.mask_block_length = 0  # elbo, unweighted and eubo mask within one block of so many positions; 0: anywhere
   o.sync_reference_every = 0  # updates after which p_ref becomes a copy of the policy; 0: never, p_ref is the base
 
   # estimates log p_old and log p_ref of a buffer (wdce, wddo), or the likelihood to optimise (the others)
@@ -156,6 +154,7 @@ def get_config() -> ConfigDict:
   o.reward_scaling = "none"
   o.part_weights = ()  # standardise_parts: a weight for each part, in the task's order; (): 1 each
   o.max_weight = 1.0  # larger weights are cut to this; 1: no cut
+  o.shrinkage = "none"  # reliability: multiply a group's log-ratio by the share of its spread that is no noise
 
   # keys of one objective each
   o.denoise = d = ConfigDict()  # supervised: demonstrations instead of rollouts, rollout.num_prompts at a time
@@ -167,7 +166,8 @@ def get_config() -> ConfigDict:
   d.baseline_strength = 1.0
   d.unlearning = "unbounded"  # bounded: a rollout that is pushed down stops counting below min_log_ratio
   d.min_log_ratio = -5.0  # of log p_theta - log p_old, nats
-  o.wddo = ConfigDict(dict(sets="shared", alpha_ddo=1.0, beta=1.0))  # sets of masks: shared, independent
+  # sets of masks: shared, independent; scale of the real term: proper, official (divided by the group size)
+  o.wddo = ConfigDict(dict(sets="shared", alpha_ddo=1.0, beta=1.0, scale="proper"))
 
   # ratios are clipped to [1 - clip, 1 + clip]; the KL is to the reference (tracerl: to the policy that sampled)
   clipped = dict(clip=0.5, kl_weight=0.04)

@@ -278,6 +278,7 @@ def make_weighing(config: ConfigDict) -> Weighing:
     reward_scaling=own.reward_scaling,
     part_weights=tuple(own.part_weights),
     max_weight=own.max_weight,
+    shrinkage=own.shrinkage,
   )
 
 

@@ -170,6 +170,9 @@ def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
     (dict(likelihood="elbo_quadrature", num_elbo_samples=3), "num_elbo_samples", "num_points = 2"),
     ({"wdce.baselin": "none"}, "wdce.baselin", "no such key; did you mean 'objective.wdce.baseline'?"),
     (dict(weighting="reward", proximal="adaptive"), "proximal", "fixed, as objective.weighting = 'reward'"),
+    (dict(shrinkage="reliability", weighting="softmax"), "shrinkage", "none, as objective.weighting = 'softmax'"),
+    (dict(shrinkage="reliability", num_elbo_samples=2), "shrinkage", "as objective.num_elbo_samples = 2 with"),
+    (dict(shrinkage="reliability", likelihood="trajectory"), "shrinkage", "as objective.likelihood = 'trajectory'"),
     (dict(part_weights=(1.0, 2.0)), "part_weights", "(), as objective.reward_scaling = 'none'"),
     (dict(weighting="reward", max_weight=0.5), "max_weight", "1.0, as objective.weighting = 'reward'"),
     (dict(elbo_rounds="adaptive", likelihood="trajectory"), "elbo_rounds", "as objective.likelihood = 'trajectory'"),
@@ -214,10 +217,13 @@ def test_an_int8_base_is_not_trained(config):
   config_lib.validate(config)
 
 
-def test_a_run_of_before_there_was_int8_is_the_same_run(config):
+def test_a_run_of_before_there_were_some_keys_is_the_same_run(config):
+  config.objective.name = "wddo"
   older = ConfigDict(config.to_dict())
   del older.model.quantization
-  del older.objective.part_weights
+  for key in ("part_weights", "masks", "shrinkage"):
+    del older.objective[key]
+  del older.objective.wddo.scale
   assert config_lib.differences(older, config) == []
   assert config_lib.fingerprint(older) == config_lib.fingerprint(config)
   config.model.quantization = "int8"

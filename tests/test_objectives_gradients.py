@@ -135,17 +135,18 @@ def wddo_and_gradient(log_prob, is_masked, log_p_old, weight, *, halves, alpha_d
   def compute(log_prob):
     bounds = likelihood.elbo(log_prob, is_masked, jnp.ones((1, G, C), bool))
     real, fake = (bounds[..., :2].mean(-1), bounds[..., 2:].mean(-1)) if halves else 2 * [bounds.mean(-1)]
-    terms = wddo.terms(real, fake, log_p_old, weight, jnp.ones((1, G), bool), beta=beta)
-    return (terms[0] + alpha_ddo * terms[1])[0]
+    is_kept = jnp.ones((1, G), bool)
+    terms = wddo.terms(real, fake, log_p_old, weight, is_kept, beta=beta)
+    return objectives.make("wddo", alpha_ddo=alpha_ddo, scale="official").group_loss(*terms, is_kept)[0]
 
   return jax.value_and_grad(compute)(log_prob)
 
 
 @pytest.mark.parametrize("name", WDDO)
 def test_recorded_discriminative_losses_and_parameter_gradients(name):
-  # The official code averages both terms over the batch, where the weights' softmax already sums to one: its loss is
-  # ours divided by g, with a fake term g times as strong. Without two sets it adds up the bounds of the mask samples,
-  # where we take their mean: R times beta, and R times the old log-probability that it is compared with divided out.
+  # The official code averages both terms over the batch, where the weights' softmax already sums to one: the scale
+  # `official`. Without two sets it adds up the bounds of the mask samples, where we take their mean: R times beta, and
+  # R times the old log-probability that it is compared with divided out.
   case, settings = Case("wddo", name), WDDO[name]
   is_shared = settings["sets"] == "shared"
   log_p_old = jnp.asarray(case["log_prob_cur"])[None]
@@ -155,12 +156,12 @@ def test_recorded_discriminative_losses_and_parameter_gradients(name):
     log_p_old / R if is_shared else log_p_old,
     jnp.asarray(case["advantages"])[None],
     halves=not is_shared,
-    alpha_ddo=settings["alpha_ddo"] * G,
+    alpha_ddo=settings["alpha_ddo"],
     beta=settings["beta"] * (R if is_shared else 1),
   )
-  np.testing.assert_allclose(loss / G, settings["loss"], rtol=1e-4)
+  np.testing.assert_allclose(loss, settings["loss"], rtol=1e-4)
   _, gradient = log_prob_and_pullback(
-    case.prompts, case.completion, case.is_masked, case.fill(cotangent / G), policy="params"
+    case.prompts, case.completion, case.is_masked, case.fill(cotangent), policy="params"
   )
   check_gradient(gradient, case, settings | {"grad_norm_names": None})
   if is_shared:  # the mean, as we have it, is another loss
@@ -170,10 +171,10 @@ def test_recorded_discriminative_losses_and_parameter_gradients(name):
       log_p_old,
       jnp.asarray(case["advantages"])[None],
       halves=False,
-      alpha_ddo=settings["alpha_ddo"] * G,
+      alpha_ddo=settings["alpha_ddo"],
       beta=settings["beta"],
     )
-    assert abs(mean / G - settings["loss"]) > 0.01 * settings["loss"]
+    assert abs(mean - settings["loss"]) > 0.01 * settings["loss"]
 
 
 def check_gradient(gradient, case, settings):

@@ -252,6 +252,40 @@ def test_a_log_ratio_beyond_the_tilt_leaves_no_signal():
   assert kept(zeros.at[0, 0].set(30.0)).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_the_reliability_is_the_share_of_the_spread_that_is_no_noise_by_hand():
+  ratio = jnp.array([[[1.0, 3.0], [5.0, 7.0], [jnp.nan, 0.0]], [[0.0, 8.0], [3.0, 5.0], [4.0, 4.0]]])
+  is_kept = jnp.array([[True, True, True], [True, True, True]])
+  # means 2 and 6 of the first group, squared standard errors 1 each; the second group's means are all 4
+  share = weights.reliability(ratio, 0 * ratio, is_kept)
+  np.testing.assert_allclose(share, [(8 - 1) / 8, 0], rtol=1e-6)
+
+
+def test_shrunk_log_ratios_weigh_by_what_is_no_noise():
+  rng = np.random.default_rng(0)
+  reward, is_kept = jnp.asarray(rng.random((2, 4)), jnp.float32), jnp.ones((2, 4), bool)
+  ref, old = (jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32) for _ in range(2))
+  plain = Weighing(alpha=0.5)
+  shrunk, figures = weights.weigh_buffer(reward, is_kept, ref, old, dataclasses.replace(plain, shrinkage="reliability"))
+  share = weights.reliability(ref, old, is_kept)
+  expected = jax.nn.softmax(share[:, None] * (ref - old).mean(-1) + reward / 0.5, axis=-1)
+  np.testing.assert_allclose(shrunk.weight, expected, rtol=1e-5)
+  assert figures["reliability"].item() == pytest.approx(share.mean().item(), rel=1e-5)
+  exact = ref.mean(-1, keepdims=True) + jnp.zeros(3), old.mean(-1, keepdims=True) + jnp.zeros(3)  # no noise, no change
+  same, _ = weights.weigh_buffer(reward, is_kept, *exact, dataclasses.replace(plain, shrinkage="reliability"))
+  np.testing.assert_allclose(same.weight, weights.weigh_buffer(reward, is_kept, *exact, plain)[0].weight, rtol=1e-5)
+
+
+def test_what_is_noise_alone_is_taken_for_noise():
+  """Where draws say that the log-ratio is noise, most of it goes; where they say that it is not, most of it stays."""
+  rng = np.random.default_rng(1)
+  noise = jnp.asarray(rng.normal(size=(400, 16, 4)), jnp.float32)
+  is_kept = jnp.ones((400, 16), bool)
+  signal = jnp.asarray(rng.normal(size=(400, 16, 1)), jnp.float32)
+  assert weights.reliability(noise, 0 * noise, is_kept).mean() < 0.2
+  # a spread of 1 beside an error of 1/2
+  assert weights.reliability(signal + noise, 0 * noise, is_kept).mean().item() == pytest.approx(1 / 1.25, abs=0.05)
+
+
 def test_log_ratio_figures_by_hand():
   log_p_old = jnp.zeros((2, 2, 4))
   log_p_ref = jnp.array([[[1.0, 1, 3, 3], [4, 4, 4, 4]], [[5.0, 5, 5, 5], [jnp.nan] * 4]])

@@ -49,6 +49,9 @@ NOT_OF_EVALUATION = (
 # Values of keys in runs that are older than the key.
 OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
   "objective.part_weights": [],
+  "objective.masks": "random",
+  "objective.shrinkage": "none",
+  "objective.wddo.scale": "proper",
   "objective.denoise.schedule": "linear",
   "objective.denoise.weight": "bound",
   "objective.denoise.normalisation": "sequence",

@@ -22,9 +22,10 @@ from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.config import DTYPES, QUANTIZATIONS, REMAT_POLICIES, ROPE_SCALING, is_rope_scaling
 from dmpo_jax.models.lora import TARGETS
 from dmpo_jax.objectives import OBJECTIVES, denoise, wddo
-from dmpo_jax.objectives.estimators import ESTIMATORS, Coupled, Elbo, ElboQuadrature
+from dmpo_jax.objectives.estimators import ESTIMATORS
+from dmpo_jax.objectives.likelihood import Linear
 from dmpo_jax.objectives.masking import KINDS, MaskSampling
-from dmpo_jax.objectives.weights import BASELINES, REWARD_SCALINGS, WEIGHTINGS
+from dmpo_jax.objectives.weights import BASELINES, REWARD_SCALINGS, SHRINKAGES, WEIGHTINGS
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.sharding import MESH_AXES
 from dmpo_jax.tasks import TASKS
@@ -72,10 +73,16 @@ def buffer_masks_problem(num: int, antithetic: bool, points: int, name: str, lik
 
 
 def masks_problem(num: int, antithetic: bool, points: int, likelihood: str) -> str:
-  masks = MaskSampling(num, antithetic)
-  bounds = {"elbo": Elbo(masks), "eubo": Elbo(masks), "coupled": Coupled(masks)}
-  estimator = (bounds | {"elbo_quadrature": ElboQuadrature(masks, points)}).get(likelihood)
+  estimator = estimator_of(likelihood, MaskSampling(num, antithetic), points)
   return estimator.problem().partition(": ")[2] if estimator is not None else ""
+
+
+def estimator_of(likelihood: str, masks: MaskSampling, points: int) -> Linear | None:
+  """Build the estimators whose number of masks matters."""
+  own = {"elbo_quadrature": {"num_points": points}, "eubo": {"beta": 1.0, "mixture": 1.0}}
+  if likelihood in ("sampler", "one_step", "trajectory"):
+    return None
+  return ESTIMATORS[likelihood](masks, **own.get(likelihood, {}))
 
 
 def kind_problem(kind: str, antithetic: bool, block_length: int, name: str, likelihood: str) -> str:
@@ -87,6 +94,19 @@ def kind_problem(kind: str, antithetic: bool, block_length: int, name: str, like
   kinds = objective.mask_kinds if is_own or likelihood not in ESTIMATORS else ESTIMATORS[likelihood].mask_kinds
   reader = f"objective.name = {name!r}" if is_own else f"objective.likelihood = {likelihood!r}"
   return "" if kind in kinds else f"{' or '.join(kinds)}, as {reader} has no others"
+
+
+def shrinkage_problem(shrinkage: str, num: int, antithetic: bool, points: int, name: str, likelihood: str) -> str:
+  """Say what is missing to measure noise: two independent draws, or a likelihood that is a mean of draws."""
+  if shrinkage == "none" or not OBJECTIVES[name].needs_weights:
+    return ""
+  estimator = estimator_of(likelihood, MaskSampling(num, antithetic), points)
+  if estimator is None or estimator.num_estimates > 1:
+    return ""
+  return (
+    f"none, as objective.num_elbo_samples = {num} with objective.likelihood = {likelihood!r} and "
+    f"objective.antithetic = {antithetic} is one independent draw, which says nothing of its noise"
+  )
 
 
 DRAWN = ("objective.antithetic", "objective.elbo_quadrature.num_points", "objective.name", "objective.likelihood")
@@ -302,11 +322,25 @@ KEYS: dict[str, Rule] = {
   "objective.denoise.schedule": one_of(*denoise.SCHEDULES),
   "objective.denoise.weight": one_of(*denoise.WEIGHTS),
   "objective.denoise.normalisation": one_of(*denoise.NORMALISATIONS),
+  "objective.shrinkage": one_of(*SHRINKAGES)
+  .also(
+    "none, as {0} has no log-ratio",
+    lambda shrinkage, weighting: shrinkage == "none" or weighting == "tilt",
+    "objective.weighting",
+  )
+  .also(
+    "none, as {0} (one_step: with {1}) has no noise to measure",
+    lambda shrinkage, *likelihood: shrinkage == "none" or has_noise(*likelihood),
+    "objective.likelihood",
+    "objective.one_step.prompt_mask_ratio",
+  )
+  .checked_by(shrinkage_problem, "objective.num_elbo_samples", *DRAWN),
   "objective.wdce.baseline": one_of(*BASELINES),
   "objective.wdce.baseline_strength": FROM_ZERO,
   "objective.wdce.unlearning": one_of("unbounded", "bounded"),
   "objective.wdce.min_log_ratio": number("(-inf, 0]"),
   "objective.wddo.sets": one_of(*wddo.SETS),
+  "objective.wddo.scale": one_of(*wddo.SCALES),
   "objective.wddo.alpha_ddo": FROM_ZERO,
   "objective.wddo.beta": POSITIVE,
   **{f"objective.{name}.clip": POSITIVE for name in CLIPPED},

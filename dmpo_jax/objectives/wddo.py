@@ -14,6 +14,7 @@ from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.structs import Experience, Score
 
 SETS = ("shared", "independent")
+SCALES = ("proper", "official")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,14 @@ class Wddo(Objective):
     sets: `shared`: the real and the fake term read one estimate; `independent`: two, each from masks of its own.
     alpha_ddo: weight of the fake term.
     beta: steepness.
+    scale: `proper`: the real term is the weights' sum, an estimate of the target's mean; `official`: it is divided by
+      the group size, as in the authors' code.
   """
 
   sets: str
   alpha_ddo: float
   beta: float
+  scale: str = "proper"
 
   needs_weights: ClassVar[bool] = True
 
@@ -37,6 +41,10 @@ class Wddo(Objective):
 
     (1 / num_prompts) sum_prompts [- sum_g w_i log sigmoid(beta d_i^real) - alpha_ddo mean_g log sigmoid(-beta
     d_i^fake)], d_i = log p_theta(y_i) - log p_old(y_i), log p_theta the mean of the bound over the mask samples.
+    Both terms estimate means, over the target p* and over p_old. With beta = alpha_ddo = 1 the least loss is where
+    p_theta = p*. With the official scale the real term is divided by the g kept rollouts of a group, though its weights
+    already sum to 1. The least loss is then where p_theta = p* / g, which is no distribution: rollouts are pushed down
+    until their likelihoods are a g-th.
 
     Returns:
       The loss, and of the kept rollouts, averaged over prompts: `loss_real`, `loss_fake` (the terms), `loss_log_ratio`
@@ -62,8 +70,15 @@ class Wddo(Objective):
       "loss_log_ratio": mean_kept(log_p_real - experience.log_p_old, is_kept),
       "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
     }
-    losses = real + self.alpha_ddo * fake
+    losses = self.group_loss(real, fake, is_kept)
     return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}
+
+  def group_loss(
+    self, real: Float[Array, "p"], fake: Float[Array, "p"], is_kept: Bool[Array, "p g"]
+  ) -> Float[Array, "p"]:
+    """Add up each prompt's two terms."""
+    size = jnp.maximum(is_kept.sum(-1), 1) if self.scale == "official" else 1
+    return real / size + self.alpha_ddo * fake
 
 
 def terms(

@@ -18,6 +18,7 @@ from dmpo_jax.spelling import did_you_mean
 BASELINES = ("none", "mean", "model", "negative")
 REWARD_SCALINGS = ("none", "standardise", "standardise_parts")
 WEIGHTINGS = ("tilt", "softmax", "reward")
+SHRINKAGES = ("none", "reliability")
 MIN_KAPPA, MAX_KAPPA = 0.01, 0.99  # range of the adaptive proximal step, the official code's
 
 
@@ -42,6 +43,8 @@ class Weighing:
     min_ess: effective sample size that `adaptive` keeps, as a share of the group.
     reward_scaling, part_weights: see `scale_rewards`.
     max_weight: weights are cut to this (truncated importance sampling), without being normalised again; 1: none.
+    shrinkage: `reliability` multiplies each group's log-ratio by how much of its spread is no noise (`reliability`);
+      read by `tilt` alone.
   """
 
   weighting: str = "tilt"
@@ -52,6 +55,7 @@ class Weighing:
   reward_scaling: str = "none"
   part_weights: tuple[float, ...] = ()
   max_weight: float = 1.0
+  shrinkage: str = "none"
 
 
 def weigh(
@@ -98,9 +102,14 @@ def weigh_buffer(
   Returns:
     The weights, and `weight_difference` (mean over groups of sum |w - w_negative|), `kappa`, `tilt_std` (spread of
     reward / alpha inside groups), `log_ratio_noise` (standard error of the log-ratio over tilt_std), the figures of
-    `log_ratio_figures`, and, where weights are shares of a group, `effective_sample_size` and `signal_kept`.
+    `log_ratio_figures`, and, where weights are shares of a group, `effective_sample_size` and `signal_kept`; with
+    shrinkage, `reliability`, its mean over groups.
   """
-  weighed = weigh(reward, log_p_ref.mean(-1), log_p_old.mean(-1), is_kept, weighing, reward_parts)
+  reference, old = log_p_ref.mean(-1), log_p_old.mean(-1)
+  if weighing.shrinkage == "reliability":
+    share = reliability(log_p_ref, log_p_old, is_kept)
+    reference = old + share[:, None] * (reference - old)
+  weighed = weigh(reward, reference, old, is_kept, weighing, reward_parts)
   is_kept = weighed.is_kept
   tilt = scale_rewards(reward, reward_parts, is_kept, weighing.reward_scaling, weighing.part_weights)
   tilt_std = spread_within_groups(tilt / weighing.alpha if weighing.weighting == "tilt" else tilt, is_kept)
@@ -115,6 +124,8 @@ def weigh_buffer(
   if weighing.weighting != "reward":
     figures["effective_sample_size"] = effective_sample_size(weighed.weight).mean()
     figures["signal_kept"] = signal_kept(weighed, tilt)
+  if weighing.shrinkage == "reliability":
+    figures["reliability"] = share.mean()
   return weighed, figures
 
 
@@ -343,6 +354,30 @@ def log_ratio_figures(
     "log_ratio_std": spread_within_groups(log_ratio, is_kept),
     "log_ratio_error": _root_mean_square(standard_error(draws), is_kept),
   }
+
+
+def reliability(
+  log_p_ref: Float[Array, "p g n"], log_p_old: Float[Array, "p g n"], is_kept: Bool[Array, "p g"]
+) -> Float[Array, "p"]:
+  """Estimate how much of the spread of each group's log-ratio is no noise, in [0, 1], from n >= 2 independent draws.
+
+  spread^2 / (spread^2 + error^2) over the k kept rollouts: error^2 the mean of the squared standard errors, and
+  spread^2 + error^2 the variance of the estimates (k - 1 degrees of freedom), where that is larger than error^2; else
+  0. The log-ratio times it is the best linear prediction of the noise-free one from the estimate (up to a constant of
+  the group, which no softmax sees).
+
+  Weights of the shrunk log-ratio are biased: they tilt p_old, not p_ref, by as much as was taken from it, and p_old
+  where the estimate is all noise. The bias goes away as the number of draws grows, not with that of rollouts. In small
+  groups the spread itself is noisy, and so is the factor.
+  """
+  is_kept = is_kept & jnp.isfinite(log_p_ref - log_p_old).all(-1)
+  draws = jnp.where(is_kept[..., None], log_p_ref - log_p_old, 0)
+  log_ratio = draws.mean(-1)
+  distance = jnp.where(is_kept, log_ratio - mean_kept(log_ratio, is_kept)[:, None], 0)
+  total = (distance**2).sum(-1) / jnp.maximum(is_kept.sum(-1) - 1, 1)
+  noise = mean_kept(standard_error(draws) ** 2, is_kept)
+  spread = jnp.maximum(total - noise, 0)
+  return jnp.where(spread > 0, spread / jnp.where(spread > 0, spread + noise, 1), 0)
 
 
 @jax.jit  # as above
