@@ -1,11 +1,15 @@
 """Convert a checkpoint or a PEFT adapter in Hugging Face's layout to what `model.init_from` loads.
 
     python -m launch.convert_hf --hf=DIR_OR_REPO --out=DIR_OR_GS [--dtype=bfloat16|float32|int8]
+    python -m launch.convert_hf --hf=Qwen/Qwen3-0.6B --out=DIR --adapt     # an autoregressive model, for diffusion
     python -m launch.convert_hf --hf=ADAPTER_DIR --base=CONVERTED_DIR --out=DIR    # for model.lora.init_from
 
 All names, shapes and shard lengths are checked before anything is written. Tensors are then read and written in pieces
 of at most 16 MiB, so memory use does not depend on the size of the checkpoint; --dtype=int8 reads projections twice.
 The other files of the checkpoint (tokenizer, config, the model's code) are copied.
+
+--adapt takes Llama, Qwen2 and Qwen3 models: their attention becomes full, and they get a mask token, in the table and
+in the tokenizer. Train the result with objective.name=denoise before anything else.
 """
 
 import re
@@ -16,6 +20,7 @@ from absl import flags
 from etils import epath
 
 from dmpo_jax.hub import pretrained
+from dmpo_jax.hub.adapt import AS_IT_IS, Adaptation
 from dmpo_jax.hub.convert import convert_adapter, convert_model
 from dmpo_jax.hub.shards import ADAPTER, WEIGHTS, Shards
 from dmpo_jax.hub.tokenizer import has_tokenizer
@@ -48,7 +53,7 @@ def find_folder(hf: str, revision: str | None = None) -> epath.Path:
     raise ValueError(f"--hf={hf}: no such folder, and the hub does not provide it ({error})") from error
 
 
-def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None, dtype: str) -> None:
+def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None, dtype: str, asked: Adaptation) -> None:
   """Convert with a progress bar, and print a summary."""
   start, source = time.monotonic(), find_folder(hf, revision)
   is_adapter = (source / "adapter_config.json").exists()
@@ -58,15 +63,19 @@ def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None,
     raise ValueError(f"--dtype={dtype}: {source} holds an adapter, and adapters are kept in float32; leave it out")
   if base is not None and not is_adapter:
     raise ValueError(f"--base={base}: {source} holds a model and no adapter_config.json; leave it out")
+  if is_adapter and asked != AS_IT_IS:
+    raise ValueError(f"{source} holds an adapter: leave out --adapt, --mask_token and --shift_logits")
   size = sum(tensor.size for tensor in Shards(source, ADAPTER if is_adapter else WEIGHTS).tensors.values())
   with progress.Progress("converting", size, unit="bytes") as shown:
     if base is not None:
-      count = convert_adapter(source, base, out, shown.advance)
+      count, notes = convert_adapter(source, base, out, shown.advance), ()
     else:
       origin = "" if epath.Path(hf).expanduser().is_dir() else hf
-      count = convert_model(source, out, dtype, shown.advance, origin)
+      count, notes = convert_model(source, out, dtype, shown.advance, origin, asked)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f"{out}: {count:,} parameters, {time.monotonic() - start:.1f} s, at most {peak:.2f} GiB of memory")
+  for note in notes:
+    print(note)
   if not is_adapter and not has_tokenizer(out):
     print(f"{source} has no tokenizer: copy one into {out}")
 
@@ -80,6 +89,12 @@ def define_flags() -> None:
   flags.DEFINE_string("base", None, "For an adapter: the converted folder of the model that it is for.")
   text = "Of the parameters written. int8: only the projections of the layers, the rest as stored."
   flags.DEFINE_enum("dtype", "same", ["same", "bfloat16", "float32", "int8"], text)
+  flags.DEFINE_boolean("adapt", False, "Make a diffusion model of an autoregressive one (Llama, Qwen2, Qwen3).")
+  flags.DEFINE_string(
+    "mask_token", "", "Its mask token, new or one of its tokenizer's; by default its own or <|mask|>."
+  )
+  text = "Whether logits predict the next position, for Llama, Qwen2 and Qwen3; by default as config.json says, or not."
+  flags.DEFINE_boolean("shift_logits", None, text)
   flags.mark_flags_as_required(["hf", "out"])
 
 
@@ -88,7 +103,8 @@ def main() -> None:
   given = flags.FLAGS
   base = epath.Path(given.base).expanduser() if given.base else None
   buckets.check({"--hf": given.hf, "--base": given.base or ""}, {"--out": given.out})
-  run(given.hf, given.revision, epath.Path(given.out).expanduser(), base, given.dtype)
+  asked = Adaptation(given.adapt, given.mask_token, given.shift_logits)
+  run(given.hf, given.revision, epath.Path(given.out).expanduser(), base, given.dtype, asked)
 
 
 if __name__ == "__main__":

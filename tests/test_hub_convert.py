@@ -36,7 +36,8 @@ def test_a_converted_checkpoint_gives_the_recorded_logits(tmp_path, name):
   assert len(list(source.glob("*.safetensors"))) > 1
   seen = []
   out = epath.Path(tmp_path / "out")
-  count = convert.convert_model(source, out, report=seen.append)
+  count, notes = convert.convert_model(source, out, report=seen.append)
+  assert notes == ()
   stored = tensors(name)
   assert count == sum(array.size for array in stored.values())
   assert sum(seen) == sum(array.nbytes for array in stored.values())

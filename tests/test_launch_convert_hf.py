@@ -10,6 +10,7 @@ from programs import ROOT
 from recorded_models import write_checkpoint
 
 from dmpo_jax.hub import convert, pretrained
+from dmpo_jax.hub.adapt import Adaptation
 from launch import convert_hf
 
 
@@ -52,6 +53,8 @@ def test_flags_that_would_do_nothing(tmp_path):
   (source / "adapter_config.json").write_text("{}")
   with pytest.raises(ValueError, match=r"--dtype=bfloat16: .* holds an adapter"):
     convert_hf.run(str(source), None, out, source, "bfloat16")
+  with pytest.raises(ValueError, match=r"holds an adapter: leave out --adapt, --mask_token and --shift_logits"):
+    convert_hf.run(str(source), None, out, source, "same", Adaptation(is_wanted=True))
   assert not out.exists()
 
 

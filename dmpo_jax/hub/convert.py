@@ -7,8 +7,9 @@ in pieces of at most PIECE_BYTES, so the memory needed does not depend on the ch
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +17,13 @@ from etils import epath
 
 from dmpo_jax import digests, files
 from dmpo_jax.hub import layout, pretrained
-from dmpo_jax.hub.families import family_of
+from dmpo_jax.hub.adapt import AS_IT_IS, Adaptation, GrownShards, prepare
+from dmpo_jax.hub.families import FAMILIES, family_of
 from dmpo_jax.hub.layout import Place
 from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.hub.peft import lora_config_from_peft
 from dmpo_jax.hub.piecewise import Index, PiecewiseArray, save_piecewise
 from dmpo_jax.hub.shards import ADAPTER, Shards
-from dmpo_jax.hub.tokenizer import HuggingFaceTokenizer, has_tokenizer
 from dmpo_jax.models.layers import KERNEL_SCALE, quantize
 
 PIECE_BYTES = 16 * 2**20
@@ -34,33 +35,48 @@ def ignore(size: int) -> None:
   """A `Report` that does nothing."""
 
 
+class Converted(NamedTuple):
+  """What was converted."""
+
+  num_parameters: int
+  notes: tuple[str, ...]  # what was changed to make a diffusion model of it
+
+
 def convert_model(
-  source: epath.Path, out: epath.Path, dtype: str = "same", report: Report = ignore, origin: str = ""
-) -> int:
-  """Convert the checkpoint in `source`; return its number of parameters.
+  source: epath.Path,
+  out: epath.Path,
+  dtype: str = "same",
+  report: Report = ignore,
+  origin: str = "",
+  asked: Adaptation = AS_IT_IS,
+) -> Converted:
+  """Convert the checkpoint in `source`.
 
   Args:
     dtype: of all parameters; "same": as stored; "int8": projections are quantised (see `layers.quantize`), which reads
       them twice, and the others are as stored.
     origin: name of the checkpoint, for exports of adapters; "": the path of `source`.
+    asked: how to make a diffusion model of an autoregressive one.
 
   Raises:
     ValueError: something does not fit, is damaged or not finite; `out` is left as it was.
   """
-  hf = _read_json(source / "config.json")
-  family, config = family_of(hf), model_config_from_hf(hf)
-  if dtype == "int8":
-    config = dataclasses.replace(config, quantization=dtype)
-  shards, places = Shards(source), layout.checkpoint_places(config, family)
-  _check(shards, places, source)
-  if has_tokenizer(source):
-    HuggingFaceTokenizer(source, is_chat=False)  # raises if its special ids are not the model's
-  with files.new_folder(out, "--out"):
-    pretrained.write_model(out, family, config, origin or _absolute(source))
-    pretrained.copy_side_files(source, out)
-    digests.write(out)
-    save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, dtype, report))
-  return _num_parameters(shards)
+  with tempfile.TemporaryDirectory() as stage:
+    prepared = prepare(source, epath.Path(stage), asked)
+    family, config = family_of(prepared.config), model_config_from_hf(prepared.config)
+    if dtype == "int8":
+      config = dataclasses.replace(config, quantization=dtype)
+    shards, places = Shards(source), layout.checkpoint_places(config, family)
+    if prepared.num_rows:
+      tables = [f"{name}.weight" for name in (FAMILIES[family].embedding, FAMILIES[family].head)]
+      shards = GrownShards(source, tables, prepared.num_rows)
+    _check(shards, places, source)
+    with files.new_folder(out, "--out"):
+      pretrained.write_model(out, family, config, origin or _absolute(source))
+      pretrained.copy_side_files(prepared.sides, out)
+      digests.write(out)
+      save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, dtype, report))
+  return Converted(_num_parameters(shards), prepared.notes)
 
 
 def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, report: Report = ignore) -> int:
