@@ -53,7 +53,9 @@ def find_folder(hf: str, revision: str | None = None) -> epath.Path:
     raise ValueError(f"--hf={hf}: no such folder, and the hub does not provide it ({error})") from error
 
 
-def run(hf: str, revision: str | None, out: epath.Path, base: epath.Path | None, dtype: str, asked: Adaptation) -> None:
+def run(
+  hf: str, revision: str | None, out: epath.Path, base: epath.Path | None, dtype: str, asked: Adaptation = AS_IT_IS
+) -> None:
   """Convert with a progress bar, and print a summary."""
   start, source = time.monotonic(), find_folder(hf, revision)
   is_adapter = (source / "adapter_config.json").exists()
