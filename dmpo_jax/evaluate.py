@@ -279,9 +279,17 @@ def cut_padding(prompts: Prompts) -> Prompts:
 
 
 def best_buffer(evaluations: Mapping[str, Mapping[str, float]]) -> str:
-  """Return the number of finished buffers, above 0, after which most was solved; ties: higher reward, then earlier."""
+  """Return the number of finished buffers, above 0, after which most was solved.
+
+  Ties: higher reward, then a smaller held-out loss where there is one, then earlier.
+  """
   trained = {buffer: row for buffer, row in evaluations.items() if int(buffer)} or evaluations
-  return max(trained, key=lambda buffer: (trained[buffer]["solve_rate"], trained[buffer]["reward_mean"], -int(buffer)))
+
+  def rank(buffer: str) -> tuple[float, ...]:
+    row = trained[buffer]
+    return row["solve_rate"], row["reward_mean"], -row.get("loss", 0.0), -int(buffer)
+
+  return max(trained, key=rank)
 
 
 def _file_name(about: Mapping[str, Any]) -> str:

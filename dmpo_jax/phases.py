@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -22,6 +21,7 @@ from ml_collections import ConfigDict
 from dmpo_jax import data, optim, policy, rollout, sharding, update
 from dmpo_jax.build import Parts
 from dmpo_jax.chunks import Chunking
+from dmpo_jax.demonstrations import Demonstrations, make_held_out_loss
 from dmpo_jax.evaluate import make_evaluate_training
 from dmpo_jax.logprobs import make_log_probs
 from dmpo_jax.models.trainable import TRAINED_DTYPE, Trainable
@@ -81,50 +81,6 @@ class Phase:
       return False
     is_due = self.evaluate_every > 0 and buffer % self.evaluate_every == 0
     return is_due or buffer == 0 or buffer >= self.num_buffers
-
-
-class Demonstrations:
-  """Buffers of demonstrations, the first `num_correct` of which are all right.
-
-  The next one is made while the devices learn from this one, by a thread that leaves them alone.
-  """
-
-  def __init__(
-    self,
-    config: ConfigDict,
-    parts: Parts,
-    objective: Objective,
-    batch_size: int,
-    *,
-    counted: str = "all",
-    num_correct: int = 0,
-  ):
-    self._parts, self._objective, self._counted = parts, objective, counted
-    self._batch_size, self._num_correct = batch_size, num_correct
-    self._completion_length = config.sampler.completion_length
-    self._thread = ThreadPoolExecutor(1, thread_name_prefix="demonstrations")
-    self._ahead: dict[int, Future[Experience]] = {}
-
-  def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None) -> Experience:
-    """Return a buffer's demonstrations, and begin to make the next ones."""
-    made = self._ahead.pop(buffer, None) or self._thread.submit(self._make, buffer)
-    self._ahead[buffer + 1] = self._thread.submit(self._make, buffer + 1)
-    return made.result()
-
-  def complete(self, state: TrainState, buffer: int, pending: Experience) -> tuple[Experience, dict[str, float]]:
-    """Return what was generated: demonstrations have no rewards to wait for."""
-    return pending, {}
-
-  def _make(self, buffer: int) -> Experience:
-    stream = self._parts.correct_demonstrations if buffer < self._num_correct else self._parts.prompts
-    assert stream is not None  # training has both
-    prompts, completion, _ = stream.demonstrations(
-      buffer * self._batch_size, self._batch_size, completion_length=self._completion_length
-    )
-    experience = rollout.demonstrate(prompts, completion)
-    is_counted = rollout.count_positions(experience.completion, self._parts.tokenizer.eos_token_id, self._counted)
-    weight = self._objective.demonstration_weights(is_counted)
-    return dataclasses.replace(experience, is_counted=is_counted, weight=weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +194,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     buffers = Demonstrations(config, parts, objective, config.rollout.num_prompts, counted=config.objective.counted)
   else:
     buffers = _graded_rollouts(config, parts, base)
-  evaluate = make_evaluate_training(config, workdir, parts, base)
+  evaluate = _make_evaluate(config, workdir, parts, base)
   needs_base = trainable.has_adapters or not objective.learns_from_demonstrations
   phase = Phase(
     name="train",
@@ -256,6 +212,17 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     ),
   )
   return phase, state
+
+
+def _make_evaluate(
+  config: ConfigDict, workdir: epath.Path, parts: Parts, base: Any
+) -> Callable[[Any, int], dict[str, float]]:
+  """Close over a run's own evaluation, by samples and, where it learns from demonstrations, by its loss on others."""
+  sampled, objective = make_evaluate_training(config, workdir, parts, base), make_objective(config)
+  if not objective.learns_from_demonstrations:
+    return sampled
+  held_out_loss = make_held_out_loss(config, parts, objective, base)
+  return lambda trained, buffer: sampled(trained, buffer) | {"loss": held_out_loss(trained)}
 
 
 def make_objective(config: ConfigDict) -> Objective:

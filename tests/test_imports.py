@@ -41,8 +41,21 @@ ROOMS = {
   "build": FOUNDATIONS | {"config", "data", "grading", "hub", "models", "objectives", "policy", "run", "tasks"},
   "generations": FOUNDATIONS | {"grading", "hub"},
   "evaluate": FOUNDATIONS | {"generations", "build", "config", "grading", "hub", "policy", "run", "tasks"},
+  "demonstrations": FOUNDATIONS | {"build", "data", "logprobs", "models", "objectives", "rollout", "run"},
   "phases": FOUNDATIONS
-  | {"build", "chunks", "data", "evaluate", "logprobs", "models", "objectives", "optim", "policy", "rollout"}
+  | {
+    "build",
+    "chunks",
+    "data",
+    "demonstrations",
+    "evaluate",
+    "logprobs",
+    "models",
+    "objectives",
+    "optim",
+    "policy",
+    "rollout",
+  }
   | {"rollout_metrics", "run", "update"},
   "sample": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run"},
   "serve": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run", "sample", "samplers"},

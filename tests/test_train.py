@@ -218,6 +218,7 @@ def test_the_documented_command_trains_on_chats(tmp_path):
   rows = rows_of(workdir)
   assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
   assert rows[-1]["loss"] > 0
+  assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]  # on chats that were held out
   assert "reward_mean" not in rows[-1]
 
 

@@ -73,6 +73,7 @@ CURVES = (
     "Loss",
     {
       "loss": "loss",
+      "eval_loss": "on held-out demonstrations",
       "loss_cross_entropy": "cross-entropy",
       "loss_log_ratio": "log-ratio",
       "loss_real": "real term",
