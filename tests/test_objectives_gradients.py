@@ -1,5 +1,6 @@
 """Losses and bounds through a model: with respect to every parameter, recorded from the official PyTorch code."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -13,18 +14,25 @@ from recorded_models import adapters_of, params_of, reader
 from safetensors.numpy import load_file
 
 from dmpo_jax.hub import layout
+from dmpo_jax.hub.families import family_of
+from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.logprobs import make_score
 from dmpo_jax.models import lora
 from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import likelihood, wddo
+from dmpo_jax.objectives.denoise import Denoise, cross_entropy
+from dmpo_jax.objectives.masking import MaskSampling
 from dmpo_jax.structs import Experience, Prompts, Scores
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
+MODELS = GOLDENS.parent / "models"
 RECORDED = json.loads((GOLDENS / "wdce.json").read_text())
 CASES = RECORDED["cases"]
 WDDO = json.loads((GOLDENS / "wddo.json").read_text())
+DENOISE = json.loads((GOLDENS / "denoise.json").read_text())  # dllm's MDLMTrainer.compute_loss
+A2D = {"q3_gqa": GOLDENS / "q3_gqa", "q3_tied": MODELS / "a2d_qwen3", "q2_bias": MODELS / "a2d_qwen2"}
 G, R, C = 4, 4, 16
 CONFIG = ModelConfig(
   vocab_size=256,
@@ -199,3 +207,67 @@ def test_recorded_bounds_of_policy_and_reference(name):
   for policy, label in (("adapters", "cur"), ("params", "ref")):
     estimate = likelihood.elbo(log_prob_of(case, policy), is_masked, is_counted).mean(-1)
     np.testing.assert_allclose(estimate[0], case[f"seq_log_prob_{label}"], rtol=1e-4, err_msg=label)
+
+
+@functools.cache
+def a2d_model(name, mask_token_id, shift_logits):
+  """A checkpoint of dllm's autoregressive-to-diffusion models: its family, config and parameters."""
+  hf = json.loads((A2D[name] / "config.json").read_text()) | {"mask_token_id": mask_token_id}
+  config = dataclasses.replace(model_config_from_hf(hf), shift_logits=shift_logits)
+  return family_of(hf), config, params_of(load_file(A2D[name] / "model.safetensors"), config, family_of(hf))
+
+
+def supervised_log_probs(config, params, case):
+  """Log-probs [b, 1, 1, l - 1] of whole rows without the first token, which is never a target; 0 of padding."""
+  ids = jnp.asarray(case["effective_input_ids"], jnp.int32)
+  is_counted = jnp.asarray(case["effective_labels"] != -100)
+  attended = case.get("attention_mask", np.ones(ids.shape, int)).sum(1)
+  rows = []
+  for row, length in enumerate(attended):  # padding is attended to by nothing: a row ends before it
+    tokens, prompts = (
+      ids[row, None, 1:length],
+      Prompts(ids[row, None, :1], jnp.ones((1, 1), bool), jnp.zeros(1, "uint32")),
+    )
+    score = make_score(
+      Transformer(config),
+      {"params": params},
+      prompts,
+      tokens[None],
+      is_counted=is_counted[row, None, None, 1:length],
+      uncounted=tokens[None],
+    )
+    log_prob = score(jnp.asarray(case["mask"][row, None, None, None, 1:length])).log_prob
+    rows.append(jnp.pad(log_prob, [(0, 0)] * 3 + [(0, ids.shape[1] - length)]))
+  return jnp.concatenate(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DENOISE["cases"])
+def test_supervised_losses_and_gradients_are_those_of_dllm(name):
+  about = DENOISE["cases"][name]
+  with np.load(GOLDENS / "denoise.npz") as arrays:
+    case = {key.removeprefix(f"{name}/"): arrays[key] for key in arrays if key.startswith(f"{name}/")}
+  family, config, params = a2d_model(about["checkpoint"], about["mask_token_id"], about["shift_logits"])
+  masks = MaskSampling(num=1, antithetic=False, min_ratio=about["time_epsilon"])
+  objective = Denoise(masks, None, **{key: about[key] for key in ("schedule", "weight", "normalisation")})
+  is_counted = jnp.asarray(case["effective_labels"] != -100)[:, None]
+  uniform = (jnp.asarray(case[key][:, None, None]) for key in ("u_t", "u_mask"))
+  is_masked, divisor = objective.place(*uniform, is_counted)
+  weight = objective.demonstration_weights(np.asarray(is_counted))
+
+  @jax.jit
+  def compute(params):
+    log_prob = supervised_log_probs(config, params, case)
+    return (weight * cross_entropy(log_prob, is_masked[..., 1:], divisor, is_counted[..., 1:])).mean()
+
+  loss, gradient = jax.value_and_grad(compute)(params)
+  np.testing.assert_allclose(loss, case["loss"], rtol=1e-4, atol=1e-6)
+  found = dict(layout.to_tensors(reader(gradient), layout.checkpoint_places(config, family)))
+  np.testing.assert_allclose(
+    found[about["grad"]], case["grad"], rtol=2e-3, atol=1e-4 * np.abs(case["grad"]).max() + 1e-12
+  )
+  norms = {key: np.linalg.norm(found[key]) for key in DENOISE["parameters"][about["checkpoint"]]}
+  recorded = dict(zip(norms, case["grad_norms"], strict=True))
+  if name == "padding_as_eos_targets":  # torch gives the pad token's row, here a target, no gradient
+    del norms["model.embed_tokens.weight"], recorded["model.embed_tokens.weight"]
+  np.testing.assert_allclose(list(norms.values()), list(recorded.values()), rtol=2e-3, atol=1e-6)
