@@ -119,7 +119,9 @@ def find_slice(topology: str, num_slices: int = 1) -> Slice:
     os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
   from jax.experimental import topologies  # after the variables are set
 
-  several = {"num_slices": num_slices} if num_slices > 1 else {}
+  several: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+  if set(topology.partition(":")[2].split("x")) == {"1"}:  # a host of one chip; by default one has four
+    several["chips_per_host_bounds"] = [1, 1, 1]
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
   except Exception as error:  # RuntimeError, ValueError or an error of XLA
@@ -321,7 +323,7 @@ def define_flags() -> None:
   """Declare the command's flags; not on import, as every command has its own."""
   config_flags.DEFINE_config_file("config", None, "Configuration file; override a key with --config.section.key=value.")
   flags.adopt_module_key_flags(progress)
-  flags.DEFINE_string("topology", None, "The slice, such as v5e:4x4, v5p:2x2x1 or v6e:4x4.")
+  flags.DEFINE_string("topology", None, "The slice, such as v5e:4x4, v5p:2x2x1 or v6e:4x4; v5e:1x1 is one chip.")
   flags.DEFINE_integer("slices", 1, "Number of such slices; data is split over them.", lower_bound=1)
   flags.DEFINE_list("programs", list(PROGRAMS), "Programs to compile.")
   flags.DEFINE_boolean("sweep", False, "Find the largest train.microbatch_prompts that fits.")

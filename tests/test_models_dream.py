@@ -47,9 +47,9 @@ HF = dict(
 )
 
 
-def random_tensors(config):
+def random_tensors(config, family="dream"):
   rng = np.random.default_rng(0)
-  places = layout.checkpoint_places(config, "dream")
+  places = layout.checkpoint_places(config, family)
   shapes = {name: place.torch_shape for name, place in places.items()}
   return {name: rng.normal(size=shape, scale=0.4).astype(np.float32) for name, shape in shapes.items()}
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import documents
 import numpy as np
 import pytest
 import standin_tokenizer as standin
@@ -16,13 +17,15 @@ from test_models_dream import HF as DREAM
 from test_models_dream import random_tensors
 
 from dmpo_jax.hub import chat, layout
+from dmpo_jax.hub.adapt import Adaptation
 from dmpo_jax.hub.convert import convert_model
 from dmpo_jax.hub.export import ModelExport, Source, export_adapter, how_to_load
-from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.hub.families import FAMILIES, family_of
 from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.hub.peft import lora_config_from_peft
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.hub.tokenizer import load_tokenizer
+from dmpo_jax.messages import Turn
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run import params as params_lib
@@ -210,7 +213,7 @@ TEMPLATES = (
 @pytest.mark.parametrize("source", TEMPLATES)
 def test_templates_of_all_kinds_are_rendered_alike(tmp_path, source):
   theirs = transformers.PreTrainedTokenizerFast.from_pretrained(standin.write(tmp_path))
-  turns = [("system", "be é <brief>"), ("user", " hi \n"), ("assistant", "yes"), ("user", "and?")]
+  turns = [Turn("system", "be é <brief>"), Turn("user", " hi \n"), Turn("assistant", "yes"), Turn("user", "and?")]
   messages = [{"role": role, "content": content} for role, content in turns]
   for is_answering in (True, False):
     wanted = theirs.apply_chat_template(
@@ -350,7 +353,25 @@ def published_dream():
   )
 
 
-PUBLISHED = {"llada": published_llada, "dream": published_dream}
+def published_of(model_type, **own):
+  """A model that transformers has, already with a mask token."""
+  ids = dict(mask_token_id=265, eos_token_id=261, pad_token_id=261)  # as write_dreams_tokenizer numbers them
+  about = {key: value for key, value in DREAM.items() if key not in ("architectures", "bos_token_id", "use_mrope")}
+  about |= {"model_type": model_type, "vocab_size": 272} | ids | own
+  stored = random_tensors(model_config_from_hf(about), family_of(about))
+  return Published(about, stored, write_dreams_tokenizer, {}, lambda model: model)
+
+
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=16)
+
+PUBLISHED = {
+  "llada": published_llada,
+  "dream": published_dream,
+  "qwen3": lambda: published_of("qwen3", head_dim=8),
+  "qwen2": lambda: published_of("qwen2", tie_word_embeddings=True),
+  "llama": lambda: published_of("llama", head_dim=10, rope_scaling=LLAMA3),
+}
 
 
 def test_every_family_that_is_exported_is_loaded_here():
@@ -371,7 +392,8 @@ def test_the_lines_that_an_export_prints_load_it(tmp_path, family):
   found = export_hf.find_model(middle)
   ModelExport(found, "same").write(out, 10**9)
   names, hub = ", ".join(sorted(published.files)), FAMILIES[family].published_at
-  assert f"# Copy {names} from {hub} on the hub to {out} first\n" in how_to_load(found, out)
+  copied = f"# Copy {names} from {hub} on the hub to {out} first\n" in how_to_load(found, out)
+  assert copied == bool(published.files)
   for name, text in published.files.items():
     (out / name).write_text(text)
   lines, loaded = textwrap.dedent(how_to_load(found, out)), {}
@@ -379,7 +401,8 @@ def test_the_lines_that_an_export_prints_load_it(tmp_path, family):
   assert "Copy" not in lines
   exec(lines, loaded)
   state = loaded["model"].state_dict()
-  assert set(state) == set(published.stored)
+  is_tied = published.settings.get("tie_word_embeddings")
+  assert set(state) == set(published.stored) | ({"lm_head.weight"} if is_tied else set())
   for name, array in published.stored.items():
     np.testing.assert_array_equal(state[name].float().numpy(), array.astype(np.float32))
   model, variables = load_converted(middle)
@@ -388,3 +411,73 @@ def test_the_lines_that_an_export_prints_load_it(tmp_path, family):
   ours, text = load_tokenizer("huggingface", out), "hello  world 12\n\n"
   assert loaded["tokenizer"](text, add_special_tokens=False)["input_ids"] == ours.encode(text)
   assert loaded["tokenizer"].convert_ids_to_tokens(ours.mask_token_id) in ("<|mdm_mask|>", "<|mask|>")
+
+
+SMALL = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SMALL |= dict(vocab_size=262, eos_token_id=256, bos_token_id=None, pad_token_id=None)
+
+
+def autoregressive(kind):
+  """A small random model of transformers, with biases and norms that matter."""
+  torch.manual_seed(0)
+  config = {
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "llama": lambda: transformers.LlamaConfig(**SMALL, head_dim=10, rope_theta=1e4, rope_scaling=LLAMA3),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=None),
+  }[kind]()
+  model = transformers.AutoModelForCausalLM.from_config(config)
+  for name, parameter in model.named_parameters():
+    if "norm" in name or "bias" in name:
+      torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    else:
+      torch.nn.init.normal_(parameter, std=0.3)
+  return model.eval()
+
+
+TOKENS = {"<|im_start|>": 257, "<|im_end|>": 256, "<last>": 261}  # the table is full: a mask token needs a row
+
+
+def check_adaptation(tmp_path, model):
+  """Save, adapt, compare under a full and a causal mask, export, and load as transformers loads any model."""
+  source, middle, out = tmp_path / "hf", epath.Path(tmp_path / "middle"), epath.Path(tmp_path / "out")
+  model.save_pretrained(source)
+  standin.write(source, TOKENS, dict(eos_token="<|im_end|>", pad_token="<|im_end|>"), None)
+  notes = convert_model(epath.Path(source), middle, asked=Adaptation(is_wanted=True)).notes
+  assert notes[0] == "mask token: '<|mask|>', added as id 262"
+  ours, variables = load_converted(middle)
+  ids = np.random.default_rng(2).integers(0, 262, (2, 40))
+  causal = np.tril(np.ones((2, 40, 40), bool))
+  run = compiled(ours)
+  np.testing.assert_allclose(run(variables, ids)[..., :262], bidirectional_logits(model, ids), rtol=0, atol=5e-4)
+  with torch.no_grad():
+    wanted = model(torch.tensor(ids)).logits.numpy()
+  np.testing.assert_allclose(run(variables, ids, attention_mask=causal)[..., :262], wanted, rtol=0, atol=5e-4)
+
+  ModelExport(export_hf.find_model(middle), "same").write(out, 10**9)
+  loaded, about = transformers.AutoModelForCausalLM.from_pretrained(str(out), output_loading_info=True)
+  assert not about["missing_keys"]
+  assert not about["unexpected_keys"]
+  assert not transformers.AutoModel.from_pretrained(str(out), output_loading_info=True)[1]["missing_keys"]
+  with torch.no_grad():
+    np.testing.assert_array_equal(loaded(torch.tensor(ids)).logits.numpy()[..., :262], wanted)
+  ids[:, ::3] = 262  # the mask token, whose row is new
+  np.testing.assert_allclose(run(variables, ids), bidirectional_logits(loaded, ids), rtol=0, atol=5e-4)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(str(out))
+  assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mask|>", 262)
+  assert tokenizer("ab<|mask|>", add_special_tokens=False)["input_ids"] == load_tokenizer("huggingface", out).encode(
+    "ab<|mask|>"
+  )
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_an_autoregressive_model_becomes_one_for_diffusion(tmp_path, kind):
+  check_adaptation(tmp_path, autoregressive(kind))
+
+
+def test_the_family_that_the_documents_add(tmp_path, monkeypatch):
+  text, names = documents.code("extending.md", '"""Mistral'), {}
+  assert len(text.splitlines()) <= 40
+  exec(text, names)
+  monkeypatch.setitem(FAMILIES, "mistral", names["MISTRAL"])
+  check_adaptation(tmp_path, autoregressive("mistral"))

@@ -63,13 +63,13 @@ def prepare(source: epath.Path, stage: epath.Path, asked: Adaptation) -> Prepare
   if not (source / MODEL_FILE).is_file():
     raise ValueError(f"{source / MODEL_FILE} is missing: give a folder in Hugging Face's layout")
   config = files.read_object(source / MODEL_FILE)
-  kind, kinds = config.get("model_type"), FAMILIES[family_of(config)].diffusion_types
-  if not kinds:
+  kind, family = config.get("model_type"), FAMILIES[family_of(config)]
+  if not family.is_autoregressive:
     if asked != AS_IT_IS:
       raise ValueError(f"{kind} is a model for diffusion: leave out --adapt, --mask_token and --shift_logits")
     return _checked(Prepared(source, config))
   has_mask = config.get("mask_token_id") is not None
-  is_diffusion = has_mask or str(kind).lower() in kinds
+  is_diffusion = has_mask or str(kind).lower() in family.diffusion_types
   if is_diffusion and asked.is_wanted:
     raise ValueError(f"--adapt: {source} is a diffusion model already; leave it out")
   pretrained.copy_side_files(source, stage)

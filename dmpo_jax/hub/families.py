@@ -32,8 +32,8 @@ class Family:
   # a repository of the hub whose Python files `code` names, as `auto_map` of its config.json: the model in PyTorch;
   # "": transformers has the model
   published_at: str = ""
-  # further model types, for which its model_type is autoregressive: dllm's diffusion models with the same tensors
-  diffusion_types: tuple[str, ...] = ()
+  is_autoregressive: bool = False  # its model_type is, so that a checkpoint of it needs a mask token
+  diffusion_types: tuple[str, ...] = ()  # further model types: dllm's diffusion models with the same tensors
   stated: tuple[str, ...] = ()  # those of them that must be present, as the family's default is another value
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further keys to write, for its training
   code_needs: tuple[str, ...] = ()  # further files beside the published weights that this code reads
@@ -95,6 +95,7 @@ LLADA = Family(  # arXiv 2502.09992
 
 LLAMA = Family(  # arXiv 2407.21783
   model_type="llama",
+  is_autoregressive=True,
   diffusion_types=("a2d-llama",),
   architecture="LlamaForCausalLM",
   embedding="model.embed_tokens",
@@ -155,6 +156,7 @@ QWEN2 = dataclasses.replace(  # arXiv 2412.15115
 DREAM = dataclasses.replace(  # arXiv 2508.15487
   QWEN2,
   model_type="Dream",
+  is_autoregressive=False,
   diffusion_types=(),
   architecture="DreamModel",
   code={"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},

@@ -33,11 +33,11 @@ def make_model(config: ConfigDict) -> Transformer:
   """Build the model of a configuration; without a checkpoint its special ids are arbitrary: no program depends on them.
 
   Raises:
-    ValueError: neither a checkpoint nor model.vocab_size gives the size of the vocabulary.
+    ValueError: neither a checkpoint nor model.vocab_size or embedding_size gives the size of the vocabulary.
   """
   if config.tokenizer.path or config.model.init_from:
     return build.build_model(config, build.make_tokenizer(config))
-  size = config.model.vocab_size
+  size = config.model.vocab_size or config.model.embedding_size
   if not size:
     raise ValueError("config.model.vocab_size = 0: without a tokenizer the size of the vocabulary is needed")
   own = build.SpecialIds(vocab_size=size, mask_token_id=size - 1, eos_token_id=size - 2, pad_token_id=size - 2)
