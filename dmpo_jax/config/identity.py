@@ -48,7 +48,6 @@ NOT_OF_EVALUATION = (
 
 # Values of keys in runs that are older than the key.
 OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
-  "model.allow_other_blocks": False,
   "objective.part_weights": [],
   "objective.masks": "random",
   "objective.shrinkage": "none",

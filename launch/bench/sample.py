@@ -43,7 +43,7 @@ def make_ours(config: ConfigDict) -> timing.Contender:
   per_call = flops_per_call(work)
 
   def turn() -> dict[str, float]:
-    rollouts = jax.device_get(compiled(work.policies, work.experience.prompts, key))
+    rollouts = jax.device_get(compiled(work.policies, work.experience.prompts, key, 0))
     calls = count_calls(rollouts, config.sampler.block_length)
     return {"calls": calls, "flops": per_call[0] + per_call[1] * calls}
 
@@ -57,7 +57,8 @@ def make_ours(config: ConfigDict) -> timing.Contender:
 
 def flops_per_call(work: workload.Workload) -> tuple[float, float]:
   """Split the operations of a sampler into those made once and those of each model call."""
-  jaxpr = workload.trace("sample", work).jaxpr
+  plain = workload.changed(work.config, {"model.attention": "xla"})  # see `workload.count_flops`
+  jaxpr = workload.trace_on("sample", plain, jax.devices()).jaxpr
   blocks = work.config.sampler.completion_length // work.config.sampler.block_length
   none, one = (costs.count_flops(jaxpr, while_trips=trips) for trips in (0, 1))
   each = (one - none) / blocks

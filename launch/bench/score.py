@@ -29,7 +29,8 @@ def make_ours(config: ConfigDict) -> timing.Contender:
   own = work.experience
 
   def scores() -> dict[str, np.ndarray]:
-    measures = compiled(work.policies, own.prompts, own.completion, own.is_counted, own.committed_at, key(config))
+    rows = own.prompts, own.completion, own.is_counted, own.committed_at
+    measures = compiled(work.policies, *rows, key(config), None, 0)
     log_p_old, log_p_ref = jax.device_get((measures.log_p_old, measures.log_p_ref))
     return {"log p_old": log_p_old.mean(-1).ravel(), "log p_ref": log_p_ref.mean(-1).ravel()}
 

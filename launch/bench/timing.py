@@ -55,7 +55,17 @@ class Timing:
 
 
 class ContenderFailed(RuntimeError):
-  """The process of a contender died or raised an error."""
+  """The process of a contender died, raised an error, or took too long."""
+
+
+class Start(NamedTuple):
+  """How the processes of contenders start, and until when they may run."""
+
+  from_one: bool = False  # as copies of one process that has imported what is set to be preloaded; else afresh
+  until: float | None = None  # by `time.monotonic`; None: as long as they take
+
+
+AFRESH = Start()  # what one process has imported or set must not reach another
 
 
 def run_in_turns(
@@ -65,6 +75,7 @@ def run_in_turns(
   say: Callable[[str], None] = print,
   checked: Collection[str] = (),
   judge: Callable[[Mapping[str, Numbers]], None] = lambda numbers: None,
+  start: Start = AFRESH,
 ) -> dict[str, Timing]:
   """Build every contender, run it once untimed, then `repeats` times in turns.
 
@@ -75,13 +86,13 @@ def run_in_turns(
 
   Raises:
     ValueError: a contender refuses its arguments.
-    ContenderFailed: a contender fails otherwise.
+    ContenderFailed: a contender fails otherwise, or takes too long.
   """
   processes: dict[str, _Process] = {}
   try:
     for name, (make, args) in makers.items():
       say(f"{name}: building")
-      processes[name] = _Process(name, make, args)
+      processes[name] = _Process(name, make, args, start)
     facts = {name: process.facts for name, process in processes.items()}
     numbers = {name: {} for name in processes}
     for name, process in processes.items():
@@ -118,9 +129,13 @@ def measure_peak(dtype: str) -> float:
     process.stop()
 
 
-def facts_of(make: Callable[..., Contender], args: tuple[Any, ...]) -> dict[str, Any]:
-  """Build a contender in its own process and return its facts."""
-  process = _Process(make.__name__, make, args)
+def facts_of(make: Callable[..., Contender], args: tuple[Any, ...], start: Start = AFRESH) -> dict[str, Any]:
+  """Build a contender in its own process and return its facts.
+
+  Raises:
+    ValueError, ContenderFailed: as `run_in_turns`.
+  """
+  process = _Process(make.__name__, make, args, start)
   process.stop()
   return process.facts
 
@@ -157,9 +172,10 @@ def describe_machine() -> str:
 class _Process:
   """The process of a contender, seen from the main process."""
 
-  def __init__(self, name: str, make: Callable[..., Contender], args: tuple[Any, ...]):
-    context = multiprocessing.get_context("spawn")
-    self._name = name
+  def __init__(self, name: str, make: Callable[..., Contender], args: tuple[Any, ...], start: Start = AFRESH):
+    own = multiprocessing.get_context
+    context = own("forkserver") if start.from_one else own("spawn")
+    self._name, self._until = name, start.until
     self._pipe, other = context.Pipe()
     self._process = context.Process(target=_serve, args=(other, make, args), daemon=True)
     self._process.start()
@@ -171,6 +187,9 @@ class _Process:
     return self._receive()
 
   def _receive(self) -> Any:
+    if self._until is not None and not self._pipe.poll(max(self._until - time.monotonic(), 0)):
+      self._process.kill()
+      raise ContenderFailed(f"{self._name}: its time is over")
     try:
       answer = self._pipe.recv()
     except EOFError:
@@ -187,6 +206,7 @@ class _Process:
     self._pipe.close()
     self._process.join(timeout=10)
     self._process.kill()
+    self._process.join()  # until then it may hold an accelerator's memory
 
 
 def _highest(peaks: Sequence[int | None]) -> int | None:

@@ -140,9 +140,10 @@ def trace_on(name: str, config: ConfigDict, devices: Sequence[jax.Device]) -> ja
 def count_flops(name: str, config: ConfigDict) -> float:
   """Count the floating-point operations of a program without recomputation, whatever model.remat says.
 
-  A sampler that may stop early counts with all calls of its schedule.
+  Attention counts as its definition, as a jaxpr does not show what cuDNN's kernel does. A sampler that may stop early
+  counts with all calls of its schedule.
   """
-  plain = changed(config, {"model.remat": "none"})
+  plain = changed(config, {"model.remat": "none", "model.attention": "xla"})
   return costs.count_flops(trace_on(name, plain, jax.devices()).jaxpr, while_trips=loop_calls(config))
 
 
