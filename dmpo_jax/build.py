@@ -145,7 +145,7 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     correct_demonstrations = data.PromptStream(train, task.only_correct(), tokenizer, seed=config.seed, **limits)
     is_warm = config.warm_start.updates and not (workdir / "base").exists()
     if is_warm or OBJECTIVES[config.objective.name].learns_from_demonstrations:
-      for stream in (prompts, correct_demonstrations):
+      for stream in (prompts, correct_demonstrations) if task.only_correct() != task else (prompts,):
         stream.check_demonstrations(config.sampler.completion_length)
   streams = {"evaluation": held_out, "training": prompts}
   digests = {f"the digest of the {name} prompts": stream.digest() for name, stream in streams.items() if stream}

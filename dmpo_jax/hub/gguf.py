@@ -50,7 +50,7 @@ IMPLIED = ("vocab_size", "context_length", "attention.head_count_kv", "attention
 IMPLIED += ("rope.freq_base", "rope.dimension_count", "attention.key_length", "attention.value_length")
 FIXED = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # llama.cpp's types of tokens
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # llama.cpp's types of tokens that are not ordinary
 # How text is split before the merges of a byte-level BPE, by the name in `tokenizer.ggml.pre`.
 PIECES = {
   "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),

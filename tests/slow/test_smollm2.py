@@ -96,7 +96,7 @@ def published():
   transformers = pytest.importorskip("transformers")
   files = dict(pretrained_model_name_or_path=FILE.parent, gguf_file=FILE.name)
   model = transformers.AutoModelForCausalLM.from_pretrained(**files)
-  return transformers.AutoTokenizer.from_pretrained(**files), model.float().eval()
+  return transformers.AutoTokenizer.from_pretrained(**files), model.eval()
 
 
 def padded(rows):
