@@ -72,7 +72,7 @@ def _reward(c):
   c.rollout.group_size = 8
   c.rollout.chunk_prompts = 8
   c.sampler.temperature = 0.8
-  c.objective.alpha = 0.5
+  c.objective.alpha = 0.1
   c.train.num_buffers = 100
   c.train.updates_per_buffer = 4
   c.train.microbatch_prompts = 4
