@@ -31,12 +31,13 @@ def problems(config):
   return lines
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "a2d_qwen3_0.6b:full", "a2d_qwen3_0.6b:sft"])
 def test_every_config_is_valid(name, tmp_path):
+  name, _, settings = name.partition(":")
   spec = importlib.util.spec_from_file_location("a_config", pathlib.Path(base.HERE) / f"{name}.py")
   module = importlib.util.module_from_spec(spec)  # by path, as the flag does it: a name may have a dot
   spec.loader.exec_module(module)
-  config = module.get_config()
+  config = module.get_config(*([settings] if settings else []))
   if not config.tokenizer.path:  # it is for a checkpoint that the user has
     (line,) = problems(config)
     assert "config.tokenizer.path" in line

@@ -475,6 +475,27 @@ def test_an_autoregressive_model_becomes_one_for_diffusion(tmp_path, kind):
   check_adaptation(tmp_path, autoregressive(kind))
 
 
+def test_peft_puts_our_adapters_on_transformers_models(tmp_path):
+  model, lora = autoregressive("qwen3"), LoraConfig(3, 6.0, 0.0, ("all",))
+  model.save_pretrained(tmp_path / "hf")
+  (source, out), policy = (epath.Path(tmp_path / part) for part in ("hf", "out")), epath.Path(tmp_path / "policy")
+  about = json.loads((source / "config.json").read_text()) | {"mask_token_id": 5}
+  (source / "config.json").write_text(json.dumps(about))
+  convert_model(source, out)
+  ours, variables = load_converted(out, lora=lora)
+  rng, adapters = np.random.default_rng(0), {}
+  for place in layout.adapter_places(ours.config, "qwen3").values():
+    *_, name, part = place.path
+    shape = (ours.config.num_layers, *place.shape)
+    adapters.setdefault(name, {})[part] = rng.normal(size=shape, scale=0.2).astype(np.float32)
+  params_lib.save_params(policy, {"blocks": adapters})
+  export_adapter(Source(ours.config, "qwen3", None, params_lib.SavedParams(policy)), epath.Path(tmp_path / "adapter"))
+  with_adapters = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+  logits = compiled(ours)(variables | {"lora": {"blocks": adapters}}, IDS)
+  np.testing.assert_allclose(logits, bidirectional_logits(with_adapters, IDS), rtol=0, atol=5e-4)
+  assert np.abs(logits - compiled(ours)(variables, IDS)).max() > 0.1
+
+
 def test_the_family_that_the_documents_add(tmp_path, monkeypatch):
   text, names = documents.code("extending.md", '"""Mistral'), {}
   assert len(text.splitlines()) <= 40

@@ -17,6 +17,7 @@ from dmpo_jax.hub.families import FAMILIES, family_of
 from dmpo_jax.hub.shards import Shards
 from dmpo_jax.hub.tokenizer import (
   CONFIG_FILE,
+  MASK_TOKEN,
   MODEL_FILE,
   QWEN_FILES,
   SPECIAL_FILE,
@@ -25,7 +26,6 @@ from dmpo_jax.hub.tokenizer import (
   has_tokenizer,
 )
 
-MASK_TOKEN = "<|mask|>"  # as dllm adds it
 ADDED_FILE = "added_tokens.json"
 GROWN_TO = 128  # a table that grows has a multiple of so many rows, which devices can share
 CHUNK_ROWS = 4096  # of a table, read at a time

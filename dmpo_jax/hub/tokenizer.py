@@ -18,6 +18,7 @@ from dmpo_jax.hub.families import FAMILIES, is_of
 from dmpo_jax.messages import Turn
 
 MASK_PIECE = "<mask>"
+MASK_TOKEN = "<|mask|>"  # what `adapt` adds to a tokenizer in Hugging Face's layout, as dllm does
 
 # The files of a tokenizer in Hugging Face's layout. The first is needed, or both QWEN_FILES.
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -193,7 +194,9 @@ class HuggingFaceTokenizer:
       elif token is not None and own is None:
         problems.append(f"the {kind} token {token!r} has no id")
       elif own is None and wanted is None and is_needed:
-        problems.append(f"there is no {kind} token, neither in {CONFIG_FILE} nor as {kind}_token_id in {MODEL_FILE}")
+        remedy = f" (launch/convert_hf.py --adapt would add {MASK_TOKEN!r})" if kind == "mask" else ""
+        where = f"neither in {CONFIG_FILE} nor as {kind}_token_id in {MODEL_FILE}"
+        problems.append(f"there is no {kind} token, {where}{remedy}")
       elif own is None and wanted is not None and self._model.id_to_token(wanted) is None:
         problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted}, which is no token")
       elif own is not None and wanted is not None and wanted != own:
