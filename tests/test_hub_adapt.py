@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from dmpo_jax.hub import adapt, pretrained
 from dmpo_jax.hub.adapt import Adaptation
 from dmpo_jax.hub.convert import convert_model
-from dmpo_jax.hub.export import ModelExport
+from dmpo_jax.hub.export import ModelExport, how_to_load
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from launch import export_hf
 
@@ -163,6 +163,9 @@ def test_dllms_models_come_without_a_mask_token_and_go_back_as_they_came(tmp_pat
   about = read(back / "config.json")
   assert about.pop("torch_dtype") == "float32"
   assert about == settings("a2d_llama")
+  lines = how_to_load(export_hf.find_model(out), back)
+  assert "import dllm; from transformers import AutoModelForMaskedLM, AutoTokenizer\n" in lines
+  assert "trust_remote_code" not in lines
 
 
 def test_the_files_of_qwens_tokenizer_get_the_token_too(tmp_path):

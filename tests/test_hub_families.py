@@ -1,6 +1,7 @@
 """Qwen3, Qwen2 and Llama as diffusion models: recorded logits, and every tensor there and back."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from programs import ROOT
 from recorded_models import FOLDER, TINY, compiled, load_converted, recorded, settings, tensors
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from dmpo_jax.hub import convert, layout
+from dmpo_jax.hub import convert, layout, pretrained
 from dmpo_jax.hub.export import ModelExport
 from dmpo_jax.hub.families import FAMILIES, family_of, natural_family
 from dmpo_jax.hub.model_config import model_config_from_hf, model_config_to_hf
@@ -67,6 +69,23 @@ def test_logits_are_the_recorded_ones_and_tensors_come_back(tmp_path, name):
   assert config == described(name)
 
 
+def test_a_tied_head_that_is_stored_too_is_left_out(tmp_path):
+  """As in Qwen3-0.6B's file; and old files of Llama have the rotary frequencies."""
+  source = tmp_path / "hf"
+  shutil.copytree(FOLDER / "a2d_qwen3", source)
+  (source / "config.json").write_text(json.dumps(described("a2d_qwen3")))
+  stored = tensors("a2d_qwen3")
+  more = {"lm_head.weight": stored["model.embed_tokens.weight"].copy()}
+  more["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(6, np.float32)
+  save_file(stored | more, source / "model.safetensors")
+  count = convert.convert_model(epath.Path(source), epath.Path(tmp_path / "out")).num_parameters
+  assert count == sum(array.size for array in stored.values())
+  more["lm_head.weight"][70, 3] += 1
+  save_file(stored | more, source / "model.safetensors")
+  with pytest.raises(ValueError, match=r"lm_head.weight is not model.embed_tokens.weight, but tie_word_embeddings"):
+    convert.convert_model(epath.Path(source), epath.Path(tmp_path / "other"))
+
+
 @pytest.mark.parametrize("name", ["a2d_qwen3", "a2d_llama"])
 def test_a_cached_suffix_is_what_it_was_in_the_whole_row(tmp_path, name):
   model, variables = load_converted(converted(tmp_path, name))
@@ -74,6 +93,25 @@ def test_a_cached_suffix_is_what_it_was_in_the_whole_row(tmp_path, name):
   hidden, kv_cache = run(variables, tokens, kv_cache=empty_kv_cache(model.config, *tokens.shape))
   suffix, _ = run(variables, tokens[:, 5:], kv_cache=kv_cache, cache_start=5)
   np.testing.assert_allclose(suffix, hidden[:, 5:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "num_tensors"), [("llada_8b", 291), ("dream_7b", 339), ("a2d_qwen3_0.6b", 310)])
+def test_the_published_checkpoints_are_those_of_our_configurations(name, num_tensors):
+  hf = {"mask_token_id": 151669} | json.loads((FOLDER / "published" / f"{name}.json").read_text())
+  config = model_config_from_hf(hf)
+  assert len(layout.checkpoint_places(config, family_of(hf))) == num_tensors
+  given = pretrained.filled(load_config(name)).model
+  sizes = {field: given[field] for field in pretrained.FIELDS if given.get(field)}
+  assert len(sizes) > 7
+  assert {field: getattr(config, field) for field in sizes} == sizes
+
+
+def load_config(name):
+  """Load a configuration by its path, as the flag does."""
+  spec = importlib.util.spec_from_file_location("a_config", ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -18,7 +18,7 @@ from etils import epath
 from dmpo_jax import digests, files
 from dmpo_jax.hub import layout, pretrained
 from dmpo_jax.hub.adapt import AS_IT_IS, Adaptation, GrownShards, prepare
-from dmpo_jax.hub.families import FAMILIES, family_of
+from dmpo_jax.hub.families import FAMILIES, Family, family_of
 from dmpo_jax.hub.layout import Place
 from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.hub.peft import lora_config_from_peft
@@ -70,6 +70,7 @@ def convert_model(
     if prepared.num_rows:
       tables = [f"{name}.weight" for name in (FAMILIES[family].embedding, FAMILIES[family].head)]
       shards = GrownShards(source, tables, prepared.num_rows)
+    _drop_copies(shards, places, FAMILIES[family])
     _check(shards, places, source)
     with files.new_folder(out, "--out"):
       pretrained.write_model(out, family, config, origin or _absolute(source))
@@ -101,6 +102,30 @@ def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, repor
 
 def _check(shards: Shards, places: Mapping[str, Place], source: epath.Path) -> None:
   layout.check_tensors({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
+
+
+def _drop_copies(shards: Shards, places: Mapping[str, Place], family: Family) -> None:
+  """Leave out what some checkpoints store beside the model: the head of a tied one, and rotary frequencies.
+
+  Raises:
+    ValueError: the head is not the embedding.
+  """
+  head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+  if head in shards.tensors and head not in places and embedding in shards.tensors:
+    rows = shards.tensors[head].shape[0]
+    step = max(1, PIECE_BYTES * rows // max(shards.tensors[head].size, 1))
+    pieces = ((i, min(i + step, rows)) for i in range(0, rows, step))
+    is_same = shards.tensors[head].shape == shards.tensors[embedding].shape
+    if not is_same or not all(
+      np.array_equal(shards.read_rows(head, *at), shards.read_rows(embedding, *at)) for at in pieces
+    ):
+      raise ValueError(
+        f"{head} is not {embedding}, but {family.keys['weight_tying']} in config.json is true: "
+        "set it to false to use both"
+      )
+    del shards.tensors[head]
+  for name in [name for name in shards.tensors if name.endswith(".rotary_emb.inv_freq")]:
+    del shards.tensors[name]
 
 
 def _num_parameters(shards: Shards) -> int:
