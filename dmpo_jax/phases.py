@@ -339,12 +339,11 @@ def training_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> roll
   log_probs = training_log_probs(config, model, mesh)
   if objective.needs_token_log_probs:
     assert log_probs is not None
-    has_noise = max(make_likelihood(config, own.num_mask_samples).draws) >= 0
     return rollout.TokenLogProbs(
       log_probs,
       seed=config.seed,
       updates_per_buffer=config.train.updates_per_buffer,
-      num_views=config.train.updates_per_buffer if has_noise else 1,
+      num_views=config.train.updates_per_buffer if make_likelihood(config, own.num_mask_samples).has_noise else 1,
       with_reference=objective.needs_reference,
     )
   if not objective.needs_weights:

@@ -153,7 +153,7 @@ def test_losses_are_those_of_dllm(name):
   np.testing.assert_array_equal(gradient[:, 0, 0] != 0, case["mask"])
 
 
-@pytest.mark.parametrize("schedule", denoise.SCHEDULES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_the_bound_is_that_of_the_likelihood_whatever_the_schedule(schedule, antithetic):
   """As over all ratios above: over times, and over complements too."""

@@ -2,6 +2,7 @@
 
 import operator
 
+from dmpo_jax import ranges
 from dmpo_jax.config.rules import (
   Rule,
   existing,
@@ -9,7 +10,7 @@ from dmpo_jax.config.rules import (
   lengths,
   mesh_size,
   number,
-  numbers,
+  of,
   one_of,
   some_of,
   task_name,
@@ -21,18 +22,17 @@ from dmpo_jax.hub.tokenizer import TOKENIZERS
 from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.config import DTYPES, QUANTIZATIONS, REMAT_POLICIES, ROPE_SCALING, is_rope_scaling
 from dmpo_jax.models.lora import TARGETS
-from dmpo_jax.objectives import OBJECTIVES, denoise, wddo
+from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.objectives.likelihood import Linear
 from dmpo_jax.objectives.masking import KINDS, MaskSampling
-from dmpo_jax.objectives.weights import BASELINES, REWARD_SCALINGS, SHRINKAGES, WEIGHTINGS
+from dmpo_jax.objectives.weights import Weighing
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.sharding import MESH_AXES
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.tasks.builtin import CHOICES
 
-POSITIVE, FROM_ZERO, SHARE = number("(0, inf)"), number("[0, inf)"), number("[0, 1]")
-CLIPPED = ("diffu_grpo", "coupled_grpo", "gdpo", "espo", "gdsd", "tracerl")  # the objectives with a clipped ratio
+POSITIVE, FROM_ZERO, SHARE = map(of, (ranges.POSITIVE, ranges.FROM_ZERO, ranges.SHARE))
 COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning")
 
 
@@ -55,7 +55,16 @@ def compares_bounds(name: str, baseline: str, unlearning: str) -> bool:
 
 def has_noise(likelihood: str, prompt_mask_ratio: float) -> bool:
   """Whether another estimate of the same likelihood would differ."""
-  return likelihood not in ("sampler", "trajectory") and (likelihood != "one_step" or prompt_mask_ratio > 0)
+  estimator = estimator_of(likelihood, MaskSampling(2), prompt_mask_ratio=prompt_mask_ratio)
+  return estimator is not None and estimator.has_noise
+
+
+def likelihood_problem(likelihood: str, name: str) -> str:
+  """Say which likelihoods a loss can have that cannot have any."""
+  allowed = OBJECTIVES[name].likelihoods
+  return (
+    "" if not allowed or likelihood in allowed else f"{' or '.join(allowed)}, as objective.name = {name!r} reads it"
+  )
 
 
 def is_log_p(likelihood: str) -> bool:
@@ -77,12 +86,16 @@ def masks_problem(num: int, antithetic: bool, points: int, likelihood: str) -> s
   return estimator.problem().partition(": ")[2] if estimator is not None else ""
 
 
-def estimator_of(likelihood: str, masks: MaskSampling, points: int) -> Linear | None:
-  """Build the estimators whose number of masks matters."""
-  own = {"elbo_quadrature": {"num_points": points}, "eubo": {"beta": 1.0, "mixture": 1.0}}
-  if likelihood in ("sampler", "one_step", "trajectory"):
-    return None
-  return ESTIMATORS[likelihood](masks, **own.get(likelihood, {}))
+def estimator_of(
+  likelihood: str, masks: MaskSampling, num_points: int = 1, prompt_mask_ratio: float = 0.0
+) -> Linear | None:
+  """Build an estimator with the settings that others depend on; None for what the sampler reports."""
+  own = {
+    "elbo_quadrature": {"num_points": num_points},
+    "one_step": {"prompt_mask_ratio": prompt_mask_ratio},
+    "eubo": {"beta": 1.0, "mixture": 1.0},
+  }
+  return ESTIMATORS[likelihood](masks, **own.get(likelihood, {})) if likelihood in ESTIMATORS else None
 
 
 def kind_problem(kind: str, antithetic: bool, block_length: int, name: str, likelihood: str) -> str:
@@ -113,11 +126,7 @@ DRAWN = ("objective.antithetic", "objective.elbo_quadrature.num_points", "object
 
 LIKELIHOOD = (
   one_of(*ESTIMATORS, "sampler")
-  .also(
-    "eubo, as {0} sets an upper bound against a lower one",
-    lambda likelihood, name: name != "spg" or likelihood == "eubo",
-    "objective.name",
-  )
+  .checked_by(likelihood_problem, "objective.name")
   .also(
     "one that estimates log p (elbo, elbo_quadrature, ...), as {0} weighs rollouts by log p_ref - log p_old: coupled "
     "estimates a multiple of it",
@@ -170,7 +179,7 @@ KEYS: dict[str, Rule] = {
   "model.mlp_hidden_size": whole(1),
   "model.rope_theta": POSITIVE,
   "model.rotary_fraction": number("(0, 1]"),
-  "model.rope_scaling": Rule(ROPE_SCALING, lambda value: numbers().holds(value) and is_rope_scaling(value)),
+  "model.rope_scaling": Rule(ROPE_SCALING, lambda value: ranges.numbers().holds(value) and is_rope_scaling(value)),
   "model.rms_norm_eps": POSITIVE,
   "model.weight_tying": flag(),
   "model.qkv_bias": flag(),
@@ -295,34 +304,24 @@ KEYS: dict[str, Rule] = {
   ),
   "objective.max_noise": POSITIVE,
   "objective.max_rounds": whole(1),
-  "objective.one_step.prompt_mask_ratio": number("[0, 1)"),
-  "objective.elbo_quadrature.num_points": whole(1, 16),
-  "objective.eubo.beta": number("[1, inf)"),
-  "objective.eubo.mixture": SHARE,
-  "objective.weighting": one_of(*WEIGHTINGS),
-  "objective.alpha": POSITIVE,
-  "objective.proximal": one_of("fixed", "adaptive").also(
+  # the settings of the importance weights, and of each likelihood and objective, state their values themselves
+  **{f"objective.{key}": of(own) for key, own in Weighing.ranges.items()},
+  "objective.proximal": of(Weighing.ranges["proximal"]).also(
     "fixed, as {0} takes no proximal step",
     lambda proximal, weighting: proximal == "fixed" or weighting != "reward",
     "objective.weighting",
   ),
-  "objective.kappa": number("(0, 1]"),
-  "objective.min_ess": number("(0, 1]"),
-  "objective.reward_scaling": one_of(*REWARD_SCALINGS),
-  "objective.part_weights": numbers().also(
+  "objective.part_weights": of(Weighing.ranges["part_weights"]).also(
     "(), as {0} does not take the parts of the reward apart",
     lambda weights, scaling: not weights or scaling == "standardise_parts",
     "objective.reward_scaling",
   ),
-  "objective.max_weight": number("(0, 1]").also(
+  "objective.max_weight": of(Weighing.ranges["max_weight"]).also(
     "1.0, as {0} leaves no share of a group to cut",
     lambda most, weighting: most == 1 or weighting != "reward",
     "objective.weighting",
   ),
-  "objective.denoise.schedule": one_of(*denoise.SCHEDULES),
-  "objective.denoise.weight": one_of(*denoise.WEIGHTS),
-  "objective.denoise.normalisation": one_of(*denoise.NORMALISATIONS),
-  "objective.shrinkage": one_of(*SHRINKAGES)
+  "objective.shrinkage": of(Weighing.ranges["shrinkage"])
   .also(
     "none, as {0} has no log-ratio",
     lambda shrinkage, weighting: shrinkage == "none" or weighting == "tilt",
@@ -335,21 +334,11 @@ KEYS: dict[str, Rule] = {
     "objective.one_step.prompt_mask_ratio",
   )
   .checked_by(shrinkage_problem, "objective.num_elbo_samples", *DRAWN),
-  "objective.wdce.baseline": one_of(*BASELINES),
-  "objective.wdce.baseline_strength": FROM_ZERO,
-  "objective.wdce.unlearning": one_of("unbounded", "bounded"),
-  "objective.wdce.min_log_ratio": number("(-inf, 0]"),
-  "objective.wddo.sets": one_of(*wddo.SETS),
-  "objective.wddo.scale": one_of(*wddo.SCALES),
-  "objective.wddo.alpha_ddo": FROM_ZERO,
-  "objective.wddo.beta": POSITIVE,
-  **{f"objective.{name}.clip": POSITIVE for name in CLIPPED},
-  **{f"objective.{name}.kl_weight": FROM_ZERO for name in CLIPPED},
-  "objective.gdsd.clip": number("(0, 1)"),  # of a log-ratio, from log(1 - clip) on
-  "objective.gdsd.guidance": POSITIVE,
-  "objective.wd1.sharpness": POSITIVE,
-  "objective.dtm.tilt": POSITIVE,
-  "objective.dtm.control_variate": FROM_ZERO,
+  **{
+    f"objective.{name}.{key}": of(own)
+    for name, kind in (ESTIMATORS | OBJECTIVES).items()
+    for key, own in kind.ranges.items()
+  },
   "warm_start.updates": whole(0).also(
     "0, as {0} cannot be trained", lambda updates, kind: updates == 0 or kind == "none", "model.quantization"
   ),

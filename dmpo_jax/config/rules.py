@@ -2,15 +2,14 @@
 
 import dataclasses
 import importlib.util
-import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
+from dmpo_jax import ranges
+from dmpo_jax.ranges import Range
 from dmpo_jax.tasks import TASKS, user
-
-MOST = 2**31 - 1  # what the arrays' int32 can count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +21,9 @@ class Relation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-  """The values that one key may have."""
+class Rule(Range):
+  """The values that one key may have, and what these must be to the values of others."""
 
-  allowed: str
-  holds: Callable[[Any], bool]
-  names: Collection[str] = ()  # for a did-you-mean
   relations: tuple[Relation, ...] = ()
 
   def also(self, allowed: str, holds: Callable[..., bool], *others: str) -> "Rule":
@@ -49,31 +45,19 @@ class Rule:
     return dataclasses.replace(self, relations=(*self.relations, Relation(others, problem)))
 
 
-def whole(low: int, high: int = MOST) -> Rule:
+def of(own: Range) -> Rule:
+  """Make a rule of a range, which a settings object may have stated."""
+  return Rule(own.allowed, own.holds, own.names)
+
+
+def whole(low: int, high: int = ranges.MOST) -> Rule:
   """Allow whole numbers from `low` to `high`."""
-  allowed = f"a whole number, {low} or more, below 2**31" if high == MOST else f"a whole number from {low} to {high}"
-  return Rule(allowed, lambda value: type(value) is int and low <= value <= high)
+  return of(ranges.whole(low, high))
 
 
 def number(interval: str) -> Rule:
   """Allow the finite numbers of an interval such as "[0, 1)"."""
-  low, high = map(float, interval[1:-1].split(","))
-
-  def holds(value: Any) -> bool:
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-      return False
-    return (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")
-
-  return Rule(f"a number in {interval}", holds)
-
-
-def numbers() -> Rule:
-  """Allow a sequence of finite numbers, or none."""
-  rule = number("(-inf, inf)")
-  return Rule(
-    "a tuple of numbers, or ()",
-    lambda value: isinstance(value, tuple | list) and all(rule.holds(each) for each in value),
-  )
+  return of(ranges.number(interval))
 
 
 def flag() -> Rule:
@@ -88,7 +72,7 @@ def text() -> Rule:
 
 def one_of(*names: str) -> Rule:
   """Allow one of these names."""
-  return Rule(f"one of {', '.join(names)}", lambda value: value in names, names)
+  return of(ranges.one_of(*names))
 
 
 def some_of(*names: str, empty: str = "") -> Rule:

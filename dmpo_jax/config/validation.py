@@ -80,10 +80,8 @@ def _key_problem(path: str, values: Mapping[str, Any]) -> str:
     section, *own = path.split(".")  # options of tasks and samplers: see below
     is_option = len(own) == 2 and (section == "task" or (section == "sampler" and own[0] in SAMPLERS))
     return "" if is_option else _line(path, value, "no such key" + did_you_mean(path, KEYS))
-  if rule.holds(value):
-    return ""
-  unknown = [name for name in (value if isinstance(value, tuple | list) else [value]) if name not in rule.names]
-  return _line(path, value, rule.allowed + "".join(did_you_mean(name, rule.names) for name in unknown))
+  problem = rule.problem(value)
+  return _line(path, value, problem) if problem else ""
 
 
 def _line(path: str, value: object, allowed: str) -> str:

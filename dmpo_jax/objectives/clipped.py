@@ -4,6 +4,7 @@ Each rival is a file that puts these together as its paper does.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Views
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
+from dmpo_jax.ranges import FROM_ZERO, POSITIVE, Range
 from dmpo_jax.structs import Experience, Score
 
 # Beyond exp(30), about 1e13, a ratio says only that two policies have nothing in common. exp overflows float32 at 88.7,
@@ -51,6 +53,7 @@ class RatioObjective(Objective):
   clip: float
   kl_weight: float
 
+  ranges: ClassVar[Mapping[str, Range]] = {"clip": POSITIVE, "kl_weight": FROM_ZERO}
   needs_token_log_probs: ClassVar[bool] = True
   reads_tokens: ClassVar[bool] = True
   takes_likelihood: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -12,11 +13,9 @@ from dmpo_jax.objectives.likelihood import masked_mean
 from dmpo_jax.objectives.masking import place_masks, spread_evenly, uniform_noise
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
+from dmpo_jax.ranges import Range, one_of
 from dmpo_jax.structs import Experience, Score
 
-SCHEDULES = ("linear", "cosine")
-WEIGHTS = ("bound", "scheduler", "uniform")
-NORMALISATIONS = ("sequence", "token", "batch")
 EPSILON = 1e-6  # of the weight `scheduler`, dllm's
 
 
@@ -40,6 +39,11 @@ class Denoise(Objective):
   weight: str = "bound"
   normalisation: str = "sequence"
 
+  ranges: ClassVar[Mapping[str, Range]] = {
+    "schedule": one_of("linear", "cosine"),
+    "weight": one_of("bound", "scheduler", "uniform"),
+    "normalisation": one_of("sequence", "token", "batch"),
+  }
   learns_from_demonstrations: ClassVar[bool] = True
   mask_kinds: ClassVar[tuple[str, ...]] = ("random", "stratified")  # a demonstration has no trajectory
 

@@ -1,6 +1,7 @@
 """DTM, discrete tilt matching: at every masked position, towards the sampling policy tilted by the rewards."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from dmpo_jax.objectives.likelihood import masked_mean
 from dmpo_jax.objectives.masking import draw_masks
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
+from dmpo_jax.ranges import FROM_ZERO, POSITIVE, Range
 from dmpo_jax.structs import Experience, Score
 
 
@@ -26,6 +28,7 @@ class Dtm(Objective):
   tilt: float
   control_variate: float
 
+  ranges: ClassVar[Mapping[str, Range]] = {"tilt": POSITIVE, "control_variate": FROM_ZERO}
   has_teacher: ClassVar[bool] = True
 
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:

@@ -5,6 +5,7 @@ sees the prompt and y without M. `masks.num`, the mask samples, is what an estim
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Linear, Views
 from dmpo_jax.objectives.masking import KINDS, MaskSampling, draw_block_masks, draw_masks, uniform_noise
+from dmpo_jax.ranges import SHARE, Range, number, whole
 from dmpo_jax.spelling import did_you_mean
 
 
@@ -26,6 +28,8 @@ class OneStep(Linear):
   """
 
   prompt_mask_ratio: float
+
+  ranges: ClassVar[Mapping[str, Range]] = {"prompt_mask_ratio": number("[0, 1)")}
 
   @property
   def draws(self) -> tuple[int, ...]:
@@ -101,6 +105,8 @@ class Eubo(Elbo):
   beta: float
   mixture: float
 
+  ranges: ClassVar[Mapping[str, Range]] = {"beta": number("[1, inf)"), "mixture": SHARE}
+
   def tokens(self, log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p g c"]:
     return self.mixture * self.upper(log_prob, views) + (1 - self.mixture) * self.lower(log_prob, views)
 
@@ -139,6 +145,8 @@ class ElboQuadrature(Linear):
   """
 
   num_points: int
+
+  ranges: ClassVar[Mapping[str, Range]] = {"num_points": whole(1, 16)}
 
   def problem(self) -> str:
     if self.masks.num % self.num_points:

@@ -1,6 +1,7 @@
 """GDSD: the log-ratio to the policy that drew the rollouts is regressed on their advantages."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Key
 from dmpo_jax.objectives.clipped import RatioObjective, averaged, estimate, k2, leave_one_out_advantage
 from dmpo_jax.objectives.objective import Loss
 from dmpo_jax.objectives.weights import mean_kept
+from dmpo_jax.ranges import POSITIVE, Range, number
 from dmpo_jax.structs import Experience, Score
 
 
@@ -23,6 +25,8 @@ class Gdsd(RatioObjective):
 
   guidance: float
 
+  # the clip is of a log-ratio, from log(1 - clip) on
+  ranges: ClassVar[Mapping[str, Range]] = {**RatioObjective.ranges, "clip": number("(0, 1)"), "guidance": POSITIVE}
   reads_tokens: ClassVar[bool] = False
 
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:

@@ -6,13 +6,16 @@ any.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dmpo_jax import ranges
 from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.ranges import Range
 
 
 class Views(NamedTuple):
@@ -49,6 +52,11 @@ class Estimator(Protocol):
     ...
 
   @property
+  def has_noise(self) -> bool:
+    """Whether another estimate would differ."""
+    ...
+
+  @property
   def pairs(self) -> tuple[tuple[int, int], ...]:
     """Mask samples (i, j): what is read of j is not masked in i, and all read of i is."""
     ...
@@ -76,11 +84,15 @@ class Linear:
 
   masks: MaskSampling
 
+  ranges: ClassVar[Mapping[str, Range]] = {}  # of its own settings
   is_log_p: ClassVar[bool] = True
   replays: ClassVar[bool] = False
   mask_kinds: ClassVar[tuple[str, ...]] = (
     "random",
   )  # what `masks.kind` may be; one that is not read has its own masks
+
+  def __post_init__(self) -> None:
+    ranges.check(self, self.ranges)
 
   @property
   def draws(self) -> tuple[int, ...]:
@@ -91,6 +103,11 @@ class Linear:
   def pairs(self) -> tuple[tuple[int, int], ...]:
     """Pairs of complementary views; none by default."""
     return ()
+
+  @property
+  def has_noise(self) -> bool:
+    """Whether another estimate would differ: something is drawn."""
+    return max(self.draws) >= 0
 
   @property
   def num_estimates(self) -> int:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dmpo_jax.spelling import did_you_mean
+from dmpo_jax.ranges import one_of
 
 KINDS = ("random", "trajectory", "stratified")
 _OF_GROUP = 2**31 - 2  # what the group's number folds into the key of its first rollout: no index of a mask sample
@@ -45,8 +45,8 @@ class MaskSampling:
 
   def kind_problem(self) -> str:
     """Return which kind the masks can be instead of theirs; "" where they can be of it."""
-    if self.kind not in KINDS:
-      return f"one of {', '.join(KINDS)}{did_you_mean(self.kind, KINDS)}"
+    if unknown := one_of(*KINDS).problem(self.kind):
+      return unknown
     if self.kind == "trajectory" and self.antithetic:
       return "random or stratified, as objective.antithetic = True adds complements, states that no sampler met"
     if self.kind == "trajectory" and self.block_length:

@@ -1,13 +1,16 @@
 """What the objectives have in common: their settings, what they need of a buffer, and the loss that each of them is."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Key
 
+from dmpo_jax import ranges
 from dmpo_jax.objectives.likelihood import Estimator
 from dmpo_jax.objectives.masking import KINDS, MaskSampling
+from dmpo_jax.ranges import Range
 from dmpo_jax.structs import Experience, Score
 
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]  # and metrics
@@ -25,6 +28,9 @@ class Objective:
   masks: MaskSampling
   likelihood: Estimator | None
 
+  ranges: ClassVar[Mapping[str, Range]] = {}  # of its own settings
+  likelihoods: ClassVar[tuple[str, ...]] = ()  # names of the only ones it can have; (): any
+
   # What a buffer must hold for it. A buffer of rollouts always has their rewards.
   learns_from_demonstrations: ClassVar[bool] = False  # instead of rollouts
   needs_weights: ClassVar[bool] = False  # importance weights
@@ -33,6 +39,9 @@ class Objective:
   has_teacher: ClassVar[bool] = False  # scores come with the divergence from the reference policy
   takes_likelihood: ClassVar[bool] = False  # the loss reads `likelihood`; else it draws `masks`,
   mask_kinds: ClassVar[tuple[str, ...]] = KINDS  # which may be of these kinds
+
+  def __post_init__(self) -> None:
+    ranges.check(self, self.ranges)
 
   @property
   def needs_reference(self) -> bool:

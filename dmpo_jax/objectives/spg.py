@@ -19,6 +19,7 @@ class Spg(Objective):
 
   likelihood: Eubo
 
+  likelihoods: ClassVar[tuple[str, ...]] = ("eubo",)
   takes_likelihood: ClassVar[bool] = True
 
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
@@ -35,8 +36,6 @@ class Spg(Objective):
     their length.
     """
     likelihood = self.likelihood
-    if not isinstance(likelihood, Eubo):
-      raise ValueError("objective.likelihood: must be 'eubo' for objective.name = 'spg', whose bad rollouts it is for")
     policy, is_kept = estimate(score, experience, keys, likelihood), experience.is_kept
     num_read = (policy.views.share > 0).any(2).sum(-1)
     lower = likelihood.lower(policy.log_prob, policy.views).sum(-1) / jnp.maximum(experience.is_counted.sum(-1), 1)

@@ -1,6 +1,7 @@
 """wd1: weighted log-likelihood without ratios, the softmax of the advantages up and that of their opposites down."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array, Key
 from dmpo_jax.objectives.clipped import averaged, centred_advantage, estimate
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import softmax_kept
+from dmpo_jax.ranges import POSITIVE, Range
 from dmpo_jax.structs import Experience, Score
 
 
@@ -22,6 +24,7 @@ class Wd1(Objective):
 
   sharpness: float
 
+  ranges: ClassVar[Mapping[str, Range]] = {"sharpness": POSITIVE}
   takes_likelihood: ClassVar[bool] = True
 
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:

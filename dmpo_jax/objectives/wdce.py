@@ -1,6 +1,7 @@
 """DMPO's loss, weighted denoising cross-entropy: a group's rollouts, predicted from their masked selves, by weight."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from dmpo_jax.objectives.likelihood import elbo, masked_mean
 from dmpo_jax.objectives.masking import draw_masks
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
+from dmpo_jax.ranges import FROM_ZERO, Range, number, one_of
 from dmpo_jax.structs import Experience, Score, Scores
 
 
@@ -30,6 +32,12 @@ class Wdce(Objective):
   unlearning: str = "unbounded"
   min_log_ratio: float = 0.0
 
+  ranges: ClassVar[Mapping[str, Range]] = {
+    "baseline": one_of(*weights.BASELINES),
+    "baseline_strength": FROM_ZERO,
+    "unlearning": one_of("unbounded", "bounded"),
+    "min_log_ratio": number("(-inf, 0]"),
+  }
   needs_weights: ClassVar[bool] = True
 
   @property

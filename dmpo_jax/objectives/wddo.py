@@ -1,6 +1,7 @@
 """DMPO's second loss, weighted direct discriminative optimisation: raise good rollouts against the policy's own."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -11,10 +12,8 @@ from dmpo_jax.objectives.likelihood import elbo, masked_mean
 from dmpo_jax.objectives.masking import draw_masks
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
+from dmpo_jax.ranges import FROM_ZERO, POSITIVE, Range, one_of
 from dmpo_jax.structs import Experience, Score
-
-SETS = ("shared", "independent")
-SCALES = ("proper", "official")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,12 @@ class Wddo(Objective):
   beta: float
   scale: str = "proper"
 
+  ranges: ClassVar[Mapping[str, Range]] = {
+    "sets": one_of("shared", "independent"),
+    "alpha_ddo": FROM_ZERO,
+    "beta": POSITIVE,
+    "scale": one_of("proper", "official"),
+  }
   needs_weights: ClassVar[bool] = True
 
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
@@ -103,6 +108,4 @@ def terms(
 def _keys_of(keys: Key[Array, "p g"], sets: str) -> list[Key[Array, "p g"]]:
   if sets == "shared":
     return [keys]
-  if sets == "independent":
-    return [keys, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, jnp.uint32(2**32 - 1))))(keys)]
-  raise ValueError(f"objective.wddo.sets={sets!r}: must be one of {', '.join(SETS)}")
+  return [keys, jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, jnp.uint32(2**32 - 1))))(keys)]

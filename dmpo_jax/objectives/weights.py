@@ -5,20 +5,18 @@ Every softmax runs over the rollouts of one prompt, the axis g; a rollout that i
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dmpo_jax import ranges
 from dmpo_jax.objectives.likelihood import standard_error
-from dmpo_jax.spelling import did_you_mean
+from dmpo_jax.ranges import POSITIVE, Range, number, numbers, one_of
 
 BASELINES = ("none", "mean", "model", "negative")
-REWARD_SCALINGS = ("none", "standardise", "standardise_parts")
-WEIGHTINGS = ("tilt", "softmax", "reward")
-SHRINKAGES = ("none", "reliability")
 MIN_KAPPA, MAX_KAPPA = 0.01, 0.99  # range of the adaptive proximal step, the official code's
 
 
@@ -57,6 +55,21 @@ class Weighing:
   max_weight: float = 1.0
   shrinkage: str = "none"
 
+  ranges: ClassVar[Mapping[str, Range]] = {
+    "weighting": one_of("tilt", "softmax", "reward"),
+    "alpha": POSITIVE,
+    "proximal": one_of("fixed", "adaptive"),
+    "kappa": number("(0, 1]"),
+    "min_ess": number("(0, 1]"),
+    "reward_scaling": one_of("none", "standardise", "standardise_parts"),
+    "part_weights": numbers(),
+    "max_weight": number("(0, 1]"),
+    "shrinkage": one_of("none", "reliability"),
+  }
+
+  def __post_init__(self) -> None:
+    ranges.check(self, self.ranges)
+
 
 def weigh(
   reward: Float[Array, "p g"],
@@ -69,9 +82,6 @@ def weigh(
   """Weigh a buffer: scale the rewards, choose kappa, weigh, cut.
 
   A rollout whose log-probabilities are not finite is dropped: it would make its whole group's weights NaN.
-
-  Raises:
-    ValueError: an unknown name, or a number out of range.
   """
   how, weighting = weighing, weighing.weighting
   is_kept = is_kept & jnp.isfinite(log_p_ref) & jnp.isfinite(log_p_old)
@@ -151,13 +161,8 @@ def importance_weights(
     is_kept: False drops a rollout (its values, NaN included, are not read): 0 in both. A group with none kept is all 0.
     alpha: temperature of the target, above 0; read by `tilt` alone.
     kappa: proximal step in (0, 1], of all groups or of each; 1: none. Not read by `reward`.
-
-  Raises:
-    ValueError: an unknown weighting, or a number out of range.
   """
   if isinstance(kappa, int | float):
-    if not 0 < kappa <= 1:
-      raise ValueError(f"objective.kappa={kappa}: must be in (0, 1]; 1 means no proximal term")
     kappa = jnp.full(reward.shape[:1], kappa)
   if weighting == "reward":
     reward = jnp.where(is_kept, reward, 0)
@@ -176,10 +181,6 @@ def log_weights(
   """What the softmaxes of `importance_weights` are taken of, before the proximal step."""
   if weighting == "softmax":
     return reward, -reward
-  if weighting != "tilt":
-    raise ValueError(f"objective.weighting={weighting!r}: must be one of {', '.join(WEIGHTINGS)}")
-  if not alpha > 0:
-    raise ValueError(f"objective.alpha={alpha}: must be above 0; objective.weighting = 'softmax' is its limit at 0")
   log_ratio = log_p_ref - log_p_old
   return log_ratio + reward / alpha, log_ratio - reward / alpha
 
@@ -227,16 +228,12 @@ def scale_rewards(
   Args:
     reward_parts: parts whose sum is the reward; read by standardise_parts alone.
     part_weights: one for each part; (): all are 1.
-
-  Raises:
-    ValueError: an unknown name, or parts that are not there.
   """
   if scaling == "none":
     return reward
   if scaling == "standardise":
     return standardise(reward, is_kept)
-  if scaling != "standardise_parts" or reward_parts is None:
-    raise ValueError(f"objective.reward_scaling={scaling!r}: one of {', '.join(REWARD_SCALINGS)}; the last needs parts")
+  assert reward_parts is not None  # `build` has checked that the task has parts
   parts = jnp.moveaxis(reward_parts, -1, 0)
   weighted = zip(parts, part_weights or (1.0,) * len(parts), strict=True)
   # the sum of no parts would be an int
@@ -266,10 +263,8 @@ def baseline(
   E_{p_theta} grad log p_theta = 0. negative: `negative_weight`.
 
   Args:
+    name: one of BASELINES.
     log_p_theta: of the policy that is being updated; log_p_old: when the rollouts were drawn. Read by `model` only.
-
-  Raises:
-    ValueError: an unknown name.
   """
   if name == "none":
     return jnp.zeros_like(negative_weight)
@@ -277,10 +272,7 @@ def baseline(
     return jnp.where(is_kept, mean_kept(weight, is_kept)[:, None], 0)
   if name == "model":
     return softmax_kept(jax.lax.stop_gradient(log_p_theta) - log_p_old, is_kept)
-  if name == "negative":
-    return jnp.where(is_kept, negative_weight, 0)
-  near = did_you_mean(name, BASELINES)
-  raise ValueError(f"objective.wdce.baseline={name!r}: must be one of {', '.join(BASELINES)}{near}")
+  return jnp.where(is_kept, negative_weight, 0)
 
 
 def softmax_kept(logits: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Float[Array, "p g"]:
