@@ -166,6 +166,9 @@ def get_config() -> ConfigDict:
   d.baseline_strength = 1.0
   d.unlearning = "unbounded"  # bounded: a rollout that is pushed down stops counting below min_log_ratio
   d.min_log_ratio = -5.0  # of log p_theta - log p_old, nats
+  # masks of log p_old for the baseline model and bounded unlearning. buffer: those of the log-ratio; update: those of
+  # each update, which has less noise and costs num_mask_samples more model calls an update
+  d.old_masks = "buffer"
   # sets of masks: shared, independent; scale of the real term: proper, official (divided by the group size)
   o.wddo = ConfigDict(dict(sets="shared", alpha_ddo=1.0, beta=1.0, scale="proper"))
 

@@ -335,6 +335,22 @@ def needs_log_probs(config: ConfigDict) -> bool:
 
 def training_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> rollout.Scoring:
   """Build what gives the rollouts the log-probabilities or weights that the objective needs."""
+  scoring = _buffer_scoring(config, model, mesh)
+  if not make_objective(config).scores_updates:
+    return scoring
+  masks = dataclasses.replace(mask_sampling(config, config.objective.num_mask_samples), block_length=0)
+  of_updates = rollout.TokenLogProbs(
+    make_log_probs(model, mesh, make_estimator("elbo", masks), with_reference=False),
+    seed=config.seed,
+    updates_per_buffer=config.train.updates_per_buffer,
+    num_views=config.train.updates_per_buffer,
+    with_reference=False,
+  )
+  return rollout.WithUpdates(scoring, of_updates, make_chunking(config))
+
+
+def _buffer_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> rollout.Scoring:
+  """Build what the objective needs of a buffer once, whatever its updates."""
   own, objective = config.objective, make_objective(config)
   log_probs = training_log_probs(config, model, mesh)
   if objective.needs_token_log_probs:

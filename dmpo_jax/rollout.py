@@ -248,24 +248,12 @@ class EstimatedWeights:
       weighed, figures = _weigh(experience, _join_rounds(rounds), self.weighing)
       if len(rounds) == self.max_rounds or figures["log_ratio_noise"] <= self.max_noise:
         break
-      rounds.append(self._score_all(policies, experience, rollouts, buffer, len(rounds)))
+      score = functools.partial(self.score, policies, number=len(rounds))
+      rounds.append(score_groups(score, self.chunking, experience, rollouts, buffer))
     sampled = np.where(experience.is_counted, log_confidence(rollouts), 0).sum(-1)
     gap = (sampled - weighed.log_p_old)[weighed.is_kept]
     figures["sampler_gap"] = float(gap.mean()) if gap.size else float("nan")
     return weighed, figures | {"elbo_rounds": float(len(rounds))}
-
-  def _score_all(
-    self, policies: Policies, experience: Experience, rollouts: Rollouts, buffer: int, number: int
-  ) -> LogProbs:
-    arrays = rollouts, experience.is_counted
-
-    def score_chunk(chunk: Chunk) -> LogProbs:
-      prompts, own = chunk.of_prompts(experience.prompts), chunk.of_rollouts(arrays)
-      return self.score(policies, prompts, *own, buffer, chunk.rollouts.start, number)
-
-    chunks = self.chunking.cut(len(experience.completion))
-    scored = fetch_ahead([functools.partial(score_chunk, chunk) for chunk in chunks])
-    return self.chunking.groups(join_rows(list(scored)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,6 +301,50 @@ class TokenLogProbs:
       token_log_p_old=log_probs.log_p_old,
       token_log_p_ref=log_probs.log_p_ref if self.with_reference else None,
     ), figures
+
+
+@dataclasses.dataclass(frozen=True)
+class WithUpdates:
+  """A scoring, and log p_old of the completions under the masks of each update that the buffer will serve.
+
+  These are scored when the buffer is completed, by the policy that drew it.
+  """
+
+  scoring: Scoring
+  of_updates: TokenLogProbs
+  chunking: Chunking
+
+  @property
+  def score(self) -> Callable[..., LogProbs] | None:
+    return self.scoring.score
+
+  def complete(
+    self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
+  ) -> tuple[Experience, dict[str, float]]:
+    experience, figures = self.scoring.complete(policies, experience, rollouts, log_probs, buffer)
+    score = functools.partial(self.of_updates.score, policies)
+    scored = score_groups(score, self.chunking, experience, rollouts, buffer)
+    is_kept = experience.is_kept & np.isfinite(scored.log_p_old).all((2, 3))
+    figures["scores_failed"] = figures.get("scores_failed", 0.0) + _num_failed(experience.is_kept, is_kept)
+    return dataclasses.replace(experience, is_kept=is_kept, token_log_p_old=scored.log_p_old), figures
+
+
+def score_groups(
+  score: Callable[..., LogProbs], chunking: Chunking, experience: Experience, rollouts: Rollouts, buffer: int
+) -> LogProbs:
+  """Score all rollouts of a buffer whose sampling is done, chunk by chunk.
+
+  Args:
+    score: takes a chunk's prompts, rollouts and counted positions, the buffer and the chunk's first rollout.
+  """
+  arrays = rollouts, experience.is_counted
+
+  def score_chunk(chunk: Chunk) -> LogProbs:
+    return score(chunk.of_prompts(experience.prompts), *chunk.of_rollouts(arrays), buffer, chunk.rollouts.start)
+
+  chunks = chunking.cut(len(experience.completion))
+  scored = fetch_ahead([functools.partial(score_chunk, chunk) for chunk in chunks])
+  return chunking.groups(join_rows(list(scored)))
 
 
 def _weigh(experience: Experience, log_probs: LogProbs, weighing: Weighing) -> tuple[Experience, dict[str, float]]:

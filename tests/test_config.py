@@ -174,6 +174,7 @@ def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
     (dict(likelihood="elbo_quadrature", num_elbo_samples=3), "num_elbo_samples", "num_points = 2"),
     ({"wdce.baselin": "none"}, "wdce.baselin", "no such key; did you mean 'objective.wdce.baseline'?"),
     (dict(weighting="reward", proximal="adaptive"), "proximal", "fixed, as objective.weighting = 'reward'"),
+    ({"wdce.old_masks": "update"}, "wdce.old_masks", "buffer, as objective.name = 'wdce' with"),
     (dict(shrinkage="reliability", weighting="softmax"), "shrinkage", "none, as objective.weighting = 'softmax'"),
     (dict(shrinkage="reliability", num_elbo_samples=2), "shrinkage", "as objective.num_elbo_samples = 2 with"),
     (dict(shrinkage="reliability", likelihood="trajectory"), "shrinkage", "as objective.likelihood = 'trajectory'"),

@@ -97,6 +97,7 @@ def group_loss(log_prob, is_masked, experience, *, baseline, strength, min_log_r
   def compute(log_prob):
     scores = Scores(log_prob=log_prob, entropy=jnp.zeros_like(log_prob))
     own = {} if min_log_ratio is None else dict(unlearning="bounded", min_log_ratio=min_log_ratio)
+    own |= dict(old_masks="buffer" if experience.token_log_p_old is None else "update")
     objective = objectives.make("wdce", baseline=baseline, baseline_strength=strength, **own)
     loss, metrics = objective.group_loss(scores, is_masked, experience)
     return loss.sum(), (loss, metrics)
@@ -340,3 +341,10 @@ def test_unlearning_stops_below_the_bound():
   np.testing.assert_array_equal(gradient[0, 1], 0)
   np.testing.assert_array_equal(gradient[0, 0], free[2][0, 0])
   assert metrics["loss_stopped"] == 0.5
+  # under the update's own masks: the mean of two draws is -2, one nat above log p_theta
+  measured = experience.replace(token_log_p_old=np.array([[[-1.0, -3.0], [-1.0, -3.0]]], np.float32))
+  _, metrics, gradient = group_loss(
+    log_prob, is_masked, measured, baseline="negative", strength=1.0, min_log_ratio=-1.5
+  )
+  np.testing.assert_array_equal(gradient, free[2])
+  assert metrics["loss_log_ratio"] == -1

@@ -69,6 +69,21 @@ def test_the_first_update_meets_the_views_that_were_measured(
     assert metrics["loss_kl"] >= 0
 
 
+def test_log_p_old_under_an_updates_own_masks_has_their_noise(folder, use_devices):
+  changes = dict(objective__wdce__baseline="model", rollout__chunk_prompts=2, seed=3)
+  config = tiny.config(**changes, objective__wdce__old_masks="update")
+  parts, phase, state = begin(config, folder, use_devices)
+  with jax.set_mesh(parts.mesh):
+    experience, figures = collect(phase, state, 0)
+    p, g = experience.reward.shape
+    assert experience.token_log_p_old.shape[:3] == (p, g, config.train.updates_per_buffer)
+    assert figures["scores_failed"] == 0
+    others = np.abs(experience.token_log_p_old[:, :, 0].mean(-1) - experience.log_p_old)
+    assert others.mean() > 0.1, "the buffer's log-ratio is of other masks"
+    _, metrics = phase.update(state, phase.frozen, experience)
+  assert abs(metrics["loss_log_ratio"]) < 1e-4, "the policy has not moved"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_reference_follows_every_other_update(folder, use_devices, rank):

@@ -52,6 +52,7 @@ OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
   "objective.masks": "random",
   "objective.shrinkage": "none",
   "objective.wddo.scale": "proper",
+  "objective.wdce.old_masks": "buffer",
   "objective.denoise.schedule": "linear",
   "objective.denoise.weight": "bound",
   "objective.denoise.normalisation": "sequence",

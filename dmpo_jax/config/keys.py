@@ -26,6 +26,7 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.objectives.likelihood import Linear
 from dmpo_jax.objectives.masking import KINDS, MaskSampling
+from dmpo_jax.objectives.wdce import Wdce
 from dmpo_jax.objectives.weights import Weighing
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.sharding import MESH_AXES
@@ -33,7 +34,8 @@ from dmpo_jax.tasks import TASKS
 from dmpo_jax.tasks.builtin import CHOICES
 
 POSITIVE, FROM_ZERO, SHARE = map(of, (ranges.POSITIVE, ranges.FROM_ZERO, ranges.SHARE))
-COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning")
+OLD_MASKS = "objective.wdce.old_masks"
+COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning", OLD_MASKS)
 
 
 def divides(value: int, other: int) -> bool:
@@ -48,9 +50,9 @@ def is_at_most(value: int, most: int) -> bool:
   return most == 0 or value <= most  # 0: all
 
 
-def compares_bounds(name: str, baseline: str, unlearning: str) -> bool:
-  """Whether a loss compares the policy's own bound, drawn anywhere in the completion, with log p_old."""
-  return name == "wddo" or (name == "wdce" and (baseline == "model" or unlearning == "bounded"))
+def compares_bounds(name: str, baseline: str, unlearning: str, old_masks: str) -> bool:
+  """Whether a loss compares the policy's own bound, drawn anywhere in the completion, with a buffer's log p_old."""
+  return name == "wddo" or (name == "wdce" and Wdce.reads_log_p_old(baseline, unlearning) and old_masks == "buffer")
 
 
 def has_noise(likelihood: str, prompt_mask_ratio: float) -> bool:
@@ -339,6 +341,17 @@ KEYS: dict[str, Rule] = {
     for name, kind in (ESTIMATORS | OBJECTIVES).items()
     for key, own in kind.ranges.items()
   },
+  OLD_MASKS: of(Wdce.ranges["old_masks"])
+  .also(
+    "buffer, as {0} with {1} and {2} compares nothing with log p_old",
+    lambda masks, name, *own: masks == "buffer" or name != "wdce" or Wdce.reads_log_p_old(*own),
+    *COMPARED[:3],
+  )
+  .also(
+    "buffer, as with {0} the policy has moved on once the masks of updates are scored",
+    lambda masks, pipelined: masks == "buffer" or not pipelined,
+    "rollout.pipelined",
+  ),
   "warm_start.updates": whole(0).also(
     "0, as {0} cannot be trained", lambda updates, kind: updates == 0 or kind == "none", "model.quantization"
   ),

@@ -49,6 +49,11 @@ class Objective:
     return False
 
   @property
+  def scores_updates(self) -> bool:
+    """Whether log p_old of whole completions is needed under the masks of each update, beside the weights."""
+    return False
+
+  @property
   def subtracts_mean(self) -> bool:
     """Whether weights that are all the same in a group cancel."""
     return False

@@ -24,21 +24,34 @@ class Wdce(Objective):
     baseline: b, what is subtracted from the weights: a name in `weights.BASELINES`.
     baseline_strength: s, what it is multiplied by.
     unlearning: `unbounded`, or `bounded`: a rollout with a negative coefficient stops counting once
-      log p_theta - log p_old (each on its own masks) is below min_log_ratio, in nats.
+      log p_theta - log p_old is below min_log_ratio, in nats.
+    old_masks: what log p_old is estimated under where the loss compares the policy with it: the `buffer`'s masks, other
+      ones than the update's, or those of each `update`, so that most of the noise of the difference cancels.
   """
 
   baseline: str
   baseline_strength: float
   unlearning: str = "unbounded"
   min_log_ratio: float = 0.0
+  old_masks: str = "buffer"
 
   ranges: ClassVar[Mapping[str, Range]] = {
     "baseline": one_of(*weights.BASELINES),
     "baseline_strength": FROM_ZERO,
     "unlearning": one_of("unbounded", "bounded"),
     "min_log_ratio": number("(-inf, 0]"),
+    "old_masks": one_of("buffer", "update"),
   }
   needs_weights: ClassVar[bool] = True
+
+  @staticmethod
+  def reads_log_p_old(baseline: str, unlearning: str) -> bool:
+    """Whether the loss with these settings compares the policy with the one that drew the rollouts."""
+    return baseline == "model" or unlearning == "bounded"
+
+  @property
+  def scores_updates(self) -> bool:
+    return self.old_masks == "update"
 
   @property
   def subtracts_mean(self) -> bool:
@@ -53,8 +66,8 @@ class Wdce(Objective):
     Returns:
       The loss, and of the kept rollouts, averaged over prompts: `loss_cross_entropy` and `loss_entropy` (nats a masked
       token), `loss_coefficient` (sum_g |w - s * b|; at s = 1 from 0, where the signal cancels, to 2, where weights and
-      baseline pick different rollouts), `loss_log_ratio` (log p_theta - log p_old in nats, each on its own masks: how
-      far the policy moved since it drew the rollouts), and where unlearning is bounded `loss_stopped`, the share of the
+      baseline pick different rollouts), `loss_log_ratio` (log p_theta - log p_old in nats, under `old_masks`: how far
+      the policy moved since it drew the rollouts), and where unlearning is bounded `loss_stopped`, the share of the
       rollouts that no longer count.
     """
     is_masked, _ = draw_masks(keys, experience.is_counted, self.masks, experience.committed_at)
@@ -69,6 +82,9 @@ class Wdce(Objective):
     A dropped rollout adds nothing to a loss or metric, whatever its values are, NaN included.
     """
     is_kept, log_p_old = experience.is_kept, experience.log_p_old
+    if self.scores_updates:
+      assert experience.token_log_p_old is not None  # as `scores_updates` says
+      log_p_old = experience.token_log_p_old.mean(-1)
     rollout_loss = cross_entropy(scores.log_prob, is_masked)
     log_p_theta = elbo(scores.log_prob, is_masked, experience.is_counted).mean(-1)
     subtracted = weights.baseline(

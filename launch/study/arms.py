@@ -110,6 +110,7 @@ def calls_a_buffer(config: ConfigDict) -> float:
   if objective.needs_token_log_probs:
     views = 1 if own.likelihood == "trajectory" else updates
     scored = (1 + objective.needs_reference) * own.num_mask_samples * views
+  scored += own.num_mask_samples * updates * objective.scores_updates
   sets = 2 if own.name == "wddo" and own.wddo.sets == "independent" else 1
   return config.sampler.steps + scored + (3 + objective.has_teacher) * sets * own.num_mask_samples * updates
 
