@@ -52,7 +52,7 @@ def is_at_most(value: int, most: int) -> bool:
 
 def compares_bounds(name: str, baseline: str, unlearning: str, old_masks: str) -> bool:
   """Whether a loss compares the policy's own bound, drawn anywhere in the completion, with a buffer's log p_old."""
-  return name == "wddo" or (name == "wdce" and Wdce.reads_log_p_old(baseline, unlearning) and old_masks == "buffer")
+  return name == "wddo" or (name == "wdce" and Wdce.compares_with_old(baseline, unlearning) and old_masks == "buffer")
 
 
 def has_noise(likelihood: str, prompt_mask_ratio: float) -> bool:
@@ -344,7 +344,7 @@ KEYS: dict[str, Rule] = {
   OLD_MASKS: of(Wdce.ranges["old_masks"])
   .also(
     "buffer, as {0} with {1} and {2} compares nothing with log p_old",
-    lambda masks, name, *own: masks == "buffer" or name != "wdce" or Wdce.reads_log_p_old(*own),
+    lambda masks, name, *own: masks == "buffer" or name != "wdce" or Wdce.compares_with_old(*own),
     *COMPARED[:3],
   )
   .also(

@@ -45,7 +45,7 @@ class Wdce(Objective):
   needs_weights: ClassVar[bool] = True
 
   @staticmethod
-  def reads_log_p_old(baseline: str, unlearning: str) -> bool:
+  def compares_with_old(baseline: str, unlearning: str) -> bool:
     """Whether the loss with these settings compares the policy with the one that drew the rollouts."""
     return baseline == "model" or unlearning == "bounded"
 
