@@ -34,7 +34,7 @@ class Family:
   published_at: str = ""
   is_autoregressive: bool = False  # its model_type is, so that a checkpoint of it needs a mask token
   diffusion_types: tuple[str, ...] = ()  # further model types: dllm's diffusion models with the same tensors
-  stated: tuple[str, ...] = ()  # those of them that must be present, as the family's default is another value
+  stated: tuple[str, ...] = ()  # keys of `fixed` that must be present, as the family's default is another value
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further keys to write, for its training
   code_needs: tuple[str, ...] = ()  # further files beside the published weights that this code reads
   wrong_ids: tuple[str, ...] = ()  # special ids that its published config.json has wrong
