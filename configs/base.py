@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
   m.weight_tying = placeholder(bool)  # the head reuses the embedding
   m.qkv_bias = placeholder(bool)  # biases of queries, keys and values, as in Dream and Qwen2
   m.qk_norm = placeholder(bool)  # every head of queries and keys is normed, as in Qwen3
+  m.block_length = placeholder(int)  # tokens attend to their own and earlier blocks of so many, as in SDAR; 0: to all
+  m.allow_other_blocks = False  # a checkpoint may run with another block_length than its own, to be trained for it
   m.shift_logits = placeholder(bool)  # the logits of a position predict the next token, as in Dream
   m.quantization = placeholder(str)  # of the projections in the layers, which freezes them: none, int8
   m.dtype = "float32"  # of activations: float32, bfloat16

@@ -201,8 +201,11 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
   fields |= {name: getattr(vocabulary, name) for name in pretrained.SPECIAL_IDS}
   checkpoint = pretrained.read_model(own.init_from) if own.init_from else None
   if checkpoint is not None:
-    pretrained.check_model(fields, checkpoint.fields, own.init_from)
-    fields = checkpoint.fields
+    stored = checkpoint.fields
+    if own.allow_other_blocks:
+      stored = stored | {"block_length": fields["block_length"]}
+    pretrained.check_model(fields, stored, own.init_from)
+    fields = stored
   fields["vocab_size"] = fields["vocab_size"] or vocabulary.vocab_size
   fields["embedding_size"] = fields["embedding_size"] or _round_up(fields["vocab_size"], EMBEDDING_MULTIPLE)
   if fields["vocab_size"] < vocabulary.vocab_size:

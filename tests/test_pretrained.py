@@ -86,7 +86,7 @@ def test_a_model_that_is_planned_without_its_checkpoint_says_every_size(module):
   """All that a compiled program depends on; the head and the numbers' kind are those of most models."""
   left_open = {name for name in pretrained.SMALL if module.get_config().model[name] is None}
   of_most = {"rms_norm_eps", "rotary_fraction", "rope_scaling", "weight_tying", "qkv_bias", "qk_norm", "shift_logits"}
-  assert left_open <= of_most | {"quantization"}
+  assert left_open <= of_most | {"quantization", "block_length"}
 
 
 def test_a_run_of_before_sizes_could_be_left_open_is_the_same_run():
@@ -115,3 +115,8 @@ def test_a_policy_on_a_checkpoint_needs_nothing_but_its_folder(use_devices, tmp_
   left_open.model.num_layers = 2
   with pytest.raises(ConfigError, match=r"is of another model:\n  config.model has num_layers = 2, the checkpoint 1$"):
     build.build_model_parts(left_open)
+  left_open.model.update(num_layers=None, block_length=4)
+  with pytest.raises(ConfigError, match=r"has block_length = 4, the checkpoint 0\n  \(model.allow_other_blocks=True"):
+    build.build_model_parts(left_open)
+  left_open.model.allow_other_blocks = True
+  assert build.build_model_parts(left_open).model.config.block_length == 4

@@ -48,6 +48,7 @@ NOT_OF_EVALUATION = (
 
 # Values of keys in runs that are older than the key.
 OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
+  "model.allow_other_blocks": False,
   "objective.part_weights": [],
   "objective.masks": "random",
   "objective.shrinkage": "none",

@@ -1,6 +1,7 @@
 """Every key with its rule, and beside it what it must be to other keys. `configs/base.py` says what each key means."""
 
 import operator
+from collections.abc import Sequence
 
 from dmpo_jax import ranges
 from dmpo_jax.config.rules import (
@@ -35,6 +36,10 @@ from dmpo_jax.tasks.builtin import CHOICES
 
 POSITIVE, FROM_ZERO, SHARE = map(of, (ranges.POSITIVE, ranges.FROM_ZERO, ranges.SHARE))
 OLD_MASKS = "objective.wdce.old_masks"
+# of models that attend by blocks
+BLOCK_SAMPLERS = (
+  f"one of {', '.join(name for name, own in SAMPLERS.items() if own.has_blocks)}, as {{0}}: the others know no blocks"
+)
 COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning", OLD_MASKS)
 
 
@@ -48,6 +53,11 @@ def is_part(value: int, whole: int) -> bool:
 
 def is_at_most(value: int, most: int) -> bool:
   return most == 0 or value <= most  # 0: all
+
+
+def decodes(names: Sequence[str], block_length: int) -> bool:
+  """Whether samplers work with a model of such blocks (0: full attention)."""
+  return block_length == 0 or all(SAMPLERS[name].has_blocks for name in names)
 
 
 def compares_bounds(name: str, baseline: str, unlearning: str, old_masks: str) -> bool:
@@ -186,7 +196,13 @@ KEYS: dict[str, Rule] = {
   "model.weight_tying": flag(),
   "model.qkv_bias": flag(),
   "model.qk_norm": flag(),
-  "model.shift_logits": flag(),
+  "model.block_length": whole(0),
+  "model.allow_other_blocks": flag(),
+  "model.shift_logits": flag().also(
+    "False, as {0}: no such model decodes by blocks",
+    lambda shifts, block_length: not shifts or not block_length,
+    "model.block_length",
+  ),
   "model.dtype": one_of(*DTYPES),
   "model.quantization": one_of(*QUANTIZATIONS),
   "model.param_dtype": one_of(*DTYPES),
@@ -225,9 +241,13 @@ KEYS: dict[str, Rule] = {
   "grading.seconds": POSITIVE,
   "grading.memory_gb": POSITIVE,
   # and the section of each sampler, which `samplers.make_options` checks
-  "sampler.name": one_of(*SAMPLERS),
+  "sampler.name": one_of(*SAMPLERS).also(
+    BLOCK_SAMPLERS, lambda name, block_length: decodes([name], block_length), "model.block_length"
+  ),
   "sampler.completion_length": whole(1),
-  "sampler.block_length": whole(1).also("a divisor of {0}", divides, "sampler.completion_length"),
+  "sampler.block_length": whole(1)
+  .also("a divisor of {0}", divides, "sampler.completion_length")
+  .also("{0}, the blocks of the model", lambda block, own: own in (0, block), "model.block_length"),
   "sampler.steps": whole(1).also(
     "a multiple of the number of blocks, {0} / {1}",
     lambda steps, length, block: length % block > 0 or steps % (length // block) == 0,
@@ -235,7 +255,11 @@ KEYS: dict[str, Rule] = {
     "sampler.block_length",
   ),
   "sampler.temperature": FROM_ZERO,
-  "sampler.guidance": FROM_ZERO,
+  "sampler.guidance": FROM_ZERO.also(
+    "0, as {0}: models that attend by blocks are not guided yet",
+    lambda guidance, block_length: guidance == 0 or block_length == 0,
+    "model.block_length",
+  ),
   "rollout.num_prompts": whole(1).also("at most {0}", is_at_most, "task.num_train"),
   "rollout.group_size": whole(1),
   "rollout.chunk_prompts": whole(0).also(
@@ -276,7 +300,11 @@ KEYS: dict[str, Rule] = {
     lambda exits, counted: not exits or counted == "until_eos",
     "objective.counted",
   ),
-  "objective.name": one_of(*OBJECTIVES),
+  "objective.name": one_of(*OBJECTIVES).also(
+    "nothing yet, as {0}: models that attend by blocks can be sampled, not trained",
+    lambda name, block_length: block_length == 0,
+    "model.block_length",
+  ),
   "objective.counted": one_of("all", "until_eos"),
   "objective.num_mask_samples": whole(1).checked_by(update_masks_problem, *DRAWN),
   "objective.masks": one_of(*KINDS).checked_by(
@@ -396,7 +424,7 @@ KEYS: dict[str, Rule] = {
   "eval.num_samples": whole(1),
   "eval.tasks": some_of(*TASKS, empty="the configured one"),
   "eval.lengths": lengths(),
-  "eval.samplers": some_of(*SAMPLERS, empty="the configured one"),
+  "eval.samplers": some_of(*SAMPLERS, empty="the configured one").also(BLOCK_SAMPLERS, decodes, "model.block_length"),
   "eval.early_exit": flag(),
   "serve.host": text(),
   "serve.port": whole(0, 65535),

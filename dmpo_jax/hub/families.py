@@ -143,6 +143,23 @@ QWEN3 = dataclasses.replace(  # arXiv 2505.09388
   fixed=dict(hidden_act="silu", attention_bias=False, use_sliding_window=False),
 )
 
+SDAR = dataclasses.replace(  # arXiv 2510.06303
+  QWEN3,
+  model_type="sdar",
+  diffusion_types=(),
+  architecture="SDARForCausalLM",
+  code={
+    "AutoConfig": "configuration_sdar.SDARConfig",
+    "AutoModel": "modeling_sdar.SDARModel",
+    "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+  },
+  published_at="JetLM/SDAR-4B-Chat",
+  keys={field: key for field, key in QWEN3.keys.items() if field != "shift_logits"} | {"block_length": "block_size"},
+  model=dict(qk_norm=True, shift_logits=False),
+  defaults={field: value for field, value in QWEN3.defaults.items() if field != "shift_logits"},
+  stated=("block_size",),
+)
+
 QWEN2 = dataclasses.replace(  # arXiv 2412.15115
   LLAMA,
   model_type="qwen2",
@@ -170,7 +187,7 @@ DREAM = dataclasses.replace(  # arXiv 2508.15487
   wrong_ids=("bos_token_id",),  # that of the Qwen model that it started from
 )
 
-FAMILIES = {"llada": LLADA, "dream": DREAM, "qwen3": QWEN3, "qwen2": QWEN2, "llama": LLAMA}
+FAMILIES = {"llada": LLADA, "dream": DREAM, "qwen3": QWEN3, "qwen2": QWEN2, "llama": LLAMA, "sdar": SDAR}
 
 # Keys with which `transformers` changes what some models compute, and the values that change nothing. They are refused
 # with other values where the family does not read them.

@@ -19,7 +19,7 @@ _NEEDED = dict(
   rms_norm_eps=POSITIVE,
 )
 _OPTIONAL = dict(
-  **dict.fromkeys(("num_kv_heads", "head_dim", "vocab_size", "embedding_size"), SIZE),
+  **dict.fromkeys(("num_kv_heads", "head_dim", "vocab_size", "embedding_size", "block_length"), SIZE),
   qkv_bias=FLAG,
   shift_logits=FLAG,
   pad_token_id=ID,

@@ -57,6 +57,7 @@ SMALL = {
   "rope_scaling": (),
   "qkv_bias": False,
   "qk_norm": False,
+  "block_length": 0,
   "shift_logits": False,
   "quantization": "none",
 }
@@ -165,6 +166,8 @@ def check_model(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str
     if value != stored[name] and not (value == 0 and name in ("vocab_size", "embedding_size"))
   ]
   if differing:
+    if wanted["block_length"] != stored["block_length"]:
+      differing.append("(model.allow_other_blocks=True runs it with other blocks than it was trained for)")
     if any(wanted[name] != stored[name] for name in SPECIAL_IDS):
       differing.append("(the folder's own tokenizer is tokenizer.name='huggingface' with tokenizer.path='')")
     raise ValueError(f"model.init_from={where!r} is of another model:\n  " + "\n  ".join(differing))

@@ -6,8 +6,9 @@
 | splash | Pallas's TPU kernel; plain JAX for masks over (query, key), and for fewer than MIN_QUERIES queries |
 | cudnn | cuDNN's fused kernel on NVIDIA GPUs; plain JAX for masks over (query, key) |
 
-Only a sampler's shadow block has a mask over (query, key); the training step has none. The choice depends on shapes
-alone, so it is made when a program is compiled.
+A sampler's shadow block has a mask over (query, key), and so have models that attend by blocks: their training, and
+where they fill a cache. Only splash has a description of blocks, `Blocks`, for whole rows without a cache. The choice
+depends on shapes alone, so it is made when a program is compiled.
 
 A kernel runs on every device with the device's own rows. If the devices do not divide the rows (one prompt on a slice,
 the last batch), rows of zeros are added and dropped again.
@@ -18,6 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Int
 
@@ -61,12 +63,42 @@ def _cudnn_obstacle(platform: str, head_dim: int, dtype: str) -> str | None:
   return f"heads of a multiple of 8 up to 128, not {head_dim}" if head_dim % 8 or head_dim > 128 else None
 
 
+class Blocks(splash.Mask):
+  """Splash's description of attention by blocks of `size` tokens from the first column on.
+
+  The kernel asks for its own blocks one by one: no mask over all queries and keys is made.
+  """
+
+  def __init__(self, shape: tuple[int, int], size: int):
+    self._shape, self._size = shape, size
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self._shape
+
+  def __getitem__(self, index: tuple[slice, slice]) -> Bool[np.ndarray, "l m"]:
+    query, key = (np.arange(length)[part] // self._size for part, length in zip(index, self._shape, strict=True))
+    return key <= query[:, None]
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Blocks) and (self._shape, self._size) == (other._shape, other._size)
+
+  def __hash__(self) -> int:
+    return hash((self._shape, self._size))
+
+
+def describes_blocks(attention: str, num_queries: int) -> bool:
+  """Whether what runs attends by blocks without a mask over (query, key)."""
+  return attention == "splash" and num_queries >= MIN_QUERIES
+
+
 def attend(
   query: Float[Array, "b l n h"],
   key: Float[Array, "b m k h"],
   value: Float[Array, "b m k h"],
   mask: Bool[Array, "b #l m"] | None,
   attention: str = "xla",
+  block_length: int = 0,
 ) -> Float[Array, "b l n*h"]:
   """Attend from l queries to m keys; n / k query heads share a key/value head. Scores and softmax are float32.
 
@@ -74,11 +106,13 @@ def attend(
     mask: True where a query may attend; None: everywhere. A query that may attend nowhere gets some average of the
       values.
     attention: one of ATTENTIONS.
+    block_length: of a model that attends by blocks; 0: none. A mask over (query, key) has the blocks in it. A mask of
+      keys has not: it is for what `describes_blocks`, and the blocks begin at the first column.
   """
   query = query * query.shape[-1] ** -0.5
   is_of_keys = mask is None or mask.shape[1] == 1
   if is_of_keys and (attention == "cudnn" or (attention == "splash" and query.shape[1] >= MIN_QUERIES)):
-    kernel = _attend_splash if attention == "splash" else _attend_cudnn
+    kernel = functools.partial(_attend_splash, block_length=block_length) if attention == "splash" else _attend_cudnn
     arrays = jax.tree.map(pad_rows, (query, key, value, None if mask is None else mask[:, 0]))
     mixed = kernel(*arrays)[: query.shape[0]]
   else:
@@ -136,9 +170,10 @@ def _attend_splash(
   key: Float[Array, "b m k h"],
   value: Float[Array, "b m k h"],
   is_key: Bool[Array, "b m"] | None,
+  block_length: int,
 ) -> Float[Array, "b l n h"]:
   """Attend with Pallas's TPU kernel, on every device with its own rows and heads."""
-  attend_rows = _attend_splash_rows
+  attend_rows = functools.partial(_attend_splash_rows, block_length=block_length)
   if not jax.sharding.get_abstract_mesh().empty:
     queries, keys = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
     attend_rows = jax.shard_map(
@@ -155,6 +190,7 @@ def _attend_splash_rows(
   key: Float[Array, "b m k h"],
   value: Float[Array, "b m k h"],
   is_key: Bool[Array, "b m"] | None,
+  block_length: int,
 ) -> Float[Array, "b l n h"]:
   (length, num_heads), num_keys = query.shape[1:3], key.shape[1]
   (rows, row_block), (columns, column_block) = _blocks(length), _blocks(num_keys)
@@ -174,8 +210,9 @@ def _attend_splash_rows(
     block_q_dq=None if is_one_block else row_block,
     block_kv_dq=None if is_one_block else column_block,
   )
-  everywhere = splash.MultiHeadMask([splash.FullMask((rows, columns))] * num_heads)
-  kernel = splash.make_splash_mha_single_device(everywhere, block_sizes=blocks)
+  shape = (rows, columns)
+  mask = Blocks(shape, block_length) if block_length else splash.FullMask(shape)
+  kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * num_heads), block_sizes=blocks)
   arrays = (_pad(query, rows), _pad(key, columns), _pad(value, columns))
   mixed = jax.vmap(kernel)(*(jnp.moveaxis(array, 1, 2) for array in arrays), segments)
   # the kernel returns no residuals beside its result

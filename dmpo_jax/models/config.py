@@ -12,7 +12,14 @@ from dmpo_jax.models.lora import LoraConfig
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8")
 # values, as JSON has them, of fields that older descriptions of a model lack
-OLDER = {"quantization": "none", "head_dim": 0, "qk_norm": False, "rotary_fraction": 1.0, "rope_scaling": []}
+OLDER = {
+  "quantization": "none",
+  "head_dim": 0,
+  "qk_norm": False,
+  "rotary_fraction": 1.0,
+  "rope_scaling": [],
+  "block_length": 0,
+}
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # all but the projections is recomputed
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -29,6 +36,8 @@ class ModelConfig:
   With `qk_norm` every head of the queries and keys is normed before the rotary positions. These rotate the first
   `rotary_fraction` of a head; `rope_scaling` is () or Llama 3's (factor, low frequency factor, high frequency factor,
   original length), see `layers.rotary_frequencies`.
+  With a `block_length` tokens attend by blocks of so many, counted from the row's first token: to their own and earlier
+  ones; 0: to all.
   With `quantization` int8 the layers' projections are quantized (`layers.quantize`) and cannot be trained; adapters on
   them can. A `head_dim` of 0 becomes d_model // num_heads.
 
@@ -62,6 +71,7 @@ class ModelConfig:
   qk_norm: bool = False
   rotary_fraction: float = 1.0
   rope_scaling: tuple[float, ...] = ()
+  block_length: int = 0
 
   def __post_init__(self) -> None:
     if not self.head_dim:
@@ -80,6 +90,10 @@ class ModelConfig:
       )
     if not is_rope_scaling(self.rope_scaling):
       raise ValueError(f"model.rope_scaling={self.rope_scaling}: must be {ROPE_SCALING}")
+    if self.block_length < 0 or (self.block_length and self.shift_logits):
+      raise ValueError(
+        f"model.block_length={self.block_length}: must be 0 or more, and 0 with model.shift_logits={self.shift_logits}"
+      )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
     if self.embedding_size < self.vocab_size:

@@ -1,5 +1,7 @@
 """One bidirectional transformer that predicts all masked tokens of a row at once (LLaDA, arXiv 2502.09992).
 
+With `block_length` it is bidirectional within blocks of the row and causal between them (SDAR, arXiv 2510.06303).
+
 `ModelConfig` describes it, which makes it the model of any family (LLaDA, Dream, Qwen3, Llama). Samplers and objectives
 use it through `denoiser.py`.
 """
@@ -13,7 +15,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax import sharding
-from dmpo_jax.models.attention import attend
+from dmpo_jax.models.attention import attend, describes_blocks
 from dmpo_jax.models.config import REMAT_POLICIES, ModelConfig
 from dmpo_jax.models.layers import (
   KERNEL_SCALE,
@@ -161,7 +163,7 @@ class Block(nn.Module):
       assert context.cache_start is not None  # it comes with the cache
       start = (0, context.cache_start, 0, 0)
       keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, start), inputs.cached, new)
-    mixed = self.attn_out(attend(query, keys, values, context.mask, c.attention), dropout_keys)
+    mixed = self.attn_out(attend(query, keys, values, context.mask, c.attention, c.block_length), dropout_keys)
     return mixed, None if inputs.cached is None else new
 
   def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
@@ -254,7 +256,8 @@ class Transformer(nn.Module):
     Args:
       is_valid: False on padding. No query attends to it, so a row's result does not depend on it. None: no padding.
       positions: rotary positions; they may repeat. None: a token's index among the row's valid tokens.
-      attention_mask: True where query l may attend to key m, in addition to `is_valid`. None: everywhere.
+      attention_mask: True where query l may attend to key m, in addition to `is_valid`. None: everywhere or, in a model
+        of blocks, to the query's own block and earlier ones; blocks are counted along the row's valid tokens.
       kv_cache: the tokens overwrite its slots [cache_start, cache_start + l) and attend to all slots that hold a token;
         m is the number of slots. None: the tokens attend to each other.
       cache_start: slot of the first token.
@@ -269,9 +272,13 @@ class Transformer(nn.Module):
       start = jnp.asarray(cache_start, jnp.int32)
       is_new_valid = jnp.ones(tokens.shape, bool) if is_valid is None else is_valid
       is_valid = jax.lax.dynamic_update_slice(kv_cache.is_valid, is_new_valid, (0, start))
-    if positions is None:
-      positions = _count_positions(tokens, is_valid, start)
-    c = self.config
+    c, way_back, counted = self.config, None, _count_positions(tokens, is_valid, start)
+    positions = counted if positions is None else positions
+    if c.block_length and attention_mask is None:
+      if kv_cache is not None or not describes_blocks(c.attention, tokens.shape[1]):
+        attention_mask = _block_mask(counted, is_valid, c.block_length)
+      elif is_valid is not None:
+        (tokens, positions, is_valid), way_back = _padding_last(is_valid, tokens, positions)
     context = Context(
       rotary=rotary_table(positions, rotary_frequencies(c.rotary_width, c.rope_theta, c.rope_scaling)),
       mask=_join_masks(is_valid, attention_mask),
@@ -279,14 +286,15 @@ class Transformer(nn.Module):
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
     )
     cached = None if kv_cache is None else (kv_cache.keys, kv_cache.values)
-    x, new = self.blocks(self._embed(tokens), LayerInput(jnp.arange(self.config.num_layers), cached), context)
-    if kv_cache is not None:
+    x, new = self.blocks(self._embed(tokens), LayerInput(jnp.arange(c.num_layers), cached), context)
+    if cached is not None:
       assert start is not None
       assert is_valid is not None
       at = (0, 0, start, 0, 0)
       keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, at), cached, new)
       kv_cache = KVCache(keys, values, is_valid)
-    return _gather_embed(self.final_norm(x)), kv_cache
+    x = _gather_embed(self.final_norm(x))
+    return x if way_back is None else jnp.take_along_axis(x, way_back[..., None], axis=1), kv_cache
 
   def _embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
     # Each fsdp shard looks up its part of d for all rows; then the rows are sharded. No device gathers the whole table.
@@ -312,6 +320,26 @@ def _count_positions(
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   positions = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)
   return positions if start is None else jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1], axis=1)
+
+
+def _block_mask(
+  query: Int[Array, "b l"], is_valid: Bool[Array, "b m"] | None, block_length: int
+) -> Bool[Array, "b l m"]:
+  """Let queries, numbered along their row, attend to the keys of their own block and of earlier ones."""
+  key = query if is_valid is None else jnp.cumsum(is_valid, axis=1) - 1
+  return (key // block_length)[:, None] <= (query // block_length)[:, :, None]
+
+
+def _padding_last(
+  is_valid: Bool[Array, "b l"], *arrays: Int[Array, "b l"]
+) -> tuple[list[Int[Array, "b l"] | Bool[Array, "b l"]], Int[Array, "b l"]]:
+  """Move padding behind each row's tokens, so that every row's blocks begin at the first column; also say the way back.
+
+  `is_valid` itself is moved last.
+  """
+  order = jnp.argsort(~is_valid, axis=1, stable=True)
+  moved = [jnp.take_along_axis(array, order, axis=1) for array in (*arrays, is_valid)]
+  return moved, jnp.argsort(order, axis=1)
 
 
 def _join_masks(

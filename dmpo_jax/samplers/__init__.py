@@ -20,6 +20,7 @@ class Sampler(NamedTuple):
   has_trajectory: bool = True  # each call decides one state from the one before, so that they can be replayed
   can_revoke: bool = False  # a token that was committed may change
   gives_log_probs: bool = False  # of the completions, under the policy and the reference
+  has_blocks: bool = False  # decodes models that attend by blocks too, with their exact cache
 
 
 SAMPLERS = {
