@@ -176,6 +176,7 @@ def test_what_cannot_be_drawn_ahead_is_refused(config, path, value, reason):
     (dict(weighting="reward", proximal="adaptive"), "proximal", "fixed, as objective.weighting = 'reward'"),
     ({"wdce.old_masks": "update"}, "wdce.old_masks", "buffer, as objective.name = 'wdce' with"),
     (dict(shrinkage="reliability", weighting="softmax"), "shrinkage", "none, as objective.weighting = 'softmax'"),
+    (dict(shrinkage="reliability", sync_reference_every=2), "shrinkage", "none, as objective.sync_reference_every = 2"),
     (dict(shrinkage="reliability", num_elbo_samples=2), "shrinkage", "as objective.num_elbo_samples = 2 with"),
     (dict(shrinkage="reliability", likelihood="trajectory"), "shrinkage", "as objective.likelihood = 'trajectory'"),
     (dict(part_weights=(1.0, 2.0)), "part_weights", "(), as objective.reward_scaling = 'none'"),

@@ -363,6 +363,12 @@ KEYS: dict[str, Rule] = {
     "objective.likelihood",
     "objective.one_step.prompt_mask_ratio",
   )
+  .also(
+    "none, as {0} leaves no log-ratio: with {1} every buffer's policy is its own reference",
+    lambda shrinkage, every, updates: shrinkage == "none" or not every or updates % every > 0,
+    "objective.sync_reference_every",
+    "train.updates_per_buffer",
+  )
   .checked_by(shrinkage_problem, "objective.num_elbo_samples", *DRAWN),
   **{
     f"objective.{name}.{key}": of(own)
