@@ -275,7 +275,7 @@ def main() -> None:
   for name, quantization in ORDER:
     found.append(run_section(name, quantization, bench))
     path.write_text(files.to_json(gpu_report.as_json(about, found, is_tiny=bench.is_tiny), indent=2) + "\n")
-  gpu_report.show(about, found)
+  gpu_report.show(about, found, is_tiny=bench.is_tiny)
   print(f"everything is in {path}", file=sys.stderr)
   sys.exit(any(section.state in ("failed", "wrong") for section in found))
 

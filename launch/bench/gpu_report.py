@@ -73,7 +73,7 @@ def as_json(about: Mapping[str, Any], sections: Sequence[Section], *, is_tiny: b
   }
 
 
-def show(about: Mapping[str, Any], sections: Sequence[Section]) -> None:
+def show(about: Mapping[str, Any], sections: Sequence[Section], *, is_tiny: bool) -> None:
   """Print the tables."""
   console, peak = Console(width=140), peak_of(sections)
   machine = ", ".join(f"{name} {value}" for name, value in about.items() if value)
@@ -82,7 +82,7 @@ def show(about: Mapping[str, Any], sections: Sequence[Section]) -> None:
   for section in sections:
     for name, seconds in section.facts.get("seconds", {}).items():
       console.print(f"attention and its gradient, {name}: {1e3 * seconds:.2f} ms", highlight=False)
-  console.print(_of_checks(sections), _of_programs(sections, peak), _of_sections(sections))
+  console.print(_of_checks(sections), _of_programs(sections, peak, is_tiny), _of_sections(sections))
 
 
 def _of_checks(sections: Sequence[Section]) -> Table:
@@ -94,8 +94,9 @@ def _of_checks(sections: Sequence[Section]) -> Table:
   return table
 
 
-def _of_programs(sections: Sequence[Section], peak: float | None) -> Table:
-  table = Table(title="LLaDA-8B, random weights, LoRA of rank 128, 200 + 256 tokens", title_justify="left")
+def _of_programs(sections: Sequence[Section], peak: float | None, is_tiny: bool) -> Table:
+  sizes = "tiny sizes, whose figures mean nothing" if is_tiny else "random weights, LoRA of rank 128, 200 + 256 tokens"
+  table = Table(title=f"LLaDA-8B, {sizes}", title_justify="left")
   for column in ("program", "seconds", "tokens/s", "memory", "planned", "TFLOP/s", "of products", "of the data sheet"):
     table.add_column(column, justify="left" if column == "program" else "right")
   for row in (row for section in sections for row in section.rows):
