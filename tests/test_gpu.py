@@ -136,7 +136,7 @@ def test_the_tables_have_everything(capsys):
     Section("update", rows=[row]),
     Section("scores", state="failed", note="Traceback\nValueError: why"),
   ]
-  gpu_report.show({"device": "H100"}, sections)
+  gpu_report.show({"device": "H100"}, sections, is_tiny=False)
   shown = capsys.readouterr().out
   for text in (
     "800.0 TFLOP/s, 81% of",
