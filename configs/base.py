@@ -117,6 +117,9 @@ def get_config() -> ConfigDict:
   # notice of preemption more often
   r.chunk_rollouts = 0
   r.pipelined = False  # generate a buffer before the updates on the previous one, and grade it during them
+  # updates leave out groups whose rewards are all the same, and compute the others alone; for objectives that compare
+  # the rewards of a group
+  r.drop_equal_groups = True
   r.early_exit = False  # a rollout ends with its first EOS; needs objective.counted = "until_eos"
 
   c.objective = o = ConfigDict()

@@ -26,5 +26,6 @@ def get_config(settings="256"):
     c.objective.kappa = 1.0
     c.objective.wdce.baseline = "negative"
     c.objective.wdce.baseline_strength = 1.0
+    c.rollout.drop_equal_groups = False  # under this baseline they have no gradient, but the moments decay
     c.objective.sync_reference_every = 0  # its key has no effect with adapters
   return c

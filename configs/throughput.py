@@ -40,6 +40,7 @@ def get_config(workload: str = "training") -> ConfigDict:
   c.train.updates_per_buffer = 2
   c.rollout.num_prompts = 4 if is_sampling else 1
   c.rollout.group_size = 4
+  c.rollout.drop_equal_groups = False  # rewards of random weights are all the same
 
   c.objective.alpha = 0.04
   c.objective.num_mask_samples = 4

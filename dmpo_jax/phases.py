@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
@@ -26,7 +27,7 @@ from dmpo_jax.evaluate import make_evaluate_training
 from dmpo_jax.logprobs import make_log_probs
 from dmpo_jax.models.trainable import TRAINED_DTYPE, Trainable
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.objectives import OBJECTIVES, Objective
+from dmpo_jax.objectives import OBJECTIVES, Objective, weights
 from dmpo_jax.objectives.denoise import Denoise
 from dmpo_jax.objectives.estimators import make_estimator
 from dmpo_jax.objectives.likelihood import Estimator
@@ -64,7 +65,7 @@ class Phase:
   base: str  # identity of the saved parameters that it begins with; "" where they are random
   frozen: PyTree  # reference parameters; {} where the objective has no reference
   buffers: Buffers
-  update: Callable[[TrainState, Any, Experience], tuple[TrainState, dict[str, jax.Array]]]
+  update: Callable[[TrainState, Any, Experience], tuple[TrainState, update.Metrics]]
   evaluate: Callable[[Any, int], dict[str, float]]  # of what is trained, after so many buffers
   evaluate_every: int | None  # buffers; 0: the first policy and the last alone; None: not even these
   is_pipelined: bool = False  # a buffer is generated before the updates on the one before it
@@ -94,12 +95,15 @@ class GradedRollouts:
   trainable: Trainable
   compares_rewards: bool  # the objective learns from the differences of rewards inside a group alone
   takes_parts: bool  # it takes the parts of the rewards apart
+  is_scored: Callable[[int], bool]  # whether the objective needs scores of the rollouts that a step's policy draws
+  drops_equal: bool  # where it compares rewards, updates leave out the groups whose rewards are all the same
 
   def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None) -> PendingRollouts:
     """Generate rollouts, or the rest of them; see `rollout.Collector.generate`."""
     if begun is not None and begun.is_whole:
       return begun
-    return self.collector.generate(self._policies(state), self._batch(buffer), begun)
+    is_scored = self.is_scored(int(state.step))
+    return self.collector.generate(self._policies(state), self._batch(buffer), begun, is_scored=is_scored)
 
   def complete(self, state: TrainState, buffer: int, pending: PendingRollouts) -> tuple[Experience, dict[str, float]]:
     """Complete them for the objective, and warn where their rewards teach nothing."""
@@ -108,6 +112,11 @@ class GradedRollouts:
     reward = experience.reward_parts if self.takes_parts else experience.reward
     assert reward is not None  # `build` has checked that the task has parts
     lack = lack_of_signal(reward, experience.is_kept, compares=self.compares_rewards)
+    if self.drops_equal and self.compares_rewards:
+      is_informative = np.asarray(weights.has_variance(jnp.asarray(reward), jnp.asarray(experience.is_kept)))
+      experience = dataclasses.replace(experience, is_informative=is_informative)
+      metrics["groups_dropped"] = float((~is_informative).sum())
+      lack += "; its updates change nothing" if lack else ""
     if lack and jax.process_index() == 0:
       logger.warning("buffer %d: %s", buffer + 1, lack)
     metrics["without_signal"] = float(bool(lack))
@@ -310,7 +319,7 @@ def training_sample(config: ConfigDict, model: Transformer, mesh: Mesh) -> jax.s
     group_size=config.rollout.chunk_rollouts or config.rollout.group_size,
     temperature=config.sampler.temperature,
     early_exit=config.rollout.early_exit,
-    with_reference=config.objective.likelihood == "sampler",
+    with_reference=config.objective.likelihood == "sampler" and not ratio_is_always_one(config),
   )
 
 
@@ -320,17 +329,44 @@ def training_log_probs(config: ConfigDict, model: Transformer, mesh: Mesh) -> ja
   if not needs_log_probs(config):
     return None
   if objective.needs_weights:
-    return make_log_probs(model, mesh, make_likelihood(config, own.num_elbo_samples))
+    with_reference = not ratio_is_always_one(config)
+    return make_log_probs(model, mesh, make_likelihood(config, own.num_elbo_samples), with_reference=with_reference)
   estimator = make_likelihood(config, own.num_mask_samples)
-  return make_log_probs(
-    model, mesh, estimator, per_token=objective.reads_tokens, with_reference=objective.needs_reference
-  )
+  with_reference = objective.needs_reference and not ratio_is_always_one(config)
+  return make_log_probs(model, mesh, estimator, per_token=objective.reads_tokens, with_reference=with_reference)
 
 
 def needs_log_probs(config: ConfigDict) -> bool:
   """Whether the objective needs forward passes on its rollouts."""
   own = OBJECTIVES[config.objective.name]
   return own.needs_token_log_probs or (own.needs_weights and config.objective.likelihood != "sampler")
+
+
+def num_scored(config: ConfigDict, step: int) -> int:
+  """Return how many policies score the rollouts that the policy of a step draws: that and its reference, one, or none.
+
+  Where it is its own reference log p_ref - log p_old is 0, and log p_old is needed by losses that read it alone. There
+  the reference is left out if it is so in every buffer: for the first buffer alone the program would not be worth it.
+  """
+  objective = make_objective(config)
+  if not needs_log_probs(config):
+    return 0
+  if objective.needs_weights and ratio_is_one(config, step) and not objective.reads_log_p_old:
+    return 0
+  has_reference = objective.needs_weights or objective.needs_reference
+  return 1 + (has_reference and not ratio_is_always_one(config))
+
+
+def ratio_is_one(config: ConfigDict, step: int) -> bool:
+  """Whether the policy of a step is its own reference by construction."""
+  every = config.objective.sync_reference_every
+  return step % every == 0 if every else step == 0 and not config.model.lora.init_from
+
+
+def ratio_is_always_one(config: ConfigDict) -> bool:
+  """Whether every policy that draws a buffer is its own reference: it is synchronised before each."""
+  every = config.objective.sync_reference_every
+  return every > 0 and config.train.updates_per_buffer % every == 0
 
 
 def training_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> rollout.Scoring:
@@ -396,6 +432,8 @@ def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRo
     parts.trainable,
     compares_rewards=compares_rewards(config),
     takes_parts=config.objective.reward_scaling == "standardise_parts",
+    is_scored=lambda step: num_scored(config, step) > 0,
+    drops_equal=config.rollout.drop_equal_groups,
   )
 
 

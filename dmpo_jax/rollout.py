@@ -53,7 +53,10 @@ class Scoring(Protocol):
   def complete(
     self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
   ) -> tuple[Experience, dict[str, float]]:
-    """Complete an experience that has its rewards, and return figures for the log. All arrays are on the host."""
+    """Complete an experience that has its rewards, and return figures for the log. All arrays are on the host.
+
+    Without log-probabilities, where `score` gives some, the policy is its own reference (`phases.num_scored`).
+    """
     ...
 
 
@@ -76,11 +79,14 @@ class Collector:
   chunking: Chunking
   counted: str
 
-  def generate(self, policies: Policies, batch: Batch, begun: PendingRollouts | None = None) -> PendingRollouts:
+  def generate(
+    self, policies: Policies, batch: Batch, begun: PendingRollouts | None = None, *, is_scored: bool = True
+  ) -> PendingRollouts:
     """Sample a buffer of rollouts from the policy, begin to grade them, and score them meanwhile.
 
     Args:
       begun: what an earlier start had generated of this buffer; its whole chunks are kept.
+      is_scored: False: there are no forward passes, as the policy is its own reference.
 
     Raises:
       Preempted: between two chunks, with those that are finished.
@@ -88,7 +94,8 @@ class Collector:
     """
     watch, key = Stopwatch(), noise.step_key(self.seed, "rollout", batch.buffer)
     chunks = self.chunking.cut(len(batch.records))
-    sampled, scored = (self.chunking.finished(rows, chunks) for rows in _begun(begun))
+    sampled = self.chunking.finished(begun and begun.rollouts, chunks)
+    scored = self.chunking.finished(begun and begun.log_probs, chunks) if is_scored else []
     on_devices: dict[int, Rollouts] = {}  # the chunks that are still to be scored
     sample = self.sample(policies) if len(sampled) < len(chunks) else None
 
@@ -105,7 +112,7 @@ class Collector:
       return self._score(policies, batch, chunks[number], rollouts)
 
     to_sample = range(len(sampled), len(chunks))
-    to_score = range(len(scored), len(chunks)) if self.scoring.score else ()
+    to_score = range(len(scored), len(chunks)) if self.scoring.score and is_scored else ()
     graded = [self._grade(batch, chunk.prompts, done) for chunk, done in zip(chunks, sampled, strict=False)]
     calls = [functools.partial(sample_chunk, number) for number in to_sample]
     results = fetch_ahead(calls + [functools.partial(score_chunk, number) for number in to_score])
@@ -195,11 +202,10 @@ class SampledWeights:
   def complete(
     self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
   ) -> tuple[Experience, dict[str, float]]:
-    assert rollouts.log_p_old is not None  # the sampler computes both
-    assert rollouts.log_p_ref is not None
+    assert rollouts.log_p_old is not None  # the sampler computes it
+    by_reference = rollouts.log_p_old if rollouts.log_p_ref is None else rollouts.log_p_ref  # None: it is the policy
     log_p_old, log_p_ref = (
-      np.where(experience.is_counted, log_p, 0.0).sum(-1, keepdims=True)
-      for log_p in (rollouts.log_p_old, rollouts.log_p_ref)
+      np.where(experience.is_counted, log_p, 0.0).sum(-1, keepdims=True) for log_p in (rollouts.log_p_old, by_reference)
     )
     entropy = -log_p_old[..., 0] / experience.is_counted.sum(-1)
     return _weigh(experience, LogProbs(log_p_old, log_p_ref, entropy), self.weighing)
@@ -242,7 +248,8 @@ class EstimatedWeights:
   def complete(
     self, policies: Policies, experience: Experience, rollouts: Rollouts, log_probs: LogProbs | None, buffer: int
   ) -> tuple[Experience, dict[str, float]]:
-    assert log_probs is not None  # `score` returns them
+    if log_probs is None:
+      return _weigh_without_ratio(experience, self.weighing)
     rounds = [log_probs]
     while True:
       weighed, figures = _weigh(experience, _join_rounds(rounds), self.weighing)
@@ -372,6 +379,15 @@ def _weigh(experience: Experience, log_probs: LogProbs, weighing: Weighing) -> t
   return experience, {name: float(value) for name, value in figures.items()}
 
 
+def _weigh_without_ratio(experience: Experience, weighing: Weighing) -> tuple[Experience, dict[str, float]]:
+  """Do the same where the policy is its own reference, so that the log-ratio is 0; log p_old is unknown then."""
+  unknown = np.full(experience.reward.shape, np.nan, np.float32)
+  zeros = np.zeros((*unknown.shape, 2), np.float32)
+  experience, figures = _weigh(experience, LogProbs(zeros, zeros, unknown), weighing)
+  experience = dataclasses.replace(experience, log_p_old=unknown, log_p_ref=unknown)
+  return experience, figures | {"sampler_gap": float("nan"), "elbo_rounds": 0.0}
+
+
 def _num_failed(is_graded: Bool[np.ndarray, "p g"], is_kept: Bool[np.ndarray, "p g"]) -> float:
   """Count the graded rollouts that were dropped since their log-probabilities are not finite."""
   return float((is_graded & ~is_kept).sum())
@@ -410,10 +426,6 @@ def count_positions(
 def decided_at(rollouts: Rollouts) -> Int[np.ndarray | jax.Array, "p g c"]:
   """Return the calls that decided the tokens that the sampler saw."""
   return rollouts.committed_at if rollouts.seen_at is None else rollouts.seen_at
-
-
-def _begun(begun: PendingRollouts | None) -> tuple[Rollouts | None, LogProbs | None]:
-  return (None, None) if begun is None else (begun.rollouts, begun.log_probs)
 
 
 def _join(

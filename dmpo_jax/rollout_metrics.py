@@ -43,13 +43,12 @@ def lack_of_signal(reward: Float[np.ndarray, "p g *parts"], is_kept: Bool[np.nda
     reward: or its parts, where the objective takes them apart.
     compares: the objective learns from differences inside a group; else from the rewards themselves.
   """
-  num, parts = len(reward), reward.reshape(*is_kept.shape, -1)
-  highest = np.where(is_kept[..., None], parts, -np.inf).max(1)
+  num = len(reward)
   if not is_kept.any():
     return "no signal: no reward could be computed"
   if not reward[is_kept].any():
     return f"no signal: all rewards equal in {num} of {num} groups, all are 0"
-  if not compares or (highest > np.where(is_kept[..., None], parts, np.inf).min(1)).any():
+  if not compares or weights.has_variance(jnp.asarray(reward), jnp.asarray(is_kept)).any():
     return ""
   alone = ", as rollout.group_size=1 leaves nothing to compare" if reward.shape[1] == 1 else ""
   return f"no signal: all rewards equal in {num} of {num} groups{alone}"

@@ -126,6 +126,7 @@ class Experience:
   token_log_p_ref: AnyArray | None = None  # float32 [p, g, u, c]; the same under the reference policy
   seen: AnyArray | None = None  # int32 [p, g, c]; see `Rollouts.seen`; None: what is not counted is unknown
   reward_parts: AnyArray | None = None  # float32 [p, g, parts]; in the order of Task.reward_parts; None: it has none
+  is_informative: AnyArray | None = None  # bool [p]; False: updates leave the group out; None: they take all
 
 
 class Scores(NamedTuple):

@@ -237,6 +237,8 @@ def test_groups_without_variance_by_hand():
   reward = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, jnp.nan], [0.0, 0.5, 0.0], [0.3, 0.3, 0.3]])
   is_kept = jnp.array([[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]], bool)
   assert weights.fraction_without_variance(reward, is_kept).item() == 0.75
+  parts = jnp.stack([reward, 1 - reward], -1).at[3].set(0.5)  # whose sums are the same
+  np.testing.assert_array_equal(weights.has_variance(parts, is_kept), [False, False, True, False])
 
 
 def test_the_signal_kept_is_what_weights_and_their_opposites_differ_in_by_hand():

@@ -197,7 +197,8 @@ def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_dev
 
   def phase_of(size):
     own = tiny.config(warm_start__updates=0, rollout__chunk_prompts=size)
-    return phases.training_phase(own, folder / "run", parts, policy.initial_params(own, parts))
+    phase, state = phases.training_phase(own, folder / "run", parts, policy.initial_params(own, parts))
+    return phase, state.replace(step=state.step + 1)  # from which on rollouts are scored
 
   with jax.set_mesh(parts.mesh):
     phase, state = phase_of(1)
@@ -228,7 +229,7 @@ def begin(config, folder, use_devices):
   with jax.set_mesh(parts.mesh):
     params = policy.initial_params(config, parts)
     phase, state = phases.training_phase(config, folder / "run", parts, jax.tree.map(lambda x: 1.1 * x, params))
-    return parts, phase, state.replace(trainable=params)
+    return parts, phase, state.replace(trainable=params, step=state.step + 1)
 
 
 SPLIT = dict(rollout__chunk_prompts=1, rollout__chunk_rollouts=2)  # of four

@@ -1,5 +1,7 @@
 """What an objective gets of rollouts: log-probabilities under the updates' views, and weights until they are quiet."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import tiny
 from etils import epath
 
 from dmpo_jax import build, phases, policy, rollout
+from dmpo_jax.grading import Grades
 from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.objectives.weights import Weighing
 from dmpo_jax.policy import Policies
@@ -88,12 +91,12 @@ def test_log_p_old_under_an_updates_own_masks_has_their_noise(folder, use_device
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_reference_follows_every_other_update(folder, use_devices, rank):
   config = tiny.config(
-    objective__sync_reference_every=2, model__lora__rank=rank, optim__learning_rate=0.1, train__updates_per_buffer=2
+    objective__sync_reference_every=2, model__lora__rank=rank, optim__learning_rate=0.1, train__updates_per_buffer=3
   )
   parts, phase, state = begin(config, folder, use_devices)
   with jax.set_mesh(parts.mesh):
     experience, _ = collect(phase, state, 0)
-    np.testing.assert_array_equal(experience.log_p_old, experience.log_p_ref)
+    assert np.isnan(experience.log_p_old).all(), "the policy is its reference, and no scores are needed"
     # rewards of an untrained policy may all be the same: weights that are not
     weight = np.tile(np.array([0.7, 0.1, 0.1, 0.1], np.float32), (len(experience.reward), 1))
     experience = experience.replace(weight=weight)
@@ -105,7 +108,51 @@ def test_the_reference_follows_every_other_update(folder, use_devices, rank):
     state, _ = phase.update(state, phase.frozen, experience)
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.trainable, state.reference)))
     followed, _ = collect(phase, state, 1)
-    np.testing.assert_allclose(followed.log_p_old, followed.log_p_ref, rtol=1e-5)
+    assert np.isnan(followed.log_p_old).all()
+
+
+@pytest.mark.parametrize(
+  ("changes", "of_steps"),
+  [
+    ({}, [0, 2, 2, 2]),  # the run begins at its reference, the base
+    (dict(objective__sync_reference_every=4), [0, 2, 0, 2]),
+    (dict(objective__sync_reference_every=2), [0, 0, 0, 0]),
+    (dict(objective__wdce__unlearning="bounded"), [2, 2, 2, 2]),  # log p_old is read
+    (dict(objective__wdce__unlearning="bounded", objective__sync_reference_every=1), [1, 1, 1, 1]),
+    (dict(objective__name="wddo", objective__sync_reference_every=2), [1, 1, 1, 1]),
+    (dict(objective__name="coupled_grpo"), [2, 2, 2, 2]),
+    (dict(objective__name="coupled_grpo", objective__coupled_grpo__kl_weight=0.0), [1, 1, 1, 1]),
+    (dict(objective__name="coupled_grpo", objective__sync_reference_every=2), [1, 1, 1, 1]),
+    (dict(objective__name="wd1"), [0, 0, 0, 0]),
+    (dict(objective__likelihood="sampler"), [0, 0, 0, 0]),
+    (dict(model__lora__rank=2, model__lora__init_from="adapters"), [2, 2, 2, 2]),
+  ],
+)
+def test_which_policies_score_a_buffer(changes, of_steps):
+  """Buffers begin every other update."""
+  config = tiny.config(**changes)
+  assert [phases.num_scored(config, step) for step in (0, 2, 4, 6)] == of_steps
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_scores_that_are_left_out_would_change_nothing(folder, use_devices, rank):
+  """In the first buffer, with rewards that differ: weights and the update are the same to the last bit."""
+  config = tiny.config(model__lora__rank=rank, optim__learning_rate=0.1)
+  parts, phase, state = begin(config, folder, use_devices)
+  found, reward = [], np.random.default_rng(0).random((4, 4), np.float32)
+  grades = Grades(reward, reward >= 0, reward > 0.5, per_second=1.0)
+  with jax.set_mesh(parts.mesh):
+    for is_scored in (True, False):
+      buffers = dataclasses.replace(phase.buffers, is_scored=lambda step, is_scored=is_scored: is_scored)
+      pending = buffers.generate(state, 0)
+      assert (pending.log_probs is not None) == is_scored
+      pending = pending.replace(wait=lambda: grades)
+      experience, figures = buffers.complete(state, 0, pending)
+      assert (figures["log_ratio_std"], figures["elbo_rounds"]) == (0, is_scored)
+      updated, metrics = phase.update(jax.tree.map(lambda x: x.copy(), state), phase.frozen, experience)
+      found.append(jax.device_get((experience.weight, experience.negative_weight, updated.trainable, metrics["loss"])))
+  assert np.ptp(found[0][0]) > 0.5
+  jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_a_teacher_is_the_policy_that_drew_the_buffer(folder, use_devices):
@@ -135,7 +182,7 @@ def test_rounds_of_masks_are_added_until_the_noise_is_small(folder, use_devices)
   for max_noise, rounds in ((1e-9, 3), (1e9, 2)):  # one pair says nothing of its own noise
     config = tiny.config(objective__max_noise=max_noise, objective__sync_reference_every=9, **adaptive)
     parts, phase, state = begin(config, folder, use_devices)
-    state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
+    state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference), step=state.step + 1)
     with jax.set_mesh(parts.mesh):
       _, figures = collect(phase, state, 0)
     assert figures["elbo_rounds"] == rounds
@@ -236,7 +283,7 @@ def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(fo
     **UNTIL_EOS,
   )
   parts, phase, state = begin(config, folder, use_devices)
-  state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
+  state = state.replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference), step=state.step + 1)
   with jax.set_mesh(parts.mesh):
     pending = phase.buffers.generate(state, 0)
     drawn = groups(config, pending.rollouts)

@@ -256,8 +256,19 @@ def test_a_run_whose_updates_were_all_skipped_has_not_ended_well(tmp_path, monke
 def test_a_run_without_a_signal_says_so(tmp_path, capsys, caplog):
   """While it runs, on the screen at its end, and on its page."""
   workdir = epath.Path(tmp_path / "run")
-  train.main(config(warm_start__updates=0, train__num_buffers=1, rollout__group_size=1), workdir)
+  own = dict(rollout__group_size=1, rollout__drop_equal_groups=True)
+  train.main(config(warm_start__updates=0, train__num_buffers=1, **own), workdir)
   assert "no signal in 1 of 1 buffers: all rewards equal in every group" in capsys.readouterr().out
   assert "buffer 1: no signal: all rewards equal in 4 of 4 groups" in caplog.text
   assert "No signal in 1 of 1 buffers" in (workdir / "report.html").read_text()
-  assert rows_of(workdir)[-1]["without_signal"] == 1
+  assert "; its updates change nothing" in caplog.text
+  row = rows_of(workdir)[-1]
+  wanted = {
+    "without_signal": 1,
+    "groups_dropped": 4,
+    "microbatches": 0,
+    "loss": 0,
+    "grad_norm": 0,
+    "updates_skipped": 0,
+  }
+  assert {name: row[name] for name in wanted} == wanted

@@ -14,8 +14,12 @@ from dmpo_jax.run.preemption import Preempted
 
 
 def config(**overrides):
-  """Without a baseline every rollout is learned from: rewards of a policy at random may all be the same."""
+  """Without a baseline every rollout is learned from: rewards of a policy at random may all be the same.
+
+  Bounded unlearning needs log p_old, so every buffer is scored.
+  """
   own = dict(rollout__pipelined=True, rollout__chunk_prompts=2, objective__wdce__baseline="none", warm_start__updates=0)
+  own |= dict(objective__wdce__unlearning="bounded")
   return tiny.config(**own | overrides)
 
 

@@ -13,13 +13,14 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from remains import leave_alone, policy_of, rows_of
 
-from dmpo_jax import build, noise, phases, policy, rollout, sharding, train
+from dmpo_jax import build, noise, phases, policy, rollout, sharding, train, update
 from dmpo_jax.logprobs import make_score
 from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.policy import Policies
 from dmpo_jax.run.checkpoints import Checkpoints
 from dmpo_jax.run.params import SavedParams
 from dmpo_jax.run.preemption import Preempted
+from dmpo_jax.structs import Prompts
 from launch.bench import programs
 
 
@@ -54,6 +55,7 @@ def experience_of(parts, config):
     log_p_ref=zeros,
     weight=weight,
     negative_weight=negative,
+    committed_at=np.zeros((p, g, c), np.int32),
   )
 
 
@@ -102,11 +104,131 @@ def test_a_prompt_without_a_kept_rollout_is_as_if_it_had_never_been(folder, use_
     results.append(step_of(begun, jax.tree.map(lambda x, n=num_prompts: x[:n], experience)))
   (state, metrics), (wanted_state, wanted) = results
   assert wanted["grad_norm"] > 0
+  assert metrics.pop("microbatches") == (4 if microbatch else 1)
+  assert wanted.pop("microbatches") == (3 if microbatch else 1)
   for name, value in wanted.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
   moments = jax.tree.leaves(state.opt_state), jax.tree.leaves(wanted_state.opt_state)
   for ours, theirs in zip(*moments, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_groups_that_are_learned_from_are_packed_by_hand(use_devices):
+  use_devices(1)
+  experience = rollout.demonstrate(Prompts(*np.zeros((2, 8, 1), np.int32), np.arange(8)), np.zeros((8, 1), np.int32))
+
+  def packed(chosen, number):
+    is_informative = np.isin(np.arange(8), chosen)
+    parts = update.pack(experience.replace(is_informative=is_informative), number)
+    assert all(part.is_informative is None for part in parts)
+    return [np.where(part.is_kept[:, 0], part.prompts.prompt_id, -1).tolist() for part in parts]
+
+  assert packed([1, 4, 6], 4) == [[1, 4], [6, -1]]
+  assert packed([0, 1, 2, 3, 4, 5, 6, 7], 4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+  assert packed([5], 8) == [[5]]
+  assert packed([], 4) == []
+  assert packed([2, 7], 1) == [[2, 7]]
+  assert packed([7], 1) == [[7, -1]]  # a quarter at least
+  assert packed([2, 3, 7], 1) == [[2, 3, 7, -1]]
+  assert packed([1, 2, 3, 4, 5], 1) == [[1, 2, 3, 4, 5, -1, -1, -1]]
+  assert packed([], 1) == []
+  assert len(update.pack(experience, 2)) == 2  # nothing says what is learned from: all are
+
+
+CHOSEN = [False, True, False, True]
+FAMILIES = {
+  "wdce": {},
+  "wddo": {},
+  "coupled_grpo": dict(objective__likelihood="coupled", objective__num_mask_samples=3),
+  "wd1": dict(objective__likelihood="one_step"),
+  "spg": dict(objective__likelihood="eubo"),
+  "dtm": dict(objective__sync_reference_every=2),
+}
+
+
+@pytest.mark.parametrize(
+  ("objective", "microbatch", "num_devices"),
+  [
+    ("wdce", 0, 1),
+    ("wdce", 1, 1),
+    *(pytest.param(name, 0, 1, marks=pytest.mark.slow) for name in FAMILIES if name != "wdce"),
+    pytest.param("coupled_grpo", 2, 8, marks=pytest.mark.slow),
+  ],
+)
+def test_a_packed_update_is_the_plain_one_without_what_the_other_groups_add(
+  folder, use_devices, objective, microbatch, num_devices
+):
+  """The plain twin: the mean over the whole buffer's groups of which a rollout is kept, those left out as zeros."""
+  own = dict(objective__name=objective, train__microbatch_prompts=microbatch, optim__clip_norm=1e3)
+  config = tiny.config(**own, **FAMILIES[objective], optim__learning_rate=0.1, sharding__fsdp=2, sharding__tensor=2)
+  parts, phase, state = begin(config, folder, num_devices, use_devices)
+  experience = experience_of(parts, config)
+  is_kept = np.ones((4, 4), bool)
+  is_kept[0], is_kept[1, 2] = False, False  # the first group is dropped whole: it does not count in the mean
+  noise_of = np.random.default_rng(1).normal
+  per_token = -np.abs(noise_of(size=(4, 4, 2, 16))).astype(np.float32) if objective == "coupled_grpo" else None
+  experience = experience.replace(
+    reward=experience.weight, is_kept=is_kept, token_log_p_old=per_token, token_log_p_ref=per_token
+  )
+  taken, metrics = step_of(
+    (parts, phase, jax.tree.map(lambda x: x.copy(), state)), experience.replace(is_informative=np.array(CHOSEN))
+  )
+  assert metrics["microbatches"] == {0: 1, 1: 2, 2: 1}[microbatch]
+
+  def loss(trained):
+    given = jax.tree.map(jax.numpy.asarray, experience.replace(is_kept=is_kept & np.array(CHOSEN)[:, None]))
+    score = make_score(
+      parts.model,
+      {"params": trained},
+      given.prompts,
+      given.completion,
+      is_counted=given.is_counted,
+      teacher={"params": state.reference} if state.reference is not None else None,
+    )
+    keys = noise.row_keys(noise.step_key(config.seed, "loss", 0), given.prompts.prompt_id, config.rollout.group_size)
+    return phases.make_objective(config).loss(score, update.of_update(given, 0), keys, 3)  # of three groups
+
+  with jax.set_mesh(parts.mesh):
+    (wanted, figures), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.trainable)
+  np.testing.assert_allclose(metrics["loss"], wanted, rtol=2e-5)
+  np.testing.assert_allclose(metrics["loss_entropy"], figures["loss_entropy"] * 3 / 2, rtol=2e-5, err_msg="of two")
+  (moments,) = [part.mu for part in jax.tree.leaves(taken.opt_state, is_leaf=is_adam) if is_adam(part)]
+  for ours, theirs in zip(jax.tree.leaves(moments), jax.tree.leaves(jax.device_get(gradient)), strict=True):
+    np.testing.assert_allclose(ours, (1 - config.optim.b1) * theirs, rtol=1e-3, atol=1e-7)
+
+
+def test_groups_whose_gradient_is_0_may_be_left_out(folder, use_devices):
+  """Under the negative baseline weights cancel where rewards are equal: what is left out changes nothing."""
+  config = tiny.config(optim__learning_rate=0.1)
+  begun = begin(config, folder, 1, use_devices)
+  experience = experience_of(begun[0], config)
+  negative = np.where(np.array(CHOSEN)[:, None], experience.negative_weight, experience.weight)
+  experience = experience.replace(negative_weight=negative)
+  parts, phase, state = begun
+  results = []
+  for is_informative in (None, np.array(CHOSEN)):
+    own = (parts, phase, jax.tree.map(lambda x: x.copy(), state))
+    results.append(step_of(own, experience.replace(is_informative=is_informative)))
+  (whole, _), (packed, metrics) = results
+  assert metrics["grad_norm"] > 0
+  for ours, theirs in zip(*(jax.tree.leaves(each.trainable) for each in (packed, whole)), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_buffer_that_teaches_nothing_counts_a_step_alone(folder, use_devices):
+  config = tiny.config(objective__sync_reference_every=2, optim__learning_rate=0.1)
+  parts, phase, state = begin(config, folder, 1, use_devices)
+  experience = experience_of(parts, config)
+  nothing = experience.replace(is_informative=np.zeros(4, bool))
+  with jax.set_mesh(parts.mesh):
+    state, _ = phase.update(state, phase.frozen, experience)
+    before = jax.device_get(state)
+    state, metrics = phase.update(state, phase.frozen, nothing)
+  after = jax.device_get(state)
+  assert metrics == {"loss": 0, "grad_norm": 0, "microbatches": 0}
+  assert (after.step, after.num_skipped, after.num_skipped_in_a_row) == (2, 0, 0)
+  jax.tree.map(np.testing.assert_array_equal, (after.trainable, after.opt_state), (before.trainable, before.opt_state))
+  jax.tree.map(np.testing.assert_array_equal, after.reference, before.trainable)  # it was due
 
 
 def test_what_is_not_finite_changes_only_the_counters(folder, use_devices):
@@ -164,6 +286,7 @@ def test_nothing_is_compiled_after_the_first_iteration(folder, use_devices):
   """Buffers of other prompts and completions run the programs that are there: rollouts, scores, weights, updates."""
   config = tiny.config(rollout__chunk_prompts=2, sampler__name="parallel", objective__elbo_rounds="adaptive")
   parts, phase, state = begin(config, folder, 1, use_devices)
+  state = state.replace(step=state.step + 2)  # from here on rollouts are scored
   compiled, counts = [], []
 
   def note(event, *_, **about):
@@ -367,6 +490,39 @@ def test_a_run_interrupted_between_microbatches_ends_as_if_left_alone(tmp_path, 
         train.main(config, workdir)
     assert is_in_update(notice)
     assert (workdir / "checkpoints" / "train" / step / "experience").exists()
+  train.main(config, workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(alone))
+  assert rows_of(workdir) == rows_of(alone)
+
+
+COIN = """
+def records(split):
+  return [{"n": n} for n in range(64)]
+
+def prompt(record):
+  return f"({record['n'] + 100}="
+
+def reward(record, completion):
+  return float(sum(map(ord, completion)) % 2) if record["n"] % 3 else 1.0  # a third of the groups are left out
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_packs_its_updates_and_is_interrupted_ends_as_if_left_alone(tmp_path, use_devices, monkeypatch):
+  use_devices(1)
+  (tmp_path / "coin.py").write_text(COIN)
+  own = dict(rollout__drop_equal_groups=True, train__microbatch_prompts=1, train__num_buffers=2, warm_start__updates=0)
+  config = tiny.config(**own, task__name=str(tmp_path / "coin.py"), objective__wdce__baseline="none")
+  alone, workdir = leave_alone(config, tmp_path / "alone"), epath.Path(tmp_path / "run")
+  rows = rows_of(alone)[1:]
+  assert any(0 < row["groups_dropped"] < 4 for row in rows)
+  assert all(row["microbatches"] == 4 - row["groups_dropped"] for row in rows)
+  for number in (5, 4):  # polls come before a buffer, before it is sampled, before an update, before each microbatch
+    with monkeypatch.context() as patch:
+      notice_at(patch, number)
+      with pytest.raises(Preempted) as notice:
+        train.main(config, workdir)
+    assert is_in_update(notice)
   train.main(config, workdir)
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(alone))
   assert rows_of(workdir) == rows_of(alone)

@@ -54,6 +54,7 @@ OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
   "objective.shrinkage": "none",
   "objective.wddo.scale": "proper",
   "objective.wdce.old_masks": "buffer",
+  "rollout.drop_equal_groups": False,
   "objective.denoise.schedule": "linear",
   "objective.denoise.weight": "bound",
   "objective.denoise.normalisation": "sequence",

@@ -295,6 +295,7 @@ KEYS: dict[str, Rule] = {
     lambda pipelined, name: not pipelined or not OBJECTIVES[name].has_teacher,
     "objective.name",
   ),
+  "rollout.drop_equal_groups": flag(),
   "rollout.early_exit": flag().also(
     'False unless objective.counted = "until_eos" ({0}): what early exit fills in is not the policy\'s choice',
     lambda exits, counted: not exits or counted == "until_eos",

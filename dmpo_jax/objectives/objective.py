@@ -54,6 +54,11 @@ class Objective:
     return False
 
   @property
+  def reads_log_p_old(self) -> bool:
+    """Whether the loss reads log p_old of whole completions; metrics may."""
+    return False
+
+  @property
   def subtracts_mean(self) -> bool:
     """Whether weights that are all the same in a group cancel."""
     return False

@@ -54,6 +54,10 @@ class Wdce(Objective):
     return self.old_masks == "update"
 
   @property
+  def reads_log_p_old(self) -> bool:
+    return self.compares_with_old(self.baseline, self.unlearning) and self.old_masks == "buffer"
+
+  @property
   def subtracts_mean(self) -> bool:
     return self.baseline == "mean" and self.baseline_strength == 1
 

@@ -41,6 +41,10 @@ class Wddo(Objective):
   }
   needs_weights: ClassVar[bool] = True
 
+  @property
+  def reads_log_p_old(self) -> bool:
+    return True
+
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
     """Discriminate the target's samples from p_old's (DMPO, arXiv 2510.08233, after DDO).
 

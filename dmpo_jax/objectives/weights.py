@@ -304,11 +304,12 @@ def fraction_without_variance(reward: Float[Array, "p g"], is_kept: Bool[Array, 
   return (~has_variance(reward, is_kept)).mean()
 
 
-def has_variance(reward: Float[Array, "p g"], is_kept: Bool[Array, "p g"]) -> Bool[Array, "p"]:
-  """Whether the kept rewards of each group differ."""
-  highest = jnp.where(is_kept, reward, -jnp.inf).max(-1)
-  lowest = jnp.where(is_kept, reward, jnp.inf).min(-1)
-  return highest > lowest
+@jax.jit  # as above
+def has_variance(reward: Float[Array, "p g *parts"], is_kept: Bool[Array, "p g"]) -> Bool[Array, "p"]:
+  """Whether the kept rewards of each group, or any part of them, differ: what is learned from by comparing them."""
+  parts, is_kept = reward.reshape(*is_kept.shape, -1), is_kept[..., None]
+  highest, lowest = jnp.where(is_kept, parts, -jnp.inf).max(1), jnp.where(is_kept, parts, jnp.inf).min(1)
+  return (highest > lowest).any(-1)
 
 
 def signal_kept(weighed: Weights, reward: Float[Array, "p g"]) -> Float[Array, ""]:

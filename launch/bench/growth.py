@@ -200,7 +200,7 @@ def make_turn(program: str, work: workload.Workload) -> tuple[jax.stages.Compile
     assert isinstance(step.accumulate, jax.stages.Compiled)
     return step.accumulate, bench_update.make_turn(work, step)
   compiled, key = workload.compiled("sample", work), noise.step_key(work.config.seed, "rollout", 0)
-  return compiled, lambda: jax.block_until_ready(compiled(work.policies, work.experience.prompts, key))
+  return compiled, lambda: jax.block_until_ready(compiled(work.policies, work.experience.prompts, key, 0))
 
 
 def point_of(

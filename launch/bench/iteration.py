@@ -113,7 +113,9 @@ def _phase(work: workload.Workload) -> tuple[phases.Phase, TrainState]:
   )
   workdir = epath.Path(tempfile.mkdtemp())
   phase, state = phases.training_phase(config, workdir, parts, work.policies.frozen)
-  return phase, dataclasses.replace(state, trainable=workload.as_trained(work.policies.trainable))
+  # Not at step 0, at which the policy is its own reference and is not scored.
+  trained = workload.as_trained(work.policies.trainable)
+  return phase, dataclasses.replace(state, trainable=trained, step=state.step + config.train.updates_per_buffer)
 
 
 def make_peer(config: ConfigDict, official: str) -> timing.Contender:

@@ -54,7 +54,7 @@ def is_needed(name: str, config: ConfigDict) -> bool:
   """Return whether the objective of a configuration runs a program."""
   objective = phases.make_objective(config)
   if name == "score":
-    return phases.needs_log_probs(config)
+    return phases.num_scored(config, config.train.updates_per_buffer) > 0  # of any buffer but the first
   if name == "move":
     return not objective.learns_from_demonstrations and any(config.sharding.rollout.values())
   return name in STEP or not objective.learns_from_demonstrations
@@ -96,7 +96,7 @@ def trace(name: str, config: ConfigDict, model: Transformer, meshes: tuple[Mesh,
       with jax.set_mesh(mesh):
         _, share = jax.eval_shape(program, *args)
       share = jax.tree.map(lambda leaf: leaf.update(sharding=sharding.replicated(mesh)), share)
-      program, args = step.apply, (state, gradient, (share,) * step.num_microbatches)
+      program, args = step.apply, (state, gradient, share, jax.ShapeDtypeStruct((2,), jnp.float32))
   elif name == "sample":
     program = phases.training_sample(config, model, mesh)
     args = policies, chunk.prompts, key, 0
