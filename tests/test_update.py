@@ -79,6 +79,8 @@ def test_microbatches_and_devices_change_nothing(folder, use_devices, baseline):
   for config, num_devices in ((whole, 1), (parted, 1), (sharded, 8)):
     begun = begin(config, folder, num_devices, use_devices)
     results.append(step_of(begun, experience_of(begun[0], config)))
+  for (_, metrics), number in zip(results, (1, 4, 1), strict=True):
+    assert metrics.pop("microbatches") == number
   (state, metrics), *others = results
   assert metrics["grad_norm"] > 0
   for other_state, other_metrics in others:
@@ -186,7 +188,9 @@ def test_a_packed_update_is_the_plain_one_without_what_the_other_groups_add(
       teacher={"params": state.reference} if state.reference is not None else None,
     )
     keys = noise.row_keys(noise.step_key(config.seed, "loss", 0), given.prompts.prompt_id, config.rollout.group_size)
-    return phases.make_objective(config).loss(score, update.of_update(given, 0), keys, 3)  # of three groups
+    return phases.make_objective(config).loss(
+      score, update.of_update(given, jax.numpy.int32(0)), keys, 3
+    )  # of three groups
 
   with jax.set_mesh(parts.mesh):
     (wanted, figures), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.trainable)
