@@ -120,6 +120,9 @@ def get_config() -> ConfigDict:
   # updates leave out groups whose rewards are all the same, and compute the others alone; for objectives that compare
   # the rewards of a group
   r.drop_equal_groups = True
+  # groups whose rewards differ: further batches of num_prompts are generated until a buffer has so many; 0: one batch
+  r.until_informative = 0
+  r.max_batches = 4  # of a buffer
   r.early_exit = False  # a rollout ends with its first EOS; needs objective.counted = "until_eos"
 
   c.objective = o = ConfigDict()

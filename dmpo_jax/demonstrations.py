@@ -40,15 +40,23 @@ class Demonstrations:
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="demonstrations")
     self._ahead: dict[int, Future[Experience]] = {}
 
-  def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None) -> Experience:
+  def generate(
+    self, state: TrainState, buffer: int, begun: PendingRollouts | None = None, further: int = 0
+  ) -> Experience:
     """Return a buffer's demonstrations, and begin to make the next ones."""
     made = self._ahead.pop(buffer, None) or self._thread.submit(self._make, buffer)
     self._ahead[buffer + 1] = self._thread.submit(self._make, buffer + 1)
     return made.result()
 
-  def complete(self, state: TrainState, buffer: int, pending: Experience) -> tuple[Experience, dict[str, float]]:
+  def complete(
+    self, state: TrainState, buffer: int, pending: Experience, further: int = 0
+  ) -> tuple[Experience, dict[str, float]]:
     """Return what was generated: demonstrations have no rewards to wait for."""
     return pending, {}
+
+  def wants_more(self, experience: Experience, num_batches: int) -> bool:
+    """Return False: a batch of demonstrations is a buffer."""
+    return False
 
   def _make(self, buffer: int) -> Experience:
     stream = self._parts.correct_demonstrations if buffer < self._num_correct else self._parts.prompts

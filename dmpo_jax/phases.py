@@ -46,12 +46,21 @@ logger = logging.getLogger(__name__)
 class Buffers(Protocol):
   """Where a phase's buffers come from."""
 
-  def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None) -> Any:
-    """Do all that needs the policy as it is now; `begun` is what an earlier start had generated of the buffer."""
+  def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None, further: int = 0) -> Any:
+    """Do all that needs the policy as it is now; `begun` is what an earlier start had generated of the buffer.
+
+    `further` batches were taken beyond one a buffer so far.
+    """
     ...
 
-  def complete(self, state: TrainState, buffer: int, pending: Any) -> tuple[Experience, dict[str, float]]:
+  def complete(
+    self, state: TrainState, buffer: int, pending: Any, further: int = 0
+  ) -> tuple[Experience, dict[str, float]]:
     """Make the buffer's experience of it, with figures for the log."""
+    ...
+
+  def wants_more(self, experience: Experience, num_batches: int) -> bool:
+    """Whether a buffer that was collected from so many batches needs another one."""
     ...
 
 
@@ -97,17 +106,23 @@ class GradedRollouts:
   takes_parts: bool  # it takes the parts of the rewards apart
   is_scored: Callable[[int], bool]  # whether the objective needs scores of the rollouts that a step's policy draws
   drops_equal: bool  # where it compares rewards, updates leave out the groups whose rewards are all the same
+  until_informative: int = 0  # groups that updates learn from, until which further batches follow
+  max_batches: int = 1  # of a buffer
 
-  def generate(self, state: TrainState, buffer: int, begun: PendingRollouts | None = None) -> PendingRollouts:
+  def generate(
+    self, state: TrainState, buffer: int, begun: PendingRollouts | None = None, further: int = 0
+  ) -> PendingRollouts:
     """Generate rollouts, or the rest of them; see `rollout.Collector.generate`."""
     if begun is not None and begun.is_whole:
       return begun
     is_scored = self.is_scored(int(state.step))
-    return self.collector.generate(self._policies(state), self._batch(buffer), begun, is_scored=is_scored)
+    return self.collector.generate(self._policies(state), self._batch(buffer, further), begun, is_scored=is_scored)
 
-  def complete(self, state: TrainState, buffer: int, pending: PendingRollouts) -> tuple[Experience, dict[str, float]]:
+  def complete(
+    self, state: TrainState, buffer: int, pending: PendingRollouts, further: int = 0
+  ) -> tuple[Experience, dict[str, float]]:
     """Complete them for the objective, and warn where their rewards teach nothing."""
-    pending = dataclasses.replace(pending, batch=self._batch(buffer))  # which a checkpoint does not hold
+    pending = dataclasses.replace(pending, batch=self._batch(buffer, further))  # which a checkpoint does not hold
     experience, metrics = self.collector.complete(pending, self._policies(state))
     reward = experience.reward_parts if self.takes_parts else experience.reward
     assert reward is not None  # `build` has checked that the task has parts
@@ -116,15 +131,22 @@ class GradedRollouts:
       is_informative = np.asarray(weights.has_variance(jnp.asarray(reward), jnp.asarray(experience.is_kept)))
       experience = dataclasses.replace(experience, is_informative=is_informative)
       metrics["groups_dropped"] = float((~is_informative).sum())
-      lack += "; its updates change nothing" if lack else ""
     if lack and jax.process_index() == 0:
       logger.warning("buffer %d: %s", buffer + 1, lack)
     metrics["without_signal"] = float(bool(lack))
+    if self.until_informative:
+      metrics["batches"] = 1.0
     prompts_counted = {"prompts_skipped": self.prompts.num_skipped, "prompts_cut": self.prompts.num_cut}
     return experience, metrics | {name: float(count) for name, count in prompts_counted.items()}
 
-  def _batch(self, buffer: int) -> Batch:
-    return Batch(buffer, *self.prompts.batch(buffer * self.num_prompts, self.num_prompts))
+  def wants_more(self, experience: Experience, num_batches: int) -> bool:
+    """Whether too few groups have rewards that differ, and another batch is allowed."""
+    if not self.until_informative or experience.is_informative is None:
+      return False
+    return int(experience.is_informative.sum()) < self.until_informative and num_batches < self.max_batches
+
+  def _batch(self, buffer: int, further: int) -> Batch:
+    return Batch(buffer, *self.prompts.batch((buffer + further) * self.num_prompts, self.num_prompts))
 
   def _policies(self, state: TrainState) -> Policies:
     return Policies(self.trainable.computing(state.trainable), self.base, state.reference)
@@ -434,6 +456,8 @@ def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRo
     takes_parts=config.objective.reward_scaling == "standardise_parts",
     is_scored=lambda step: num_scored(config, step) > 0,
     drops_equal=config.rollout.drop_equal_groups,
+    until_informative=config.rollout.until_informative,
+    max_batches=config.rollout.max_batches,
   )
 
 

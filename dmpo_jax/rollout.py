@@ -177,6 +177,13 @@ class Collector:
     return grade(self.grading, self.tokenizer, batch.records[prompts], rollouts.completion)
 
 
+def pool(collected: Experience, batch: Experience) -> Experience:
+  """Take as many groups as a batch has of both, those that updates learn from first, else in order."""
+  both = jax.tree.map(lambda *parts: np.concatenate(parts), collected, batch)
+  order = np.argsort(~both.is_informative, kind="stable")[: len(batch.is_kept)]
+  return jax.tree.map(lambda array: array[order], both)
+
+
 class RewardsOnly:
   """For objectives that learn from rewards and the current policy alone."""
 

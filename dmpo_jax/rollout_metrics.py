@@ -12,6 +12,8 @@ from dmpo_jax.grading import Grades
 from dmpo_jax.objectives import weights
 from dmpo_jax.structs import Rollouts
 
+COUNTS = ("rewards_failed", "grading_timeouts", "grading_crashes", "scores_failed", "groups_dropped", "batches")
+
 
 class Stopwatch:
   """Seconds of the phases of a buffer."""
@@ -84,6 +86,17 @@ def describe(
     "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
     "eos_rate": _mean((completion == eos_token_id).any(-1)),
   }
+
+
+def pool_figures(so_far: dict[str, float], batch: dict[str, float], number: int) -> dict[str, float]:
+  """Add the figures of a buffer's `number`-th batch to those of the ones before: seconds and counts, or the mean."""
+  if number == 1:
+    return batch
+  pooled = {}
+  for name, value in batch.items():
+    is_sum = name.startswith("seconds_") or name in COUNTS
+    pooled[name] = so_far[name] + (value if is_sum else (value - so_far[name]) / number)
+  return pooled
 
 
 def log_confidence(rollouts: Rollouts) -> Float[np.ndarray, "p g c"]:

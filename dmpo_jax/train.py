@@ -16,13 +16,14 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import build, phases, policy, sharding
+from dmpo_jax import build, phases, policy, rollout, sharding
 from dmpo_jax.build import Parts
 from dmpo_jax.config import ConfigError
 from dmpo_jax.evaluate import best_buffer
 from dmpo_jax.files import Unreadable
 from dmpo_jax.phases import Phase
 from dmpo_jax.processes import meet
+from dmpo_jax.rollout_metrics import pool_figures
 from dmpo_jax.run import progress
 from dmpo_jax.run.checkpoints import Checkpoints
 from dmpo_jax.run.metrics import Metrics, read_result, write_parameter_overview, write_result
@@ -49,6 +50,9 @@ class Position:
   base: str = ""  # identity of the parameters that the phase began with
   buffer: int = 0  # finished buffers
   update: int = 0  # finished updates of the current one
+  batch: int = 0  # batches of prompts that the current one has been collected from so far
+  further: int = 0  # batches that this and earlier buffers took beyond one each: the prompts go on behind them
+  is_short: bool = False  # the current buffer lacks groups that updates learn from
   reported: int = -1  # buffers whose evaluation and metrics are done; -1: not even those of the beginning
   scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # of the current buffer so far
   evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by number of finished buffers
@@ -165,10 +169,15 @@ class Now:
 
   def collect(self, phase: Phase) -> None:
     """Complete the buffer to learn from, unless it is there; in a pipelined run, generate the next one too."""
-    if self.experience is None:
-      buffer = self.position.buffer
-      self.pending = self._generate(phase, buffer)  # kept, as completing it may be interrupted too
-      self.experience, self.position.scalars = phase.buffers.complete(self.state, buffer, self.pending)
+    now = self.position
+    while self.experience is None or now.is_short:
+      self.pending = self._generate(phase, now.buffer)  # kept, as completing it may be interrupted too
+      batch, figures = phase.buffers.complete(self.state, now.buffer, self.pending, now.further)
+      now.batch += 1
+      self.experience = batch if self.experience is None else rollout.pool(self.experience, batch)
+      now.scalars = pool_figures(now.scalars, figures, now.batch)
+      now.is_short = phase.buffers.wants_more(self.experience, now.batch)
+      now.further += now.is_short
       self.pending = None
     if phase.is_pipelined and self.position.buffer + 1 < phase.num_buffers:
       self.pending = self._generate(phase, self.position.buffer + 1)
@@ -188,7 +197,7 @@ class Now:
           buffer, step, int(state.step),
         )  # fmt: skip
       state = state if earlier is None else earlier
-    return phase.buffers.generate(state, buffer, self.pending)
+    return phase.buffers.generate(state, buffer, self.pending, self.position.further)
 
   def learn(self, phase: Phase) -> None:
     """Take one gradient step, and add its metrics to the buffer's.
@@ -209,7 +218,8 @@ class Now:
 
   def next_buffer(self) -> None:
     """Go on to the next buffer."""
-    self.experience, self.position.buffer, self.position.update = None, self.position.buffer + 1, 0
+    now = self.position
+    self.experience, now.buffer, now.update, now.batch = None, now.buffer + 1, 0, 0
 
   def save_if_due(self, phase: Phase, config: ConfigDict) -> None:
     """Save every so many updates, at the end, and where a pipelined run that is extended later will start from.

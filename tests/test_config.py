@@ -92,6 +92,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ),
     ("sampler.freedave.draft_length", 0, "must be 1 or more"),
     ("rollout.chunk_prompts", 5, "0 or a divisor of rollout.num_prompts = 32"),
+    ("rollout.until_informative", 33, "at most rollout.num_prompts = 32"),
     ("rollout.chunk_rollouts", 3, "0 or a divisor of rollout.group_size = 8"),
     ("rollout.chunk_rollouts", 4, "0, as rollout.chunk_prompts = 0 and rollout.group_size = 8"),
     ("rollout.early_exit", True, 'False unless objective.counted = "until_eos"'),

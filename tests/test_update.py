@@ -161,14 +161,15 @@ def test_a_packed_update_is_the_plain_one_without_what_the_other_groups_add(
   folder, use_devices, objective, microbatch, num_devices
 ):
   """The plain twin: the mean over the whole buffer's groups of which a rollout is kept, those left out as zeros."""
-  own = dict(objective__name=objective, train__microbatch_prompts=microbatch, optim__clip_norm=1e3)
+  own = dict(objective__name=objective, train__microbatch_prompts=microbatch, optim__clip_norm=1e9)
   config = tiny.config(**own, **FAMILIES[objective], optim__learning_rate=0.1, sharding__fsdp=2, sharding__tensor=2)
   parts, phase, state = begin(config, folder, num_devices, use_devices)
   experience = experience_of(parts, config)
   is_kept = np.ones((4, 4), bool)
   is_kept[0], is_kept[1, 2] = False, False  # the first group is dropped whole: it does not count in the mean
   noise_of = np.random.default_rng(1).normal
-  per_token = -np.abs(noise_of(size=(4, 4, 2, 16))).astype(np.float32) if objective == "coupled_grpo" else None
+  near = -3 + 0.1 * noise_of(size=(4, 4, 2, 16))  # to log p of a policy at random
+  per_token = near.astype(np.float32) if objective == "coupled_grpo" else None
   experience = experience.replace(
     reward=experience.weight, is_kept=is_kept, token_log_p_old=per_token, token_log_p_ref=per_token
   )
@@ -501,7 +502,7 @@ def test_a_run_interrupted_between_microbatches_ends_as_if_left_alone(tmp_path, 
 
 COIN = """
 def records(split):
-  return [{"n": n} for n in range(64)]
+  return [{"n": n} for n in (range(64) if split == "train" else range(64, 80))]
 
 def prompt(record):
   return f"({record['n'] + 100}="
@@ -527,6 +528,47 @@ def test_a_run_that_packs_its_updates_and_is_interrupted_ends_as_if_left_alone(t
       with pytest.raises(Preempted) as notice:
         train.main(config, workdir)
     assert is_in_update(notice)
+  train.main(config, workdir)
+  jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(alone))
+  assert rows_of(workdir) == rows_of(alone)
+
+
+def test_the_groups_of_two_batches_are_pooled_by_hand():
+  def batch(first, chosen):
+    prompts = Prompts(*np.zeros((2, 4, 1), np.int32), np.arange(first, first + 4))
+    experience = rollout.demonstrate(prompts, np.zeros((4, 1), np.int32))
+    return experience.replace(is_informative=np.isin(prompts.prompt_id, chosen))
+
+  pooled = rollout.pool(batch(0, [2]), batch(4, [5, 7]))
+  assert pooled.prompts.prompt_id.tolist() == [2, 5, 7, 0]
+  assert pooled.is_informative.tolist() == [True, True, True, False]
+  assert rollout.pool(pooled, batch(8, [8, 9, 10])).prompts.prompt_id.tolist() == [2, 5, 7, 8]
+
+
+@pytest.mark.slow
+def test_batches_are_added_until_a_buffer_has_its_groups(tmp_path, use_devices, monkeypatch):
+  """Each prompt is graded in one batch alone, and a run that is interrupted ends as if left alone."""
+  use_devices(1)
+  graded = tmp_path / "graded.txt"
+  noted = f"  with open({str(graded)!r}, 'a') as file:\n    file.write(f\"{{record['n']}} \")\n  return"
+  (tmp_path / "coin.py").write_text(COIN.replace("  return float", noted + " float"))
+  own = dict(rollout__drop_equal_groups=True, rollout__until_informative=3, rollout__max_batches=3)
+  own |= dict(train__num_buffers=2, train__updates_per_buffer=1, warm_start__updates=0, rollout__chunk_prompts=2)
+  config = tiny.config(**own, task__name=str(tmp_path / "coin.py"), grading__workers=1)
+  alone, workdir = leave_alone(config, tmp_path / "alone"), epath.Path(tmp_path / "run")
+  rows = rows_of(alone)[1:]
+  assert max(row["batches"] for row in rows) > 1
+  for row in rows:
+    num_informative = 4 * row["batches"] - row["groups_dropped"]
+    assert num_informative >= 3 or row["batches"] == 3
+  numbers = [number for number in map(int, graded.read_text().split()) if number < 64]  # the others are evaluated
+  assert len(set(numbers)) == 4 * sum(row["batches"] for row in rows)
+  assert all(numbers.count(number) == 4 for number in numbers)
+  for number in (5, 8):  # in the middle of a batch
+    with monkeypatch.context() as patch:
+      notice_at(patch, number)
+      with pytest.raises(Preempted):
+        train.main(config, workdir)
   train.main(config, workdir)
   jax.tree.map(np.testing.assert_array_equal, policy_of(workdir), policy_of(alone))
   assert rows_of(workdir) == rows_of(alone)

@@ -55,6 +55,8 @@ OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
   "objective.wddo.scale": "proper",
   "objective.wdce.old_masks": "buffer",
   "rollout.drop_equal_groups": False,
+  "rollout.until_informative": 0,
+  "rollout.max_batches": 4,
   "objective.denoise.schedule": "linear",
   "objective.denoise.weight": "bound",
   "objective.denoise.normalisation": "sequence",

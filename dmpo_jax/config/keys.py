@@ -296,6 +296,19 @@ KEYS: dict[str, Rule] = {
     "objective.name",
   ),
   "rollout.drop_equal_groups": flag(),
+  "rollout.until_informative": whole(0)
+  .also("at most {0}", operator.le, "rollout.num_prompts")
+  .also(
+    "0, as {0} keeps groups whose rewards are all the same",
+    lambda groups, drops: groups == 0 or drops,
+    "rollout.drop_equal_groups",
+  )
+  .also(
+    "0, as {0} generates a buffer before the rewards of the one before it are known",
+    lambda groups, pipelined: groups == 0 or not pipelined,
+    "rollout.pipelined",
+  ),
+  "rollout.max_batches": whole(1),
   "rollout.early_exit": flag().also(
     'False unless objective.counted = "until_eos" ({0}): what early exit fills in is not the policy\'s choice',
     lambda exits, counted: not exits or counted == "until_eos",
