@@ -6,40 +6,35 @@ proper hold rollouts (or demonstrations too, where the objective is supervised).
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from dmpo_jax import data, optim, policy, rollout, sharding, update
+from dmpo_jax import optim, policy, rollout, sharding, update
 from dmpo_jax.build import Parts
 from dmpo_jax.chunks import Chunking
 from dmpo_jax.demonstrations import Demonstrations, make_held_out_loss
 from dmpo_jax.evaluate import make_evaluate_training
+from dmpo_jax.graded_rollouts import GradedRollouts
 from dmpo_jax.logprobs import make_log_probs
-from dmpo_jax.models.trainable import TRAINED_DTYPE, Trainable
+from dmpo_jax.models.trainable import TRAINED_DTYPE
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.objectives import OBJECTIVES, Objective, weights
+from dmpo_jax.objectives import OBJECTIVES, Objective
 from dmpo_jax.objectives.denoise import Denoise
 from dmpo_jax.objectives.estimators import make_estimator
 from dmpo_jax.objectives.likelihood import Estimator
 from dmpo_jax.objectives.masking import MaskSampling
 from dmpo_jax.objectives.weights import Weighing
-from dmpo_jax.policy import Policies
-from dmpo_jax.rollout import Batch, Collector
-from dmpo_jax.rollout_metrics import lack_of_signal
+from dmpo_jax.rollout import Collector
 from dmpo_jax.run.params import save_params
 from dmpo_jax.structs import Experience, PendingRollouts, TrainState
-
-logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -91,65 +86,6 @@ class Phase:
       return False
     is_due = self.evaluate_every > 0 and buffer % self.evaluate_every == 0
     return is_due or buffer == 0 or buffer >= self.num_buffers
-
-
-@dataclasses.dataclass(frozen=True)
-class GradedRollouts:
-  """Buffers of rollouts of the current policy."""
-
-  collector: Collector
-  prompts: data.PromptStream
-  num_prompts: int
-  base: PyTree
-  trainable: Trainable
-  compares_rewards: bool  # the objective learns from the differences of rewards inside a group alone
-  takes_parts: bool  # it takes the parts of the rewards apart
-  is_scored: Callable[[int], bool]  # whether the objective needs scores of the rollouts that a step's policy draws
-  drops_equal: bool  # where it compares rewards, updates leave out the groups whose rewards are all the same
-  until_informative: int = 0  # groups that updates learn from, until which further batches follow
-  max_batches: int = 1  # of a buffer
-
-  def generate(
-    self, state: TrainState, buffer: int, begun: PendingRollouts | None = None, further: int = 0
-  ) -> PendingRollouts:
-    """Generate rollouts, or the rest of them; see `rollout.Collector.generate`."""
-    if begun is not None and begun.is_whole:
-      return begun
-    is_scored = self.is_scored(int(state.step))
-    return self.collector.generate(self._policies(state), self._batch(buffer, further), begun, is_scored=is_scored)
-
-  def complete(
-    self, state: TrainState, buffer: int, pending: PendingRollouts, further: int = 0
-  ) -> tuple[Experience, dict[str, float]]:
-    """Complete them for the objective, and warn where their rewards teach nothing."""
-    pending = dataclasses.replace(pending, batch=self._batch(buffer, further))  # which a checkpoint does not hold
-    experience, metrics = self.collector.complete(pending, self._policies(state))
-    reward = experience.reward_parts if self.takes_parts else experience.reward
-    assert reward is not None  # `build` has checked that the task has parts
-    lack = lack_of_signal(reward, experience.is_kept, compares=self.compares_rewards)
-    if self.drops_equal and self.compares_rewards:
-      is_informative = np.asarray(weights.has_variance(jnp.asarray(reward), jnp.asarray(experience.is_kept)))
-      experience = dataclasses.replace(experience, is_informative=is_informative)
-      metrics["groups_dropped"] = float((~is_informative).sum())
-    if lack and jax.process_index() == 0:
-      logger.warning("buffer %d: %s", buffer + 1, lack)
-    metrics["without_signal"] = float(bool(lack))
-    if self.until_informative:
-      metrics["batches"] = 1.0
-    prompts_counted = {"prompts_skipped": self.prompts.num_skipped, "prompts_cut": self.prompts.num_cut}
-    return experience, metrics | {name: float(count) for name, count in prompts_counted.items()}
-
-  def wants_more(self, experience: Experience, num_batches: int) -> bool:
-    """Whether too few groups have rewards that differ, and another batch is allowed."""
-    if not self.until_informative or experience.is_informative is None:
-      return False
-    return int(experience.is_informative.sum()) < self.until_informative and num_batches < self.max_batches
-
-  def _batch(self, buffer: int, further: int) -> Batch:
-    return Batch(buffer, *self.prompts.batch((buffer + further) * self.num_prompts, self.num_prompts))
-
-  def _policies(self, state: TrainState) -> Policies:
-    return Policies(self.trainable.computing(state.trainable), self.base, state.reference)
 
 
 def abstract_state(trained: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -42,25 +42,14 @@ ROOMS = {
   "build": FOUNDATIONS | {"config", "data", "grading", "hub", "models", "objectives", "policy", "run", "tasks"},
   "generations": FOUNDATIONS | {"grading", "hub"},
   "evaluate": FOUNDATIONS | {"generations", "build", "config", "grading", "hub", "policy", "run", "tasks"},
+  "graded_rollouts": FOUNDATIONS | {"data", "models", "objectives", "policy", "rollout", "rollout_metrics"},
   "demonstrations": FOUNDATIONS | {"build", "data", "logprobs", "models", "objectives", "rollout", "run"},
   "phases": FOUNDATIONS
-  | {
-    "build",
-    "chunks",
-    "data",
-    "demonstrations",
-    "evaluate",
-    "logprobs",
-    "models",
-    "objectives",
-    "optim",
-    "policy",
-    "rollout",
-  }
-  | {"rollout_metrics", "run", "update"},
+  | {"build", "chunks", "demonstrations", "evaluate", "graded_rollouts", "logprobs", "models", "objectives", "optim"}
+  | {"policy", "rollout", "run", "update"},
   "sample": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run"},
   "serve": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run", "sample", "samplers"},
-  "train": FOUNDATIONS | {"build", "config", "evaluate", "phases", "policy", "run"},
+  "train": FOUNDATIONS | {"build", "config", "evaluate", "phases", "policy", "rollout", "rollout_metrics", "run"},
   "main": FOUNDATIONS | {"config", "evaluate", "hub", "policy", "run", "sample", "serve", "train"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
