@@ -119,6 +119,7 @@ def test_the_reference_follows_every_other_update(folder, use_devices, rank):
     (dict(objective__sync_reference_every=2), [0, 0, 0, 0]),
     (dict(objective__wdce__unlearning="bounded"), [2, 2, 2, 2]),  # log p_old is read
     (dict(objective__wdce__unlearning="bounded", objective__sync_reference_every=1), [1, 1, 1, 1]),
+    (dict(objective__wdce__unlearning="bounded", objective__wdce__old_masks="update"), [0, 2, 2, 2]),
     (dict(objective__name="wddo", objective__sync_reference_every=2), [1, 1, 1, 1]),
     (dict(objective__name="coupled_grpo"), [2, 2, 2, 2]),
     (dict(objective__name="coupled_grpo", objective__coupled_grpo__kl_weight=0.0), [1, 1, 1, 1]),
