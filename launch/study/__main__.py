@@ -1,43 +1,45 @@
-"""Compare the objectives on equal terms: the same bases, prompts, rewards and budget of model calls, several seeds.
+"""Compare the objectives on equal terms: the same bases, prompts, rewards and cost, tuned by one common search.
 
-    python -m launch.study --out=runs/study                       # everything; running it again resumes it
-    python -m launch.study --out=runs/study --seeds=0 --groups=objectives --minutes=30
-    python -m launch.study --out=runs/study --minutes=0 --docs=docs    # only the pages of the runs that exist
+    python -m launch.study                                      # goes on where the rows in docs/study/ end
+    python -m launch.study --stages=tune --tasks=sudoku --searched=4 --minutes=30
+    python -m launch.study --stages=                            # only the page, from the rows
 
-All runs of a task and seed start from one base, which is trained on partly wrong demonstrations (configs/bench.py).
-First, runs on a seed of their own choose the learning rate of each objective (`arms.next_rate`), which all its variants
-use. Then the runs are done in the order of `arms.plan`. Each leaves one JSON file and is not repeated. The page
-(`study.html`) is written after every run. Several processes may share the folder if each has its own --tasks.
+Stages: `bases` are trained on partly wrong demonstrations and measured; `tune` tries every objective's published
+settings and a common random search on the tuning bases; `select` writes down each objective's best ones; `test` runs
+these on the test bases; `questions` changes one thing at a time. Every run is one line of JSON in docs/study/ and is
+never repeated. Several processes may share the folder, each with its own --share. The page is drawn from the rows.
 """
 
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict
+from etils import epath
 
-from dmpo_jax.config import command, validate
+from dmpo_jax import files
+from dmpo_jax.config import command
 from dmpo_jax.run import buckets, progress
-from launch.study import arms, page, runs
-from launch.study.arms import GROUPS, TASKS, TUNING_SEED, bench_config, with_changes
+from launch.study import design, page, rows, runs
+
+STAGES = ("bases", "tune", "select", "test", "questions")
 
 
 def define_flags() -> None:
   """Declare the command's flags; not on import, as every command has an --out of its own."""
-  flags.DEFINE_string("out", "runs/study", "Folder of the study's runs, JSON files and page.")
-  flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the bases and the runs.")
-  flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
-  flags.DEFINE_list("groups", list(GROUPS), f"Questions: {', '.join(GROUPS)}.")
-  about = "Budget of a run: model calls for each rollout of a buffer, a backward pass as two."
-  flags.DEFINE_integer("calls", 1024, about, lower_bound=1)
-  flags.DEFINE_float("minutes", 180.0, "Start no run that would probably end later than this.")
+  flags.DEFINE_string("out", "runs/study", "Folder of bases, data and compiled programs, which can be made again.")
+  flags.DEFINE_string("docs", "docs", "Folder of the page; its folder `study` has the rows.")
+  flags.DEFINE_list("stages", list(STAGES), "Stages, in this order.")
+  flags.DEFINE_list("tasks", list(design.TASKS), "Tasks.")
+  flags.DEFINE_list("objectives", list(design.OBJECTIVES), "Objectives.")
+  flags.DEFINE_integer("searched", design.SEARCHED, "Candidates of the random search.", lower_bound=0)
+  flags.DEFINE_float("tune_budget", 1.0, "Budget of a tuning run, as a multiple of 1x.")
+  flags.DEFINE_float("test_budget", 3.0, "Budget of a test run, as a multiple of 1x.")
+  flags.DEFINE_float("minutes", 600.0, "Start no run after this.")
+  flags.DEFINE_string("share", "0/1", "k/n: do only the k-th of n shares of the configurations, counted from 0.")
   flags.adopt_module_key_flags(progress)  # --quiet
-  flags.DEFINE_multi_string("set", [], "key=value (JSON) for all configurations, such as warm_start.updates=600.")
-  flags.DEFINE_string("docs", "", "A folder for study.md and study.svg.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,60 +47,50 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   given = flags.FLAGS
-  for chosen, known in ((given.groups, GROUPS), (given.tasks, TASKS)):
-    if set(chosen) - set(known):
-      raise app.UsageError(f"{', '.join(sorted(set(chosen) - set(known)))}: must be among {', '.join(known)}")
-  seeds, changes = read_seeds(given.seeds), dict(read_change(change) for change in given["set"].value or ())
-  for task in given.tasks:
-    validate(_changed(bench_config("wdce", task), changes))
+  for option, known in (("stages", STAGES), ("tasks", design.TASKS), ("objectives", design.OBJECTIVES)):
+    if unknown := set(given[option].value) - set(known):
+      raise app.UsageError(f"--{option}={','.join(sorted(unknown))}: must be among {', '.join(known)}")
   for option in ("out", "docs"):
     buckets.refuse(f"--{option}", given[option].value or "")
-  study = runs.Study(pathlib.Path(given.out).expanduser().resolve(), given.calls, changes)
-  study.check_folder()
-  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # a third of a run on CPUs was compilation
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # hundreds of programs, many of them the same
-    jax.config.update("jax_compilation_cache_dir", str(study.out / ".jax_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  clock, needed = runs.Clock(given.minutes), arms.needed_rates(given.groups, given.tasks)
-  if study.tune(needed, clock):
-    study.take(list(arms.plan(runs.chosen_rates(needed, study.out), given.groups, given.tasks, seeds)), clock)
-  page.write(study.out, runs.find_results(study.out), pathlib.Path(given.docs) if given.docs else None)
-  print(f"page: {study.out / 'study.html'}")
+  out, docs = (pathlib.Path(given[option].value).expanduser().resolve() for option in ("out", "docs"))
+  study = runs.Study(out, docs / "study", read_share(given.share), runs.Clock(given.minutes))
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(out / ".jax_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  chosen = given.tasks, given.objectives
+  for stage in [stage for stage in STAGES if stage in given.stages]:
+    match stage:
+      case "bases":
+        study.measure_bases(given.tasks)
+      case "tune":
+        study.take(list(design.tuning(*chosen, given.searched, given.tune_budget)))
+      case "select":
+        select(docs / "study", *chosen)
+      case "test":
+        study.take(list(design.tests(rows.read_selection(docs / "study"), *chosen, given.test_budget)))
+      case "questions":
+        study.take(list(design.questions(rows.read_selection(docs / "study"), given.tasks, given.tune_budget)))
+  page.write(docs)
+  print(f"page: {docs / 'study.md'}")
 
 
-def read_seeds(given: Sequence[str]) -> list[int]:
-  """Read the value of --seeds.
+def select(folder: pathlib.Path, tasks: Sequence[str], objectives: Sequence[str]) -> None:
+  """Write the best settings of every objective on the tasks that have none yet; what was selected stays."""
+  found, before = rows.read(folder, "tune"), rows.read_selection(folder)
+  new = design.choose(found, [task for task in tasks if task not in before], objectives)
+  files.write_whole(epath.Path(folder / rows.SELECTION), json.dumps(before | new, indent=1) + "\n")
+
+
+def read_share(given: str) -> tuple[int, int]:
+  """Read the value of --share.
 
   Raises:
-    UsageError: a seed is not a whole number, or is that of the learning rates.
+    UsageError: it is not k/n with k below n.
   """
-  wrong = [seed for seed in given if not seed.isdecimal() or int(seed) == TUNING_SEED]
-  if wrong:
-    raise app.UsageError(
-      f"--seeds={','.join(given)}: {wrong[0]!r} cannot be used; give whole numbers other than {TUNING_SEED}, the seed "
-      "that chooses the learning rates"
-    )
-  return [int(seed) for seed in given]
-
-
-def read_change(change: str) -> tuple[str, Any]:
-  """Read a value of --set.
-
-  Raises:
-    UsageError: it is not key=value with a value in JSON.
-  """
-  key, _, value = change.partition("=")
-  try:
-    return key, json.loads(value)
-  except ValueError as error:
-    raise app.UsageError(f"--set={change}: must be key=value, the value as JSON, such as sampler.steps=16") from error
-
-
-def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-  try:
-    return with_changes(config, changes)
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise app.UsageError(f"--set: {error}") from error
+  number, _, of = given.partition("/")
+  if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+    raise app.UsageError(f"--share={given}: must be k/n with k from 0 to n - 1, such as 0/2 and 1/2")
+  return int(number), int(of)
 
 
 if __name__ == "__main__":
