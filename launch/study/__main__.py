@@ -48,11 +48,11 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   given = flags.FLAGS
   for option, known in (("stages", STAGES), ("tasks", design.TASKS), ("objectives", design.OBJECTIVES)):
-    if unknown := set(given[option].value) - set(known):
+    if unknown := set(given[option].value or ()) - set(known):
       raise app.UsageError(f"--{option}={','.join(sorted(unknown))}: must be among {', '.join(known)}")
   for option in ("out", "docs"):
     buckets.refuse(f"--{option}", given[option].value or "")
-  out, docs = (pathlib.Path(given[option].value).expanduser().resolve() for option in ("out", "docs"))
+  out, docs = (pathlib.Path(folder).expanduser().resolve() for folder in (given.out, given.docs))
   study = runs.Study(out, docs / "study", read_share(given.share), runs.Clock(given.minutes))
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(out / ".jax_cache"))

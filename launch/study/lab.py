@@ -101,7 +101,9 @@ def train_base(config: ConfigDict) -> PyTree:
 def save_base(path: pathlib.Path, params: PyTree) -> None:
   """Save parameters, rounded to float16."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  flat = {name: array.astype(np.float16) for name, array in flax.traverse_util.flatten_dict(params, sep="/").items()}
+  flat = {
+    name: np.asarray(array, np.float16) for name, array in flax.traverse_util.flatten_dict(params, sep="/").items()
+  }
   part = path.with_suffix(".part.npz")
   np.savez_compressed(part, **flat)
   part.rename(path)
