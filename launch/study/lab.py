@@ -101,9 +101,8 @@ def train_base(config: ConfigDict) -> PyTree:
 def save_base(path: pathlib.Path, params: PyTree) -> None:
   """Save parameters, rounded to float16."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  flat = {
-    name: np.asarray(array, np.float16) for name, array in flax.traverse_util.flatten_dict(params, sep="/").items()
-  }
+  arrays = flax.traverse_util.flatten_dict(params, sep="/")
+  flat: dict[str, Any] = {name: np.asarray(array, np.float16) for name, array in arrays.items()}
   part = path.with_suffix(".part.npz")
   np.savez_compressed(part, **flat)
   part.rename(path)
@@ -147,7 +146,7 @@ class Programs:
         experience, figures = buffers.complete(state, buffer, buffers.generate(state, buffer))
         cost = costs.of_buffer(config, buffer * config.train.updates_per_buffer)
         for _ in range(config.train.updates_per_buffer):
-          state, found = self._update(state, self._frozen(base), experience, key)
+          state, found = self._update(state, base, experience, key)
         logged.append(figures | {name: float(value) for name, value in jax.device_get(found).items()})
         buffer += 1
         informative = 1 - figures.get("groups_dropped", 0) / config.rollout.num_prompts
@@ -184,6 +183,3 @@ class Programs:
     state = jax.tree.map(jnp.copy, self._first)
     reference = None if state.reference is None else jax.tree.map(jnp.copy, base)
     return dataclasses.replace(state, trainable=jax.tree.map(jnp.copy, base), reference=reference)
-
-  def _frozen(self, base: PyTree) -> PyTree:
-    return base
