@@ -34,6 +34,15 @@ def get_config() -> ConfigDict:
   m.block_length = placeholder(int)  # tokens attend to their own and earlier blocks of so many, as in SDAR; 0: to all
   m.allow_other_blocks = False  # a checkpoint may run with another block_length than its own, to be trained for it
   m.shift_logits = placeholder(bool)  # the logits of a position predict the next token, as in Dream
+  m.out_bias = placeholder(bool)  # a bias of attention's output
+  m.clip_qkv = placeholder(float)  # bound on queries, keys and values; 0: none
+  m.router = placeholder(str)  # none: no layer has experts; softmax: LLaDA-MoE's
+  m.num_experts = placeholder(int)  # of a layer
+  m.experts_per_token = placeholder(int)
+  m.expert_size = placeholder(int)  # feed-forward width of an expert
+  m.shared_expert_size = placeholder(int)  # the same of an expert for all tokens; 0: none
+  m.expert_layers = placeholder(tuple)  # 1 for each layer with experts, 0 for each without; (): all layers have them
+  m.expert_bias = placeholder(bool)  # a constant that is added to the router's probabilities
   m.quantization = placeholder(str)  # of the projections in the layers, which freezes them: none, int8
   m.dtype = "float32"  # of activations: float32, bfloat16
   m.param_dtype = "float32"  # of frozen parameters: the base under adapters, p_ref. Trained parameters are float32

@@ -241,6 +241,9 @@ def check_fits(config: ModelConfig, mesh: Mesh, section: str) -> None:
     ("heads", "model.num_heads", config.num_heads),
     ("kv_heads", "model.num_kv_heads", config.num_kv_heads),
     ("ffn", "model.mlp_hidden_size", config.mlp_hidden_size),
+    ("ffn", "model.expert_size", config.expert_size),
+    ("ffn", "model.shared_expert_size", config.shared_expert_size),
+    ("expert", "model.num_experts", config.num_experts),
     ("vocab", "rows of the embedding table", config.embedding_size),
     ("rank", "model.lora.rank", config.lora.rank if config.lora else 0),
   ):

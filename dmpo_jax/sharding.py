@@ -33,6 +33,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
   "heads": ("tensor",),  # weights and activations: query heads
   "kv_heads": ("tensor",),  # weights and activations: key/value heads
   "ffn": ("tensor",),  # weights and activations: feed-forward width
+  "expert": ("fsdp",),  # weights: experts; a layer gathers all of them, a part of their width on each tensor shard
   "vocab": ("tensor",),  # weights and activations: vocabulary
   "act_embed": ("tensor",),  # activations: the model width of the residual stream
   "layers": (),  # weights: the scanned layer axis

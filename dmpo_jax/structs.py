@@ -12,7 +12,7 @@ Axes, here and in every jaxtyping signature of the package:
     m  keys that queries attend to          v  vocabulary
     s  positions of a block                 w  neighbouring ids of a vocabulary chunk
     t  tokens of any rows and positions     u  updates on one buffer
-    z  rows, several for each prompt's      j  candidates for a row or position
+    z  rows, several for each prompt's      j  candidates for a row or position, experts of a token
 
 `g` stays a real axis wherever a group matters, so that a softmax over a group cannot mix prompts. Where there are no
 heads, `n` counts the mask draws of an estimate, or the runs of w ids in a chunk; where there is no attention, `w` is

@@ -21,6 +21,13 @@ def test_products_are_counted_by_their_sizes():
   assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), *batched) == 4 * 2 * 2 * 3 * 5
 
 
+def test_experts_multiply_each_row_once_forward_and_twice_back():
+  rows, kernels, sizes = jnp.zeros((6, 3)), jnp.zeros((4, 3, 5)), jnp.array([1, 2, 0, 3])
+  assert flops(jax.lax.ragged_dot, rows, kernels, sizes) == 2 * 6 * 3 * 5
+  grad = jax.grad(lambda a, b: jax.lax.ragged_dot(a, b, sizes).sum(), (0, 1))
+  assert flops(grad, rows, kernels) == 3 * 2 * 6 * 3 * 5
+
+
 def test_loops_count_every_turn():
   one = 2 * 8**3
 

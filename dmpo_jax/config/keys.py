@@ -22,7 +22,8 @@ from dmpo_jax.config.rules import (
 from dmpo_jax.hub.tokenizer import TOKENIZERS
 from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.config import DTYPES, QUANTIZATIONS, REMAT_POLICIES, ROPE_SCALING, is_rope_scaling
-from dmpo_jax.models.lora import TARGETS
+from dmpo_jax.models.lora import ALL_TARGETS
+from dmpo_jax.models.router import ROUTERS
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.estimators import ESTIMATORS
 from dmpo_jax.objectives.likelihood import Linear
@@ -203,8 +204,30 @@ KEYS: dict[str, Rule] = {
     lambda shifts, block_length: not shifts or not block_length,
     "model.block_length",
   ),
+  "model.out_bias": flag(),
+  "model.clip_qkv": FROM_ZERO,
+  "model.router": one_of("none", *ROUTERS),
+  "model.num_experts": whole(0).also(
+    "1 or more, as {0}", lambda number, router: number > 0 or router == "none", "model.router"
+  ),
+  "model.experts_per_token": whole(0).also(
+    "from 1 up to {0}, as {1}",
+    lambda number, experts, router: router == "none" or 0 < number <= experts,
+    "model.num_experts",
+    "model.router",
+  ),
+  "model.expert_size": whole(0).also(
+    "1 or more, as {0}", lambda size, router: size > 0 or router == "none", "model.router"
+  ),
+  "model.shared_expert_size": whole(0),
+  "model.expert_layers": Rule("(), or a 0 or 1 for each layer", lambda value: set(value) <= {0, 1}).also(
+    "(), or as many as {0}", lambda kinds, layers: len(kinds) in (0, layers), "model.num_layers"
+  ),
+  "model.expert_bias": flag(),
   "model.dtype": one_of(*DTYPES),
-  "model.quantization": one_of(*QUANTIZATIONS),
+  "model.quantization": one_of(*QUANTIZATIONS).also(
+    "none, as {0} has experts", lambda kind, router: kind == "none" or router == "none", "model.router"
+  ),
   "model.param_dtype": one_of(*DTYPES),
   "model.remat": one_of("none", *REMAT_POLICIES),
   "model.layer_rows": whole(0),
@@ -216,7 +239,7 @@ KEYS: dict[str, Rule] = {
   ),
   "model.lora.alpha": POSITIVE,
   "model.lora.dropout": number("[0, 1)"),
-  "model.lora.targets": some_of(*TARGETS, "all"),
+  "model.lora.targets": some_of(*ALL_TARGETS, "all"),
   "model.lora.init_from": existing("a folder of adapters", empty="new ones"),
   "tokenizer.name": one_of(*TOKENIZERS),
   "tokenizer.path": existing("a tokenizer", empty="that of model.init_from").also(

@@ -166,15 +166,15 @@ def _array(
   """Describe one leaf.
 
   Args:
-    places: of its tensors, in the order of layers.
-    shape: of a layer, after `keep`.
+    places: of its tensors, in the order of layers (and experts).
+    shape: of a tensor, after `keep`.
     keep: returns what to store of a tensor's piece, which has our order of axes.
   """
   names: Sequence[str] = list(places)
   first, place = shards.tensors[names[0]], places[names[0]]
   rows = first.shape[0]  # of the tensor on disk: our last axis if it is transposed, else our first
   num_rows = max(1, min(rows, PIECE_BYTES // (max(first.size, 1) // rows)))
-  is_stacked = place.layer is not None
+  stack = tuple(max(place.index[axis] for place in places.values()) + 1 for axis in range(len(place.index)))
 
   def along_rows(whole: Sequence[Any], rows: Any) -> tuple[Any, ...]:
     return (*whole[:-1], rows) if place.is_transposed else (rows, *whole[1:])
@@ -192,15 +192,11 @@ def _array(
           )
         piece = keep(piece.T if place.is_transposed else piece)
         index = along_rows([slice(None)] * len(shape), slice(start, stop))
-        layer = places[name].layer
-        if layer is not None:
-          index, piece = (slice(layer, layer + 1), *index), piece[None]
-        yield index, piece
+        where = places[name].index
+        yield (*(slice(i, i + 1) for i in where), *index), piece.reshape(*[1] * len(where), *piece.shape)
 
   chunk = along_rows(shape, num_rows)
-  if is_stacked:
-    return PiecewiseArray((len(names), *shape), dtype, (1, *chunk), pieces)
-  return PiecewiseArray(shape, dtype, chunk, pieces)
+  return PiecewiseArray((*stack, *shape), dtype, (*[1] * len(stack), *chunk), pieces)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

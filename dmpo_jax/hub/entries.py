@@ -23,6 +23,7 @@ def _is_number(value: object) -> bool:
 
 ANYTHING = Kind("a value", lambda value: value is not None)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+FLAGS = Kind("a list of 0 and 1", lambda value: isinstance(value, list) and set(value) <= {0, 1})
 SIZE = Kind("a positive integer", lambda value: _is_integer(value) and value > 0)
 ID = Kind("an integer of at least 0", lambda value: _is_integer(value) and value >= 0)
 POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0)

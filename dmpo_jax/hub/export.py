@@ -161,7 +161,8 @@ class ModelExport:
   def _compare(self, path: Path, base: np.ndarray, policy: np.ndarray, written: np.ndarray) -> None:
     """Add the tensors of a leaf that was itself trained to the rounding error."""
     names = self._names[path]
-    each = zip(*(x if len(x) == len(names) > 1 else x[None] for x in (base, policy, written)), strict=True)
+    shape = (len(names), *self._places[names[0]].shape)
+    each = zip(*(array.reshape(shape) for array in (base, policy, written)), strict=True)
     for name, (before, after, rounded) in zip(names, each, strict=True):
       self.rounding.add(name, before.astype(np.float32), after.astype(np.float32), rounded)
 

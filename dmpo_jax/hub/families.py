@@ -38,6 +38,10 @@ class Family:
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further keys to write, for its training
   code_needs: tuple[str, ...] = ()  # further files beside the published weights that this code reads
   wrong_ids: tuple[str, ...] = ()  # special ids that its published config.json has wrong
+  # of layers with experts; {expert} is the expert's number
+  router: str = ""
+  expert: str = ""
+  expert_bias: str = ""  # of a tensor, not of a module
   mlp_ratio: str = ""  # key that gives the FFN's width as a multiple of the model's; "": none
   is_multi_query: str = ""  # key that says that there is one kv head; "": none
 
@@ -187,7 +191,67 @@ DREAM = dataclasses.replace(  # arXiv 2508.15487
   wrong_ids=("bos_token_id",),  # that of the Qwen model that it started from
 )
 
-FAMILIES = {"llada": LLADA, "dream": DREAM, "qwen3": QWEN3, "qwen2": QWEN2, "llama": LLAMA, "sdar": SDAR}
+LLADA_MOE = dataclasses.replace(
+  LLAMA,
+  model_type="lladamoe",
+  is_autoregressive=False,
+  diffusion_types=(),
+  architecture="LLaDAMoEModelLM",
+  code={
+    "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+    "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
+    "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+  },
+  published_at="inclusionAI/LLaDA-MoE-7B-A1B-Instruct",
+  modules={
+    **QWEN3.modules,
+    "shared_ff_proj": "shared_expert.gate_proj",
+    "shared_up_proj": "shared_expert.up_proj",
+    "shared_ff_out": "shared_expert.down_proj",
+  },
+  router="mlp.gate",
+  expert="mlp.experts.{expert}",
+  expert_bias="mlp.expert_bias",
+  keys={field: key for field, key in QWEN2.keys.items() if field not in ("rope_scaling", "shift_logits")}
+  | dict(
+    mlp_hidden_size="dense_intermediate_size",
+    qkv_bias="attention_bias",
+    out_bias="attention_bias",
+    qk_norm="qk_layernorm",
+    clip_qkv="clip_qkv",
+    rotary_fraction="partial_rotary_factor",
+    num_experts="num_experts",
+    experts_per_token="num_experts_per_tok",
+    expert_size="expert_intermediate_size",
+    shared_expert_size="shared_expert_intermediate_size",
+    expert_layers="moe_layer_freq",
+    expert_bias="moe_router_enable_expert_bias",
+  ),
+  model=dict(router="softmax"),
+  defaults=dict(
+    mask_token_id=156895,  # its code has it, config.json does not
+    weight_tying=False,
+    qkv_bias=False,
+    out_bias=False,
+    qk_norm=False,
+    clip_qkv=0.0,
+    rotary_fraction=1.0,
+    shared_expert_size=0,
+    expert_layers=(),
+    expert_bias=False,
+  ),
+  fixed=dict(hidden_act="silu", rope_scaling=None),
+)
+
+FAMILIES = {
+  "llada": LLADA,
+  "dream": DREAM,
+  "qwen3": QWEN3,
+  "qwen2": QWEN2,
+  "llama": LLAMA,
+  "sdar": SDAR,
+  "lladamoe": LLADA_MOE,
+}
 
 # Keys with which `transformers` changes what some models compute, and the values that change nothing. They are refused
 # with other values where the family does not read them.
@@ -224,6 +288,8 @@ def family_of(config: Mapping[str, Any]) -> str:
   Raises:
     ValueError: no known family has its model_type.
   """
+  if is_of(LLADA, config) and LLADA_MOE.keys["expert_size"] in config:
+    return "lladamoe"  # published with LLaDA's model_type
   for name, family in FAMILIES.items():
     if is_of(family, config):
       return name

@@ -1,6 +1,7 @@
 """Where each tensor of a checkpoint in Hugging Face's layout, or of a PEFT adapter, belongs in our variables.
 
-Torch stores a projection as [out, in] for each layer; we store [layers, in, out]. A `Place` describes one tensor, and
+Torch stores a projection as [out, in] for each layer; we store [layers, in, out], or [layers, experts, in,
+out]. A `Place` describes one tensor, and
 conversion and export both follow from the places.
 """
 
@@ -9,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmpo_jax.hub.families import FAMILIES
-from dmpo_jax.models.config import ModelConfig
-from dmpo_jax.models.lora import TARGETS
+from dmpo_jax.hub.families import FAMILIES, Family
+from dmpo_jax.models.config import ModelConfig, Run
 
 PEFT_ROOT = "base_model.model."
 BIASED = ("q_proj", "k_proj", "v_proj")
+EXPERT_KERNELS = ("ff_proj", "up_proj", "ff_out")
 QK_NORMS = ("q_norm", "k_norm")
 
 Path = tuple[str, ...]  # keys down to a leaf of our variables
@@ -24,8 +25,8 @@ class Place(NamedTuple):
   """Where a tensor of a checkpoint belongs in our variables."""
 
   path: Path
-  layer: int | None  # index into the leaf, which is stacked over the layers; None: the tensor is the whole leaf
-  shape: tuple[int, ...]  # of one layer, in our order of axes
+  index: tuple[int, ...]  # into the leaf, stacked over layers (and experts); (): the tensor is the whole leaf
+  shape: tuple[int, ...]  # of the tensor, in our order of axes
   is_transposed: bool  # whether torch has the axes in the other order
 
   @property
@@ -39,54 +40,81 @@ def checkpoint_places(config: ModelConfig, family: str) -> dict[str, Place]:
   names, width = FAMILIES[family], config.d_model
   table = (config.embedding_size, width)
   places = {
-    f"{names.embedding}.weight": Place(("embedding",), None, table, False),
-    f"{names.final_norm}.weight": Place(("final_norm", "scale"), None, (width,), False),
+    f"{names.embedding}.weight": Place(("embedding",), (), table, False),
+    f"{names.final_norm}.weight": Place(("final_norm", "scale"), (), (width,), False),
   }
   if not config.weight_tying:
-    places[f"{names.head}.weight"] = Place(("head",), None, table[::-1], True)
-  shapes = projection_shapes(config)
+    places[f"{names.head}.weight"] = Place(("head",), (), table[::-1], True)
   norms = dict(attn_norm=width, ff_norm=width) | (dict.fromkeys(QK_NORMS, config.head_dim) if config.qk_norm else {})
-  for name, theirs in names.modules.items():
-    if name not in shapes and name not in norms:
-      continue
-    for layer in range(config.num_layers):
-      module = names.block.format(layer) + theirs
-      if name in shapes:
-        places[f"{module}.weight"] = Place(("blocks", name, "kernel"), layer, shapes[name], True)
-      else:
-        places[f"{module}.weight"] = Place(("blocks", name, "scale"), layer, (norms[name],), False)
-      if config.qkv_bias and name in BIASED:
-        places[f"{module}.bias"] = Place(("blocks", name, "bias"), layer, shapes[name][1:], False)
+  biased = (*(BIASED if config.qkv_bias else ()), *(("attn_out",) if config.out_bias else ()))
+  for run in config.runs:
+    shapes = projection_shapes(config, run)
+    for name, theirs in names.modules.items():
+      for index, module in enumerate(_modules(names, run, theirs)):
+        if name in shapes:
+          places[f"{module}.weight"] = Place((run.name, name, "kernel"), (index,), shapes[name], True)
+        elif name in norms:
+          places[f"{module}.weight"] = Place((run.name, name, "scale"), (index,), (norms[name],), False)
+        if name in shapes and name in biased:
+          places[f"{module}.bias"] = Place((run.name, name, "bias"), (index,), shapes[name][1:], False)
+    if run.has_experts:
+      places |= _expert_places(config, names, run)
+  return places
+
+
+def _modules(names: Family, run: Run, theirs: str) -> list[str]:
+  """Name a module in each layer of a run."""
+  return [names.block.format(layer) + theirs for layer in range(run.first, run.first + run.length)]
+
+
+def _expert_places(config: ModelConfig, names: Family, run: Run) -> dict[str, Place]:
+  """Return the places of the router and of every expert's kernels in a run of layers."""
+  width, hidden, path = config.d_model, config.expert_size, (run.name, "experts")
+  shapes = {"ff_proj": (width, hidden), "up_proj": (width, hidden), "ff_out": (hidden, width)}
+  places = {}
+  for layer, module in enumerate(_modules(names, run, names.router)):
+    places[f"{module}.weight"] = Place((*path, "router"), (layer,), (width, config.num_experts), True)
+  if config.expert_bias:
+    for layer, name in enumerate(_modules(names, run, names.expert_bias)):
+      places[name] = Place((*path, "bias"), (layer,), (config.num_experts,), False)
+  for name in EXPERT_KERNELS:
+    for layer, module in enumerate(_modules(names, run, names.expert)):
+      for expert in range(config.num_experts):
+        tensor = f"{module.replace('{expert}', str(expert))}.{names.modules[name].rpartition('.')[2]}.weight"
+        places[tensor] = Place((*path, f"{name}_kernel"), (layer, expert), shapes[name], True)
   return places
 
 
 def adapter_places(config: ModelConfig, family: str) -> dict[str, Place]:
   """Return the place in the "lora" collection of every tensor that a PEFT adapter for `config.lora` has."""
-  names, shapes = FAMILIES[family], projection_shapes(config)
+  names = FAMILIES[family]
   assert config.lora is not None
   places, rank = {}, config.lora.rank
-  for name in config.lora.targets:
-    for layer in range(config.num_layers):
-      module = PEFT_ROOT + names.block.format(layer) + names.modules[name]
-      places[f"{module}.lora_A.weight"] = Place(("blocks", name, "A"), layer, (shapes[name][0], rank), True)
-      places[f"{module}.lora_B.weight"] = Place(("blocks", name, "B"), layer, (rank, shapes[name][1]), True)
+  for run in config.runs:
+    shapes = projection_shapes(config, run)
+    for name in (name for name in config.lora.targets if name in shapes):
+      for index, module in enumerate(_modules(names, run, names.modules[name])):
+        a, b = ((run.name, name, part) for part in "AB")
+        places[f"{PEFT_ROOT}{module}.lora_A.weight"] = Place(a, (index,), (shapes[name][0], rank), True)
+        places[f"{PEFT_ROOT}{module}.lora_B.weight"] = Place(b, (index,), (rank, shapes[name][1]), True)
   return places
 
 
-def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-  """Return [in, out] of every projection of a block."""
-  width, ffn = config.d_model, config.mlp_hidden_size
+def projection_shapes(config: ModelConfig, run: Run) -> dict[str, tuple[int, int]]:
+  """Return [in, out] of every projection of a run's layers, but those of experts."""
+  width, ffn, shared = config.d_model, config.mlp_hidden_size, config.shared_expert_size
   heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
   shapes = dict(
     q_proj=(width, heads),
     k_proj=(width, kv_heads),
     v_proj=(width, kv_heads),
     attn_out=(heads, width),
-    ff_proj=(width, ffn),
-    up_proj=(width, ffn),
-    ff_out=(ffn, width),
   )
-  return {name: shapes[name] for name in TARGETS}
+  if not run.has_experts:
+    return shapes | dict(ff_proj=(width, ffn), up_proj=(width, ffn), ff_out=(ffn, width))
+  if shared:
+    shapes |= dict(shared_ff_proj=(width, shared), shared_up_proj=(width, shared), shared_ff_out=(shared, width))
+  return shapes
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], where: str) -> None:
@@ -122,7 +150,7 @@ def to_tensors(read: Callable[[Path], np.ndarray], places: Mapping[str, Place]) 
   for leaf, names in leaves_of(places).items():
     array = read(leaf)
     for name in names:
-      row = array if places[name].layer is None else array[places[name].layer]
+      row = array[places[name].index]
       yield name, np.ascontiguousarray(row.T if places[name].is_transposed else row)
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dmpo_jax.hub.entries import ANYTHING, FLAG, ID, POSITIVE, SIZE, check_entries
+from dmpo_jax.hub.entries import ANYTHING, FLAG, FLAGS, ID, POSITIVE, SIZE, check_entries
 from dmpo_jax.hub.families import FAMILIES, NEUTRAL, Family, family_of
 from dmpo_jax.models.config import ModelConfig
 
 HEAD_DIM = "head_dim"  # where a family does not read it, a key only if it is not hidden size / heads
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+UNSET_IF_0 = ("shared_expert_size", "clip_qkv")  # fields whose key is null where there is none
 WHERE = "config.json of the checkpoint"
 _NEEDED = dict(
   **dict.fromkeys(("d_model", "num_layers", "num_heads", "mlp_hidden_size"), SIZE),
@@ -18,8 +19,13 @@ _NEEDED = dict(
   rope_theta=POSITIVE,
   rms_norm_eps=POSITIVE,
 )
+EXPERT_SIZES = ("num_experts", "experts_per_token", "expert_size")
 _OPTIONAL = dict(
   **dict.fromkeys(("num_kv_heads", "head_dim", "vocab_size", "embedding_size", "block_length"), SIZE),
+  shared_expert_size=SIZE,
+  **dict.fromkeys(("clip_qkv", "rotary_fraction"), POSITIVE),
+  **dict.fromkeys(("qk_norm", "out_bias", "expert_bias"), FLAG),
+  expert_layers=FLAGS,
   qkv_bias=FLAG,
   shift_logits=FLAG,
   pad_token_id=ID,
@@ -50,7 +56,9 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   }
   fields |= {field: value for field, value in defaults.items() if fields.get(field) is None}
   fields |= {"mlp_hidden_size": _mlp_hidden_size(config, family)}
-  fields |= {field: float(fields[field]) for field in ("rope_theta", "rms_norm_eps")}
+  fields |= {field: float(fields[field]) for field in ("rope_theta", "rms_norm_eps", "clip_qkv") if field in fields}
+  if "expert_layers" in fields:
+    fields["expert_layers"] = tuple(map(float, fields["expert_layers"]))
   if config.get(family.is_multi_query):
     fields["num_kv_heads"] = _one_kv_head(config, family)
   return ModelConfig(**fields, **family.model, **own)
@@ -61,6 +69,9 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   family = FAMILIES[name]
   own = {} if config.head_dim * config.num_heads == config.d_model else {HEAD_DIM: config.head_dim}
   values = {key: getattr(config, field) for field, key in family.keys.items()}
+  values |= {family.keys[field]: None for field in UNSET_IF_0 if field in family.keys and not getattr(config, field)}
+  if "expert_layers" in family.keys:
+    values[family.keys["expert_layers"]] = [int(kind) for kind in config.expert_layers] or [1] * config.num_layers
   if "rope_scaling" in family.keys:
     values[family.keys["rope_scaling"]] = _rope_scaling_to_hf(config.rope_scaling)
   return {
@@ -116,6 +127,7 @@ def _check(config: Mapping[str, Any], family: Family) -> None:
     del needed[width]
     needed[family.mlp_ratio] = POSITIVE
   needed |= dict.fromkeys(family.stated, ANYTHING) | {"vocab_size": SIZE}
+  needed |= {family.keys[field]: SIZE for field in EXPERT_SIZES if field in family.keys}
   defaulted = {field: kind for field, kind in _NEEDED.items() if field in family.defaults}
   optional = {family.keys[field]: kind for field, kind in (_OPTIONAL | defaulted).items() if field in family.keys}
   optional |= {HEAD_DIM: SIZE} | ({family.is_multi_query: FLAG} if family.is_multi_query else {})

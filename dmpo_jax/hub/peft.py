@@ -6,7 +6,7 @@ from typing import Any
 
 from dmpo_jax.hub.entries import POSITIVE, SHARE, SIZE, check_entries
 from dmpo_jax.hub.families import FAMILIES
-from dmpo_jax.models.lora import TARGETS, LoraConfig
+from dmpo_jax.models.lora import ALL_TARGETS, LoraConfig
 
 # PEFT's initialisations that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
 # change them when the adapter is loaded, so the adapter belongs to that changed model.
@@ -51,19 +51,26 @@ def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], famil
   other |= {key: config[key] for key in OTHER_ADAPTERS if config.get(key)}
   if other:
     raise ValueError(f"adapter_config.json: {other} is not supported; adapters must be plain LoRA")
-  ours = {theirs.split(".")[-1]: name for name, theirs in FAMILIES[family].modules.items()}
-  modules = {match[1] for name in names if (match := re.search(r"\.(\w+)\.lora_[AB]\.weight$", name))}
+  ours = {_module_name(theirs): name for name, theirs in FAMILIES[family].modules.items()}
+  modules = {
+    match[1] for name in names if (match := re.search(r"\.((?:shared_expert\.)?\w+)\.lora_[AB]\.weight$", name))
+  }
   unknown = sorted(modules - ours.keys())
   if unknown or not modules:
     raise ValueError(f"the adapter is on {unknown or 'nothing'}; the model has {', '.join(ours)}")
-  targets = tuple(name for name in TARGETS if name in {ours[module] for module in modules})
+  targets = tuple(name for name in ALL_TARGETS if name in {ours[module] for module in modules})
   return LoraConfig(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout") or 0), targets)
+
+
+def _module_name(theirs: str) -> str:
+  """Return the end of a module's name that tells it from the others of its layer."""
+  return theirs if theirs.startswith("shared_expert.") else theirs.split(".")[-1]
 
 
 def lora_config_to_peft(lora: LoraConfig, family: str, base: str) -> dict[str, Any]:
   """Write the adapter_config.json that PEFT reads; `base` names the model that the adapters are for."""
   names = FAMILIES[family]
-  modules: list[str] | str = [names.modules[name].split(".")[-1] for name in lora.targets]
+  modules: list[str] | str = [_module_name(names.modules[name]) for name in lora.targets if name in names.modules]
   if names.head.split(".")[-1] in modules:  # as in LLaDA: PEFT would adapt the head too, so match layers only
     layers = re.escape(names.block).replace(re.escape("{}"), r"\d+")
     modules = rf".*{layers}({'|'.join(re.escape(names.modules[name]) for name in lora.targets)})"

@@ -60,6 +60,15 @@ SMALL = {
   "block_length": 0,
   "shift_logits": False,
   "quantization": "none",
+  "out_bias": False,
+  "clip_qkv": 0.0,
+  "num_experts": 0,
+  "experts_per_token": 0,
+  "expert_size": 0,
+  "shared_expert_size": 0,
+  "expert_layers": (),
+  "expert_bias": False,
+  "router": "none",
 }
 ROUNDING = 1e-6  # relative tolerance between a float in the configuration and a checkpoint's float32
 

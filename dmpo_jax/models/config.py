@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 
 from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.layers import PROJECTION
-from dmpo_jax.models.lora import LoraConfig
+from dmpo_jax.models.lora import SHARED_TARGETS, TARGETS, LoraConfig
+from dmpo_jax.models.router import ROUTERS
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8")
@@ -19,12 +21,30 @@ OLDER = {
   "rotary_fraction": 1.0,
   "rope_scaling": [],
   "block_length": 0,
+  "out_bias": False,
+  "clip_qkv": 0.0,
+  "num_experts": 0,
+  "experts_per_token": 0,
+  "expert_size": 0,
+  "shared_expert_size": 0,
+  "expert_layers": [],
+  "expert_bias": False,
+  "router": "none",
 }
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # all but the projections is recomputed
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 ROPE_SCALING = "(), or (factor, low frequency factor, a larger high frequency factor, original length), all above 0"
+
+
+class Run(NamedTuple):
+  """Neighbouring layers of one kind, whose parameters are stacked."""
+
+  name: str  # of their variables
+  first: int  # layer
+  length: int
+  has_experts: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +58,9 @@ class ModelConfig:
   original length), see `layers.rotary_frequencies`.
   With a `block_length` tokens attend by blocks of so many, counted from the row's first token: to their own and earlier
   ones; 0: to all.
+  With a `router`, layers have `num_experts` experts of width `expert_size` instead of one feed-forward, and every token
+  takes `experts_per_token` of them (`experts.py`); in `expert_layers` a 0 stands for each layer that has none, () for
+  no such layer. A shared expert is for all tokens. `clip_qkv` bounds queries, keys and values; 0: not at all.
   With `quantization` int8 the layers' projections are quantized (`layers.quantize`) and cannot be trained; adapters on
   them can. A `head_dim` of 0 becomes d_model // num_heads.
 
@@ -72,6 +95,15 @@ class ModelConfig:
   rotary_fraction: float = 1.0
   rope_scaling: tuple[float, ...] = ()
   block_length: int = 0
+  out_bias: bool = False
+  clip_qkv: float = 0.0
+  num_experts: int = 0
+  experts_per_token: int = 0
+  expert_size: int = 0
+  shared_expert_size: int = 0
+  expert_layers: tuple[float, ...] = ()
+  expert_bias: bool = False
+  router: str = "none"
 
   def __post_init__(self) -> None:
     if not self.head_dim:
@@ -102,10 +134,63 @@ class ModelConfig:
       if not 0 <= getattr(self, name) < self.vocab_size:
         raise ValueError(f"model.{name}={getattr(self, name)}: must be in [0, vocab_size={self.vocab_size})")
     remats = ("none", *REMAT_POLICIES)
-    choices = dict(dtype=DTYPES, param_dtype=DTYPES, quantization=QUANTIZATIONS, remat=remats, attention=ATTENTIONS)
+    choices = dict(
+      dtype=DTYPES,
+      param_dtype=DTYPES,
+      quantization=QUANTIZATIONS,
+      remat=remats,
+      attention=ATTENTIONS,
+      router=("none", *ROUTERS),
+    )
     for name, known in choices.items():
       if getattr(self, name) not in known:
         raise ValueError(f"model.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
+    self._check_experts()
+
+  def _check_experts(self) -> None:
+    """Check what layers of experts need, and that adapters find their projections."""
+    if self.router != "none":
+      if not 0 < self.experts_per_token <= self.num_experts or self.expert_size < 1:
+        raise ValueError(
+          f"model.num_experts={self.num_experts}, model.experts_per_token={self.experts_per_token}, "
+          f"model.expert_size={self.expert_size}: with model.router={self.router!r} all three must be at least 1, and "
+          "experts_per_token at most num_experts"
+        )
+      if len(self.expert_layers) not in (0, self.num_layers):
+        raise ValueError(
+          f"model.expert_layers has {len(self.expert_layers)} entries: must have one, 0 or 1, for each of "
+          f"model.num_layers={self.num_layers}, or none"
+        )
+      if self.quantization != "none":
+        raise ValueError(f"model.quantization={self.quantization!r}: must be 'none' for a model with experts")
+    if self.lora is not None:
+      targets = set(self.lora.targets)
+      excused = TARGETS if targets >= set(TARGETS) else ()  # "all" are those that there are
+      missing = sorted(targets - {*self.adaptable, *excused})
+      if missing:
+        raise ValueError(
+          f"model.lora.targets: the model has no {', '.join(missing)}; it has {', '.join(self.adaptable)}"
+        )
+
+  @property
+  def adaptable(self) -> tuple[str, ...]:
+    """The projections that can have adapters: those of attention, of dense layers and of shared experts."""
+    kinds = {run.has_experts for run in self.runs}
+    dense = TARGETS if False in kinds else tuple(name for name in TARGETS if not name.startswith(("ff_", "up_")))
+    return dense + (SHARED_TARGETS if True in kinds and self.shared_expert_size else ())
+
+  @property
+  def runs(self) -> tuple[Run, ...]:
+    """The layers as runs of one kind; a model of one kind has one run, `blocks`."""
+    if self.router == "none":
+      return (Run("blocks", 0, self.num_layers, False),)
+    kinds = [bool(kind) for kind in self.expert_layers] or [True] * self.num_layers
+    starts = [layer for layer in range(self.num_layers) if layer == 0 or kinds[layer] != kinds[layer - 1]]
+    ends = [*starts[1:], self.num_layers]
+    names = ["blocks"] if len(starts) == 1 else [f"blocks_{number}" for number in range(len(starts))]
+    return tuple(
+      Run(name, first, end - first, kinds[first]) for name, first, end in zip(names, starts, ends, strict=True)
+    )
 
   @property
   def rotary_width(self) -> int:

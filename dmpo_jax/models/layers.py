@@ -16,7 +16,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Key, Num
 
-from dmpo_jax.models.lora import TARGETS, LoraConfig
+from dmpo_jax.models.lora import ALL_TARGETS, LoraConfig
 from dmpo_jax.sharding import constrain
 
 INT8_MAX = 127  # a symmetric range
@@ -99,7 +99,7 @@ class Dense(nn.Module):
     a = self._adapter("A", uniform, (x.shape[-1], lora.rank), (self.axes[0], ranks[0]))
     b = self._adapter("B", nn.initializers.zeros, (lora.rank, self.features), (ranks[1], self.axes[1]))
     if dropout_keys is not None and lora.dropout > 0:
-      x = drop(x, fold_all(dropout_keys, TARGETS.index(self.name)), lora.dropout)
+      x = drop(x, fold_all(dropout_keys, ALL_TARGETS.index(self.name)), lora.dropout)
     return project_adapter(project_adapter(x, a), b) * lora.scale
 
   def _adapter(

@@ -9,6 +9,8 @@ from dmpo_jax.spelling import did_you_mean
 
 # Projections that can have an adapter. A projection's index also seeds its dropout.
 TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+SHARED_TARGETS = ("shared_ff_proj", "shared_up_proj", "shared_ff_out")  # of shared experts; not among "all"
+ALL_TARGETS = (*TARGETS, *SHARED_TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,7 @@ class LoraConfig:
     rank: at least 1.
     alpha: adapters are scaled by alpha / rank.
     dropout: rate in [0, 1) on the adapters' inputs, if dropout keys are given.
-    targets: names from `TARGETS`, or ("all",).
+    targets: names from `ALL_TARGETS`, or ("all",) for `TARGETS`.
 
   Raises:
     ValueError: a value is out of range, or a target is no projection of the model.
@@ -44,16 +46,17 @@ class LoraConfig:
 
 
 def expand_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
-  """Check the names of projections and return them in the order of `TARGETS`; "all" stands for all of them.
+  """Check the names of projections and return them in the order of `ALL_TARGETS`; "all" stands for `TARGETS`.
 
   Raises:
     ValueError: a name is unknown, or there is none.
   """
   if not targets:
-    raise ValueError(f"model.lora.targets is empty: name some of {', '.join(TARGETS)}, or all")
+    raise ValueError(f"model.lora.targets is empty: name some of {', '.join(ALL_TARGETS)}, or all")
   for name in targets:
-    if name not in (*TARGETS, "all"):
-      known = f"there are {', '.join(TARGETS)}, or all"
-      near = did_you_mean(name, TARGETS)
+    if name not in (*ALL_TARGETS, "all"):
+      known = f"there are {', '.join(ALL_TARGETS)}, or all"
+      near = did_you_mean(name, ALL_TARGETS)
       raise ValueError(f"model.lora.targets: the model has no projection {name!r}{near} ({known})")
-  return TARGETS if "all" in targets else tuple(name for name in TARGETS if name in targets)
+  named = {*targets, *(TARGETS if "all" in targets else ())}
+  return tuple(name for name in ALL_TARGETS if name in named)

@@ -11,7 +11,7 @@ from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.structs import Params
 
 TRAINED_DTYPE = "float32"  # of trained parameters and their moments: bfloat16 would round small updates away
-COMPUTED = ("kernel", "head")  # parameters that layers round to the activations' dtype and all-gather
+COMPUTED = ("kernel", "head")  # ends of the names of what layers round to the activations' dtype and all-gather
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
 
@@ -65,7 +65,7 @@ class Trainable:
       return trained
 
     def cast(path: KeyPath, leaf: Leaf) -> Leaf:
-      if path[-1].key not in COMPUTED or leaf.dtype == jnp.dtype(self.dtype):
+      if not path[-1].key.endswith(COMPUTED) or leaf.dtype == jnp.dtype(self.dtype):
         return leaf
       return leaf.astype(self.dtype) if isinstance(leaf, jax.Array) else leaf.update(dtype=self.dtype)
 

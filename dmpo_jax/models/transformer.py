@@ -15,6 +15,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax import sharding
+from dmpo_jax.models import experts
 from dmpo_jax.models.attention import attend, describes_blocks
 from dmpo_jax.models.config import REMAT_POLICIES, ModelConfig
 from dmpo_jax.models.layers import (
@@ -65,6 +66,7 @@ class LayerInput(NamedTuple):
 
 
 KeysValues = tuple[Float[Array, "b l k h"], Float[Array, "b l k h"]]
+OfLayers = tuple[Float[Array, "y b _ k h"], Float[Array, "y b _ k h"]]
 
 PROJECTIONS = {  # of a layer: the logical axes of the kernel [in, out]
   "q_proj": ("embed", "heads"),
@@ -74,13 +76,20 @@ PROJECTIONS = {  # of a layer: the logical axes of the kernel [in, out]
   "ff_proj": ("embed", "ffn"),
   "up_proj": ("embed", "ffn"),
   "ff_out": ("ffn", "embed"),
+  "shared_ff_proj": ("embed", "ffn"),
+  "shared_up_proj": ("embed", "ffn"),
+  "shared_ff_out": ("ffn", "embed"),
 }
 
 
 class Block(nn.Module):
-  """A layer: x += attention(norm(x)); x += SwiGLU(norm(x)). With a cache also returns the tokens' keys and values."""
+  """A layer: x += attention(norm(x)); x += SwiGLU(norm(x)). With a cache also returns the tokens' keys and values.
+
+  With experts SwiGLU is theirs, plus that of a shared expert if there is one.
+  """
 
   config: ModelConfig
+  has_experts: bool = False
 
   def setup(self) -> None:
     c = self.config
@@ -92,11 +101,18 @@ class Block(nn.Module):
     if c.qk_norm:
       self.q_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
       self.k_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-    self.attn_out = self._dense("attn_out", c.d_model, gain=residual)
+    self.attn_out = self._dense("attn_out", c.d_model, gain=residual, has_bias=c.out_bias)
     self.ff_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
-    self.ff_proj = self._dense("ff_proj", c.mlp_hidden_size)
-    self.up_proj = self._dense("up_proj", c.mlp_hidden_size)
-    self.ff_out = self._dense("ff_out", c.d_model, gain=residual)
+    if not self.has_experts:
+      self.ff_proj = self._dense("ff_proj", c.mlp_hidden_size)
+      self.up_proj = self._dense("up_proj", c.mlp_hidden_size)
+      self.ff_out = self._dense("ff_out", c.d_model, gain=residual)
+      return
+    self.experts = experts.Experts(c)
+    if c.shared_expert_size:
+      self.shared_ff_proj = self._dense("shared_ff_proj", c.shared_expert_size)
+      self.shared_up_proj = self._dense("shared_up_proj", c.shared_expert_size)
+      self.shared_ff_out = self._dense("shared_ff_out", c.d_model, gain=residual)
 
   def _dense(self, name: str, features: int, gain: float = 1.0, has_bias: bool = False) -> Dense:
     adapters = self.config.lora if self.config.lora is not None and name in self.config.lora.targets else None
@@ -118,7 +134,7 @@ class Block(nn.Module):
 
     The weights are gathered once for all chunks.
     """
-    layer, variables = Block(self.config, parent=None), _gather_layer(self.variables)
+    layer, variables = Block(self.config, self.has_experts, parent=None), _gather_layer(self.variables)
     # If the kernels are trained: so that the gradients of the chunks are summed in float32.
     if self.config.lora is None and self.config.quantization == "none":
       variables = jax.tree.map(lambda array: array.astype(jnp.float32), variables)
@@ -154,10 +170,12 @@ class Block(nn.Module):
       y = projection(x, dropout_keys)
       return constrain(y.reshape(*y.shape[:2], -1, c.head_dim), "batch", None, axis, None)
 
-    query, key = heads(self.q_proj, "heads"), heads(self.k_proj, "kv_heads")
+    query, key, value = heads(self.q_proj, "heads"), heads(self.k_proj, "kv_heads"), heads(self.v_proj, "kv_heads")
     if c.qk_norm:
       query, key = self.q_norm(query), self.k_norm(key)
-    query, new = rotate(query, context.rotary), (rotate(key, context.rotary), heads(self.v_proj, "kv_heads"))
+    if c.clip_qkv:
+      query, key, value = (jnp.clip(array, -c.clip_qkv, c.clip_qkv) for array in (query, key, value))
+    query, new = rotate(query, context.rotary), (rotate(key, context.rotary), value)
     keys, values = new
     if inputs.cached is not None:
       assert context.cache_start is not None  # it comes with the cache
@@ -167,8 +185,16 @@ class Block(nn.Module):
     return mixed, None if inputs.cached is None else new
 
   def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
-    gate, up = self.ff_proj(x, dropout_keys), self.up_proj(x, dropout_keys)
-    return self.ff_out(constrain(nn.silu(gate) * up, "batch", None, "ffn"), dropout_keys)
+    def swiglu(ff_proj: Dense, up_proj: Dense, ff_out: Dense) -> Float[Array, "b l d"]:
+      gate, up = ff_proj(x, dropout_keys), up_proj(x, dropout_keys)
+      return ff_out(constrain(nn.silu(gate) * up, "batch", None, "ffn"), dropout_keys)
+
+    if not self.has_experts:
+      return swiglu(self.ff_proj, self.up_proj, self.ff_out)
+    mixed = self.experts(x)
+    if self.config.shared_expert_size:
+      mixed += swiglu(self.shared_ff_proj, self.shared_up_proj, self.shared_ff_out)
+    return mixed
 
 
 def count_chunks(num_rows: int, layer_rows: int) -> int:
@@ -201,6 +227,8 @@ def _gather_layer(variables: Params) -> Params:
 
   def gather(path: KeyPath, array: jax.Array) -> jax.Array:
     projection, kind = path[-2].key, path[-1].key
+    if projection == "experts":
+      return experts.gather(kind, array)
     if projection not in PROJECTIONS or kind == "bias":
       return array
     first, last = gathered_axes(PROJECTIONS[projection])
@@ -222,14 +250,16 @@ class Transformer(nn.Module):
     block = Block
     if c.remat != "none":
       block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
-    self.blocks = nn.scan(
-      block,
-      variable_axes={"params": 0, "lora": 0, "intermediates": 0},
-      split_rngs={"params": True},
-      in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax says int, and documents tuples
-      length=c.num_layers,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )(c)
+    for run in c.runs:
+      layers = nn.scan(
+        block,
+        variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax says int, and documents tuples
+        length=run.length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )
+      setattr(self, run.name, layers(c, run.has_experts))
     self.final_norm = RMSNorm(c.rms_norm_eps, c.param_dtype)
     if not c.weight_tying:
       init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -286,7 +316,7 @@ class Transformer(nn.Module):
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
     )
     cached = None if kv_cache is None else (kv_cache.keys, kv_cache.values)
-    x, new = self.blocks(self._embed(tokens), LayerInput(jnp.arange(c.num_layers), cached), context)
+    x, new = self._run_layers(self._embed(tokens), cached, context)
     if cached is not None:
       assert start is not None
       assert is_valid is not None
@@ -295,6 +325,20 @@ class Transformer(nn.Module):
       kv_cache = KVCache(keys, values, is_valid)
     x = _gather_embed(self.final_norm(x))
     return x if way_back is None else jnp.take_along_axis(x, way_back[..., None], axis=1), kv_cache
+
+  def _run_layers(
+    self, x: Float[Array, "b l d"], cached: OfLayers | None, context: Context
+  ) -> tuple[Float[Array, "b l d"], OfLayers | None]:
+    """Run the layers, one kind after the other; with a cache also returns all layers' new keys and values."""
+    if len(self.config.runs) == 1:
+      return self.blocks(x, LayerInput(jnp.arange(self.config.num_layers), cached), context)
+    found = []
+    for run in self.config.runs:
+      own = slice(run.first, run.first + run.length)
+      layers = LayerInput(jnp.arange(own.start, own.stop), jax.tree.map(lambda array, own=own: array[own], cached))
+      x, new = getattr(self, run.name)(x, layers, context)
+      found.append(new)
+    return x, None if cached is None else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *found)
 
   def _embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
     # Each fsdp shard looks up its part of d for all rows; then the rows are sharded. No device gathers the whole table.

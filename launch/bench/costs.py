@@ -34,6 +34,8 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
       total += _dot_flops(eqn)
+    elif name in ("ragged_dot", "ragged_dot_general"):  # experts: each row is multiplied by one of the matrices
+      total += 2.0 * math.prod(_shape_of(eqn.invars[0])) * _shape_of(eqn.outvars[0])[-1]
     elif name == "scan":
       total += params["length"] * count_flops(params["jaxpr"], while_trips)
     elif name == "while":
@@ -52,11 +54,13 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
 
 def _dot_flops(eqn: JaxprEqn) -> float:
   (contracted, _), _ = eqn.params["dimension_numbers"]
-  product, left = eqn.outvars[0].aval, eqn.invars[0].aval
-  assert isinstance(product, ShapedArray)
-  assert isinstance(left, ShapedArray)
-  shape = left.shape
-  return 2.0 * math.prod(product.shape) * math.prod(shape[axis] for axis in contracted)
+  shape = _shape_of(eqn.invars[0])
+  return 2.0 * math.prod(_shape_of(eqn.outvars[0])) * math.prod(shape[axis] for axis in contracted)
+
+
+def _shape_of(array: Any) -> tuple[int, ...]:
+  assert isinstance(array.aval, ShapedArray)
+  return array.aval.shape
 
 
 def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:

@@ -72,7 +72,10 @@ def _model(old: Mapping[str, Any]) -> dict[str, Any]:
     "model.num_kv_heads": kv_heads,
     "model.d_model": width,
     "model.head_dim": HEAD_DIM if old["model.head_dim"] else None,
-    "model.mlp_hidden_size": round(old["model.mlp_hidden_size"] / old["model.d_model"] * heads) * HEAD_DIM,
+    **{
+      f"model.{name}": round(old[f"model.{name}"] / old["model.d_model"] * heads) * HEAD_DIM
+      for name in ("mlp_hidden_size", "expert_size", "shared_expert_size")
+    },
     "model.embedding_size": VOCABULARY if old["model.embedding_size"] else 0,
     "model.vocab_size": (VOCABULARY - 8 if has_spare_rows else VOCABULARY) if old["model.vocab_size"] else 0,
     "model.lora.rank": rank,
