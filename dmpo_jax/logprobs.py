@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dmpo_jax import noise, sharding
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.denoiser import completion_hidden
 from dmpo_jax.models.head import divergence, token_scores
 from dmpo_jax.models.trainable import Trainable
@@ -83,7 +84,8 @@ def make_score(
   masks are: both then have the scores of the one that is wanted, and only these go through the head.
 
   This is the one place that decides what the model attends to: the prompt, the counted positions that are not masked,
-  and MASK at the positions that are not counted. So no score depends on what a completion holds behind its EOS, and
+  and MASK at the positions that are not counted. With a model that attends by blocks a position sees its own block so,
+  and the blocks before it without masks. So no score depends on what a completion holds behind its EOS, and
   that of the rest is its own, whatever would have followed: as in sampling, where later positions are still MASK.
 
   Args:
@@ -103,10 +105,10 @@ def make_score(
   ) -> Scores:
     p, g, r, c = is_masked.shape
     keys = None if dropout_keys is None else _sample_keys(dropout_keys, r)
-    prompt, is_valid, noised = _noised_rows(prompts, shown, is_masked, prompt_is_masked, mask)
+    prompt, is_valid, noised, clean = _noised_rows(prompts, shown, is_masked, prompt_is_masked, model.config)
 
     def states(variables: Mapping[str, Any], keys: Key[Array, "rows"] | None) -> tuple[Float[Array, "t d"], list[int]]:
-      hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys)
+      hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys, clean)
       hidden = hidden[: p * g * r].reshape(p, g, r, c, -1)
       packed, source = _pack(hidden, is_masked, pairs)
       return sharding.fill_rows(packed.reshape(-1, hidden.shape[-1])), source
@@ -129,9 +131,12 @@ def _noised_rows(
   shown: Int[Array, "p g c"],
   is_masked: Bool[Array, "p g r c"],
   prompt_is_masked: Bool[Array, "p g r q"] | None,
-  mask_token_id: int,
-) -> tuple[Int[Array, "rows q"], Bool[Array, "rows q"], Int[Array, "rows c"]]:
-  """Lay out a row for each mask sample, filled up to what the devices divide: prompts, their validity, completions."""
+  config: ModelConfig,
+) -> tuple[Int[Array, "rows q"], Bool[Array, "rows q"], Int[Array, "rows c"], Int[Array, "rows c"] | None]:
+  """Lay out a row for each mask sample, filled up to what the devices divide.
+
+  Prompts, their validity, completions with masks and, for a model that attends by blocks, without.
+  """
   p, g, r, _ = is_masked.shape
 
   def rows(array: jax.Array) -> jax.Array:
@@ -140,9 +145,12 @@ def _noised_rows(
 
   prompt = rows(prompts.tokens[:, None, None])
   if prompt_is_masked is not None:
-    prompt = jnp.where(rows(prompt_is_masked), mask_token_id, prompt)
-  noised = jnp.where(rows(is_masked), mask_token_id, rows(shown[:, :, None]))
-  return prompt, rows(prompts.is_valid[:, None, None]), noised
+    if config.block_length:
+      raise ValueError("objective.one_step.prompt_mask_ratio: must be 0 for a model that attends by blocks")
+    prompt = jnp.where(rows(prompt_is_masked), config.mask_token_id, prompt)
+  clean = rows(shown[:, :, None])
+  noised = jnp.where(rows(is_masked), config.mask_token_id, clean)
+  return prompt, rows(prompts.is_valid[:, None, None]), noised, clean if config.block_length else None
 
 
 def _sample_keys(keys: Key[Array, "p g"], num: int) -> Key[Array, "rows"]:

@@ -170,6 +170,7 @@ class Denoiser(Protocol):
   eos_token_id: int
   num_chunks: int  # of the vocabulary
   shift_logits: bool  # the hidden state of a position predicts the next one's token (Dream)
+  block_length: int  # of a model that attends by blocks, which has the last three methods; 0: full attention
 
   @property
   def reference(self) -> Self | None:
@@ -205,6 +206,21 @@ class Denoiser(Protocol):
     whole row but the token that it predicts, and the row does not see the shadow: so it predicts each decided token as
     if that were still masked.
     """
+    ...
+
+  def remainder(self) -> tuple[Int[Array, "b s"], Int[Array, "b"]]:
+    """Give the tokens behind each prompt's last whole block, and how many there are; what follows them is anything."""
+    ...
+
+  def open(self, length: int) -> PyTree:
+    """Run the prompts' whole blocks; return their kv cache, with room for `length` positions behind them.
+
+    `block` then counts positions from there on, and computes those in [start, start + s) from what is kept before.
+    """
+    ...
+
+  def keep(self, tokens: Int[Array, "b s"], start: Int[Array, ""], kv_cache: PyTree) -> PyTree:
+    """Run a finished block and add it to the cache of the blocks before it."""
     ...
 
   def logits(

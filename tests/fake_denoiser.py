@@ -24,6 +24,7 @@ class Fake(NamedTuple):
   eos_token_id: int = -1  # none of the tokens
   num_chunks: int = 1
   shift_logits: bool = False
+  block_length: int = 0
   reference: Any = None
 
   def logits(self, hidden, number=0):
@@ -49,6 +50,11 @@ class Fake(NamedTuple):
       for i in range(block_length)
     ]
     return jnp.concatenate([block, jnp.stack(shadow, axis=1)], axis=1)
+
+  def remainder(self):
+    raise NotImplementedError("attends to whole rows")
+
+  open = keep = remainder
 
 
 def fixed(probabilities, **own):

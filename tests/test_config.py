@@ -88,7 +88,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     (
       "sampler.dual_cache.rule",
       "treshold",
-      "threshold, factor, entropy; did you mean 'threshold'?",
+      "entropy, dynamic, sequential; did you mean 'threshold'?",
     ),
     ("sampler.freedave.draft_length", 0, "must be 1 or more"),
     ("rollout.chunk_prompts", 5, "0 or a divisor of rollout.num_prompts = 32"),
@@ -121,6 +121,29 @@ def test_one_wrong_value_is_one_line(config, path, value, allowed):
   (line,) = problems(config)
   assert line.startswith(f"config.{path} = {value!r}: ")
   assert allowed in line
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "allowed"),
+  [
+    ("sampler.name", "dual_cache", "one of llada, parallel, entropy_bound, as model.block_length = 16"),
+    ("sampler.block_length", 8, "model.block_length = 16, the blocks of the model"),
+    ("sampler.guidance", 0.5, "0, as model.block_length = 16"),
+    ("model.shift_logits", True, "False, as model.block_length = 16"),
+    ("eval.samplers", ("llada", "wino"), "one of llada, parallel, entropy_bound, as model.block_length = 16"),
+    ("objective.name", "tracerl", "one of denoise, wdce, wddo"),
+    ("objective.likelihood", "one_step", "one of elbo, elbo_quadrature, unweighted, coupled, as model.block_length"),
+    ("objective.masks", "trajectory", "one of random, stratified, as model.block_length = 16"),
+    ("objective.mask_block_length", 4, "0, as model.block_length = 16"),
+  ],
+)
+def test_what_knows_no_blocks_is_refused_for_models_that_attend_by_them(config, path, value, allowed):
+  config.model.block_length = 16
+  config.objective.antithetic = path != "objective.masks"
+  config_lib.validate(config)
+  with config.ignore_type():
+    config.update_from_flattened_dict({path: value})
+  assert any(line.startswith(f"config.{path} = {value!r}: ") and allowed in line for line in problems(config))
 
 
 def test_all_problems_stand_in_one_message(config):

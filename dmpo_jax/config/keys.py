@@ -1,5 +1,6 @@
 """Every key with its rule, and beside it what it must be to other keys. `configs/base.py` says what each key means."""
 
+import functools
 import operator
 from collections.abc import Sequence
 
@@ -37,10 +38,10 @@ from dmpo_jax.tasks.builtin import CHOICES
 
 POSITIVE, FROM_ZERO, SHARE = map(of, (ranges.POSITIVE, ranges.FROM_ZERO, ranges.SHARE))
 OLD_MASKS = "objective.wdce.old_masks"
-# of models that attend by blocks
-BLOCK_SAMPLERS = (
-  f"one of {', '.join(name for name, own in SAMPLERS.items() if own.has_blocks)}, as {{0}}: the others know no blocks"
-)
+# what works with models that attend by blocks
+BLOCK_SAMPLERS = tuple(name for name, own in SAMPLERS.items() if own.has_blocks)
+BLOCK_OBJECTIVES = ("denoise", "wdce", "wddo", "diffu_grpo", "coupled_grpo", "gdpo", "espo", "gdsd", "wd1")
+BLOCK_LIKELIHOODS = ("elbo", "elbo_quadrature", "unweighted", "coupled")  # sums over positions, so over blocks too
 COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning", OLD_MASKS)
 
 
@@ -56,9 +57,12 @@ def is_at_most(value: int, most: int) -> bool:
   return most == 0 or value <= most  # 0: all
 
 
-def decodes(names: Sequence[str], block_length: int) -> bool:
-  """Whether samplers work with a model of such blocks (0: full attention)."""
-  return block_length == 0 or all(SAMPLERS[name].has_blocks for name in names)
+def block_problem(value: str | Sequence[str], block_length: int, known: Sequence[str]) -> str:
+  """Say which choices work with a model of such blocks (0: full attention)."""
+  chosen = [value] if isinstance(value, str) else value
+  if block_length == 0 or all(name in known for name in chosen):
+    return ""
+  return f"one of {', '.join(known)}, as model.block_length = {block_length}: the others do not know blocks yet"
 
 
 def compares_bounds(name: str, baseline: str, unlearning: str, old_masks: str) -> bool:
@@ -167,6 +171,7 @@ LIKELIHOOD = (
     lambda likelihood, name: likelihood != "sampler" or OBJECTIVES[name].needs_weights,
     "objective.name",
   )
+  .checked_by(functools.partial(block_problem, known=BLOCK_LIKELIHOODS), "model.block_length")
 )
 
 KEYS: dict[str, Rule] = {
@@ -264,8 +269,8 @@ KEYS: dict[str, Rule] = {
   "grading.seconds": POSITIVE,
   "grading.memory_gb": POSITIVE,
   # and the section of each sampler, which `samplers.make_options` checks
-  "sampler.name": one_of(*SAMPLERS).also(
-    BLOCK_SAMPLERS, lambda name, block_length: decodes([name], block_length), "model.block_length"
+  "sampler.name": one_of(*SAMPLERS).checked_by(
+    functools.partial(block_problem, known=BLOCK_SAMPLERS), "model.block_length"
   ),
   "sampler.completion_length": whole(1),
   "sampler.block_length": whole(1)
@@ -337,23 +342,27 @@ KEYS: dict[str, Rule] = {
     lambda exits, counted: not exits or counted == "until_eos",
     "objective.counted",
   ),
-  "objective.name": one_of(*OBJECTIVES).also(
-    "nothing yet, as {0}: models that attend by blocks can be sampled, not trained",
-    lambda name, block_length: block_length == 0,
-    "model.block_length",
+  "objective.name": one_of(*OBJECTIVES).checked_by(
+    functools.partial(block_problem, known=BLOCK_OBJECTIVES), "model.block_length"
   ),
   "objective.counted": one_of("all", "until_eos"),
   "objective.num_mask_samples": whole(1).checked_by(update_masks_problem, *DRAWN),
-  "objective.masks": one_of(*KINDS).checked_by(
+  "objective.masks": one_of(*KINDS)
+  .checked_by(
     kind_problem, "objective.antithetic", "objective.mask_block_length", "objective.name", "objective.likelihood"
-  ),
+  )
+  .checked_by(functools.partial(block_problem, known=("random", "stratified")), "model.block_length"),
   "objective.antithetic": flag(),
   "objective.min_mask_ratio": SHARE.also("below {0}", operator.lt, "objective.max_mask_ratio"),
   "objective.max_mask_ratio": number("(0, 1]"),
-  "objective.mask_block_length": whole(0).also(
+  "objective.mask_block_length": whole(0)
+  .also(
     "0, as {0} with {1} and {2} compares log p_old with an elbo of masks anywhere",
     lambda length, *own: length == 0 or not compares_bounds(*own),
     *COMPARED,
+  )
+  .also(
+    "0, as {0}: the model has blocks of its own", lambda length, own: length == 0 or own == 0, "model.block_length"
   ),
   "objective.sync_reference_every": whole(0).also(
     "as many as {0}, as {1} takes the policy that drew the buffer for its reference",
@@ -467,7 +476,9 @@ KEYS: dict[str, Rule] = {
   "eval.num_samples": whole(1),
   "eval.tasks": some_of(*TASKS, empty="the configured one"),
   "eval.lengths": lengths(),
-  "eval.samplers": some_of(*SAMPLERS, empty="the configured one").also(BLOCK_SAMPLERS, decodes, "model.block_length"),
+  "eval.samplers": some_of(*SAMPLERS, empty="the configured one").checked_by(
+    functools.partial(block_problem, known=BLOCK_SAMPLERS), "model.block_length"
+  ),
   "eval.early_exit": flag(),
   "serve.host": text(),
   "serve.port": whole(0, 65535),

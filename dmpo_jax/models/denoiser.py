@@ -34,10 +34,12 @@ def make_denoiser(
     reference: variables of the reference policy, for `Denoiser.reference`; None: there is none.
 
   Raises:
-    ValueError: guidance is negative or not finite.
+    ValueError: guidance is negative or not finite, or the model attends by blocks, which is not guided yet.
   """
   if not 0 <= guidance < math.inf:
     raise ValueError(f"sampler.guidance={guidance}: must be a number from 0 (none) up")
+  if guidance and model.config.block_length:
+    raise ValueError(f"sampler.guidance={guidance}: must be 0, as model.block_length={model.config.block_length}")
   prompts = (prompt_tokens, prompt_is_valid)
   reference_denoiser = None if reference is None else _Prompted(model, reference, *prompts, guidance, None)
   return _Prompted(model, variables, *prompts, guidance, reference_denoiser)
@@ -68,7 +70,7 @@ class _Prompted:
   ):
     config = model.config
     self.mask_token_id, self.eos_token_id = config.mask_token_id, config.eos_token_id
-    self.shift_logits = config.shift_logits
+    self.shift_logits, self.block_length = config.shift_logits, config.block_length
     self.reference = reference
     self._model, self._variables, self._guidance = model, variables, guidance
     self._head = constrain(model.head_of(variables), None, "vocab")  # gathered once, not for every chunk of every call
@@ -122,6 +124,23 @@ class _Prompted:
       return hidden
     before = jax.lax.dynamic_slice_in_dim(kv_cache.predicting, start, 1, axis=1)
     return jnp.concatenate([before, hidden[:, :-1]], axis=1)
+
+  def remainder(self) -> tuple[Int[Array, "b s"], Int[Array, "b"]]:
+    num = self._is_valid.sum(1) % self.block_length
+    index = jnp.minimum(self._q - num[:, None] + jnp.arange(self.block_length), self._q - 1)
+    return jnp.take_along_axis(self._prompt, index, axis=1), num
+
+  def open(self, length: int) -> RowCache:
+    is_whole = self._is_valid & (jnp.arange(self._q) < self._q - self.remainder()[1][:, None])
+    kv_cache = empty_kv_cache(self._model.config, self._prompt.shape[0], self._q + length)
+    _, kv_cache = self._run(self._prompt, is_valid=is_whole, kv_cache=kv_cache)
+    assert kv_cache is not None  # one goes in
+    return RowCache(kv_cache, None)
+
+  def keep(self, tokens: Int[Array, "b s"], start: Int[Array, ""], kv_cache: RowCache) -> RowCache:
+    _, kept = self._run(tokens, kv_cache=kv_cache.kv_cache, cache_start=self._q + start)
+    assert kept is not None  # one goes in
+    return RowCache(kept, None)
 
   def shadowed(self, completion: Int[Array, "b c"], start: Int[Array, ""], block_length: int) -> Float[Array, "b _ d"]:
     shadow = jnp.full((completion.shape[0], block_length), self.mask_token_id, completion.dtype)
@@ -183,14 +202,56 @@ def completion_hidden(
   prompt_is_valid: Bool[Array, "b q"],
   completion: Int[Array, "b c"],
   dropout_keys: Key[Array, "b"] | None = None,
+  clean: Int[Array, "b c"] | None = None,
 ) -> Float[Array, "b c d"]:
   """Run rows [prompt; completion] and return the hidden states that predict the completion's positions.
 
   Args:
     dropout_keys: the rows' keys of the adapters' dropout; None: no dropout.
+    clean: of a model that attends by blocks, the completion as a block's tokens see it in the blocks before theirs,
+      which are then not those of `completion`; None: they are.
   """
+  if clean is not None:
+    return _noised_blocks(model, variables, prompt_tokens, prompt_is_valid, completion, clean, dropout_keys)
   rows = constrain(jnp.concatenate([prompt_tokens, completion], axis=1), "batch", None)
   is_valid = jnp.concatenate([prompt_is_valid, jnp.ones(completion.shape, bool)], axis=1)
   hidden, _ = model.apply(variables, rows, is_valid=is_valid, dropout_keys=dropout_keys, method="hidden")
   first = prompt_tokens.shape[1] - model.config.shift_logits  # its logits predict the completion's first token
   return hidden[:, first : first + completion.shape[1]]
+
+
+def _noised_blocks(
+  model: Transformer,
+  variables: Params,
+  prompt_tokens: Int[Array, "b q"],
+  prompt_is_valid: Bool[Array, "b q"],
+  completion: Int[Array, "b c"],
+  clean: Int[Array, "b c"],
+  dropout_keys: Key[Array, "b"] | None,
+) -> Float[Array, "b c d"]:
+  """Run every block of a completion at once, each behind the clean blocks before it (BD3-LM, arXiv 2503.09573).
+
+  A row is [prompt; clean; the prompt's last columns; completion]. The last two hold the blocks to predict: their tokens
+  see their own block there, and earlier blocks in the first two. The prompt's columns are for its remainder, which
+  shares a block with the completion.
+  """
+  size, (q, c) = model.config.block_length, (prompt_tokens.shape[1], completion.shape[1])
+  tail = min(size - 1, q)
+  rows = jnp.concatenate([prompt_tokens, clean, prompt_tokens[:, q - tail :], completion], axis=1)
+  is_valid = jnp.concatenate([prompt_is_valid, jnp.ones(clean.shape, bool)], axis=1)
+  positions = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)
+  is_valid, positions = (jnp.concatenate([each, each[:, q - tail :]], axis=1) for each in (is_valid, positions))
+  is_noised = jnp.arange(rows.shape[1]) >= q + c
+  key, query = (positions // size)[:, None], (positions // size)[:, :, None]
+  from_noised, to_noised = is_noised[:, None], is_noised[None, :]
+  sees_clean = ~to_noised & jnp.where(from_noised, key < query, key <= query)
+  hidden, _ = model.apply(
+    variables,
+    constrain(rows, "batch", None),
+    is_valid=is_valid,
+    positions=positions,
+    attention_mask=sees_clean | (from_noised & to_noised & (key == query)),
+    dropout_keys=dropout_keys,
+    method="hidden",
+  )
+  return hidden[:, -c:]

@@ -25,13 +25,13 @@ class Sampler(NamedTuple):
 
 SAMPLERS = {
   "random_order": Sampler(random_order.Options, random_order.sample, gives_log_probs=True),
-  "llada": Sampler(llada.Options, llada.sample),
-  "parallel": Sampler(parallel.Options, parallel.sample),
+  "llada": Sampler(llada.Options, llada.sample, has_blocks=True),
+  "parallel": Sampler(parallel.Options, parallel.sample, has_blocks=True),
   "prefix_cache": Sampler(parallel.Options, parallel.sample_with_prefix_cache),
   "dual_cache": Sampler(parallel.Options, parallel.sample_with_dual_cache),
   "wino": Sampler(wino.Options, wino.sample, has_trajectory=False, can_revoke=True),
   "freedave": Sampler(freedave.Options, freedave.sample, has_trajectory=False),
-  "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample),
+  "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample, has_blocks=True),
 }
 
 KINDS = {  # types that an option may be declared with: what its value may be

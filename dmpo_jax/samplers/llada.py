@@ -52,4 +52,5 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
     is_kept = select_count(score, view.is_masked, schedule[view.step])
     return Decision(jnp.where(is_kept, tokens, view.tokens), confidence), state
 
-  return decode(Rule(forward, accept, plan.steps_per_block, is_fixed=True), keys, plan, denoiser)[0]
+  is_fixed = not denoiser.block_length  # a block that begins with the prompt's tokens has less to decide
+  return decode(Rule(forward, accept, plan.steps_per_block, is_fixed=is_fixed), keys, plan, denoiser)[0]

@@ -2,6 +2,9 @@
 
 A sampler brings a `Rule`: `forward` calls the model, `accept` decides what the block holds next. The loop walks the
 blocks, leaves finished rows alone, ends rows at EOS, keeps the record and gives every row its own noise.
+
+With a model that attends by blocks the loop calls it on the current block alone. The prompt's whole blocks are run
+once, and a finished block once more: its keys and values are then final, so nothing is approximated. See `canvas.py`.
 """
 
 import dataclasses
@@ -12,8 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree, Shaped
 
+from dmpo_jax.samplers.canvas import Canvas, make_canvas
 from dmpo_jax.sharding import constrain
 from dmpo_jax.structs import Denoiser, Rollouts
 
@@ -62,10 +66,13 @@ class Plan:
 
 
 class View(NamedTuple):
-  """The rows at a model call, and their current block of s positions."""
+  """The rows at a model call, and their current block of s positions.
+
+  Positions are those of the canvas, which with full attention is the completion.
+  """
 
   completion: Int[Array, "b c"]
-  start: Int[Array, ""]  # position of the block's first token in the completion
+  start: Int[Array, ""]  # position of the block's first token
   positions: Int[Array, "s"]  # of the block
   step: Int[Array, ""]  # model calls made in this block so far
   tokens: Int[Array, "b s"]  # of the block
@@ -101,6 +108,7 @@ class Carry(NamedTuple):
 
 Forward = Callable[[View, PyTree, PyTree], PyTree]  # (view, state, kv_cache) -> hidden
 Prefill = Callable[[View], tuple[PyTree, PyTree]]  # (view) -> (hidden, kv_cache)
+Leave = Callable[[Int[Array, "b s"], Int[Array, ""], PyTree], PyTree]  # (tokens, start, kv_cache) -> kv_cache
 Accept = Callable[[View, PyTree, PyTree], tuple[Decision, PyTree]]  # (view, hidden, state) -> (decision, state)
 
 
@@ -116,7 +124,9 @@ class Rule:
     prefill: a block's first call, if it differs: `prefill(view) -> (hidden, kv_cache)`. The cache goes to the block's
       other calls.
     is_fixed: every row makes all `most_calls` calls, whether it needs them or not.
-    can_revoke: decided positions of the block may be masked again, so a row can only end between blocks.
+    can_revoke: decided positions of the block may be masked again.
+    leave: adds a finished block to the cache that goes from block to block:
+      `leave(tokens, start, kv_cache) -> kv_cache`. Not called behind the last block that some row needs.
   """
 
   forward: Forward
@@ -125,6 +135,12 @@ class Rule:
   prefill: Prefill | None = None
   is_fixed: bool = False
   can_revoke: bool = False
+  leave: Leave | None = None
+
+  @property
+  def ends_between_blocks(self) -> bool:
+    """Whether a row goes on to the end of the block that has its EOS: the block may change, or is whole."""
+    return self.can_revoke or self.leave is not None
 
 
 def decode(
@@ -142,11 +158,34 @@ def decode(
 
   Returns:
     The rollouts, and the sampler's state after the last call.
+
+  Raises:
+    ValueError: the blocks are not those of the model.
   """
-  loop = _Loop(rule, keys, plan, denoiser)
-  first = _first_carry(keys, plan, denoiser.mask_token_id, state)
-  carry, _ = jax.lax.scan(loop.visit_block, first, jnp.arange(plan.num_blocks) * plan.block_length)
-  return _finish(carry, denoiser.mask_token_id, denoiser.eos_token_id), carry.state
+  canvas, kv_cache = make_canvas(denoiser, keys.shape[0], plan.completion_length), None
+  if denoiser.block_length:
+    rule = _in_blocks(rule, plan, denoiser)
+    kv_cache = denoiser.open(canvas.tokens.shape[1])
+  loop = _Loop(rule, keys, plan, denoiser, canvas)
+  first = _first_carry(canvas, state)
+  starts = jnp.arange(0, canvas.tokens.shape[1], plan.block_length)
+  (carry, _), _ = jax.lax.scan(loop.visit_block, (first, kv_cache), starts)
+  return loop.finish(carry), carry.state
+
+
+def _in_blocks(rule: Rule, plan: Plan, denoiser: Denoiser) -> Rule:
+  """Have a rule call a model that attends by blocks on the current block, with the ones before it cached."""
+  if plan.block_length != denoiser.block_length:
+    raise ValueError(
+      f"sampler.block_length={plan.block_length}: must be model.block_length={denoiser.block_length}, as the model "
+      "attends by blocks"
+    )
+
+  def forward(view: View, state: PyTree, kv_cache: PyTree) -> Float[Array, "b s d"]:
+    return denoiser.block(view.tokens, view.start, kv_cache)
+
+  assert rule.prefill is None  # samplers with a cache of their own are refused for such models
+  return dataclasses.replace(rule, forward=forward, leave=denoiser.keep)
 
 
 class _Loop(NamedTuple):
@@ -156,15 +195,27 @@ class _Loop(NamedTuple):
   keys: Key[Array, "b"]
   plan: Plan
   denoiser: Denoiser
+  canvas: Canvas
 
-  def visit_block(self, carry: Carry, start: Int[Array, ""]) -> tuple[Carry, None]:
+  def visit_block(self, state: tuple[Carry, PyTree], start: Int[Array, ""]) -> tuple[tuple[Carry, PyTree], None]:
+    carry, kv_cache = state
     if self.rule.prefill is None or not self.plan.early_exit:
-      return self.decode_block(carry, start), None
-    # Once all rows have ended, the loop makes no call, but the prefill would still be made.
-    return jax.lax.cond(carry.is_ended.all(), lambda carry, _: carry, self.decode_block, carry, start), None
+      carry = self.decode_block(carry, start, kv_cache)
+    else:  # Once all rows have ended, the loop makes no call, but the prefill would still be made.
+      carry = jax.lax.cond(carry.is_ended.all(), lambda carry, *_: carry, self.decode_block, carry, start, kv_cache)
+    return (carry, self.leave_block(carry, start, kv_cache)), None
 
-  def decode_block(self, carry: Carry, start: Int[Array, ""]) -> Carry:
-    loop, kv_cache = (carry, jnp.int32(0)), None
+  def leave_block(self, carry: Carry, start: Int[Array, ""], kv_cache: PyTree) -> PyTree:
+    """Keep the block that was finished, if a row has another one."""
+    if self.rule.leave is None:
+      return kv_cache
+    is_behind = jnp.arange(carry.completion.shape[1]) >= start + self.plan.block_length
+    goes_on = (self.canvas.open_only(is_behind & ~carry.is_ended[:, None])).any()
+    tokens = take_block(carry.completion, start, self.plan.block_length)
+    return jax.lax.cond(goes_on, self.rule.leave, lambda tokens, start, kv_cache: kv_cache, tokens, start, kv_cache)
+
+  def decode_block(self, carry: Carry, start: Int[Array, ""], kv_cache: PyTree) -> Carry:
+    loop = carry, jnp.int32(0)
     if self.rule.prefill is not None:
       view = self.view_block(carry, start, jnp.int32(0))
       hidden, kv_cache = self.rule.prefill(view)
@@ -180,8 +231,9 @@ class _Loop(NamedTuple):
       return self.settle(carry, view, self.rule.forward(view, carry.state, kv_cache)), step + 1
 
     carry, step = jax.lax.while_loop(is_going, call, loop)
-    if self.plan.early_exit and self.rule.can_revoke:
-      carry = self.end_rows(carry, self.view_block(carry, start, step - 1))
+    if self.plan.early_exit and self.rule.ends_between_blocks:
+      last = step if self.rule.leave is None else jnp.int32(self.rule.most_calls)
+      carry = self.end_rows(carry, self.view_block(carry, start, last - 1))
     return carry
 
   def view_block(self, carry: Carry, start: Int[Array, ""], step: Int[Array, ""]) -> View:
@@ -193,23 +245,27 @@ class _Loop(NamedTuple):
       positions=start + jnp.arange(size),
       step=step,
       tokens=tokens,
-      is_masked=(tokens == self.denoiser.mask_token_id) & ~carry.is_ended[:, None],
+      is_masked=take_block(self.find_masked(carry), start, size) & ~carry.is_ended[:, None],
       row_keys=self.keys,
       number=start // size * self.rule.most_calls + step,
     )
 
+  def find_masked(self, carry: Carry) -> Bool[Array, "b c"]:
+    return self.canvas.open_only(carry.completion == self.denoiser.mask_token_id)
+
   def find_live(self, carry: Carry, start: Int[Array, ""]) -> Bool[Array, "b"]:
-    has_masks = (take_block(carry.completion, start, self.plan.block_length) == self.denoiser.mask_token_id).any(1)
+    has_masks = take_block(self.find_masked(carry), start, self.plan.block_length).any(1)
     return ~carry.is_ended & (has_masks | self.rule.is_fixed)
 
   def settle(self, carry: Carry, view: View, hidden: PyTree) -> Carry:
     """Apply what follows from a model call."""
     decision, state = self.rule.accept(view, hidden, carry.state)
     carry = _record(carry, view, decision, state, self.find_live(carry, view.start))
-    if self.plan.early_exit and not self.rule.can_revoke:
+    if self.plan.early_exit and not self.rule.ends_between_blocks:
       carry = self.end_rows(carry, view)
     if self.plan.on_call is not None:
-      shown = _filled(carry, self.denoiser.eos_token_id)[0], carry.num_calls, carry.confidence
+      own = self.cut(carry)
+      shown = _filled(own, self.denoiser.eos_token_id)[0], own.num_calls, own.confidence
       jax.debug.callback(self.plan.on_call, carry.batch_calls - 1, *shown)
     return carry
 
@@ -218,19 +274,35 @@ class _Loop(NamedTuple):
 
     What stands behind the EOS stays until the last block is done, since the model saw it.
     """
-    is_decided = jnp.cumsum(carry.completion == self.denoiser.mask_token_id, axis=1) == 0
-    is_ending = (is_decided & (carry.completion == self.denoiser.eos_token_id)).any(1) & ~carry.is_ended
-    calls_left = (self.plan.num_blocks * self.rule.most_calls) - 1 - view.number
+    is_decided = jnp.cumsum(self.find_masked(carry), axis=1) == 0
+    is_eos = self.canvas.open_only(carry.completion == self.denoiser.eos_token_id)
+    is_ending = (is_decided & is_eos).any(1) & ~carry.is_ended
+    num_blocks = self.plan.num_blocks
+    if self.canvas.num_given is not None:
+      num_blocks += self.canvas.num_given > 0  # the prompt's remainder makes it a block more
+    calls_left = num_blocks * self.rule.most_calls - 1 - view.number
     return carry._replace(
       num_saved=jnp.where(is_ending, calls_left, carry.num_saved),
       is_ended=carry.is_ended | is_ending,
     )
 
+  def cut(self, carry: Carry) -> Carry:
+    """Take the completions out of the canvas."""
+    if self.canvas.num_given is None:
+      return carry
+    names = ("completion", "committed_at", "confidence")
+    return carry._replace(
+      **{name: self.canvas.cut(getattr(carry, name), self.plan.completion_length) for name in names}
+    )
 
-def _first_carry(keys: Key[Array, "b"], plan: Plan, mask_token_id: int, state: PyTree) -> Carry:
-  b, c = keys.shape[0], plan.completion_length
+  def finish(self, carry: Carry) -> Rollouts:
+    return _finish(self.cut(carry), self.denoiser.mask_token_id, self.denoiser.eos_token_id)
+
+
+def _first_carry(canvas: Canvas, state: PyTree) -> Carry:
+  b, c = canvas.tokens.shape
   return Carry(
-    completion=jnp.full((b, c), mask_token_id, jnp.int32),
+    completion=canvas.tokens,
     committed_at=jnp.zeros((b, c), jnp.int32),
     confidence=jnp.zeros((b, c), jnp.float32),
     num_calls=jnp.zeros(b, jnp.int32),
@@ -286,7 +358,7 @@ def fold_calls(keys: Key[Array, "b"], number: Int[Array, "*b"]) -> Key[Array, "b
   return jax.vmap(jax.random.fold_in, (0, 0 if number.ndim else None))(keys, number)
 
 
-def take_block(array: Num[Array, "b c *d"], start: Int[Array, ""], length: int) -> Num[Array, "b s *d"]:
+def take_block(array: Shaped[Array, "b c *d"], start: Int[Array, ""], length: int) -> Shaped[Array, "b s *d"]:
   """Cut `length` positions from `start` on."""
   return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
 

@@ -21,13 +21,14 @@ from dmpo_jax.samplers.selection import (
   certain_shares,
   num_transfer_tokens,
   select_count,
+  select_dynamic,
   select_factor,
   select_share,
   select_threshold,
 )
 from dmpo_jax.structs import Denoiser, Rollouts
 
-RULES = ("count", "threshold", "factor", "entropy")
+RULES = ("count", "threshold", "factor", "entropy", "dynamic", "sequential")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Options:
   Args:
     rule: `count`: the number that `plan.steps` asks for; `threshold`, `factor`: see `select_threshold` and
       `select_factor`, at least one token a call; `entropy`: Dream's own, the most certain positions, as many as
-      `plan.steps` asks for by `certain_shares`.
-    threshold, factor: of the rule with that name, at least 0.
+      `plan.steps` asks for by `certain_shares`; `dynamic`: see `select_dynamic`, at least as many as for `count`;
+      `sequential`: as many as for `count`, from the left.
+    threshold: of the rules `threshold` and `dynamic`, at least 0.
+    factor: of the rule `factor`, at least 0.
 
   Raises:
     ValueError: an option has a wrong value; see `checks.refuse`.
@@ -107,7 +110,9 @@ def _decode(
   prefill: Prefill | None = None,
 ) -> Rollouts:
   size = plan.block_length
-  most_calls = {"count": plan.steps_per_block, "entropy": min(plan.steps_per_block, size)}.get(options.rule, size)
+  most_calls = {"threshold": size, "factor": size, "entropy": min(plan.steps_per_block, size)}.get(
+    options.rule, plan.steps_per_block
+  )
   is_first_alone = prefill is not None and denoiser.shift_logits and most_calls > 1
   select = _make_select(options, size, most_calls, is_first_alone)
 
@@ -134,6 +139,11 @@ def _make_select(
   def select(view: View, chosen: Prediction) -> Bool[Array, "b s"]:
     if options.rule == "count":
       return select_count(chosen.confidence, view.is_masked, schedule[view.step])
+    if options.rule == "sequential":
+      from_left = jnp.broadcast_to(-view.positions.astype(jnp.float32), view.is_masked.shape)
+      return select_count(from_left, view.is_masked, schedule[view.step])
+    if options.rule == "dynamic":
+      return select_dynamic(chosen.confidence, view.is_masked, schedule[view.step], options.threshold)
     if options.rule == "threshold":
       return select_threshold(chosen.confidence, view.is_masked, options.threshold)
     if options.rule == "factor":

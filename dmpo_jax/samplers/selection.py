@@ -51,6 +51,14 @@ def select_threshold(
   return is_masked & ((confidence >= threshold) | (rank(confidence, is_masked) == 0))
 
 
+def select_dynamic(
+  confidence: Float[Array, "b s"], is_masked: Bool[Array, "b s"], count: Int[Array, ""], threshold: float
+) -> Bool[Array, "b s"]:
+  """Keep every masked position whose confidence exceeds the threshold, or the best `count` if fewer do (SDAR)."""
+  is_sure = is_masked & (confidence > threshold)
+  return jnp.where(is_sure.sum(1, keepdims=True) >= count, is_sure, select_count(confidence, is_masked, count))
+
+
 def select_factor(confidence: Float[Array, "b s"], is_masked: Bool[Array, "b s"], factor: float) -> Bool[Array, "b s"]:
   """Keep the most confident positions, the more the surer they are (Fast-dLLM, arXiv 2505.22618, section 3.3).
 
