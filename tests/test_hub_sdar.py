@@ -1,5 +1,6 @@
 """SDAR's checkpoints: every tensor of the published ones, and a small one there and back."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -34,6 +35,14 @@ def test_the_published_tensors_are_all_accounted_for():
 def test_a_block_size_and_a_mask_must_be_stated(change, message):
   with pytest.raises(ValueError, match=message):
     model_config_from_hf({key: value for key, value in PUBLISHED.items() if key != change})
+
+
+def test_attention_that_a_family_does_not_have_is_not_written():
+  config = model_config_from_hf(PUBLISHED)
+  with pytest.raises(ValueError, match=r"model.block_length=0: no checkpoint of the family sdar"):
+    model_config_to_hf(dataclasses.replace(config, block_length=0), "sdar")
+  with pytest.raises(ValueError, match=r"model.block_length=4: no checkpoint of the family qwen3"):
+    model_config_to_hf(config, "qwen3")
 
 
 def test_there_and_back_bit_for_bit(tmp_path):

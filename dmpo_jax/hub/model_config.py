@@ -65,8 +65,14 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
 
 
 def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
-  """Write a config.json for a model of ours, in the layout of the family `name`."""
+  """Write a config.json for a model of ours, in the layout of the family `name`.
+
+  Raises:
+    ValueError: the model attends by blocks and the family does not, or the reverse.
+  """
   family = FAMILIES[name]
+  if bool(config.block_length) != ("block_length" in family.keys):
+    raise ValueError(f"model.block_length={config.block_length}: no checkpoint of the family {name} attends so")
   own = {} if config.head_dim * config.num_heads == config.d_model else {HEAD_DIM: config.head_dim}
   values = {key: getattr(config, field) for field, key in family.keys.items()}
   values |= {family.keys[field]: None for field in UNSET_IF_0 if field in family.keys and not getattr(config, field)}
