@@ -76,7 +76,7 @@ def _on_every_device(
   if jax.sharding.get_abstract_mesh().empty:
     return own(x, gate, bias, *kernels)
 
-  def run(*arrays: jax.Array) -> jax.Array:
+  def run(*arrays: jax.Array | None) -> jax.Array:
     return jax.lax.psum(own(*arrays), LOGICAL_AXES["ffn"])
 
   rows = spec("batch", None, None)
