@@ -73,7 +73,7 @@ def prepare(source: epath.Path, stage: epath.Path, asked: Adaptation) -> Prepare
   if is_diffusion and asked.is_wanted:
     raise ValueError(f"--adapt: {source} is a diffusion model already; leave it out")
   pretrained.copy_side_files(source, stage)
-  changes = {} if asked.shift_logits is None else {"shift_logits": asked.shift_logits}
+  changes: dict[str, Any] = {} if asked.shift_logits is None else {"shift_logits": asked.shift_logits}
   if not has_tokenizer(source):
     if not has_mask:
       raise ValueError(f"{source} has no tokenizer, from which the id of its mask token would come: copy one into it")
@@ -195,7 +195,7 @@ class GrownShards(Shards):
   def _mean(self, name: str) -> np.ndarray:
     rows = self.tensors[name].shape[0]
     parts = (super(GrownShards, self).read_rows(name, i, min(i + CHUNK_ROWS, rows)) for i in range(0, rows, CHUNK_ROWS))
-    return sum(part.astype(np.float64).sum(0) for part in parts) / rows
+    return np.sum([part.astype(np.float64).sum(0) for part in parts], axis=0) / rows
 
   def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
     """Read the rows [start, stop) of a tensor, the new ones included."""

@@ -107,7 +107,7 @@ def _rope_scaling(scaling: object) -> tuple[float, ...]:
     return ()
   if isinstance(scaling, Mapping):
     kind = scaling.get("rope_type", scaling.get("type"))
-    values = [scaling.get(key) for key in LLAMA3_SCALING]
+    values: list[Any] = [scaling.get(key) for key in LLAMA3_SCALING]
     if kind == "default":
       return ()
     if kind == "llama3" and all(POSITIVE.fits(value) for value in values):
@@ -138,7 +138,7 @@ def _check(config: Mapping[str, Any], family: Family) -> None:
   optional = {family.keys[field]: kind for field, kind in (_OPTIONAL | defaulted).items() if field in family.keys}
   optional |= {HEAD_DIM: SIZE} | ({family.is_multi_query: FLAG} if family.is_multi_query else {})
   check_entries(config, WHERE, needed=needed, optional=optional)
-  known = {key: (value, None) for key, value in family.fixed.items()}
+  known: dict[str, tuple[Any, ...]] = {key: (value, None) for key, value in family.fixed.items()}
   known |= {key: values for key, values in NEUTRAL.items() if key not in family.keys.values()}
   if "use_sliding_window" not in family.fixed:  # which says whether the other key has an effect
     known["sliding_window"] = (None,)
