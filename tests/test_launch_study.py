@@ -120,6 +120,7 @@ def made_up(objective, candidate, base, reward, stage_changes=None, seed=0, budg
     "budget": budget,
     "evaluations": [
       {"calls": 1000.0 * part, "drawing_x8": 2000.0 * part, "reward": part * reward, "solved": part * reward / 2}
+      | {"rollouts": 512 * part, "updates": 64 * part}
       for part in (0.5, 1.0)
     ],
   }

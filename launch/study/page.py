@@ -210,30 +210,40 @@ def candidate_table(tune: Sequence[Row]) -> str:
 
 
 def picture(tests: Sequence[Row], selection: Mapping[str, Any]) -> str:
-  """Draw the reward against the cost on both axes, one row of panels for each task."""
+  """Draw the reward against the cost on both axes, against rollouts and against updates: a row of panels a task."""
   tasks = [task for task in design.TASKS if any(row["task"] == task for row in tests)]
-  figure, axes = plt.subplots(
-    len(tasks), len(costs.AXES), squeeze=False, figsize=(11, 3.6 * len(tasks)), layout="constrained"
-  )
+  figure, axes = plt.subplots(len(tasks), 4, squeeze=False, figsize=(16, 3.4 * len(tasks)), layout="constrained")
   for task, panels in zip(tasks, axes.tolist(), strict=True):
-    for axis, panel in zip(costs.AXES, panels, strict=True):
-      _draw(panel, tests, selection, task, axis)
+    for panel, axis in zip(panels, costs.AXES, strict=False):
+      _draw(panel, tests, selection, task, axis, None)
+      panel.set_title(f"{task}: {AXIS_NAMES[axis]}", fontsize="small")
+      panel.set_xlabel("budget")
+    for panel, count in zip(panels[len(costs.AXES) :], ("rollouts", "updates"), strict=True):
+      _draw(panel, tests, selection, task, costs.AXES[0], count)
+      panel.set_title(f"{task}: {count}, where every call counts once", fontsize="small")
+      panel.set_xlabel(count)
   handles, labels = axes[0][0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+  figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
   return _svg(figure)
 
 
-def _draw(panel: Axes, tests: Sequence[Row], selection: Mapping[str, Any], task: str, axis: str) -> None:
+def _draw(
+  panel: Axes, tests: Sequence[Row], selection: Mapping[str, Any], task: str, axis: str, count: str | None
+) -> None:
+  """Draw each entry's reward against the level of the budget or, if one is named, a count of the run."""
   by_level = {level: scores(tests, selection, task, axis, level, "reward") for level in LEVELS}
+  by_level = {level: found for level, found in by_level.items() if found}
+  counts = {level: scores(tests, selection, task, axis, level, count) for level in by_level} if count else {}
   colours = {objective: f"C{index}" for index, objective in enumerate(design.OBJECTIVES)}
   for entry in dict.fromkeys(entry for found in by_level.values() for entry in found):
-    points = [(level, list(found[entry].values())) for level, found in by_level.items() if entry in found]
-    means = [float(np.mean(values)) for _, values in points]
+    levels = [level for level, found in by_level.items() if entry in found]
+    places = [np.mean(list(counts[level][entry].values())) if count else level for level in levels]
+    means = [np.mean(list(by_level[level][entry].values())) for level in levels]
     style = "--" if entry[1] == design.PUBLISHED else "-"
-    panel.plot([level for level, _ in points], means, style, marker=".", color=colours[entry[0]], label=" ".join(entry))
-  panel.set_xscale("log", base=3)
-  panel.set_xticks(list(LEVELS), [f"{name}x" for name in LEVELS.values()])
-  panel.set_title(f"{task}: {AXIS_NAMES[axis]}", fontsize="small")
+    panel.plot(places, means, style, marker=".", color=colours[entry[0]], label=" ".join(entry))
+  if count is None:
+    panel.set_xscale("log", base=3)
+    panel.set_xticks(list(by_level), [f"{LEVELS[level]}x" for level in by_level])
   panel.set_ylabel("held-out reward")
   panel.grid(alpha=0.3)
 
