@@ -1,7 +1,7 @@
 """LLaDA-8B with DMPO's proximal recipe in place of the published one, on top of `llada_8b.py`.
 
 The policy that draws a buffer is its reference, so there is no noisy log-ratio and no forward pass for it.
-docs/choosing.md has the figures: tiny models on one task. Nobody has run it at this size. Learning rate and temperature
+docs/choosing.md has the figures: tiny models on two tasks. Nobody has run it at this size. Learning rate and temperature
 stay as published: `python -m launch.advise` tells whether rollouts at this temperature differ.
 """
 
