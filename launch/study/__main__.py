@@ -75,10 +75,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def select(folder: pathlib.Path, tasks: Sequence[str], objectives: Sequence[str]) -> None:
-  """Write the best settings of every objective on the tasks that have none yet; what was selected stays."""
-  found, before = rows.read(folder, "tune"), rows.read_selection(folder)
-  new = design.choose(found, [task for task in tasks if task not in before], objectives)
-  files.write_whole(epath.Path(folder / rows.SELECTION), json.dumps(before | new, indent=1) + "\n")
+  """Write down the best settings of every objective among all candidates so far; their test rows may exist already."""
+  before = rows.read_selection(folder)
+  new = design.choose(rows.read(folder, "tune"), tasks, objectives)
+  joined = before | {task: before.get(task, {}) | found for task, found in new.items()}
+  files.write_whole(epath.Path(folder / rows.SELECTION), json.dumps(joined, indent=1) + "\n")
 
 
 def read_share(given: str) -> tuple[int, int]:
