@@ -238,7 +238,7 @@ DEVELOPING = {"bench/growth", "study/estimators", "study/page", "picture"}
 def test_what_a_run_imports_comes_with_its_list():
   root, installed = ROOT, with_what_they_need(packages("requirements.txt"))
   distributions = importlib.metadata.packages_distributions()
-  own, optional = {"configs", "dmpo_jax", "launch"}, {"wandb", "torch", "transformers", "peft"}
+  own, optional = {"configs", "dmpo_jax", "launch"}, {"gguf", "wandb", "torch", "transformers", "peft"}
   developing = {root / "launch" / f"{name}.py" for name in DEVELOPING}
   for path in [path for folder in own for path in (root / folder).rglob("*.py") if path not in developing]:
     for node in ast.walk(ast.parse(path.read_text())):
