@@ -76,8 +76,8 @@ def _on_every_device(
   if jax.sharding.get_abstract_mesh().empty:
     return own(x, gate, bias, *kernels)
 
-  def run(*arrays: jax.Array | None) -> jax.Array:
-    return jax.lax.psum(own(*arrays), LOGICAL_AXES["ffn"])
+  def run(x: jax.Array, gate: jax.Array, bias: jax.Array | None, *kernels: jax.Array) -> jax.Array:
+    return jax.lax.psum(own(x, gate, bias, *kernels), LOGICAL_AXES["ffn"])
 
   rows = spec("batch", None, None)
   of_kernels = (spec(*_gathered(axes)) for axes in KERNELS.values())

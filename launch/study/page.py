@@ -237,8 +237,8 @@ def _draw(
   colours = {objective: f"C{index}" for index, objective in enumerate(design.OBJECTIVES)}
   for entry in dict.fromkeys(entry for found in by_level.values() for entry in found):
     levels = [level for level, found in by_level.items() if entry in found]
-    places = [np.mean(list(counts[level][entry].values())) if count else level for level in levels]
-    means = [np.mean(list(by_level[level][entry].values())) for level in levels]
+    places = [float(np.mean(list(counts[level][entry].values()))) if count else level for level in levels]
+    means = [float(np.mean(list(by_level[level][entry].values()))) for level in levels]
     style = "--" if entry[1] == design.PUBLISHED else "-"
     panel.plot(places, means, style, marker=".", color=colours[entry[0]], label=" ".join(entry))
   if count is None:
