@@ -215,6 +215,15 @@ def test_what_would_be_compared_wrongly_or_not_be_read_is_refused(config, change
   assert allowed in line
 
 
+@pytest.mark.parametrize("changes", [{"weighting": "reward"}, {"name": "denoise"}])
+def test_batches_cannot_follow_until_groups_teach_something_where_rewards_are_not_compared(config, changes):
+  config.rollout.until_informative = 4
+  config_lib.validate(config)
+  config.objective.update_from_flattened_dict(changes)
+  (line,) = problems(config)
+  assert line.startswith("config.rollout.until_informative = 4: 0, as objective.name = ")
+
+
 def test_a_group_in_several_chunks_cannot_spread_its_mask_ratios(config):
   config.rollout.chunk_prompts, config.rollout.chunk_rollouts, config.objective.masks = 1, 4, "stratified"
   (line,) = problems(config)

@@ -139,6 +139,13 @@ def shrinkage_problem(shrinkage: str, num: int, antithetic: bool, points: int, n
   )
 
 
+def compares_rewards(name: str, weighting: str, baseline: str, strength: float) -> bool:
+  """Whether groups whose rewards are all equal teach nothing, as in `phases.compares_rewards`."""
+  kind = OBJECTIVES[name]
+  subtracts_mean = kind is OBJECTIVES["wdce"] and baseline == "mean" and strength == 1
+  return not kind.learns_from_demonstrations and (not kind.needs_weights or weighting != "reward" or subtracts_mean)
+
+
 DRAWN = ("objective.antithetic", "objective.elbo_quadrature.num_points", "objective.name", "objective.likelihood")
 
 LIKELIHOOD = (
@@ -335,6 +342,14 @@ KEYS: dict[str, Rule] = {
     "0, as {0} generates a buffer before the rewards of the one before it are known",
     lambda groups, pipelined: groups == 0 or not pipelined,
     "rollout.pipelined",
+  )
+  .also(
+    "0, as {0} with {1} and {2} compares no rewards of a group",
+    lambda groups, *own: groups == 0 or compares_rewards(*own),
+    "objective.name",
+    "objective.weighting",
+    "objective.wdce.baseline",
+    "objective.wdce.baseline_strength",
   ),
   "rollout.max_batches": whole(1),
   "rollout.early_exit": flag().also(
