@@ -231,7 +231,6 @@ def make_sample(
     with_reference: the sampler also gives the reference's log-probabilities of the tokens that it draws.
   """
   own, trainable = config.sampler, Trainable.of(model.config)
-  decode = samplers.SAMPLERS[own.name].sample
   options = samplers.make_options(own.name, own.to_dict().get(own.name, {}))
   common_plan = samplers.Plan(
     completion_length=own.completion_length,
@@ -263,10 +262,8 @@ def make_sample(
       reference=trainable.reference(policies.frozen, policies.reference) if with_reference else None,
     )
     keys = sharding.fill_rows(noise.row_keys(key, prompts.prompt_id, group_size, first).reshape(-1))
-    plan = common_plan
-    if temperature is not None:
-      plan = dataclasses.replace(plan, temperature=rows(temperature))
-    rollouts = decode(denoiser, keys, plan, options)
+    plan = common_plan if temperature is None else dataclasses.replace(common_plan, temperature=rows(temperature))
+    rollouts = samplers.SAMPLERS[own.name].sample(denoiser, keys, plan, options)
     return jax.tree.map(lambda array: array[:num_rows].reshape(-1, group_size, *array.shape[1:]), rollouts)
 
   return jax.jit(sample, out_shardings=sharding.replicated(mesh))
