@@ -19,5 +19,5 @@ def get_config(settings="256"):
     c.objective.max_mask_ratio = 0.8
     c.objective.coupled_grpo.clip = 0.5
     c.objective.coupled_grpo.kl_weight = 0.01
-    c.train.updates_per_buffer = 2
+    c.train.updates_per_buffer = c.checkpoint.every_updates = 2
   return c

@@ -424,6 +424,11 @@ def prompt_ids(texts: Sequence[str]) -> UInt32[np.ndarray, "n"]:
   return ids
 
 
+def ids_of_batch(ids: UInt32[np.ndarray, "n"], further: int) -> UInt32[np.ndarray, "n"]:
+  """Return the identities of prompts in a further batch: where a prompt returns, its rollouts are others."""
+  return np.array([prompt_id(f"{own} in {further}") for own in ids], np.uint32)
+
+
 def _shuffle_seed(seed: int) -> int:
   """Spread the seed over 32 bits, as grain adds the epoch to it, and neighbouring seeds would share permutations."""
   return int(np.random.SeedSequence(seed).generate_state(1)[0])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from dmpo_jax.data import PromptStream
+from dmpo_jax.data import PromptStream, ids_of_batch
 from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.objectives import weights
 from dmpo_jax.policy import Policies
@@ -73,7 +73,10 @@ class GradedRollouts:
     return int(experience.is_informative.sum()) < self.until_informative and num_batches < self.max_batches
 
   def _batch(self, buffer: int, further: int) -> Batch:
-    return Batch(buffer, *self.prompts.batch((buffer + further) * self.num_prompts, self.num_prompts))
+    prompts, records = self.prompts.batch((buffer + further) * self.num_prompts, self.num_prompts)
+    if further:  # a prompt may be in two batches of a buffer, at the end of an epoch
+      prompts = dataclasses.replace(prompts, prompt_id=ids_of_batch(prompts.prompt_id, further))
+    return Batch(buffer, prompts, records)
 
   def _policies(self, state: TrainState) -> Policies:
     return Policies(self.trainable.computing(state.trainable), self.base, state.reference)

@@ -89,13 +89,18 @@ def describe(
 
 
 def pool_figures(so_far: dict[str, float], batch: dict[str, float], number: int) -> dict[str, float]:
-  """Add the figures of a buffer's `number`-th batch to those of the ones before: seconds and counts, or the mean."""
+  """Add the figures of a buffer's `number`-th batch to those of the ones before: seconds and counts, or the mean.
+
+  A figure that one batch lacks (NaN) is that of the others.
+  """
   if number == 1:
     return batch
   pooled = {}
   for name, value in batch.items():
     is_sum = name.startswith("seconds_") or name in COUNTS
     pooled[name] = so_far[name] + (value if is_sum else (value - so_far[name]) / number)
+    if math.isnan(pooled[name]):
+      pooled[name] = so_far[name] if math.isnan(value) else value
   return pooled
 
 

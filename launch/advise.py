@@ -8,6 +8,7 @@ log-ratio and the seconds of each part. Nothing that it learns is kept.
 """
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from dmpo_jax import build, phases, policy
 from dmpo_jax.build import Parts
 from dmpo_jax.config import ConfigError, validate
 from dmpo_jax.hub.pretrained import filled
+from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.run import buckets, progress
 from launch import commands
 from launch.measure import Diversity, changed, measure_diversity
@@ -64,9 +66,10 @@ def measure_training(config: ConfigDict, parts: Parts, base: PyTree) -> tuple[Se
       jax.block_until_ready(state)
       seconds = time.monotonic() - start
   parts_of = Seconds(figures["seconds_sample"], figures["seconds_score"], seconds / phase.updates_per_buffer)
-  if not figures.get("log_ratio_error"):
+  error = figures.get("log_ratio_error", math.nan)
+  if not error or math.isnan(error):  # no log-ratio, or one whose error is not estimated
     return parts_of, None
-  return parts_of, Noise(figures["log_ratio_error"], figures["tilt_std"])
+  return parts_of, Noise(error, figures["tilt_std"])
 
 
 def advise(config: ConfigDict, found: Diversity, seconds: Seconds, noise: Noise | None) -> Iterator[str]:
@@ -120,6 +123,11 @@ def main() -> None:
   buckets.check({"config.model.init_from": given.config.model.init_from}, {"--workdir": given.workdir})
   config = with_base(given.config, given.workdir, given.prompts)
   validate(config)
+  if OBJECTIVES[config.objective.name].learns_from_demonstrations:
+    raise ConfigError(
+      f"config.objective.name = {config.objective.name!r} draws no rollouts: give the configuration that would go on "
+      "from this base by rewards"
+    )
   config, console = filled(config), Console()
   with tempfile.TemporaryDirectory() as folder:
     work = epath.Path(folder)
@@ -139,6 +147,8 @@ def main() -> None:
 def with_base(config: ConfigDict, workdir: str, prompts: int) -> ConfigDict:
   """Return the configuration without a warm start, from the base of a run or the checkpoint that it names.
 
+  Prompts are decoded as many at a time as the configuration does it.
+
   Raises:
     ConfigError: there is neither.
   """
@@ -146,7 +156,8 @@ def with_base(config: ConfigDict, workdir: str, prompts: int) -> ConfigDict:
   if not base:
     raise ConfigError("no base to measure: give --workdir of a run that has one, or set config.model.init_from")
   size = min(prompts, config.eval.num_prompts or prompts)
-  own = {"warm_start.updates": 0, "model.init_from": base, "eval.num_prompts": size, "eval.batch_size": size}
+  at_a_time = min(size, config.eval.batch_size, config.rollout.chunk_prompts or config.rollout.num_prompts)
+  own = {"warm_start.updates": 0, "model.init_from": base, "eval.num_prompts": size, "eval.batch_size": at_a_time}
   return changed(config, own)
 
 

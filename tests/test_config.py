@@ -224,6 +224,12 @@ def test_batches_cannot_follow_until_groups_teach_something_where_rewards_are_no
   assert line.startswith("config.rollout.until_informative = 4: 0, as objective.name = ")
 
 
+def test_a_sampler_that_takes_tokens_back_gives_no_masks_along_its_trajectory(config):
+  config.objective.masks, config.objective.antithetic, config.sampler.name = "trajectory", False, "wino"
+  (line,) = problems(config)
+  assert line.startswith("config.objective.masks = 'trajectory': random or stratified, as sampler.name = 'wino' takes")
+
+
 def test_a_group_in_several_chunks_cannot_spread_its_mask_ratios(config):
   config.rollout.chunk_prompts, config.rollout.chunk_rollouts, config.objective.masks = 1, 4, "stratified"
   (line,) = problems(config)

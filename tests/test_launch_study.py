@@ -1,5 +1,7 @@
 """The study: its statistics, costs and plan, runs that share programs, and what its page says of made-up rows."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -107,6 +109,25 @@ def test_a_run_is_known_by_its_content():
   assert "task.name" not in first.settings()  # as in configs/base.py
 
 
+def test_runs_with_other_settings_are_other_runs():
+  drops = {flag: {design.RATE: 2e-4, design.DROP: flag} for flag in (False, True)}
+  kept, dropped = (
+    design.Run("tune", "sudoku", design.Candidate("wdce", "", changes), 0, 0, 1.0) for changes in drops.values()
+  )
+  assert kept.digest() != dropped.digest()
+  entry = {"candidate": "published 0.0002", "changes": {design.RATE: 2e-4}}
+  runs = list(design.questions({"sudoku": {"wdce": {"published": entry}}}, ["sudoku"]))
+  arms = {run.candidate.name: run.digest() for run in runs if (run.base, run.seed) == (3, 0)}
+  as_published = {name for name, digest in arms.items() if digest == dataclasses.replace(kept, base=3).digest()}
+  assert as_published == {  # these share their runs with the test; all others differ
+    "reference and reuse: fixed, 8 updates, 4 masks",
+    "baselines and dropping: negative, g = 8, keeping equal groups",
+    "unlearning: unbounded",
+    "shrinkage: none",
+  }
+  assert len(set(arms.values())) == len(arms) - 3
+
+
 def made_up(objective, candidate, base, reward, stage_changes=None, seed=0, budget=1.0):
   """A run's row that reached `reward` at 1x on both axes, and half of it at a third."""
   return {
@@ -175,6 +196,8 @@ def test_the_page_is_drawn_from_the_rows(tmp_path):
       for seed in design.SEEDS:
         rows.append(folder, "test", made_up(name, "published 0.0001", base, reward + 0.02 * base, seed=seed))
   rows.append(folder, "test", made_up("wd1", "published 0.0001", 9, 0.9))  # the other seed is missing: not counted
+  larger = made_up("wd1", "published 0.0001", 3, 0.46, budget=3.0)  # a run again, with a larger budget: counted once
+  rows.append(folder, "test", larger | {"run": "larger"})
   page.write(tmp_path)
   text = (tmp_path / "study.md").read_text()
   assert "| sudoku | wd1 | 0 of 6 | 0 of 24 | 9 of 16 |" in text

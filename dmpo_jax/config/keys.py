@@ -366,7 +366,12 @@ KEYS: dict[str, Rule] = {
   .checked_by(
     kind_problem, "objective.antithetic", "objective.mask_block_length", "objective.name", "objective.likelihood"
   )
-  .checked_by(functools.partial(block_problem, known=("random", "stratified")), "model.block_length"),
+  .checked_by(functools.partial(block_problem, known=("random", "stratified")), "model.block_length")
+  .also(
+    "random or stratified, as {0} takes tokens back, and a trajectory would not be what it met",
+    lambda kind, sampler: kind != "trajectory" or not SAMPLERS[sampler].can_revoke,
+    "sampler.name",
+  ),
   "objective.antithetic": flag(),
   "objective.min_mask_ratio": SHARE.also("below {0}", operator.lt, "objective.max_mask_ratio"),
   "objective.max_mask_ratio": number("(0, 1]"),

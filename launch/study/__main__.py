@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
       case "test":
         study.take(list(design.tests(rows.read_selection(docs / "study"), *chosen, given.test_budget)))
       case "questions":
-        study.take(list(design.questions(rows.read_selection(docs / "study"), given.tasks, given.tune_budget)))
+        study.take(list(design.questions(rows.read_selection(docs / "study"), given.tasks)))
   page.write(docs)
   print(f"page: {docs / 'study.md'}")
 

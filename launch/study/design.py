@@ -26,6 +26,7 @@ PUBLISHED_RATES = (1e-4, 2e-4, 4e-4, 5e-5, 2.5e-5, 8e-4)  # the papers' are thos
 SEARCHED = 24  # random candidates of the whole study
 PUBLISHED, TUNED = "published", "tuned"
 LATER = {DROP: False, "objective.masks": "random"}  # keys that came after the first rows, and what these had
+QUESTION_BUDGET = 1.0  # in multiples of 1x
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,11 +101,11 @@ class Run:
 
 @functools.cache
 def _settings(task: str, objective: str, changes: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-  default = deciding(base.get_config())
+  default = deciding(base.get_config()) | LATER
   found = deciding(changed(bench_config(objective, task), dict(changes)))
-  own = {key: value for key, value in found.items() if value != default.get(key, LATER.get(key))}
+  own = {key: value for key, value in found.items() if value != default.get(key)}
   own |= {"task.name": pathlib.PurePath(found["task.name"]).name} if "task.name" in own else {}  # wherever its file is
-  return {key: value for key, value in own.items() if value != LATER.get(key)} | {"objective": objective}
+  return own | {"objective": objective}
 
 
 def bench_config(name: str, task: str) -> ConfigDict:
@@ -189,14 +190,21 @@ def tests(
         yield Run("test", task, candidate, start, seed, budget)
 
 
-def questions(selection: Mapping[str, Any], tasks: Sequence[str], budget: float) -> Iterator[Run]:
+def arms(selection: Mapping[str, Any], task: str, question: str) -> list[Candidate]:
+  """Return what is compared on a question: `wdce` at its published learning rate; nothing where none is selected."""
+  if "wdce" not in selection.get(task, {}):
+    return []
+  rate = selection[task]["wdce"][PUBLISHED]["changes"][RATE]
+  return [Candidate("wdce", name, {RATE: rate, **changes}) for name, changes in QUESTIONS[question].items()]
+
+
+def questions(selection: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[Run]:
   """List the runs that change one thing at a time, on the test bases, question by question."""
-  for (question, arms), task in itertools.product(QUESTIONS.items(), tasks):
-    if "wdce" in selection.get(task, {}):
-      rate = selection[task]["wdce"][PUBLISHED]["changes"][RATE]
-      for name, arm in arms.items():
-        candidate = Candidate("wdce", f"{question}: {name}", {RATE: rate, **arm})
-        yield from (Run("questions", task, candidate, start, seed, budget) for start in TEST_BASES for seed in SEEDS)
+  for question, task in itertools.product(QUESTIONS, tasks):
+    for arm in arms(selection, task, question):
+      candidate = dataclasses.replace(arm, name=f"{question}: {arm.name}")
+      for start, seed in itertools.product(TEST_BASES, SEEDS):
+        yield Run("questions", task, candidate, start, seed, QUESTION_BUDGET)
 
 
 def tried(found: Sequence[rows.Row], task: str, objective: str) -> dict[str, list[rows.Row]]:

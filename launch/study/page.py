@@ -58,8 +58,8 @@ def write(docs: pathlib.Path) -> None:
     parts += ["## Tests", "![held-out reward against cost](study.svg)"]
     parts += [section for section in result_sections(found["test"], selection)]
     files.write_whole(epath.Path(docs / "study.svg"), picture(found["test"], selection))
-  if found["questions"]:
-    parts += ["## Questions", question_tables(found["questions"])]
+  if found["questions"]:  # an arm may be what was tested already
+    parts += ["## Questions", question_tables([*found["test"], *found["questions"]], selection)]
   if found["tune"]:
     parts += ["## Every candidate that was tried", TRIED, candidate_table(found["tune"])]
   files.write_whole(epath.Path(docs / "study.md"), "\n\n".join(part.strip() for part in parts) + "\n")
@@ -72,7 +72,11 @@ def progress_table(found: Mapping[str, Sequence[Row]], selection: Mapping[str, A
   for task, objective in itertools.product(design.TASKS, design.OBJECTIVES):
     names = design.tried(found["tune"], task, objective)
     published = [name for name in names if name.startswith(design.PUBLISHED)]
-    tests = [row for row in found["test"] if (row["task"], row["objective"]) == (task, objective)]
+    tests = {
+      (row["candidate"], row["base"], row["seed"])
+      for row in found["test"]
+      if (row["task"], row["objective"]) == (task, objective)
+    }
     entries = {chosen["candidate"] for chosen in selection.get(task, {}).get(objective, {}).values()}
     cells = [f"{len(published)} of {len(design.PUBLISHED_RATES)}"]
     cells += [f"{len(names) - len(published)} of {design.SEARCHED}"]
@@ -129,7 +133,9 @@ def scores(tests: Sequence[Row], selection: Mapping[str, Any], task: str, axis: 
       names.setdefault(chosen["candidate"], []).append(entry)
     for candidate, own_entries in names.items():
       of = (task, objective, candidate)
-      own = [r for r in tests if (r["task"], r["objective"], r["candidate"]) == of and r["budget"] >= level]
+      reaching = [r for r in tests if (r["task"], r["objective"], r["candidate"]) == of and r["budget"] >= level]
+      # a run that was repeated with a larger budget counts once
+      own = list({(r["base"], r["seed"]): r for r in sorted(reaching, key=lambda r: -r["budget"])}.values())
       values = {base: [costs.reading(r, axis, level)[key] for r in own if r["base"] == base] for base in BASES}
       whole = {base: float(np.mean(each)) for base, each in values.items() if len(each) == len(design.SEEDS)}
       if whole:
@@ -181,18 +187,20 @@ def with_interval(values: Sequence[float], signed: bool = False) -> str:
   return f"{mean} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
-def question_tables(found: Sequence[Row]) -> str:
-  """Lay out the answers to each question."""
-  parts = []
-  for task, (question, arms) in itertools.product(design.TASKS, design.QUESTIONS.items()):
+def question_tables(found: Sequence[Row], selection: Mapping[str, Any]) -> str:
+  """Lay out the answers to each question; equal arms share their runs."""
+  by_run, parts = {row["run"]: row for row in found}, []
+  for task, question in itertools.product(design.TASKS, design.QUESTIONS):
     table = []
-    for name in arms:
-      own = [row for row in found if (row["task"], row["candidate"]) == (task, f"{question}: {name}")]
-      for_base = [[row for row in own if row["base"] == base] for base in BASES]
-      whole = [members for members in for_base if len(members) == len(design.SEEDS)]
+    for arm in design.arms(selection, task, question):
+      whole = []
+      for base in BASES:
+        runs = [design.Run("questions", task, arm, base, seed, design.QUESTION_BUDGET) for seed in design.SEEDS]
+        members = [by_run[run.digest()] for run in runs if run.digest() in by_run]
+        whole += [members] if len(members) == len(runs) else []
       if whole:
         means = [[design.mean_reward(members, axis) for members in whole] for axis in costs.AXES]
-        table.append([name, str(len(whole)), *map(with_interval, means)])
+        table.append([arm.name, str(len(whole)), *map(with_interval, means)])
     if table:
       parts += [f"### {question}, {task}", markdown(["", "bases", *(f"reward, {axis}" for axis in costs.AXES)], table)]
   return "\n\n".join(parts)
