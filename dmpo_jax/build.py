@@ -199,10 +199,9 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
     pretrained.check_adapter(lora, own.lora.init_from)
   fields = {name: pretrained.as_field(own[name]) for name in pretrained.FIELDS if own.get(name) is not None}
   fields |= {name: getattr(vocabulary, name) for name in pretrained.SPECIAL_IDS}
-  checkpoint = pretrained.read_model(own.init_from) if own.init_from else None
-  if checkpoint is not None:
-    stored = checkpoint.fields
-    if own.allow_other_blocks:
+  stored = pretrained.read_fields(own.init_from) if own.init_from else None
+  if stored is not None:
+    if own.get("allow_other_blocks", False):  # an older run's configuration lacks it
       stored = stored | {"block_length": fields["block_length"]}
     pretrained.check_model(fields, stored, own.init_from)
     fields = stored
@@ -212,7 +211,12 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
     raise ValueError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {vocabulary.vocab_size} ids")
   return Transformer(
     ModelConfig(
-      **fields, dtype=own.dtype, param_dtype=own.param_dtype, remat=own.remat, layer_rows=own.layer_rows, lora=lora
+      **fields,
+      dtype=own.dtype,
+      param_dtype=own.param_dtype,
+      remat=own.remat,
+      layer_rows=own.get("layer_rows", 0),
+      lora=lora,
     )
   )
 

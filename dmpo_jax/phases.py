@@ -175,7 +175,7 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     evaluate_every=config.eval.every_buffers,
     is_pipelined=config.rollout.pipelined,
     keep_best=lambda trained, buffer: save_params(
-      workdir / "best", trained, policy.policy_metadata(config, workdir, buffer)
+      workdir / "best", trained, policy.policy_metadata(config, workdir, buffer, parts.model.config)
     ),
   )
   return phase, state

@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 
 from dmpo_jax import noise, samplers, sharding
 from dmpo_jax.config import ConfigError
+from dmpo_jax.hub import pretrained
 from dmpo_jax.hub.tokenizer import Tokenizer
+from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.denoiser import make_denoiser
 from dmpo_jax.models.trainable import TRAINED_DTYPE, Trainable
 from dmpo_jax.models.transformer import Transformer
@@ -164,9 +166,14 @@ def load_policies(
   return trained, base_params(config, workdir, parts) if has_adapters else {}
 
 
-def policy_metadata(config: ConfigDict, workdir: epath.Path, num_buffers: int) -> dict[str, Any]:
-  """Return what is saved with a policy: the number of buffers that it has learned from, and its base."""
-  return {"buffers": num_buffers, "base": base_name(config, workdir)}
+def policy_metadata(config: ConfigDict, workdir: epath.Path, num_buffers: int, model: ModelConfig) -> dict[str, Any]:
+  """Return what is saved with a policy: the number of buffers that it has learned from, its base, and its model."""
+  return {"buffers": num_buffers, "base": base_name(config, workdir), **model_metadata(model)}
+
+
+def model_metadata(model: ModelConfig) -> dict[str, Any]:
+  """Return what is saved with any parameters of a run: the model that they are of."""
+  return pretrained.description(model)
 
 
 def check_base(config: ConfigDict, workdir: epath.Path | None, adapters: epath.PathLike) -> None:

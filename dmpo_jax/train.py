@@ -99,7 +99,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> dict[str, dict[str, float]
   with contextlib.closing(parts.grading), jax.set_mesh(parts.mesh), log as metrics:
     phase, state = phases.training_phase(config, workdir, parts, warm_start(config, workdir, parts, metrics))
     state, position = run(phase, state, config, workdir, metrics)
-    save_params(workdir / "policy", state.trainable, policy.policy_metadata(config, workdir, position.buffer))
+    about = policy.policy_metadata(config, workdir, position.buffer, parts.model.config)
+    save_params(workdir / "policy", state.trainable, about)
   return position.evaluations
 
 
@@ -122,7 +123,7 @@ def warm_start(config: ConfigDict, workdir: epath.Path, parts: Parts, metrics: M
       logger.warning("%s is not whole and is written again", workdir / "base")
     phase, state = phases.warm_start_phase(config, parts)
     state, _ = run(phase, state, config, workdir, metrics)
-    save_params(workdir / "base", state.trainable)
+    save_params(workdir / "base", state.trainable, policy.model_metadata(parts.model.config))
   base = policy.base_params(config, workdir, parts, are_trained=not parts.trainable.has_adapters)
   write_parameter_overview(workdir, base)
   return base

@@ -91,6 +91,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
       "entropy, dynamic, sequential; did you mean 'threshold'?",
     ),
     ("sampler.freedave.draft_length", 0, "must be 1 or more"),
+    ("model.expert_size", 64, "0, () or False, as model.router = 'none': the model has no experts"),
     ("rollout.chunk_prompts", 5, "0 or a divisor of rollout.num_prompts = 32"),
     ("rollout.until_informative", 33, "at most rollout.num_prompts = 32"),
     ("rollout.chunk_rollouts", 3, "0 or a divisor of rollout.group_size = 8"),

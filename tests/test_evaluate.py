@@ -257,7 +257,9 @@ def finished(workdir, buffers, scale, **changes):
   args = (config, workdir, parts) if name == "lora" else (config, parts)
   with jax.set_mesh(parts.mesh):
     params = jax.tree.map(lambda x: x * scale, init(*args))
-  params_lib.save_params(workdir / "policy", params, policy.policy_metadata(config, workdir, buffers))
+  params_lib.save_params(
+    workdir / "policy", params, policy.policy_metadata(config, workdir, buffers, parts.model.config)
+  )
   workdir_lib.save_config(workdir, config)
   return config
 

@@ -190,6 +190,7 @@ def test_the_files_of_qwens_tokenizer_get_the_token_too(tmp_path):
     ({}, adapt.AS_IT_IS, r"autoregressive \(model_type='llama'\): --adapt makes .* '<\|mask\|>', added as id 155"),
     (dict(model_type="a2d-llama"), WANTED, "--adapt: .* is a diffusion model already; leave it out"),
     (dict(mask_token_id=5), WANTED, "--adapt: .* is a diffusion model already; leave it out"),
+    (dict(mask_token_id=5), Adaptation(mask_token="<s>"), "--mask_token: config.json has mask_token_id=5 already"),
     (dict(tokens=None), WANTED, "has no tokenizer, from which the id of its mask token would come: copy one"),
     (dict(tokens=None, model_type="a2d-llama"), adapt.AS_IT_IS, "has no tokenizer, from which"),
     (

@@ -11,7 +11,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from dmpo_jax.hub import convert, layout
-from dmpo_jax.hub.export import ModelExport
+from dmpo_jax.hub.export import ModelExport, how_to_load
 from dmpo_jax.hub.model_config import model_config_from_hf, model_config_to_hf
 from launch import export_hf
 
@@ -62,3 +62,8 @@ def test_there_and_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(written[name], array)
   after = json.loads((back / "config.json").read_text())
   assert {key: after.get(key) for key in config} == config
+  found = export_hf.find_model(out)
+  other = dataclasses.replace(found.config, block_length=8)  # as a run may have trained it
+  ModelExport(found._replace(config=other), "same").write(epath.Path(tmp_path / "other"), 10**9)
+  assert json.loads((tmp_path / "other" / "config.json").read_text())["block_size"] == 8
+  assert "AutoModelForCausalLM.from_pretrained" in how_to_load(found, back)  # SDAR's AutoModel has no head

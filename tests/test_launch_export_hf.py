@@ -341,6 +341,10 @@ def test_a_target_of_the_layers_does_not_name_the_head():
   assert re.fullmatch(pattern, "model.transformer.blocks.11.ff_out")
   assert re.fullmatch(pattern, "model.transformer.blocks.0.q_proj")
   assert not re.fullmatch(pattern, "model.transformer.ff_out")
+  of_layers = LoraConfig(2, 4.0, 0.0, ("q_proj", "ff_proj"))
+  pattern = lora_config_to_peft(of_layers, "lladamoe", "base")["target_modules"]
+  assert re.fullmatch(pattern, "model.layers.3.mlp.gate_proj")
+  assert not re.fullmatch(pattern, "model.layers.3.mlp.experts.0.gate_proj")
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "huggingface"])

@@ -7,6 +7,7 @@ import jax
 import pytest
 import tiny
 from etils import epath
+from ml_collections import ConfigDict
 from recorded_models import TINY
 
 from configs import base, dream_7b, llada_8b
@@ -121,3 +122,31 @@ def test_a_policy_on_a_checkpoint_needs_nothing_but_its_folder(use_devices, tmp_
     build.build_model_parts(left_open)
   left_open.model.allow_other_blocks = True
   assert build.build_model_parts(left_open).model.config.block_length == 4
+
+
+def test_a_runs_parameters_say_what_model_they_are_of(use_devices, tmp_path):
+  """What no shape depends on included: a run that begins with them needs no more than their folder."""
+  use_devices(1)
+  given = tiny.config(model__shift_logits=True, model__rope_theta=77.0, warm_start__updates=0)
+  parts = build.build_model_parts(given)
+  with jax.set_mesh(parts.mesh):
+    about = policy.policy_metadata(given, epath.Path(tmp_path), 3, parts.model.config)
+    params_lib.save_params(tmp_path / "policy", policy.initial_params(given, parts), about)
+  left_open = base.get_config()
+  left_open.model.init_from = str(tmp_path / "policy")
+  found = build.build_model_parts(left_open)
+  assert found.model.config == dataclasses.replace(parts.model.config, remat=left_open.model.remat)
+  left_open.model.shift_logits = False
+  with pytest.raises(ConfigError, match=r"config.model has shift_logits = False, the checkpoint True"):
+    build.build_model_parts(left_open)
+
+
+def test_a_runs_older_configuration_still_describes_its_model(tmp_path):
+  older = base.get_config().to_dict()
+  older["model"] |= {
+    "init_from": described(epath.Path(tmp_path), mask_token_id=4, eos_token_id=2, pad_token_id=0),
+    "num_layers": TINY.num_layers,
+  }
+  del older["model"]["allow_other_blocks"], older["model"]["layer_rows"]
+  tokenizer = build.make_tokenizer(base.get_config())
+  assert build.build_model(ConfigDict(older), tokenizer).config.d_model == TINY.d_model

@@ -205,7 +205,8 @@ def test_adapters_are_used_on_their_own_base_alone(use_devices, tmp_path, caplog
       params_lib.save_params(path, policy.initial_params(config, parts))
     config.model.init_from = str(own)
     adapters = policy.initial_adapters(config, workdir, parts)
-    params_lib.save_params(workdir / "policy", adapters, policy.policy_metadata(config, workdir, 3))
+    about = policy.policy_metadata(config, workdir, 3, parts.model.config)
+    params_lib.save_params(workdir / "policy", adapters, about)
     base = policy.load_policies(config, workdir, parts, ["policy"])[1]
     np.testing.assert_array_equal(base["embedding"], params_lib.SavedParams(own).load(["embedding"]))
     config.model.init_from = str(other)

@@ -139,6 +139,15 @@ def shrinkage_problem(shrinkage: str, num: int, antithetic: bool, points: int, n
   )
 
 
+def of_experts(rule: Rule) -> Rule:
+  """Allow a key of the experts to be set only where the model has some."""
+  return rule.also(
+    "0, () or False, as {0}: the model has no experts",
+    lambda value, router: not value or router != "none",
+    "model.router",
+  )
+
+
 def compares_rewards(name: str, weighting: str, baseline: str, strength: float) -> bool:
   """Whether groups whose rewards are all equal teach nothing, as in `phases.compares_rewards`."""
   kind = OBJECTIVES[name]
@@ -219,23 +228,23 @@ KEYS: dict[str, Rule] = {
   "model.out_bias": flag(),
   "model.clip_qkv": FROM_ZERO,
   "model.router": one_of("none", *ROUTERS),
-  "model.num_experts": whole(0).also(
+  "model.num_experts": of_experts(whole(0)).also(
     "1 or more, as {0}", lambda number, router: number > 0 or router == "none", "model.router"
   ),
-  "model.experts_per_token": whole(0).also(
+  "model.experts_per_token": of_experts(whole(0)).also(
     "from 1 up to {0}, as {1}",
     lambda number, experts, router: router == "none" or 0 < number <= experts,
     "model.num_experts",
     "model.router",
   ),
-  "model.expert_size": whole(0).also(
+  "model.expert_size": of_experts(whole(0)).also(
     "1 or more, as {0}", lambda size, router: size > 0 or router == "none", "model.router"
   ),
-  "model.shared_expert_size": whole(0),
-  "model.expert_layers": Rule("(), or a 0 or 1 for each layer", lambda value: set(value) <= {0, 1}).also(
+  "model.shared_expert_size": of_experts(whole(0)),
+  "model.expert_layers": of_experts(Rule("(), or a 0 or 1 for each layer", lambda value: set(value) <= {0, 1})).also(
     "(), or as many as {0}", lambda kinds, layers: len(kinds) in (0, layers), "model.num_layers"
   ),
-  "model.expert_bias": flag(),
+  "model.expert_bias": of_experts(flag()),
   "model.dtype": one_of(*DTYPES),
   "model.quantization": one_of(*QUANTIZATIONS).also(
     "none, as {0} has experts", lambda kind, router: kind == "none" or router == "none", "model.router"

@@ -70,6 +70,8 @@ def prepare(source: epath.Path, stage: epath.Path, asked: Adaptation) -> Prepare
     return _checked(Prepared(source, config))
   has_mask = config.get("mask_token_id") is not None
   is_diffusion = has_mask or str(kind).lower() in family.diffusion_types
+  if has_mask and asked.mask_token:
+    raise ValueError(f"--mask_token: config.json has mask_token_id={config['mask_token_id']} already; leave it out")
   if is_diffusion and asked.is_wanted:
     raise ValueError(f"--adapt: {source} is a diffusion model already; leave it out")
   pretrained.copy_side_files(source, stage)

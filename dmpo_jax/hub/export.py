@@ -210,6 +210,8 @@ def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
   if source.side_files is not None:
     pretrained.copy_side_files(source.side_files, out)
     config = files.read_object(out / "config.json")
+    if key := FAMILIES[source.family].keys.get("block_length"):  # a run may have trained other blocks
+      config[key] = source.config.block_length
   if source.tokenizer is not None:
     _copy_tokenizer(source.tokenizer, out)
   config["torch_dtype"] = dtype
@@ -236,7 +238,9 @@ def how_to_load(source: Source, out: epath.Path) -> str:
   """Return Python lines that load an exported model with `transformers`; comments say what else that needs."""
   family, config, is_in_bucket = FAMILIES[source.family], files.read_object(out / "config.json"), "://" in str(out)
   folder = "DIR" if is_in_bucket else out
-  auto, remote = ("AutoModel", ", trust_remote_code=True") if family.code else ("AutoModelForCausalLM", "")
+  has_head = family.code.get("AutoModel") == family.code.get("AutoModelForCausalLM", family.code.get("AutoModel"))
+  auto, remote = ("AutoModel" if family.code and has_head else "AutoModelForCausalLM"), ""
+  remote = ", trust_remote_code=True" if family.code else ""
   is_dllms = config["model_type"] in family.diffusion_types
   if is_dllms:
     auto = "AutoModelForMaskedLM"

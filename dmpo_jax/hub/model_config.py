@@ -73,6 +73,10 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   family = FAMILIES[name]
   if bool(config.block_length) != ("block_length" in family.keys):
     raise ValueError(f"model.block_length={config.block_length}: no checkpoint of the family {name} attends so")
+  for key in set(family.keys.values()):
+    fields = [field for field, own in family.keys.items() if own == key]
+    if len({getattr(config, field) for field in fields}) > 1:
+      raise ValueError(f"model.{' and model.'.join(fields)} differ: checkpoints of the family {name} have one {key}")
   own = {} if config.head_dim * config.num_heads == config.d_model else {HEAD_DIM: config.head_dim}
   values = {key: getattr(config, field) for field, key in family.keys.items()}
   values |= {family.keys[field]: None for field in UNSET_IF_0 if field in family.keys and not getattr(config, field)}

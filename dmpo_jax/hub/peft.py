@@ -71,9 +71,11 @@ def lora_config_to_peft(lora: LoraConfig, family: str, base: str) -> dict[str, A
   """Write the adapter_config.json that PEFT reads; `base` names the model that the adapters are for."""
   names = FAMILIES[family]
   modules: list[str] | str = [_module_name(names.modules[name]) for name in lora.targets if name in names.modules]
-  if names.head.split(".")[-1] in modules:  # as in LLaDA: PEFT would adapt the head too, so match layers only
+  # PEFT takes names for ends of names: it would adapt LLaDA's head too, and the projections of experts
+  if names.head.split(".")[-1] in modules or names.router:
     layers = re.escape(names.block).replace(re.escape("{}"), r"\d+")
-    modules = rf".*{layers}({'|'.join(re.escape(names.modules[name]) for name in lora.targets)})"
+    own = (re.escape(names.modules[name]) for name in lora.targets if name in names.modules)
+    modules = rf".*{layers}({'|'.join(own)})"
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import files
+from dmpo_jax import digests, files
 from dmpo_jax.digests import DIGESTS
 from dmpo_jax.files import Unreadable
 from dmpo_jax.models.config import OLDER, ModelConfig
 from dmpo_jax.models.lora import LoraConfig
 
 MODEL_FILE = "model.json"
+MODEL = "model"  # the same, in the metadata of parameters that a run has saved
 ADAPTER_FILE = "adapter.json"
 PARAMS = "params"
 SIDE_FILES = (
@@ -96,15 +97,15 @@ def filled(config: ConfigDict) -> ConfigDict:
   """
   config = copy.deepcopy(config)
   model = config.model
-  stored = read_model(model.init_from) if model.get("init_from") else None
-  fields = SMALL if stored is None else stored.fields
+  stored = read_fields(model.init_from) if model.get("init_from") else None
+  fields = SMALL if stored is None else stored
   for name in SMALL.keys() & model.keys():
     value, known = model[name], fields[name]
     is_rounded = stored is not None and isinstance(value, float) and math.isclose(value, known, rel_tol=ROUNDING)
     if value is None or is_rounded:
       model[name] = known
   if stored is not None and "head_dim" in model and model.head_dim is None:
-    model.head_dim = fields["head_dim"]
+    model.head_dim = stored["head_dim"]
   return config
 
 
@@ -131,6 +132,24 @@ def read_model(folder: epath.PathLike) -> Pretrained | None:
   except (TypeError, ValueError) as error:
     raise Unreadable(f"{path} describes no valid model ({error}): {_REMEDY}") from error
   return Pretrained(family, {name: getattr(model, name) for name in FIELDS}, origin)
+
+
+def read_fields(folder: epath.PathLike) -> dict[str, Any] | None:
+  """Read the fields of the model that a folder's parameters are of, converted or a run's; None where it has none.
+
+  Raises:
+    Unreadable: they are damaged.
+  """
+  converted = read_model(folder)
+  if converted is not None:
+    return converted.fields
+  saved = digests.read_metadata(epath.Path(folder)).get(MODEL)
+  return None if saved is None else {name: as_field(value) for name, value in (OLDER | saved).items() if name in FIELDS}
+
+
+def description(model: ModelConfig) -> dict[str, Any]:
+  """Return what a run saves with parameters, for `read_fields`."""
+  return {MODEL: {name: getattr(model, name) for name in FIELDS}}
 
 
 def as_field(value: Any) -> Any:
