@@ -52,6 +52,7 @@ def test_a_section_as_a_command(tmp_path):
   assert section["ratios"] == section["agreements"] == []
 
 
+@pytest.mark.slow
 def test_the_gradient_step():
   config = bench_tiny.config()
   contender = bench_update.make_ours(config)

@@ -28,7 +28,10 @@ SMOKE = f"--config={ROOT}/configs/smoke.py"
   ("args", "message"),
   [
     ([], "error: --config is missing; --help says what it is\n"),
-    ([f"--config={ROOT}/configs/bench.py:foo"], "foo: must be one of sudoku, countdown (ROOT/configs/bench.py, line"),
+    (
+      [f"--config={ROOT}/configs/bench.py:foo"],
+      "foo: must be one of sudoku, countdown, sorting (ROOT/configs/bench.py, line",
+    ),
     ([f"--config={ROOT}/configs/throughput.py:foo", "--config.seed=1"], "foo: must be one of training, iteration,"),
     (["--config=absent.py", "--config.seed=1"], "error: --config=absent.py: no such file\n"),
     ([SMOKE, "--mode=srve"], "--mode=srve: value should be one of <train|serve>"),

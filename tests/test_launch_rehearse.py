@@ -241,6 +241,7 @@ def test_mistakes_are_named(tmp_path, options, message):
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("workdir", "message"),
   [

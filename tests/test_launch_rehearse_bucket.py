@@ -32,6 +32,7 @@ def in_a_process(emulator, program, timeout=120):
   return done.stdout
 
 
+@pytest.mark.slow
 def test_gfile_reads_writes_and_renames(emulator):
   said = in_a_process(
     emulator,

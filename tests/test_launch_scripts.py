@@ -204,6 +204,7 @@ def dockerfile():
   return found
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_image_run(tmp_path):
   """Without Docker: a folder with nothing but the copied files starts the program; pip installs nothing new."""
   found = dockerfile()

@@ -87,6 +87,7 @@ def test_pairs_and_parts_change_no_number(monkeypatch, case):
   assert_close(jax.jit(gradient_of(model, make_inputs(), PAIRS))(trainable, params), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 1, 1), (1, 8, 1)])
 def test_devices_change_no_number(monkeypatch, sizes):
   """Four rows on as many devices, on three and on eight; the head's eight or so positions are spread, too."""

@@ -134,6 +134,7 @@ def test_a_training_step_has_no_scores_outside_the_kernel():
   assert with_scores("splash") == (False, 3)  # forward, forward again, and one for all three gradients
 
 
+@pytest.mark.slow
 def test_a_model_on_eight_devices_is_the_model_with_the_definition():
   """Rows over data and fsdp, heads over tensor; logits and the gradient of the parameters."""
   model, variables = tiny(remat="full", num_layers=2)

@@ -71,6 +71,7 @@ def test_cached_blocks_are_final():
     np.testing.assert_array_equal(after.keys[:, :, :8], cache.keys[:, :, :8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_padded", [True, False])
 def test_the_tpu_kernel_has_blocks_without_a_mask_of_all_pairs(monkeypatch, is_padded):
   """In Pallas's interpreter, with rows padded left, right and in between; a block that divides no kernel block."""

@@ -179,6 +179,7 @@ def test_sorted_tokens_give_what_all_experts_of_all_tokens_give():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
 
 
+@pytest.mark.slow
 def test_many_devices_give_what_one_gives():
   """Rows that the devices share in chunks, with gradients of every parameter, and rows that they do not divide."""
   model, variables = tiny(**MOE, remat="full", layer_rows=1)

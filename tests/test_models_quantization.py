@@ -78,6 +78,7 @@ def test_int8_kernels_are_their_plain_twin(layer_rows):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), each, wanted)
 
 
+@pytest.mark.slow
 def test_int8_is_what_is_gathered():
   """Of the layers' kernels nothing wider goes over the links, with layers in chunks of rows or not."""
   for layer_rows in (0, 1):
@@ -92,6 +93,7 @@ def test_int8_is_what_is_gathered():
     assert {shape for _, shape in gathered} == {"16,16", "16,8", "16,24", "24,16"}
 
 
+@pytest.mark.slow
 def test_a_new_model_has_columns_of_the_usual_size():
   """Random int8 parameters, as plans and benchmarks have, are of the size of others."""
   model = Transformer(dataclasses.replace(TINY, d_model=64, head_dim=16, quantization="int8"))

@@ -376,6 +376,7 @@ def test_a_position_of_a_pair_is_read_in_one_of_the_two(name, own):
   assert named[0]
 
 
+@pytest.mark.slow
 def test_independent_sets_of_wddo_are_no_complements():
   # there the fake set is the other half of the pairs: every mask the complement of a real one
   seen = []

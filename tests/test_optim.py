@@ -41,6 +41,7 @@ def test_clipped_adamw_as_computed_by_hand(decay):
   np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_norms_are_not_decayed_even_where_layers_are_stacked():
   params = {
     "blocks": {"norm": {"scale": jnp.ones((3, 4))}, "ffn": {"kernel": jnp.ones((3, 4, 2))}},

@@ -99,6 +99,7 @@ def test_chunks_padding_and_devices_change_nothing(folder, use_devices):
   assert np.isnan(metrics["log_ratio_error"]), "a single pair says nothing of its own noise"
 
 
+@pytest.mark.slow
 def test_log_probabilities_from_the_sampler(folder, use_devices):
   own = dict(sampler__name="random_order", sampler__steps=16, objective__likelihood="sampler")
   whole, metrics = collect(tiny.config(**own), folder, use_devices)
@@ -114,6 +115,7 @@ def test_log_probabilities_from_the_sampler(folder, use_devices):
   assert (early.log_p_old > whole.log_p_old + 1).any()
 
 
+@pytest.mark.slow
 def test_a_larger_buffer_begins_with_the_smaller_one(folder, use_devices):
   small, _ = collect(tiny.config(rollout__num_prompts=2, rollout__group_size=2), folder, use_devices)
   large, _ = collect(tiny.config(rollout__num_prompts=4, rollout__group_size=4), folder, use_devices)
@@ -189,6 +191,7 @@ def test_chunks_are_drawn_while_earlier_ones_are_graded():
   assert in_time == [True] * p * g
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_buffer_is_drawn_in_chunks_of_another_size(folder, use_devices):
   """An earlier start had sampled three prompts and scored two; of its work whole chunks are taken."""
   use_devices(1)
@@ -256,6 +259,7 @@ def test_a_group_that_is_split_over_chunks_is_the_whole_group(folder, use_device
   assert split_metrics["reward_mean"] == metrics["reward_mean"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("polls", [2, 5, 12])  # of eight chunks that are sampled, then scored: in the middle of a group
 def test_a_group_that_was_interrupted_in_its_middle_goes_on_from_there(folder, use_devices, monkeypatch, polls):
   parts, phase, state = begin(tiny.config(**SPLIT, warm_start__updates=0), folder, use_devices)

@@ -134,6 +134,7 @@ def plan_of(**changes):
   return Plan(**(dict(completion_length=12, block_length=4, steps=9, temperature=1.0, early_exit=True) | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "own"), RULES)
 def test_a_row_alone_and_uncached_is_the_row_in_its_batch(name, own):
   """Prompts of 10, 6 and 3 tokens; an EOS that ends some rows early."""
@@ -152,6 +153,7 @@ def test_a_row_alone_and_uncached_is_the_row_in_its_batch(name, own):
     same(alone, jax.tree.map(lambda array, row=row: array[row : row + 1], together))
 
 
+@pytest.mark.slow
 def test_a_row_ends_with_the_block_of_its_first_eos():
   model, variables = load("ss_sharp", 4)
   whole = sample(model, variables, PROMPTS, plan_of(temperature=0.0, early_exit=False))

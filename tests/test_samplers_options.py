@@ -18,8 +18,8 @@ def test_options_are_built_from_a_section_and_the_rest_are_defaults():
       "prefix_cache",
       dict(rule="treshold", threshold=-0.1, factor=float("nan")),
       [
-        "sampler.prefix_cache.rule='treshold': must be one of count, threshold, factor, entropy; did you mean "
-        "'threshold'?",
+        "sampler.prefix_cache.rule='treshold': must be one of count, threshold, factor, entropy, dynamic, sequential; "
+        "did you mean 'threshold'?",
         "sampler.prefix_cache.threshold=-0.1: must be a number from 0 up",
         "sampler.prefix_cache.factor=nan: must be a number from 0 up",
       ],
