@@ -24,7 +24,8 @@ test: $(INSTALLED) $(PLANNING)
 	$(RUN) -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the tests that take minutes: whole rehearsals, the matrix of settings, compilation for a pod, a real language model
-test-slow: $(INSTALLED) $(PLANNING) $(SMOLLM2)
+test-slow: $(INSTALLED) $(PLANNING)
+	@$(MAKE) --no-print-directory smollm2 || echo 'SmolLM2 could not be fetched: its tests are skipped'
 	$(RUN) -m pytest -m slow -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # 100,000 random and mutated completions through every reward and grader
