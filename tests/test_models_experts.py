@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -224,7 +225,9 @@ def test_adapters_are_on_attention_and_by_choice_on_shared_experts():
     "blocks_1": {"q_proj", "shared_up_proj"},
   }
   about = lora_config_to_peft(lora, "lladamoe", "base")
-  assert about["target_modules"] == ["q_proj", "shared_expert.up_proj"]
+  names = ("self_attn.q_proj", "shared_expert.up_proj", "mlp.experts.0.up_proj", "mlp.up_proj")
+  matches = [bool(re.fullmatch(about["target_modules"], f"model.layers.2.{name}")) for name in names]
+  assert matches == [True, True, False, False]
   places = layout.adapter_places(model.config, "lladamoe")
   assert places["base_model.model.model.layers.2.shared_expert.up_proj.lora_B.weight"].index == (1,)
   assert lora_config_from_peft(about, places, "lladamoe") == lora
