@@ -5,6 +5,12 @@ from configs import bench
 
 def get_config(task: str = "sudoku"):
   c = bench.get_config(task)
+  as_published(c)
+  return c
+
+
+def as_published(c):
+  """Set the objective as its paper has it."""
   c.objective.name = "coupled_grpo"
   c.objective.likelihood = "coupled"
   c.objective.num_mask_samples = 3
@@ -13,4 +19,3 @@ def get_config(task: str = "sudoku"):
   c.objective.coupled_grpo.clip = 0.5
   c.objective.coupled_grpo.kl_weight = 0.01
   c.train.updates_per_buffer = 2
-  return c

@@ -5,19 +5,13 @@ tiny, and nobody has run it at this size. Learning rate and temperature stay as 
 launch.advise` tells whether rollouts at this temperature differ.
 """
 
-from configs import llada_8b
+from configs import bench_coupled_grpo, llada_8b
 
 
 def get_config(settings="256"):
   """Build it for a completion length and a slice: `256`, or `256,v5e-16`."""
   c = llada_8b.get_config(settings)
   with c.unlocked():
-    c.objective.name = "coupled_grpo"
-    c.objective.likelihood = "coupled"
-    c.objective.num_mask_samples = 3
-    c.objective.min_mask_ratio = 0.2
-    c.objective.max_mask_ratio = 0.8
-    c.objective.coupled_grpo.clip = 0.5
-    c.objective.coupled_grpo.kl_weight = 0.01
-    c.train.updates_per_buffer = c.checkpoint.every_updates = 2
+    bench_coupled_grpo.as_published(c)
+    c.checkpoint.every_updates = c.train.updates_per_buffer
   return c

@@ -41,20 +41,6 @@ ENVIRONMENT = {
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
 LEAST_SECONDS = 10.0  # less is too short for any section
 
-TINY = {
-  "model.d_model": 16,
-  "model.num_heads": 2,
-  "model.num_kv_heads": 2,
-  "model.num_layers": 2,
-  "model.mlp_hidden_size": 24,
-  "model.vocab_size": 320,
-  "model.embedding_size": 320,
-  "model.lora.rank": 2,
-  "task.max_prompt_length": 6,
-  "sampler.completion_length": 8,
-  "sampler.block_length": 4,
-  "sampler.steps": 4,
-}
 ONE_PROMPT = {  # a buffer of one prompt, in one chunk and one microbatch
   "rollout.num_prompts": 1,
   "rollout.chunk_prompts": 0,
@@ -150,13 +136,13 @@ class Bench:
 
 def llada(is_tiny: bool, quantization: str, keys: Mapping[str, Any]) -> ConfigDict:
   """Build LLaDA-8B's configuration for a buffer of one prompt, as published (LoRA of rank 128), or a tiny one."""
-  own = ONE_PROMPT | (TINY if is_tiny else {}) | {"model.quantization": quantization} | dict(keys)
+  own = ONE_PROMPT | (workload.TINY if is_tiny else {}) | {"model.quantization": quantization} | dict(keys)
   return workload.changed(llada_8b.get_config("256"), own)
 
 
 def sampler_config(is_tiny: bool) -> ConfigDict:
   """Build a small model for the check of the samplers: 8 rows, and a vocabulary of several chunks."""
-  own = {"rollout.num_prompts": 2, "model.num_layers": 4} | (TINY if is_tiny else {})
+  own = {"rollout.num_prompts": 2, "model.num_layers": 4} | (workload.TINY if is_tiny else {})
   return workload.changed(throughput.get_config("sampling"), own)
 
 

@@ -23,6 +23,22 @@ from launch.bench import costs, programs
 # Factor on the head for sampling, which makes random weights confident; with more, confidences round to 1.
 SHARPNESS = 10.0
 
+# Changes of a configuration for which every program compiles and runs in seconds on a CPU.
+TINY = {
+  "model.d_model": 16,
+  "model.num_heads": 2,
+  "model.num_kv_heads": 2,
+  "model.num_layers": 2,
+  "model.mlp_hidden_size": 24,
+  "model.vocab_size": 320,
+  "model.embedding_size": 320,
+  "model.lora.rank": 2,
+  "task.max_prompt_length": 6,
+  "sampler.completion_length": 8,
+  "sampler.block_length": 4,
+  "sampler.steps": 4,
+}
+
 
 class Workload(NamedTuple):
   """A configuration with the arguments of its programs."""
