@@ -22,7 +22,7 @@ from dmpo_jax.hub.model_config import model_config_from_hf, model_config_to_hf
 from dmpo_jax.hub.peft import lora_config_from_peft, lora_config_to_peft
 from dmpo_jax.models import experts
 from dmpo_jax.models.lora import TARGETS, LoraConfig
-from dmpo_jax.models.router import ROUTERS, Router, route
+from dmpo_jax.models.router import ROUTERS
 from dmpo_jax.models.transformer import empty_kv_cache
 from launch import export_hf
 
@@ -116,22 +116,11 @@ def test_choices_and_weights_are_the_recorded_ones():
       if f"router_logits_0_{layer}" in arrays:
         bias = stored.get(f"model.layers.{layer}.mlp.expert_bias")
         wanted, seen = arrays[f"router_experts_0_{layer}"], seen + 1
-        chosen, weights = route(
-          jnp.asarray(arrays[f"router_logits_0_{layer}"]),
-          None if bias is None else jnp.asarray(bias),
-          ROUTERS["softmax"],
-          wanted.shape[-1],
-        )
+        logits, bias = jnp.asarray(arrays[f"router_logits_0_{layer}"]), None if bias is None else jnp.asarray(bias)
+        chosen, weights = ROUTERS["softmax"](logits, bias, wanted.shape[-1])
         np.testing.assert_array_equal(chosen, wanted)
         np.testing.assert_allclose(weights, arrays[f"router_weights_0_{layer}"], atol=1e-5)
     assert seen
-
-
-def test_a_router_may_normalise_and_keep_its_bias_out_of_the_weights():
-  logits, bias = jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.array([0.0, 0.0, 0.4])
-  chosen, weights = route(logits, bias, Router(is_normalised=True, bias_weighs=False), 2)
-  np.testing.assert_array_equal(chosen, [[2, 0]])
-  np.testing.assert_allclose(weights, [[2 / 7, 5 / 7]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lladamoe_clip", "lladamoe_plain"])
@@ -161,7 +150,7 @@ def test_gradients_are_the_recorded_ones(folders, name):
 def plain(x, gate, bias, ff_proj, up_proj, ff_out, *, router, number):
   """All experts of all tokens, of which the chosen ones count."""
   flat = x.reshape(-1, x.shape[-1])
-  chosen, weights = route(flat @ gate, bias, router, number)
+  chosen, weights = router(flat @ gate, bias, number)
   share = (jax.nn.one_hot(chosen, gate.shape[-1]) * weights[..., None]).sum(1)
   hidden = jax.nn.silu(jnp.einsum("td,edf->tef", flat, ff_proj)) * jnp.einsum("td,edf->tef", flat, up_proj)
   return jnp.einsum("tef,efd,te->td", hidden, ff_out, share).reshape(x.shape)

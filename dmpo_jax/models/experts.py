@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.layers import PROJECTION, gathered_axes, project, with_axes
-from dmpo_jax.models.router import ROUTERS, Router, route
+from dmpo_jax.models.router import ROUTERS, Router
 from dmpo_jax.sharding import LOGICAL_AXES, constrain, pad_rows, spec
 
 KERNELS = {  # of the experts: the logical axes [expert, in, out]
@@ -99,7 +99,7 @@ def mix(
 ) -> Float[Array, "b l d"]:
   """Route tokens and compute their experts, sorted by expert."""
   flat = x.reshape(-1, x.shape[-1])
-  chosen, weights = route(project(flat, gate, jnp.float32), bias, router, number)
+  chosen, weights = router(project(flat, gate, jnp.float32), bias, number)
   order = jnp.argsort(chosen.reshape(-1), stable=True)
   sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[-1]).astype(jnp.int32)
   rows = flat[order // number]
