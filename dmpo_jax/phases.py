@@ -399,8 +399,8 @@ def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRo
 
 def compares_rewards(config: ConfigDict) -> bool:
   """Whether the objective learns from the differences of rewards inside a group alone."""
-  objective = make_objective(config)
-  return not objective.needs_weights or config.objective.weighting != "reward" or objective.subtracts_mean
+  own = config.objective
+  return OBJECTIVES[own.name].compares_rewards(own.weighting, own.to_dict().get(own.name, {}))
 
 
 def _with_seed(seed: int, gradient_step: update.Update) -> Callable:

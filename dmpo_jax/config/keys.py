@@ -149,10 +149,9 @@ def of_experts(rule: Rule) -> Rule:
 
 
 def compares_rewards(name: str, weighting: str, baseline: str, strength: float) -> bool:
-  """Whether groups whose rewards are all equal teach nothing, as in `phases.compares_rewards`."""
-  kind = OBJECTIVES[name]
-  subtracts_mean = kind is OBJECTIVES["wdce"] and baseline == "mean" and strength == 1
-  return not kind.learns_from_demonstrations and (not kind.needs_weights or weighting != "reward" or subtracts_mean)
+  """Whether groups whose rewards are all equal teach nothing."""
+  kind, own = OBJECTIVES[name], {"baseline": baseline, "baseline_strength": strength}
+  return not kind.learns_from_demonstrations and kind.compares_rewards(weighting, own)
 
 
 DRAWN = ("objective.antithetic", "objective.elbo_quadrature.num_points", "objective.name", "objective.likelihood")

@@ -58,10 +58,10 @@ class Objective:
     """Whether the loss reads log p_old of whole completions; metrics may."""
     return False
 
-  @property
-  def subtracts_mean(self) -> bool:
-    """Whether weights that are all the same in a group cancel."""
-    return False
+  @classmethod
+  def compares_rewards(cls, weighting: str, own: Mapping[str, object]) -> bool:
+    """Whether a loss with these settings of its own learns from differences of rewards inside a group alone."""
+    return not cls.needs_weights or weighting != "reward"
 
   def demonstration_weights(self, is_counted: Bool[np.ndarray, "p g c"]) -> Float32[np.ndarray, "p g"]:
     """Weigh a buffer's demonstrations, for objectives that learn from them; `Experience.weight` then holds this."""

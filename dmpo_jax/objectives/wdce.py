@@ -57,9 +57,10 @@ class Wdce(Objective):
   def reads_log_p_old(self) -> bool:
     return self.compares_with_old(self.baseline, self.unlearning) and self.old_masks == "buffer"
 
-  @property
-  def subtracts_mean(self) -> bool:
-    return self.baseline == "mean" and self.baseline_strength == 1
+  @classmethod
+  def compares_rewards(cls, weighting: str, own: Mapping[str, object]) -> bool:
+    cancels = own["baseline"] == "mean" and own["baseline_strength"] == 1  # weights that are the same in a group
+    return cancels or super().compares_rewards(weighting, own)
 
   def loss(self, score: Score, experience: Experience, keys: Key[Array, "p g"], num_prompts: int) -> Loss:
     """Compute the cross-entropy of the policy to the target, on fresh masks of the buffer's rollouts.
