@@ -1,5 +1,6 @@
 """Before any test: eight virtual CPU devices, exact float32 matmuls, run-time checks of the jaxtyping signatures."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -46,3 +47,19 @@ def use_devices(monkeypatch):
   """Let the test say how many of the eight devices there are."""
   devices = jax.devices()
   return lambda count: monkeypatch.setattr(jax, "devices", lambda: devices[:count])
+
+
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def programs_do_not_pile_up():
+  """Drop the compiled programs before they use up the process's memory maps.
+
+  Each program that the CPU compiles takes several maps. Linux allows 65,530 a process, and past them the compiler
+  crashes with a segmentation fault.
+  """
+  yield
+  if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > 20_000:
+    jax.clear_caches()
+    gc.collect()

@@ -21,7 +21,6 @@ import numpy as np
 import plain_losses
 import pytest
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 from plain_losses import View
 
 from dmpo_jax import build, noise, phases, policy, rollout, sharding
@@ -44,17 +43,6 @@ P, G, Q, C, ROWS, STEP = 2, 3, 6, 8, 18, 1
 ENDINGS = (("all", False), ("until_eos", False), ("until_eos", True))  # what is counted, and early exit
 REWARD = np.array([[0.0, 1.0, 0.4], [0.9, 0.1, 0.3]], np.float32)
 IS_KEPT = np.array([[True, False, True], [True, True, True]])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_cached_on_the_disk():
-  """Nothing uses these hundreds of programs again, and jaxlib once crashed when it wrote one of them."""
-  jax.config.update("jax_enable_compilation_cache", False)
-  compilation_cache.reset_cache()
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
-  compilation_cache.reset_cache()
-
 
 READS_LIKELIHOOD = [name for name in OBJECTIVES if name not in ("dtm", "denoise")]
 OWN_MASKS = ("wdce", "wddo", "dtm", "denoise")  # whose updates draw masks whatever the likelihood is
