@@ -191,8 +191,8 @@ class Denoiser(Protocol):
     """Compute positions from `start` on (a multiple of `block_length`), the ones before cached; return a block."""
     ...
 
-  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""], kv_cache: PyTree) -> Float[Array, "b s d"]:
-    """Compute positions [start, start + s), all others cached.
+  def block(self, tokens: Int[Array, "b s"], start: Int[Array, "*b"], kv_cache: PyTree) -> Float[Array, "b s d"]:
+    """Compute positions [start, start + s), all others cached. The start is of all rows or, by blocks, of each.
 
     With `shift_logits` the position before the block predicts its first token. It is cached too, here and in `suffix`,
     so the prediction of the first token stays that of `prefill`.
@@ -219,8 +219,10 @@ class Denoiser(Protocol):
     """
     ...
 
-  def keep(self, tokens: Int[Array, "b s"], start: Int[Array, ""], kv_cache: PyTree) -> PyTree:
-    """Run a finished block and add it to the cache of the blocks before it."""
+  def keep(
+    self, tokens: Int[Array, "b s"], start: Int[Array, "*b"], kv_cache: PyTree
+  ) -> tuple[Float[Array, "b s d"], PyTree]:
+    """Do the same and add the block to the cache of the blocks before it: for good, if it is finished."""
     ...
 
   def logits(

@@ -15,6 +15,7 @@ FOUNDATIONS = {"digests", "files", "messages", "noise", "processes", "ranges", "
 ROOMS = {
   "structs": set(),
   "logsumexp": set(),
+  "spans": set(),
   "noise": set(),
   "spelling": set(),
   "ranges": {"spelling"},
@@ -24,8 +25,8 @@ ROOMS = {
   "sharding": {"processes"},
   "digests": {"files", "processes"},
   "tasks": {"messages"},
-  "models": {"logsumexp", "sharding", "spelling", "structs"},
-  "samplers": {"logsumexp", "sharding", "spelling", "structs"},
+  "models": {"logsumexp", "sharding", "spans", "spelling", "structs"},
+  "samplers": {"logsumexp", "sharding", "spans", "spelling", "structs"},
   "objectives": {"ranges", "spelling", "structs"},
   "hub": {"digests", "files", "messages", "models"},
   "config": {"hub", "models", "objectives", "ranges", "samplers", "sharding", "spelling", "tasks"},

@@ -45,13 +45,14 @@ class Uncached:
     return jnp.zeros((self._prompt.shape[0], length), jnp.int32)
 
   def keep(self, tokens, start, kv_cache):
-    return jax.lax.dynamic_update_slice_in_dim(kv_cache, tokens, start, axis=1)
+    return self.block(tokens, start, kv_cache), jax.lax.dynamic_update_slice_in_dim(kv_cache, tokens, start, axis=1)
 
   def block(self, tokens, start, kv_cache):
     size = self._inner.block_length
     is_whole = self._is_valid & (jnp.arange(self._q) < self._q - self._inner.remainder()[1][:, None])
     is_seen = jnp.broadcast_to(jnp.arange(kv_cache.shape[1]) < start + size, kv_cache.shape)
-    rows = jnp.concatenate([self._prompt, self.keep(tokens, start, kv_cache)], axis=1)
+    kept = jax.lax.dynamic_update_slice_in_dim(kv_cache, tokens, start, axis=1)
+    rows = jnp.concatenate([self._prompt, kept], axis=1)
     hidden, _ = self._run(rows, is_valid=jnp.concatenate([is_whole, is_seen], axis=1))
     return jax.lax.dynamic_slice_in_dim(hidden, self._q + start, size, axis=1)
 

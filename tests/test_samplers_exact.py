@@ -12,6 +12,7 @@ from fake_denoiser import MASK, contextual, exact, keys, run
 from dmpo_jax import samplers
 from dmpo_jax.samplers import loop
 from dmpo_jax.samplers.prediction import predict
+from dmpo_jax.spans import take_span
 
 NUM_ROWS = 30_000
 # sampler, its keywords where it decodes one token a call, and the order in which it then does
@@ -45,8 +46,8 @@ def test_sampled_frequencies_are_the_exact_probabilities(name, own, order, tempe
 
 
 def test_the_sampler_that_the_documents_add(monkeypatch):
-  names = {"dataclasses": dataclasses, "jnp": jnp, "predict": predict} | {
-    name: getattr(loop, name) for name in ("Decision", "Rule", "decode", "take_block")
+  names = {"dataclasses": dataclasses, "jnp": jnp, "predict": predict, "take_span": take_span} | {
+    name: getattr(loop, name) for name in ("Decision", "Rule", "decode")
   }
   exec(documents.code("extending.md", "@dataclasses.dataclass(frozen=True)"), names)  # the page's own text
   monkeypatch.setitem(samplers.SAMPLERS, "leftmost", samplers.Sampler(names["Options"], names["sample"]))

@@ -117,7 +117,9 @@ class _Prompted:
     branches = [from_start(start) for start in range(0, completion.shape[1], block_length)]
     return jax.lax.switch(start // block_length, branches, completion, kv_cache)
 
-  def block(self, tokens: Int[Array, "b s"], start: Int[Array, ""] | int, kv_cache: RowCache) -> Float[Array, "b s d"]:
+  def block(
+    self, tokens: Int[Array, "b s"], start: Int[Array, "*b"] | int, kv_cache: RowCache
+  ) -> Float[Array, "b s d"]:
     hidden, _ = self._run(self._repeat_sides(tokens), kv_cache=kv_cache.kv_cache, cache_start=self._q + start)
     hidden = self._join_sides(hidden)
     if kv_cache.predicting is None:
@@ -137,10 +139,12 @@ class _Prompted:
     assert kv_cache is not None  # one goes in
     return RowCache(kv_cache, None)
 
-  def keep(self, tokens: Int[Array, "b s"], start: Int[Array, ""], kv_cache: RowCache) -> RowCache:
-    _, kept = self._run(tokens, kv_cache=kv_cache.kv_cache, cache_start=self._q + start)
+  def keep(
+    self, tokens: Int[Array, "b s"], start: Int[Array, "*b"], kv_cache: RowCache
+  ) -> tuple[Float[Array, "b s d"], RowCache]:
+    hidden, kept = self._run(tokens, kv_cache=kv_cache.kv_cache, cache_start=self._q + start)
     assert kept is not None  # one goes in
-    return RowCache(kept, None)
+    return hidden, RowCache(kept, None)
 
   def shadowed(self, completion: Int[Array, "b c"], start: Int[Array, ""], block_length: int) -> Float[Array, "b _ d"]:
     shadow = jnp.full((completion.shape[0], block_length), self.mask_token_id, completion.dtype)

@@ -31,6 +31,7 @@ from dmpo_jax.models.layers import (
   with_axes,
 )
 from dmpo_jax.sharding import constrain
+from dmpo_jax.spans import put_span, take_span
 from dmpo_jax.structs import Params
 
 
@@ -54,7 +55,7 @@ class Context(NamedTuple):
 
   rotary: tuple[Float32[Array, "b l w"], Float32[Array, "b l w"]]  # cos and sin of the tokens' positions
   mask: Bool[Array, "b #l m"] | None
-  cache_start: Int[Array, ""] | None  # slot of the first token; None: no cache
+  cache_start: Int[Array, "*b"] | None  # slot of the first token, of all rows or of each; None: no cache
   dropout_keys: Key[Array, "b l"] | None
 
 
@@ -179,8 +180,8 @@ class Block(nn.Module):
     keys, values = new
     if inputs.cached is not None:
       assert context.cache_start is not None  # it comes with the cache
-      start = (0, context.cache_start, 0, 0)
-      keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, start), inputs.cached, new)
+      start = context.cache_start
+      keys, values = jax.tree.map(lambda old, now: put_span(old, now, start), inputs.cached, new)
     mixed = self.attn_out(attend(query, keys, values, context.mask, c.attention, c.block_length), dropout_keys)
     return mixed, None if inputs.cached is None else new
 
@@ -278,7 +279,7 @@ class Transformer(nn.Module):
     positions: Int[Array, "b l"] | None = None,
     attention_mask: Bool[Array, "b l m"] | None = None,
     kv_cache: KVCache | None = None,
-    cache_start: Int[Array, ""] | int = 0,
+    cache_start: Int[Array, "*b"] | int = 0,
     dropout_keys: Key[Array, "b"] | None = None,
   ) -> tuple[Float[Array, "b l d"], KVCache | None]:
     """Run the layers and the final norm.
@@ -290,7 +291,7 @@ class Transformer(nn.Module):
         of blocks, to the query's own block and earlier ones; blocks are counted along the row's valid tokens.
       kv_cache: the tokens overwrite its slots [cache_start, cache_start + l) and attend to all slots that hold a token;
         m is the number of slots. None: the tokens attend to each other.
-      cache_start: slot of the first token.
+      cache_start: slot of the first token: one for all rows, or one for each.
       dropout_keys: the rows' keys of the adapters' dropout; None: no dropout. Each row, layer, projection and position
         draws for itself.
 
@@ -301,7 +302,7 @@ class Transformer(nn.Module):
     if kv_cache is not None:
       start = jnp.asarray(cache_start, jnp.int32)
       is_new_valid = jnp.ones(tokens.shape, bool) if is_valid is None else is_valid
-      is_valid = jax.lax.dynamic_update_slice(kv_cache.is_valid, is_new_valid, (0, start))
+      is_valid = put_span(kv_cache.is_valid, is_new_valid, start)
     c, way_back, counted = self.config, None, _count_positions(tokens, is_valid, start)
     positions = counted if positions is None else positions
     if c.block_length and attention_mask is None:
@@ -320,8 +321,7 @@ class Transformer(nn.Module):
     if cached is not None:
       assert start is not None
       assert is_valid is not None
-      at = (0, 0, start, 0, 0)
-      keys, values = jax.tree.map(lambda old, now: jax.lax.dynamic_update_slice(old, now, at), cached, new)
+      keys, values = jax.tree.map(lambda old, now: put_span(old, now, start, axis=2), cached, new)
       kv_cache = KVCache(keys, values, is_valid)
     x = _gather_embed(self.final_norm(x))
     return x if way_back is None else jnp.take_along_axis(x, way_back[..., None], axis=1), kv_cache
@@ -357,13 +357,13 @@ class Transformer(nn.Module):
 
 
 def _count_positions(
-  tokens: Int[Array, "b l"], is_valid: Bool[Array, "b m"] | None, start: Int[Array, ""] | None
+  tokens: Int[Array, "b l"], is_valid: Bool[Array, "b m"] | None, start: Int[Array, "*b"] | None
 ) -> Int[Array, "b l"]:
   """Count each row's valid tokens from 0; padding takes the number before it (at least 0)."""
   if is_valid is None:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   positions = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)
-  return positions if start is None else jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1], axis=1)
+  return positions if start is None else take_span(positions, start, tokens.shape[1])
 
 
 def _block_mask(

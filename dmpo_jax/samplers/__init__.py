@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dmpo_jax.samplers import entropy_bound, freedave, llada, parallel, random_order, wino
-from dmpo_jax.samplers.loop import Plan
+from dmpo_jax.samplers.loop import Plan, Rule
 from dmpo_jax.spelling import did_you_mean
 from dmpo_jax.structs import Rollouts
 
@@ -20,18 +20,24 @@ class Sampler(NamedTuple):
   has_trajectory: bool = True  # each call decides one state from the one before, so that they can be replayed
   can_revoke: bool = False  # a token that was committed may change
   gives_log_probs: bool = False  # of the completions, under the policy and the reference
-  has_blocks: bool = False  # decodes models that attend by blocks too, with their exact cache
+  # Builds the rule alone, from (denoiser, plan, options): it decodes models that attend by blocks too.
+  make_rule: Callable[..., Rule] | None = None
+
+  @property
+  def has_blocks(self) -> bool:
+    """Whether it decodes models that attend by blocks too, with their exact cache."""
+    return self.make_rule is not None
 
 
 SAMPLERS = {
   "random_order": Sampler(random_order.Options, random_order.sample, gives_log_probs=True),
-  "llada": Sampler(llada.Options, llada.sample, has_blocks=True),
-  "parallel": Sampler(parallel.Options, parallel.sample, has_blocks=True),
+  "llada": Sampler(llada.Options, llada.sample, make_rule=llada.make_rule),
+  "parallel": Sampler(parallel.Options, parallel.sample, make_rule=parallel.make_rule),
   "prefix_cache": Sampler(parallel.Options, parallel.sample_with_prefix_cache),
   "dual_cache": Sampler(parallel.Options, parallel.sample_with_dual_cache),
   "wino": Sampler(wino.Options, wino.sample, has_trajectory=False, can_revoke=True),
   "freedave": Sampler(freedave.Options, freedave.sample, has_trajectory=False),
-  "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample, has_blocks=True),
+  "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample, make_rule=entropy_bound.make_rule),
 }
 
 KINDS = {  # types that an option may be declared with: what its value may be

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.samplers import checks
-from dmpo_jax.samplers.loop import Decision, Plan, Rule, View, decode, take_block
+from dmpo_jax.samplers.loop import Decision, Plan, Rule, View, decode
 from dmpo_jax.samplers.prediction import comes_before, predict
+from dmpo_jax.spans import take_span
 from dmpo_jax.structs import Denoiser, Rollouts
 
 
@@ -28,18 +29,23 @@ class Options:
     checks.refuse(checks.from_zero("bound", self.bound))
 
 
-def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
-  """Decode b completions with the entropy-bounded rule (EB-Sampler, Ben-Hamu et al., arXiv 2505.24857)."""
+def make_rule(denoiser: Denoiser, plan: Plan, options: Options) -> Rule:
+  """Build the entropy-bounded rule (EB-Sampler, Ben-Hamu et al., arXiv 2505.24857)."""
 
   def forward(view: View, state: tuple[()], kv_cache: None) -> Float[Array, "b s d"]:
-    return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
+    return take_span(denoiser.hidden(view.completion), view.start, plan.block_length)
 
   def accept(view: View, hidden: Float[Array, "b s d"], state: tuple[()]) -> tuple[Decision, tuple[()]]:
     chosen = predict(denoiser, hidden, view.keys, view.positions, plan.temperature)
     is_kept = select_certain(chosen.entropy, view.is_masked, options.bound)
     return Decision(jnp.where(is_kept, chosen.tokens, view.tokens), chosen.confidence), state
 
-  return decode(Rule(forward, accept, plan.block_length), keys, plan, denoiser)[0]
+  return Rule(forward, accept, plan.block_length)
+
+
+def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
+  """Decode b completions by that rule."""
+  return decode(make_rule(denoiser, plan, options), keys, plan, denoiser)[0]
 
 
 def select_certain(entropy: Float[Array, "b s"], is_masked: Bool[Array, "b s"], bound: float) -> Bool[Array, "b s"]:

@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from dmpo_jax.samplers import checks
 from dmpo_jax.samplers.llada import REMASKING
-from dmpo_jax.samplers.loop import Decision, Plan, Rule, View, decode, take_block
+from dmpo_jax.samplers.loop import Decision, Plan, Rule, View, decode
 from dmpo_jax.samplers.prediction import predict, uniform_noise
 from dmpo_jax.samplers.selection import num_transfer_tokens, select_count
+from dmpo_jax.spans import take_span
 from dmpo_jax.structs import Denoiser, Rollouts
 
 
@@ -109,7 +110,7 @@ def _run_states(denoiser: Denoiser, view: View, blocks: Int[Array, "b j s"]) -> 
   b, j, size = blocks.shape
   rows = jnp.broadcast_to(view.completion[:, None], (b, j, view.completion.shape[1]))
   rows = jax.lax.dynamic_update_slice_in_dim(rows, blocks, view.start, axis=2)
-  hidden = take_block(denoiser.hidden(rows.reshape(b * j, -1)), view.start, size)
+  hidden = take_span(denoiser.hidden(rows.reshape(b * j, -1)), view.start, size)
   return hidden.reshape(b, j, *hidden.shape[1:])
 
 

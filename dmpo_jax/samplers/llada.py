@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dmpo_jax.samplers import checks
-from dmpo_jax.samplers.loop import Decision, Plan, Rule, View, decode, take_block
+from dmpo_jax.samplers.loop import Decision, Plan, Rule, View, decode
 from dmpo_jax.samplers.prediction import predict, uniform_noise
 from dmpo_jax.samplers.selection import num_transfer_tokens, select_count
+from dmpo_jax.spans import take_span
 from dmpo_jax.structs import Denoiser, Rollouts
 
 REMASKING = ("low_confidence", "random")
@@ -31,19 +32,17 @@ class Options:
     checks.refuse(checks.one_of("remasking", self.remasking, REMASKING))
 
 
-def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
-  """Decode b completions with LLaDA's fixed schedule (arXiv 2502.09992, algorithms 4 and 5, block by block).
+def make_rule(denoiser: Denoiser, plan: Plan, options: Options) -> Rule:
+  """Build LLaDA's rule with its fixed schedule (arXiv 2502.09992, algorithms 4 and 5, block by block).
 
   Each call predicts every masked position of the current block and commits the scheduled number of them. With more
   calls than tokens in a block, the last calls commit nothing. All rows make the same `plan.steps` calls.
-
-  Args:
-    keys: the rows' keys; unused with temperature 0 and low_confidence.
+  Their keys are unused with temperature 0 and low_confidence.
   """
   schedule = num_transfer_tokens(jnp.int32(plan.block_length), plan.steps_per_block)
 
   def forward(view: View, state: tuple[()], kv_cache: None) -> Float[Array, "b s d"]:
-    return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
+    return take_span(denoiser.hidden(view.completion), view.start, plan.block_length)
 
   def accept(view: View, hidden: Float[Array, "b s d"], state: tuple[()]) -> tuple[Decision, tuple[()]]:
     tokens, confidence, *_ = predict(denoiser, hidden, view.keys, view.positions, plan.temperature)
@@ -53,4 +52,9 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
     return Decision(jnp.where(is_kept, tokens, view.tokens), confidence), state
 
   is_fixed = not denoiser.block_length  # a block that begins with the prompt's tokens has less to decide
-  return decode(Rule(forward, accept, plan.steps_per_block, is_fixed=is_fixed), keys, plan, denoiser)[0]
+  return Rule(forward, accept, plan.steps_per_block, is_fixed=is_fixed)
+
+
+def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
+  """Decode b completions by that rule."""
+  return decode(make_rule(denoiser, plan, options), keys, plan, denoiser)[0]

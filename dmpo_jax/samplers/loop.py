@@ -15,10 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 from dmpo_jax.samplers.canvas import Canvas, make_canvas
 from dmpo_jax.sharding import constrain
+from dmpo_jax.spans import put_span, take_span
 from dmpo_jax.structs import Denoiser, Rollouts
 
 
@@ -68,17 +69,18 @@ class Plan:
 class View(NamedTuple):
   """The rows at a model call, and their current block of s positions.
 
-  Positions are those of the canvas, which with full attention is the completion.
+  Positions are those of the canvas, which with full attention is the completion. The fields without rows have them
+  where every row is in a block of its own (`slots.py`).
   """
 
   completion: Int[Array, "b c"]
-  start: Int[Array, ""]  # position of the block's first token
-  positions: Int[Array, "s"]  # of the block
-  step: Int[Array, ""]  # model calls made in this block so far
+  start: Int[Array, "*b"]  # position of the block's first token
+  positions: Int[Array, "*b s"]  # of the block
+  step: Int[Array, "*b"]  # model calls made in this block so far
   tokens: Int[Array, "b s"]  # of the block
   is_masked: Bool[Array, "b s"]  # of the block; False everywhere in rows that have ended
   row_keys: Key[Array, "b"]
-  number: Int[Array, ""]  # of this call among all that a row may make: block * most calls in a block + step
+  number: Int[Array, "*b"]  # of this call among all that a row may make: block * most calls in a block + step
 
   @property
   def keys(self) -> Key[Array, "b"]:
@@ -164,16 +166,16 @@ def decode(
   """
   canvas, kv_cache = make_canvas(denoiser, keys.shape[0], plan.completion_length), None
   if denoiser.block_length:
-    rule = _in_blocks(rule, plan, denoiser)
+    rule = in_blocks(rule, plan, denoiser)
     kv_cache = denoiser.open(canvas.tokens.shape[1])
-  loop = _Loop(rule, keys, plan, denoiser, canvas)
-  first = _first_carry(canvas, state)
+  loop = Loop(rule, keys, plan, denoiser, canvas)
+  first = first_carry(canvas, state)
   starts = jnp.arange(0, canvas.tokens.shape[1], plan.block_length)
   (carry, _), _ = jax.lax.scan(loop.visit_block, (first, kv_cache), starts)
   return loop.finish(carry), carry.state
 
 
-def _in_blocks(rule: Rule, plan: Plan, denoiser: Denoiser) -> Rule:
+def in_blocks(rule: Rule, plan: Plan, denoiser: Denoiser) -> Rule:
   """Have a rule call a model that attends by blocks on the current block, with the ones before it cached."""
   if plan.block_length != denoiser.block_length:
     raise ValueError(
@@ -185,11 +187,11 @@ def _in_blocks(rule: Rule, plan: Plan, denoiser: Denoiser) -> Rule:
     return denoiser.block(view.tokens, view.start, kv_cache)
 
   assert rule.prefill is None  # samplers with a cache of their own are refused for such models
-  return dataclasses.replace(rule, forward=forward, leave=denoiser.keep)
+  return dataclasses.replace(rule, forward=forward, leave=lambda *block: denoiser.keep(*block)[1])
 
 
-class _Loop(NamedTuple):
-  """The steps of `decode`."""
+class Loop(NamedTuple):
+  """The steps of `decode`, some of which `slots.py` shares."""
 
   rule: Rule
   keys: Key[Array, "b"]
@@ -211,7 +213,7 @@ class _Loop(NamedTuple):
       return kv_cache
     is_behind = jnp.arange(carry.completion.shape[1]) >= start + self.plan.block_length
     goes_on = (self.canvas.open_only(is_behind & ~carry.is_ended[:, None])).any()
-    tokens = take_block(carry.completion, start, self.plan.block_length)
+    tokens = take_span(carry.completion, start, self.plan.block_length)
     return jax.lax.cond(goes_on, self.rule.leave, lambda tokens, start, kv_cache: kv_cache, tokens, start, kv_cache)
 
   def decode_block(self, carry: Carry, start: Int[Array, ""], kv_cache: PyTree) -> Carry:
@@ -233,28 +235,31 @@ class _Loop(NamedTuple):
     carry, step = jax.lax.while_loop(is_going, call, loop)
     if self.plan.early_exit and self.rule.ends_between_blocks:
       last = step if self.rule.leave is None else jnp.int32(self.rule.most_calls)
-      carry = self.end_rows(carry, self.view_block(carry, start, last - 1))
+      carry = self.end_rows(carry, self.number(start, last - 1))
     return carry
 
-  def view_block(self, carry: Carry, start: Int[Array, ""], step: Int[Array, ""]) -> View:
+  def view_block(self, carry: Carry, start: Int[Array, "*b"], step: Int[Array, "*b"]) -> View:
     size = self.plan.block_length
-    tokens = take_block(carry.completion, start, size)
     return View(
       completion=carry.completion,
       start=start,
-      positions=start + jnp.arange(size),
+      positions=start[..., None] + jnp.arange(size),
       step=step,
-      tokens=tokens,
-      is_masked=take_block(self.find_masked(carry), start, size) & ~carry.is_ended[:, None],
+      tokens=take_span(carry.completion, start, size),
+      is_masked=take_span(self.find_masked(carry), start, size) & ~carry.is_ended[:, None],
       row_keys=self.keys,
-      number=start // size * self.rule.most_calls + step,
+      number=self.number(start, step),
     )
+
+  def number(self, start: Int[Array, "*b"], step: Int[Array, "*b"]) -> Int[Array, "*b"]:
+    """Number the call among all that a row may make."""
+    return start // self.plan.block_length * self.rule.most_calls + step
 
   def find_masked(self, carry: Carry) -> Bool[Array, "b c"]:
     return self.canvas.open_only(carry.completion == self.denoiser.mask_token_id)
 
-  def find_live(self, carry: Carry, start: Int[Array, ""]) -> Bool[Array, "b"]:
-    has_masks = take_block(self.find_masked(carry), start, self.plan.block_length).any(1)
+  def find_live(self, carry: Carry, start: Int[Array, "*b"]) -> Bool[Array, "b"]:
+    has_masks = take_span(self.find_masked(carry), start, self.plan.block_length).any(1)
     return ~carry.is_ended & (has_masks | self.rule.is_fixed)
 
   def settle(self, carry: Carry, view: View, hidden: PyTree) -> Carry:
@@ -262,25 +267,29 @@ class _Loop(NamedTuple):
     decision, state = self.rule.accept(view, hidden, carry.state)
     carry = _record(carry, view, decision, state, self.find_live(carry, view.start))
     if self.plan.early_exit and not self.rule.ends_between_blocks:
-      carry = self.end_rows(carry, view)
+      carry = self.end_rows(carry, view.number)
     if self.plan.on_call is not None:
       own = self.cut(carry)
       shown = _filled(own, self.denoiser.eos_token_id)[0], own.num_calls, own.confidence
       jax.debug.callback(self.plan.on_call, carry.batch_calls - 1, *shown)
     return carry
 
-  def end_rows(self, carry: Carry, view: View) -> Carry:
+  def end_rows(self, carry: Carry, number: Int[Array, "*b"], may_end: Bool[Array, "b"] | bool = True) -> Carry:
     """End the rows in which an EOS and all positions before it are decided: these tokens are final.
 
     What stands behind the EOS stays until the last block is done, since the model saw it.
+
+    Args:
+      number: of the call that has been made.
+      may_end: rows to look at.
     """
     is_decided = jnp.cumsum(self.find_masked(carry), axis=1) == 0
     is_eos = self.canvas.open_only(carry.completion == self.denoiser.eos_token_id)
-    is_ending = (is_decided & is_eos).any(1) & ~carry.is_ended
+    is_ending = (is_decided & is_eos).any(1) & ~carry.is_ended & may_end
     num_blocks = self.plan.num_blocks
     if self.canvas.num_given is not None:
       num_blocks += self.canvas.num_given > 0  # the prompt's remainder makes it a block more
-    calls_left = num_blocks * self.rule.most_calls - 1 - view.number
+    calls_left = num_blocks * self.rule.most_calls - 1 - number
     return carry._replace(
       num_saved=jnp.where(is_ending, calls_left, carry.num_saved),
       is_ended=carry.is_ended | is_ending,
@@ -299,7 +308,7 @@ class _Loop(NamedTuple):
     return _finish(self.cut(carry), self.denoiser.mask_token_id, self.denoiser.eos_token_id)
 
 
-def _first_carry(canvas: Canvas, state: PyTree) -> Carry:
+def first_carry(canvas: Canvas, state: PyTree) -> Carry:
   b, c = canvas.tokens.shape
   return Carry(
     completion=canvas.tokens,
@@ -318,8 +327,8 @@ def _record(carry: Carry, view: View, decision: Decision, state: PyTree, is_live
   is_changed = (decision.tokens != view.tokens) & is_live[:, None]
 
   def write(rows: Num[Array, "b c"], new: Num[Array, "b s"]) -> Num[Array, "b c"]:
-    block = jnp.where(is_changed, new.astype(rows.dtype), take_block(rows, view.start, is_changed.shape[1]))
-    return constrain(jax.lax.dynamic_update_slice_in_dim(rows, block, view.start, axis=1), "batch", None)
+    block = jnp.where(is_changed, new.astype(rows.dtype), take_span(rows, view.start, is_changed.shape[1]))
+    return constrain(put_span(rows, block, view.start), "batch", None)
 
   return carry._replace(
     completion=write(carry.completion, decision.tokens),
@@ -356,11 +365,6 @@ def _finish(carry: Carry, mask_token_id: int, eos_token_id: int) -> Rollouts:
 def fold_calls(keys: Key[Array, "b"], number: Int[Array, "*b"]) -> Key[Array, "b"]:
   """Derive the rows' keys for a model call from its number: one for all rows, or one for each."""
   return jax.vmap(jax.random.fold_in, (0, 0 if number.ndim else None))(keys, number)
-
-
-def take_block(array: Shaped[Array, "b c *d"], start: Int[Array, ""], length: int) -> Shaped[Array, "b s *d"]:
-  """Cut `length` positions from `start` on."""
-  return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
 
 
 def validate_schedule(completion_length: int, block_length: int, steps: int) -> None:

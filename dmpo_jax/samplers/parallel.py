@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from dmpo_jax.samplers import checks
-from dmpo_jax.samplers.loop import Decision, Forward, Plan, Prefill, Rule, View, decode, take_block
+from dmpo_jax.samplers.loop import Decision, Forward, Plan, Prefill, Rule, View, decode
 from dmpo_jax.samplers.prediction import Prediction, predict
 from dmpo_jax.samplers.selection import (
   certain_shares,
@@ -26,6 +26,7 @@ from dmpo_jax.samplers.selection import (
   select_share,
   select_threshold,
 )
+from dmpo_jax.spans import take_span
 from dmpo_jax.structs import Denoiser, Rollouts
 
 RULES = ("count", "threshold", "factor", "entropy", "dynamic", "sequential")
@@ -59,13 +60,18 @@ class Options:
     )
 
 
-def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
-  """Decode b completions, running the model on whole rows (arXiv 2505.22618, algorithm 1 without its cache)."""
+def make_rule(denoiser: Denoiser, plan: Plan, options: Options) -> Rule:
+  """Build the rule that runs the model on whole rows (arXiv 2505.22618, algorithm 1 without its cache)."""
 
   def forward(view: View, state: tuple[()], kv_cache: None) -> Float[Array, "b s d"]:
-    return take_block(denoiser.hidden(view.completion), view.start, plan.block_length)
+    return take_span(denoiser.hidden(view.completion), view.start, plan.block_length)
 
-  return _decode(denoiser, keys, plan, options, forward)
+  return _make_rule(denoiser, plan, options, forward)
+
+
+def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
+  """Decode b completions, running the model on whole rows."""
+  return decode(make_rule(denoiser, plan, options), keys, plan, denoiser)[0]
 
 
 def sample_with_prefix_cache(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
@@ -78,7 +84,7 @@ def sample_with_prefix_cache(denoiser: Denoiser, keys: Key[Array, "b"], plan: Pl
   def forward(view: View, state: tuple[()], kv_cache: PyTree) -> Float[Array, "b s d"]:
     return denoiser.suffix(view.completion, view.start, kv_cache, plan.block_length)
 
-  return _decode(denoiser, keys, plan, options, forward, _make_prefill(denoiser, plan))
+  return decode(_make_rule(denoiser, plan, options, forward, is_cached=True), keys, plan, denoiser)[0]
 
 
 def sample_with_dual_cache(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Options) -> Rollouts:
@@ -90,26 +96,19 @@ def sample_with_dual_cache(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan
   def forward(view: View, state: tuple[()], kv_cache: PyTree) -> Float[Array, "b s d"]:
     return denoiser.block(view.tokens, view.start, kv_cache)
 
-  return _decode(denoiser, keys, plan, options, forward, _make_prefill(denoiser, plan))
+  return decode(_make_rule(denoiser, plan, options, forward, is_cached=True), keys, plan, denoiser)[0]
 
 
 def _make_prefill(denoiser: Denoiser, plan: Plan) -> Prefill:
   def prefill(view: View) -> tuple[Float[Array, "b s d"], PyTree]:
     hidden, kv_cache = denoiser.prefill(view.completion)
-    return take_block(hidden, view.start, plan.block_length), kv_cache
+    return take_span(hidden, view.start, plan.block_length), kv_cache
 
   return prefill
 
 
-def _decode(
-  denoiser: Denoiser,
-  keys: Key[Array, "b"],
-  plan: Plan,
-  options: Options,
-  forward: Forward,
-  prefill: Prefill | None = None,
-) -> Rollouts:
-  size = plan.block_length
+def _make_rule(denoiser: Denoiser, plan: Plan, options: Options, forward: Forward, *, is_cached: bool = False) -> Rule:
+  size, prefill = plan.block_length, _make_prefill(denoiser, plan) if is_cached else None
   most_calls = {"threshold": size, "factor": size, "entropy": min(plan.steps_per_block, size)}.get(
     options.rule, plan.steps_per_block
   )
@@ -123,7 +122,7 @@ def _decode(
       is_kept = jnp.where(view.step == 0, view.is_masked & (view.positions == view.start), is_kept)
     return Decision(jnp.where(is_kept, chosen.tokens, view.tokens), chosen.confidence), state
 
-  return decode(Rule(forward, accept, most_calls, prefill), keys, plan, denoiser)[0]
+  return Rule(forward, accept, most_calls, prefill)
 
 
 def _make_select(

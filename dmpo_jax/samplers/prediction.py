@@ -43,7 +43,7 @@ def predict(
   denoiser: Denoiser,
   hidden: Float[Array, "b s d"],
   keys: Key[Array, "b"],
-  positions: Int[Array, "s"],
+  positions: Int[Array, "*b s"],
   temperature: float | Float[Array, "b"],
 ) -> Prediction:
   """Sample softmax(logits / temperature) at every position by Gumbel-max; temperature 0 takes the most likely token.
@@ -142,7 +142,7 @@ def _best_tile(
   logits: Float32[Array, "b s n w"],
   ids: Int[Array, "n w"],
   keys: Key[Array, "b"],
-  positions: Int[Array, "s"],
+  positions: Int[Array, "*b s"],
   scale: Float32[Array, "*b"],
 ) -> Choice:
   """Draw a tile by the log-sum-exp of its ids."""
@@ -157,7 +157,7 @@ def _best_tile(
 
 
 def _best_in_tile(
-  tile: Choice, keys: Key[Array, "b"], positions: Int[Array, "s"], scale: Float32[Array, "*b"]
+  tile: Choice, keys: Key[Array, "b"], positions: Int[Array, "*b s"], scale: Float32[Array, "*b"]
 ) -> Choice:
   """Draw one of a tile's ids."""
   logits = tile.logits[:, :, None]
@@ -166,30 +166,30 @@ def _best_in_tile(
   return _first_best(logits + scale[..., None] * noise, logits, ids)
 
 
-def gumbel_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], num_ids: int) -> Float32[Array, "b s v"]:
+def gumbel_noise(keys: Key[Array, "b"], positions: Int[Array, "*b s"], num_ids: int) -> Float32[Array, "b s v"]:
   """Draw Gumbel noise that depends on (row, call, position, id) alone, not on block or batch."""
   return _draw(position_keys(keys, positions), num_ids)
 
 
 def tile_noise(
-  keys: Key[Array, "b"], positions: Int[Array, "s"], tiles: Int[Array, "n j"]
+  keys: Key[Array, "b"], positions: Int[Array, "*b s"], tiles: Int[Array, "n j"]
 ) -> Float32[Array, "b s n j"]:
   """Draw Gumbel noise that depends on (row, call, position, tile) alone, not on the vocabulary's chunks."""
   return _draw(_fold(_fold(position_keys(keys, positions), 0)[..., None, None], tiles))
 
 
-def id_noise(keys: Key[Array, "b"], positions: Int[Array, "s"], tile: Int[Array, "b s"]) -> Float32[Array, "b s w"]:
+def id_noise(keys: Key[Array, "b"], positions: Int[Array, "*b s"], tile: Int[Array, "b s"]) -> Float32[Array, "b s w"]:
   """Draw Gumbel noise for the ids of each position's tile, independent of `tile_noise`."""
   return _draw(_fold(_fold(position_keys(keys, positions), 1), tile), VOCAB_TILE)
 
 
-def uniform_noise(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Float32[Array, "b s"]:
+def uniform_noise(keys: Key[Array, "b"], positions: Int[Array, "*b s"]) -> Float32[Array, "b s"]:
   """Draw one number in [0, 1) for each (row, call, position), independent of the Gumbel noise."""
   other = _fold(keys, jnp.uint32(2**32 - 1))  # no position has this number
   return jnp.vectorize(jax.random.uniform)(position_keys(other, positions))
 
 
-def position_keys(keys: Key[Array, "b"], positions: Int[Array, "s"]) -> Key[Array, "b s"]:
+def position_keys(keys: Key[Array, "b"], positions: Int[Array, "*b s"]) -> Key[Array, "b s"]:
   """Derive the positions' keys from their rows' keys."""
   return _fold(keys[:, None], positions)
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key
 
-from dmpo_jax.samplers.loop import Decision, Plan, Rule, View, decode, fold_calls, take_block
+from dmpo_jax.samplers.loop import Decision, Plan, Rule, View, decode, fold_calls
 from dmpo_jax.samplers.prediction import log_probs, predict, uniform_noise
 from dmpo_jax.samplers.selection import num_transfer_tokens, select_count
+from dmpo_jax.spans import take_span
 from dmpo_jax.structs import Denoiser, Rollouts
 
 # Of the policy, and of the reference where there is one.
@@ -36,7 +37,7 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
   reference = denoiser.reference
 
   def block_of(policy: Denoiser, view: View) -> Float[Array, "b s d"]:
-    return take_block(policy.hidden(view.completion), view.start, plan.block_length)
+    return take_span(policy.hidden(view.completion), view.start, plan.block_length)
 
   def forward(view: View, state: BothLogProbs, kv_cache: None) -> BothHidden:
     return block_of(denoiser, view), None if reference is None else block_of(reference, view)
@@ -49,7 +50,7 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
     new = (chosen.log_prob, by_reference)
 
     def write(rows: Float32[Array, "b c"], block: Float32[Array, "b s"]) -> Float32[Array, "b c"]:
-      block = jnp.where(is_kept, block, take_block(rows, view.start, plan.block_length))
+      block = jnp.where(is_kept, block, take_span(rows, view.start, plan.block_length))
       return jax.lax.dynamic_update_slice_in_dim(rows, block, view.start, axis=1)
 
     tokens = jnp.where(is_kept, chosen.tokens, view.tokens)

@@ -17,7 +17,11 @@ def select_count(
   score: Float[Array, "b s"], is_masked: Bool[Array, "b s"], count: Int[Array, "*b"]
 ) -> Bool[Array, "b s"]:
   """Keep the `count` masked positions of highest score, the leftmost first among equals."""
-  return is_masked & (rank(score, is_masked) < jnp.broadcast_to(count, score.shape[:1])[:, None])
+  return is_masked & (rank(score, is_masked) < _column(count, score))
+
+
+def _column(number: Int[Array, "*b"], rows: Float[Array, "b s"]) -> Int[Array, "b 1"]:
+  return jnp.broadcast_to(number, rows.shape[:1])[:, None]
 
 
 def certain_shares(steps: int) -> Float32[np.ndarray, "{steps}"]:
@@ -34,7 +38,7 @@ def certain_shares(steps: int) -> Float32[np.ndarray, "{steps}"]:
 
 
 def select_share(
-  score: Float[Array, "b s"], is_masked: Bool[Array, "b s"], share: Float[Array, ""]
+  score: Float[Array, "b s"], is_masked: Bool[Array, "b s"], share: Float[Array, "*b"]
 ) -> Bool[Array, "b s"]:
   """Keep a share of each row's masked positions, rounded down, those of highest score.
 
@@ -52,11 +56,12 @@ def select_threshold(
 
 
 def select_dynamic(
-  confidence: Float[Array, "b s"], is_masked: Bool[Array, "b s"], count: Int[Array, ""], threshold: float
+  confidence: Float[Array, "b s"], is_masked: Bool[Array, "b s"], count: Int[Array, "*b"], threshold: float
 ) -> Bool[Array, "b s"]:
   """Keep every masked position whose confidence exceeds the threshold, or the best `count` if fewer do (SDAR)."""
   is_sure = is_masked & (confidence > threshold)
-  return jnp.where(is_sure.sum(1, keepdims=True) >= count, is_sure, select_count(confidence, is_masked, count))
+  is_enough = is_sure.sum(1, keepdims=True) >= _column(count, confidence)
+  return jnp.where(is_enough, is_sure, select_count(confidence, is_masked, count))
 
 
 def select_factor(confidence: Float[Array, "b s"], is_masked: Bool[Array, "b s"], factor: float) -> Bool[Array, "b s"]:
