@@ -86,7 +86,7 @@ def test_a_random_candidate_is_the_same_draw_for_all_objectives():
 
 
 def test_tuning_tries_a_candidate_with_all_objectives_before_the_next():
-  runs = list(design.tuning(["sudoku"], ["wdce", "wd1"], 1, 1.0))
+  runs = list(design.tuning(["sudoku"], ["wdce", "wd1"], 1))
   assert len(runs) == (len(design.PUBLISHED_RATES) + 1) * 2 * 6
   assert {(run.candidate.objective, run.candidate.name) for run in runs[:12]} == {
     ("wdce", "published 0.0001"),
@@ -156,19 +156,23 @@ def test_selection_takes_the_best_of_the_candidates_that_are_whole():
     ]
 
   low, high = (design.published("wdce", rate) for rate in (1e-4, 2e-4))
-  first, second = (design.searched("wdce", "sudoku", index) for index in (0, 1))
+  first, second, third = (design.searched("wdce", "sudoku", index) for index in (0, 1, 2))
   found = [
     *of(low, [0.2] * 6),
     *of(high, [0.3] * 6),
     *of(first, [0.4] * 6),
-    *of(second, [0.9] * 5),
-  ]  # one run is missing
+    *of(second, [0.5] * 5),  # one run is missing
+    *of(third, [0.39] * 2),  # given up: less than 0.8 of 0.5
+  ]
   chosen = design.choose(found, ["sudoku", "countdown"], ["wdce", "wd1"])
   assert list(chosen) == ["sudoku"]
   assert list(chosen["sudoku"]) == ["wdce"]
   assert chosen["sudoku"]["wdce"]["published"]["candidate"] == "published 0.0002"
   tuned = chosen["sudoku"]["wdce"]["tuned"]
-  assert (tuned["candidate"], tuned["reward"], tuned["tried"]) == ("random 0", 0.4, 3)
+  assert (tuned["candidate"], tuned["reward"], tuned["tried"]) == ("random 0", 0.4, 4)
+  runs = {run.candidate.name: run for run in design.tuning(["sudoku"], ["wdce"], 4)}  # the last one of each
+  decided = {name for name, run in runs.items() if design.is_decided(run, found)}
+  assert decided == {low.name, high.name, first.name, third.name}
   runs = list(design.tests(chosen, ["sudoku", "countdown"], ["wdce"], 1.0))
   assert len(runs) == 2 * len(design.TEST_BASES) * len(design.SEEDS)
 

@@ -5,9 +5,10 @@
     python -m launch.study --stages=                            # only the page, from the rows
 
 Stages: `bases` are trained on partly wrong demonstrations and measured; `tune` tries every objective's published
-settings and a common random search on the tuning bases; `select` writes down each objective's best ones; `test` runs
-these on the test bases; `questions` changes one thing at a time. Every run is one line of JSON in docs/study/ and is
-never repeated. Several processes may share the folder, each with its own --share. The page is drawn from the rows.
+settings and a common random search on the tuning bases, and gives up a candidate that falls behind on the first;
+`select` writes down each objective's best ones; `test` runs these on the test bases; `questions` changes one thing at a
+time. Every run is one line of JSON in docs/study/ and is never repeated. Several processes may share the folder, each
+with its own --share. The page is drawn from the rows.
 """
 
 import json
@@ -35,7 +36,6 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", list(design.TASKS), "Tasks.")
   flags.DEFINE_list("objectives", list(design.OBJECTIVES), "Objectives.")
   flags.DEFINE_integer("searched", design.SEARCHED, "Candidates of the random search.", lower_bound=0)
-  flags.DEFINE_float("tune_budget", 1.0, "Budget of a tuning run, as a multiple of 1x.")
   flags.DEFINE_float("test_budget", 3.0, "Budget of a test run, as a multiple of 1x.")
   flags.DEFINE_float("minutes", 600.0, "Start no run after this.")
   flags.DEFINE_string("share", "0/1", "k/n: do only the k-th of n shares of the configurations, counted from 0.")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
       case "bases":
         study.measure_bases(given.tasks)
       case "tune":
-        study.take(list(design.tuning(*chosen, given.searched, given.tune_budget)))
+        study.take(list(design.tuning(*chosen, given.searched)))
       case "select":
         select(docs / "study", *chosen)
       case "test":

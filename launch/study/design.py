@@ -24,9 +24,10 @@ SEEDS = (0, 1)  # of the runs from one base
 RATE, DROP, SYNC = "optim.learning_rate", "rollout.drop_equal_groups", "objective.sync_reference_every"
 PUBLISHED_RATES = (1e-4, 2e-4, 4e-4, 5e-5, 2.5e-5, 8e-4)  # the papers' are those of other models
 SEARCHED = 24  # random candidates of the whole study
+LEAST_AT_FIRST = 0.8  # of the best candidate's reward from the first tuning base: below it, a candidate is given up
 PUBLISHED, TUNED = "published", "tuned"
 LATER = {DROP: False, "objective.masks": "random"}  # keys that came after the first rows, and what these had
-QUESTION_BUDGET = 1.0  # in multiples of 1x
+TUNING_BUDGET = QUESTION_BUDGET = 1.0  # in multiples of 1x
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +165,7 @@ def candidates(objective: str, task: str, num: int) -> list[Candidate]:
   return known + [searched(objective, task, index) for index in range(num)]
 
 
-def tuning(tasks: Sequence[str], objectives: Sequence[str], num: int, budget: float) -> Iterator[Run]:
+def tuning(tasks: Sequence[str], objectives: Sequence[str], num: int) -> Iterator[Run]:
   """List the tuning runs, one candidate of all objectives after the other, so that all have had as many at any time."""
   for index in range(len(PUBLISHED_RATES) + num):
     for task in tasks:
@@ -172,7 +173,7 @@ def tuning(tasks: Sequence[str], objectives: Sequence[str], num: int, budget: fl
         candidate = candidates(objective, task, num)[index]
         for start in TUNING_BASES:
           for seed in SEEDS:
-            yield Run("tune", task, candidate, start, seed, budget)
+            yield Run("tune", task, candidate, start, seed, TUNING_BUDGET)
 
 
 def tests(
@@ -208,17 +209,34 @@ def questions(selection: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[Ru
 
 
 def tried(found: Sequence[rows.Row], task: str, objective: str) -> dict[str, list[rows.Row]]:
-  """Return the tuning rows at 1x of each candidate that has run from all tuning bases with all seeds, by its name."""
-  by_run, whole = {row["run"]: row for row in found}, {}
+  """Return the tuning rows at 1x of each candidate that is decided, by its name.
+
+  A candidate is decided if it has run from all tuning bases with all seeds, or if it is given up: with all seeds from
+  the first base it reached less than LEAST_AT_FIRST of what the best one did.
+  """
+  by_run, own = {row["run"]: row for row in found}, {}
   names = {row["candidate"] for row in found if (row["task"], row["objective"]) == (task, objective)}
   indices = [index for index in range(SEARCHED) if f"random {index}" in names]
   known = [published(objective, rate) for rate in PUBLISHED_RATES]
   for candidate in known + [searched(objective, task, index) for index in indices]:
-    runs = [Run("tune", task, candidate, start, seed, 1.0) for start in TUNING_BASES for seed in SEEDS]
-    own = [by_run[run.digest()] for run in runs if run.digest() in by_run]
-    if len(own) == len(runs):
-      whole[candidate.name] = own
-  return whole
+    runs = [Run("tune", task, candidate, start, seed, TUNING_BUDGET) for start in TUNING_BASES for seed in SEEDS]
+    own[candidate.name] = [by_run[run.digest()] for run in runs if run.digest() in by_run]
+  first = {name: [row for row in members if row["base"] == TUNING_BASES[0]] for name, members in own.items()}
+  scores = {name: score(members) for name, members in first.items() if len(members) == len(SEEDS)}
+  least = LEAST_AT_FIRST * max(scores.values(), default=0.0)
+  return {
+    name: members for name, members in own.items() if is_whole(members) or (name in scores and scores[name] < least)
+  }
+
+
+def is_whole(members: Sequence[rows.Row]) -> bool:
+  """Return whether a candidate has run from all tuning bases with all seeds."""
+  return len(members) == len(TUNING_BASES) * len(SEEDS)
+
+
+def is_decided(run: Run, found: Sequence[rows.Row]) -> bool:
+  """Return whether a run is of the search, and its candidate needs no more runs."""
+  return run.stage == "tune" and run.candidate.name in tried(found, run.task, run.candidate.objective)
 
 
 def choose(found: Sequence[rows.Row], tasks: Sequence[str], objectives: Sequence[str]) -> dict[str, Any]:
@@ -229,14 +247,20 @@ def choose(found: Sequence[rows.Row], tasks: Sequence[str], objectives: Sequence
   """
   selection: dict[str, Any] = {}
   for task, objective in itertools.product(tasks, objectives):
-    whole = tried(found, task, objective)
-    scores = {name: float(np.mean([mean_reward(own, axis) for axis in costs.AXES])) for name, own in whole.items()}
+    known = tried(found, task, objective)
+    scores = {name: score(own) for name, own in known.items() if is_whole(own)}
     for entry, prefix in ((PUBLISHED, PUBLISHED), (TUNED, "")):
       if among := [name for name in scores if name.startswith(prefix)]:
         best = max(among, key=scores.__getitem__)
-        chosen = {"candidate": best, "changes": whole[best][0]["changes"], "reward": round(scores[best], 5)}
-        selection.setdefault(task, {}).setdefault(objective, {})[entry] = chosen | {"tried": len(among)}
+        chosen = {"candidate": best, "changes": known[best][0]["changes"], "reward": round(scores[best], 5)}
+        num = sum(name.startswith(prefix) for name in known)
+        selection.setdefault(task, {}).setdefault(objective, {})[entry] = chosen | {"tried": num}
   return selection
+
+
+def score(members: Sequence[rows.Row]) -> float:
+  """Average the held-out rewards at 1x over both axes."""
+  return float(np.mean([mean_reward(members, axis) for axis in costs.AXES]))
 
 
 def mean_reward(members: Sequence[rows.Row], axis: str) -> float:

@@ -37,6 +37,7 @@ the learning rates. `tuned`: the best of these and the random candidates. The ke
 """
 TRIED = """
 Mean reward at 1x over the runs from the tuning bases, on each axis. A random candidate is one draw for all objectives.
+One that falls behind on the first base is given up: its rewards are from this base alone.
 """
 
 
@@ -212,9 +213,12 @@ def candidate_table(tune: Sequence[Row]) -> str:
   for task, objective in itertools.product(design.TASKS, design.OBJECTIVES):
     for name, own in design.tried(tune, task, objective).items():
       what = ", ".join(f"`{key.rpartition('.')[2]}={value}`" for key, value in own[0]["changes"].items())
-      cells = [f"{design.mean_reward(own, axis):.3f}" for axis in costs.AXES]
+      cells = [
+        "" if design.is_whole(own) else "given up",
+        *(f"{design.mean_reward(own, axis):.3f}" for axis in costs.AXES),
+      ]
       table.append([task, objective, name, *cells, what])
-  return markdown(["task", "objective", "candidate", *costs.AXES, "changed keys"], table)
+  return markdown(["task", "objective", "candidate", "", *costs.AXES, "changed keys"], table)
 
 
 def picture(tests: Sequence[Row], selection: Mapping[str, Any]) -> str:

@@ -65,10 +65,12 @@ class Study:
         if not self.clock.has_time():
           print("no time for the other runs")
           return
+        shown.advance()
+        if design.is_decided(run, rows.read(self.folder, "tune")):
+          continue
         row = execute(run, labs[run.task], programs)
         rows.append(self.folder, run.stage, row)
         print(line(row), flush=True)
-        shown.advance()
 
   def _is_mine(self, run: Run) -> bool:
     number, of = self.share
