@@ -12,8 +12,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # With this variable programs are compiled as a user's are (tests/slow/test_default_flags.py runs the numeric tests so).
 DEFAULT_FLAGS = "TESTS_WITH_DEFAULT_FLAGS"
 HAS_DEFAULT_FLAGS = DEFAULT_FLAGS in os.environ
-# Programs are compiled more often than run here, so the compiler's optimiser is off: a third less time.
-COMPILE_QUICKLY = "" if HAS_DEFAULT_FLAGS else "--xla_backend_optimization_level=0"
+# Programs are compiled more often than run here, so the compiler's optimiser and its slower fusion emitters are off: half
+# the time.
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+COMPILE_QUICKLY = "" if HAS_DEFAULT_FLAGS else QUICK_FLAGS
 os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), COMPILE_QUICKLY, "--xla_force_host_platform_device_count=8"]
 ).strip()
