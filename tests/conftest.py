@@ -12,8 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # With this variable programs are compiled as a user's are (tests/slow/test_default_flags.py runs the numeric tests so).
 DEFAULT_FLAGS = "TESTS_WITH_DEFAULT_FLAGS"
 HAS_DEFAULT_FLAGS = DEFAULT_FLAGS in os.environ
-# Programs are compiled more often than run here, so the compiler's optimiser and its slower fusion emitters are off: half
-# the time.
+# Programs are compiled more often than run here, so the compiler's optimiser and its slow fusion emitters are off.
 QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 COMPILE_QUICKLY = "" if HAS_DEFAULT_FLAGS else QUICK_FLAGS
 os.environ["XLA_FLAGS"] = " ".join(
