@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 
 from dmpo_jax.run import buckets
-from dmpo_jax.run.report.page import is_animation
+from dmpo_jax.run.report.denoising import is_animation
 from dmpo_jax.run.report.runs import Row, Run, find_generation, list_generations, read_runs
 from launch import commands
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dmpo_jax import messages
 from dmpo_jax.run import buckets, watch
-from dmpo_jax.run.report.page import is_animation
+from dmpo_jax.run.report.denoising import is_animation
 from dmpo_jax.run.report.runs import Row, find_generation, is_number, list_generations
 from launch import commands
 

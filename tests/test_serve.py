@@ -18,14 +18,16 @@ import openai
 import pytest
 import standin_tokenizer
 import uvicorn
+from etils import epath
 
 from configs import base
 from dmpo_jax import serve
 from dmpo_jax.hub.tokenizer import load_tokenizer
-from dmpo_jax.serve import api
+from dmpo_jax.serve import api, page
 from dmpo_jax.serve.api import MAX_BODY, make_app
 from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Decoded, Engine, Job
+from dmpo_jax.serve.page import About
 from dmpo_jax.serve.requests import Limits, read_options
 from dmpo_jax.serve.responses import Reader
 
@@ -80,7 +82,8 @@ def serving(
     max_seconds=max_seconds,
   )
   said = []
-  app = make_app(engine, tokenizer, limits, model="tiny", api_key=api_key, log=said.append)
+  about = About("sudoku", "llada", ["(12="], cells_are_tokens=True)
+  app = make_app(engine, tokenizer, limits, model="tiny", about=about, api_key=api_key, log=said.append)
   http = bounded_protocol(20, header_seconds=1.0)
   server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, log_level="error", timeout_graceful_shutdown=10))
   thread = threading.Thread(target=server.run)
@@ -536,12 +539,48 @@ def test_what_has_begun_is_finished_before_the_server_stops(tokenizer):
 def test_the_page_watches(decode):
   with urllib.request.urlopen(f"{decode.address}/", timeout=20) as answer:
     assert "Watch it denoise" in answer.read().decode()
-  status, text = post(f"{decode.address}/watch", b'{"prompt": "123"}')
-  events = [json.loads(line) for line in text.splitlines()]
+  status, text = post(f"{decode.address}/watch", '{"prompt": "12\u00e9"}'.encode())
+  head, *events = [json.loads(line) for line in text.splitlines()]
   assert status == 200
+  assert head == {"lacking": "\u00e9", "grid": None}
   assert [event["call"] for event in events] == [1, 2, 3, None]  # call 0 came late
-  assert events[0]["pieces"] == ["3", "2", "1", "</s>", None, None, None, None]
-  assert events[-1]["text"] == "321"
+  assert events[0]["pieces"][1:] == ["2", "1", "</s>", None, None, None, None]
+  assert events[-1]["text"].endswith("21")
+
+
+def test_the_page_knows_what_is_served(decode):
+  with urllib.request.urlopen(f"{decode.address}/about", timeout=20) as answer:
+    about = json.loads(answer.read())
+  assert about == {
+    "model": "tiny",
+    "task": "sudoku",
+    "sampler": "llada",
+    "examples": ["(12="],
+    "completion_length": LENGTH,
+    "block_length": 4,
+  }
+  blocks = [page.About().as_json("tiny", 16, block_length)["block_length"] for block_length in (4, 16)]
+  assert blocks == [4, 0]  # one block has no boundaries
+
+
+def test_a_watched_sudoku_is_a_grid_with_its_wrong_cells(tokenizer):
+  puzzle = "1430000041203004"
+  with serving(tokenizer, max_prompt_length=40) as decode:
+    _, text = post(f"{decode.address}/watch", json.dumps({"prompt": puzzle}).encode())
+  head, first, *_ = [json.loads(line) for line in text.splitlines()]
+  assert head["grid"] == {"puzzle": puzzle, "box": 2}
+  assert first["pieces"][:4] == ["4", "0", "0", "3"]  # the stand-in's answer: the prompt from behind
+  assert first["wrong"] == [0, 1, 2]  # given digits that it changed
+  assert page.About().grid_of(puzzle) is None  # of another task
+
+
+def test_examples_are_the_first_prompts_of_the_last_evaluation(tmp_path):
+  assert page.read_examples(None) == page.read_examples(epath.Path(tmp_path)) == []
+  (tmp_path / "generations").mkdir()
+  for buffer in (0, 20):
+    lines = [{"prompt": f"{buffer} + {number // 2}"} for number in range(20)] + [{"prompt": [{"role": "user"}]}]
+    (tmp_path / "generations" / f"{buffer:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  assert page.read_examples(epath.Path(tmp_path)) == ["20 + 0", "20 + 1", "20 + 2", "20 + 3"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, which opens the page")
@@ -549,10 +588,11 @@ def test_a_browser_watches_without_a_word(decode, tokenizer, tmp_path, monkeypat
   """What the page shows at the end, the text and the number of decided tokens, it sends as its next prompt."""
   typed = """<script>prompt.value = "123"; form.requestSubmit();
 const wait = setInterval(() => { if (state.textContent === "Done.") { clearInterval(wait);
-  prompt.value = text.textContent + tokens.querySelectorAll(".decided").length; form.requestSubmit(); } }, 50);
+  prompt.value = text.textContent + tokens.querySelectorAll(".token:not(.masked)").length;
+  form.requestSubmit(); } }, 50);
 </script>"""
-  (tmp_path / "page.html").write_text(api.PAGE.read_text().replace("</body>", f"{typed}</body>"))
-  monkeypatch.setattr(api, "PAGE", tmp_path / "page.html")
+  (tmp_path / "watch.html").write_text((page.HERE / "watch.html").read_text().replace("</body>", f"{typed}</body>"))
+  monkeypatch.setattr(page, "HERE", tmp_path)
   command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
   command += ["--enable-logging=stderr", "--remote-debugging-port=0", f"{decode.address}/"]
   with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as browser:

@@ -24,6 +24,7 @@ from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.serve.api import is_loopback, make_app
 from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Engine, make_decode
+from dmpo_jax.serve.page import About, read_examples
 from dmpo_jax.serve.requests import Limits
 
 SPARE_CONNECTIONS = 64  # besides those of waiting or running requests: idle ones, pages, health checks
@@ -58,7 +59,14 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
     )
     name = epath.Path(workdir or config.model.init_from).name
     app = make_app(
-      engine, parts.tokenizer, limits, model=name, api_key=api_key, is_local=is_loopback(serve.host), log=_log
+      engine,
+      parts.tokenizer,
+      limits,
+      model=name,
+      about=_about(config, workdir),
+      api_key=api_key,
+      is_local=is_loopback(serve.host),
+      log=_log,
     )
     url = _url(serve.host, listener.getsockname()[1])
     print(f"serving {name} on {url}/ and {url}/v1", flush=True)
@@ -75,6 +83,13 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
     finally:
       engine.close()
   print("stopped serving", file=sys.stderr)
+
+
+def _about(config: ConfigDict, workdir: epath.Path | None) -> About:
+  """Collect what the page says of the policy."""
+  task = epath.Path(config.task.name).stem
+  is_bare_sudoku = (config.task.name, config.task.prompt) == ("sudoku", "bare")
+  return About(task if workdir else "", config.sampler.name, read_examples(workdir), cells_are_tokens=is_bare_sudoku)
 
 
 def _log(line: str) -> None:

@@ -8,7 +8,6 @@ import functools
 import hmac
 import ipaddress
 import json
-import pathlib
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Callable
@@ -28,13 +27,12 @@ from dmpo_jax import files
 from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.messages import Turn
 from dmpo_jax.serve.engine import Engine, Job
+from dmpo_jax.serve.page import POLICY, About, render
 from dmpo_jax.serve.requests import Limits, Options, RequestError, read_options, read_prompts, read_turns
 from dmpo_jax.serve.responses import Reader, ResponseFormat, Text
 
 MAX_BODY = 2**20  # bytes
 MAX_DRAINED = 8 * MAX_BODY  # a longer body is read up to here, as clients read the response only after sending
-PAGE = pathlib.Path(__file__).parent / "page.html"
-POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 Event = tuple[int, str, Any]  # index of the choice; state or done; the engine's value
 
@@ -45,6 +43,7 @@ def make_app(
   limits: Limits,
   *,
   model: str,
+  about: About,
   api_key: str = "",
   is_local: bool = True,
   log: Callable[[str], None] = lambda line: None,
@@ -53,14 +52,16 @@ def make_app(
 
   Args:
     model: its name in responses.
+    about: what the page says of it.
     api_key: the key that requests must send as `Authorization: Bearer ...`; "": none.
     is_local: the address is this machine's own: requests with another Host header, by which a web page could reach the
       server, are refused.
     log: is called with one line for every finished request.
   """
-  service = Service(engine, tokenizer, limits, model, api_key)
+  service = Service(engine, tokenizer, limits, model, about, api_key)
   routes = [
     Route("/", service.page),
+    Route("/about", service.describe),
     Route("/health", service.health),
     Route("/v1/models", service.models),
     Route("/v1/models/{name:path}", service.one_model),
@@ -157,11 +158,18 @@ class Service:
   tokenizer: Tokenizer
   limits: Limits
   model: str
+  about: About
   api_key: str
 
   async def page(self, request: Request) -> Response:
     """Serve the page on which a prompt is typed and its denoising shown."""
-    return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": POLICY})
+    return HTMLResponse(render(), headers={"Content-Security-Policy": POLICY})
+
+  async def describe(self, request: Request) -> Response:
+    """Tell the page what is served."""
+    self._check_key(request)
+    limits = self.limits
+    return JSONResponse(self.about.as_json(self.model, limits.completion_length, limits.block_length))
 
   async def models(self, request: Request) -> Response:
     """List the one model."""
@@ -199,22 +207,26 @@ class Service:
     return await self._respond(request, [prompt], fields, is_chat=True)
 
   async def watch(self, request: Request) -> Response:
-    """Stream to the page the pieces after each model call; null is a masked position."""
+    """Stream to the page what its prompt lacks, and the pieces after each model call; null is a masked position."""
     fields = await self._read(request)
     if not isinstance(fields.get("prompt"), str):
       raise RequestError(400, "prompt must be one string", "prompt")
     if len(fields) > 1:
       raise RequestError(400, f"only prompt is read here, not {', '.join(sorted(fields.keys() - {'prompt'}))}")
-    prompt = self._encode_chat(fields["prompt"])
+    prompt, grid = self._encode_chat(fields["prompt"]), self.about.grid_of(fields["prompt"])
+    self._note_lacking(request, [fields["prompt"]])
+    head = {"lacking": self.tokenizer.lacking(fields["prompt"]), "grid": grid and grid.drawn}
     events = self._events(request, [prompt], read_options({}, self.limits, is_chat=True))
     first = await anext(events)
 
     async def lines() -> AsyncIterator[str]:
+      yield json.dumps(head) + "\n"
       try:
         async for _, kind, value in _with_first(first, events):
           number, ids = value if kind == "state" else (None, value[0])
-          yield json.dumps({"call": number, "pieces": self._pieces(ids), "text": self.tokenizer.decode(ids.tolist())})
-          yield "\n"
+          pieces, text = self._pieces(ids), self.tokenizer.decode(ids.tolist())
+          wrong = grid.find_wrong(pieces) if grid else []
+          yield json.dumps({"call": number, "pieces": pieces, "text": text, "wrong": wrong}) + "\n"
       except RequestError as error:
         yield json.dumps({"error": error.body()}) + "\n"
 

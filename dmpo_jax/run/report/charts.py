@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dmpo_jax.run.report.runs import Row, Run
+from dmpo_jax.run.report.runs import Row, Run, is_number
 
 MOST_POINTS = 300  # per curve; longer ones are drawn as means of neighbouring rows
 
 Spec = dict[str, Any]
+# no label without a gap to its neighbour, and one for every 70 pixels
+SPACED: Spec = {"labelOverlap": "greedy", "labelSeparation": 8, "tickCount": {"expr": "ceil(width / 70)"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,45 @@ def draw_curves(curves: Curves, runs: Sequence[Run]) -> Spec | None:
   return _lines(values, STEPS[curves.phase], curves.form, runs) if values else None
 
 
+def caption_of(curves: Curves, runs: Sequence[Run]) -> str:
+  """Return the caption of a chart; that of the warm start's loss says where and why it jumps."""
+  switches = {run.name: switch for run in runs if (switch := last_correct(run))}
+  if curves.phase != "warm_start" or "loss" not in curves.figures or not switches:
+    return curves.caption
+  where = " or ".join(f"{switch:,}" for switch in sorted(set(switches.values())))
+  return (
+    f"{curves.caption} Up to update {where} these are correct and complete. Then come the task's own, whose gaps and "
+    "errors nobody can predict, so the loss jumps. It is meant to: the base shall leave something to learn."
+  )
+
+
+def last_correct(run: Run) -> int | None:
+  """Return the last update of the warm start on correct demonstrations; None if all or none of them are."""
+  updates, share = run.count("warm_start.updates"), run.config.get("warm_start.correct_share")
+  last = round(share * updates) if updates and is_number(share) else 0
+  return last if updates and 0 < last < updates else None
+
+
+def constant_values(spec: Spec, form: str, runs: Sequence[Run]) -> list[str]:
+  """Return the values of a chart whose lines are all level, each as text; [] for any other chart.
+
+  Args:
+    form: how values are written, as a d3 format.
+  """
+  lines: dict[tuple[str, str], set[float]] = {}
+  for value in spec["data"]["values"]:
+    if "y" not in value:
+      return []
+    lines.setdefault((value["run"], value["figure"]), set()).add(value["y"])
+  if any(len(found) > 1 for found in lines.values()):
+    return []
+  is_single, labels = len(runs) == 1, {figure for _, figure in lines}
+  return [
+    " ".join([*([] if is_single else [run]), *([figure] if len(labels) > 1 else []), format(y, form.replace("~", ""))])
+    for (run, figure), (y,) in lines.items()
+  ]
+
+
 def draw_held_out(runs: Sequence[Run], figure: str, form: str) -> Spec | None:
   """Draw a figure of the evaluations over the buffers, with its 95 % interval if recorded."""
   values = [
@@ -187,7 +228,7 @@ def draw_times(runs: Sequence[Run]) -> Spec | None:
     "height": 60 + 36 * len(runs),
     "encoding": {
       "y": {"field": "run", "type": "nominal", "title": None, "sort": [run.name for run in runs]},
-      "x": {"field": "seconds", "type": "quantitative", "title": "seconds"},
+      "x": {"field": "seconds", "type": "quantitative", "title": "seconds", "axis": SPACED},
       "color": {"field": "part", "type": "nominal", "title": None, "sort": [*TIMES.values(), "other"]},
       "order": {"field": "order"},
       "tooltip": _tooltip(("run", "run", ""), ("part", "part", ""), ("seconds", "seconds", ",.1f")),
@@ -216,7 +257,7 @@ def _lines(values: list[Row], steps: str, form: str, runs: Sequence[Run]) -> Spe
   below = {"orient": "bottom", "title": None, "columns": 3, "labelLimit": 160} | SYMBOLS
   legend = None if len(names) == 1 else below
   shared: Spec = {
-    "x": {"field": "x", "type": "quantitative", "title": steps, "axis": {"tickMinStep": 1, "grid": False}},
+    "x": {"field": "x", "type": "quantitative", "title": steps, "axis": SPACED | {"tickMinStep": 1, "grid": False}},
     "y": {"field": "y", "type": "quantitative", "title": None, "axis": {"format": form}, "scale": {"zero": False}},
     "color": {"field": field, "type": "nominal", "scale": {"domain": names}, "legend": legend},
   }

@@ -1,6 +1,4 @@
-"use strict";
-
-// The page's script: draws charts in the page's colours, lists their values as tables, and animates denoising.
+// The page's script, after denoising.js: draws charts in the page's colours, lists their values as tables, plays denoising.
 // Text by a model is inserted as text, never as markup.
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
@@ -80,64 +78,47 @@
     });
   }
 
+  // Plays a prompt's completions beside each other, call by call.
   function play(element, animations) {
-    const [select, button, slider] = ["select", "button", "input"].map((name) => element.querySelector(name));
-    const [prompt, tokens] = [".prompt", ".tokens"].map((name) => element.querySelector(name));
-    const output = element.querySelector("output");
-    let animation, timer;
-
-    function show() {
-      const call = Number(slider.value), last = Number(slider.max);
-      const fresh = [];
-      [...tokens.children].forEach((token, i) => {
-        const isDecided = animation.committed_at[i] < call, isNew = animation.committed_at[i] === call - 1;
-        token.className = `token${isDecided ? "" : " masked"}${isNew ? " new" : ""}`;
-        token.textContent = isDecided ? animation.pieces[i] : "·";
-        token.title = isDecided ? `call ${animation.committed_at[i] + 1}, confidence ${animation.confidence[i].toFixed(3)}` : "not decided";
-        if (isNew) fresh.push(`${JSON.stringify(animation.pieces[i])} (${animation.confidence[i].toFixed(3)})`);
-      });
-      const what = fresh.length ? `committed ${fresh.join(", ")}` : call ? "committed nothing" : "nothing is decided";
-      const reward = typeof animation.reward === "number" ? ` Reward ${animation.reward.toFixed(3)}.` : "";
-      output.textContent = `Call ${call} of ${last}: ${what}.${call === last ? reward : ""}`;
-      slider.setAttribute("aria-valuetext", `call ${call} of ${last}`);
-    }
-
-    function stop() {
-      clearInterval(timer);
-      timer = undefined;
-      button.textContent = "Play";
-    }
+    const select = element.querySelector(".which");
+    const [prompt, panes] = [".prompt", ".panes"].map((name) => element.querySelector(name));
+    let shown = [];
+    const controls = denoising.control(element, (call) => shown.forEach((show) => show(call)));
 
     function load() {
-      stop();
-      animation = animations[Number(select.value)];
-      const calls = Math.max(...animation.committed_at) + 1;
-      slider.max = calls;
-      slider.value = calls;
+      const animation = animations[Number(select.value)];
       prompt.textContent = animation.prompt;
-      tokens.replaceChildren(...animation.pieces.map((_, i) => {
-        const token = document.createElement("span");
-        token.style.setProperty("--when", calls > 1 ? animation.committed_at[i] / (calls - 1) : 0);
-        token.style.setProperty("--sure", animation.confidence[i]);
-        return token;
-      }));
-      show();
+      panes.replaceChildren();
+      shown = animation.panes.map((pane) => makePane(panes, pane, animation.block_length));
+      const calls = Math.max(...animation.panes.map(countCalls));
+      controls.load(calls, calls);
     }
 
-    button.addEventListener("click", () => {
-      if (timer !== undefined) return stop();
-      if (Number(slider.value) >= Number(slider.max)) slider.value = 0;
-      button.textContent = "Pause";
-      show();
-      timer = setInterval(() => {
-        slider.value = Number(slider.value) + 1;
-        show();
-        if (Number(slider.value) >= Number(slider.max)) stop();
-      }, Math.max(30, Math.min(350, 8000 / Number(slider.max))));
-    });
     select.addEventListener("change", load);
-    slider.addEventListener("input", () => { stop(); show(); });
     load();
+  }
+
+  const countCalls = (pane) => Math.max(...pane.committed_at) + 1;
+
+  // Adds a completion to the panes; returns what shows it after so many calls.
+  function makePane(panes, pane, blockLength) {
+    const [frame, head, board, output] = ["div", "h4", "p", "output"].map((name) => document.createElement(name));
+    const verdict = { true: ", solved", false: ", not solved" }[pane.is_solved] ?? "";
+    const reward = typeof pane.reward === "number" ? `, reward ${pane.reward.toFixed(3)}` : "";
+    head.textContent = `${pane.when}${verdict}${reward}`;
+    head.className = pane.is_solved === true ? "solved" : "";
+    frame.append(head, board, output);
+    panes.append(frame);
+    const calls = countCalls(pane);
+    return (number) => {
+      const call = Math.min(number, calls), since = pane.committed_at;
+      const pieces = pane.pieces.map((piece, i) => (since[i] < call ? piece : null));
+      denoising.draw(board, { ...pane, pieces, since, call, calls, blockLength });
+      const fresh = pieces.flatMap((piece, i) =>
+        piece !== null && since[i] === call - 1 ? [`${JSON.stringify(piece)} (${pane.confidence[i].toFixed(3)})`] : []);
+      const what = fresh.length ? `committed ${fresh.join(", ")}` : call ? "committed nothing" : "nothing is decided";
+      output.textContent = `Call ${call} of ${calls}: ${what}.`;
+    };
   }
 
   const animations = read("animations");

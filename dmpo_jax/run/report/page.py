@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jinja2
 import vl_convert
@@ -22,14 +22,14 @@ from markupsafe import Markup
 from dmpo_jax import files, messages
 from dmpo_jax.config import CHOICES
 from dmpo_jax.run.report import charts
+from dmpo_jax.run.report.denoising import animations, choose
 from dmpo_jax.run.report.runs import Row, Run, is_number, read_runs
-from dmpo_jax.run.report.summary import buffers_of, lack_of_signal
-from dmpo_jax.run.report.tables import settings_apart
+from dmpo_jax.run.report.shown import show_code, show_grid
+from dmpo_jax.run.report.summary import buffers_of, lack_of_signal, outcome_of, tell
+from dmpo_jax.run.report.tables import rank, settings_apart
 
 HERE = pathlib.Path(__file__).parent
 ABSENT = "absent"
-
-Animation = dict[str, Any]  # of a completion: when each token was decided, with its prompt and reward
 
 
 def write(workdirs: Sequence[epath.PathLike], path: epath.PathLike | None = None) -> epath.Path:
@@ -50,54 +50,71 @@ def render(runs: Sequence[Run]) -> str:
     loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
   )
   environment.filters |= {"percent": lambda value: f"{value:.1%}" if is_number(value) else "unknown", "number": _number}
-  environment.filters["parts"] = lambda row: charts.list_parts([row])
-  environment.filters["with_settings"] = lambda rows: zip(rows, settings_apart(rows), strict=True)
-  figures, absent = draw(runs)
+  environment.filters |= {"parts": lambda row: charts.list_parts([row]), "code": show_code, "grid": show_grid}
+  figures, constant, absent = draw(runs)
   animated = {run.name: animations(run) for run in runs}
   if any(run.generations for run in runs) and not any(animated.values()):
     absent.append("Denoising")
-  script = (HERE / "page.js").read_text()
+  script = read_asset("denoising.js") + read_asset("page.js")
   return environment.get_template("page.html").render(
     runs=runs,
     title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
     made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     facts=facts(runs),
-    outcomes=[(run, *_outcome(run)) for run in runs],
+    stories=[(run.name, told) for run in runs if (told := tell(run))],
+    outcomes=[(run, *outcome_of(run)) for run in runs],
     lacking=[(run.name, lack) for run in runs for lack in lack_of_signal(buffers_of(run))],
     figures=figures,
+    constant=constant,
+    grid=_grid(runs),
     absent=absent,
     settings=settings(runs),
     differing=differing(settings(runs)),
     completions=[(run, buffers, rows) for run in runs for buffers, rows in [completions(run)] if rows],
-    animations={name: found for name, found in animated.items() if found},
+    animations=[(name, found, choose(found)) for name, found in animated.items() if found],
     specs=_as_json({figure["id"]: figure["spec"] for figure in figures}),
     animation_data=_as_json(animated),
-    style=Markup((HERE / "page.css").read_text()),
+    style=Markup(read_asset("page.css")),
     vega=Markup(_vega()),
     script=Markup(script),
     hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (_vega(), script)),
   )
 
 
-def draw(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
-  """Return the charts that have values, and the titles of those that every run should have but none has."""
-  parts = [
+def read_asset(name: str) -> str:
+  """Return a part of the page, of which the served page has some too."""
+  return (HERE / name).read_text()
+
+
+def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[tuple[str, str, list[str]]], list[str]]:
+  """Return the charts; the figures that never change, which need none; and the titles of those that are missing.
+
+  A figure is missing if every run should have it and none has.
+  """
+  held_out = [
     ("Held-out solve rate", "Policy on prompts that it is not trained on, 95 % interval.", ("solve_rate", ".1%")),
     ("Held-out reward", "Mean over the same prompts.", ("reward_mean", ".3~g")),
     ("Model calls a prompt", "In evaluation.", ("model_calls", ".1f")),
   ]
-  drawn = [(title, caption, charts.draw_held_out(runs, *how)) for title, caption, how in parts]
+  drawn = [(title, caption, how[1], charts.draw_held_out(runs, *how)) for title, caption, how in held_out]
   first, *others = charts.CURVES
   every = (first, charts.part_curves(runs), *others)
-  drawn += [(curves.title, curves.caption, charts.draw_curves(curves, runs)) for curves in every]
-  drawn.append(("Time by part", "Other is compiling, saving and waiting.", charts.draw_times(runs)))
-  figures = [
-    {"id": f"chart-{number}", "title": title, "caption": caption, "spec": spec}
-    for number, (title, caption, spec) in enumerate(drawn)
-    if spec
-  ]
+  drawn += [(own.title, charts.caption_of(own, runs), own.form, charts.draw_curves(own, runs)) for own in every]
+  drawn.append(("Time by part", "Other is compiling, saving and waiting.", "", charts.draw_times(runs)))
+  figures, constant = [], []
+  for number, (title, caption, form, spec) in enumerate(drawn):
+    if spec and (values := charts.constant_values(spec, form, runs)):
+      constant.append((title, caption, values))
+    elif spec:
+      figures.append({"id": f"chart-{number}", "title": title, "caption": caption, "spec": spec})
   special = {curves.title for curves in every if not curves.is_always}
-  return figures, [title for title, _, spec in drawn if not spec and title not in special]
+  return figures, constant, [title for title, *_, spec in drawn if not spec and title not in special]
+
+
+def _grid(runs: Sequence[Run]) -> list[tuple[Run, Row, str]]:
+  """Return the rows of --mode=eval, the best first, with the settings that tell a row from those like it."""
+  rows = [(run, row, apart) for run in runs for row, apart in zip(run.grid, settings_apart(run.grid), strict=True)]
+  return sorted(rows, key=lambda entry: rank(entry[1]))
 
 
 def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -118,12 +135,12 @@ FACTS: dict[str, Callable[[Run], object]] = {
     f"{run.config['objective.name']}, alpha {run.config['objective.alpha']}, "
     f"baseline {run.config['objective.wdce.baseline']}"
   ),
-  "sampler": lambda run: (
-    f"{run.config['sampler.name']}, {run.config['sampler.completion_length']} tokens in blocks of "
+  "sampler (decoding rule)": lambda run: (
+    f"{run.config['sampler.name']}: {run.config['sampler.completion_length']} tokens in blocks of "
     f"{run.config['sampler.block_length']}, {run.config['sampler.steps']} steps, T {run.config['sampler.temperature']}"
   ),
   "model": lambda run: (
-    f"{run.config['model.init_from'] or 'random weights'}, {run.config['model.num_layers']} layers of "
+    f"transformer from {run.config['model.init_from'] or 'random weights'}, {run.config['model.num_layers']} layers of "
     f"{run.config['model.d_model']}"
     + (f", LoRA rank {run.config['model.lora.rank']}" if run.config["model.lora.rank"] else "")
   ),
@@ -142,12 +159,6 @@ FACTS: dict[str, Callable[[Run], object]] = {
   "revision": lambda run: f"{run.starts[-1]['revision']}, jax {run.starts[-1]['versions']['jax']}",
   "workdir": lambda run: run.workdir,
 }
-
-
-def _outcome(run: Run) -> tuple[Row | None, Row | None, int]:
-  """Return the figures of the base and of the last evaluation, and the number of buffers before the latter."""
-  last = max(run.evaluations, default=0)
-  return run.evaluations.get(0), run.evaluations.get(last) if last else None, last
 
 
 def settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -186,34 +197,6 @@ def completions(run: Run) -> tuple[list[int], list[tuple[str, list[Row | None]]]
       row = prompts.setdefault(messages.show(line.get("prompt", "")), [None] * len(buffers))
       row[column] = row[column] or line
   return buffers, list(prompts.items())
-
-
-def animations(run: Run) -> list[Animation]:
-  """Return the generations that record when each token was decided; those of the last evaluation come first."""
-  found = []
-  for buffer, lines in reversed(run.generations.items()):
-    for line in lines:
-      record = line.get("denoising")
-      if is_animation(record):
-        when = "base" if buffer == 0 else f"after {buffer} buffers"
-        metadata = {"prompt": messages.show(line.get("prompt", "")), "reward": line.get("reward"), "when": when}
-        found.append(metadata | {name: list(record[name]) for name in ("pieces", "committed_at", "confidence")})
-  return found
-
-
-def is_animation(record: object) -> TypeGuard[Mapping[str, Any]]:
-  """Whether the `denoising` of a generation is complete and can be animated."""
-  if not isinstance(record, Mapping):
-    return False
-  pieces, calls, confidence = (record.get(name, ()) for name in ("pieces", "committed_at", "confidence"))
-  if not all(isinstance(part, list) and part for part in (pieces, calls, confidence)):
-    return False
-  return (
-    len(pieces) == len(calls) == len(confidence)
-    and all(isinstance(piece, str) for piece in pieces)
-    and all(type(call) is int and call >= 0 for call in calls)
-    and all(map(is_number, confidence))
-  )
 
 
 def _number(value: object) -> str:

@@ -18,6 +18,7 @@ COUNTED = {
   "prompts_skipped": "prompts skipped: too long",
   "prompts_cut": "prompts cut: too long",
 }
+SUPERVISED, DMPO = "denoise", ("wdce", "wddo")  # objectives
 FAINT = 0.1  # of `signal_kept`: next to nothing is learned below
 RUNNING = (
   "updates_skipped",
@@ -36,6 +37,50 @@ def summarize(workdir: epath.PathLike) -> list[str]:
 def buffers_of(run: Run) -> list[Row]:
   """Return the rows of buffers with updates, without the evaluation before them."""
   return [row for row in run.rows.get("train", ()) if row["step"]]
+
+
+def outcome_of(run: Run) -> tuple[Row | None, Row | None, int]:
+  """Return the figures of the base and of the last evaluation, and the number of buffers before the latter."""
+  last = max(run.evaluations, default=0)
+  return run.evaluations.get(0), run.evaluations.get(last) if last else None, last
+
+
+def tell(run: Run) -> str:
+  """Tell a run in a few sentences: what the base is, what it learned from, and what came of it; "" if little is known.
+
+  Parts that the run has not recorded are left out.
+  """
+  before, now, last = outcome_of(run)
+  if before is None or now is None:
+    return ""
+  return " ".join(filter(None, (_tell_base(run), _tell_training(run, last), _tell_outcome(before, now))))
+
+
+def _tell_base(run: Run) -> str:
+  start, task, updates = run.config.get("model.init_from"), run.config.get("task.name"), run.count("warm_start.updates")
+  if not isinstance(start, str) or not isinstance(task, str):
+    return ""
+  model = f"The model {epath.Path(start).name}" if start else "A model with random weights"
+  name = epath.Path(task).stem
+  if not updates:
+    return f"{model} is the base; its task is {name}."
+  return f"{model} first imitated demonstrations of {name}, {updates:,} updates long: this is the base."
+
+
+def _tell_training(run: Run, last: int) -> str:
+  objective, group = run.config.get("objective.name"), run.count("rollout.group_size")
+  prompts = run.count("rollout.num_prompts")
+  if not isinstance(objective, str) or prompts is None or group is None:
+    return ""
+  if objective == SUPERVISED:
+    return f"Then it imitated demonstrations, {last:,} buffers of {prompts:,}."
+  label = f"DMPO's {objective}" if objective in DMPO else objective
+  return f"Then it learned from rewards for its own answers, {last:,} buffers of {prompts * group:,}, by {label}."
+
+
+def _tell_outcome(before: Row, now: Row) -> str:
+  whole = f"{now['num_prompts']:,.0f} held-out prompts" if "num_prompts" in now else "the held-out prompts"
+  return f"It now solves {now['solve_rate']:.1%} of {whole}; the base solved {before['solve_rate']:.1%}."
 
 
 def _amounts(run: Run, rows: Sequence[Row]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from etils import epath
 from rich.table import Table
 
 from dmpo_jax.run.report.charts import list_parts
-from dmpo_jax.run.report.runs import Row
+from dmpo_jax.run.report.runs import Row, is_number
 
 NEEDED = {  # keys that a row of `evaluations` must have
   *("policy", "buffers", "task", "completion_length", "sampler", "steps", "is_as_in_training", "num_prompts"),
@@ -27,6 +27,12 @@ def settings_apart(rows: Sequence[Row]) -> list[str]:
     paths = sorted({path for other in others for path in other.keys() | own.keys() if other.get(path) != own.get(path)})
     labels.append(", ".join(f"{path.removeprefix('sampler.')}={own.get(path)}" for path in paths))
   return labels
+
+
+def rank(row: Row) -> tuple[str, float, float, float]:
+  """Return what evaluations are sorted by: task, completion length, the best first, and of equals the fewest calls."""
+  length, calls = (value if is_number(value := row.get(name)) else 0 for name in ("completion_length", "model_calls"))
+  return str(row.get("task")), length, -row["solve_rate"], calls
 
 
 def _decimals(value: float | None) -> str:
@@ -50,8 +56,10 @@ def outcome(rows: Mapping[str, Mapping[str, float]]) -> Table:
 def evaluations(rows: Sequence[Row]) -> Table:
   """Lay out the evaluations of a workdir; a star marks a sampler or setting that training did not use.
 
-  Columns with the same value in all rows become one line below the table, so that it fits a narrow terminal.
+  The best come first. Columns with the same value in all rows become one line below the table, so that it fits a
+  narrow terminal.
   """
+  rows = sorted(rows, key=rank)
   k = max((int(name.rpartition("_")[2]) for row in rows for name in row if name.startswith("pass_at_")), default=0)
   columns: dict[str, list[str]] = {
     "policy": [f"{row['policy']} ({row['buffers']})" for row in rows],
