@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
   k.prompt = "default"  # default, published_train, published_eval; bare (only puzzle and answer: sudoku, countdown)
   k.rewards = "default"  # default, published (the official code's, oddities included)
   k.grader = "default"  # what counts as correct: default, published
-  k.data_dir = ""  # folder of the published data files (gsm8k, math); "": download them
+  k.data_dir = ""  # folder of the published data files (gsm8k, math, code); "": download them
   # a folder, not a bucket, for the records of a task once they are generated or read. "": `data` beside the workdir or,
   # if that is in a bucket, `dmpo_jax/data` in the user's cache on each host ($XDG_CACHE_HOME, ~/.cache)
   k.records_dir = ""
@@ -93,12 +93,19 @@ def get_config() -> ConfigDict:
   )
   k.gsm8k = ConfigDict()
   k.math = ConfigDict()
+  k.code = ConfigDict(
+    dict(
+      test="mbpp",  # problems to evaluate on: mbpp, humaneval
+      shown_tests=1,  # of a problem's tests, those in the prompt, which show the name of the function
+    )
+  )
   k.user = ConfigDict(dict(grader="exact"))  # for the answers of a JSONL file: exact (words), number, math
 
-  c.grading = g = ConfigDict()  # for tasks whose grading may hang or crash: math and your own
+  c.grading = g = ConfigDict()  # for tasks whose grading may hang or crash: math, code and your own
   g.workers = 2  # processes per host
   g.seconds = 10.0  # time limit for a completion, which otherwise gets reward 0 and is counted
   g.memory_gb = 4.0  # address space limit of a process
+  g.sandbox = "bubblewrap"  # where the code that a model writes runs; none: as any program that you start
 
   c.sampler = s = ConfigDict()
   s.name = "llada"  # see dmpo_jax.samplers.SAMPLERS

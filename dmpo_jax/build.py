@@ -123,7 +123,8 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
   model_parts = _build_model_parts(config, is_training)
   tokenizer = model_parts.tokenizer
   spec = tasks.spec(config.task.to_dict())
-  task = tasks.make_task(**spec)
+  grading = Grading(spec, **config.grading)
+  task = grading.task
   if is_training:
     _check_parts(config, task)
   source = data.TaskData(
@@ -154,7 +155,7 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
   return Parts(
     **vars(model_parts),
     task=task,
-    grading=Grading(spec, **config.grading),
+    grading=grading,
     prompts=prompts,
     correct_demonstrations=correct_demonstrations,
     held_out=held_out.batch(0, len(held_out)),

@@ -75,7 +75,7 @@ class TaskRecords(tfds.core.GeneratorBasedBuilder):
       records = config.task.generate(split, num, config.seed)
     else:
       assert isinstance(config.task, sources.PublishedTask)
-      records = sources.read_source(config.task.SOURCES[split], config.data_dir, config.task.read_row)
+      records = sources.read_source(config.task.source(split), config.data_dir, config.task.read_row)
     for index, record in enumerate(records):
       yield index, {"record": json.dumps(record, ensure_ascii=False)}
 
@@ -140,7 +140,8 @@ class TaskData:
       depends_on |= {f"num_{part}": num for part, num in self._nums.items()}
       digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
       return TaskRecordsConfig(name=f"{self._name}_{digest}", splits=("train", "test"), **self._common)
-    return TaskRecordsConfig(name=f"{self._name}_{split}", splits=(split,), **self._common)
+    label = self._task.source(split).label if isinstance(self._task, sources.PublishedTask) else ""
+    return TaskRecordsConfig(name="_".join(filter(None, (self._name, split, label))), splits=(split,), **self._common)
 
   def _take(self, split: Split) -> list[Record]:
     if isinstance(self._task, GeneratedTask):

@@ -29,7 +29,8 @@ from jaxtyping import Int
 from dmpo_jax import processes
 from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.processes import PATIENCE, HostShare
-from dmpo_jax.tasks import Record, Task, make_task
+from dmpo_jax.tasks import Limits, Record, Task, make_task, sandbox
+from dmpo_jax.tasks.code import Code
 from dmpo_jax.tasks.judge import Verdict, judge
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,11 @@ class Grading:
   Args:
     spec: the arguments of `tasks.make_task`, with which each worker makes the task.
     workers: number of worker processes, for a task that is not bounded.
-    seconds: time limit of one completion. memory_gb: address space of one worker.
     task: a task to use instead of `spec`; it is graded in this process.
+    **limits: the fields of `Limits`; memory_gb is also the address space of one worker.
+
+  Raises:
+    ValueError: the task's rewards run what the model writes, and there is no sandbox.
   """
 
   def __init__(
@@ -59,15 +63,18 @@ class Grading:
     spec: dict[str, Any] | None = None,
     *,
     workers: int = 1,
-    seconds: float = 10.0,
-    memory_gb: float = 4.0,
     task: Task | None = None,
+    **limits: Any,
   ):
-    self.task = task or make_task(**spec or {})
+    own = Limits(**limits)
+    spec = (spec or {}) | {"limits": own}
+    self.task = task or make_task(**spec)
+    if isinstance(self.task, Code):
+      sandbox.check(own.sandbox)
     self._is_local = task is not None or self.task.is_bounded
-    self._seconds = seconds
+    self._seconds = own.seconds
     self._threads = ThreadPoolExecutor(1 if self._is_local else workers, thread_name_prefix="grading")
-    self._workers = [] if self._is_local else [_Worker(spec or {}, memory_gb) for _ in range(workers)]
+    self._workers = [] if self._is_local else [_Worker(spec, own.memory_gb) for _ in range(workers)]
     self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in self._workers:
       self._idle.put(worker)

@@ -26,7 +26,7 @@ from configs import base
 from dmpo_jax import files, tasks
 from dmpo_jax.grading import Grading
 from dmpo_jax.run import buckets
-from dmpo_jax.tasks import TASKS, Grade, answers
+from dmpo_jax.tasks import Grade, answers
 from dmpo_jax.tasks.builtin import END, BuiltinTask
 from dmpo_jax.tasks.judge import Verdict
 from dmpo_jax.tasks.published import GRADERS
@@ -229,7 +229,7 @@ def _as_json(grade: Grade) -> dict[str, Any]:
 
 def define_flags() -> None:
   """Declare the command's flags; not on import, as other commands have a --json of their own."""
-  flags.DEFINE_enum("task", None, list(TASKS), "The task of the generations.", required=True)
+  flags.DEFINE_enum("task", None, list(GRADERS), "The task of the generations.", required=True)
   flags.DEFINE_multi_string("generations", None, "A file; more may follow.", required=True)
   flags.DEFINE_enum("grader", "default", ["default", "published"], "The grader of the table.")
   flags.DEFINE_bool("json", False, "Print one JSON object with every item instead of a table.")

@@ -23,6 +23,7 @@ MAY_CHANGE = (
   "model.dtype",
   "model.init_from",
   "model.layer_rows",
+  "grading.sandbox",
   "grading.workers",
   "log.*",
   "model.param_dtype",
@@ -42,6 +43,7 @@ MAY_CHANGE = (
 NOT_OF_EVALUATION = (
   *("checkpoint.*", "log.*", "objective.*", "optim.*", "rollout.*", "serve.*", "sharding.*", "train.*", "warm_start.*"),
   *("eval.batch_size", "eval.every_buffers", "eval.lengths", "eval.samplers", "eval.tasks", "grading.workers"),
+  "grading.sandbox",
   *("model.init_from", "model.layer_rows", "model.lora.dropout", "model.lora.init_from", "model.remat"),
   *("task.data_dir", "task.records_dir"),
 )

@@ -35,6 +35,7 @@ from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.sharding import MESH_AXES
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.tasks.builtin import CHOICES
+from dmpo_jax.tasks.sandbox import SANDBOXES
 
 POSITIVE, FROM_ZERO, SHARE = map(of, (ranges.POSITIVE, ranges.FROM_ZERO, ranges.SHARE))
 OLD_MASKS = "objective.wdce.old_masks"
@@ -283,6 +284,7 @@ KEYS: dict[str, Rule] = {
   "grading.workers": whole(1),
   "grading.seconds": POSITIVE,
   "grading.memory_gb": POSITIVE,
+  "grading.sandbox": one_of(*SANDBOXES),
   # and the section of each sampler, which `samplers.make_options` checks
   "sampler.name": one_of(*SAMPLERS).checked_by(
     functools.partial(block_problem, known=BLOCK_SAMPLERS), "model.block_length"

@@ -4,34 +4,49 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dmpo_jax.tasks import countdown, gsm8k, maths, sudoku, user
-from dmpo_jax.tasks.base import Grade, Record, Reward, Split, Task
+from dmpo_jax.tasks import code, countdown, gsm8k, maths, sudoku, user
+from dmpo_jax.tasks.base import Grade, Limits, Record, Reward, Split, Task
 from dmpo_jax.tasks.builtin import BuiltinTask
 
-__all__ = ["TASKS", "Grade", "Record", "Reward", "Split", "Task", "make_task", "option_types", "section", "spec"]
+__all__ = [
+  "TASKS",
+  "Grade",
+  "Limits",
+  "Record",
+  "Reward",
+  "Split",
+  "Task",
+  "make_task",
+  "option_types",
+  "section",
+  "spec",
+]
 
 TASKS: dict[str, type[BuiltinTask]] = {
   "sudoku": sudoku.Sudoku,
   "countdown": countdown.Countdown,
   "gsm8k": gsm8k.GSM8K,
   "math": maths.Math,
+  "code": code.Code,
 }
 
 
-def make_task(name: str, *, options: Mapping[str, Any], prompt: str, rewards: str, grader: str) -> Task:
+def make_task(
+  name: str, *, options: Mapping[str, Any], prompt: str, rewards: str, grader: str, limits: Limits | None = None
+) -> Task:
   """Make a task.
 
   Args:
     name: a name in TASKS, or the path of a user's file (see `user.py`), which ignores prompt, rewards and grader.
     options: the keys of `config.task.<name>`, or of `config.task.user`.
-    prompt, rewards, grader: see `BuiltinTask`.
+    prompt, rewards, grader: see `BuiltinTask`. limits: of the grading of a completion; None: the defaults.
 
   Raises:
     ValueError: the task refuses its options, or the file cannot be used.
   """
   if user.is_file(name):
     return user.load(name, **options)
-  return TASKS[name](**options, prompt_name=prompt, rewards=rewards, grader=grader)
+  return TASKS[name](**options, prompt_name=prompt, rewards=rewards, grader=grader, limits=limits or Limits())
 
 
 def section(name: str) -> str:

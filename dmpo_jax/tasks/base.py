@@ -21,6 +21,15 @@ Reward = float | Mapping[str, float]  # one number, or named parts whose sum is 
 
 
 @dataclasses.dataclass(frozen=True)
+class Limits:
+  """How far the grading of one completion may go: `config.grading` without the number of workers."""
+
+  seconds: float = 10.0
+  memory_gb: float = 4.0
+  sandbox: str = "bubblewrap"  # where a model's code runs, see `sandbox.SANDBOXES`
+
+
+@dataclasses.dataclass(frozen=True)
 class Grade:
   """The verdict on one completion."""
 

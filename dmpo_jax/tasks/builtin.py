@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax.tasks import answers
-from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Reward, refuse_options
+from dmpo_jax.tasks.base import Grade, Limits, PromptTemplate, Record, Reward, refuse_options
 from dmpo_jax.tasks.published import GRADERS, rewards
 
 CHOICES = ("default", "published")  # rewards and graders
@@ -22,7 +22,7 @@ END = "<|endoftext|>"  # the published graders look for it at the end of a gener
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuiltinTask:
-  """Base of the four tasks: named prompts, and a default and a published set of rewards and graders.
+  """Base of the built-in tasks: named prompts, a default and, for the published ones, a published set of rewards.
 
   A task adds its data, its default reward and grade, and what the published ones need from a record.
   """
@@ -37,18 +37,24 @@ class BuiltinTask:
   prompt_name: str = "default"  # task.prompt
   rewards: str = "default"  # task.rewards: default, published
   grader: str = "default"  # task.grader: default, published
+  limits: Limits = dataclasses.field(default_factory=Limits)  # of the grading of a completion
 
   def __post_init__(self) -> None:
     problems = [
       f"task.{key}={value!r}: must be one of {', '.join(names)}"
       for key, value, names in (
         ("prompt", self.prompt_name, self.PROMPTS),
-        ("rewards", self.rewards, CHOICES),
-        ("grader", self.grader, CHOICES),
+        ("rewards", self.rewards, self.choices()),
+        ("grader", self.grader, self.choices()),
       )
       if value not in names
     ]
     refuse_options(problems + self.option_problems())
+
+  @classmethod
+  def choices(cls) -> tuple[str, ...]:
+    """Return the sets of rewards and graders that the task has."""
+    return CHOICES if cls.name in GRADERS else CHOICES[:1]
 
   def option_problems(self) -> list[str]:
     """Return the problems with the task's options."""

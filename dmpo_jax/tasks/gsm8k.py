@@ -48,6 +48,10 @@ class GSM8K(BuiltinTask):
     ),
   }
 
+  def source(self, split: Split) -> sources.Source:
+    """Return the file of a split."""
+    return self.SOURCES[split]
+
   @staticmethod
   def read_row(row: dict[str, Any]) -> Record:
     """Make a record from {question, answer}, where answer is a solution that ends in "#### number".

@@ -55,6 +55,10 @@ class Math(BuiltinTask):
     ),
   }
 
+  def source(self, split: Split) -> sources.Source:
+    """Return the file of a split."""
+    return self.SOURCES[split]
+
   @staticmethod
   def read_row(row: dict[str, Any]) -> Record:
     """Make a record from {problem, answer} and, if there is one, the solution.

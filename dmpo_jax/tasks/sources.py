@@ -1,12 +1,14 @@
 """Published data sets: one file per split, from a folder or the network, accepted only with the known checksum."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from etils import epath
 
@@ -15,6 +17,7 @@ from dmpo_jax.tasks.base import Record, Split, Task
 T = TypeVar("T")  # what a row is read as: a record, or several
 
 TIMEOUT = 30.0  # seconds without data until a download fails
+_GZIP = b"\x1f\x8b"  # how such a file begins
 MAX_LISTED = 50  # rows that one message describes; all are counted
 
 
@@ -25,13 +28,17 @@ class Source:
   name: str  # name of the file in `task.data_dir`
   url: str
   sha256: tuple[str, ...]  # checksum of the file at the URL, then those of other known forms
+  rows: tuple[int, int | None] = (0, None)  # the first row that belongs to the split, and that after the last
+  label: str = ""  # tells the sources of a split apart, if a task has several
 
 
 @runtime_checkable
 class PublishedTask(Task, Protocol):
   """A task whose records are files that others have published."""
 
-  SOURCES: ClassVar[dict[Split, Source]]
+  def source(self, split: Split) -> Source:
+    """Return the file of a split."""
+    ...
 
   def read_row(self, row: dict[str, Any]) -> Record:
     """Make a record of a row.
@@ -65,7 +72,7 @@ def read_source(source: Source, data_dir: str, read_row: Callable[[dict[str, Any
       f"Data of your own is a task of its own: set task.name to a JSONL or Python file{rows}"
     )
   refuse_rows(where, problems)
-  return records
+  return records[slice(*source.rows)]
 
 
 def _download(source: Source, remedy: str) -> bytes:
@@ -80,9 +87,15 @@ def read_rows(content: bytes, read_row: Callable[[dict[str, Any]], T]) -> tuple[
   """Read JSON lines; return what they are read as, and one `row N: reason` for each row that cannot be used.
 
   Args:
+    content: the file's, which may be compressed by gzip.
     read_row: makes a record from a row, or raises ValueError with the reason why it cannot.
   """
   records, problems = [], []
+  if content.startswith(_GZIP):
+    try:
+      content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+      return [], [f"not a whole gzip file ({error})"]
   for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
     if not line.strip():
       continue

@@ -1,4 +1,4 @@
-"""The section `grade`: completions graded per second, for each task and set of rewards.
+"""The section `grade`: completions graded per second, for each published task and set of rewards.
 
 The completions are synthetic, like a buffer of rollouts: about 256 tokens each, 16 per prompt, with a few answers.
 """
@@ -10,8 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dmpo_jax.grading import Grading
-from dmpo_jax.tasks import TASKS, answers
+from dmpo_jax.tasks import answers
 from dmpo_jax.tasks.builtin import CHOICES
+from dmpo_jax.tasks.published import GRADERS
 from launch.bench.results import Options, Result, Row
 from launch.grade import spec
 
@@ -22,7 +23,7 @@ WORDS = 190  # of reasoning, about 240 tokens
 
 def run(config: ConfigDict, options: Options) -> Result:
   """Grade a batch of every task by every set of rewards."""
-  rows = [measure(name, choice, config, options) for name in TASKS for choice in CHOICES]
+  rows = [measure(name, choice, config, options) for name in GRADERS for choice in CHOICES]
   settings = f"{NUM} completions of each task, {config.grading.workers} worker processes where a task needs them"
   return Result("grade", settings, rows)
 

@@ -1,4 +1,4 @@
-"""The rewards and graders of the four tasks on random and mutated completions: no exception, no reward out of range.
+"""The rewards and graders of the tasks on random and mutated completions: no exception, no reward out of range.
 
 Hypothesis draws the completions: free text, or correct and half-correct answers cut up, repeated and joined. Each is
 graded by the default and by the published set. `make fuzz` draws 100,000 of them.
@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from dmpo_jax.grading import Grading
 from dmpo_jax.tasks import TASKS
-from dmpo_jax.tasks.builtin import CHOICES
+from dmpo_jax.tasks.code import Code
 from dmpo_jax.tasks.published import RANGES
 from launch.grade import spec
 
 pytestmark = pytest.mark.slow
 NUM = int(os.environ.get("FUZZ_COMPLETIONS", 2000)) // len(TASKS)  # of each task
+SLOWER = {"code": 20}  # starts a process for each completion, so it gets fewer
 SECONDS = 2.0  # in which one completion must be graded, or it counts as a timeout
 
 RECORDS = {
@@ -25,13 +26,27 @@ RECORDS = {
   "math": {"problem": "What?", "answer": "\\frac{x^2+1}{2}"},
   "countdown": {"numbers": "75,30,4", "target": 49},
   "sudoku": {"puzzle": "3102200002100320", "solution": "3142243142131324"},
+  "code": Code.read_row({"text": "?", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"]}),
 }
 WORDS = r"""
 <reasoning> </reasoning> <answer> </answer> <|eot_id|> <|endoftext|> ``` #### $ = , { }
 \boxed{ \fbox{ \frac \sqrt \left( \right) \infty \pi \times \int e^ x ^{9^{9^{9}}} !!!!
 9**9**9**9 75-30+4 (75-30) -- //0 1/0 1,234 1234 -5.0 3142243142131324 31422431 nan inf 1e999
 """
-PIECES = (*WORDS.split(), "\n", " ", "\\boxed ", "\\text{ ", "\u00b2", "\u0663", "0" * 50, "9" * 400)
+PIECES = (
+  *WORDS.split(),
+  "```python\n",
+  "def f(x): ",
+  "return x",
+  "\n",
+  " ",
+  "\\boxed ",
+  "\\text{ ",
+  "\u00b2",
+  "\u0663",
+  "0" * 50,
+  "9" * 400,
+)
 
 _piece = st.sampled_from(PIECES) | st.text(max_size=8)
 _joined = st.lists(_piece, max_size=30).map("".join)
@@ -61,11 +76,10 @@ def draw(num, seed):
   return drawn
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in TASKS for choice in TASKS[name].choices()])
 def test_every_completion_gets_a_reward_in_range(name, choice):
-  completions = draw(NUM, seed=list(TASKS).index(name))
-  grading = Grading(spec(name, choice), workers=2, seconds=SECONDS)
+  completions = draw(NUM // SLOWER.get(name, 1), seed=list(TASKS).index(name))
+  grading = Grading(spec(name, choice), workers=2, seconds=SECONDS, sandbox="none")
   low, high = RANGES[name] if choice == "published" else grading.task.default_range
   try:
     verdicts = grading.submit([RECORDS[name]] * len(completions), completions, [True] * len(completions)).result()
