@@ -33,6 +33,7 @@ def get_config():
   c.warm_start.min_mask_ratio = 0.2
   c.objective.alpha = 0.5
   c.train.num_buffers = 6
+  c.eval.every_buffers = 3
   c.eval.num_prompts = 64
   c.eval.batch_size = 64
   c.checkpoint.every_updates = 5

@@ -27,6 +27,7 @@ from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.messages import Prompt, Turn, as_text, turns_of
 from dmpo_jax.policy import Compiled, ModelParts, Policies, check_confidence, load_policy, make_sample
 from dmpo_jax.processes import meet
+from dmpo_jax.run import grids
 from dmpo_jax.run.progress import Progress
 from dmpo_jax.run.watch import Watcher
 from dmpo_jax.structs import Prompts, Rollouts
@@ -136,17 +137,29 @@ def decode(
     meet("the next prompts")
     batch = requests[start : start + size]
     prompts = encode(batch, numbers[start : start + size], parts.tokenizer, num_rows=size)
-    sample.compile(policies, prompts, key)
-    rollouts, seconds = _run(functools.partial(sample, policies, prompts, key), watcher, len(batch))
+    waiting = Progress(f"compiling for prompts of up to {prompts.tokens.shape[1]} tokens", 1) if watcher else None
+    with waiting or contextlib.nullcontext():  # unless watched, the progress of the completions says so
+      sample.compile(policies, prompts, key)
+      if waiting:
+        waiting.advance()
+    puzzles = [_puzzle_of(request, config) for request in batch]
+    watching = watcher.watching(puzzles) if watcher else contextlib.nullcontext()
+    rollouts, seconds = _run(functools.partial(sample, policies, prompts, key), watching)
     check_confidence(rollouts)
     rollouts = jax.tree.map(operator.itemgetter((slice(len(batch)), 0)), rollouts)
     yield from zip(batch, describe(rollouts, parts.tokenizer, seconds), strict=True)
 
 
-def _run(program: Callable[[], Rollouts], watcher: Watcher | None, num_rows: int) -> tuple[Rollouts, float]:
-  """Run a compiled program, watched or not, and time it."""
+def _puzzle_of(request: Request, config: ConfigDict) -> grids.Grid | None:
+  """Return the Sudoku that the completion of a request fills in; None for any other text."""
+  is_whole = request.prefill == "" and grids.are_completed(config.task.name, config.task.prompt)
+  return grids.in_prompt(as_text(request.turns)) if is_whole else None
+
+
+def _run(program: Callable[[], Rollouts], shown: contextlib.AbstractContextManager) -> tuple[Rollouts, float]:
+  """Run a compiled program while it is shown, and time it."""
   start = time.perf_counter()
-  with watcher.watching(num_rows) if watcher else contextlib.nullcontext():
+  with shown:
     rollouts = jax.device_get(program())
     jax.effects_barrier()
     seconds = time.perf_counter() - start

@@ -24,13 +24,14 @@ from dmpo_jax.files import Unreadable
 from dmpo_jax.phases import Phase
 from dmpo_jax.processes import meet
 from dmpo_jax.rollout_metrics import pool_figures
-from dmpo_jax.run import progress
+from dmpo_jax.run import progress, suggestions
 from dmpo_jax.run.checkpoints import Checkpoints
 from dmpo_jax.run.metrics import Metrics, read_result, write_parameter_overview, write_result
 from dmpo_jax.run.params import is_saved, save_params
 from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.run.report import summarize, tables
 from dmpo_jax.run.report import write as write_report
+from dmpo_jax.run.report.runs import read_prompts
 from dmpo_jax.run.workdir import announce_start, save_config, take_over
 from dmpo_jax.structs import Experience, PendingRollouts, TrainState
 
@@ -327,6 +328,11 @@ def report(result: dict[str, Any], workdir: epath.Path, page: str) -> None:
     ("report", page),
   ):
     console.print(f"{what:12} {workdir / path}", highlight=False, soft_wrap=True)
+  if jax.process_count() == 1:  # the others are commands of one process
+    console.print(f"\nTry next: open {workdir / PAGE} in a browser, or", highlight=False, soft_wrap=True)
+    prompts = read_prompts(workdir, 1)
+    for what, command in suggestions.suggest(suggestions.typed(), prompts[0] if prompts else ""):
+      console.print(f"  {what}\n    {command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def write_page(workdir: epath.Path) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dmpo_jax import messages
 from dmpo_jax.run import buckets, watch
-from dmpo_jax.run.report.denoising import is_animation
+from dmpo_jax.run.report.denoising import grid_of, is_animation
 from dmpo_jax.run.report.runs import Row, find_generation, is_number, list_generations
 from launch import commands
 
@@ -50,9 +50,9 @@ def main() -> None:
   buckets.check({"--workdir": given.workdir or "", "--generations": given.generations or ""})
   path = epath.Path(given.generations or find_file(epath.Path(given.workdir).expanduser(), given.buffers))
   row = read_generation(path.expanduser(), given.index, given.sample)
-  console, animation = Console(), row["denoising"]
+  console = Console()
   console.print(messages.show(row.get("prompt", "")), style="dim", markup=False, highlight=False)
-  watch.play(animation["pieces"], animation["committed_at"], animation["confidence"], console, given.seconds)
+  watch.play(row["denoising"], grid_of(row), console, given.seconds)
   verdict = "solved" if row.get("is_solved") else "not solved"
   rewards = {"reward": row.get("reward")} | (row.get("reward_parts") or {})
   shown = ", ".join(f"{name} {_three_decimals(value)}" for name, value in rewards.items())

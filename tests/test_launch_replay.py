@@ -30,7 +30,7 @@ def workdir(tmp_path):
 
 def test_every_call_is_shown():
   console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
-  watch.play(**FILM, console=console, seconds=0.0)
+  watch.play(FILM, None, console=console, seconds=0.0)
   shown = console.file.getvalue()
   assert "call 1: '2' 0.75" in shown
   assert "call 2: '4' 0.50, '!' 1.00" in shown
@@ -39,7 +39,7 @@ def test_every_call_is_shown():
 
 def test_where_nobody_looks_it_is_the_end_alone():
   console = Console(file=io.StringIO(), width=60)
-  watch.play(**FILM, console=console, seconds=9.0)
+  watch.play(FILM, None, console=console, seconds=9.0)
   assert console.file.getvalue().splitlines() == ["42!", "call 2: '4' 0.50, '!' 1.00"]
 
 

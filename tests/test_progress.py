@@ -146,7 +146,7 @@ def test_what_is_compiled_is_said(monkeypatch):
 
 
 def test_a_long_compilation_is_said_while_it_lasts(monkeypatch):
-  monkeypatch.setattr(progress_lib, "PLAIN_SECONDS", 0.02)
+  monkeypatch.setattr(progress_lib, "COMPILING_SECONDS", 0.02)
   output, printed = io.StringIO(), threading.Event()
   monkeypatch.setattr(output, "write", lambda text, write=output.write: (write(text), printed.set())[0], raising=False)
   with Progress("train", 1, console=Console(file=output), is_quiet=False) as bar:

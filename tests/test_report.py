@@ -18,7 +18,7 @@ from dmpo_jax import train
 from dmpo_jax.run import report
 from dmpo_jax.run.report import charts, page, tables
 from dmpo_jax.run.report.denoising import animations, choose, grid_of
-from dmpo_jax.run.report.runs import read_runs
+from dmpo_jax.run.report.runs import read_prompts, read_runs
 from dmpo_jax.run.report.shown import show_code, show_grid
 
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -493,6 +493,15 @@ def test_code_is_coloured_and_escaped():
   assert fenced.endswith('<span class="code-mi">1</span>\n```\n&lt;b&gt;')
   assert show_code("return 1 < 2") == "return 1 &lt; 2"
   assert show_code("```nonsense\na < b\n```") == "```nonsense\na &lt; b\n```"
+
+
+def test_example_prompts_are_the_first_of_the_last_evaluation(tmp_path):
+  assert read_prompts(epath.Path(tmp_path), 4) == []
+  (tmp_path / "generations").mkdir()
+  for buffer in (0, 20):
+    lines = [{"prompt": f"{buffer} + {number // 2}"} for number in range(20)] + [{"prompt": [{"role": "user"}]}]
+    (tmp_path / "generations" / f"{buffer:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  assert read_prompts(epath.Path(tmp_path), 4) == ["20 + 0", "20 + 1", "20 + 2", "20 + 3"]
 
 
 def test_runs_get_names_that_tell_them_apart(workdir, tmp_path):

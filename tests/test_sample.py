@@ -15,8 +15,8 @@ from rich.console import Console, Group
 from dmpo_jax import build, main, policy, sample
 from dmpo_jax.config import ConfigError
 from dmpo_jax.policy import Policies
+from dmpo_jax.run import grids, watch
 from dmpo_jax.run import params as params_lib
-from dmpo_jax.run import watch
 from dmpo_jax.sample import Request
 
 
@@ -143,12 +143,35 @@ def test_a_frame_names_the_new_tokens_with_their_confidence(decoded):
   assert row.spans[0].style.color != row.spans[1].style.color
 
 
+def test_a_sudoku_is_watched_as_its_grid(decoded):
+  tokenizer = decoded[0]
+  watcher = watch.Watcher(tokenizer, Console(file=io.StringIO(), width=100))
+  cells = [tokenizer.mask_token_id] * 16
+  cells[1], cells[2] = tokenizer.encode("44")
+  with watcher.watching([grids.Grid("1430000041203004")]):
+    frame = watch.Frame(np.array([cells]), np.array([1]), np.array([[0.5] * 16]))
+    (group,) = watcher.draw(frame).renderables
+  grid, said = group.renderables
+  blank = watch.MASKED
+  assert grid.plain.splitlines() == [
+    f" 1 4 \u2502 4 {blank}",
+    f" {blank} {blank} \u2502 {blank} {blank}",
+    "\u2500" * 5 + "\u253c" + "\u2500" * 5,
+    f" 4 1 \u2502 2 {blank}",
+    f" 3 {blank} \u2502 {blank} 4",
+  ]
+  assert said.plain == "call 1: '4' 0.50, '4' 0.50"
+  cells = [span for span in grid.spans if span.style != "dim"]
+  is_red = [span.style.color is not None and span.style.color.name == "red" for span in cells]
+  assert [index for index, red in enumerate(is_red) if red] == [1, 2]  # one 4 too many
+
+
 def test_calls_that_come_late_are_not_shown(decoded):
   tokenizer = decoded[0]
   watcher = watch.Watcher(tokenizer, Console(file=io.StringIO(), width=100))
   drawn = []
   watcher.draw = lambda frame: drawn.append(int(frame.completion[0, 0])) or Group()
-  with watcher.watching(1):
+  with watcher.watching([None]):
     for number in (0, 2, 1, 3):
       watcher(number, np.array([[number]]), np.array([number]), np.array([[1.0]]))
   assert drawn == [0, 2, 3]

@@ -18,7 +18,6 @@ import openai
 import pytest
 import standin_tokenizer
 import uvicorn
-from etils import epath
 
 from configs import base
 from dmpo_jax import serve
@@ -572,15 +571,6 @@ def test_a_watched_sudoku_is_a_grid_with_its_wrong_cells(tokenizer):
   assert first["pieces"][:4] == ["4", "0", "0", "3"]  # the stand-in's answer: the prompt from behind
   assert first["wrong"] == [0, 1, 2]  # given digits that it changed
   assert page.About().grid_of(puzzle) is None  # of another task
-
-
-def test_examples_are_the_first_prompts_of_the_last_evaluation(tmp_path):
-  assert page.read_examples(None) == page.read_examples(epath.Path(tmp_path)) == []
-  (tmp_path / "generations").mkdir()
-  for buffer in (0, 20):
-    lines = [{"prompt": f"{buffer} + {number // 2}"} for number in range(20)] + [{"prompt": [{"role": "user"}]}]
-    (tmp_path / "generations" / f"{buffer:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  assert page.read_examples(epath.Path(tmp_path)) == ["20 + 0", "20 + 1", "20 + 2", "20 + 3"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, which opens the page")

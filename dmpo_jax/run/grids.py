@@ -61,6 +61,11 @@ class Grid:
     return [("row", row, 0), ("column", 0, column), ("box", row // self.box, column // self.box)]
 
 
+def are_completed(task: str, prompt: str) -> bool:
+  """Whether the completions of a task, with its prompt of this name, are the cells of a Sudoku, one token each."""
+  return (task, prompt) == ("sudoku", "bare")
+
+
 def of_record(record: object) -> Grid | None:
   """Return the puzzle of a record of the task Sudoku; None of any other record."""
   if not isinstance(record, Mapping):

@@ -26,6 +26,7 @@ SHOWN = (
   ("tokens_per_second_sample", "tokens/s", "{:,.0f}"),
 )
 PLAIN_SECONDS = 10.0  # between two lines if the output is not a terminal
+COMPILING_SECONDS = 3.0  # after which a line says there that a program is being compiled
 COMPILING = "/jax/core/compile/backend_compile_duration"  # jax's event at the beginning and end of compiling
 
 _open: list["Progress"] = []  # the newest is last; parts belong to it
@@ -82,13 +83,13 @@ class Progress:
     elif self._bar is not None:
       self._redraw()
     elif name:
-      timer = threading.Timer(PLAIN_SECONDS, self._print_compiling, [name])
+      timer = threading.Timer(COMPILING_SECONDS, self._print_compiling, [name])
       timer.daemon = True
       timer.start()
 
   def _print_compiling(self, name: str) -> None:
-    if self._compiling == name:
-      self._show()
+    if self._compiling == name and not self._is_quiet:
+      self._print(time.monotonic(), self._time_left())
 
   def _show(self, is_step: bool = False) -> None:
     if self._around is not None:
@@ -101,10 +102,12 @@ class Progress:
     is_due = now - (self._begun if self._printed_at is None else self._printed_at) >= PLAIN_SECONDS
     is_first = is_step and self._printed_at is None
     if (is_step and is_last) or ((is_due or is_first) and not self._is_quiet):
-      self._printed_at = now
-      time_text = f"in {_clock(now - self._begun)}" if is_last else self._time_left()
-      text = "  ".join(filter(None, [f"{self._work} {self._count()}", *self._details(), time_text]))
-      self._console.print(text, highlight=False, soft_wrap=True)
+      self._print(now, f"in {_clock(now - self._begun)}" if is_last else self._time_left())
+
+  def _print(self, now: float, time_text: str) -> None:
+    self._printed_at = now
+    text = "  ".join(filter(None, [f"{self._work} {self._count()}", *self._details(), time_text]))
+    self._console.print(text, highlight=False, soft_wrap=True)
 
   def _redraw(self) -> None:
     assert self._bar is not None

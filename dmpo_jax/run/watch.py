@@ -8,7 +8,7 @@ import colorsys
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from rich.style import Style
 from rich.text import Text
 
 from dmpo_jax.hub.tokenizer import Tokenizer
+from dmpo_jax.run.grids import Grid
 
 MASKED = "\N{LIGHT SHADE}"  # shown for a masked position
 ENDED = "\N{MIDDLE DOT}"  # shown for an end token
@@ -43,13 +44,20 @@ class Watcher:
     self._console = console or Console(stderr=True)  # standard output is for the completions
     self._ends = {tokenizer.eos_token_id, tokenizer.eot_token_id, tokenizer.pad_token_id}
     self._news = threading.Condition()
+    self._puzzles: Sequence[Grid | None] = ()
     self._last: np.ndarray | None = None  # the rows as last drawn
     self._since: np.ndarray | None = None  # the calls that decided their tokens
 
   @contextlib.contextmanager
-  def watching(self, num_rows: int) -> Iterator[None]:
-    """Show a batch, as many rows as fit; returns once all of its calls have been shown."""
-    self._num_rows = min(num_rows, max(self._console.height // 8, 1))
+  def watching(self, puzzles: Sequence[Grid | None]) -> Iterator[None]:
+    """Show a batch, as many rows as fit; returns once all of its calls have been shown.
+
+    Args:
+      puzzles: for each row the Sudoku that its tokens fill in; None for any other text.
+    """
+    tallest = max((puzzle.side + puzzle.box + 1 for puzzle in puzzles if puzzle), default=8)
+    self._num_rows = min(len(puzzles), max(self._console.height // tallest, 1))
+    self._puzzles = puzzles[: self._num_rows]
     self._newest, self._frames, self._is_over = -1, [], False
     self._last = self._since = None
     with Live(console=self._console, auto_refresh=False) as live:
@@ -93,7 +101,8 @@ class Watcher:
     is_new = (frame.completion != self._last) & (frame.completion != self._tokenizer.mask_token_id)
     self._since = np.where(is_new, frame.num_calls[:, None] - 1, self._since)
     self._last = frame.completion
-    rows = zip(frame.completion, self._since, is_new, frame.confidence, frame.num_calls, strict=True)
+    puzzles = self._puzzles or [None] * len(is_new)
+    rows = zip(frame.completion, self._since, is_new, frame.confidence, frame.num_calls, puzzles, strict=True)
     return Group(*(draw_row([self._piece(token) for token in ids], *rest) for ids, *rest in rows))
 
   def _piece(self, token: Any) -> str | None:
@@ -102,22 +111,19 @@ class Watcher:
     return ENDED if int(token) in self._ends else self._tokenizer.piece(int(token))
 
 
-def play(
-  pieces: Sequence[str], committed_at: Sequence[int], confidence: Sequence[float], console: Console, seconds: float
-) -> None:
+def play(record: Mapping[str, Any], puzzle: Grid | None, console: Console, seconds: float) -> None:
   """Animate a finished completion.
 
   Args:
-    pieces: its tokens.
-    committed_at: the calls that decided them.
-    confidence: their probabilities.
+    record: its tokens (`pieces`), the calls that decided them (`committed_at`) and their probabilities (`confidence`).
+    puzzle: the Sudoku that its tokens fill in; None for any other text.
     seconds: time that each call is shown.
   """
-  since, sure = np.array(committed_at), np.array(confidence)
+  pieces, since, sure = record["pieces"], np.array(record["committed_at"]), np.array(record["confidence"])
   with Live(console=console, auto_refresh=False) as live:
     for call in range(since.max() + 1):
       shown = [piece if at <= call else None for piece, at in zip(pieces, since, strict=True)]
-      live.update(draw_row(shown, since, since == call, sure, call + 1), refresh=True)
+      live.update(draw_row(shown, since, since == call, sure, call + 1, puzzle), refresh=True)
       if console.is_terminal:
         time.sleep(seconds)
   if not console.is_terminal:
@@ -130,6 +136,7 @@ def draw_row(
   is_new: Bool[np.ndarray, "c"],
   confidence: Float[np.ndarray, "c"],
   call: int | np.integer,
+  puzzle: Grid | None = None,
 ) -> Group:
   """Draw a completion, coloured by the calls that decided its tokens, with the new tokens listed below.
 
@@ -138,17 +145,43 @@ def draw_row(
     since: the call that decided each token, from 0.
     is_new: the tokens of the newest call.
     call: number of the newest call, from 1.
+    puzzle: the Sudoku that the tokens fill in, if they do.
   """
-  text = Text()
-  for piece, at, stands_out in zip(pieces, since, is_new, strict=True):
-    if piece is None:
-      text.append(MASKED, style="dim")
-    else:
-      hue = (265 - 215 * min(at / max(len(pieces) - 1, 1), 1.0)) / 360
-      red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.65, 0.65))
-      text.append(piece, Style(color=f"rgb({red},{green},{blue})", reverse=bool(stands_out)))
+  styles = [
+    Style(dim=True) if piece is None else Style(color=_colour(at, len(pieces)), reverse=bool(stands_out))
+    for piece, at, stands_out in zip(pieces, since, is_new, strict=True)
+  ]
+  if puzzle is not None and puzzle.fits([piece or MASKED for piece in pieces]):
+    drawn = _draw_grid(puzzle, pieces, styles)
+  else:
+    drawn = Text.assemble(*zip((MASKED if piece is None else piece for piece in pieces), styles, strict=True))
   named = [f"{pieces[i]!r} {confidence[i]:.2f}" for i in np.flatnonzero(is_new).tolist()]
   if len(named) > NUM_NAMED:
     named[NUM_NAMED:] = [f"{len(named) - NUM_NAMED} more"]
   listed = f"call {call}: {', '.join(named) or 'nothing new'}"
-  return Group(text, Text(listed, style="dim", no_wrap=True, overflow="ellipsis"))
+  return Group(drawn, Text(listed, style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+def _colour(call: int | np.integer, num_tokens: int) -> str:
+  """Return the colour of a call, from violet to yellow."""
+  hue = (265 - 215 * min(call / max(num_tokens - 1, 1), 1.0)) / 360
+  red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.65, 0.65))
+  return f"rgb({red},{green},{blue})"
+
+
+def _draw_grid(puzzle: Grid, pieces: Sequence[str | None], styles: Sequence[Style]) -> Text:
+  """Draw a Sudoku: given digits are bold, and faint until the model has decided them; wrong ones are red."""
+  wrong, text, side, box = set(puzzle.find_wrong(pieces)), Text(), puzzle.side, puzzle.box
+  for index, (digit, piece, style) in enumerate(zip(puzzle.puzzle, pieces, styles, strict=False)):
+    row, column = divmod(index, side)
+    if column == 0 and row and row % box == 0:
+      text.append("\u253c".join(["\u2500" * (2 * box + 1)] * box) + "\n", "dim")
+    if column and column % box == 0:
+      text.append(" \u2502", "dim")
+    own = style + Style(bold=digit != "0") + (Style(color="red", underline=True) if index in wrong else Style())
+    hidden = MASKED if digit == "0" else digit
+    text.append(" ").append((ENDED if piece.startswith("<") else piece) if piece else hidden, own)
+    if column == side - 1:
+      text.append("\n")
+  text.right_crop(1)
+  return text

@@ -19,15 +19,17 @@ from ml_collections import ConfigDict
 from dmpo_jax.build import build_model_parts
 from dmpo_jax.config import ConfigError
 from dmpo_jax.policy import load_policy
-from dmpo_jax.run import progress
+from dmpo_jax.run import grids, progress
+from dmpo_jax.run.report.runs import read_prompts
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.serve.api import is_loopback, make_app
 from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Engine, make_decode
-from dmpo_jax.serve.page import About, read_examples
+from dmpo_jax.serve.page import About
 from dmpo_jax.serve.requests import Limits
 
 SPARE_CONNECTIONS = 64  # besides those of waiting or running requests: idle ones, pages, health checks
+NUM_EXAMPLES = 4  # prompts that the page offers
 API_KEY = "DMPO_JAX_API_KEY"  # environment variable, as everyone on a machine can read its command lines
 
 
@@ -87,9 +89,9 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
 
 def _about(config: ConfigDict, workdir: epath.Path | None) -> About:
   """Collect what the page says of the policy."""
-  task = epath.Path(config.task.name).stem
-  is_bare_sudoku = (config.task.name, config.task.prompt) == ("sudoku", "bare")
-  return About(task if workdir else "", config.sampler.name, read_examples(workdir), cells_are_tokens=is_bare_sudoku)
+  own, examples = config.task, read_prompts(workdir, NUM_EXAMPLES) if workdir else []
+  task, has_cells = epath.Path(own.name).stem if workdir else "", grids.are_completed(own.name, own.prompt)
+  return About(task, config.sampler.name, examples, cells_are_tokens=has_cells)
 
 
 def _log(line: str) -> None:

@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-from etils import epath
 from markupsafe import Markup
 
-from dmpo_jax import files
 from dmpo_jax.run import grids
 from dmpo_jax.run.report.page import HERE as REPORT
 from dmpo_jax.run.report.page import read_asset
-from dmpo_jax.run.report.runs import list_generations
 
 HERE = pathlib.Path(__file__).parent
 POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-NUM_EXAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +39,6 @@ class About:
       "completion_length": completion_length,
       "block_length": block_length if block_length < completion_length else 0,  # 0: one block
     }
-
-
-def read_examples(workdir: epath.Path | None) -> list[str]:
-  """Return the first held-out prompts of a run's last evaluation, if there is one."""
-  names = list_generations(workdir) if workdir is not None else {}
-  if workdir is None or not names:
-    return []
-  rows = files.read_lines(workdir / names[max(names)]).rows
-  prompts = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
-  return list(dict.fromkeys(prompts))[:NUM_EXAMPLES]
 
 
 def render() -> str:

@@ -193,6 +193,13 @@ def list_generations(workdir: epath.Path) -> dict[int, str]:
   return {int(number): f"{GENERATIONS}/{name}" for name, number in numbers.items() if number.isdecimal()}
 
 
+def read_prompts(workdir: epath.Path, num: int) -> list[str]:
+  """Return the first held-out prompts of a run's last evaluation, of those that are plain texts."""
+  names = list_generations(workdir)
+  rows = files.read_lines(workdir / names[max(names)]).rows if names else []
+  return list(dict.fromkeys(row["prompt"] for row in rows if isinstance(row.get("prompt"), str)))[:num]
+
+
 def find_generation(path: epath.Path, index: int, sample: int = 0) -> Row:
   """Find one completion of a prompt in a file of generations.
 
