@@ -20,7 +20,7 @@ from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Views
 from dmpo_jax.policy import Policies
-from dmpo_jax.structs import LogProbs, Pairs, Prompts, Score, Scores
+from dmpo_jax.structs import LogProbs, Pairs, Prompts, Routing, Score, Scores
 
 
 def make_log_probs(
@@ -107,21 +107,24 @@ def make_score(
     keys = None if dropout_keys is None else _sample_keys(dropout_keys, r)
     prompt, is_valid, noised, clean = _noised_rows(prompts, shown, is_masked, prompt_is_masked, model.config)
 
-    def states(variables: Mapping[str, Any], keys: Key[Array, "rows"] | None) -> tuple[Float[Array, "t d"], list[int]]:
-      hidden = completion_hidden(model, variables, prompt, is_valid, noised, keys, clean)
+    def states(
+      variables: Mapping[str, Any], keys: Key[Array, "rows"] | None
+    ) -> tuple[Float[Array, "t d"], list[int], Routing | None]:
+      hidden, routing = completion_hidden(model, variables, prompt, is_valid, noised, keys, clean)
       hidden = hidden[: p * g * r].reshape(p, g, r, c, -1)
       packed, source = _pack(hidden, is_masked, pairs)
-      return sharding.fill_rows(packed.reshape(-1, hidden.shape[-1])), source
+      return sharding.fill_rows(packed.reshape(-1, hidden.shape[-1])), source, routing
 
-    hidden, source = states(variables, keys)
+    hidden, source, routing = states(variables, keys)
     targets = jnp.broadcast_to(completion[:, :, None], (p, g, max(source) + 1, c))
     head = model.head_of(variables)
     num_ids = model.config.vocab_size
     scores = token_scores(hidden, head, sharding.fill_rows(targets.reshape(-1)), num_ids)
     if teacher is not None:
-      taught, _ = states(teacher, None)
+      taught, *_ = states(teacher, None)
       scores = scores._replace(divergence=divergence(hidden, head, taught, model.head_of(teacher), num_ids))
-    return jax.tree.map(lambda array: _stack(array[: targets.size].reshape(targets.shape), source), scores)
+    scores = jax.tree.map(lambda array: _stack(array[: targets.size].reshape(targets.shape), source), scores)
+    return scores._replace(routing=jax.tree.map(lambda rows: _of_rollouts(rows, (p, g, r)), routing))
 
   return score
 
@@ -172,6 +175,12 @@ def _pack(
       source[mask_sample] = len(chosen)
       chosen.append(hidden[:, :, mask_sample])
   return jnp.stack(chosen, axis=2), [source[mask_sample] for mask_sample in range(is_masked.shape[2])]
+
+
+def _of_rollouts(rows: Float[Array, "y rows *e"], sizes: tuple[int, int, int]) -> Float[Array, "y p g *e"]:
+  """Add up the rows of each rollout's mask samples; those that fill the devices are dropped."""
+  p, g, r = sizes
+  return rows[:, : p * g * r].reshape(-1, p, g, r, *rows.shape[2:]).sum(3)
 
 
 def _stack(array: Float[Array, "p g s c"], source: list[int]) -> Float[Array, "p g r c"]:

@@ -129,12 +129,20 @@ class Experience:
   is_informative: AnyArray | None = None  # bool [p]; False: updates leave the group out; None: they take all
 
 
+class Routing(NamedTuple):
+  """What the routers of a model with experts did with tokens: sums over them, for each layer that has experts."""
+
+  load: Float32[Array, "y *b e"]  # tokens that took each expert
+  entropy: Float32[Array, "y *b"]  # of the router's softmax, nats
+
+
 class Scores(NamedTuple):
   """What a policy says of given tokens, nats."""
 
   log_prob: Float32[Array, "*t"]  # of the token
   entropy: Float32[Array, "*t"]  # of the distribution that it was scored under; carries no gradient
   divergence: Float32[Array, "*t"] | None = None  # KL(teacher || that distribution), if there is a teacher
+  routing: Routing | None = None  # of each rollout's rows, [y, p, g], if the model has experts; carries no gradient
 
 
 Pairs = tuple[tuple[int, int], ...]  # indices of mask samples

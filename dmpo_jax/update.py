@@ -8,23 +8,25 @@ nothing are not computed: the others are packed into as few microbatches as hold
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from dmpo_jax import noise, sharding
 from dmpo_jax.logprobs import make_score
+from dmpo_jax.models.router import ROUTING, describe
 from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives import Objective
 from dmpo_jax.run.preemption import check_preemption
-from dmpo_jax.structs import Experience, TrainState
+from dmpo_jax.structs import Experience, Routing, Scores, TrainState
 
-Metrics = Mapping[str, jax.Array | np.ndarray]
+Metrics = Mapping[str, Any]  # arrays and, where the model has experts, their `Routing`
 
 MOST_HALVINGS = 2  # of a buffer that is one microbatch, where few of its groups are learned from: each is one program
 
@@ -194,9 +196,24 @@ def _make_loss(model: Transformer, objective: Objective, num_microbatches: int) 
       dropout_keys=keys("dropout") if has_dropout else None,
       teacher=trainable.reference(frozen, state.reference) if objective.has_teacher else None,
     )
-    return objective.loss(score, microbatch, keys("loss"), num_microbatches * num_prompts)
+    routed: list[Routing] = []
+
+    def watched(*args: Any, **options: Any) -> Scores:
+      scores = score(*args, **options)
+      routed.extend([] if scores.routing is None else [_of_kept(scores.routing, microbatch.is_kept)])
+      return scores
+
+    loss, metrics = objective.loss(watched, microbatch, keys("loss"), num_microbatches * num_prompts)
+    return loss, metrics | ({ROUTING: jax.tree.map(lambda *each: sum(each), *routed)} if routed else {})
 
   return loss_and_metrics
+
+
+def _of_kept(routing: Routing, is_kept: Bool[Array, "p g"]) -> Routing:
+  """Add up the rollouts that count."""
+  return Routing(
+    jnp.where(is_kept[..., None], routing.load, 0).sum((1, 2)), jnp.where(is_kept, routing.entropy, 0).sum((1, 2))
+  )
 
 
 def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, sync_reference_every: int) -> Callable:
@@ -204,7 +221,10 @@ def _make_apply(model: Transformer, optimizer: optax.GradientTransformation, syn
   advance = _make_advance(model, sync_reference_every)
 
   def apply(state: TrainState, gradient: PyTree, metrics: Metrics, scales: jax.Array):
+    routing, metrics = metrics.get(ROUTING), {name: value for name, value in metrics.items() if name != ROUTING}
     metrics = {name: value * scales[int(name != "loss")] for name, value in metrics.items()}
+    if routing is not None:  # sums over the buffer, whose figures are not means of the microbatches'
+      metrics |= describe(routing, model.config.experts_per_token)
     gradient = jax.tree.map(lambda x: x * scales[0], gradient)
     grad_norm = optax.global_norm(gradient)
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

@@ -56,7 +56,7 @@ def test_denoiser_gives_the_logits_of_completions_and_of_tokens_only():
 def scores(model, variables, inputs, **own):
   @jax.jit
   def run(variables, inputs, own):
-    hidden = completion_hidden(model, variables, *inputs[:3], **own)
+    hidden, _ = completion_hidden(model, variables, *inputs[:3], **own)
     head, num_ids = model.head_of(variables), model.config.vocab_size
     found = token_scores(hidden.reshape(-1, TINY.d_model), head, inputs[3].reshape(-1), num_ids)
     return jax.tree.map(lambda array: array.reshape(inputs[3].shape), found)

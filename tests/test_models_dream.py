@@ -135,7 +135,7 @@ def test_a_position_is_predicted_by_the_one_before_it(dream):
   @jax.jit
   def run(prompt, is_valid, completion):
     denoiser = make_denoiser(model, variables, prompt, is_valid)
-    hidden = completion_hidden(model, variables, prompt, is_valid, completion)
+    hidden, _ = completion_hidden(model, variables, prompt, is_valid, completion)
     scores = token_scores(hidden[0], model.head_of(variables), jnp.array([5, 6, 7]))
     return denoiser.logits(denoiser.hidden(completion)), scores.log_prob
 

@@ -22,8 +22,9 @@ from dmpo_jax.hub.model_config import model_config_from_hf, model_config_to_hf
 from dmpo_jax.hub.peft import lora_config_from_peft, lora_config_to_peft
 from dmpo_jax.models import experts
 from dmpo_jax.models.lora import TARGETS, LoraConfig
-from dmpo_jax.models.router import ROUTERS
+from dmpo_jax.models.router import ROUTERS, describe
 from dmpo_jax.models.transformer import empty_kv_cache
+from dmpo_jax.structs import Routing
 from launch import export_hf
 
 MASKS = {"lladamoe_base": 171, "lladamoe_clip": 122, "lladamoe_plain": 142}
@@ -165,8 +166,21 @@ def test_sorted_tokens_give_what_all_experts_of_all_tokens_give():
   def total(run):
     return jax.value_and_grad(lambda *given: (run(*given, router=ROUTERS["softmax"], number=2) ** 2).sum(), range(6))
 
-  found, wanted = jax.jit(total(experts.mix))(*arrays), jax.jit(total(plain))(*arrays)
+  sorted_ = total(lambda *given, **own: experts.mix(*given, **own)[0])
+  found, wanted = jax.jit(sorted_)(*arrays), jax.jit(total(plain))(*arrays)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
+
+
+def test_figures_of_a_router_by_hand():
+  """Two layers, three experts, two of them for each of four tokens."""
+  load = jnp.array([[4.0, 4.0, 0.0], [2.0, 2.0, 4.0]])
+  found = describe(Routing(10 * load, 10 * jnp.array([4.0, 2.0])), experts_per_token=2)  # of ten copies of the tokens
+  entropies = np.log(2), 0.5 * np.log(2) + 0.5 * np.log(4)
+  assert found["router_max_load"] == 1.5
+  np.testing.assert_allclose(found["router_load_entropy"], np.mean(entropies), rtol=1e-6)
+  np.testing.assert_allclose(found["router_entropy"], (4 / 4 + 2 / 4) / 2, rtol=1e-6)
+  nothing = describe(Routing(0 * load, jnp.zeros(2)), experts_per_token=2)
+  assert all(value == 0 for value in nothing.values())
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The gradient step: microbatches, devices and padding change nothing; what is not finite is skipped."""
 
+import dataclasses
 import itertools
 import re
 
@@ -16,6 +17,7 @@ from remains import leave_alone, policy_of, rows_of
 from dmpo_jax import build, noise, phases, policy, rollout, sharding, train, update
 from dmpo_jax.logprobs import make_score
 from dmpo_jax.models.trainable import Trainable
+from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.policy import Policies
 from dmpo_jax.run.checkpoints import Checkpoints
 from dmpo_jax.run.params import SavedParams
@@ -113,6 +115,58 @@ def test_a_prompt_without_a_kept_rollout_is_as_if_it_had_never_been(folder, use_
   moments = jax.tree.leaves(state.opt_state), jax.tree.leaves(wanted_state.opt_state)
   for ours, theirs in zip(*moments, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_figures_of_routers_are_those_of_all_tokens_of_a_buffer(folder, use_devices):
+  """Against every token's probabilities, computed plainly: padding, dropped rollouts and filled rows do not count."""
+  config = tiny.config(
+    model__num_layers=3,
+    model__router="softmax",
+    model__num_experts=5,
+    model__experts_per_token=2,
+    model__expert_size=8,
+    model__expert_layers=(1.0, 0.0, 1.0),
+    model__expert_bias=True,
+    model__layer_rows=1,
+    objective__min_mask_ratio=1 - 1e-6,  # all is masked, so that rows are known
+    objective__antithetic=False,
+    train__microbatch_prompts=1,
+  )
+  begun = begin(config, folder, 1, use_devices)
+  parts, _, state = begun
+  model = parts.model
+  experience = experience_of(parts, config)
+  p, g, c = experience.completion.shape
+  is_valid = np.ones(experience.prompts.tokens.shape, bool)
+  is_valid[1, :3] = False
+  is_kept = np.ones((p, g), bool)
+  is_kept[2, 1] = False
+  experience = experience.replace(prompts=experience.prompts.replace(is_valid=is_valid), is_kept=is_kept)
+  params = jax.device_get(state.trainable)  # donated by the step
+  _, metrics = step_of(begun, experience)
+
+  masks = np.full((p, c), model.config.mask_token_id, np.int32)
+  rows = np.concatenate([experience.prompts.tokens, masks], axis=1)
+  is_token = np.concatenate([is_valid, np.ones((p, c), bool)], axis=1)
+  plain = Transformer(dataclasses.replace(model.config, layer_rows=0))
+  about = dict(is_valid=is_token, method="hidden", capture_intermediates=True, mutable="intermediates")
+  _, seen = jax.jit(lambda params, rows: plain.apply({"params": params}, rows, **about))(params, rows)
+  wanted = []
+  for name in ("blocks_0", "blocks_2"):
+    (x,) = seen["intermediates"][name]["ff_norm"]["__call__"]
+    logits = np.asarray(x[0], np.float64) @ np.asarray(params[name]["experts"]["router"][0], np.float64)
+    prob = np.exp(logits - logits.max(-1, keepdims=True))
+    prob /= prob.sum(-1, keepdims=True)
+    chosen = np.argsort(-(prob + params[name]["experts"]["bias"][0]), axis=-1)[..., :2]
+    weight = is_token * is_kept.sum(-1, keepdims=True)  # each kept rollout has the same rows
+    share = np.bincount(chosen.ravel(), np.repeat(weight.ravel(), 2), minlength=5) / (2 * weight.sum())
+    entropy = -(prob * np.log(prob)).sum(-1)
+    wanted.append(
+      (5 * share.max(), -(share[share > 0] * np.log(share[share > 0])).sum(), np.average(entropy, None, weight))
+    )
+  found = [metrics[name] for name in ("router_max_load", "router_load_entropy", "router_entropy")]
+  np.testing.assert_allclose(found, np.mean(wanted, axis=0), rtol=1e-5)
 
 
 def test_groups_that_are_learned_from_are_packed_by_hand(use_devices):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from dmpo_jax.models.head import chunk_logits, split_vocabulary
+from dmpo_jax.models.router import ROUTING
 from dmpo_jax.models.transformer import KVCache, Transformer, empty_kv_cache
 from dmpo_jax.sharding import constrain
-from dmpo_jax.structs import VOCAB_TILE, Denoiser, Params
+from dmpo_jax.structs import VOCAB_TILE, Denoiser, Params, Routing
 
 
 def make_denoiser(
@@ -92,7 +93,7 @@ class _Prompted:
         jnp.repeat(x.reshape(self._num_rows, -1), copies, axis=0).reshape(-1, self._q) for x in (prompt, is_valid)
       )
     tokens = self._repeat_sides(completion)
-    return self._join_sides(completion_hidden(self._model, self._variables, prompt, is_valid, tokens))
+    return self._join_sides(completion_hidden(self._model, self._variables, prompt, is_valid, tokens)[0])
 
   def prefill(self, completion: Int[Array, "b c"]) -> tuple[Float[Array, "b c d"], RowCache]:
     tokens = jnp.concatenate([self._prompt, self._repeat_sides(completion)], axis=1)
@@ -207,8 +208,10 @@ def completion_hidden(
   completion: Int[Array, "b c"],
   dropout_keys: Key[Array, "b"] | None = None,
   clean: Int[Array, "b c"] | None = None,
-) -> Float[Array, "b c d"]:
+) -> tuple[Float[Array, "b c d"], Routing | None]:
   """Run rows [prompt; completion] and return the hidden states that predict the completion's positions.
+
+  Where the model has experts, also say what its routers did with each row's tokens, padding left out.
 
   Args:
     dropout_keys: the rows' keys of the adapters' dropout; None: no dropout.
@@ -219,9 +222,18 @@ def completion_hidden(
     return _noised_blocks(model, variables, prompt_tokens, prompt_is_valid, completion, clean, dropout_keys)
   rows = constrain(jnp.concatenate([prompt_tokens, completion], axis=1), "batch", None)
   is_valid = jnp.concatenate([prompt_is_valid, jnp.ones(completion.shape, bool)], axis=1)
-  hidden, _ = model.apply(variables, rows, is_valid=is_valid, dropout_keys=dropout_keys, method="hidden")
+  hidden, routing = _run_routed(model, variables, rows, is_valid=is_valid, dropout_keys=dropout_keys)
   first = prompt_tokens.shape[1] - model.config.shift_logits  # its logits predict the completion's first token
-  return hidden[:, first : first + completion.shape[1]]
+  return hidden[:, first : first + completion.shape[1]], routing
+
+
+def _run_routed(
+  model: Transformer, variables: Params, rows: Int[Array, "b l"], **arguments: Any
+) -> tuple[Float[Array, "b l d"], Routing | None]:
+  """Run whole rows, and take what the layers with experts have left in `ROUTING`."""
+  (hidden, _), left = model.apply(variables, rows, method="hidden", mutable=[ROUTING], **arguments)
+  of_runs = [left[ROUTING][run.name]["rows"] for run in model.config.runs if run.has_experts]
+  return hidden, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *of_runs) if of_runs else None
 
 
 def _noised_blocks(
@@ -232,7 +244,7 @@ def _noised_blocks(
   completion: Int[Array, "b c"],
   clean: Int[Array, "b c"],
   dropout_keys: Key[Array, "b"] | None,
-) -> Float[Array, "b c d"]:
+) -> tuple[Float[Array, "b c d"], Routing | None]:
   """Run every block of a completion at once, each behind the clean blocks before it (BD3-LM, arXiv 2503.09573).
 
   A row is [prompt; clean; the prompt's last columns; completion]. The last two hold the blocks to predict: their tokens
@@ -249,13 +261,13 @@ def _noised_blocks(
   key, query = (positions // size)[:, None], (positions // size)[:, :, None]
   from_noised, to_noised = is_noised[:, None], is_noised[None, :]
   sees_clean = ~to_noised & jnp.where(from_noised, key < query, key <= query)
-  hidden, _ = model.apply(
+  hidden, routing = _run_routed(
+    model,
     variables,
     constrain(rows, "batch", None),
     is_valid=is_valid,
     positions=positions,
     attention_mask=sees_clean | (from_noised & to_noised & (key == query)),
     dropout_keys=dropout_keys,
-    method="hidden",
   )
-  return hidden[:, -c:]
+  return hidden[:, -c:], routing

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.layers import PROJECTION, gathered_axes, project, with_axes
-from dmpo_jax.models.router import ROUTERS, Router
+from dmpo_jax.models.router import ROUTERS, Choice, Router
 from dmpo_jax.sharding import LOGICAL_AXES, constrain, pad_rows, spec
 
 KERNELS = {  # of the experts: the logical axes [expert, in, out]
@@ -30,7 +30,7 @@ class Experts(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+  def __call__(self, x: Float[Array, "b l d"]) -> tuple[Float[Array, "b l d"], Choice]:
     c = self.config
     d, e, f = c.d_model, c.num_experts, c.expert_size
     init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -70,20 +70,22 @@ def _on_every_device(
   *kernels: Float[Array, "e _ _"],
   router: Router,
   number: int,
-) -> Float[Array, "b l d"]:
+) -> tuple[Float[Array, "b l d"], Choice]:
   """Run each device's rows through all experts, and add up the parts of their width."""
   own = functools.partial(mix, router=router, number=number)
   if jax.sharding.get_abstract_mesh().empty:
     return own(x, gate, bias, *kernels)
 
-  def run(x: jax.Array, gate: jax.Array, bias: jax.Array | None, *kernels: jax.Array) -> jax.Array:
-    return jax.lax.psum(own(x, gate, bias, *kernels), LOGICAL_AXES["ffn"])
+  def run(x: jax.Array, gate: jax.Array, bias: jax.Array | None, *kernels: jax.Array) -> tuple[jax.Array, Choice]:
+    mixed, choice = own(x, gate, bias, *kernels)
+    return jax.lax.psum(mixed, LOGICAL_AXES["ffn"]), choice
 
   rows = spec("batch", None, None)
   of_kernels = (spec(*_gathered(axes)) for axes in KERNELS.values())
   whole = spec()
-  program = jax.shard_map(run, in_specs=(rows, whole, whole, *of_kernels), out_specs=rows)
-  return program(pad_rows(x), gate, bias, *kernels)[: x.shape[0]]
+  found = (rows, Choice(rows, spec("batch", None)))
+  program = jax.shard_map(run, in_specs=(rows, whole, whole, *of_kernels), out_specs=found)
+  return jax.tree.map(lambda array: array[: x.shape[0]], program(pad_rows(x), gate, bias, *kernels))
 
 
 def mix(
@@ -96,10 +98,11 @@ def mix(
   *,
   router: Router,
   number: int,
-) -> Float[Array, "b l d"]:
-  """Route tokens and compute their experts, sorted by expert."""
+) -> tuple[Float[Array, "b l d"], Choice]:
+  """Route tokens and compute their experts, sorted by expert; also say what the router did."""
   flat = x.reshape(-1, x.shape[-1])
-  chosen, weights = router(project(flat, gate, jnp.float32), bias, number)
+  logits = project(flat, gate, jnp.float32)
+  chosen, weights = router(logits, bias, number)
   order = jnp.argsort(chosen.reshape(-1), stable=True)
   sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[-1]).astype(jnp.int32)
   rows = flat[order // number]
@@ -107,7 +110,9 @@ def mix(
   found = _product(nn.silu(gated) * up, ff_out, sizes)
   # back in the tokens' order, so that a token's sum does not depend on the others
   apart = found[jnp.argsort(order)].reshape(*chosen.shape, -1)
-  return (apart * weights.astype(x.dtype)[..., None]).sum(1).reshape(x.shape)
+  mixed = (apart * weights.astype(x.dtype)[..., None]).sum(1).reshape(x.shape)
+  entropy = jax.scipy.special.entr(jax.nn.softmax(jax.lax.stop_gradient(logits))).sum(-1)
+  return mixed, Choice(chosen.reshape(*x.shape[:-1], number), entropy.reshape(x.shape[:-1]))
 
 
 def _product(rows: Float[Array, "t d"], kernels: Float[Array, "e d f"], sizes: Int[Array, "e"]) -> Float[Array, "t f"]:

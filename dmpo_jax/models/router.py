@@ -1,9 +1,21 @@
-"""Which experts a token takes, and with which weights."""
+"""Which experts a token takes, and with which weights; and the figures that say how evenly they are used."""
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float32, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int
+
+from dmpo_jax.structs import Routing
+
+ROUTING = "routing"  # the collection in which layers leave their `Routing`, where it is mutable
+
+
+class Choice(NamedTuple):
+  """What a router did with each token."""
+
+  experts: Int[Array, "b l j"]
+  entropy: Float32[Array, "b l"]  # of softmax over all experts, nats
 
 
 @runtime_checkable
@@ -29,3 +41,29 @@ def softmax(
 
 
 ROUTERS: dict[str, Router] = {"softmax": softmax}  # by the name in `ModelConfig.router`
+
+
+def tally(choice: Choice, is_valid: Bool[Array, "b l"], num_experts: int) -> Routing:
+  """Add up what a layer's router did with the valid tokens of each row."""
+  is_taken = (choice.experts[..., None] == jnp.arange(num_experts)) & is_valid[..., None, None]
+  return Routing(is_taken.sum((1, 2), dtype=jnp.float32), jnp.where(is_valid, choice.entropy, 0).sum(1))
+
+
+def describe(routing: Routing, experts_per_token: int) -> dict[str, Float32[Array, ""]]:
+  """Compute the figures of a model's routers, means over its layers with experts.
+
+  `router_max_load` is the load of the busiest expert, as a multiple of an even share. `router_load_entropy` is the
+  entropy of the shares of the load, ln e where it is even, and `router_entropy` that of a token's softmax over all
+  experts, mean over tokens; nats.
+
+  Args:
+    routing: sums over any tokens, the same multiple of all of them.
+  """
+  total = routing.load.sum(-1)
+  share = routing.load / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[:, None]
+  figures = {
+    "router_max_load": share.max(-1) * share.shape[-1],
+    "router_load_entropy": jax.scipy.special.entr(share).sum(-1),
+    "router_entropy": routing.entropy * experts_per_token / jnp.maximum(total, jnp.finfo(jnp.float32).tiny),
+  }
+  return {name: value.mean() for name, value in figures.items()}

@@ -30,6 +30,7 @@ from dmpo_jax.models.layers import (
   rotate,
   with_axes,
 )
+from dmpo_jax.models.router import ROUTING, Choice, tally
 from dmpo_jax.sharding import constrain
 from dmpo_jax.spans import put_span, take_span
 from dmpo_jax.structs import Params
@@ -57,6 +58,7 @@ class Context(NamedTuple):
   mask: Bool[Array, "b #l m"] | None
   cache_start: Int[Array, "*b"] | None  # slot of the first token, of all rows or of each; None: no cache
   dropout_keys: Key[Array, "b l"] | None
+  is_routed: Bool[Array, "b l"] | None  # tokens that count in `Routing`; None: with a cache or without experts
 
 
 class LayerInput(NamedTuple):
@@ -140,15 +142,19 @@ class Block(nn.Module):
     if self.config.lora is None and self.config.quantization == "none":
       variables = jax.tree.map(lambda array: array.astype(jnp.float32), variables)
 
-    def run(x: jax.Array, context: Context) -> jax.Array:
-      # `apply` returns variables too, but only where they may change
-      return layer.apply(variables, x, context, method="run_rows")  # pyright: ignore[reportReturnType]
+    mutable = [ROUTING] if self.is_mutable_collection(ROUTING) else []
+
+    def run(x: jax.Array, context: Context) -> tuple[jax.Array, Params]:
+      return layer.apply(variables, x, context, method="run_rows", mutable=mutable)
 
     if self.config.remat != "none":
       run = jax.checkpoint(run, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
     x = sharding.split_rows(x, num_chunks, None, "act_embed")
     context = jax.tree.map(lambda array: sharding.split_rows(array, num_chunks), context)
-    return sharding.join_rows(jax.lax.map(lambda chunk: run(*chunk), (x, context)), None, "act_embed")
+    x, left = jax.lax.map(lambda chunk: run(*chunk), (x, context))
+    for name, of_chunks in left.get(ROUTING, {}).items():
+      self.put_variable(ROUTING, name, jax.tree.map(sharding.join_rows, of_chunks))
+    return sharding.join_rows(x, None, "act_embed")
 
   def run_rows(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
     """Run the layer on rows without a cache; the dropout keys are already this layer's."""
@@ -159,7 +165,7 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
     mixed, keys_values = self._attention(_gather_embed(self.attn_norm(x)), inputs, context)
     x = _add_residual(x, mixed)
-    mixed = self._mlp(_gather_embed(self.ff_norm(x)), context.dropout_keys)
+    mixed = self._mlp(_gather_embed(self.ff_norm(x)), context)
     return _add_residual(x, mixed), keys_values
 
   def _attention(
@@ -185,17 +191,24 @@ class Block(nn.Module):
     mixed = self.attn_out(attend(query, keys, values, context.mask, c.attention, c.block_length), dropout_keys)
     return mixed, None if inputs.cached is None else new
 
-  def _mlp(self, x: Float[Array, "b l d"], dropout_keys: Key[Array, "b l"] | None) -> Float[Array, "b l d"]:
+  def _mlp(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
+    dropout_keys = context.dropout_keys
+
     def swiglu(ff_proj: Dense, up_proj: Dense, ff_out: Dense) -> Float[Array, "b l d"]:
       gate, up = ff_proj(x, dropout_keys), up_proj(x, dropout_keys)
       return ff_out(constrain(nn.silu(gate) * up, "batch", None, "ffn"), dropout_keys)
 
     if not self.has_experts:
       return swiglu(self.ff_proj, self.up_proj, self.ff_out)
-    mixed = self.experts(x)
+    mixed, choice = self.experts(x)
+    self._leave_routing(choice, context.is_routed)
     if self.config.shared_expert_size:
       mixed += swiglu(self.shared_ff_proj, self.shared_up_proj, self.shared_ff_out)
     return mixed
+
+  def _leave_routing(self, choice: Choice, is_routed: Bool[Array, "b l"] | None) -> None:
+    if is_routed is not None and self.is_mutable_collection(ROUTING) and not self.is_initializing():
+      self.put_variable(ROUTING, "rows", tally(choice, is_routed, self.config.num_experts))
 
 
 def count_chunks(num_rows: int, layer_rows: int) -> int:
@@ -254,7 +267,7 @@ class Transformer(nn.Module):
     for run in c.runs:
       layers = nn.scan(
         block,
-        variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+        variable_axes={"params": 0, "lora": 0, "intermediates": 0, ROUTING: 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax says int, and documents tuples
         length=run.length,
@@ -315,6 +328,7 @@ class Transformer(nn.Module):
       mask=_join_masks(is_valid, attention_mask),
       cache_start=start,
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
+      is_routed=_routed(tokens, is_valid) if c.num_experts and kv_cache is None else None,
     )
     cached = None if kv_cache is None else (kv_cache.keys, kv_cache.values)
     x, new = self._run_layers(self._embed(tokens), cached, context)
@@ -364,6 +378,10 @@ def _count_positions(
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   positions = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)
   return positions if start is None else take_span(positions, start, tokens.shape[1])
+
+
+def _routed(tokens: Int[Array, "b l"], is_valid: Bool[Array, "b l"] | None) -> Bool[Array, "b l"]:
+  return jnp.ones(tokens.shape, bool) if is_valid is None else is_valid
 
 
 def _block_mask(

@@ -103,6 +103,18 @@ CURVES = (
     ".1%",
     is_always=False,
   ),
+  Curves(
+    "Load of experts",
+    {"router_max_load": "busiest"},
+    "Of each layer's busiest expert, as a multiple of an even share; mean over the layers and a buffer's updates.",
+    is_always=False,
+  ),
+  Curves(
+    "Entropy of routers",
+    {"router_load_entropy": "of the load's shares", "router_entropy": "of a token's probabilities"},
+    "Nats, at most ln(number of experts); mean over the layers with experts and a buffer's updates.",
+    is_always=False,
+  ),
   Curves("Tokens per model call", {"tokens_per_call": "tokens"}, "Decided by the sampler."),
   Curves("Completion length", {"completion_length": "tokens"}, "Before EOS."),
   Curves("Completions with EOS", {"eos_rate": "share"}, "Share of the rollouts.", ".1%"),
