@@ -43,7 +43,9 @@ def get_config() -> ConfigDict:
   m.shared_expert_size = placeholder(int)  # the same of an expert for all tokens; 0: none
   m.expert_layers = placeholder(tuple)  # 1 for each layer with experts, 0 for each without; (): all layers have them
   m.expert_bias = placeholder(bool)  # a constant that is added to the router's probabilities
-  m.quantization = placeholder(str)  # of the projections in the layers, which freezes them: none, int8
+  m.quantization = placeholder(
+    str
+  )  # of the projections in the layers, experts included, which freezes them: none, int8
   m.dtype = "float32"  # of activations: float32, bfloat16
   m.param_dtype = "float32"  # of frozen parameters: the base under adapters, p_ref. Trained parameters are float32
   m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)

@@ -17,6 +17,15 @@ from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.models.transformer import Transformer
 
 ADAPTERS = LoraConfig(4, 4.0, 0.0, ("q_proj", "ff_out"))
+EXPERTS = dict(  # in the second of two layers
+  router="softmax",
+  num_experts=4,
+  experts_per_token=2,
+  expert_size=8,
+  shared_expert_size=8,
+  expert_layers=(0.0, 1.0),
+  expert_bias=True,
+)
 
 
 def rows(seed, b, l):
@@ -28,15 +37,20 @@ def both(**changes):
   """Give an int8 model with its variables, and its plain twin: the same kernels, multiplied out."""
   plain, variables = tiny(lora=ADAPTERS, qkv_bias=True, qk_norm=True, **changes)
   model = Transformer(dataclasses.replace(plain.config, quantization="int8"))
-  blocks, twins = {}, {}
-  for name, leaves in variables["params"]["blocks"].items():
-    blocks[name] = twins[name] = leaves
-    if "kernel" in leaves:
-      kernel, scale = quantize(leaves["kernel"])
-      blocks[name] = leaves | {"kernel": kernel, "kernel_scale": scale}
-      twins[name] = leaves | {"kernel": kernel * scale[:, None]}
-  own, of_twin = ({**variables, "params": variables["params"] | {"blocks": tree}} for tree in (blocks, twins))
+  own, of_twin = ({**variables, "params": dict(variables["params"])} for _ in range(2))
+  for run in (run.name for run in plain.config.runs):
+    for tree, is_twin in ((own, False), (of_twin, True)):
+      tree["params"][run] = {name: rounded(leaves, is_twin) for name, leaves in variables["params"][run].items()}
   return model, own, plain, of_twin
+
+
+def rounded(leaves, is_twin):
+  """A module's parameters with int8 kernels and their scales or, for the twin, with kernels multiplied out."""
+  found = dict(leaves)
+  for name in (name for name in leaves if name.endswith("kernel")):
+    kernel, scale = quantize(leaves[name])
+    found |= {name: kernel * scale[..., None, :]} if is_twin else {name: kernel, f"{name}_scale": scale}
+  return found
 
 
 def test_columns_are_rounded_in_127_steps_of_their_own():
@@ -54,10 +68,11 @@ def test_columns_are_rounded_in_127_steps_of_their_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer_rows", [0, 1])
-def test_int8_kernels_are_their_plain_twin(layer_rows):
+@pytest.mark.parametrize(("layer_rows", "has_experts"), [(0, False), (1, False), (1, True)])
+def test_int8_kernels_are_their_plain_twin(layer_rows, has_experts):
   """Logits and adapters' gradients, on one device and on eight."""
-  model, variables, plain, of_twin = both(remat="full", num_layers=2, layer_rows=layer_rows)
+  experts = EXPERTS if has_experts else {}
+  model, variables, plain, of_twin = both(remat="full", num_layers=2, layer_rows=layer_rows, **experts)
   tokens = rows(0, 8, 6)
 
   def run(model, lora, params):
@@ -96,16 +111,21 @@ def test_int8_is_what_is_gathered():
 @pytest.mark.slow
 def test_a_new_model_has_columns_of_the_usual_size():
   """Random int8 parameters, as plans and benchmarks have, are of the size of others."""
-  model = Transformer(dataclasses.replace(TINY, d_model=64, head_dim=16, quantization="int8"))
-  params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]["blocks"]
-  for name, gain in (("up_proj", 1.0), ("attn_out", (2 * TINY.num_layers) ** -0.5)):
-    kernel = params[name]["kernel"] * params[name]["kernel_scale"][:, None]
-    assert params[name]["kernel"].dtype == jnp.int8
+  experts = EXPERTS | dict(expert_size=64, expert_layers=(0.0, 1.0, 1.0))
+  model = Transformer(dataclasses.replace(TINY, d_model=64, head_dim=16, quantization="int8", **experts))
+  params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+  dense, experts, small = params["blocks_0"], params["blocks_1"]["experts"], (2 * TINY.num_layers) ** -0.5
+  drawn = [(dense["up_proj"], "kernel", 1.0), (dense["attn_out"], "kernel", small)]
+  drawn += [(experts, "up_proj_kernel", 1.0), (experts, "ff_out_kernel", small)]
+  for leaves, name, gain in drawn:
+    assert leaves[name].dtype == jnp.int8
+    kernel = leaves[name] * leaves[f"{name}_scale"][..., None, :]
     np.testing.assert_allclose(kernel.std(), gain / 8, rtol=0.1)
 
 
-def test_without_adapters_it_still_runs():
-  model, variables, plain, of_twin = both(num_layers=2)
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_without_adapters_it_still_runs(experts):
+  model, variables, plain, of_twin = both(num_layers=2, **experts)
   found = compiled(model)({"params": variables["params"]}, rows(1, 2, 5))
   np.testing.assert_allclose(found, compiled(plain)({"params": of_twin["params"]}, rows(1, 2, 5)), rtol=1e-4, atol=1e-5)
 

@@ -246,9 +246,7 @@ KEYS: dict[str, Rule] = {
   ),
   "model.expert_bias": of_experts(flag()),
   "model.dtype": one_of(*DTYPES),
-  "model.quantization": one_of(*QUANTIZATIONS).also(
-    "none, as {0} has experts", lambda kind, router: kind == "none" or router == "none", "model.router"
-  ),
+  "model.quantization": one_of(*QUANTIZATIONS),
   "model.param_dtype": one_of(*DTYPES),
   "model.remat": one_of("none", *REMAT_POLICIES),
   "model.layer_rows": whole(0),

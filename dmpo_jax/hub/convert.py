@@ -24,7 +24,7 @@ from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.hub.peft import lora_config_from_peft
 from dmpo_jax.hub.piecewise import Index, PiecewiseArray, save_piecewise
 from dmpo_jax.hub.shards import ADAPTER, Shards
-from dmpo_jax.models.layers import KERNEL_SCALE, quantize
+from dmpo_jax.models.layers import SCALE, quantize
 
 PIECE_BYTES = 16 * 2**20
 
@@ -145,9 +145,11 @@ def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Rep
     for key in parents:
       node = node.setdefault(key, {})
     make, shape = functools.partial(_array, shards, {name: places[name] for name in names}), places[names[0]].shape
-    if dtype == "int8" and last == "kernel":
+    if dtype == "int8" and last.endswith("kernel"):  # of a projection or of all experts
       node[last] = make(shape, np.dtype(np.int8), lambda piece: np.asarray(quantize(piece)[0]), report)
-      node[KERNEL_SCALE] = make(shape[1:], np.dtype(np.float32), lambda piece: np.asarray(quantize(piece)[1]), ignore)
+      node[f"{last}{SCALE}"] = make(
+        shape[1:], np.dtype(np.float32), lambda piece: np.asarray(quantize(piece)[1]), ignore
+      )
     else:
       stored = jnp.result_type(*(shards.tensors[name].dtype for name in names))
       target = np.dtype(stored if dtype in ("same", "int8") else jnp.dtype(dtype))

@@ -21,7 +21,7 @@ from dmpo_jax.hub.peft import lora_config_to_peft
 from dmpo_jax.hub.shards import ADAPTER, write_file, write_shards
 from dmpo_jax.hub.tokenizer import CONFIG_FILE, FILES, TOKENIZER_FILE
 from dmpo_jax.models.config import ModelConfig
-from dmpo_jax.models.layers import KERNEL_SCALE
+from dmpo_jax.models.layers import KERNEL_SCALE, SCALE
 
 SENTENCEPIECE = "tokenizer.model"  # a sentencepiece tokenizer beside exported weights
 
@@ -139,12 +139,12 @@ class ModelExport:
         self._compare(path, self._source.base.load(path), stored, written)
       return written
     written = np.empty(stored.shape, dtype)
-    scale = self._weights.load((*path[:-1], KERNEL_SCALE)) if stored.dtype == np.int8 else None
+    scale = self._weights.load((*path[:-1], f"{path[-1]}{SCALE}")) if stored.dtype == np.int8 else None
     adapters = [] if adapted is None else [self._adapter((*path[:-1], part)) for part in "AB"]
     for layer, kernel in enumerate(stored):
       kernel = kernel.astype(np.float32)
       if scale is not None:
-        kernel *= scale[layer]
+        kernel *= scale[layer][..., None, :]
       merged = kernel
       if adapted is not None:
         a, b = adapters
@@ -201,7 +201,9 @@ def _written_dtypes(weights: Params, dtype: str) -> dict[Path, np.dtype]:
   """Return the dtype in which each leaf is written; with "same", int8 becomes the embedding's dtype."""
   saved = weights.dtypes()
   own = {path: saved[("embedding",)] if saved_as == np.int8 else saved_as for path, saved_as in saved.items()}
-  return {path: np.dtype(own[path] if dtype == "same" else dtype) for path in own if path[-1] != KERNEL_SCALE}
+  return {
+    path: np.dtype(own[path] if dtype == "same" else dtype) for path in own if not path[-1].endswith(KERNEL_SCALE)
+  }
 
 
 def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:

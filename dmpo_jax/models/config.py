@@ -61,8 +61,8 @@ class ModelConfig:
   With a `router`, layers have `num_experts` experts of width `expert_size` instead of one feed-forward, and every token
   takes `experts_per_token` of them (`experts.py`); in `expert_layers` a 0 stands for each layer that has none, () for
   no such layer. A shared expert is for all tokens. `clip_qkv` bounds queries, keys and values; 0: not at all.
-  With `quantization` int8 the layers' projections are quantized (`layers.quantize`) and cannot be trained; adapters on
-  them can. A `head_dim` of 0 becomes d_model // num_heads.
+  With `quantization` int8 the layers' projections are quantized (`layers.quantize`), those of experts too and routers
+  not, and cannot be trained; adapters on them can. A `head_dim` of 0 becomes d_model // num_heads.
 
   Raises:
     ValueError: sizes do not fit together, or a choice is unknown.
@@ -161,8 +161,6 @@ class ModelConfig:
           f"model.expert_layers has {len(self.expert_layers)} entries: must have one, 0 or 1, for each of "
           f"model.num_layers={self.num_layers}, or none"
         )
-      if self.quantization != "none":
-        raise ValueError(f"model.quantization={self.quantization!r}: must be 'none' for a model with experts")
     if self.lora is not None:
       targets = set(self.lora.targets)
       excused = TARGETS if targets >= set(TARGETS) else ()  # "all" are those that there are

@@ -5,15 +5,16 @@ through all experts, of which it has a part of the width (the tensor axis).
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Num
 
 from dmpo_jax.models.config import ModelConfig
-from dmpo_jax.models.layers import PROJECTION, gathered_axes, project, with_axes
+from dmpo_jax.models.layers import KERNEL_SCALE, PROJECTION, as_int8, gathered_axes, project, scales_of, with_axes
 from dmpo_jax.models.router import ROUTERS, Choice, Router
 from dmpo_jax.sharding import LOGICAL_AXES, constrain, pad_rows, spec
 
@@ -22,6 +23,13 @@ KERNELS = {  # of the experts: the logical axes [expert, in, out]
   "up_proj": ("expert", None, "ffn"),
   "ff_out": ("expert", "ffn", None),
 }
+
+
+class Weights(NamedTuple):
+  """Kernels of all experts; int8 ones have a scale for each output (`layers.quantize`)."""
+
+  kernel: Num[Array, "e d f"]
+  scale: Float32[Array, "e f"] | None = None
 
 
 class Experts(nn.Module):
@@ -40,61 +48,78 @@ class Experts(nn.Module):
       # A buffer in the authors' code: nothing trains it here either.
       drawn = self.param("bias", with_axes(nn.initializers.zeros, (None,)), (e,), c.param_dtype)
       bias = jax.lax.stop_gradient(drawn).astype(jnp.float32)
-    shapes = {"ff_proj": (e, d, f), "up_proj": (e, d, f), "ff_out": (e, f, d)}
-    kernels = []
-    for name, axes in KERNELS.items():
-      gain = (2 * c.num_layers) ** -1.0 if name == "ff_out" else 1.0  # a variance; additions to the stream start small
-      init = nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal", batch_axis=(0,))
-      kernel = self.param(f"{name}_kernel", with_axes(init, axes), shapes[name], c.param_dtype)
-      kernels.append(constrain(kernel.astype(x.dtype), *_gathered(axes)))
+    weights = [
+      self._weights("ff_proj", (e, d, f)),
+      self._weights("up_proj", (e, d, f)),
+      self._weights("ff_out", (e, f, d), (2 * c.num_layers) ** -0.5),  # additions to the stream start small
+    ]
     gate = constrain(gate, *gathered_axes(("embed", None)))
-    return _on_every_device(x, gate, bias, *kernels, router=ROUTERS[c.router], number=c.experts_per_token)
+    return _on_every_device(x, gate, bias, *weights, router=ROUTERS[c.router], number=c.experts_per_token)
+
+  def _weights(self, name: str, shape: tuple[int, int, int], gain: float = 1.0) -> Weights:
+    """Declare a kernel of all experts and gather it, an int8 one as such."""
+    c, axes = self.config, KERNELS[name]
+    init = nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal", batch_axis=(0,))
+    if c.quantization == "none":
+      kernel = self.param(f"{name}_kernel", with_axes(init, axes), shape, c.param_dtype)
+      return Weights(constrain(kernel.astype(c.dtype), *_gathered(axes)))
+    kernel = self.param(f"{name}_kernel", with_axes(as_int8(init), axes), shape)
+    init = with_axes(scales_of(gain, shape[1]), _of_scale(axes))
+    scale = self.param(f"{name}_{KERNEL_SCALE}", init, (shape[0], shape[2]), jnp.float32)
+    return Weights(constrain(kernel, *_gathered(axes)), constrain(scale, *_gathered(_of_scale(axes))))
 
 
 def gather(name: str, array: jax.Array) -> jax.Array:
   """All-gather a parameter of the experts as products read it; its width may stay sharded."""
   if name == "router":
     return constrain(array, None, None)
-  axes = KERNELS.get(name.removesuffix("_kernel"))
-  return array if axes is None else constrain(array, *_gathered(axes))
+  if name == "bias":
+    return array
+  kernel = name.removesuffix(f"_{KERNEL_SCALE}").removesuffix("_kernel")
+  axes = _of_scale(KERNELS[kernel]) if name.endswith(KERNEL_SCALE) else KERNELS[kernel]
+  return constrain(array, *_gathered(axes))
 
 
 def _gathered(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
   return tuple(None if axis == "expert" else axis for axis in axes)
 
 
+def _of_scale(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+  return axes[0], axes[2]
+
+
 def _on_every_device(
   x: Float[Array, "b l d"],
   gate: Float[Array, "d e"],
   bias: Float32[Array, "e"] | None,
-  *kernels: Float[Array, "e _ _"],
+  *weights: Weights,
   router: Router,
   number: int,
 ) -> tuple[Float[Array, "b l d"], Choice]:
   """Run each device's rows through all experts, and add up the parts of their width."""
   own = functools.partial(mix, router=router, number=number)
   if jax.sharding.get_abstract_mesh().empty:
-    return own(x, gate, bias, *kernels)
+    return own(x, gate, bias, *weights)
 
-  def run(x: jax.Array, gate: jax.Array, bias: jax.Array | None, *kernels: jax.Array) -> tuple[jax.Array, Choice]:
-    mixed, choice = own(x, gate, bias, *kernels)
+  def run(x: jax.Array, gate: jax.Array, bias: jax.Array | None, *weights: Weights) -> tuple[jax.Array, Choice]:
+    mixed, choice = own(x, gate, bias, *weights)
     return jax.lax.psum(mixed, LOGICAL_AXES["ffn"]), choice
 
   rows = spec("batch", None, None)
-  of_kernels = (spec(*_gathered(axes)) for axes in KERNELS.values())
+  of_weights = (Weights(spec(*_gathered(axes)), spec(*_gathered(_of_scale(axes)))) for axes in KERNELS.values())
   whole = spec()
   found = (rows, Choice(rows, spec("batch", None)))
-  program = jax.shard_map(run, in_specs=(rows, whole, whole, *of_kernels), out_specs=found)
-  return jax.tree.map(lambda array: array[: x.shape[0]], program(pad_rows(x), gate, bias, *kernels))
+  program = jax.shard_map(run, in_specs=(rows, whole, whole, *of_weights), out_specs=found)
+  return jax.tree.map(lambda array: array[: x.shape[0]], program(pad_rows(x), gate, bias, *weights))
 
 
 def mix(
   x: Float[Array, "b l d"],
   gate: Float[Array, "d e"],
   bias: Float32[Array, "e"] | None,
-  ff_proj: Float[Array, "e d f"],
-  up_proj: Float[Array, "e d f"],
-  ff_out: Float[Array, "e f d"],
+  ff_proj: Weights,
+  up_proj: Weights,
+  ff_out: Weights,
   *,
   router: Router,
   number: int,
@@ -105,9 +130,9 @@ def mix(
   chosen, weights = router(logits, bias, number)
   order = jnp.argsort(chosen.reshape(-1), stable=True)
   sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[-1]).astype(jnp.int32)
-  rows = flat[order // number]
-  gated, up = (_product(rows, kernel, sizes) for kernel in (ff_proj, up_proj))
-  found = _product(nn.silu(gated) * up, ff_out, sizes)
+  rows, experts = flat[order // number], chosen.reshape(-1)[order]
+  gated, up = (_product(rows, weights, sizes, experts) for weights in (ff_proj, up_proj))
+  found = _product(nn.silu(gated) * up, ff_out, sizes, experts)
   # back in the tokens' order, so that a token's sum does not depend on the others
   apart = found[jnp.argsort(order)].reshape(*chosen.shape, -1)
   mixed = (apart * weights.astype(x.dtype)[..., None]).sum(1).reshape(x.shape)
@@ -115,5 +140,10 @@ def mix(
   return mixed, Choice(chosen.reshape(*x.shape[:-1], number), entropy.reshape(x.shape[:-1]))
 
 
-def _product(rows: Float[Array, "t d"], kernels: Float[Array, "e d f"], sizes: Int[Array, "e"]) -> Float[Array, "t f"]:
-  return checkpoint_name(jax.lax.ragged_dot(rows, kernels, sizes), PROJECTION)
+def _product(
+  rows: Float[Array, "t d"], weights: Weights, sizes: Int[Array, "e"], experts: Int[Array, "t"]
+) -> Float[Array, "t f"]:
+  product = jax.lax.ragged_dot(rows, weights.kernel.astype(rows.dtype), sizes)
+  if weights.scale is not None:
+    product = (product * weights.scale[experts]).astype(rows.dtype)
+  return checkpoint_name(product, PROJECTION)

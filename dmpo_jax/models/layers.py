@@ -20,7 +20,8 @@ from dmpo_jax.models.lora import ALL_TARGETS, LoraConfig
 from dmpo_jax.sharding import constrain
 
 INT8_MAX = 127  # a symmetric range
-KERNEL_SCALE = "kernel_scale"  # name of the parameter beside an int8 kernel
+SCALE = "_scale"  # ends the name of the parameter beside an int8 kernel
+KERNEL_SCALE = f"kernel{SCALE}"
 PROJECTION = "projection"  # name of the projections' outputs for rematerialisation policies
 
 
@@ -82,10 +83,8 @@ class Dense(nn.Module):
     shape = (x.shape[-1], self.features)
     if not self.is_quantized:
       return project(x, self.param("kernel", with_axes(init, self.axes), shape, self.param_dtype))
-    kernel = self.param("kernel", with_axes(_int8(init), self.axes), shape)
-    # Truncated at two standard deviations, a normal keeps 0.88 of its standard deviation.
-    reach = 2 / 0.88 * self.gain * shape[0] ** -0.5
-    init = with_axes(nn.initializers.constant(reach / INT8_MAX), self.axes[1:])
+    kernel = self.param("kernel", with_axes(as_int8(init), self.axes), shape)
+    init = with_axes(scales_of(self.gain, shape[0]), self.axes[1:])
     scale = self.param(KERNEL_SCALE, init, shape[1:], jnp.float32)
     # All-gather it as int8: converted first, it would be twice the bytes.
     kernel = constrain(kernel, *gathered_axes(self.axes))
@@ -122,8 +121,15 @@ def quantize(
   return steps.astype(jnp.int8), scale
 
 
-def _int8(init: Initializer) -> Callable[[Key[Array, ""], tuple[int, ...]], Int8[Array | np.ndarray, "..."]]:
+def as_int8(init: Initializer) -> Callable[[Key[Array, ""], tuple[int, ...]], Int8[Array | np.ndarray, "..."]]:
+  """Quantize what an initialiser draws."""
   return lambda key, shape: quantize(init(key, shape, jnp.float32))[0]
+
+
+def scales_of(gain: float, width: int) -> Initializer:
+  """Return the scale of columns that are drawn with standard deviation gain / sqrt(width), truncated at two of them."""
+  reach = 2 / 0.88 * gain * width**-0.5  # truncated so, a normal keeps 0.88 of its standard deviation
+  return nn.initializers.constant(reach / INT8_MAX)
 
 
 def gathered_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:

@@ -175,7 +175,8 @@ def export(plan: Plan) -> list[str]:
   lora, is_rounded = plan.config.model.lora, plan.config.model.quantization == "int8"
   source = plan.bucket / "checkpoint" / "params" if lora.rank else plan.run / "policy"
   changed = tuple(f"['{name}']['kernel']" for name in lora.targets) if lora.rank else ()
-  changed = ("['kernel']", "['kernel_scale']") if is_rounded or "all" in lora.targets else changed
+  changed = ("['kernel']",) if "all" in lora.targets else changed
+  changed = ("kernel']", "kernel_scale']") if is_rounded else changed
   wanted, got = (
     {name: array for name, array in arrays(epath.Path(path)).items() if not name.endswith(changed)}
     for path in (source, again / "params")
