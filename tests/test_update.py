@@ -5,6 +5,7 @@ import itertools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -150,7 +151,7 @@ def test_figures_of_routers_are_those_of_all_tokens_of_a_buffer(folder, use_devi
   rows = np.concatenate([experience.prompts.tokens, masks], axis=1)
   is_token = np.concatenate([is_valid, np.ones((p, c), bool)], axis=1)
   plain = Transformer(dataclasses.replace(model.config, layer_rows=0))
-  about = dict(is_valid=is_token, method="hidden", capture_intermediates=True, mutable="intermediates")
+  about = dict(is_valid=jnp.asarray(is_token), method="hidden", capture_intermediates=True, mutable="intermediates")
   _, seen = jax.jit(lambda params, rows: plain.apply({"params": params}, rows, **about))(params, rows)
   wanted = []
   for name in ("blocks_0", "blocks_2"):
