@@ -36,16 +36,21 @@ def get_config() -> ConfigDict:
   m.shift_logits = placeholder(bool)  # the logits of a position predict the next token, as in Dream
   m.out_bias = placeholder(bool)  # a bias of attention's output
   m.clip_qkv = placeholder(float)  # bound on queries, keys and values; 0: none
-  m.router = placeholder(str)  # none: no layer has experts; softmax: LLaDA-MoE's
+  # how a token's experts are chosen. none: no layer has experts; softmax: as LLaDA-MoE does; softmax_normalised: SDAR;
+  # sigmoid: LLaDA2
+  m.router = placeholder(str)
   m.num_experts = placeholder(int)  # of a layer
   m.experts_per_token = placeholder(int)
   m.expert_size = placeholder(int)  # feed-forward width of an expert
   m.shared_expert_size = placeholder(int)  # the same of an expert for all tokens; 0: none
   m.expert_layers = placeholder(tuple)  # 1 for each layer with experts, 0 for each without; (): all layers have them
-  m.expert_bias = placeholder(bool)  # a constant that is added to the router's probabilities
-  m.quantization = placeholder(
-    str
-  )  # of the projections in the layers, experts included, which freezes them: none, int8
+  m.expert_bias = placeholder(bool)  # a constant that is added to the router's probabilities (sigmoid: to choose by)
+  # of the router sigmoid: a token's experts are from so many of so many groups, and their weights are scaled
+  m.expert_groups = placeholder(int)
+  m.expert_groups_per_token = placeholder(int)
+  m.expert_scale = placeholder(float)
+  # of the projections in the layers, experts included, which freezes them: none, int8
+  m.quantization = placeholder(str)
   m.dtype = "float32"  # of activations: float32, bfloat16
   m.param_dtype = "float32"  # of frozen parameters: the base under adapters, p_ref. Trained parameters are float32
   m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)
@@ -125,6 +130,8 @@ def get_config() -> ConfigDict:
   s.parallel = ConfigDict(parallel)
   s.prefix_cache = ConfigDict(parallel)
   s.dual_cache = ConfigDict(parallel)
+  # to accept a token; to replace one of the block; tokens of a call at least; calls on a block without a MASK at most
+  s.editing = ConfigDict(dict(threshold=0.95, edit_threshold=0.9, min_tokens=1, max_checks=16))
   s.wino = ConfigDict(dict(threshold=0.6, threshold_back=0.9))  # to accept a token; to keep it at the second look
 
   c.rollout = r = ConfigDict()

@@ -127,11 +127,11 @@ def test_one_wrong_value_is_one_line(config, path, value, allowed):
 @pytest.mark.parametrize(
   ("path", "value", "allowed"),
   [
-    ("sampler.name", "dual_cache", "one of llada, parallel, entropy_bound, as model.block_length = 16"),
+    ("sampler.name", "dual_cache", "one of llada, parallel, editing, entropy_bound, as model.block_length = 16"),
     ("sampler.block_length", 8, "model.block_length = 16, the blocks of the model"),
     ("sampler.guidance", 0.5, "0, as model.block_length = 16"),
     ("model.shift_logits", True, "False, as model.block_length = 16"),
-    ("eval.samplers", ("llada", "wino"), "one of llada, parallel, entropy_bound, as model.block_length = 16"),
+    ("eval.samplers", ("llada", "wino"), "one of llada, parallel, editing, entropy_bound, as model.block_length = 16"),
     ("objective.name", "tracerl", "one of denoise, wdce, wddo"),
     ("objective.likelihood", "one_step", "one of elbo, elbo_quadrature, unweighted, coupled, as model.block_length"),
     ("objective.masks", "trajectory", "one of random, stratified, as model.block_length = 16"),

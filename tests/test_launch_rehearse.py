@@ -20,7 +20,7 @@ from launch.rehearse import bucket, checkpoint, checks, jobs, task
 from launch.rehearse.jobs import Failed
 from launch.rehearse.shrink import shrink
 
-NAMES = ("llada_8b", "llada_8b_official", "dream_7b", "llada_moe_7b")
+NAMES = ("llada_8b", "llada_8b_official", "dream_7b", "llada_moe_7b", "llada2_mini")
 
 
 def small(name, folder, **overrides):
@@ -85,7 +85,7 @@ def test_what_is_small_already_or_tied_to_another_key(tmp_path, overrides, wante
   validate(config)
 
 
-@pytest.mark.parametrize("name", ["llada_8b", "dream_7b", "llada_moe_7b"])
+@pytest.mark.parametrize("name", ["llada_8b", "dream_7b", "llada_moe_7b", "llada2_mini"])
 def test_the_checkpoint_is_one_of_the_family_with_a_tokenizer_that_fits(tmp_path, name):
   config, _ = small(name, tmp_path)
   count = checkpoint.write(tmp_path / "hf", config)

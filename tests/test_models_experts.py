@@ -24,7 +24,7 @@ from dmpo_jax.hub.peft import lora_config_from_peft, lora_config_to_peft
 from dmpo_jax.models import experts
 from dmpo_jax.models.layers import quantize
 from dmpo_jax.models.lora import TARGETS, LoraConfig
-from dmpo_jax.models.router import ROUTERS, describe
+from dmpo_jax.models.router import ROUTERS, Share, describe
 from dmpo_jax.models.transformer import empty_kv_cache
 from dmpo_jax.structs import Routing
 from launch import export_hf
@@ -41,6 +41,8 @@ MOE = dict(
   clip_qkv=0.5,
   out_bias=True,
 )
+
+SIGMOID = dict(router="sigmoid", expert_groups=2, expert_groups_per_token=1, expert_scale=2.5)
 
 
 @functools.cache
@@ -141,7 +143,7 @@ def test_choices_and_weights_are_the_recorded_ones():
         bias = stored.get(f"model.layers.{layer}.mlp.expert_bias")
         wanted, seen = arrays[f"router_experts_0_{layer}"], seen + 1
         logits, bias = jnp.asarray(arrays[f"router_logits_0_{layer}"]), None if bias is None else jnp.asarray(bias)
-        chosen, weights = ROUTERS["softmax"](logits, bias, wanted.shape[-1])
+        chosen, weights = ROUTERS["softmax"](logits, bias, Share(wanted.shape[-1]))
         np.testing.assert_array_equal(chosen, wanted)
         np.testing.assert_allclose(weights, arrays[f"router_weights_0_{layer}"], atol=1e-5)
     assert seen
@@ -171,23 +173,25 @@ def test_gradients_are_the_recorded_ones(folders, name):
     np.testing.assert_allclose(actual, wanted, rtol=2e-3, atol=1e-4 * np.abs(wanted).max())
 
 
-def plain(x, gate, bias, ff_proj, up_proj, ff_out, *, router, number):
+def plain(x, gate, bias, ff_proj, up_proj, ff_out, *, router, share, dtype):
   """All experts of all tokens, of which the chosen ones count."""
   flat = x.reshape(-1, x.shape[-1])
-  chosen, weights = router(flat @ gate, bias, number)
-  share = (jax.nn.one_hot(chosen, gate.shape[-1]) * weights[..., None]).sum(1)
+  chosen, weights = router(flat @ gate, bias, share)
+  taken = (jax.nn.one_hot(chosen, gate.shape[-1]) * weights[..., None]).sum(1)
   hidden = jax.nn.silu(jnp.einsum("td,edf->tef", flat, ff_proj)) * jnp.einsum("td,edf->tef", flat, up_proj)
-  return jnp.einsum("tef,efd,te->td", hidden, ff_out, share).reshape(x.shape)
+  return jnp.einsum("tef,efd,te->td", hidden, ff_out, taken).reshape(x.shape)
 
 
-def test_sorted_tokens_give_what_all_experts_of_all_tokens_give():
+@pytest.mark.parametrize(("router", "share"), [("softmax", Share(2)), ("sigmoid", Share(2, 3, 2, 2.5))])
+def test_sorted_tokens_give_what_all_experts_of_all_tokens_give(router, share):
   rng = np.random.default_rng(0)
-  shapes = ((3, 7, 6), (6, 5), (5,), (5, 6, 4), (5, 6, 4), (5, 4, 6))
+  shapes = ((3, 7, 6), (6, 6), (6,), (6, 6, 4), (6, 6, 4), (6, 4, 6))
   arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
   arrays[1] = arrays[1].at[:, 0].add(3 * jnp.sign(arrays[0][0, 0]))  # an expert that is crowded; others may be empty
 
   def total(run):
-    return jax.value_and_grad(lambda *given: (run(*given, router=ROUTERS["softmax"], number=2) ** 2).sum(), range(6))
+    own = dict(router=ROUTERS[router], share=share, dtype=jnp.float32)
+    return jax.value_and_grad(lambda *given: (run(*given, **own) ** 2).sum(), range(6))
 
   def sorted_by_expert(x, gate, bias, *kernels, **own):
     return experts.mix(x, gate, bias, *map(experts.Weights, kernels), **own)[0]
@@ -210,9 +214,10 @@ def test_figures_of_a_router_by_hand():
 
 
 @pytest.mark.slow
-def test_many_devices_give_what_one_gives():
+@pytest.mark.parametrize("router", [{}, SIGMOID])
+def test_many_devices_give_what_one_gives(router):
   """Rows that the devices share in chunks, with gradients of every parameter, and rows that they do not divide."""
-  model, variables = tiny(**MOE, remat="full", layer_rows=1)
+  model, variables = tiny(**MOE | router, remat="full", layer_rows=1)
   tokens = jnp.asarray(np.random.default_rng(1).integers(0, 29, (8, 5)), jnp.int32)
 
   def total(params):
@@ -272,7 +277,9 @@ def test_what_experts_need_is_said():
   for change, message in (
     (dict(experts_per_token=5), "experts_per_token at most num_experts"),
     (dict(expert_layers=(1.0,)), "model.expert_layers has 1 entries"),
-    (dict(router="sigmoid"), "model.router='sigmoid': must be one of none, softmax"),
+    (dict(router="tanh"), "model.router='tanh': must be one of none, softmax, softmax_normalised, sigmoid"),
+    (dict(expert_groups=2), "model.router='softmax': must be 'sigmoid' with model.expert_groups=2"),
+    (SIGMOID | dict(expert_groups_per_token=3), "the second be from 1 up to it"),
   ):
     with pytest.raises(ValueError, match=message):
       dataclasses.replace(TINY, **MOE | change)

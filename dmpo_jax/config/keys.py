@@ -149,6 +149,15 @@ def of_experts(rule: Rule) -> Rule:
   )
 
 
+def of_sigmoid(rule: Rule) -> Rule:
+  """Allow a key of one router to be set only with it."""
+  return rule.also(
+    "1, as {0}: only sigmoid has groups and a scale",
+    lambda value, router: value == 1 or router == "sigmoid",
+    "model.router",
+  )
+
+
 def compares_rewards(name: str, weighting: str, baseline: str, strength: float) -> bool:
   """Whether groups whose rewards are all equal teach nothing."""
   kind, own = OBJECTIVES[name], {"baseline": baseline, "baseline_strength": strength}
@@ -245,6 +254,19 @@ KEYS: dict[str, Rule] = {
     "(), or as many as {0}", lambda kinds, layers: len(kinds) in (0, layers), "model.num_layers"
   ),
   "model.expert_bias": of_experts(flag()),
+  "model.expert_groups": of_sigmoid(whole(1)).also(
+    "a divisor of {0}", lambda groups, experts: groups == 1 or divides(groups, experts), "model.num_experts"
+  ),
+  "model.expert_groups_per_token": of_sigmoid(whole(1))
+  .also("at most {0}", operator.le, "model.expert_groups")
+  .also(
+    "more, as {0} of {1} and {2}: a token's groups must have as many experts",
+    lambda kept, groups, number, experts: groups == 1 or number <= kept * experts // groups,
+    "model.expert_groups",
+    "model.experts_per_token",
+    "model.num_experts",
+  ),
+  "model.expert_scale": of_sigmoid(POSITIVE),
   "model.dtype": one_of(*DTYPES),
   "model.quantization": one_of(*QUANTIZATIONS),
   "model.param_dtype": one_of(*DTYPES),

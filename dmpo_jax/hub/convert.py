@@ -19,11 +19,12 @@ from dmpo_jax import digests, files
 from dmpo_jax.hub import layout, pretrained
 from dmpo_jax.hub.adapt import AS_IT_IS, Adaptation, GrownShards, prepare
 from dmpo_jax.hub.families import FAMILIES, Family, family_of
+from dmpo_jax.hub.fused import take_apart
 from dmpo_jax.hub.layout import Place
 from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.hub.peft import lora_config_from_peft
 from dmpo_jax.hub.piecewise import Index, PiecewiseArray, save_piecewise
-from dmpo_jax.hub.shards import ADAPTER, Shards
+from dmpo_jax.hub.shards import ADAPTER, Parts, Shards
 from dmpo_jax.models.layers import SCALE, quantize
 
 PIECE_BYTES = 16 * 2**20
@@ -72,12 +73,13 @@ def convert_model(
       shards = GrownShards(source, tables, prepared.num_rows)
     _drop_copies(shards, places, FAMILIES[family])
     _check(shards, places, source)
+    num_parameters, shards = _num_parameters(shards), _in_parts(shards, places)
     with files.new_folder(out, "--out"):
       pretrained.write_model(out, family, config, origin or _absolute(source))
       pretrained.copy_side_files(prepared.sides, out)
       digests.write(out)
       save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, dtype, report))
-  return Converted(_num_parameters(shards), prepared.notes)
+  return Converted(num_parameters, prepared.notes)
 
 
 def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, report: Report = ignore) -> int:
@@ -89,15 +91,17 @@ def convert_adapter(source: epath.Path, base: epath.Path, out: epath.Path, repor
   model = pretrained.read_model(base)
   if model is None:
     raise ValueError(f"--base={base} has no {pretrained.MODEL_FILE}: give the folder of a converted model")
-  shards = Shards(source, ADAPTER)
-  lora = lora_config_from_peft(_read_json(source / "adapter_config.json"), shards.tensors, model.family)
+  settings = _read_json(source / "adapter_config.json")
+  given = Shards(source, ADAPTER)
+  shards, settings = take_apart(given, settings, model.model_config(), model.family)
+  lora = lora_config_from_peft(settings, shards.tensors, model.family)
   places = layout.adapter_places(model.model_config(lora=lora), model.family)
-  _check(shards, places, source)
+  layout.check_places({name: tensor.shape for name, tensor in shards.tensors.items()}, places, str(source))
   with files.new_folder(out, "--out"):
     pretrained.write_adapter(out, lora)
     digests.write(out)
     save_piecewise(out / pretrained.PARAMS, _arrays(shards, places, "float32", report))
-  return _num_parameters(shards)
+  return _num_parameters(given)
 
 
 def _check(shards: Shards, places: Mapping[str, Place], source: epath.Path) -> None:
@@ -126,6 +130,13 @@ def _drop_copies(shards: Shards, places: Mapping[str, Place], family: Family) ->
     del shards.tensors[head]
   for name in [name for name in shards.tensors if name.endswith(".rotary_emb.inv_freq")]:
     del shards.tensors[name]
+
+
+def _in_parts(shards: Shards, places: Mapping[str, Place]) -> Shards:
+  """See tensors that hold several arrays of ours as these parts."""
+  parts = {name: own for name, own in layout.parts_of(places).items() if own != [name]}
+  rows = {name: {part: places[part].torch_shape[0] for part in own} for name, own in parts.items()}
+  return Parts(shards, rows) if parts else shards
 
 
 def _num_parameters(shards: Shards) -> int:

@@ -15,6 +15,7 @@ from etils import epath
 from dmpo_jax import files
 from dmpo_jax.hub import layout, pretrained
 from dmpo_jax.hub.families import FAMILIES, Family
+from dmpo_jax.hub.fused import put_together
 from dmpo_jax.hub.layout import Path
 from dmpo_jax.hub.model_config import model_config_to_hf
 from dmpo_jax.hub.peft import lora_config_to_peft
@@ -110,10 +111,12 @@ class ModelExport:
     return sum(self._sizes().values())
 
   def _sizes(self) -> dict[str, int]:
-    """Return the bytes of every tensor, in the order in which they are written."""
-    names = [name for names in self._names.values() for name in names]
-    places = {name: self._places[name] for name in names}
-    return {name: math.prod(place.shape) * self._dtypes[place.path].itemsize for name, place in places.items()}
+    """Return the bytes of every tensor, in the order in which they are written: by their last parts."""
+    sizes: dict[str, int] = {}
+    for name in (name for names in self._names.values() for name in names):
+      place, tensor = self._places[name], layout.whole(name)
+      sizes[tensor] = sizes.pop(tensor, 0) + math.prod(place.shape) * self._dtypes[place.path].itemsize
+    return sizes
 
   def write(self, out: epath.Path, shard_bytes: int, report: Callable[[int], None] = lambda size: None) -> None:
     """Write the weights and the files beside them.
@@ -180,10 +183,13 @@ def export_adapter(source: Source, out: epath.Path, base_name: str = "") -> int:
   if lora is None or source.policy is None:
     raise ValueError("--adapter: all parameters were trained (model.lora.rank = 0); leave it out to write the weights")
   source.policy.check()
-  tensors = dict(layout.to_tensors(source.policy.load, layout.adapter_places(source.config, source.family)))
+  arrays = dict(layout.to_arrays(source.policy.load, layout.adapter_places(source.config, source.family)))
+  tensors, said = put_together(arrays, source.config, source.family)
   with files.new_folder(out, "--out"):
     write_file(out / ADAPTER, tensors)
-    _write_json(out / "adapter_config.json", lora_config_to_peft(lora, source.family, base_name or source.origin))
+    _write_json(
+      out / "adapter_config.json", lora_config_to_peft(lora, source.family, base_name or source.origin) | said
+    )
   return sum(array.size for array in tensors.values())
 
 
@@ -212,8 +218,10 @@ def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
   if source.side_files is not None:
     pretrained.copy_side_files(source.side_files, out)
     config = files.read_object(out / "config.json")
-    if key := FAMILIES[source.family].keys.get("block_length"):  # a run may have trained other blocks
-      config[key] = source.config.block_length
+    family = FAMILIES[source.family]
+    key, blocks = family.keys.get("block_length"), source.config.block_length
+    if key and config.get(key, family.defaults.get("block_length")) != blocks:  # a run may have trained other blocks
+      config[key] = blocks
   if source.tokenizer is not None:
     _copy_tokenizer(source.tokenizer, out)
   config["torch_dtype"] = dtype

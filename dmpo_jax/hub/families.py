@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dmpo_jax.hub import expert_keys
 from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.lora import TARGETS
 
@@ -22,7 +23,7 @@ class Family:
   final_norm: str
   head: str
   block: str  # prefix of a layer's tensors; {} is the layer's number
-  modules: Mapping[str, str]  # our name of a layer's module -> theirs
+  modules: Mapping[str, str]  # our name of a layer's module -> theirs, the same for those that are one tensor there
   # config.json
   keys: Mapping[str, str]  # field of ModelConfig -> key
   model: Mapping[str, Any]  # fields of ModelConfig that are the same for the whole family
@@ -42,6 +43,7 @@ class Family:
   router: str = ""
   expert: str = ""
   expert_bias: str = ""  # of a tensor, not of a module
+  derived: expert_keys.Derived | None = None  # fields that several keys give together; None: a key each
   mlp_ratio: str = ""  # key that gives the FFN's width as a multiple of the model's; "": none
   is_multi_query: str = ""  # key that says that there is one kv head; "": none
 
@@ -164,6 +166,98 @@ SDAR = dataclasses.replace(  # arXiv 2510.06303
   stated=("block_size",),
 )
 
+_QWEN_EXPERTS = dict(
+  num_experts="num_experts", experts_per_token="num_experts_per_tok", expert_size="moe_intermediate_size"
+)
+
+SDAR_MOE = dataclasses.replace(
+  SDAR,
+  model_type="sdar_moe",
+  is_autoregressive=False,
+  architecture="SDARMoeForCausalLM",
+  code={
+    "AutoConfig": "configuration_sdar_moe.SDARMoeConfig",
+    "AutoModel": "modeling_sdar_moe.SDARMoeModel",
+    "AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM",
+  },
+  published_at="JetLM/SDAR-30B-A3B-Chat",
+  router="mlp.gate",
+  expert="mlp.experts.{expert}",
+  derived=expert_keys.SDAR_MOE,
+  keys={**SDAR.keys, **_QWEN_EXPERTS},
+  defaults={**SDAR.defaults, "block_length": 4},  # its config.json has no block_size
+  stated=(),
+)
+
+LLADA2_MOE = dataclasses.replace(
+  SDAR_MOE,
+  model_type="llada2_moe",
+  architecture="LLaDA2MoeModelLM",
+  code={
+    "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+    "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+    "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+  },
+  published_at="inclusionAI/LLaDA2.0-mini",
+  embedding="model.word_embeddings",
+  modules=dict(
+    attn_norm="input_layernorm",
+    ff_norm="post_attention_layernorm",
+    q_proj="attention.query_key_value",
+    k_proj="attention.query_key_value",
+    v_proj="attention.query_key_value",
+    attn_out="attention.dense",
+    q_norm="attention.query_layernorm",
+    k_norm="attention.key_layernorm",
+    ff_proj="mlp.gate_proj",
+    up_proj="mlp.up_proj",
+    ff_out="mlp.down_proj",
+    shared_ff_proj="mlp.shared_experts.gate_proj",
+    shared_up_proj="mlp.shared_experts.up_proj",
+    shared_ff_out="mlp.shared_experts.down_proj",
+  ),
+  expert_bias="mlp.gate.expert_bias",
+  derived=expert_keys.LLADA2_MOE,
+  keys={field: key for field, key in SDAR_MOE.keys.items() if field != "rope_scaling"}
+  | dict(
+    qkv_bias="use_qkv_bias",
+    out_bias="use_bias",
+    qk_norm="use_qk_norm",
+    rotary_fraction="partial_rotary_factor",
+    expert_groups="n_group",
+    expert_groups_per_token="topk_group",
+    expert_scale="routed_scaling_factor",
+  ),
+  model=dict(router="sigmoid", expert_bias=True),
+  defaults=dict(  # those of its code
+    mask_token_id=156895,
+    eos_token_id=156892,
+    block_length=32,
+    head_dim=0,
+    rope_theta=10_000.0,
+    rms_norm_eps=1e-5,
+    weight_tying=False,
+    qkv_bias=False,
+    out_bias=True,
+    qk_norm=True,
+    rotary_fraction=0.5,
+    expert_groups=8,
+    expert_groups_per_token=4,
+    expert_scale=2.5,
+  ),
+  fixed=dict(hidden_act="silu", rope_scaling=None, use_sliding_window=False),
+  # which its code does not read, but says
+  written=dict(
+    attention_dropout=0.0,
+    embedding_dropout=0.0,
+    output_dropout=0.0,
+    moe_router_enable_expert_bias=True,
+    norm_topk_prob=True,
+    router_dtype="fp32",
+    score_function="sigmoid",
+  ),
+)
+
 QWEN2 = dataclasses.replace(  # arXiv 2412.15115
   LLAMA,
   model_type="qwen2",
@@ -250,6 +344,8 @@ FAMILIES = {
   "qwen2": QWEN2,
   "llama": LLAMA,
   "sdar": SDAR,
+  "sdar_moe": SDAR_MOE,
+  "llada2_moe": LLADA2_MOE,
   "lladamoe": LLADA_MOE,
 }
 
@@ -314,6 +410,7 @@ def natural_family(config: ModelConfig) -> str:
   """
   for name, family in FAMILIES.items():
     fixed = {**_DEFAULTS, **family.model}
-    if all(getattr(config, field) == value for field, value in fixed.items() if field not in family.keys):
+    free = (*family.keys, *(family.derived.fields if family.derived else ()))
+    if all(getattr(config, field) == value for field, value in fixed.items() if field not in free):
       return name
   raise ValueError(f"no family of checkpoints has such models: {config}")

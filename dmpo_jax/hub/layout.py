@@ -1,11 +1,14 @@
 """Where each tensor of a checkpoint in Hugging Face's layout, or of a PEFT adapter, belongs in our variables.
 
-Torch stores a projection as [out, in] for each layer; we store [layers, in, out], or [layers, experts, in,
-out]. A `Place` describes one tensor, and
-conversion and export both follow from the places.
+Torch stores a projection as [out, in] for each layer; we store [layers, in, out], or [layers, experts, in, out]. A
+`Place` describes one tensor, and conversion and export both follow from the places.
+
+A tensor that holds several of our arrays, one below the other (LLaDA2's queries, keys and values), has a place for each
+part: `tensor#ours`. `Parts` reads such a tensor, and `to_tensors` puts it together.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +18,7 @@ from dmpo_jax.models.config import ModelConfig, Run
 
 PEFT_ROOT = "base_model.model."
 BIASED = ("q_proj", "k_proj", "v_proj")
+PART = "#"
 EXPERT_KERNELS = ("ff_proj", "up_proj", "ff_out")
 QK_NORMS = ("q_norm", "k_norm")
 
@@ -50,16 +54,40 @@ def checkpoint_places(config: ModelConfig, family: str) -> dict[str, Place]:
   for run in config.runs:
     shapes = projection_shapes(config, run)
     for name, theirs in names.modules.items():
+      part = part_of(names, name)
       for index, module in enumerate(_modules(names, run, theirs)):
         if name in shapes:
-          places[f"{module}.weight"] = Place((run.name, name, "kernel"), (index,), shapes[name], True)
+          places[f"{module}.weight{part}"] = Place((run.name, name, "kernel"), (index,), shapes[name], True)
         elif name in norms:
           places[f"{module}.weight"] = Place((run.name, name, "scale"), (index,), (norms[name],), False)
         if name in shapes and name in biased:
-          places[f"{module}.bias"] = Place((run.name, name, "bias"), (index,), shapes[name][1:], False)
+          places[f"{module}.bias{part}"] = Place((run.name, name, "bias"), (index,), shapes[name][1:], False)
     if run.has_experts:
       places |= _expert_places(config, names, run)
   return places
+
+
+def part_of(names: Family, module: str) -> str:
+  """Return the end of a place's name, if the module is a part of a tensor; "" if it is a tensor itself."""
+  return f"{PART}{module}" if [*names.modules.values()].count(names.modules[module]) > 1 else ""
+
+
+def whole(name: str) -> str:
+  """Return the tensor of a place's name."""
+  return name.partition(PART)[0]
+
+
+def parts_of(places: Mapping[str, Place]) -> dict[str, list[str]]:
+  """Group the names of places by tensor, its parts from the top."""
+  found: dict[str, list[str]] = {}
+  for name in places:
+    found.setdefault(whole(name), []).append(name)
+  return found
+
+
+def tensor_shape(places: Mapping[str, Place], parts: Sequence[str]) -> tuple[int, ...]:
+  """Return the shape of the tensor that has these parts, in the checkpoint."""
+  return sum(places[part].torch_shape[0] for part in parts), *places[parts[0]].torch_shape[1:]
 
 
 def _modules(names: Family, run: Run, theirs: str) -> list[str]:
@@ -86,17 +114,21 @@ def _expert_places(config: ModelConfig, names: Family, run: Run) -> dict[str, Pl
 
 
 def adapter_places(config: ModelConfig, family: str) -> dict[str, Place]:
-  """Return the place in the "lora" collection of every tensor that a PEFT adapter for `config.lora` has."""
+  """Return the place in the "lora" collection of every tensor that a PEFT adapter for `config.lora` has.
+
+  Those on a part of a tensor are as `fused.take_apart` leaves them.
+  """
   names = FAMILIES[family]
   assert config.lora is not None
   places, rank = {}, config.lora.rank
   for run in config.runs:
     shapes = projection_shapes(config, run)
     for name in (name for name in config.lora.targets if name in shapes):
+      part = part_of(names, name)
       for index, module in enumerate(_modules(names, run, names.modules[name])):
-        a, b = ((run.name, name, part) for part in "AB")
-        places[f"{PEFT_ROOT}{module}.lora_A.weight"] = Place(a, (index,), (shapes[name][0], rank), True)
-        places[f"{PEFT_ROOT}{module}.lora_B.weight"] = Place(b, (index,), (rank, shapes[name][1]), True)
+        a, b = ((run.name, name, matrix) for matrix in "AB")
+        places[f"{PEFT_ROOT}{module}.lora_A.weight{part}"] = Place(a, (index,), (shapes[name][0], rank), True)
+        places[f"{PEFT_ROOT}{module}.lora_B.weight{part}"] = Place(b, (index,), (rank, shapes[name][1]), True)
   return places
 
 
@@ -123,7 +155,19 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Pl
   Raises:
     ValueError: naming the tensors that are missing, unknown or of another shape.
   """
-  wanted = {name: place.torch_shape for name, place in places.items()}
+  _compare(
+    shapes,
+    {name: tensor_shape(places, parts) for name, parts in parts_of(places).items()},
+    where,
+  )
+
+
+def check_places(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], where: str) -> None:
+  """Do the same with the parts of tensors, as `to_arrays` gives them."""
+  _compare(shapes, {name: place.torch_shape for name, place in places.items()}, where)
+
+
+def _compare(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
   misshapen = [name for name in wanted.keys() & shapes.keys() if tuple(shapes[name]) != wanted[name]]
   problems = {
     "missing": sorted(wanted.keys() - shapes.keys()),
@@ -142,11 +186,22 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Pl
 
 
 def to_tensors(read: Callable[[Path], np.ndarray], places: Mapping[str, Place]) -> Iterator[tuple[str, np.ndarray]]:
-  """Yield the names and values of a checkpoint's tensors, one at a time.
+  """Yield the names and values of a checkpoint's tensors, one at a time; a tensor of parts once it has its last.
 
   Args:
     read: returns a leaf of our variables; called once for each.
   """
+  parts, found = parts_of(places), collections.defaultdict(dict)
+  for name, array in to_arrays(read, places):
+    tensor = whole(name)
+    found[tensor][name] = array
+    if len(found[tensor]) == len(parts[tensor]):
+      own = found.pop(tensor)
+      yield tensor, np.concatenate([own[part] for part in parts[tensor]]) if len(own) > 1 else array
+
+
+def to_arrays(read: Callable[[Path], np.ndarray], places: Mapping[str, Place]) -> Iterator[tuple[str, np.ndarray]]:
+  """Yield the values of places, as `to_tensors` does, but parts by themselves."""
   for leaf, names in leaves_of(places).items():
     array = read(leaf)
     for name in names:

@@ -9,7 +9,9 @@ from dmpo_jax.models.config import ModelConfig
 
 HEAD_DIM = "head_dim"  # where a family does not read it, a key only if it is not hidden size / heads
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+END_IDS = ("pad_token_id", "eos_token_id")
 UNSET_IF_0 = ("shared_expert_size", "clip_qkv")  # fields whose key is null where there is none
+FLOATS = ("rope_theta", "rms_norm_eps", "clip_qkv", "expert_scale")
 WHERE = "config.json of the checkpoint"
 _NEEDED = dict(
   **dict.fromkeys(("d_model", "num_layers", "num_heads", "mlp_hidden_size"), SIZE),
@@ -23,7 +25,8 @@ EXPERT_SIZES = ("num_experts", "experts_per_token", "expert_size")
 _OPTIONAL = dict(
   **dict.fromkeys(("num_kv_heads", "head_dim", "vocab_size", "embedding_size", "block_length"), SIZE),
   shared_expert_size=SIZE,
-  **dict.fromkeys(("clip_qkv", "rotary_fraction"), POSITIVE),
+  **dict.fromkeys(("clip_qkv", "rotary_fraction", "expert_scale"), POSITIVE),
+  **dict.fromkeys(("expert_groups", "expert_groups_per_token"), SIZE),
   **dict.fromkeys(("qk_norm", "out_bias", "expert_bias"), FLAG),
   expert_layers=FLAGS,
   qkv_bias=FLAG,
@@ -47,16 +50,19 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   fields |= {field: config.get(key) for field, key in family.keys.items()}
   if "rope_scaling" in family.keys:
     fields["rope_scaling"] = _rope_scaling(fields["rope_scaling"])
+  if family.derived is not None:
+    fields |= family.derived.read(config)
   defaults = {
     **dict.fromkeys(("vocab_size", "embedding_size"), config["vocab_size"]),
     "num_kv_heads": fields["num_heads"],
-    "pad_token_id": fields["eos_token_id"],
     "head_dim": 0,
     **family.defaults,
   }
+  # one of the two may be all that is said, as in LLaDA2's
+  defaults |= {a: fields[b] for a, b in (END_IDS, END_IDS[::-1]) if fields.get(b) is not None}
   fields |= {field: value for field, value in defaults.items() if fields.get(field) is None}
   fields |= {"mlp_hidden_size": _mlp_hidden_size(config, family)}
-  fields |= {field: float(fields[field]) for field in ("rope_theta", "rms_norm_eps", "clip_qkv") if field in fields}
+  fields |= {field: float(fields[field]) for field in FLOATS if field in fields}
   if "expert_layers" in fields:
     fields["expert_layers"] = tuple(map(float, fields["expert_layers"]))
   if config.get(family.is_multi_query):
@@ -84,6 +90,8 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
     values[family.keys["expert_layers"]] = [int(kind) for kind in config.expert_layers] or [1] * config.num_layers
   if "rope_scaling" in family.keys:
     values[family.keys["rope_scaling"]] = _rope_scaling_to_hf(config.rope_scaling)
+  if family.derived is not None:
+    values |= family.derived.write(config)
   return {
     "model_type": family.model_type,
     "architectures": [family.architecture],
@@ -140,7 +148,11 @@ def _check(config: Mapping[str, Any], family: Family) -> None:
   needed |= {family.keys[field]: SIZE for field in EXPERT_SIZES if field in family.keys}
   defaulted = {field: kind for field, kind in _NEEDED.items() if field in family.defaults}
   optional = {family.keys[field]: kind for field, kind in (_OPTIONAL | defaulted).items() if field in family.keys}
-  optional |= {HEAD_DIM: SIZE} | ({family.is_multi_query: FLAG} if family.is_multi_query else {})
+  optional |= (
+    {HEAD_DIM: SIZE}
+    | (family.derived.keys if family.derived else {})
+    | ({family.is_multi_query: FLAG} if family.is_multi_query else {})
+  )
   check_entries(config, WHERE, needed=needed, optional=optional)
   known: dict[str, tuple[Any, ...]] = {key: (value, None) for key, value in family.fixed.items()}
   known |= {key: values for key, values in NEUTRAL.items() if key not in family.keys.values()}

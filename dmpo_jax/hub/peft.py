@@ -6,6 +6,7 @@ from typing import Any
 
 from dmpo_jax.hub.entries import POSITIVE, SHARE, SIZE, check_entries
 from dmpo_jax.hub.families import FAMILIES
+from dmpo_jax.hub.layout import PART, part_of
 from dmpo_jax.models.lora import ALL_TARGETS, LoraConfig
 
 # PEFT's initialisations that leave the model's own weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
@@ -51,10 +52,9 @@ def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], famil
   other |= {key: config[key] for key in OTHER_ADAPTERS if config.get(key)}
   if other:
     raise ValueError(f"adapter_config.json: {other} is not supported; adapters must be plain LoRA")
-  ours = {_module_name(theirs): name for name, theirs in FAMILIES[family].modules.items()}
-  modules = {
-    match[1] for name in names if (match := re.search(r"\.((?:shared_expert\.)?\w+)\.lora_[AB]\.weight$", name))
-  }
+  own = FAMILIES[family]
+  ours = {_module_name(theirs) + part_of(own, name): name for name, theirs in own.modules.items()}
+  modules = {match[1] + match[2] for name in names if (match := re.search(_ADAPTED, name))}
   unknown = sorted(modules - ours.keys())
   if unknown or not modules:
     raise ValueError(f"the adapter is on {unknown or 'nothing'}; the model has {', '.join(ours)}")
@@ -62,20 +62,24 @@ def lora_config_from_peft(config: Mapping[str, Any], names: Iterable[str], famil
   return LoraConfig(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout") or 0), targets)
 
 
+_ADAPTED = rf"\.((?:shared_experts?\.)?\w+)\.lora_[AB]\.weight((?:{PART}\w+)?)$"
+
+
 def _module_name(theirs: str) -> str:
   """Return the end of a module's name that tells it from the others of its layer."""
-  return theirs if theirs.startswith("shared_expert.") else theirs.split(".")[-1]
+  *parents, last = theirs.split(".")
+  return f"{parents[-1]}.{last}" if parents and parents[-1].startswith("shared_expert") else last
 
 
 def lora_config_to_peft(lora: LoraConfig, family: str, base: str) -> dict[str, Any]:
   """Write the adapter_config.json that PEFT reads; `base` names the model that the adapters are for."""
   names = FAMILIES[family]
-  modules: list[str] | str = [_module_name(names.modules[name]) for name in lora.targets if name in names.modules]
+  own = list(dict.fromkeys(names.modules[name] for name in lora.targets if name in names.modules))
+  modules: list[str] | str = [_module_name(theirs) for theirs in own]
   # PEFT takes names for ends of names: it would adapt LLaDA's head too, and the projections of experts
   if names.head.split(".")[-1] in modules or names.router:
     layers = re.escape(names.block).replace(re.escape("{}"), r"\d+")
-    own = (re.escape(names.modules[name]) for name in lora.targets if name in names.modules)
-    modules = rf".*{layers}({'|'.join(own)})"
+    modules = rf".*{layers}({'|'.join(map(re.escape, own))})"
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

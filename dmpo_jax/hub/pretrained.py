@@ -69,6 +69,9 @@ SMALL = {
   "shared_expert_size": 0,
   "expert_layers": (),
   "expert_bias": False,
+  "expert_groups": 1,
+  "expert_groups_per_token": 1,
+  "expert_scale": 1.0,
   "router": "none",
 }
 ROUNDING = 1e-6  # relative tolerance between a float in the configuration and a checkpoint's float32

@@ -99,6 +99,30 @@ class Shards(Mapping[str, np.ndarray]):
     return np.frombuffer(data, dtype).reshape(-1, *shape[1:])
 
 
+class Parts(Shards):
+  """A folder of which some tensors are seen as parts, one below the other, under names of their own.
+
+  Args:
+    parts: the number of rows of each part, by tensor and by the part's name.
+  """
+
+  def __init__(self, shards: Shards, parts: Mapping[str, Mapping[str, int]]):
+    self._shards = shards
+    self.tensors = {name: tensor for name, tensor in shards.tensors.items() if name not in parts}
+    self._places: dict[str, tuple[str, int]] = {}  # the tensor, and the part's first row in it
+    for name, rows in parts.items():
+      first, tensor = 0, shards.tensors[name]
+      for part, number in rows.items():
+        self.tensors[part] = tensor._replace(shape=(number, *tensor.shape[1:]))
+        self._places[part] = name, first
+        first += number
+
+  def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    """Read the rows [start, stop) of a tensor or part."""
+    tensor, first = self._places.get(name, (name, 0))
+    return self._shards.read_rows(tensor, first + start, first + stop)
+
+
 def read_header(path: epath.Path) -> dict[str, Tensor]:
   """Read the header of a safetensors file, and check that the file is whole.
 

@@ -9,7 +9,7 @@ import jax
 from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.layers import PROJECTION
 from dmpo_jax.models.lora import SHARED_TARGETS, TARGETS, LoraConfig
-from dmpo_jax.models.router import ROUTERS
+from dmpo_jax.models.router import ROUTERS, Share
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8")
@@ -29,6 +29,9 @@ OLDER = {
   "shared_expert_size": 0,
   "expert_layers": [],
   "expert_bias": False,
+  "expert_groups": 1,
+  "expert_groups_per_token": 1,
+  "expert_scale": 1.0,
   "router": "none",
 }
 REMAT_POLICIES = {
@@ -60,7 +63,9 @@ class ModelConfig:
   ones; 0: to all.
   With a `router`, layers have `num_experts` experts of width `expert_size` instead of one feed-forward, and every token
   takes `experts_per_token` of them (`experts.py`); in `expert_layers` a 0 stands for each layer that has none, () for
-  no such layer. A shared expert is for all tokens. `clip_qkv` bounds queries, keys and values; 0: not at all.
+  no such layer. A shared expert is for all tokens. The router `sigmoid` chooses among `expert_groups_per_token` of
+  `expert_groups` groups, and multiplies the experts' weights by `expert_scale`. `clip_qkv` bounds queries, keys and
+  values; 0: not at all.
   With `quantization` int8 the layers' projections are quantized (`layers.quantize`), those of experts too and routers
   not, and cannot be trained; adapters on them can. A `head_dim` of 0 becomes d_model // num_heads.
 
@@ -103,6 +108,9 @@ class ModelConfig:
   shared_expert_size: int = 0
   expert_layers: tuple[float, ...] = ()
   expert_bias: bool = False
+  expert_groups: int = 1
+  expert_groups_per_token: int = 1
+  expert_scale: float = 1.0
   router: str = "none"
 
   def __post_init__(self) -> None:
@@ -161,6 +169,7 @@ class ModelConfig:
           f"model.expert_layers has {len(self.expert_layers)} entries: must have one, 0 or 1, for each of "
           f"model.num_layers={self.num_layers}, or none"
         )
+      self._check_groups()
     if self.lora is not None:
       targets = set(self.lora.targets)
       excused = TARGETS if targets >= set(TARGETS) else ()  # "all" are those that there are
@@ -169,6 +178,27 @@ class ModelConfig:
         raise ValueError(
           f"model.lora.targets: the model has no {', '.join(missing)}; it has {', '.join(self.adaptable)}"
         )
+
+  def _check_groups(self) -> None:
+    groups, kept = self.expert_groups, self.expert_groups_per_token
+    if self.router != "sigmoid" and (groups, kept, self.expert_scale) != (1, 1, 1.0):
+      raise ValueError(
+        f"model.router={self.router!r}: must be 'sigmoid' with model.expert_groups={groups}, "
+        f"model.expert_groups_per_token={kept} and model.expert_scale={self.expert_scale}: the others have no groups "
+        "and no scale"
+      )
+    is_split = 0 < kept <= groups and self.num_experts % groups == 0
+    if not is_split or self.experts_per_token > kept * self.num_experts // groups:
+      raise ValueError(
+        f"model.expert_groups={groups}, model.expert_groups_per_token={kept}: the first must divide "
+        f"model.num_experts={self.num_experts}, and the second be from 1 up to it, with model.experts_per_token="
+        f"{self.experts_per_token} experts or more"
+      )
+
+  @property
+  def expert_share(self) -> Share:
+    """What a token takes of a layer's experts."""
+    return Share(self.experts_per_token, self.expert_groups, self.expert_groups_per_token, self.expert_scale)
 
   @property
   def adaptable(self) -> tuple[str, ...]:

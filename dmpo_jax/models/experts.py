@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Num
 
 from dmpo_jax.models.config import ModelConfig
-from dmpo_jax.models.layers import KERNEL_SCALE, PROJECTION, as_int8, gathered_axes, project, scales_of, with_axes
-from dmpo_jax.models.router import ROUTERS, Choice, Router
+from dmpo_jax.models.layers import KERNEL_SCALE, PROJECTION, as_int8, gathered_axes, scales_of, with_axes
+from dmpo_jax.models.router import ROUTERS, Choice, Router, Share
 from dmpo_jax.sharding import LOGICAL_AXES, constrain, pad_rows, spec
 
 KERNELS = {  # of the experts: the logical axes [expert, in, out]
@@ -46,15 +47,17 @@ class Experts(nn.Module):
     bias = None
     if c.expert_bias:
       # A buffer in the authors' code: nothing trains it here either.
-      drawn = self.param("bias", with_axes(nn.initializers.zeros, (None,)), (e,), c.param_dtype)
-      bias = jax.lax.stop_gradient(drawn).astype(jnp.float32)
+      # In float32 whatever the other parameters are, as it decides between experts that are almost equal.
+      bias = jax.lax.stop_gradient(self.param("bias", with_axes(nn.initializers.zeros, (None,)), (e,), jnp.float32))
     weights = [
       self._weights("ff_proj", (e, d, f)),
       self._weights("up_proj", (e, d, f)),
       self._weights("ff_out", (e, f, d), (2 * c.num_layers) ** -0.5),  # additions to the stream start small
     ]
     gate = constrain(gate, *gathered_axes(("embed", None)))
-    return _on_every_device(x, gate, bias, *weights, router=ROUTERS[c.router], number=c.experts_per_token)
+    # of the gate and of the sum over experts, as in each family's code
+    dtype = jnp.float32 if c.router == "sigmoid" else x.dtype
+    return _on_every_device(x, gate, bias, *weights, router=ROUTERS[c.router], share=c.expert_share, dtype=dtype)
 
   def _weights(self, name: str, shape: tuple[int, int, int], gain: float = 1.0) -> Weights:
     """Declare a kernel of all experts and gather it, an int8 one as such."""
@@ -94,10 +97,11 @@ def _on_every_device(
   bias: Float32[Array, "e"] | None,
   *weights: Weights,
   router: Router,
-  number: int,
+  share: Share,
+  dtype: DTypeLike,
 ) -> tuple[Float[Array, "b l d"], Choice]:
   """Run each device's rows through all experts, and add up the parts of their width."""
-  own = functools.partial(mix, router=router, number=number)
+  own = functools.partial(mix, router=router, share=share, dtype=dtype)
   if jax.sharding.get_abstract_mesh().empty:
     return own(x, gate, bias, *weights)
 
@@ -122,22 +126,27 @@ def mix(
   ff_out: Weights,
   *,
   router: Router,
-  number: int,
+  share: Share,
+  dtype: DTypeLike,
 ) -> tuple[Float[Array, "b l d"], Choice]:
-  """Route tokens and compute their experts, sorted by expert; also say what the router did."""
+  """Route tokens and compute their experts, sorted by expert; also say what the router did.
+
+  Args:
+    dtype: of the router's inputs, and of the sum over a token's experts.
+  """
   flat = x.reshape(-1, x.shape[-1])
-  logits = project(flat, gate, jnp.float32)
-  chosen, weights = router(logits, bias, number)
+  logits = jnp.matmul(flat.astype(dtype), gate.astype(dtype), precision="highest", preferred_element_type=jnp.float32)
+  chosen, shares = router(logits, bias, share)
   order = jnp.argsort(chosen.reshape(-1), stable=True)
   sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[-1]).astype(jnp.int32)
-  rows, experts = flat[order // number], chosen.reshape(-1)[order]
+  rows, experts = flat[order // share.number], chosen.reshape(-1)[order]
   gated, up = (_product(rows, weights, sizes, experts) for weights in (ff_proj, up_proj))
   found = _product(nn.silu(gated) * up, ff_out, sizes, experts)
   # back in the tokens' order, so that a token's sum does not depend on the others
   apart = found[jnp.argsort(order)].reshape(*chosen.shape, -1)
-  mixed = (apart * weights.astype(x.dtype)[..., None]).sum(1).reshape(x.shape)
+  mixed = (apart * shares.astype(dtype)[..., None]).sum(1).astype(x.dtype).reshape(x.shape)
   entropy = jax.scipy.special.entr(jax.nn.softmax(jax.lax.stop_gradient(logits))).sum(-1)
-  return mixed, Choice(chosen.reshape(*x.shape[:-1], number), entropy.reshape(x.shape[:-1]))
+  return mixed, Choice(chosen.reshape(*x.shape[:-1], share.number), entropy.reshape(x.shape[:-1]))
 
 
 def _product(

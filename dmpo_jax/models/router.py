@@ -18,17 +18,26 @@ class Choice(NamedTuple):
   entropy: Float32[Array, "b l"]  # of softmax over all experts, nats
 
 
+class Share(NamedTuple):
+  """What a token takes of a layer's experts."""
+
+  number: int  # of experts
+  num_groups: int = 1  # neighbouring experts, as many in each; a token takes its experts from a few groups
+  groups_per_token: int = 1
+  scale: float = 1.0  # of the weights
+
+
 @runtime_checkable
 class Router(Protocol):
-  """How a family chooses a token's `number` experts, the best first, and weighs their outputs."""
+  """How a family chooses a token's experts, the best first, and weighs their outputs."""
 
   def __call__(
-    self, logits: Float32[Array, "t e"], bias: Float32[Array, "e"] | None, number: int
+    self, logits: Float32[Array, "t e"], bias: Float32[Array, "e"] | None, share: Share
   ) -> tuple[Int[Array, "t j"], Float32[Array, "t j"]]: ...
 
 
 def softmax(
-  logits: Float32[Array, "t e"], bias: Float32[Array, "e"] | None, number: int
+  logits: Float32[Array, "t e"], bias: Float32[Array, "e"] | None, share: Share
 ) -> tuple[Int[Array, "t j"], Float32[Array, "t j"]]:
   """Take the highest of softmax over all experts + bias, and weigh by these values.
 
@@ -36,11 +45,48 @@ def softmax(
   """
   score = jax.nn.softmax(logits, axis=-1)
   score = score if bias is None else score + bias
-  weights, chosen = jax.lax.top_k(score, number)
+  weights, chosen = jax.lax.top_k(score, share.number)
   return chosen, weights
 
 
-ROUTERS: dict[str, Router] = {"softmax": softmax}  # by the name in `ModelConfig.router`
+def softmax_normalised(
+  logits: Float32[Array, "t e"], bias: Float32[Array, "e"] | None, share: Share
+) -> tuple[Int[Array, "t j"], Float32[Array, "t j"]]:
+  """Do the same, and divide the weights of the chosen experts by their sum (Qwen3-MoE, SDAR)."""
+  chosen, weights = softmax(logits, bias, share)
+  return chosen, weights / weights.sum(-1, keepdims=True)
+
+
+def sigmoid(
+  logits: Float32[Array, "t e"], bias: Float32[Array, "e"] | None, share: Share
+) -> tuple[Int[Array, "t j"], Float32[Array, "t j"]]:
+  """Weigh by sigmoid, divided by the sum over the chosen experts, times a scale (LLaDA2).
+
+  The bias enters the choice alone. A group counts as much as its two best experts together, and a token's experts are
+  the best of its best groups. As in the authors' code, the weight of a single expert is not divided by itself.
+  """
+  score = jax.nn.sigmoid(logits)
+  ranked = score if bias is None else score + bias
+  if share.num_groups > 1:
+    ranked = _within_groups(ranked, share)
+  chosen = jax.lax.top_k(ranked, share.number)[1]
+  weights = jnp.take_along_axis(score, chosen, axis=-1)
+  if share.number > 1:
+    weights /= weights.sum(-1, keepdims=True) + 1e-20
+  return chosen, weights * share.scale
+
+
+def _within_groups(score: Float32[Array, "t e"], share: Share) -> Float32[Array, "t e"]:
+  """Set the scores of experts outside of a token's best groups to -inf."""
+  grouped = score.reshape(score.shape[0], share.num_groups, -1)
+  best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+  kept = jax.lax.top_k(best, share.groups_per_token)[1]
+  is_kept = (kept[:, :, None] == jnp.arange(share.num_groups)).any(1)
+  return jnp.where(is_kept[:, :, None], grouped, -jnp.inf).reshape(score.shape)
+
+
+# by the name in `ModelConfig.router`
+ROUTERS: dict[str, Router] = {"softmax": softmax, "softmax_normalised": softmax_normalised, "sigmoid": sigmoid}
 
 
 def tally(choice: Choice, is_valid: Bool[Array, "b l"], num_experts: int) -> Routing:

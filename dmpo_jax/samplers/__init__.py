@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from dmpo_jax.samplers import entropy_bound, freedave, llada, parallel, random_order, wino
+from dmpo_jax.samplers import editing, entropy_bound, freedave, llada, parallel, random_order, wino
 from dmpo_jax.samplers.loop import Plan, Rule
 from dmpo_jax.spelling import did_you_mean
 from dmpo_jax.structs import Rollouts
@@ -36,6 +36,9 @@ SAMPLERS = {
   "prefix_cache": Sampler(parallel.Options, parallel.sample_with_prefix_cache),
   "dual_cache": Sampler(parallel.Options, parallel.sample_with_dual_cache),
   "wino": Sampler(wino.Options, wino.sample, has_trajectory=False, can_revoke=True),
+  "editing": Sampler(
+    editing.Options, editing.sample, has_trajectory=False, can_revoke=True, make_rule=editing.make_rule
+  ),
   "freedave": Sampler(freedave.Options, freedave.sample, has_trajectory=False),
   "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample, make_rule=entropy_bound.make_rule),
 }

@@ -100,9 +100,10 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
     _, drafts = jax.lax.scan(draft, tokens, jnp.arange(draft_length - 1))
     return Decision(tokens, confidence), State(num_done, jnp.moveaxis(drafts, 0, 1))
 
-  b = keys.shape[0]
-  first = State(jnp.zeros(b, jnp.int32), jnp.zeros((b, draft_length - 1, plan.block_length), jnp.int32))
-  return decode(Rule(forward, accept, steps), keys, plan, denoiser, first)[0]
+  def first_state(b: int) -> State:
+    return State(jnp.zeros(b, jnp.int32), jnp.zeros((b, draft_length - 1, plan.block_length), jnp.int32))
+
+  return decode(Rule(forward, accept, steps, first_state=first_state), keys, plan, denoiser)[0]
 
 
 def _run_states(denoiser: Denoiser, view: View, blocks: Int[Array, "b j s"]) -> Float[Array, "b j s d"]:

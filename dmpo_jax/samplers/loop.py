@@ -79,6 +79,7 @@ class View(NamedTuple):
   step: Int[Array, "*b"]  # model calls made in this block so far
   tokens: Int[Array, "b s"]  # of the block
   is_masked: Bool[Array, "b s"]  # of the block; False everywhere in rows that have ended
+  is_open: Bool[Array, "b s"]  # of the block; False for the prompt's tokens, and behind the completion's last block
   row_keys: Key[Array, "b"]
   number: Int[Array, "*b"]  # of this call among all that a row may make: block * most calls in a block + step
 
@@ -126,9 +127,12 @@ class Rule:
     prefill: a block's first call, if it differs: `prefill(view) -> (hidden, kv_cache)`. The cache goes to the block's
       other calls.
     is_fixed: every row makes all `most_calls` calls, whether it needs them or not.
-    can_revoke: decided positions of the block may be masked again.
+    can_revoke: decided positions of the block may change.
+    goes_on: says which rows need another call on their block although it has no MASK: `goes_on(state) -> [b]`. No row
+      does at a block's first call, or after `most_calls`. None: none ever.
     leave: adds a finished block to the cache that goes from block to block:
       `leave(tokens, start, kv_cache) -> kv_cache`. Not called behind the last block that some row needs.
+    first_state: the sampler's own state of so many rows before the first call.
   """
 
   forward: Forward
@@ -137,7 +141,9 @@ class Rule:
   prefill: Prefill | None = None
   is_fixed: bool = False
   can_revoke: bool = False
+  goes_on: Callable[[PyTree], Bool[Array, "b"]] | None = None
   leave: Leave | None = None
+  first_state: Callable[[int], PyTree] = lambda num_rows: ()
 
   @property
   def ends_between_blocks(self) -> bool:
@@ -145,18 +151,15 @@ class Rule:
     return self.can_revoke or self.leave is not None
 
 
-def decode(
-  rule: Rule, keys: Key[Array, "b"], plan: Plan, denoiser: Denoiser, state: PyTree = ()
-) -> tuple[Rollouts, PyTree]:
+def decode(rule: Rule, keys: Key[Array, "b"], plan: Plan, denoiser: Denoiser) -> tuple[Rollouts, PyTree]:
   """Decode b rows from all MASK, blocks left to right, until no block has a MASK.
 
-  A block goes on while one of its rows has a MASK, for at most `rule.most_calls` calls. Rows without a MASK are left as
-  they are, and their calls are not counted.
+  A block goes on while one of its rows has a MASK or `rule.goes_on`, for at most `rule.most_calls` calls. Rows without
+  a MASK are left as they are, and their calls are not counted.
 
   Args:
     keys: the rows' keys. The loop folds in the call's number within the row, and whoever draws folds in positions. A
       row's noise depends on nothing else, so a row decoded alone gives the same result.
-    state: the sampler's own arrays before the first call; `()` if it has none.
 
   Returns:
     The rollouts, and the sampler's state after the last call.
@@ -169,7 +172,7 @@ def decode(
     rule = in_blocks(rule, plan, denoiser)
     kv_cache = denoiser.open(canvas.tokens.shape[1])
   loop = Loop(rule, keys, plan, denoiser, canvas)
-  first = first_carry(canvas, state)
+  first = first_carry(canvas, rule.first_state(keys.shape[0]))
   starts = jnp.arange(0, canvas.tokens.shape[1], plan.block_length)
   (carry, _), _ = jax.lax.scan(loop.visit_block, (first, kv_cache), starts)
   return loop.finish(carry), carry.state
@@ -234,7 +237,9 @@ class Loop(NamedTuple):
 
     carry, step = jax.lax.while_loop(is_going, call, loop)
     if self.plan.early_exit and self.rule.ends_between_blocks:
-      last = step if self.rule.leave is None else jnp.int32(self.rule.most_calls)
+      # where rows are done with a block at different steps, the batch's last one is none of a row's business
+      is_own = self.rule.leave is not None or self.rule.goes_on is not None
+      last = jnp.int32(self.rule.most_calls) if is_own else step
       carry = self.end_rows(carry, self.number(start, last - 1))
     return carry
 
@@ -247,6 +252,7 @@ class Loop(NamedTuple):
       step=step,
       tokens=take_span(carry.completion, start, size),
       is_masked=take_span(self.find_masked(carry), start, size) & ~carry.is_ended[:, None],
+      is_open=take_span(self.canvas.open_only(jnp.ones_like(carry.completion, bool)), start, size),
       row_keys=self.keys,
       number=self.number(start, step),
     )
@@ -259,8 +265,10 @@ class Loop(NamedTuple):
     return self.canvas.open_only(carry.completion == self.denoiser.mask_token_id)
 
   def find_live(self, carry: Carry, start: Int[Array, "*b"]) -> Bool[Array, "b"]:
-    has_masks = take_span(self.find_masked(carry), start, self.plan.block_length).any(1)
-    return ~carry.is_ended & (has_masks | self.rule.is_fixed)
+    is_live = take_span(self.find_masked(carry), start, self.plan.block_length).any(1) | self.rule.is_fixed
+    if self.rule.goes_on is not None:
+      is_live |= self.rule.goes_on(carry.state)
+    return ~carry.is_ended & is_live
 
   def settle(self, carry: Carry, view: View, hidden: PyTree) -> Carry:
     """Apply what follows from a model call."""

@@ -56,9 +56,11 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
     tokens = jnp.where(is_kept, chosen.tokens, view.tokens)
     return Decision(tokens, chosen.confidence), jax.tree.map(write, state, new)
 
-  zeros = jnp.zeros((keys.shape[0], plan.completion_length), jnp.float32)
-  first = (zeros, None if reference is None else zeros)
-  rollouts, log_p = decode(Rule(forward, accept, plan.steps_per_block), keys, plan, denoiser, first)
+  def first_state(num_rows: int) -> BothLogProbs:
+    zeros = jnp.zeros((num_rows, plan.completion_length), jnp.float32)
+    return zeros, None if reference is None else zeros
+
+  rollouts, log_p = decode(Rule(forward, accept, plan.steps_per_block, first_state=first_state), keys, plan, denoiser)
   # Tokens behind an EOS were replaced by EOS, so their log-probabilities are dropped.
   is_own = jnp.arange(plan.completion_length) < rollouts.num_tokens[:, None]
   log_p_old, log_p_ref = jax.tree.map(lambda array: jnp.where(is_own, array, 0.0), log_p)

@@ -65,8 +65,10 @@ def sample(denoiser: Denoiser, keys: Key[Array, "b"], plan: Plan, options: Optio
     tokens = jnp.where(is_kept, tokens, jnp.where(is_back, mask, view.tokens))
     return Decision(tokens, jnp.where(is_back, 0.0, confidence)), num_accepted
 
-  num_before = jnp.zeros(keys.shape[0], jnp.int32)
-  return decode(Rule(forward, accept, size, can_revoke=True), keys, plan, denoiser, num_before)[0]
+  def none_before(num_rows: int) -> Int[Array, "b"]:
+    return jnp.zeros(num_rows, jnp.int32)
+
+  return decode(Rule(forward, accept, size, can_revoke=True, first_state=none_before), keys, plan, denoiser)[0]
 
 
 def select_wide(confidence: Float[Array, "b s"], is_masked: Bool[Array, "b s"], threshold: float) -> Bool[Array, "b s"]:

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dmpo_jax import build, tasks
 from dmpo_jax.hub.families import natural_family
-from dmpo_jax.hub.layout import checkpoint_places
+from dmpo_jax.hub.layout import checkpoint_places, parts_of, tensor_shape
 from dmpo_jax.hub.model_config import model_config_to_hf
 from dmpo_jax.hub.shards import write_shards
 from dmpo_jax.hub.tokenizer import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
@@ -52,11 +52,11 @@ def write(folder: pathlib.Path, config: ConfigDict, scale: float = SCALE) -> int
   family = natural_family(model)
   rng, dtype = np.random.default_rng(config.seed), jnp.dtype(config.model.param_dtype)
   places = checkpoint_places(model, family)
-  shapes = {name: place.torch_shape for name, place in places.items()}
+  shapes = {name: tensor_shape(places, parts) for name, parts in parts_of(places).items()}
 
   def tensors() -> Iterable[tuple[str, np.ndarray]]:
     for name, shape in shapes.items():
-      is_scale = places[name].path[-1] == "scale"
+      is_scale = name in places and places[name].path[-1] == "scale"
       array = np.ones(shape) if is_scale else scale * rng.standard_normal(shape)
       yield name, array.astype(dtype)
 

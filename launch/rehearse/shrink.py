@@ -15,6 +15,7 @@ BUFFERS = 3  # a preemption in the second, a kill in the third
 VOCABULARY = 512
 MOST = {  # upper limits of keys
   "model.num_layers": 2,
+  "model.num_experts": 64,
   "task.num_train": 64,
   "task.num_test": 16,
   "grading.workers": 1,
@@ -76,6 +77,7 @@ def _model(old: Mapping[str, Any]) -> dict[str, Any]:
       f"model.{name}": round(old[f"model.{name}"] / old["model.d_model"] * heads) * HEAD_DIM
       for name in ("mlp_hidden_size", "expert_size", "shared_expert_size")
     },
+    "model.expert_layers": old["model.expert_layers"][: MOST["model.num_layers"]],
     "model.embedding_size": VOCABULARY if old["model.embedding_size"] else 0,
     "model.vocab_size": (VOCABULARY - 8 if has_spare_rows else VOCABULARY) if old["model.vocab_size"] else 0,
     "model.lora.rank": rank,
@@ -92,6 +94,7 @@ def _lengths(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
   shortened = (max(round(other * length / before / block), 1) * block for other in old["eval.lengths"])
   return {
     "sampler.block_length": block,
+    "model.block_length": block if old["model.block_length"] else 0,
     "sampler.steps": steps,
     "eval.lengths": tuple(dict.fromkeys(shortened)),
     "objective.mask_block_length": min(old["objective.mask_block_length"], block),
