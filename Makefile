@@ -18,6 +18,7 @@ SMOLLM2 := $(VENV)/smollm2
 .PHONY: demo test test-slow docs-check test-torch lint format libtpu smollm2 fuzz bench bench-grade
 
 demo: $(INSTALLED)
+	@echo 'A tiny model is trained on 4x4 Sudoku: about two minutes on two CPU cores. Ctrl+C saves; make demo goes on.'
 	$(RUN) -m dmpo_jax.main --config=configs/sudoku_tiny.py --workdir=runs/sudoku_tiny
 
 test: $(INSTALLED) $(PLANNING)

@@ -233,7 +233,7 @@ def test_the_steps_of_the_image_run(tmp_path):
 
 
 # what a person develops with, and draws the documents' figures with
-DEVELOPING = {"bench/growth", "study/estimators", "study/page", "picture"}
+DEVELOPING = {"bench/growth", "study/estimators", "study/page"}
 
 
 def test_what_a_run_imports_comes_with_its_list():

@@ -21,7 +21,7 @@ def suggest(command: Sequence[str], prompt: str) -> list[tuple[str, str]]:
   kept = [argument for argument in arguments if argument.partition("=")[0] not in NOT_REPEATED]
   again = f"{program} {shlex.join(kept)}"
   is_short = 0 < len(prompt) <= LONGEST and prompt.isprintable()
-  asked = shlex.quote(f"--prompt={prompt}") if is_short else "--prompt=TEXT"
+  asked = f"--prompt={shlex.quote(prompt) if is_short else 'TEXT'}"
   return [
     ("watch it answer a held-out prompt", f"{again} --mode=sample --watch {asked}"),
     ("ask it in a browser, or by OpenAI's API", f"{again} --mode=serve"),
