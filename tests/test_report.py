@@ -196,8 +196,8 @@ def test_the_page_opens_with_what_matters(workdir, tmp_path):
   parts = re.findall(r'<section (?:id|class)="(\w+)"', text)
   assert parts == ["outcome", "missing", "denoising", "curves", "completions", "run", "configuration"]
   assert re.search(r'<p class="story">(.*?)</p>', text)[1] == (
-    "A model with random weights is the base; its task is sudoku. Then it learned from rewards for its own answers, 8 "
-    "buffers of 256, by DMPO&#39;s wdce. It now solves 50.0% of 64 held-out prompts; the base solved 0.0%."
+    "A model with random weights is the base; its task is sudoku. Then DMPO&#39;s wdce taught it from rewards for its "
+    "own answers, 256 in each of 8 buffers. It now solves 50.0% of 64 held-out prompts; the base solved 0.0%."
   )
 
 

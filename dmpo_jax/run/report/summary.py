@@ -64,7 +64,7 @@ def _tell_base(run: Run) -> str:
   name = epath.Path(task).stem
   if not updates:
     return f"{model} is the base; its task is {name}."
-  return f"{model} first imitated demonstrations of {name}, {updates:,} updates long: this is the base."
+  return f"{model} first learned from demonstrations of {name}, in {updates:,} updates: this is the base."
 
 
 def _tell_training(run: Run, last: int) -> str:
@@ -73,9 +73,9 @@ def _tell_training(run: Run, last: int) -> str:
   if not isinstance(objective, str) or prompts is None or group is None:
     return ""
   if objective == SUPERVISED:
-    return f"Then it imitated demonstrations, {last:,} buffers of {prompts:,}."
+    return f"Then it learned from demonstrations, {last:,} buffers of {prompts:,}."
   label = f"DMPO's {objective}" if objective in DMPO else objective
-  return f"Then it learned from rewards for its own answers, {last:,} buffers of {prompts * group:,}, by {label}."
+  return f"Then {label} taught it from rewards for its own answers, {prompts * group:,} in each of {last:,} buffers."
 
 
 def _tell_outcome(before: Row, now: Row) -> str:
