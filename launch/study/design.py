@@ -179,16 +179,14 @@ def tuning(tasks: Sequence[str], objectives: Sequence[str], num: int) -> Iterato
 def tests(
   selection: Mapping[str, Any], tasks: Sequence[str], objectives: Sequence[str], budget: float
 ) -> Iterator[Run]:
-  """List the test runs of what was selected, base by base, so that all entries have as many at any time."""
-  chosen = {}
+  """List the test runs of what was selected, base by base, so that all entries of a task have as many at any time."""
   for task in tasks:
+    chosen = {}
     for objective in objectives:
       for found in selection.get(task, {}).get(objective, {}).values():
-        chosen[task, objective, found["candidate"]] = Candidate(objective, found["candidate"], found["changes"])
-  for start in TEST_BASES:
-    for (task, _, _), candidate in chosen.items():
-      for seed in SEEDS:
-        yield Run("test", task, candidate, start, seed, budget)
+        chosen[objective, found["candidate"]] = Candidate(objective, found["candidate"], found["changes"])
+    for start, candidate, seed in itertools.product(TEST_BASES, chosen.values(), SEEDS):
+      yield Run("test", task, candidate, start, seed, budget)
 
 
 def arms(selection: Mapping[str, Any], task: str, question: str) -> list[Candidate]:

@@ -1,6 +1,7 @@
 """Does the runs that have no row yet, and adds their rows; runs of one configuration share its programs."""
 
 import dataclasses
+import gc
 import itertools
 import pathlib
 import time
@@ -15,7 +16,7 @@ from launch.study import design, rows
 from launch.study.design import Run
 from launch.study.lab import Lab, Programs
 
-MOST_PROGRAMS = 32  # configurations whose programs are kept
+MOST_PROGRAMS = 12  # configurations whose programs are kept, as Linux bounds the memory maps of a process
 
 
 class Clock:
@@ -84,6 +85,8 @@ def execute(run: Run, lab: Lab, programs: dict[str, Programs]) -> rows.Row:
   if name not in programs:
     if len(programs) == MOST_PROGRAMS:
       programs.clear()
+      jax.clear_caches()
+      gc.collect()
     programs[name] = Programs(config, parts, base.params, lab.work)
   found = programs[name].run(parts, base.params, config.seed, run.budget)
   return {
