@@ -213,7 +213,7 @@ def tried(found: Sequence[rows.Row], task: str, objective: str) -> dict[str, lis
   the first base it reached less than LEAST_AT_FIRST of what the best one did.
   """
   by_run, own = {row["run"]: row for row in found}, {}
-  names = {row["candidate"] for row in found if (row["task"], row["objective"]) == (task, objective)}
+  names = {row["candidate"] for row in found if row["task"] == task}  # candidates that are the same share their runs
   indices = [index for index in range(SEARCHED) if f"random {index}" in names]
   known = [published(objective, rate) for rate in PUBLISHED_RATES]
   for candidate in known + [searched(objective, task, index) for index in indices]:
