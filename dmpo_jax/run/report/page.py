@@ -73,6 +73,7 @@ def render(runs: Sequence[Run]) -> str:
     completions=[(run, buffers, rows) for run in runs for buffers, rows in [completions(run)] if rows],
     animations=[(name, found, choose(found)) for name, found in animated.items() if found],
     has_grids=any(pane["grid"] for found in animated.values() for one in found for pane in one["panes"]),
+    has_blocks=any(one["block_length"] for found in animated.values() for one in found),
     specs=_as_json({figure["id"]: figure["spec"] for figure in figures}),
     animation_data=_as_json(animated),
     style=Markup(read_asset("page.css")),
