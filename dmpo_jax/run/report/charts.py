@@ -239,9 +239,15 @@ def draw_times(runs: Sequence[Run]) -> Spec | None:
     "mark": {"type": "bar"},
     "height": 60 + 36 * len(runs),
     "encoding": {
-      "y": {"field": "run", "type": "nominal", "title": None, "sort": [run.name for run in runs]},
+      "y": {"field": "run", "type": "nominal", "title": None, "sort": [run.name for run in runs]}
+      | ({"axis": None} if len(runs) == 1 else {}),
       "x": {"field": "seconds", "type": "quantitative", "title": "seconds", "axis": SPACED},
-      "color": {"field": "part", "type": "nominal", "title": None, "sort": [*TIMES.values(), "other"]},
+      "color": {
+        "field": "part",
+        "type": "nominal",
+        "sort": [*TIMES.values(), "other"],
+        "legend": {"orient": "bottom", "title": None, "columns": 3 if len(runs) == 1 else 2},
+      },
       "order": {"field": "order"},
       "tooltip": _tooltip(("run", "run", ""), ("part", "part", ""), ("seconds", "seconds", ",.1f")),
     },

@@ -30,6 +30,7 @@ from dmpo_jax.run.report.tables import rank, settings_apart
 
 HERE = pathlib.Path(__file__).parent
 ABSENT = "absent"
+MOST_STORIES = 3  # runs that are told in sentences
 
 
 def write(workdirs: Sequence[epath.PathLike], path: epath.PathLike | None = None) -> epath.Path:
@@ -61,7 +62,7 @@ def render(runs: Sequence[Run]) -> str:
     title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
     made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     facts=facts(runs),
-    stories=[(run.name, told) for run in runs if (told := tell(run))],
+    stories=[(run.name, told) for run in runs if len(runs) <= MOST_STORIES and (told := tell(run))],
     outcomes=[(run, *outcome_of(run)) for run in runs],
     lacking=[(run.name, lack) for run in runs for lack in lack_of_signal(buffers_of(run))],
     figures=figures,
