@@ -7,8 +7,8 @@ python -m dmpo_jax.main --config=configs/sdar_4b.py --config.model.init_from=CHE
 from configs import llada_8b
 
 # As in llada_8b.py, but estimated, not counted: 8 GFLOP a token of a forward pass. A rollout runs each block of 4 up to
-# five times. An update runs prompt, completion and noised completion for 4 masks, forwards, again and backwards.
-ROW = {128: (6, 60), 256: (11, 95), 512: (21, 160)}
+# five times. An update runs the prompt, and each completion clean and with 4 masks, forwards, again and backwards.
+ROW = {128: (6, 30), 256: (11, 50), 512: (21, 90)}
 
 
 def get_config(settings="256"):

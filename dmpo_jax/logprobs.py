@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dmpo_jax import noise, sharding
-from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.denoiser import completion_hidden
 from dmpo_jax.models.head import divergence, token_scores
+from dmpo_jax.models.noised import noised_hidden
 from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.objectives.likelihood import Completions, Estimator, Views
@@ -103,19 +103,22 @@ def make_score(
   def score(
     is_masked: Bool[Array, "p g r c"], prompt_is_masked: Bool[Array, "p g r q"] | None = None, pairs: Pairs = ()
   ) -> Scores:
-    p, g, r, c = is_masked.shape
-    keys = None if dropout_keys is None else _sample_keys(dropout_keys, r)
-    prompt, is_valid, noised, clean = _noised_rows(prompts, shown, is_masked, prompt_is_masked, model.config)
+    p, g, _, c = is_masked.shape
+    noised = jnp.where(is_masked, mask, shown[:, :, None])
 
     def states(
-      variables: Mapping[str, Any], keys: Key[Array, "rows"] | None
+      variables: Mapping[str, Any], keys: Key[Array, "p g"] | None
     ) -> tuple[Float[Array, "t d"], list[int], Routing | None]:
-      hidden, routing = completion_hidden(model, variables, prompt, is_valid, noised, keys, clean)
-      hidden = hidden[: p * g * r].reshape(p, g, r, c, -1)
+      if model.config.block_length:
+        hidden, routing = noised_hidden(model, variables, prompts, shown, noised, keys)
+      else:
+        hidden, routing = _hidden_of_rows(model, variables, prompts, prompt_is_masked, noised, keys)
       packed, source = _pack(hidden, is_masked, pairs)
       return sharding.fill_rows(packed.reshape(-1, hidden.shape[-1])), source, routing
 
-    hidden, source, routing = states(variables, keys)
+    if model.config.block_length and prompt_is_masked is not None:
+      raise ValueError("objective.one_step.prompt_mask_ratio: must be 0 for a model that attends by blocks")
+    hidden, source, routing = states(variables, dropout_keys)
     targets = jnp.broadcast_to(completion[:, :, None], (p, g, max(source) + 1, c))
     head = model.head_of(variables)
     num_ids = model.config.vocab_size
@@ -124,23 +127,21 @@ def make_score(
       taught, *_ = states(teacher, None)
       scores = scores._replace(divergence=divergence(hidden, head, taught, model.head_of(teacher), num_ids))
     scores = jax.tree.map(lambda array: _stack(array[: targets.size].reshape(targets.shape), source), scores)
-    return scores._replace(routing=jax.tree.map(lambda rows: _of_rollouts(rows, (p, g, r)), routing))
+    return scores._replace(routing=routing)
 
   return score
 
 
-def _noised_rows(
+def _hidden_of_rows(
+  model: Transformer,
+  variables: Mapping[str, Any],
   prompts: Prompts,
-  shown: Int[Array, "p g c"],
-  is_masked: Bool[Array, "p g r c"],
   prompt_is_masked: Bool[Array, "p g r q"] | None,
-  config: ModelConfig,
-) -> tuple[Int[Array, "rows q"], Bool[Array, "rows q"], Int[Array, "rows c"], Int[Array, "rows c"] | None]:
-  """Lay out a row for each mask sample, filled up to what the devices divide.
-
-  Prompts, their validity, completions with masks and, for a model that attends by blocks, without.
-  """
-  p, g, r, _ = is_masked.shape
+  noised: Int[Array, "p g r c"],
+  dropout_keys: Key[Array, "p g"] | None,
+) -> tuple[Float[Array, "p g r c d"], Routing | None]:
+  """Run a row [prompt; completion] for each mask sample, filled up to what the devices divide."""
+  p, g, r, c = noised.shape
 
   def rows(array: jax.Array) -> jax.Array:
     array = jnp.broadcast_to(array, (p, g, r, array.shape[-1])).reshape(p * g * r, -1)
@@ -148,12 +149,12 @@ def _noised_rows(
 
   prompt = rows(prompts.tokens[:, None, None])
   if prompt_is_masked is not None:
-    if config.block_length:
-      raise ValueError("objective.one_step.prompt_mask_ratio: must be 0 for a model that attends by blocks")
-    prompt = jnp.where(rows(prompt_is_masked), config.mask_token_id, prompt)
-  clean = rows(shown[:, :, None])
-  noised = jnp.where(rows(is_masked), config.mask_token_id, clean)
-  return prompt, rows(prompts.is_valid[:, None, None]), noised, clean if config.block_length else None
+    prompt = jnp.where(rows(prompt_is_masked), model.config.mask_token_id, prompt)
+  keys = None if dropout_keys is None else _sample_keys(dropout_keys, r)
+  is_valid = rows(prompts.is_valid[:, None, None])
+  hidden, routing = completion_hidden(model, variables, prompt, is_valid, rows(noised), keys)
+  routing = jax.tree.map(lambda rows: _of_rollouts(rows, (p, g, r)), routing)
+  return hidden[: p * g * r].reshape(p, g, r, c, -1), routing
 
 
 def _sample_keys(keys: Key[Array, "p g"], num: int) -> Key[Array, "rows"]:

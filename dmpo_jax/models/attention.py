@@ -6,9 +6,9 @@
 | splash | Pallas's TPU kernel; plain JAX for masks over (query, key), and for fewer than MIN_QUERIES queries |
 | cudnn | cuDNN's fused kernel on NVIDIA GPUs; plain JAX for masks over (query, key) |
 
-A sampler's shadow block has a mask over (query, key), and so have models that attend by blocks: their training, and
-where they fill a cache. Only splash has a description of blocks, `Blocks`, for whole rows without a cache. The choice
-depends on shapes alone, so it is made when a program is compiled.
+A sampler's shadow block has a mask over (query, key), and so have models that attend by blocks where they fill a cache.
+Only splash has descriptions of blocks, `Blocks` for whole rows without a cache and `NoisedCopies` for log-probs. Plain
+JAX computes the latter in parts. The choice depends on shapes alone, so it is made when a program is compiled.
 
 A kernel runs on every device with the device's own rows. If the devices do not divide the rows (one prompt on a slice,
 the last batch), rows of zeros are added and dropped again.
@@ -16,13 +16,15 @@ the last batch), rows of zeros are added and dropped again.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
+from dmpo_jax.models.copies import Copies
 from dmpo_jax.sharding import constrain, pad_rows, spec
 
 ATTENTIONS = ("xla", "splash", "cudnn")
@@ -87,9 +89,36 @@ class Blocks(splash.Mask):
     return hash((self._shape, self._size))
 
 
+class NoisedCopies(splash.Mask):
+  """Splash's description of rows with clean and noised copies."""
+
+  def __init__(self, shape: tuple[int, int], copies: Copies):
+    self._shape, self._copies = shape, copies
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self._shape
+
+  def __getitem__(self, index: tuple[slice, slice]) -> Bool[np.ndarray, "l m"]:
+    query, key = (np.arange(length)[part] for part, length in zip(index, self._shape, strict=True))
+    return self._copies.may_see(query, key)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, NoisedCopies) and (self._shape, self._copies) == (other._shape, other._copies)
+
+  def __hash__(self) -> int:
+    return hash((self._shape, self._copies))
+
+
 def describes_blocks(attention: str, num_queries: int) -> bool:
   """Whether what runs attends by blocks without a mask over (query, key)."""
   return attention == "splash" and num_queries >= MIN_QUERIES
+
+
+def _description(block_length: int, copies: Copies | None) -> Callable[[tuple[int, int]], splash.Mask]:
+  if copies is not None:
+    return functools.partial(NoisedCopies, copies=copies)
+  return functools.partial(Blocks, size=block_length) if block_length else splash.FullMask
 
 
 def attend(
@@ -99,6 +128,7 @@ def attend(
   mask: Bool[Array, "b #l m"] | None,
   attention: str = "xla",
   block_length: int = 0,
+  copies: Copies | None = None,
 ) -> Float[Array, "b l n*h"]:
   """Attend from l queries to m keys; n / k query heads share a key/value head. Scores and softmax are float32.
 
@@ -108,13 +138,20 @@ def attend(
     attention: one of ATTENTIONS.
     block_length: of a model that attends by blocks; 0: none. A mask over (query, key) has the blocks in it. A mask of
       keys has not: it is for what `describes_blocks`, and the blocks begin at the first column.
+    copies: what the rows hold, if it is clean and noised copies; the mask is then of keys.
   """
   query = query * query.shape[-1] ** -0.5
   is_of_keys = mask is None or mask.shape[1] == 1
-  if is_of_keys and (attention == "cudnn" or (attention == "splash" and query.shape[1] >= MIN_QUERIES)):
-    kernel = functools.partial(_attend_splash, block_length=block_length) if attention == "splash" else _attend_cudnn
+  has_kernel = is_of_keys and attention == "splash" and query.shape[1] >= MIN_QUERIES
+  if has_kernel or (is_of_keys and attention == "cudnn" and copies is None):
+    kernel = _attend_cudnn
+    if has_kernel:
+      kernel = functools.partial(_attend_splash, describe=_description(block_length, copies))
     arrays = jax.tree.map(pad_rows, (query, key, value, None if mask is None else mask[:, 0]))
     mixed = kernel(*arrays)[: query.shape[0]]
+  elif copies is not None:
+    assert mask is not None
+    mixed = _attend_copies(query, key, value, mask[:, 0], copies)
   else:
     mixed = _attend_xla(query, key, value, mask)
   return constrain(mixed.reshape(*query.shape[:2], -1), "batch", None, "heads")
@@ -139,6 +176,51 @@ def _attend_xla(
   mixed = jnp.einsum("bkzm,bkmh->bkzh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
   mixed = (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype).reshape(b, n, length, h)
   return jnp.moveaxis(mixed, 2, 1)
+
+
+def _attend_copies(
+  query: Float[Array, "b l n h"],
+  key: Float[Array, "b l k h"],
+  value: Float[Array, "b l k h"],
+  is_key: Bool[Array, "b l"],
+  copies: Copies,
+) -> Float[Array, "b l n h"]:
+  """Attend as `Copies.may_see` says, without scores between copies.
+
+  A copy's queries have three parts of keys under one softmax: the prompt, the clean copy, and their own block.
+  """
+  (b, _, n, h), k, q = query.shape, key.shape[2], copies.prompt
+  may_see = copies.may_see(np.arange(q), np.arange(q)) & is_key[:, None, :q]
+  of_prompt = _attend_xla(query[:, :q], key[:, :q], value[:, :q], may_see)
+
+  def split(array: jax.Array) -> jax.Array:  # rows, kv heads, rollouts, copies, blocks, heads times tokens, h
+    array = array[:, q:].reshape(b, *copies.shape, k, -1, h)
+    return jnp.transpose(array, (0, 5, 1, 2, 3, 6, 4, 7)).reshape(b, k, *copies.shape[:3], -1, h)
+
+  query, *own = map(split, (query, key, value))
+  clean = [array[:, :, :, 0].reshape(b, k, copies.rollouts, -1, h) for array in own]
+  prompt = [jnp.moveaxis(array[:, :q], 1, 2) for array in (key, value)]
+  is_own = is_key[:, q:].reshape(b, 1, *copies.shape[:3], 1, -1)
+  is_before = np.arange(copies.width) // copies.block < np.arange(copies.shape[2])[:, None, None]
+  is_clean = is_own[:, :, :, 0].reshape(b, 1, copies.rollouts, 1, 1, 1, -1) & is_before
+  is_prompt = is_key[:, :q].reshape(b, 1, 1, 1, 1, 1, -1)
+  parts = list(zip((prompt, clean, own), (is_prompt, is_clean, is_own), strict=True))
+  nowhere = jnp.finfo(jnp.float32).min
+  scores = [jnp.where(mask, _multiply(query, keys.swapaxes(-1, -2)), nowhere) for (keys, _), mask in parts]
+  most = functools.reduce(jnp.maximum, [each.max(-1, keepdims=True) for each in scores])
+  weights = [jnp.exp(each - jax.lax.stop_gradient(most)) for each in scores]
+  products = [_multiply(each.astype(value.dtype), own) for each, ((_, own), _) in zip(weights, parts, strict=True)]
+  mixed = (sum(products) / sum(each.sum(-1, keepdims=True) for each in weights)).astype(value.dtype)
+  mixed = mixed.reshape(b, k, *copies.shape[:3], n // k, copies.block, h)
+  mixed = jnp.transpose(mixed, (0, 2, 3, 4, 6, 1, 5, 7)).reshape(b, -1, n, h)
+  return jnp.concatenate([of_prompt, mixed], axis=1)
+
+
+def _multiply(left: Float[Array, "*t z i"], right: Float[Array, "*t1 i j"]) -> Float32[Array, "*t z j"]:
+  """Multiply with matrices that lack the last of the left's leading axes: one product has all entries along those."""
+  flat = left.reshape(*right.shape[:-2], -1, left.shape[-1])
+  product = jnp.matmul(flat, right, preferred_element_type=jnp.float32)
+  return product.reshape(*left.shape[:-1], -1)
 
 
 def _attend_cudnn(
@@ -170,10 +252,10 @@ def _attend_splash(
   key: Float[Array, "b m k h"],
   value: Float[Array, "b m k h"],
   is_key: Bool[Array, "b m"] | None,
-  block_length: int,
+  describe: Callable[[tuple[int, int]], splash.Mask],
 ) -> Float[Array, "b l n h"]:
   """Attend with Pallas's TPU kernel, on every device with its own rows and heads."""
-  attend_rows = functools.partial(_attend_splash_rows, block_length=block_length)
+  attend_rows = functools.partial(_attend_splash_rows, describe=describe)
   if not jax.sharding.get_abstract_mesh().empty:
     queries, keys = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
     attend_rows = jax.shard_map(
@@ -190,7 +272,7 @@ def _attend_splash_rows(
   key: Float[Array, "b m k h"],
   value: Float[Array, "b m k h"],
   is_key: Bool[Array, "b m"] | None,
-  block_length: int,
+  describe: Callable[[tuple[int, int]], splash.Mask],
 ) -> Float[Array, "b l n h"]:
   (length, num_heads), num_keys = query.shape[1:3], key.shape[1]
   (rows, row_block), (columns, column_block) = _blocks(length), _blocks(num_keys)
@@ -210,9 +292,8 @@ def _attend_splash_rows(
     block_q_dq=None if is_one_block else row_block,
     block_kv_dq=None if is_one_block else column_block,
   )
-  shape = (rows, columns)
-  mask = Blocks(shape, block_length) if block_length else splash.FullMask(shape)
-  kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * num_heads), block_sizes=blocks)
+  mask = splash.MultiHeadMask([describe((rows, columns))] * num_heads)
+  kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks)
   arrays = (_pad(query, rows), _pad(key, columns), _pad(value, columns))
   mixed = jax.vmap(kernel)(*(jnp.moveaxis(array, 1, 2) for array in arrays), segments)
   # the kernel returns no residuals beside its result

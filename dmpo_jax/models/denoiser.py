@@ -207,7 +207,6 @@ def completion_hidden(
   prompt_is_valid: Bool[Array, "b q"],
   completion: Int[Array, "b c"],
   dropout_keys: Key[Array, "b"] | None = None,
-  clean: Int[Array, "b c"] | None = None,
 ) -> tuple[Float[Array, "b c d"], Routing | None]:
   """Run rows [prompt; completion] and return the hidden states that predict the completion's positions.
 
@@ -215,59 +214,18 @@ def completion_hidden(
 
   Args:
     dropout_keys: the rows' keys of the adapters' dropout; None: no dropout.
-    clean: of a model that attends by blocks, the completion as a block's tokens see it in the blocks before theirs,
-      which are then not those of `completion`; None: they are.
   """
-  if clean is not None:
-    return _noised_blocks(model, variables, prompt_tokens, prompt_is_valid, completion, clean, dropout_keys)
   rows = constrain(jnp.concatenate([prompt_tokens, completion], axis=1), "batch", None)
   is_valid = jnp.concatenate([prompt_is_valid, jnp.ones(completion.shape, bool)], axis=1)
-  hidden, routing = _run_routed(model, variables, rows, is_valid=is_valid, dropout_keys=dropout_keys)
+  hidden, routing = run_routed(model, variables, rows, is_valid=is_valid, dropout_keys=dropout_keys)
   first = prompt_tokens.shape[1] - model.config.shift_logits  # its logits predict the completion's first token
   return hidden[:, first : first + completion.shape[1]], routing
 
 
-def _run_routed(
+def run_routed(
   model: Transformer, variables: Params, rows: Int[Array, "b l"], **arguments: Any
 ) -> tuple[Float[Array, "b l d"], Routing | None]:
   """Run whole rows, and take what the layers with experts have left in `ROUTING`."""
   (hidden, _), left = model.apply(variables, rows, method="hidden", mutable=[ROUTING], **arguments)
   of_runs = [left[ROUTING][run.name]["rows"] for run in model.config.runs if run.has_experts]
   return hidden, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *of_runs) if of_runs else None
-
-
-def _noised_blocks(
-  model: Transformer,
-  variables: Params,
-  prompt_tokens: Int[Array, "b q"],
-  prompt_is_valid: Bool[Array, "b q"],
-  completion: Int[Array, "b c"],
-  clean: Int[Array, "b c"],
-  dropout_keys: Key[Array, "b"] | None,
-) -> tuple[Float[Array, "b c d"], Routing | None]:
-  """Run every block of a completion at once, each behind the clean blocks before it (BD3-LM, arXiv 2503.09573).
-
-  A row is [prompt; clean; the prompt's last columns; completion]. The last two hold the blocks to predict: their tokens
-  see their own block there, and earlier blocks in the first two. The prompt's columns are for its remainder, which
-  shares a block with the completion.
-  """
-  size, (q, c) = model.config.block_length, (prompt_tokens.shape[1], completion.shape[1])
-  tail = min(size - 1, q)
-  rows = jnp.concatenate([prompt_tokens, clean, prompt_tokens[:, q - tail :], completion], axis=1)
-  is_valid = jnp.concatenate([prompt_is_valid, jnp.ones(clean.shape, bool)], axis=1)
-  positions = jnp.maximum(jnp.cumsum(is_valid, axis=1) - 1, 0)
-  is_valid, positions = (jnp.concatenate([each, each[:, q - tail :]], axis=1) for each in (is_valid, positions))
-  is_noised = jnp.arange(rows.shape[1]) >= q + c
-  key, query = (positions // size)[:, None], (positions // size)[:, :, None]
-  from_noised, to_noised = is_noised[:, None], is_noised[None, :]
-  sees_clean = ~to_noised & jnp.where(from_noised, key < query, key <= query)
-  hidden, routing = _run_routed(
-    model,
-    variables,
-    constrain(rows, "batch", None),
-    is_valid=is_valid,
-    positions=positions,
-    attention_mask=sees_clean | (from_noised & to_noised & (key == query)),
-    dropout_keys=dropout_keys,
-  )
-  return hidden[:, -c:], routing

@@ -18,6 +18,7 @@ from dmpo_jax import sharding
 from dmpo_jax.models import experts
 from dmpo_jax.models.attention import attend, describes_blocks
 from dmpo_jax.models.config import REMAT_POLICIES, ModelConfig
+from dmpo_jax.models.copies import Copies
 from dmpo_jax.models.layers import (
   KERNEL_SCALE,
   Dense,
@@ -59,6 +60,7 @@ class Context(NamedTuple):
   cache_start: Int[Array, "*b"] | None  # slot of the first token, of all rows or of each; None: no cache
   dropout_keys: Key[Array, "b l"] | None
   is_routed: Bool[Array, "b l"] | None  # tokens that count in `Routing`; None: with a cache or without experts
+  copies: Copies | None
 
 
 class LayerInput(NamedTuple):
@@ -127,7 +129,8 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
     if context.dropout_keys is not None:
       context = context._replace(dropout_keys=fold_all(context.dropout_keys, inputs.layer))
-    num_chunks = count_chunks(x.shape[0], self.config.layer_rows)
+    layer_rows = self.config.layer_rows
+    num_chunks = count_chunks(x.shape[0], layer_rows if context.copies is None else context.copies.rows(layer_rows))
     if num_chunks > 1 and inputs.cached is None and not self.is_initializing():
       return self._run_chunks(num_chunks, x, context), None
     return self._run(x, inputs, context)
@@ -188,8 +191,8 @@ class Block(nn.Module):
       assert context.cache_start is not None  # it comes with the cache
       start = context.cache_start
       keys, values = jax.tree.map(lambda old, now: put_span(old, now, start), inputs.cached, new)
-    mixed = self.attn_out(attend(query, keys, values, context.mask, c.attention, c.block_length), dropout_keys)
-    return mixed, None if inputs.cached is None else new
+    mixed = attend(query, keys, values, context.mask, c.attention, c.block_length, context.copies)
+    return self.attn_out(mixed, dropout_keys), None if inputs.cached is None else new
 
   def _mlp(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
     dropout_keys = context.dropout_keys
@@ -293,7 +296,8 @@ class Transformer(nn.Module):
     attention_mask: Bool[Array, "b l m"] | None = None,
     kv_cache: KVCache | None = None,
     cache_start: Int[Array, "*b"] | int = 0,
-    dropout_keys: Key[Array, "b"] | None = None,
+    dropout_keys: Key[Array, "b *l"] | None = None,
+    copies: Copies | None = None,
   ) -> tuple[Float[Array, "b l d"], KVCache | None]:
     """Run the layers and the final norm.
 
@@ -305,8 +309,9 @@ class Transformer(nn.Module):
       kv_cache: the tokens overwrite its slots [cache_start, cache_start + l) and attend to all slots that hold a token;
         m is the number of slots. None: the tokens attend to each other.
       cache_start: slot of the first token: one for all rows, or one for each.
-      dropout_keys: the rows' keys of the adapters' dropout; None: no dropout. Each row, layer, projection and position
-        draws for itself.
+      dropout_keys: the rows' keys of the adapters' dropout, or the tokens'; None: no dropout. Each row, layer,
+        projection and position draws for itself.
+      copies: what the rows hold, if it is clean and noised copies of completions (`noised.py`); with the positions.
 
     Returns:
       The final norm's output, and the updated cache (None without one).
@@ -318,7 +323,7 @@ class Transformer(nn.Module):
       is_valid = put_span(kv_cache.is_valid, is_new_valid, start)
     c, way_back, counted = self.config, None, _count_positions(tokens, is_valid, start)
     positions = counted if positions is None else positions
-    if c.block_length and attention_mask is None:
+    if c.block_length and attention_mask is None and copies is None:
       if kv_cache is not None or not describes_blocks(c.attention, tokens.shape[1]):
         attention_mask = _block_mask(counted, is_valid, c.block_length)
       elif is_valid is not None:
@@ -329,6 +334,7 @@ class Transformer(nn.Module):
       cache_start=start,
       dropout_keys=None if dropout_keys is None else _fold_positions(dropout_keys, positions),
       is_routed=_routed(tokens, is_valid) if c.num_experts and kv_cache is None else None,
+      copies=copies,
     )
     cached = None if kv_cache is None else (kv_cache.keys, kv_cache.values)
     x, new = self._run_layers(self._embed(tokens), cached, context)
@@ -412,5 +418,5 @@ def _join_masks(
   return is_valid[:, None] if attention_mask is None else attention_mask & is_valid[:, None]
 
 
-def _fold_positions(keys: Key[Array, "b"], positions: Int[Array, "b l"]) -> Key[Array, "b l"]:
-  return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions)
+def _fold_positions(keys: Key[Array, "b *l"], positions: Int[Array, "b l"]) -> Key[Array, "b l"]:
+  return jax.vmap(jax.vmap(jax.random.fold_in, (None if keys.ndim == 1 else 0, 0)))(keys, positions)
