@@ -193,7 +193,10 @@ def get_config() -> ConfigDict:
   o.denoise = d = ConfigDict()  # supervised: demonstrations instead of rollouts, rollout.num_prompts at a time
   d.schedule = "linear"  # share of masked positions at time t, which is drawn from U(min_mask_ratio, max_mask_ratio)
   d.weight = "bound"  # of a mask sample: bound (1 / t if linear, LLaDA's), scheduler (dllm's: + 1e-6), uniform
-  d.normalisation = "sequence"  # divides the loss by the counted tokens of each sequence, of the buffer (token); batch
+  # divides the loss by the counted tokens of each sequence, of the buffer (token); by sequences (batch); by the masked
+  # tokens of a microbatch (masked)
+  d.normalisation = "sequence"
+  d.level = "sequence"  # what has a time of its own; or block, of a model that attends by blocks
   o.wdce = d = ConfigDict()
   d.baseline = "negative"  # subtracted from the weights: none, mean, model, negative
   d.baseline_strength = 1.0
@@ -213,6 +216,8 @@ def get_config() -> ConfigDict:
   o.espo = ConfigDict(clipped)
   o.gdsd = ConfigDict(clipped | dict(guidance=1.0))  # nats a token that an advantage of 1 asks for
   o.tracerl = ConfigDict(clipped)
+  o.ebpo = ConfigDict(dict(clip=0.2, clip_high=0.2, kl_weight=0.0))
+  o.bgpo = ConfigDict(dict(clip=0.2, most=3.0, kl_weight=0.0))  # most: ratio from which on no rollout is pushed down
   o.wd1 = ConfigDict(dict(sharpness=1.0))  # multiplies the advantages in the softmax
   # tilt: multiplies the reward. control_variate: multiple of the old policy's distribution in the target
   o.dtm = ConfigDict(dict(tilt=1.0, control_variate=1.0))

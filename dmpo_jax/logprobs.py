@@ -18,7 +18,8 @@ from dmpo_jax.models.head import divergence, token_scores
 from dmpo_jax.models.noised import noised_hidden
 from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.models.transformer import Transformer
-from dmpo_jax.objectives.likelihood import Completions, Estimator, Views
+from dmpo_jax.objectives.likelihood import Estimator, Views
+from dmpo_jax.objectives.masking import Completions
 from dmpo_jax.policy import Policies
 from dmpo_jax.structs import LogProbs, Pairs, Prompts, Routing, Score, Scores
 

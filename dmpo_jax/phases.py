@@ -232,6 +232,7 @@ def mask_sampling(config: ConfigDict, num: int) -> MaskSampling:
     max_ratio=own.max_mask_ratio,
     block_length=own.mask_block_length,
     kind=own.masks,
+    model_block=config.model.get("block_length") or 0,  # an older run's configuration lacks it
   )
 
 

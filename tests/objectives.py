@@ -11,6 +11,8 @@ OWN = {
   "dtm": dict(tilt=2.0, control_variate=1.0),
   **{name: dict(clip=0.2, kl_weight=0.1) for name in ("diffu_grpo", "coupled_grpo", "gdpo", "espo", "tracerl")},
   "gdsd": dict(clip=0.2, kl_weight=0.1, guidance=0.5),
+  "ebpo": dict(clip=0.2, clip_high=0.2, kl_weight=0.1),
+  "bgpo": dict(clip=0.2, most=3.0, kl_weight=0.1),
 }
 
 

@@ -15,10 +15,12 @@ class View:
 
   log_p: np.ndarray  # [r, c]
   is_masked: np.ndarray  # [r, c]
-  ratio: np.ndarray  # [r]; with which probability each mask sample masks a position
+  ratio: np.ndarray  # [r] or [r, c]; with which probability each mask sample masks a position
   is_counted: np.ndarray  # [c]
   committed_at: np.ndarray  # [c]
   divergence: np.ndarray | None = None  # [r, c]; from the teacher
+  block: np.ndarray | None = None  # [c]; number of the block of a model that attends by blocks
+  o: object = None  # the objective's settings, which say how the blocks' masks were drawn
 
   @property
   def num_counted(self):
@@ -30,8 +32,27 @@ class View:
 
   def mean(self, values):
     """Average over each mask sample's masked positions, then over the mask samples; an empty mask counts as 0."""
-    sums = [values[r][self.is_read(r)].sum() / max(self.is_read(r).sum(), 1) for r in range(len(values))]
-    return float(np.mean(sums))
+    sums = [
+      sum(self.by_count(r, l) * values[r, l] for l in np.flatnonzero(self.is_read(r))) for r in range(len(values))
+    ]
+    return float(np.mean(sums)) / max(self.num_counted, 1)
+
+  def by_count(self, r, l):
+    """What a masked position counts in the ELBO of its mask sample, or of its block."""
+    if self.block is None:
+      return self.num_counted / self.is_read(r).sum()
+    is_own = self.block == self.block[l]
+    size = (self.is_counted & is_own).sum()
+    return size / (self.is_read(r) & is_own).sum() / self._nonempty(r, size)
+
+  def _nonempty(self, r, size):
+    """For which share of the ratios a block has masks."""
+    if not self.o.antithetic:
+      return 1.0
+    places = (np.arange(20_000) + 0.5) / 20_000
+    ratio = self.o.min_mask_ratio + (self.o.max_mask_ratio - self.o.min_mask_ratio) * places
+    num = np.minimum(np.floor(ratio * (size + 1)), size)
+    return np.mean(num > 0 if r < len(self.log_p) / 2 else num < size)
 
   def elbo(self):
     return self.num_counted * self.mean(self.log_p)
@@ -52,8 +73,14 @@ class Rollout:
 
 def chunks_of(view, num_chunks):
   """The chunk of each position: model calls are spread over the chunks."""
-  last = view.committed_at[view.is_counted].max()
-  return view.committed_at * num_chunks // (last + 1)
+  scope = np.zeros(len(view.is_counted), int) if view.block is None else view.block
+  result = np.zeros(len(scope), int)
+  for number in np.unique(scope[view.is_counted]):
+    is_own = scope == number
+    called_at = view.committed_at[is_own & view.is_counted]
+    first = 0 if view.block is None else called_at.min()
+    result[is_own] = (view.committed_at[is_own] - first) * num_chunks // (called_at.max() - first + 1)
+  return result
 
 
 def tokens(name, o, view):
@@ -62,9 +89,7 @@ def tokens(name, o, view):
   for l in np.flatnonzero(view.is_counted):
     of_position = view.log_p[:, l]
     read = [r for r in range(num_mask_samples) if view.is_masked[r, l]]
-    by_count = [
-      view.num_counted / view.is_read(r).sum() / num_mask_samples if r in read else 0 for r in range(num_mask_samples)
-    ]
+    by_count = [view.by_count(r, l) / num_mask_samples if view.is_read(r)[l] else 0 for r in range(num_mask_samples)]
     lower = sum(by_count[r] * of_position[r] for r in read)
     if name == "one_step":
       result[l] = of_position.mean()
@@ -82,7 +107,8 @@ def tokens(name, o, view):
       share = [weights[i] / 2 / ((nodes[i] + 1) / 2) for i in range(num_points)]
       result[l] = sum(share[r % num_points] * of_position[r] for r in read) * num_points / num_mask_samples
     elif name == "coupled":
-      result[l] = sum(of_position[r] / view.ratio[r] for r in read) / (num_mask_samples // 2 + 1)
+      ratio = np.broadcast_to(view.ratio.reshape(num_mask_samples, -1), view.log_p.shape)[:, l]
+      result[l] = sum(of_position[r] / ratio[r] for r in read) / (num_mask_samples // 2 + 1)
     elif name == "trajectory":
       result[l] = of_position[chunks_of(view, num_mask_samples)[l]]
     else:
@@ -210,11 +236,41 @@ def gdsd(group, o):
   return total / n
 
 
-def tracerl(group, o):
+def standardised(group):
   centred = advantages(group)
   deviation = math.sqrt((centred**2).mean())
+  return centred / deviation if deviation > 1e-6 else 0 * centred
+
+
+def ebpo(group, o):
+  own, total = o.ebpo, 0.0
+  for rollout, advantage in zip(group, standardised(group), strict=True):
+    new = tokens(o.likelihood, o, rollout.view).sum()
+    ratio = math.exp(new - rollout.token_old.mean())
+    total -= min(ratio * advantage, min(max(ratio, 1 - own.clip), 1 + own.clip_high) * advantage)
+    if own.kl_weight:
+      total += own.kl_weight * (new - rollout.token_ref.mean()) ** 2 / 2
+  return total / len(group)
+
+
+def bgpo(group, o):
+  own, total = o.bgpo, 0.0
+  for rollout, advantage in zip(group, standardised(group), strict=True):
+    length, num_draws = rollout.view.num_counted, len(rollout.token_old)
+    new = by_draw(o.likelihood, o, rollout.view, num_draws)
+    for draw in range(num_draws):
+      moved = (new[draw] - rollout.token_old[draw]) / length
+      ratio = 1 + moved if advantage > 0 else math.exp(moved)
+      loss = -min(ratio * advantage, min(max(ratio, 1 - own.clip), 1 + own.clip) * advantage)
+      total += min(loss, -own.most * advantage) / num_draws if advantage < 0 else loss / num_draws
+      if own.kl_weight:
+        total += own.kl_weight * (new[draw] - rollout.token_ref[draw]) ** 2 / 2 / length / num_draws
+  return total / len(group)
+
+
+def tracerl(group, o):
   total = 0.0
-  for rollout, advantage in zip(group, centred / deviation if deviation > 1e-6 else 0 * centred, strict=True):
+  for rollout, advantage in zip(group, standardised(group), strict=True):
     view, new = rollout.view, tokens(o.likelihood, o, rollout.view)
     chunks = [np.flatnonzero(is_read) for is_read in _read_by_mask_sample(o.likelihood, view) if is_read.any()]
     for chunk in chunks:
@@ -278,11 +334,11 @@ def denoise(group, o):
     view = rollout.view
     for r in range(len(view.log_p)):
       own = -view.log_p[r][view.is_read(r)].sum() / view.num_counted
-      total += own / (view.ratio[r] or 1.0) / len(view.log_p)
+      total += own / (np.ravel(view.ratio[r])[0] or 1.0) / len(view.log_p)
   return total / len(group)
 
 
 LOSSES = {
   loss.__name__: loss
-  for loss in (wdce, wddo, diffu_grpo, coupled_grpo, gdpo, espo, gdsd, tracerl, wd1, spg, dtm, denoise)
+  for loss in (wdce, wddo, diffu_grpo, coupled_grpo, gdpo, espo, gdsd, ebpo, bgpo, tracerl, wd1, spg, dtm, denoise)
 }

@@ -132,15 +132,15 @@ def test_one_wrong_value_is_one_line(config, path, value, allowed):
     ("sampler.guidance", 0.5, "0, as model.block_length = 16"),
     ("model.shift_logits", True, "False, as model.block_length = 16"),
     ("eval.samplers", ("llada", "wino"), "one of llada, parallel, editing, entropy_bound, as model.block_length = 16"),
-    ("objective.name", "tracerl", "one of denoise, wdce, wddo"),
-    ("objective.likelihood", "one_step", "one of elbo, elbo_quadrature, unweighted, coupled, as model.block_length"),
-    ("objective.masks", "trajectory", "one of random, stratified, as model.block_length = 16"),
+    ("objective.likelihood", "sampler", "one of one_step, elbo, elbo_quadrature, "),
+    ("objective.one_step.prompt_mask_ratio", 0.15, "0, as with model.block_length = 16"),
     ("objective.mask_block_length", 4, "0, as model.block_length = 16"),
   ],
 )
 def test_what_knows_no_blocks_is_refused_for_models_that_attend_by_them(config, path, value, allowed):
   config.model.block_length = 16
-  config.objective.antithetic = path != "objective.masks"
+  if path == "objective.one_step.prompt_mask_ratio":
+    config.objective.update(likelihood="one_step", one_step={"prompt_mask_ratio": 0.0})
   config_lib.validate(config)
   with config.ignore_type():
     config.update_from_flattened_dict({path: value})

@@ -15,8 +15,7 @@ from dmpo_jax.logprobs import make_log_probs, make_score
 from dmpo_jax.models import head as head_module
 from dmpo_jax.models.lora import LoraConfig
 from dmpo_jax.objectives.estimators import Elbo
-from dmpo_jax.objectives.likelihood import Completions
-from dmpo_jax.objectives.masking import MaskSampling, draw_masks
+from dmpo_jax.objectives.masking import Completions, MaskSampling, draw_masks
 from dmpo_jax.policy import Policies
 from dmpo_jax.structs import Prompts
 

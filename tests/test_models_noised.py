@@ -71,7 +71,7 @@ def test_the_clean_completion_runs_once_for_all_noised_ones():
   """Counted operations of a pass and its gradient, for the width of real models: products with weights, mostly."""
   model, variables = tiny(num_layers=2, block_length=4, d_model=256, mlp_hidden_size=768)
   q, c = 32, 32
-  for r in (1, 2, 4):
+  for r in (1, 4):
     given = inputs(2, 2, r, q, c)
     ours, theirs = (
       count_flops(jax.make_jaxpr(functools.partial(value_and_gradient, run, model))(variables, given))
@@ -89,6 +89,17 @@ def test_a_prompt_stands_once_for_the_rollouts_of_a_device(monkeypatch, sizes, s
   """Unless a layer computes fewer rows at a time; where rows do not divide, each rollout has the prompt for itself."""
   monkeypatch.setattr(sharding, "num_shares", lambda axis: shares)
   assert count_parts(*sizes) == parts
+
+
+def test_routers_count_every_token_once():
+  """A prompt's whole blocks, and its rest with each copy; what fills a row up is left out."""
+  experts = dict(router="softmax", num_experts=4, experts_per_token=2, expert_size=8)
+  model, variables = tiny(num_layers=1, block_length=4, **experts)
+  given = inputs(p=2, g=2, r=3, q=7, c=8)
+  _, routing = jax.jit(functools.partial(noised_hidden, model))(variables, *given)
+  assert routing.load.shape == (1, 2, 2, 4)
+  rest, whole = np.array([0, 2]), 4  # prompts of 4 and 6 tokens
+  np.testing.assert_allclose(routing.load.sum((0, 2, 3)), 2 * (whole + 2 * (1 + 3) * (rest + 8)))
 
 
 def test_who_sees_whom():
@@ -131,4 +142,4 @@ def test_dropout_belongs_to_the_rollout_and_its_copy():
   whole = run(noised)
   np.testing.assert_allclose(run(noised, layer_rows=3), whole, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(run(noised[:, :, :2]), whole[:, :, :2], rtol=1e-4, atol=1e-4)
-  assert np.abs(run(noised, keys=None) - whole).max() > 0.1
+  assert np.abs(run(noised, keys=keys[::-1]) - whole).max() > 0.1

@@ -17,7 +17,7 @@ import pytest
 from dmpo_jax import noise
 from dmpo_jax.objectives import denoise
 from dmpo_jax.objectives.masking import MaskSampling, place_masks
-from dmpo_jax.structs import Experience, Scores
+from dmpo_jax.structs import Experience, Prompts, Scores
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 CASES = json.loads((GOLDENS / "denoise.json").read_text())["cases"]
@@ -28,7 +28,7 @@ MASKS = MaskSampling(num=2, antithetic=False, min_ratio=0.001)
 def demonstrations():
   ones = jnp.ones((P, G), jnp.float32)
   return Experience(
-    prompts=jnp.arange(P, dtype=jnp.uint32),
+    prompts=Prompts(jnp.zeros((P, 1), jnp.int32), jnp.ones((P, 1), bool), jnp.arange(P, dtype=jnp.uint32)),
     completion=jnp.arange(P * C).reshape(P, G, C) % 5,
     is_counted=jnp.arange(C) < jnp.array([6, 6, 4, 1])[:, None, None],
     reward=0 * ones,
@@ -55,7 +55,7 @@ def value_and_grad(theta, experience, *, name, num_prompts):
     return Scores(log_prob=log_prob, entropy=jnp.ones(is_masked.shape))
 
   def compute(theta):
-    keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts, G)
+    keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts.prompt_id, G)
     return objective.loss(functools.partial(score, theta), experience, keys, num_prompts)
 
   return jax.value_and_grad(compute, has_aux=True)(theta)

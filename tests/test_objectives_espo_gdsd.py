@@ -10,8 +10,8 @@ import objectives
 import pytest
 
 from dmpo_jax.objectives.estimators import Elbo, Unweighted
-from dmpo_jax.objectives.likelihood import Completions, Views
-from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.likelihood import Views
+from dmpo_jax.objectives.masking import Completions, MaskSampling
 from dmpo_jax.structs import Experience
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"

@@ -11,8 +11,8 @@ import pytest
 
 from dmpo_jax.objectives import estimators
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory, make_estimator
-from dmpo_jax.objectives.likelihood import Completions, Estimator, elbo
-from dmpo_jax.objectives.masking import MaskSampling, mask_along_trajectory
+from dmpo_jax.objectives.likelihood import Estimator, elbo
+from dmpo_jax.objectives.masking import Completions, MaskSampling, mask_along_trajectory
 
 MASK, C = 3, 3
 COMPLETIONS = np.array(list(itertools.product(range(3), repeat=C)))  # all 27

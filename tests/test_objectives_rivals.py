@@ -12,8 +12,7 @@ import pytest
 
 from dmpo_jax.objectives.clipped import centred_advantage, clipped_surrogate, k3, leave_one_out_advantage
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory, Unweighted
-from dmpo_jax.objectives.likelihood import Completions
-from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.masking import Completions, MaskSampling
 from dmpo_jax.structs import Experience, Prompts, Scores
 
 LIKELIHOODS = {

@@ -14,7 +14,7 @@ import pytest
 
 from dmpo_jax import noise
 from dmpo_jax.objectives import wdce, weights
-from dmpo_jax.structs import Experience, Scores
+from dmpo_jax.structs import Experience, Prompts, Scores
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "objectives"
 CASES = json.loads((GOLDENS / "wdce.json").read_text())["cases"]
@@ -27,7 +27,8 @@ def make_experience(seed=0, p=P, g=G, c=C, **changes):
   """Random rollouts, in NumPy; the second one of the first prompt is dropped."""
   rng = np.random.default_rng(seed)
   arrays = dict(
-    prompts=np.arange(p, dtype=np.uint32) + 100,  # the prompt's id is all that these tests need of it
+    # the prompt's id is all that these tests need of it
+    prompts=Prompts(np.zeros((p, 1), np.int32), np.ones((p, 1), bool), np.arange(p, dtype=np.uint32) + 100),
     completion=rng.integers(0, 5, (p, g, c), np.int32),
     is_counted=np.arange(c) < rng.integers(2, c + 1, (p, g, 1)),
     reward=rng.random((p, g), np.float32),
@@ -66,7 +67,7 @@ def make_score(theta, experience):
 def draw_masks(experience):
   """A complementary pair of masks of each rollout from NumPy's noise, which belongs to the prompt and the position."""
   g, c = experience.completion.shape[1:]
-  noises = [np.random.default_rng(prompt_id).random((20, g, 1, 1)) for prompt_id in experience.prompts]
+  noises = [np.random.default_rng(prompt_id).random((20, g, 1, 1)) for prompt_id in experience.prompts.prompt_id]
   is_drawn = np.concatenate([n[1 : 1 + c] < n[:1] for n in noises], axis=-1).transpose(3, 1, 2, 0)
   return np.concatenate([is_drawn, ~is_drawn], axis=2) & experience.is_counted[:, :, None]
 
@@ -81,7 +82,7 @@ def run(experience, baseline="negative", num_prompts=None, theta=THETA):
 def value_and_grad(theta, experience, is_masked, *, baseline, num_prompts):
   def compute(theta):
     # JAX's noise takes long to compile
-    with mock.patch.object(wdce, "draw_masks", return_value=(is_masked, None)):
+    with mock.patch.object(wdce, "draw", return_value=(is_masked, None, None)):
       keys = jax.random.wrap_key_data(jnp.zeros((*is_masked.shape[:2], 2), jnp.uint32))
       objective = objectives.make("wdce", baseline=baseline)
       return objective.loss(make_score(theta, experience), experience, keys, num_prompts)
@@ -172,7 +173,7 @@ def test_the_loss_is_the_mean_of_its_groups_on_masks_from_the_keys():
       seen.append(is_masked)
       return make_score(THETA, experience)(is_masked)
 
-    keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts, G)
+    keys = noise.row_keys(noise.step_key(0, "loss", 0), experience.prompts.prompt_id, G)
     whole = objective.loss(score, experience, keys, P)
     return seen[0], whole, objective.group_loss(score(seen[0]), seen[0], experience)
 

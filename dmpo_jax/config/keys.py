@@ -41,8 +41,6 @@ POSITIVE, FROM_ZERO, SHARE = map(of, (ranges.POSITIVE, ranges.FROM_ZERO, ranges.
 OLD_MASKS = "objective.wdce.old_masks"
 # what works with models that attend by blocks
 BLOCK_SAMPLERS = tuple(name for name, own in SAMPLERS.items() if own.has_blocks)
-BLOCK_OBJECTIVES = ("denoise", "wdce", "wddo", "diffu_grpo", "coupled_grpo", "gdpo", "espo", "gdsd", "wd1")
-BLOCK_LIKELIHOODS = ("elbo", "elbo_quadrature", "unweighted", "coupled")  # sums over positions, so over blocks too
 COMPARED = ("objective.name", "objective.wdce.baseline", "objective.wdce.unlearning", OLD_MASKS)
 
 
@@ -169,6 +167,7 @@ DRAWN = ("objective.antithetic", "objective.elbo_quadrature.num_points", "object
 LIKELIHOOD = (
   one_of(*ESTIMATORS, "sampler")
   .checked_by(likelihood_problem, "objective.name")
+  .checked_by(functools.partial(block_problem, known=tuple(ESTIMATORS)), "model.block_length")
   .also(
     "one that estimates log p (elbo, elbo_quadrature, ...), as {0} weighs rollouts by log p_ref - log p_old: coupled "
     "estimates a multiple of it",
@@ -196,7 +195,6 @@ LIKELIHOOD = (
     lambda likelihood, name: likelihood != "sampler" or OBJECTIVES[name].needs_weights,
     "objective.name",
   )
-  .checked_by(functools.partial(block_problem, known=BLOCK_LIKELIHOODS), "model.block_length")
 )
 
 KEYS: dict[str, Rule] = {
@@ -387,16 +385,13 @@ KEYS: dict[str, Rule] = {
     lambda exits, counted: not exits or counted == "until_eos",
     "objective.counted",
   ),
-  "objective.name": one_of(*OBJECTIVES).checked_by(
-    functools.partial(block_problem, known=BLOCK_OBJECTIVES), "model.block_length"
-  ),
+  "objective.name": one_of(*OBJECTIVES),
   "objective.counted": one_of("all", "until_eos"),
   "objective.num_mask_samples": whole(1).checked_by(update_masks_problem, *DRAWN),
   "objective.masks": one_of(*KINDS)
   .checked_by(
     kind_problem, "objective.antithetic", "objective.mask_block_length", "objective.name", "objective.likelihood"
   )
-  .checked_by(functools.partial(block_problem, known=("random", "stratified")), "model.block_length")
   .also(
     "random or stratified, as {0} takes tokens back, and a trajectory would not be what it met",
     lambda kind, sampler: kind != "trajectory" or not SAMPLERS[sampler].can_revoke,
@@ -471,6 +466,15 @@ KEYS: dict[str, Rule] = {
     for name, kind in (ESTIMATORS | OBJECTIVES).items()
     for key, own in kind.ranges.items()
   },
+  "objective.one_step.prompt_mask_ratio": of(ESTIMATORS["one_step"].ranges["prompt_mask_ratio"]).also(
+    "0, as with {0} all rollouts of a prompt share it, without masks, and {1} reads it",
+    lambda ratio, block_length, likelihood: ratio == 0 or block_length == 0 or likelihood != "one_step",
+    "model.block_length",
+    "objective.likelihood",
+  ),
+  "objective.denoise.level": of(OBJECTIVES["denoise"].ranges["level"]).also(
+    "sequence, as {0} has one block", lambda level, size: level == "sequence" or size > 0, "model.block_length"
+  ),
   OLD_MASKS: of(Wdce.ranges["old_masks"])
   .also(
     "buffer, as {0} with {1} and {2} compares nothing with log p_old",

@@ -1,9 +1,11 @@
 """What is minimised: masks, likelihood estimators, importance weights, and one file for each objective."""
 
+from dmpo_jax.objectives.bgpo import Bgpo
 from dmpo_jax.objectives.coupled_grpo import CoupledGrpo
 from dmpo_jax.objectives.denoise import Denoise
 from dmpo_jax.objectives.diffu_grpo import DiffuGrpo
 from dmpo_jax.objectives.dtm import Dtm
+from dmpo_jax.objectives.ebpo import Ebpo
 from dmpo_jax.objectives.espo import Espo
 from dmpo_jax.objectives.gdpo import Gdpo
 from dmpo_jax.objectives.gdsd import Gdsd
@@ -27,4 +29,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
   "wd1": Wd1,
   "spg": Spg,
   "dtm": Dtm,
+  "ebpo": Ebpo,
+  "bgpo": Bgpo,
 }

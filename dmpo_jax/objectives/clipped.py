@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from dmpo_jax.objectives.likelihood import Completions, Estimator, Views
+from dmpo_jax.objectives.likelihood import Estimator, Views
+from dmpo_jax.objectives.masking import Completions
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.ranges import FROM_ZERO, POSITIVE, Range
@@ -32,8 +33,7 @@ class Likelihood(NamedTuple):
 
 def estimate(score: Score, experience: Experience, keys: Key[Array, "p g"], likelihood: Estimator) -> Likelihood:
   """Estimate log p(y | x) of every rollout under the views that the estimator takes from the rollouts' keys."""
-  completions = Completions(experience.is_counted, experience.committed_at, experience.prompts.is_valid)
-  views = likelihood.views(keys, completions)
+  views = likelihood.views(keys, Completions.of(experience))
   scores = score(views.is_masked, views.prompt_is_masked, pairs=likelihood.pairs)
   is_read = views.share > 0
   num_read = jnp.maximum(is_read.sum((2, 3)), 1)

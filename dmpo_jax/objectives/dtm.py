@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 
 from dmpo_jax.objectives.clipped import averaged, bounded_exp, centred_advantage
 from dmpo_jax.objectives.likelihood import masked_mean
-from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.masking import Completions, draw
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.ranges import FROM_ZERO, POSITIVE, Range
@@ -52,16 +52,16 @@ class Dtm(Objective):
     Args:
       score: with p_old as its teacher: the reference, synchronised after every buffer.
     """
-    is_masked, _ = draw_masks(keys, experience.is_counted, self.masks, experience.committed_at)
+    is_masked, _, weights = draw(keys, Completions.of(experience), self.masks)
     scores = score(is_masked, pairs=self.masks.pairs())
     assert scores.divergence is not None  # as `has_teacher` says
     weight = bounded_exp(self.tilt * centred_advantage(experience.reward, experience.is_kept)) - self.control_variate
     losses = masked_mean(
-      self.control_variate * scores.divergence - weight[..., None, None] * scores.log_prob, is_masked
+      self.control_variate * scores.divergence - weight[..., None, None] * scores.log_prob, is_masked, weights
     )
-    entropy = masked_mean(scores.entropy, is_masked).mean(-1)
+    entropy = masked_mean(scores.entropy, is_masked, weights).mean(-1)
     metrics = {
       "loss_coefficient": mean_kept(jnp.abs(weight), experience.is_kept),
-      "loss_kl": mean_kept(masked_mean(scores.divergence, is_masked).mean(-1), experience.is_kept),
+      "loss_kl": mean_kept(masked_mean(scores.divergence, is_masked, weights).mean(-1), experience.is_kept),
     }
     return averaged(mean_kept(losses.mean(-1), experience.is_kept), metrics, entropy, experience.is_kept, num_prompts)

@@ -11,10 +11,18 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from dmpo_jax.objectives.likelihood import Completions, Estimator, Linear, Views
-from dmpo_jax.objectives.masking import KINDS, MaskSampling, draw_block_masks, draw_masks, uniform_noise
+from dmpo_jax.objectives.likelihood import Estimator, Linear, Views
+from dmpo_jax.objectives.masking import (
+  KINDS,
+  Blocks,
+  Completions,
+  MaskSampling,
+  draw,
+  draw_block_masks,
+  uniform_noise,
+)
 from dmpo_jax.ranges import SHARE, Range, number, whole
 from dmpo_jax.spelling import did_you_mean
 
@@ -71,8 +79,12 @@ class Elbo(Linear):
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
-    is_read, is_masked = draw_block_masks(keys, is_counted, self.masks, completions.committed_at)
-    return Views(is_masked, _by_count(is_read, is_counted) / self.masks.num)
+    if self.masks.block_length:
+      is_read, is_masked = draw_block_masks(keys, is_counted, self.masks, completions.committed_at)
+      return Views(is_masked, _by_count(is_read, is_counted) / self.masks.num)
+    is_masked, _, weight = draw(keys, completions, self.masks)
+    share = _by_count(is_masked, is_counted) / self.masks.num
+    return Views(is_masked, share if weight is None else share * weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +214,8 @@ class Coupled(Linear):
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
     is_counted = completions.is_counted
-    is_drawn, ratio = draw_masks(keys, is_counted, self._pairs)
-    share = jnp.where(is_drawn, 1 / jnp.where(ratio > 0, ratio, 1)[..., None], 0)
+    is_drawn, ratio, _ = draw(keys, completions, self._pairs)
+    share = jnp.where(is_drawn, 1 / jnp.where(ratio > 0, ratio, 1), 0)
     everything = is_counted[:, :, None]
     share = jnp.concatenate([everything.astype(share.dtype), share], axis=2)
     return Views(jnp.concatenate([everything, is_drawn], axis=2), share / (self._pairs.num_draws + 1))
@@ -220,6 +232,9 @@ class Trajectory(Linear):
 
   Where not all positions count, the states are still those that the sampler saw: what it had decided behind the EOS
   when it decided the tokens before it is shown, and not read.
+
+  A model that attends by blocks sees its earlier blocks whole, so there each block's own calls form the chunks: with as
+  many as a block has calls it is the log-probability along the trajectory.
   """
 
   replays: ClassVar[bool] = True
@@ -229,12 +244,25 @@ class Trajectory(Linear):
     return (-1,) * self.masks.num
 
   def views(self, keys: Key[Array, "p g"], completions: Completions) -> Views:
-    last = jnp.where(completions.is_counted, completions.committed_at, 0).max(-1, keepdims=True)
-    chunk = completions.committed_at * self.masks.num // (last + 1)
+    first, last = self._calls(completions)
+    chunk = (completions.committed_at - first) * self.masks.num // (last - first + 1)
     number = jnp.arange(self.masks.num)[:, None]
     is_masked = chunk[:, :, None] >= number
     is_read = (chunk[:, :, None] == number) & completions.is_counted[:, :, None]
     return Views(is_masked, is_read.astype(jnp.float32))
+
+  def _calls(self, completions: Completions) -> tuple[Int[Array, "p g #c"], Int[Array, "p g #c"]]:
+    """Return the first and the last call that form the chunks of a position."""
+    is_counted, committed_at = completions.is_counted, completions.committed_at
+    if not self.masks.model_block:
+      last = jnp.where(is_counted, committed_at, 0).max(-1, keepdims=True)
+      return jnp.zeros_like(last), last
+    blocks = Blocks.of(completions, self.masks.model_block)
+    is_own, called_at = blocks.split(is_counted, False), blocks.split(committed_at, 0)
+    last = jnp.where(is_own, called_at, 0).max(-1, keepdims=True)
+    first = jnp.minimum(jnp.where(is_own, called_at, last).min(-1, keepdims=True), last)
+    first, last = (blocks.join(jnp.broadcast_to(each, called_at.shape)) for each in (first, last))
+    return first, last
 
 
 def _by_count(is_read: Bool[Array, "p g r c"], is_counted: Bool[Array, "p g c"]) -> Float[Array, "p g r c"]:

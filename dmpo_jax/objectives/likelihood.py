@@ -11,10 +11,10 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax import ranges
-from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.masking import Completions, MaskSampling
 from dmpo_jax.ranges import Range
 
 
@@ -24,14 +24,6 @@ class Views(NamedTuple):
   is_masked: Bool[Array, "p g r c"]  # hidden from the model
   share: Float[Array, "p g r c"]  # of a mask sample's log-probability of a position; 0 where it is not read
   prompt_is_masked: Bool[Array, "p g r q"] | None = None
-
-
-class Completions(NamedTuple):
-  """What an estimator may know of the completions besides their tokens."""
-
-  is_counted: Bool[Array, "p g c"]
-  committed_at: Int[Array, "p g c"]  # the model call that decided the position; after all that count: none did
-  prompt_is_valid: Bool[Array, "p q"]
 
 
 @runtime_checkable
@@ -135,14 +127,24 @@ def _shared(log_prob: Float[Array, "p g r c"], views: Views) -> Float[Array, "p 
   return jnp.where(views.share > 0, views.share * jnp.where(views.share > 0, log_prob, 0), 0)
 
 
-def masked_mean(values: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"]) -> Float[Array, "p g r"]:
-  """Average over a sample's masked positions: (1/m) sum_{l in M} values_l, m = max(|M|, 1); 0 for an empty mask."""
+def masked_mean(
+  values: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"], weight: Float[Array, "p g r c"] | None = None
+) -> Float[Array, "p g r"]:
+  """Average over a sample's masked positions: (1/m) sum_{l in M} values_l, m = max(|M|, 1); 0 for an empty mask.
+
+  Args:
+    weight: multiplies the values, where not all positions count alike (`masking.Drawn`).
+  """
   num_masked = jnp.maximum(is_masked.sum(-1), 1)
+  values = values if weight is None else values * weight
   return jnp.where(is_masked, values, 0).sum(-1) / num_masked
 
 
 def elbo(
-  token_log_prob: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"], is_counted: Bool[Array, "p g c"]
+  token_log_prob: Float[Array, "p g r c"],
+  is_masked: Bool[Array, "p g r c"],
+  is_counted: Bool[Array, "p g c"],
+  weight: Float[Array, "p g r c"] | None = None,
 ) -> Float[Array, "p g r"]:
   """Estimate the denoising bound of log p(y | x), once a mask mask sample.
 
@@ -159,11 +161,12 @@ def elbo(
   Args:
     token_log_prob: at every position; only masked ones are read.
     is_masked: within the counted positions.
+    weight: see `masked_mean`; with it the sum over blocks of their bounds.
 
   Returns:
     Nats, one estimate a mask sample; their mean over r is the estimate.
   """
-  return is_counted.sum(-1)[:, :, None] * masked_mean(token_log_prob, is_masked)
+  return is_counted.sum(-1)[:, :, None] * masked_mean(token_log_prob, is_masked, weight)
 
 
 def standard_error(estimates: Float[Array, "p g n"]) -> Float[Array, "p g"]:

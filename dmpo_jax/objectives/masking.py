@@ -1,15 +1,44 @@
 """Which completion positions the model has to predict: the masks under every likelihood bound and loss."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from dmpo_jax.ranges import one_of
+from dmpo_jax.structs import Experience
 
 KINDS = ("random", "trajectory", "stratified")
 _OF_GROUP = 2**31 - 2  # what the group's number folds into the key of its first rollout: no index of a mask sample
+# Multiples of it modulo 1 are spread evenly, however many there are: the golden ratio.
+_STEP = (5**0.5 - 1) / 2
+
+
+class Completions(NamedTuple):
+  """What masks may depend on besides a completion's tokens."""
+
+  is_counted: Bool[Array, "p g c"]
+  committed_at: Int[Array, "p g c"]  # the model call that decided the position; after all that count: none did
+  prompt_is_valid: Bool[Array, "p q"]
+
+  @classmethod
+  def of(cls, experience: Experience) -> "Completions":
+    """Take them from a buffer."""
+    return cls(experience.is_counted, experience.committed_at, experience.prompts.is_valid)
+
+
+class Drawn(NamedTuple):
+  """Masks of completions.
+
+  `weight` is by how much a position counts in the mean over its sample's masked ones, in which the ELBO of every block
+  of the model counts by the block's positions; None: all count alike.
+  """
+
+  is_masked: Bool[Array, "p g r c"]
+  ratio: Float[Array, "p g r #c"]  # the probability with which a position was masked, or the share that is
+  weight: Float[Array, "p g r c"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +51,8 @@ class MaskSampling:
     min_ratio, max_ratio: the mask ratio is drawn from U(min_ratio, max_ratio); a complement's is 1 minus it.
     block_length: where positive, a sample masks some of one block of so many positions and everything after it, as a
       block-wise sampler meets it; 0: anywhere. Read by `draw_block_masks` alone.
+    model_block: tokens of a block of a model that attends by blocks; 0: full attention. Each block then has a ratio of
+      its own (`draw`).
     kind: `random`: a ratio, then each position with that probability. `stratified`: the same, but the ratios of a
       group are spread evenly (`spread_evenly`). `trajectory`: states that the sampler met (`mask_along_trajectory`).
   """
@@ -32,6 +63,7 @@ class MaskSampling:
   max_ratio: float = 1.0
   block_length: int = 0
   kind: str = "random"
+  model_block: int = 0
 
   def problem(self) -> str:
     """Return why masks cannot be drawn like this; "" where they can."""
@@ -65,6 +97,125 @@ class MaskSampling:
   def pairs(self, first: int = 0) -> tuple[tuple[int, int], ...]:
     """Name the samples (i, j) that are complements of each other, counted from `first`."""
     return tuple((first + i, first + self.num_draws + i) for i in range(self.num - self.num_draws))
+
+
+def draw(keys: Key[Array, "p g"], about: Completions, masks: MaskSampling) -> Drawn:
+  """Draw masks for a loss or a likelihood bound: by `draw_masks` or, for a model that attends by blocks, in each block.
+
+  Such a model predicts a block from its own noised tokens and clean earlier ones, so its bound of log p(y | x) is the
+  sum of the blocks' bounds, each under a ratio of its own (BD3-LM, arXiv 2503.09573). In a block of n counted positions
+  so many are masked, of a ratio from U(min_ratio, max_ratio): floor(ratio n) + 1, or floor(ratio (n + 1)) of
+  antithetic pairs, at most n. Which ones is by chance, or along the trajectory in the order of the block's own calls.
+  For ratios from U(0, 1) that is 1 to n, or 0 to n, each as often: the mean over masked positions is without bias, once
+  it is divided by the probability that a block has any (`Drawn.weight`). Stratified ratios are spread over the blocks
+  of a completion, too.
+
+  Raises:
+    ValueError: see `MaskSampling.problem`.
+  """
+  if not masks.model_block:
+    is_masked, ratio = draw_masks(keys, about.is_counted, masks, about.committed_at)
+    return Drawn(is_masked, ratio[..., None])
+  if problem := masks.problem():
+    raise ValueError(problem)
+  blocks = Blocks.of(about, masks.model_block)
+  is_counted = blocks.split(about.is_counted, False)
+  uniform = uniform_noise(keys, masks.num_draws, blocks.number + about.is_counted.shape[-1])
+  u_ratio, u_position = uniform[..., : blocks.number], uniform[..., blocks.number :]
+  if masks.kind == "stratified":
+    u_ratio = blocks.spread(keys, masks.num_draws)
+  if masks.kind == "trajectory":
+    is_masked = _along_trajectories(masks.ratio(u_ratio), blocks.split(about.committed_at, 0), is_counted)
+  else:
+    is_masked = _place_in_blocks(masks, u_ratio, blocks.split(u_position, 1.0), is_counted[:, :, None])
+  return blocks.weigh(is_masked, is_counted, _nonempty(masks, is_counted.sum(-1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Where completions divide into the blocks of a model, which count from the prompt's first token.
+
+  Args:
+    start: tokens of each prompt in the block where its completions begin.
+    number: of blocks, enough for any start.
+  """
+
+  start: Int[Array, "p"]
+  size: int
+  number: int
+  length: int
+
+  @classmethod
+  def of(cls, about: Completions, size: int) -> "Blocks":
+    """Divide completions."""
+    length = about.is_counted.shape[-1]
+    return cls(about.prompt_is_valid.sum(1) % size, size, -(-(length + size - 1) // size), length)
+
+  def split(self, array: Shaped[Array, "p *g c"], filling: float | bool) -> Shaped[Array, "p *g n s"]:
+    """Give each block its positions, and `filling` where it has tokens of the prompt, or none."""
+    index = jnp.arange(self.number * self.size) - self.start[:, None]
+    index = index.reshape(index.shape[0], *[1] * (array.ndim - 2), -1)
+    found = jnp.take_along_axis(array, jnp.clip(index, 0, self.length - 1), axis=-1)
+    found = jnp.where((index >= 0) & (index < self.length), found, filling)
+    return found.reshape(*found.shape[:-1], self.number, self.size)
+
+  def spread(self, keys: Key[Array, "p g"], num_draws: int) -> Float[Array, "p g {num_draws} n"]:
+    """Spread numbers over a group by `spread_evenly`, and those of a draw over the blocks of its completion."""
+    numbers = spread_evenly(keys, num_draws)[..., None] + _STEP * jnp.arange(self.number)
+    return numbers - jnp.floor(numbers)
+
+  def join(self, array: Shaped[Array, "p *g n s"]) -> Shaped[Array, "p *g c"]:
+    """Undo `split`."""
+    index = jnp.arange(self.length) + self.start[:, None]
+    index = index.reshape(index.shape[0], *[1] * (array.ndim - 3), -1)
+    return jnp.take_along_axis(array.reshape(*array.shape[:-2], -1), index, axis=-1)
+
+  def weigh(
+    self, is_masked: Bool[Array, "p g r n s"], is_counted: Bool[Array, "p g n s"], nonempty: Float[Array, "p g r n"]
+  ) -> Drawn:
+    """Say how masks in blocks count."""
+    num_masked, num_counted = is_masked.sum(-1), is_counted.sum(-1)[:, :, None]
+    of_sample = num_masked.sum(-1, keepdims=True) / jnp.maximum(num_counted.sum(-1, keepdims=True), 1)
+    weight = of_sample * num_counted / jnp.maximum(num_masked, 1) / nonempty
+    ratio = num_masked / jnp.maximum(num_counted, 1)
+    weight, ratio = (jnp.broadcast_to(each[..., None], is_masked.shape) for each in (weight, ratio))
+    return Drawn(*map(self.join, (is_masked, ratio, weight)))
+
+
+def _place_in_blocks(
+  masks: MaskSampling,
+  u_ratio: Float[Array, "p g d n"],
+  u_position: Float[Array, "p g d n s"],
+  is_counted: Bool[Array, "p g 1 n s"],
+) -> Bool[Array, "p g r n s"]:
+  """Mask as many positions of each block as its ratio says, those with the least noise; then the complements."""
+  size = is_counted.sum(-1)
+  ratio = masks.ratio(u_ratio)
+  num = jnp.floor(ratio * (size + 1)) if masks.antithetic else jnp.floor(ratio * size) + 1
+  place = jnp.argsort(jnp.argsort(jnp.where(is_counted, u_position, 2.0), axis=-1), axis=-1)
+  is_drawn = place < jnp.minimum(num, size)[..., None]
+  return jnp.concatenate([is_drawn, ~is_drawn & is_counted], axis=2) if masks.antithetic else is_drawn
+
+
+def _along_trajectories(
+  ratio: Float[Array, "p g r n"], committed_at: Int[Array, "p g n s"], is_counted: Bool[Array, "p g n s"]
+) -> Bool[Array, "p g r n s"]:
+  """Mask in each block what the sampler had still to decide at a point of the block's own trajectory."""
+  (p, g, r, n), s = ratio.shape, committed_at.shape[-1]
+  flat = ratio.swapaxes(2, 3).reshape(p, g * n, r)
+  is_masked, _ = mask_along_trajectory(flat, *(x.reshape(p, g * n, s) for x in (committed_at, is_counted)))
+  return is_masked.reshape(p, g, n, r, s).swapaxes(2, 3)
+
+
+def _nonempty(masks: MaskSampling, size: Int[Array, "p g n"]) -> Float[Array, "p g r n"]:
+  """The probability that a sample masks some of a block's counted positions; at least a little."""
+  if not masks.antithetic:
+    return jnp.ones((*size.shape[:2], masks.num, size.shape[-1]))
+  width = masks.max_ratio - masks.min_ratio
+  drawn_none = jnp.clip(1 / (size + 1) - masks.min_ratio, 0, width)
+  drawn_all = jnp.clip(masks.max_ratio - size / (size + 1), 0, width)
+  by_half = [1 - each / width if width else jnp.ones(size.shape) for each in (drawn_none, drawn_all)]
+  return jnp.repeat(jnp.maximum(jnp.stack(by_half, axis=2), 1e-6), masks.num_draws, axis=2)
 
 
 def draw_masks(
@@ -185,11 +336,11 @@ def uniform_noise(keys: Key[Array, "p g"], num_draws: int, width: int) -> Float[
 
 
 def place_masks(
-  u_ratio: Float[Array, "p g n"],
+  u_ratio: Float[Array, "p g n *k"],
   u_position: Float[Array, "p g n c"],
   is_counted: Bool[Array, "p g c"],
   masks: MaskSampling,
-) -> tuple[Bool[Array, "p g r c"], Float[Array, "p g r"]]:
+) -> tuple[Bool[Array, "p g r c"], Float[Array, "p g r *k"]]:
   """Turn uniform noise in [0, 1) into masks: position l is masked where u_position < lambda.
 
   lambda = `masks.ratio(u_ratio)`. Antithetic: the n draws are followed by their complements
@@ -197,7 +348,7 @@ def place_masks(
   ratio is 1 - lambda, in [1 - max_ratio, 1 - min_ratio]; either half of a pair may be empty.
   """
   ratio = masks.ratio(u_ratio)
-  is_drawn = u_position < ratio[..., None]
+  is_drawn = u_position < ratio.reshape(*ratio.shape[:3], -1)
   if masks.antithetic:
     ratio = jnp.concatenate([ratio, 1 - ratio], axis=2)
     is_drawn = jnp.concatenate([is_drawn, ~is_drawn], axis=2)

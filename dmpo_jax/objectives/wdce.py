@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives import weights
 from dmpo_jax.objectives.likelihood import elbo, masked_mean
-from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.masking import Completions, draw
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.ranges import FROM_ZERO, Range, number, one_of
@@ -75,23 +75,31 @@ class Wdce(Objective):
       the policy moved since it drew the rollouts), and where unlearning is bounded `loss_stopped`, the share of the
       rollouts that no longer count.
     """
-    is_masked, _ = draw_masks(keys, experience.is_counted, self.masks, experience.committed_at)
-    losses, metrics = self.group_loss(score(is_masked, pairs=self.masks.pairs()), is_masked, experience)
+    is_masked, _, weight = draw(keys, Completions.of(experience), self.masks)
+    scores = score(is_masked, pairs=self.masks.pairs())
+    losses, metrics = self.group_loss(scores, is_masked, experience, weight)
     return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}
 
   def group_loss(
-    self, scores: Scores, is_masked: Bool[Array, "p g r c"], experience: Experience
+    self,
+    scores: Scores,
+    is_masked: Bool[Array, "p g r c"],
+    experience: Experience,
+    mask_weight: Float[Array, "p g r c"] | None = None,
   ) -> tuple[Float[Array, "p"], dict[str, Float[Array, "p"]]]:
     """Compute each prompt's part of `loss`, before the mean over prompts, from scores under given masks.
 
     A dropped rollout adds nothing to a loss or metric, whatever its values are, NaN included.
+
+    Args:
+      mask_weight: of the masked positions, where they do not count alike (`masking.Drawn`).
     """
     is_kept, log_p_old = experience.is_kept, experience.log_p_old
     if self.scores_updates:
       assert experience.token_log_p_old is not None  # as `scores_updates` says
       log_p_old = experience.token_log_p_old.mean(-1)
-    rollout_loss = cross_entropy(scores.log_prob, is_masked)
-    log_p_theta = elbo(scores.log_prob, is_masked, experience.is_counted).mean(-1)
+    rollout_loss = cross_entropy(scores.log_prob, is_masked, mask_weight)
+    log_p_theta = elbo(scores.log_prob, is_masked, experience.is_counted, mask_weight).mean(-1)
     subtracted = weights.baseline(
       self.baseline,
       weight=experience.weight,
@@ -107,7 +115,7 @@ class Wdce(Objective):
       coefficient = jnp.where(is_stopped, 0, coefficient)
     metrics = {
       "loss_cross_entropy": mean_kept(rollout_loss, is_kept),
-      "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
+      "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked, mask_weight).mean(-1), is_kept),
       "loss_coefficient": jnp.abs(coefficient).sum(-1),
       "loss_log_ratio": mean_kept(log_p_theta - log_p_old, is_kept),
     }
@@ -116,6 +124,10 @@ class Wdce(Objective):
     return (coefficient * jnp.where(is_kept, rollout_loss, 0)).sum(-1), metrics
 
 
-def cross_entropy(token_log_prob: Float[Array, "p g r c"], is_masked: Bool[Array, "p g r c"]) -> Float[Array, "p g"]:
+def cross_entropy(
+  token_log_prob: Float[Array, "p g r c"],
+  is_masked: Bool[Array, "p g r c"],
+  weight: Float[Array, "p g r c"] | None = None,
+) -> Float[Array, "p g"]:
   """Average -log p over each mask sample's masked tokens, then over the samples (an empty one counts as 0)."""
-  return -masked_mean(token_log_prob, is_masked).mean(-1)
+  return -masked_mean(token_log_prob, is_masked, weight).mean(-1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dmpo_jax.objectives.likelihood import elbo, masked_mean
-from dmpo_jax.objectives.masking import draw_masks
+from dmpo_jax.objectives.masking import Completions, draw
 from dmpo_jax.objectives.objective import Loss, Objective
 from dmpo_jax.objectives.weights import mean_kept
 from dmpo_jax.ranges import FROM_ZERO, POSITIVE, Range, one_of
@@ -60,14 +60,11 @@ class Wddo(Objective):
       (d, nats) and `loss_entropy` (nats a masked token).
     """
     num = self.masks.num
-    drawn = [
-      draw_masks(key, experience.is_counted, self.masks, experience.committed_at)[0]
-      for key in _keys_of(keys, self.sets)
-    ]
-    is_masked = jnp.concatenate(drawn, axis=2)
+    drawn = [draw(key, Completions.of(experience), self.masks) for key in _keys_of(keys, self.sets)]
+    is_masked, _, weight = jax.tree.map(lambda *sets: jnp.concatenate(sets, axis=2), *drawn)
     pairs = [self.masks.pairs(number * num) for number in range(len(drawn))]
     scores = score(is_masked, pairs=sum(pairs, ()))
-    bounds = elbo(scores.log_prob, is_masked, experience.is_counted)
+    bounds = elbo(scores.log_prob, is_masked, experience.is_counted, weight)
     log_p_real, log_p_fake = bounds[:, :, :num].mean(-1), bounds[:, :, -num:].mean(-1)
     real, fake = terms(
       log_p_real, log_p_fake, experience.log_p_old, experience.weight, experience.is_kept, beta=self.beta
@@ -77,7 +74,7 @@ class Wddo(Objective):
       "loss_real": real,
       "loss_fake": fake,
       "loss_log_ratio": mean_kept(log_p_real - experience.log_p_old, is_kept),
-      "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked).mean(-1), is_kept),
+      "loss_entropy": mean_kept(masked_mean(scores.entropy, is_masked, weight).mean(-1), is_kept),
     }
     losses = self.group_loss(real, fake, is_kept)
     return losses.sum() / num_prompts, {name: value.sum() / num_prompts for name, value in metrics.items()}

@@ -5,7 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dmpo_jax import noise, phases
-from dmpo_jax.objectives.likelihood import Completions
+from dmpo_jax.objectives.masking import Completions
 from launch.bench import peers, timing, workload
 from launch.bench.results import Options, Result, compare
 

@@ -22,8 +22,8 @@ from etils import epath
 
 from dmpo_jax import files
 from dmpo_jax.objectives.estimators import Coupled, Elbo, ElboQuadrature, Eubo, OneStep, Trajectory
-from dmpo_jax.objectives.likelihood import Completions, Linear
-from dmpo_jax.objectives.masking import MaskSampling
+from dmpo_jax.objectives.likelihood import Linear
+from dmpo_jax.objectives.masking import Completions, MaskSampling
 from dmpo_jax.run import buckets
 from launch import commands
 
