@@ -4,6 +4,7 @@ import io
 import re
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -150,10 +151,17 @@ def test_a_long_compilation_is_said_while_it_lasts(monkeypatch):
   output, printed = io.StringIO(), threading.Event()
   monkeypatch.setattr(output, "write", lambda text, write=output.write: (write(text), printed.set())[0], raising=False)
   with Progress("train", 1, console=Console(file=output), is_quiet=False) as bar:
-    bar.compiling("update")
+    for name in ("update", "", "update"):  # of one that is soon compiled nothing is said
+      bar.compiling(name)
     assert printed.wait(timeout=20)
+    time.sleep(0.1)
     bar.compiling("")
-  assert "compiling update" in output.getvalue()
+  assert output.getvalue() == "train 0/1  compiling update\n"
+  quiet = io.StringIO()
+  with Progress("train", 1, console=Console(file=quiet), is_quiet=True) as bar:
+    bar.compiling("update")
+    time.sleep(0.1)
+  assert quiet.getvalue() == ""
 
 
 def test_the_flag_is_heard(monkeypatch):

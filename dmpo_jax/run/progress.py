@@ -59,6 +59,7 @@ class Progress:
     self._finished: deque[tuple[float, int]] = deque(maxlen=21)  # the last 20 steps set the pace
     self._printed_at: float | None = None
     self._figures, self._part, self._compiling = "", "", ""
+    self._num_events = 0  # programs that began to be compiled, or were
     self._bar: _Bar | None = None
     self._around: Progress | None = None
 
@@ -77,18 +78,19 @@ class Progress:
 
   def compiling(self, name: str) -> None:
     """Show that a program is being compiled; "": it is compiled."""
-    self._compiling = name
+    self._compiling, self._num_events = name, self._num_events + 1
     if self._around is not None:
       self._around.compiling(name)
     elif self._bar is not None:
       self._redraw()
     elif name:
-      timer = threading.Timer(COMPILING_SECONDS, self._print_compiling, [name])
+      timer = threading.Timer(COMPILING_SECONDS, self._print_compiling, [self._num_events])
       timer.daemon = True
       timer.start()
 
-  def _print_compiling(self, name: str) -> None:
-    if self._compiling == name and not self._is_quiet:
+  def _print_compiling(self, number: int) -> None:
+    """Print that a program is being compiled, unless it is done or another one has begun since event `number`."""
+    if self._num_events == number and not self._is_quiet:
       self._print(time.monotonic(), self._time_left())
 
   def _show(self, is_step: bool = False) -> None:

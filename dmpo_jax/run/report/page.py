@@ -51,6 +51,7 @@ def render(runs: Sequence[Run]) -> str:
     loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
   )
   environment.filters |= {"percent": lambda value: f"{value:.1%}" if is_number(value) else "unknown", "number": _number}
+  environment.filters["tenths"] = lambda value: f"{value:.1f}" if is_number(value) else "unknown"
   environment.filters |= {"parts": lambda row: charts.list_parts([row]), "code": show_code, "grid": show_grid}
   figures, constant, absent = draw(runs)
   animated = {run.name: animations(run) for run in runs}
