@@ -68,6 +68,9 @@ def get_config() -> ConfigDict:
   t.name = "sentencepiece"  # sentencepiece, huggingface (a folder with tokenizer.json)
   t.path = os.path.join(HERE, "tokenizers", "tiny.model")  # "": the folder of model.init_from
   t.is_chat = False  # a prompt is a user's turn in the tokenizer's chat template; False: plain text
+  t.chat_template_kwargs = (
+    ""  # switches of the template as JSON: {"enable_thinking": false} for Qwen3 and SDAR; "": none
+  )
 
   c.task = k = ConfigDict()
   k.name = "sudoku"  # see dmpo_jax.tasks.TASKS; or your own file, path/to/task.py or path/to/rows.jsonl

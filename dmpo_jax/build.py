@@ -17,6 +17,7 @@ from dmpo_jax import data, processes, sharding, tasks
 from dmpo_jax.config import ConfigError
 from dmpo_jax.grading import Grading
 from dmpo_jax.hub import pretrained
+from dmpo_jax.hub.chat import read_switches
 from dmpo_jax.hub.tokenizer import Tokenizer, load_tokenizer
 from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.config import ModelConfig
@@ -41,6 +42,7 @@ class Vocabulary(Protocol):
   vocab_size: int
   mask_token_id: int
   eos_token_id: int
+  end_token_ids: tuple[int, ...]
   pad_token_id: int
 
 
@@ -52,6 +54,7 @@ class SpecialIds:
   mask_token_id: int
   eos_token_id: int
   pad_token_id: int
+  end_token_ids: tuple[int, ...] = ()  # EOS alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +187,8 @@ def _check_parts(config: ConfigDict, task: tasks.Task) -> None:
 def make_tokenizer(config: ConfigDict) -> Tokenizer:
   """Load the tokenizer of `config.tokenizer`, which may be the checkpoint's own."""
   own = config.tokenizer
-  return load_tokenizer(own.name, own.path or config.model.init_from, is_chat=own.is_chat)
+  switches = read_switches(own.get("chat_template_kwargs", ""))  # an older run's configuration lacks it
+  return load_tokenizer(own.name, own.path or config.model.init_from, is_chat=own.is_chat, switches=switches)
 
 
 def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
@@ -218,6 +222,7 @@ def build_model(config: ConfigDict, vocabulary: Vocabulary) -> Transformer:
       remat=own.remat,
       layer_rows=own.get("layer_rows", 0),
       lora=lora,
+      end_token_ids=vocabulary.end_token_ids,
     )
   )
 

@@ -77,7 +77,7 @@ def take(
   """Take demonstrations from a stream, and weigh them for the objective."""
   prompts, completion, _ = stream.demonstrations(position, n, completion_length=completion_length)
   experience = rollout.demonstrate(prompts, completion)
-  is_counted = np.asarray(rollout.count_positions(experience.completion, parts.tokenizer.eos_token_id, counted))
+  is_counted = np.asarray(rollout.count_positions(experience.completion, parts.tokenizer.end_token_ids, counted))
   weight = objective.demonstration_weights(is_counted)
   return dataclasses.replace(experience, is_counted=is_counted, weight=weight)
 

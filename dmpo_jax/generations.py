@@ -38,7 +38,7 @@ def grade_batch(
     for row, (verdict, text) in enumerate(zip(verdicts, texts, strict=True)):
       p, g = divmod(row, group_size)
       ids = here.completion[p, g]
-      ends = np.flatnonzero(np.isin(ids, [tokenizer.eos_token_id, tokenizer.eot_token_id]))
+      ends = np.flatnonzero(np.isin(ids, [*tokenizer.end_token_ids, tokenizer.eot_token_id]))
       lines.append(
         {
           "index": mine[p],

@@ -294,7 +294,7 @@ def grade(
 def decode(tokenizer: Tokenizer, completion: Int[np.ndarray, "... c"]) -> tuple[list[str], list[bool]]:
   """Return the texts of completions in order, and whether each ended with an end token."""
   rows = completion.reshape(-1, completion.shape[-1])
-  ends = [tokenizer.eos_token_id, tokenizer.eot_token_id]
+  ends = [*tokenizer.end_token_ids, tokenizer.eot_token_id]
   return [tokenizer.decode(row.tolist()) for row in rows], np.any(np.isin(rows, ends), axis=-1).tolist()
 
 

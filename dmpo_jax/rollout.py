@@ -144,7 +144,7 @@ class Collector:
     progress.part("waiting for rewards")
     grades = (pending.wait or self._grade(batch, slice(None), rollouts))()
     watch.lap("reward")  # what grading took longer than all that was done meanwhile
-    is_counted = count_positions(rollouts.completion, self.tokenizer.eos_token_id, self.counted)
+    is_counted = count_positions(rollouts.completion, self.tokenizer.end_token_ids, self.counted)
     experience = Experience(
       prompts=batch.prompts,
       completion=rollouts.completion,
@@ -161,15 +161,15 @@ class Collector:
     )
     experience, figures = self.scoring.complete(policies, experience, rollouts, log_probs, batch.buffer)
     watch.lap("score")
-    is_until_eos = count_positions(rollouts.completion, self.tokenizer.eos_token_id, "until_eos")
-    metrics = describe(grades, rollouts, is_until_eos, self.tokenizer.eos_token_id) | figures
+    is_until_eos = count_positions(rollouts.completion, self.tokenizer.end_token_ids, "until_eos")
+    metrics = describe(grades, rollouts, is_until_eos, self.tokenizer.end_token_ids) | figures
     for name, seconds in pending.seconds.items():
       watch.add(name, float(seconds))
     return experience, metrics | watch.rates(tokens=rollouts.completion.size)
 
   def _score(self, policies: Policies, batch: Batch, chunk: Chunk, rollouts: Rollouts) -> LogProbs:
     assert self.scoring.score is not None  # else there is nothing to score
-    is_counted = count_positions(rollouts.completion, self.tokenizer.eos_token_id, self.counted)
+    is_counted = count_positions(rollouts.completion, self.tokenizer.end_token_ids, self.counted)
     prompts = chunk.of_prompts(batch.prompts)
     return self.scoring.score(policies, prompts, rollouts, is_counted, batch.buffer, chunk.rollouts.start)
 
@@ -418,16 +418,17 @@ def demonstrate(prompts: Prompts, completion: Int[np.ndarray, "p c"]) -> Experie
 
 
 def count_positions(
-  completion: Int[np.ndarray | jax.Array, "*b c"], eos_token_id: int, counted: str
-) -> Bool[np.ndarray | jax.Array, "*b c"]:
-  """Mark the completion positions that the likelihood counts: `all`, or `until_eos` (the first EOS included).
+  completion: Int[np.ndarray | jax.Array, "*b c"], end_token_ids: Sequence[int], counted: str
+) -> Bool[np.ndarray, "*b c"]:
+  """Mark the completion positions that the likelihood counts: `all`, or `until_eos`.
 
-  Positions that are not counted are neither scored nor shown to the model (`logprobs.make_score`).
+  The latter ends with the first token that ends completions, and includes it. Positions that are not counted are
+  neither scored nor shown to the model (`logprobs.make_score`).
   """
   if counted == "all":
     return np.ones(completion.shape, bool)
-  is_eos = completion == eos_token_id
-  return is_eos.cumsum(-1) - is_eos == 0
+  is_end = np.isin(completion, end_token_ids)
+  return is_end.cumsum(-1) - is_end == 0
 
 
 def decided_at(rollouts: Rollouts) -> Int[np.ndarray | jax.Array, "p g c"]:

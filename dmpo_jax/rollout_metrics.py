@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,10 @@ def lack_of_signal(reward: Float[np.ndarray, "p g *parts"], is_kept: Bool[np.nda
 
 
 def describe(
-  grades: Grades, rollouts: Rollouts, is_until_eos: Bool[np.ndarray | jax.Array, "p g c"], eos_token_id: int
+  grades: Grades,
+  rollouts: Rollouts,
+  is_until_eos: Bool[np.ndarray | jax.Array, "p g c"],
+  end_token_ids: Sequence[int],
 ) -> dict[str, float]:
   """Compute a buffer's metrics of completions and rewards. Dropped rollouts count in no reward."""
   kept = grades.is_kept
@@ -66,6 +70,7 @@ def describe(
   if grades.parts is not None:
     parts = {f"reward_{name}": _mean(grades.parts[kept][:, index]) for index, name in enumerate(grades.part_names)}
   completion = rollouts.completion
+  is_end = np.isin(completion, end_token_ids)
   drawn = log_confidence(rollouts)[rollouts.is_drawn]
   unique = weights.unique_rollouts(*map(jnp.asarray, (completion, is_until_eos, kept)))
   return {
@@ -83,8 +88,8 @@ def describe(
     "calls_saved": _mean(rollouts.num_saved),
     "confidence": float(rollouts.confidence.sum() / rollouts.num_tokens.sum()),
     "sampled_nll": -_mean(drawn),  # nats a token; unlike `entropy` it is the same measure for every objective
-    "completion_length": _mean((is_until_eos & (completion != eos_token_id)).sum(-1)),
-    "eos_rate": _mean((completion == eos_token_id).any(-1)),
+    "completion_length": _mean((is_until_eos & ~is_end).sum(-1)),
+    "eos_rate": _mean(is_end.any(-1)),
   }
 
 

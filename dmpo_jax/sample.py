@@ -185,9 +185,9 @@ def pad(ids: Sequence[list[int]], numbers: np.ndarray, tokenizer: Tokenizer, *, 
 
 
 def describe(rollouts: Rollouts, tokenizer: Tokenizer, seconds: float) -> list[dict[str, Any]]:
-  """Say what each row of [b, c] rollouts holds; ids end with the first EOS."""
-  is_eos = rollouts.completion == tokenizer.eos_token_id
-  num_ids = (np.cumsum(is_eos, axis=1) - is_eos == 0).sum(1)
+  """Say what each row of [b, c] rollouts holds; ids end with the first EOS, or another token that ends completions."""
+  is_end = np.isin(rollouts.completion, tokenizer.end_token_ids)
+  num_ids = (np.cumsum(is_end, axis=1) - is_end == 0).sum(1)
   return [
     {
       "ids": ids[: num_ids[row]].tolist(),

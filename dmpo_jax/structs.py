@@ -176,6 +176,7 @@ class Denoiser(Protocol):
 
   mask_token_id: int
   eos_token_id: int
+  end_token_ids: tuple[int, ...]  # the first of these ends a completion: EOS, and others where a checkpoint names some
   num_chunks: int  # of the vocabulary
   shift_logits: bool  # the hidden state of a position predicts the next one's token (Dream)
   block_length: int  # of a model that attends by blocks, which has the last three methods; 0: full attention

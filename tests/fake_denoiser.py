@@ -26,6 +26,11 @@ class Fake(NamedTuple):
   shift_logits: bool = False
   block_length: int = 0
   reference: Any = None
+  ends: tuple[int, ...] = ()  # EOS alone
+
+  @property
+  def end_token_ids(self):
+    return self.ends or (self.eos_token_id,)
 
   def logits(self, hidden, number=0):
     return hidden[:, :, None], jnp.arange(hidden.shape[-1])[None]

@@ -425,6 +425,7 @@ class Chat:
   vocab_size = 256
   pad_token_id = bos_token_id = 0
   eos_token_id = eot_token_id = mask_token_id = 4
+  end_token_ids = (4,)
 
   def encode(self, text):
     return list(map(ord, text))

@@ -395,9 +395,11 @@ def test_parameters_that_are_not_finite_stop_the_first_call(folder, use_devices)
 
 def test_counted_positions_end_with_the_first_eos():
   completion = np.array([[5, 2, 5, 2], [5, 5, 5, 5], [2, 2, 2, 2]], np.int32)
-  until = rollout.count_positions(completion, 2, "until_eos")
+  until = rollout.count_positions(completion, (2,), "until_eos")
   np.testing.assert_array_equal(until, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
-  assert rollout.count_positions(completion, 2, "all").all()
+  assert rollout.count_positions(completion, (2,), "all").all()
+  several = rollout.count_positions(np.array([[5, 3, 2, 2], [2, 3, 5, 5]], np.int32), (2, 3), "until_eos")
+  np.testing.assert_array_equal(several, [[1, 1, 0, 0], [1, 0, 0, 0]])
 
 
 def test_rollouts_that_differ_behind_their_eos_alone_are_the_same():
@@ -405,7 +407,7 @@ def test_rollouts_that_differ_behind_their_eos_alone_are_the_same():
   count = np.full((1, 4), 4)
   rollouts = structs.Rollouts(completion, 0 * completion, np.full(completion.shape, 0.5), count, count, 0 * count)
   grades = Grades(np.eye(1, 4), np.ones((1, 4), bool), np.ones((1, 4), bool))
-  figures = describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
+  figures = describe(grades, rollouts, rollout.count_positions(completion, (2,), "until_eos"), (2,))
   np.testing.assert_allclose(figures["unique_rollouts"], 1 / (9 / 16 + 1 / 16), rtol=1e-6)
 
 
@@ -415,7 +417,7 @@ def test_what_the_log_says_of_completions():
     completion, completion * 0, np.full((1, 2, 4), 0.5), np.array([[2, 2]]), np.array([[4, 2]]), np.array([[0, 1]])
   )
   grades = Grades(np.array([[1.0, 0.0]]), np.array([[True, False]]), np.array([[True, False]]), per_second=4.0)
-  figures = describe(grades, rollouts, rollout.count_positions(completion, 2, "until_eos"), 2)
+  figures = describe(grades, rollouts, rollout.count_positions(completion, (2,), "until_eos"), (2,))
   assert figures == {
     "reward_mean": 1.0,
     "reward_std": 0.0,

@@ -293,7 +293,7 @@ def test_what_stands_behind_the_eos_changes_no_log_probability_weight_or_loss(fo
     pending = phase.buffers.generate(state, 0)
     drawn = groups(config, pending.rollouts)
     completion = drawn.completion
-    is_counted = np.asarray(rollout.count_positions(completion, parts.tokenizer.eos_token_id, "until_eos"))
+    is_counted = np.asarray(rollout.count_positions(completion, parts.tokenizer.end_token_ids, "until_eos"))
     other = np.where(is_counted, completion, 14)
     assert (~is_counted).any(-1).sum() > 4
     scoring = phases.training_scoring(config, parts.model, parts.mesh)

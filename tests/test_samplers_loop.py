@@ -89,6 +89,18 @@ def test_early_exit_changes_nothing_up_to_the_eos_and_saves_calls(name):
     np.testing.assert_array_equal(early.num_calls + early.num_saved, plain.num_calls)
 
 
+def test_every_token_that_ends_completions_ends_a_row_and_eos_fills_it():
+  denoiser = contextual(c=8, prompt=jnp.arange(16.0), eos_token_id=1, ends=(1, 2))
+  early = run("llada", denoiser, keys(16), OWN["llada"], **SETTINGS, temperature=1.0, early_exit=True)
+  plain = decode_all("llada", False).completion
+  is_end = np.isin(plain, (1, 2))
+  is_behind = np.cumsum(is_end, 1) - is_end > 0
+  np.testing.assert_array_equal(early.completion, np.where(is_behind, 1, plain))
+  np.testing.assert_array_equal(early.num_tokens, (~is_behind).sum(1))
+  firsts = plain[np.arange(16), is_end.argmax(1)]
+  assert {1, 2} <= set(firsts.tolist())
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_only_the_current_block_goes_through_the_head_and_has_noise(name):
   """And greedy decoding draws no noise of tokens at all."""

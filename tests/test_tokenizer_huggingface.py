@@ -1,6 +1,8 @@
 """Tokenizers of Hugging Face's layout: ids, chat templates, and special ids that are not the model's."""
 
+import gzip
 import json
+import pathlib
 
 import jinja2
 import pytest
@@ -111,7 +113,12 @@ def test_the_second_family(tmp_path):
     (dict(eot_token_id=5), r"eot_token_id=5, but the eot token '<\|eot_id\|>' is 126348"),
     (dict(mask_token_id=126400), "mask_token_id=126400, which is no token"),
     (dict(mask_token_id=None), "there is no mask token"),
-    (dict(eos_token_id=[126081, 126348]), r"eos_token_id=\[126081, 126348\], where one id is needed"),
+    (dict(eos_token_id=[126348, 126080]), "eos_token_id=126348, but the eos token '<|endoftext|>' is 126081"),
+    (
+      dict(eos_token_id=[126081, 126400, "x"]),
+      r"config.json has \[126400, 'x'\] in eos_token_id=\[126081, 126400, 'x'\]",
+    ),
+    (dict(pad_token_id=[1]), r"pad_token_id=\[1\], where one id is needed"),
     (dict(mask_token_id=126335, vocab_size=None), None),  # nothing either
     (dict(vocab_size=126000), "vocab_size=126000, but there are 126349 tokens"),
   ],
@@ -123,6 +130,51 @@ def test_special_ids_are_checked_against_the_model(folder, tmp_path, change, mes
     return
   with pytest.raises(ValueError, match=message):
     HuggingFaceTokenizer(path, is_chat=True)
+
+
+def test_every_listed_eos_ends_a_completion(folder, tmp_path):
+  """Those of config.json and of generation_config.json, beside the tokenizer's own, which fills up."""
+  path = copy(folder, tmp_path / "listed", model=MODEL | dict(eos_token_id=[126348, 126081]))
+  (path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[126081, 126080], temperature=0.6)))
+  tokenizer = HuggingFaceTokenizer(path, is_chat=False)
+  assert (tokenizer.eos_token_id, tokenizer.eot_token_id) == (126081, 126081)
+  assert tokenizer.end_token_ids == (126081, 126348, 126080)
+  for end in tokenizer.end_token_ids:
+    assert tokenizer.decode([*tokenizer.encode("ja"), end, *tokenizer.encode("nein")]) == "ja"
+  (path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=126080)))
+  assert HuggingFaceTokenizer(path, is_chat=False).end_token_ids == (126081, 126348, 126080)
+  (path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[126081, 200_000])))
+  with pytest.raises(ValueError, match=r"generation_config.json has \[200000\] in eos_token_id"):
+    HuggingFaceTokenizer(path, is_chat=False)
+
+
+PUBLISHED = json.loads(
+  gzip.decompress((pathlib.Path(__file__).parent / "goldens/chats/published.json.gz").read_bytes())
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED["models"])
+def test_published_templates_render_as_by_transformers(name):
+  """With and without the header of an answer, and SDAR's with each value of its switch."""
+  own = PUBLISHED["models"][name]
+  for case in own["renderings"]:
+    switches = {"enable_thinking": case["enable_thinking"]} if "enable_thinking" in case else {}
+    turns = [Turn(turn["role"], turn["content"]) for turn in PUBLISHED["conversations"][case["conversation"]]]
+    template = chat.Template(own["template"], own["special"], switches)
+    assert template.render(turns, is_answering=case["add_generation_prompt"]) == case["text"], case
+
+
+def test_a_switch_reaches_prompts_and_must_be_the_templates(folder, tmp_path):
+  path = copy(folder, tmp_path / "switch")
+  template = "{{ messages[0].content }}|{{ '' if enable_thinking else '<no>' }}"
+  (path / "chat_template.jinja").write_text(template)
+  for switches, text in (({}, "x|<no>"), ({"enable_thinking": True}, "x|")):
+    tokenizer = load_tokenizer("huggingface", path, is_chat=True, switches=switches)
+    assert tokenizer.encode_prompt("x") == tokenizer.encode(text)
+  with pytest.raises(ValueError, match=r"chat_template_kwargs: 'think' is no switch of .* reads enable_thinking"):
+    load_tokenizer("huggingface", path, is_chat=True, switches={"think": True})
+  with pytest.raises(ValueError, match="'think' is no switch of the chat template, which has no switches"):
+    load_tokenizer("huggingface", folder, is_chat=True, switches={"think": True})
 
 
 def test_settings_and_properties_of_tokens(folder, tmp_path):

@@ -51,6 +51,7 @@ NOT_OF_EVALUATION = (
 # Values of keys in runs that are older than the key.
 OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
   "model.allow_other_blocks": False,
+  "tokenizer.chat_template_kwargs": "",
   "objective.part_weights": [],
   "objective.masks": "random",
   "objective.shrinkage": "none",

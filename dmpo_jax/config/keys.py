@@ -20,6 +20,7 @@ from dmpo_jax.config.rules import (
   wandb_project,
   whole,
 )
+from dmpo_jax.hub.chat import is_switches
 from dmpo_jax.hub.tokenizer import TOKENIZERS
 from dmpo_jax.models.attention import ATTENTIONS
 from dmpo_jax.models.config import DTYPES, QUANTIZATIONS, REMAT_POLICIES, ROPE_SCALING, is_rope_scaling
@@ -287,6 +288,12 @@ KEYS: dict[str, Rule] = {
     "model.init_from",
   ),
   "tokenizer.is_chat": flag(),
+  "tokenizer.chat_template_kwargs": Rule(
+    'a JSON object of names and values, such as {"enable_thinking": false}, or "" for none',
+    is_switches,
+  ).also(
+    '"", as {0}: plain prompts have no template', lambda value, is_chat: not value or is_chat, "tokenizer.is_chat"
+  ),
   # and the section of each task, which the task itself checks
   "task.name": task_name(),
   "task.prompt": text(),

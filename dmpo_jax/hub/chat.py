@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jinja2
+import jinja2.meta
 from etils import epath
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -26,25 +27,35 @@ def find_template(path: epath.PathLike, config: Mapping[str, Any]) -> str | None
   return template
 
 
+OURS = ("messages", "tools", "documents", "add_generation_prompt")  # variables that are given to every template
+
+
 class Template:
   """A compiled template.
 
   Args:
     source: a Jinja template.
     special_tokens: texts by the names that templates use, such as `bos_token`.
+    switches: further variables that this template reads, such as `enable_thinking` (`chat_template_kwargs` in
+      `transformers`).
 
   Raises:
     jinja2.TemplateError: the source is not a valid template.
+    ValueError: it does not read a switch.
   """
 
-  def __init__(self, source: str, special_tokens: Mapping[str, str]):
+  def __init__(self, source: str, special_tokens: Mapping[str, str], switches: Mapping[str, Any] | None = None):
     environment = ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
     self._template = environment.from_string(source)
-    self._special_tokens = dict(special_tokens)
+    self._given = {**special_tokens, **(switches or {})}
+    known = sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)) - {*OURS, *special_tokens})
+    for name in (name for name in switches or {} if name not in known):
+      reads = f"reads {', '.join(known)}" if known else "has no switches"
+      raise ValueError(f"{name!r} is no switch of the chat template, which {reads}")
 
   def render(self, turns: Sequence[Turn], *, is_answering: bool = True) -> str:
     """Render a conversation; `is_answering` adds the header of the assistant's turn.
@@ -55,10 +66,30 @@ class Template:
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
       return self._template.render(
-        messages=messages, tools=None, documents=None, add_generation_prompt=is_answering, **self._special_tokens
+        messages=messages, tools=None, documents=None, add_generation_prompt=is_answering, **self._given
       )
     except jinja2.TemplateError as error:
       raise ValueError(f"the chat template refuses the conversation {turns!r}: {error}") from error
+
+
+def read_switches(text: str) -> dict[str, Any]:
+  """Read the switches of a template from JSON; "" is none.
+
+  Raises:
+    ValueError: it is no JSON object, or a name is none or one that every template is given.
+  """
+  switches = json.loads(text) if text else {}
+  if not isinstance(switches, dict) or not all(name.isidentifier() and name not in OURS for name in switches):
+    raise ValueError(f"{text!r} is no JSON object of names and values")
+  return switches
+
+
+def is_switches(value: object) -> bool:
+  """Whether `read_switches` can read it."""
+  try:
+    return isinstance(value, str) and read_switches(value) is not None
+  except ValueError:
+    return False
 
 
 class _GenerationBlocks(Extension):

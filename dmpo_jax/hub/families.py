@@ -370,7 +370,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 # Fields of ModelConfig that no layout of tensors depends on.
-_OF_ANY = ("quantization", "dtype", "param_dtype", "remat", "attention", "layer_rows", "lora", "head_dim")
+_OF_ANY = (
+  *("quantization", "dtype", "param_dtype", "remat", "attention", "layer_rows", "lora", "head_dim"),
+  "end_token_ids",
+)
 _DEFAULTS = {
   field.name: field.default
   for field in dataclasses.fields(ModelConfig)

@@ -36,8 +36,8 @@ SIDE_FILES = (
   "*.py",
 )  # files beside the weights that are copied
 
-# ModelConfig's fields that a run decides; a checkpoint decides the others.
-OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora")
+# ModelConfig's fields that a run, or its tokenizer, decides; a checkpoint decides the others.
+OWN_FIELDS = ("dtype", "param_dtype", "remat", "attention", "layer_rows", "lora", "end_token_ids")
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in OWN_FIELDS)
 SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")  # the tokenizer has them too
 _HINTS = typing.get_type_hints(ModelConfig)

@@ -29,7 +29,8 @@ FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_FILE, TEMPLATE_FILE, *QWEN_FILES)
 QWEN_PIECES = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-MODEL_FILE = "config.json"  # the model's, read for its special ids if it is in the folder
+# of the model, read for its special ids where they are in the folder
+MODEL_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 
 
 @runtime_checkable
@@ -40,6 +41,7 @@ class Tokenizer(Protocol):
   pad_token_id: int  # pads prompts on the left; never attended to
   bos_token_id: int | None
   eos_token_id: int  # ends a completion and pads it to its length
+  end_token_ids: tuple[int, ...]  # EOS, and other tokens that end a completion
   eot_token_id: int  # ends a turn of a conversation; EOS without a chat template
   mask_token_id: int  # a position that is not decided yet
 
@@ -98,6 +100,7 @@ class SentencePieceTokenizer:
     self.pad_token_id = self._model.pad_id()
     self.bos_token_id: int | None = self._model.bos_id()
     self.eos_token_id = self.eot_token_id = self._model.eos_id()
+    self.end_token_ids = (self.eos_token_id,)
     self.mask_token_id = self._model.piece_to_id(MASK_PIECE)
     self._specials = frozenset((self.pad_token_id, self.bos_token_id, self.eos_token_id, self.mask_token_id))
     if min(self._specials) < 0 or self.mask_token_id == self._model.unk_id():
@@ -137,14 +140,16 @@ class HuggingFaceTokenizer:
   """A folder with tokenizer.json, tokenizer_config.json and perhaps the model's config.json.
 
   Special ids come from the tokenizer's special tokens. The model's config may add ids (LLaDA's mask is only there) and
-  must not contradict them.
+  must not contradict them. Both its config.json and its generation_config.json may list several ids of EOS, which all
+  end a completion.
   """
 
-  def __init__(self, path: epath.PathLike, *, is_chat: bool):
+  def __init__(self, path: epath.PathLike, *, is_chat: bool, switches: Mapping[str, Any] | None = None):
     """Load the folder at `path`, local or gs://.
 
     Args:
       is_chat: render prompts by the chat template.
+      switches: of the template, see `chat.Template`.
 
     Raises:
       ValueError: files are missing or damaged, there is no valid chat template though `is_chat`, or special ids are
@@ -157,9 +162,11 @@ class HuggingFaceTokenizer:
     names = {key: text for key, value in config.items() if key.endswith("_token") and (text := _content(value))}
     self._template = None
     if is_chat:
-      self._template = self._compile(chat.find_template(folder / TEMPLATE_FILE, config), names)
+      self._template = self._compile(chat.find_template(folder / TEMPLATE_FILE, config), names, switches)
     self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-    self._set_special_ids(names, _read_json(folder / MODEL_FILE, self._where))
+    self._set_special_ids(
+      names, _read_json(folder / MODEL_FILE, self._where), _read_json(folder / GENERATION_FILE, self._where)
+    )
 
   def _load(self, folder: epath.Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     path, parts = folder / TOKENIZER_FILE, [folder / name for name in QWEN_FILES]
@@ -173,22 +180,26 @@ class HuggingFaceTokenizer:
       raise ValueError(f"{self._where}: {path.name} is not a tokenizer ({error})") from error
     raise ValueError(f"{self._where}: no {path.name} there; give the folder of a model in Hugging Face's layout")
 
-  def _compile(self, source: str | None, names: Mapping[str, str]) -> chat.Template:
+  def _compile(self, source: str | None, names: Mapping[str, str], switches: Mapping[str, Any] | None) -> chat.Template:
     if source is None:
       raise ValueError(f"{self._where} has no chat template: set tokenizer.is_chat=False for prompts of plain text")
     try:
-      return chat.Template(source, names)
+      return chat.Template(source, names, switches)
     except jinja2.TemplateError as error:
       raise ValueError(f"{self._where}: the chat template is invalid ({error})") from error
+    except ValueError as error:
+      raise ValueError(f"tokenizer.chat_template_kwargs: {error}") from error
 
-  def _set_special_ids(self, names: Mapping[str, str], model: dict[str, Any]) -> None:
-    problems = []
+  def _set_special_ids(self, names: Mapping[str, str], model: dict[str, Any], generation: Mapping[str, Any]) -> None:
+    ends, problems = self._listed_ends(model, generation)
     wrong = {name for family in FAMILIES.values() if is_of(family, model) for name in family.wrong_ids}
     model = {key: value for key, value in model.items() if key not in wrong}
 
     def find(kind: str, token: str | None, is_needed: bool = True) -> int | None:
       own = None if token is None else self._model.token_to_id(token)
       wanted = model.get(f"{kind}_token_id")
+      if kind == "eos" and isinstance(wanted, list) and wanted:
+        wanted = own if own in wanted else wanted[0]
       if wanted is not None and type(wanted) is not int:
         problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted!r}, where one id is needed")
       elif token is not None and own is None:
@@ -214,7 +225,21 @@ class HuggingFaceTokenizer:
     if problems or mask is None or eos is None or pad is None:
       raise ValueError(f"{self._where}: " + "; ".join(problems))
     self.mask_token_id, self.eos_token_id, self.pad_token_id = mask, eos, pad
+    self.end_token_ids = tuple(dict.fromkeys((eos, *ends)))
     self.eot_token_id = eos if eot is None else eot
+
+  def _listed_ends(self, model: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[list[int], list[str]]:
+    """Return the ids of EOS that the model's files list, and which of them cannot be."""
+    found, problems = [], []
+    for file, value in ((MODEL_FILE, model.get("eos_token_id")), (GENERATION_FILE, generation.get("eos_token_id"))):
+      if not isinstance(value, list):
+        value = [value] if type(value) is int and file == GENERATION_FILE else []
+      unknown = [
+        token for token in value if type(token) is not int or token < 0 or self._model.id_to_token(token) is None
+      ]
+      problems += [f"{file} has {unknown} in eos_token_id={value}, which are no tokens"] if unknown else []
+      found += value
+    return found, problems
 
   def _end_of_turn(self) -> str | None:
     """Return the special token that the chat template puts after an answer."""
@@ -261,7 +286,8 @@ class HuggingFaceTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of a completion before the first EOS or EOT, without other special tokens."""
     ids = list(ids)
-    end = min((ids.index(token) for token in (self.eos_token_id, self.eot_token_id) if token in ids), default=len(ids))
+    ends = (*self.end_token_ids, self.eot_token_id)
+    end = min((ids.index(token) for token in ends if token in ids), default=len(ids))
     kept = [token for token in ids[:end] if token != self.mask_token_id]
     return self._model.decode(kept, skip_special_tokens=True)
 
@@ -330,17 +356,20 @@ def has_tokenizer(folder: epath.Path) -> bool:
 TOKENIZERS = ("sentencepiece", "huggingface")
 
 
-def load_tokenizer(name: str, path: epath.PathLike, *, is_chat: bool = False) -> Tokenizer:
+def load_tokenizer(
+  name: str, path: epath.PathLike, *, is_chat: bool = False, switches: Mapping[str, Any] | None = None
+) -> Tokenizer:
   """Load the tokenizer of kind `name` (see TOKENIZERS) from `path`.
 
   Args:
     is_chat: render prompts by the tokenizer's chat template.
+    switches: of the template, see `chat.Template`.
 
   Raises:
-    ValueError: there is no such kind, the file is missing or damaged, or it has no chat template.
+    ValueError: there is no such kind, the file is missing or damaged, or it has no such chat template.
   """
   if name == "huggingface":
-    return HuggingFaceTokenizer(path, is_chat=is_chat)
+    return HuggingFaceTokenizer(path, is_chat=is_chat, switches=switches)
   if name != "sentencepiece":
     raise ValueError(f"tokenizer.name={name!r}: must be one of {', '.join(TOKENIZERS)}")
   if is_chat:

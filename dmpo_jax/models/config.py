@@ -67,7 +67,8 @@ class ModelConfig:
   `expert_groups` groups, and multiplies the experts' weights by `expert_scale`. `clip_qkv` bounds queries, keys and
   values; 0: not at all.
   With `quantization` int8 the layers' projections are quantized (`layers.quantize`), those of experts too and routers
-  not, and cannot be trained; adapters on them can. A `head_dim` of 0 becomes d_model // num_heads.
+  not, and cannot be trained; adapters on them can. A `head_dim` of 0 becomes d_model // num_heads. Without
+  `end_token_ids` a completion ends with EOS alone.
 
   Raises:
     ValueError: sizes do not fit together, or a choice is unknown.
@@ -95,6 +96,7 @@ class ModelConfig:
   attention: str = "xla"
   layer_rows: int = 0
   lora: LoraConfig | None = None
+  end_token_ids: tuple[int, ...] = ()
   head_dim: int = 0
   qk_norm: bool = False
   rotary_fraction: float = 1.0
@@ -121,6 +123,8 @@ class ModelConfig:
           "model.head_dim"
         )
       object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+    if not self.end_token_ids:
+      object.__setattr__(self, "end_token_ids", (self.eos_token_id,))
     if self.head_dim < 0 or self.head_dim % 2:
       raise ValueError(f"model.head_dim={self.head_dim}: must be even, for rotary pairs")
     if not 0 < self.rotary_width <= self.head_dim or self.rotary_width % 2:

@@ -42,7 +42,7 @@ class Watcher:
   def __init__(self, tokenizer: Tokenizer, console: Console | None = None):
     self._tokenizer = tokenizer
     self._console = console or Console(stderr=True)  # standard output is for the completions
-    self._ends = {tokenizer.eos_token_id, tokenizer.eot_token_id, tokenizer.pad_token_id}
+    self._ends = {*tokenizer.end_token_ids, tokenizer.eot_token_id, tokenizer.pad_token_id}
     self._news = threading.Condition()
     self._puzzles: Sequence[Grid | None] = ()
     self._last: np.ndarray | None = None  # the rows as last drawn

@@ -8,7 +8,9 @@ once, and a finished block once more: its keys and values are then final, so not
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,7 +33,8 @@ class Plan:
     completion_length, block_length: positions; blocks are decoded left to right.
     steps: model calls for the whole completion, for rules with a schedule; a multiple of the number of blocks.
     temperature: of the tokens, at least 0; 0 is greedy. Either one number, which is compiled in, or one for each row.
-    early_exit: a row is finished once an EOS and all positions before it are decided. At the end, EOS fills its rest.
+    early_exit: a row is finished once an EOS, or another token that ends completions, and all positions before it are
+      decided. At the end, EOS fills its rest.
     on_call: called on the host after every model call with the call's number in the batch (from 0), the completions
       [b, c], the number of model calls of each row [b] and the tokens' probabilities [b, c]. Calls may arrive out of
       order.
@@ -278,7 +281,7 @@ class Loop(NamedTuple):
       carry = self.end_rows(carry, view.number)
     if self.plan.on_call is not None:
       own = self.cut(carry)
-      shown = _filled(own, self.denoiser.eos_token_id)[0], own.num_calls, own.confidence
+      shown = _filled(own, self.denoiser)[0], own.num_calls, own.confidence
       jax.debug.callback(self.plan.on_call, carry.batch_calls - 1, *shown)
     return carry
 
@@ -292,8 +295,8 @@ class Loop(NamedTuple):
       may_end: rows to look at.
     """
     is_decided = jnp.cumsum(self.find_masked(carry), axis=1) == 0
-    is_eos = self.canvas.open_only(carry.completion == self.denoiser.eos_token_id)
-    is_ending = (is_decided & is_eos).any(1) & ~carry.is_ended & may_end
+    is_end = self.canvas.open_only(_find_ends(carry.completion, self.denoiser))
+    is_ending = (is_decided & is_end).any(1) & ~carry.is_ended & may_end
     num_blocks = self.plan.num_blocks
     if self.canvas.num_given is not None:
       num_blocks += self.canvas.num_given > 0  # the prompt's remainder makes it a block more
@@ -313,7 +316,7 @@ class Loop(NamedTuple):
     )
 
   def finish(self, carry: Carry) -> Rollouts:
-    return _finish(self.cut(carry), self.denoiser.mask_token_id, self.denoiser.eos_token_id)
+    return _finish(self.cut(carry), self.denoiser)
 
 
 def first_carry(canvas: Canvas, state: PyTree) -> Carry:
@@ -348,15 +351,19 @@ def _record(carry: Carry, view: View, decision: Decision, state: PyTree, is_live
   )
 
 
-def _filled(carry: Carry, eos_token_id: int) -> tuple[Int[Array, "b c"], Bool[Array, "b c"]]:
-  """Fill ended rows with EOS behind their first EOS; also return where."""
-  is_eos = carry.completion == eos_token_id
-  is_filled = (jnp.cumsum(is_eos, axis=1) - is_eos > 0) & carry.is_ended[:, None]
-  return constrain(jnp.where(is_filled, eos_token_id, carry.completion), "batch", None), is_filled
+def _find_ends(completion: Int[Array, "b c"], denoiser: Denoiser) -> Bool[Array, "b c"]:
+  return functools.reduce(operator.or_, (completion == token for token in denoiser.end_token_ids))
 
 
-def _finish(carry: Carry, mask_token_id: int, eos_token_id: int) -> Rollouts:
-  completion, is_filled = _filled(carry, eos_token_id)
+def _filled(carry: Carry, denoiser: Denoiser) -> tuple[Int[Array, "b c"], Bool[Array, "b c"]]:
+  """Fill ended rows with EOS behind the first token that ends them; also return where."""
+  is_end = _find_ends(carry.completion, denoiser)
+  is_filled = (jnp.cumsum(is_end, axis=1) - is_end > 0) & carry.is_ended[:, None]
+  return constrain(jnp.where(is_filled, denoiser.eos_token_id, carry.completion), "batch", None), is_filled
+
+
+def _finish(carry: Carry, denoiser: Denoiser) -> Rollouts:
+  completion, is_filled = _filled(carry, denoiser)
   num_calls = carry.num_calls[:, None]
   return Rollouts(
     completion=completion,
@@ -366,7 +373,7 @@ def _finish(carry: Carry, mask_token_id: int, eos_token_id: int) -> Rollouts:
     num_tokens=(~is_filled).sum(1).astype(jnp.int32),
     num_saved=carry.num_saved,
     seen=carry.completion,
-    seen_at=jnp.where(carry.completion == mask_token_id, num_calls, carry.committed_at),
+    seen_at=jnp.where(carry.completion == denoiser.mask_token_id, num_calls, carry.committed_at),
   )
 
 

@@ -64,7 +64,7 @@ class Reader:
     return text._replace(pieces=pieces, log_probs=[math.log(max(p, TINY)) for p in confidence[kept].tolist()])
 
   def _end(self, kept: np.ndarray) -> Text:
-    ends = np.flatnonzero(np.isin(kept, [self.tokenizer.eos_token_id, self.tokenizer.eot_token_id]))
+    ends = np.flatnonzero(np.isin(kept, [*self.tokenizer.end_token_ids, self.tokenizer.eot_token_id]))
     num_tokens, reason = (int(ends[0]), "stop") if len(ends) else (len(kept), "length")
     text = self._decode(kept)
     cut = _find(text, self.options.stops)

@@ -29,6 +29,7 @@ class Numbers:
     self.bos_token_id: int | None = None
     self.pad_token_id, self.mask_token_id = own.pad_token_id, own.mask_token_id
     self.eos_token_id = self.eot_token_id = own.eos_token_id
+    self.end_token_ids = (own.eos_token_id,)
     self._ordinary = workload.ordinary_ids(own)
 
   def encode(self, text: str) -> list[int]:
