@@ -238,7 +238,7 @@ class HuggingFaceTokenizer:
         token for token in value if type(token) is not int or token < 0 or self._model.id_to_token(token) is None
       ]
       problems += [f"{file} has {unknown} in eos_token_id={value}, which are no tokens"] if unknown else []
-      found += value
+      found += [token for token in value if token not in unknown]
     return found, problems
 
   def _end_of_turn(self) -> str | None:
