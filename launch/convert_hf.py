@@ -26,7 +26,7 @@ from absl import flags
 from etils import epath
 
 from dmpo_jax.hub import gguf, pretrained
-from dmpo_jax.hub.adapt import AS_IT_IS, Adaptation
+from dmpo_jax.hub.adapt import AS_IT_IS, FLAGS, Adaptation
 from dmpo_jax.hub.convert import convert_adapter, convert_model
 from dmpo_jax.hub.shards import ADAPTER, WEIGHTS, Shards
 from dmpo_jax.hub.tokenizer import has_tokenizer
@@ -105,7 +105,7 @@ def _convert(
   if base is not None and not is_adapter:
     raise ValueError(f"--base={base}: {source} holds a model and no adapter_config.json; leave it out")
   if is_adapter and asked != AS_IT_IS:
-    raise ValueError(f"{source} holds an adapter: leave out --adapt, --mask_token and --shift_logits")
+    raise ValueError(f"{source} holds an adapter: leave out {FLAGS}")
   size = sum(tensor.size for tensor in Shards(source, ADAPTER if is_adapter else WEIGHTS).tensors.values())
   with progress.Progress("converting", size, unit="bytes") as shown:
     if base is not None:
@@ -132,6 +132,10 @@ def define_flags() -> None:
   )
   text = "Whether logits predict the next position, for Llama, Qwen2 and Qwen3; by default as config.json says, or not."
   flags.DEFINE_boolean("shift_logits", None, text)
+  text = (
+    "Blocks by which tokens attend, for Llama, Qwen2 and Qwen3 (dllm's BD3LM); by default as config.json says, or none."
+  )
+  flags.DEFINE_integer("block_length", None, text, lower_bound=1)
   flags.mark_flags_as_required(["hf", "out"])
 
 
@@ -140,7 +144,7 @@ def main() -> None:
   given = flags.FLAGS
   base = epath.Path(given.base).expanduser() if given.base else None
   buckets.check({"--hf": given.hf, "--base": given.base or ""}, {"--out": given.out})
-  asked = Adaptation(given.adapt, given.mask_token, given.shift_logits)
+  asked = Adaptation(given.adapt, given.mask_token, given.shift_logits, given.block_length)
   run(given.hf, given.revision, epath.Path(given.out).expanduser(), base, given.dtype, asked)
 
 

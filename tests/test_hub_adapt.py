@@ -130,13 +130,17 @@ def test_special_ids_are_the_tokenizers(tmp_path):
   source = checkpoint(tmp_path, names=names, eos_token_id=[2, 154], pad_token_id=None, bos_token_id=7)
   notes = convert_model(source, out, asked=WANTED).notes
   assert notes[2:] == (
-    "eos token: id 154 of the tokenizer, where config.json has [2, 154]",
+    "eos token: id 154 of the tokenizer; each of config.json's [2, 154] ends a completion",
     "bos token: id 1 of the tokenizer, where config.json has 7",
     "pad token: EOS, id 154, as the tokenizer has none",
   )
   tokenizer, fields = load_tokenizer("huggingface", out), pretrained.read_model(out).fields
   assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (154, 154, 1)
   assert (fields["eos_token_id"], fields["pad_token_id"]) == (154, 154)
+  assert tokenizer.end_token_ids == (154, 2)
+  back = epath.Path(tmp_path / "back")
+  ModelExport(export_hf.find_model(out), "same").write(back, 10**9)
+  assert json.loads((back / "config.json").read_text())["eos_token_id"] == [2, 154]
 
 
 @pytest.mark.parametrize("shift_logits", [True, False])

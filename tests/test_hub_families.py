@@ -106,6 +106,35 @@ def test_the_published_checkpoints_are_those_of_our_configurations(name, num_ten
   assert {field: getattr(config, field) for field in sizes} == sizes
 
 
+@pytest.mark.parametrize("name", ["diffucoder_7b_instruct", "dream_coder_7b"])
+def test_descendants_of_dream_convert_by_their_own_config_json(tmp_path, name):
+  """A small checkpoint with everything else of the published config.json, there and back."""
+  published, dream = (json.loads((FOLDER / "published" / f"{each}.json").read_text()) for each in (name, "dream_7b"))
+  assert model_config_from_hf(published) == model_config_from_hf(dream)
+  sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+  small = published | sizes | dict(vocab_size=32, mask_token_id=28, eos_token_id=27, pad_token_id=27)
+  source, out, back = (epath.Path(tmp_path / each) for each in ("hf", "out", "back"))
+  source.mkdir()
+  (source / "config.json").write_text(json.dumps(small))
+  places, generator = layout.checkpoint_places(model_config_from_hf(small), "dream"), np.random.default_rng(0)
+  stored = {key: generator.normal(size=place.torch_shape).astype(np.float32) for key, place in places.items()}
+  save_file(stored, source / "model.safetensors")
+  convert.convert_model(source, out)
+  assert pretrained.read_model(out).family == "dream"
+  ModelExport(export_hf.find_model(out), "same").write(back, 10**9)
+  assert json.loads((back / "config.json").read_text()) == small | {"torch_dtype": "float32"}
+  written = load_file(back / "model.safetensors")
+  assert written.keys() == stored.keys()
+  for key, array in stored.items():
+    np.testing.assert_array_equal(written[key], array)
+
+
+def test_blocks_of_a_dream_model_are_not_ignored():
+  hf = json.loads((FOLDER / "published" / "dream_7b.json").read_text())
+  with pytest.raises(ValueError, match="'block_size': 32} is not supported"):
+    model_config_from_hf(hf | {"block_size": 32})
+
+
 def load_config(name):
   """Load a configuration by its path, as the flag does."""
   spec = importlib.util.spec_from_file_location("a_config", ROOT / "configs" / f"{name}.py")

@@ -53,7 +53,9 @@ def test_flags_that_would_do_nothing(tmp_path):
   (source / "adapter_config.json").write_text("{}")
   with pytest.raises(ValueError, match=r"--dtype=bfloat16: .* holds an adapter"):
     convert_hf.run(str(source), None, out, source, "bfloat16")
-  with pytest.raises(ValueError, match=r"holds an adapter: leave out --adapt, --mask_token and --shift_logits"):
+  with pytest.raises(
+    ValueError, match=r"holds an adapter: leave out --adapt, --mask_token, --shift_logits and --block_length"
+  ):
     convert_hf.run(str(source), None, out, source, "same", Adaptation(is_wanted=True))
   assert not out.exists()
 

@@ -371,3 +371,7 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, name):
     assert f'model_file="{out}/tokenizer.model"' in said
   assert "Copy configuration_llada.py, modeling_llada.py from GSAI-ML/LLaDA-8B-Instruct on the hub" in said
   assert json.loads((out / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_llada.LLaDAModelLM"
+  about = json.loads((out / "config.json").read_text())
+  elsewhere = {name: f"GSAI-ML/LLaDA-8B-Instruct--{code}" for name, code in about["auto_map"].items()}
+  (out / "config.json").write_text(json.dumps(about | {"auto_map": elsewhere}))
+  assert "Copy" not in how_to_load(source, out)  # transformers fetches it

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from etils import epath
 from programs import begin, finish
+from remains import rows_of
 
+from dmpo_jax import evaluate, train
 from dmpo_jax.config import flatten, validate
 from dmpo_jax.hub import layout
+from dmpo_jax.hub.export import ModelExport
 from dmpo_jax.hub.families import family_of
 from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.hub.shards import Shards
 from dmpo_jax.hub.tokenizer import HuggingFaceTokenizer
+from launch import convert_hf, export_hf
 from launch.outcome import compare
 from launch.rehearse import bucket, checkpoint, checks, jobs, task
 from launch.rehearse.jobs import Failed
@@ -269,3 +273,30 @@ def test_the_whole_way(tmp_path):
   assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
   assert "undisturbed" in done.stdout  # of a cell whose text is broken somewhere
   assert done.stdout.count("once, in order") == 2
+
+
+@pytest.mark.slow
+def test_a_configuration_with_experts_trains_evaluates_and_exports(tmp_path, use_devices):
+  """The command of configs/llada_moe_7b.py at a small size: two buffers, an evaluation, and adapters merged."""
+  use_devices(1)
+  config, _ = small("llada_moe_7b", tmp_path / "checkpoint")
+  config.train.num_buffers = 2
+  checkpoint.write(tmp_path / "hf", config)
+  convert_hf.run(str(tmp_path / "hf"), None, epath.Path(tmp_path / "checkpoint"), None, "same")
+  workdir, back = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "back")
+  train.main(config, workdir)
+  evaluate.main(config, workdir)
+  rows = rows_of(workdir)
+  assert [row["step"] for row in rows] == [0, 1, 2]
+  number, each = config.model.num_experts, config.model.experts_per_token
+  for row in rows[1:]:
+    assert row["grad_norm"] > 0
+    assert 1 <= row["router_max_load"] <= number / each
+    assert 0 < row["router_entropy"] <= np.log(number) + 1e-5
+    assert np.log(each) <= row["router_load_entropy"] <= np.log(number) + 1e-5
+  assert len(json.loads((workdir / "evaluation" / "result.json").read_text())) == 2  # of the last and the best policy
+  ModelExport(export_hf.find_run(workdir), "same").write(back, 10**9)
+  before, after = Shards(epath.Path(tmp_path / "hf")), Shards(back)
+  assert before.tensors.keys() == after.tensors.keys()
+  changed = {name for name in before if not np.array_equal(before[name], after[name])}
+  assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}

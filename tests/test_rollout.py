@@ -445,7 +445,7 @@ def test_a_probability_that_underflows_is_no_filled_position():
   lowest = np.log(np.finfo(np.float32).tiny)
   np.testing.assert_allclose(log_confidence(rollouts), [[[math.log(0.5), lowest, 0]]], rtol=1e-6)
   grades = Grades(np.ones((1, 1)), np.ones((1, 1), bool), np.ones((1, 1), bool))
-  figures = describe(grades, rollouts, np.ones((1, 1, 3), bool), 9)
+  figures = describe(grades, rollouts, np.ones((1, 1, 3), bool), (9,))
   assert figures["sampled_nll"] == pytest.approx(-(math.log(0.5) + lowest) / 2)
 
 

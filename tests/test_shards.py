@@ -107,6 +107,9 @@ def test_other_damage_is_named(folder):
   index.unlink()
   with pytest.raises(ValueError, match=r"holds neither model.safetensors nor model.safetensors.index.json"):
     Shards(folder)
+  (folder / "pytorch_model.bin").write_bytes(b"")
+  with pytest.raises(ValueError, match=r"pytorch_model.bin cannot be read: have transformers save it again"):
+    Shards(folder)
 
 
 def test_an_index_that_the_shards_contradict(folder):

@@ -37,9 +37,11 @@ class Adaptation(NamedTuple):
   is_wanted: bool = False  # an autoregressive checkpoint is to become a diffusion model
   mask_token: str = ""  # a new token or one of the tokenizer's; "": the mask token that it declares, or MASK_TOKEN
   shift_logits: bool | None = None  # whether logits predict the next position; None: as config.json says, or else not
+  block_length: int | None = None  # of the blocks by which tokens attend; None: as config.json says, or else to all
 
 
 AS_IT_IS = Adaptation()
+FLAGS = "--adapt, --mask_token, --shift_logits and --block_length"  # of launch/convert_hf.py
 
 
 class Prepared(NamedTuple):
@@ -66,7 +68,7 @@ def prepare(source: epath.Path, stage: epath.Path, asked: Adaptation) -> Prepare
   kind, family = config.get("model_type"), FAMILIES[family_of(config)]
   if not family.is_autoregressive:
     if asked != AS_IT_IS:
-      raise ValueError(f"{kind} is a model for diffusion: leave out --adapt, --mask_token and --shift_logits")
+      raise ValueError(f"{kind} is a model for diffusion: leave out {FLAGS}")
     return _checked(Prepared(source, config))
   has_mask = config.get("mask_token_id") is not None
   is_diffusion = has_mask or str(kind).lower() in family.diffusion_types
@@ -75,7 +77,8 @@ def prepare(source: epath.Path, stage: epath.Path, asked: Adaptation) -> Prepare
   if is_diffusion and asked.is_wanted:
     raise ValueError(f"--adapt: {source} is a diffusion model already; leave it out")
   pretrained.copy_side_files(source, stage)
-  changes: dict[str, Any] = {} if asked.shift_logits is None else {"shift_logits": asked.shift_logits}
+  own = {"shift_logits": asked.shift_logits, family.keys["block_length"]: asked.block_length}
+  changes: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
   if not has_tokenizer(source):
     if not has_mask:
       raise ValueError(f"{source} has no tokenizer, from which the id of its mask token would come: copy one into it")
@@ -151,13 +154,16 @@ class MaskToken(NamedTuple):
 def _special_ids(folder: epath.Path, config: Mapping[str, Any], is_wanted: bool) -> tuple[dict[str, int], list[str]]:
   """Return the special ids that config.json gets, those of the tokenizer, and what to tell the user.
 
-  They are rewritten where the checkpoint is adapted, or config.json lists several EOS ids.
+  They are rewritten where the checkpoint is adapted, or config.json lists several EOS ids without the tokenizer's. A
+  list that has it stays.
   """
   vocabulary, changes, notes = _vocabulary(folder), {}, []
   own = {kind: vocabulary.get(_declared(folder, kind) or "") for kind in ("eos", "pad", "bos")}
   for kind, number in own.items():
     given = config.get(f"{kind}_token_id")
-    if number is not None and given != number and (is_wanted or isinstance(given, list)):
+    if isinstance(given, list) and number in given:
+      notes.append(f"{kind} token: id {number} of the tokenizer; each of config.json's {given} ends a completion")
+    elif number is not None and given != number and (is_wanted or isinstance(given, list)):
       changes[f"{kind}_token_id"] = number
       notes.append(f"{kind} token: id {number} of the tokenizer, where config.json has {given}")
   if own["pad"] is None and config.get("pad_token_id") is None and own["eos"] is not None:

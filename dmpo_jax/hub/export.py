@@ -220,8 +220,9 @@ def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
     config = files.read_object(out / "config.json")
     family = FAMILIES[source.family]
     key, blocks = family.keys.get("block_length"), source.config.block_length
-    if key and config.get(key, family.defaults.get("block_length")) != blocks:  # a run may have trained other blocks
-      config[key] = blocks
+    stated = (config.get(key) or family.defaults.get("block_length", 0)) if key else blocks
+    if stated != blocks:  # a run may have trained other blocks, or none
+      config[key] = blocks or None
   if source.tokenizer is not None:
     _copy_tokenizer(source.tokenizer, out)
   config["torch_dtype"] = dtype
@@ -291,9 +292,10 @@ def _code_remarks(source: Source, config: Mapping[str, Any], out: epath.Path, fo
 
 
 def _code_files(family: Family, config: Mapping[str, Any], out: epath.Path) -> set[str]:
-  """Name the files that the classes of a config.json and of a tokenizer_config.json need."""
+  """Name the files that the classes of a config.json and of a tokenizer_config.json need beside them."""
   tokenizer = files.read_object(out / CONFIG_FILE) if (out / CONFIG_FILE).exists() else {}
   classes = list(config.get("auto_map", family.code).values())
   for entry in tokenizer.get("auto_map", {}).values():  # a class, or a slow and a fast one of which either may be null
     classes += [entry] if isinstance(entry, str) else filter(None, entry)
-  return {name.partition(".")[0] + ".py" for name in classes} | set(family.code_needs)
+  own = [name for name in classes if "--" not in name]  # REPOSITORY--MODULE.CLASS, which transformers fetches
+  return {name.partition(".")[0] + ".py" for name in own} | (set(family.code_needs) if own else set())

@@ -47,6 +47,11 @@ class Family:
   mlp_ratio: str = ""  # key that gives the FFN's width as a multiple of the model's; "": none
   is_multi_query: str = ""  # key that says that there is one kv head; "": none
 
+  @property
+  def has_blocks(self) -> bool:
+    """Whether all its models attend by blocks."""
+    return self.keys.get("block_length") in self.stated or bool(self.defaults.get("block_length"))
+
 
 _SAME_KEYS = {name: name for name in ("mask_token_id", "eos_token_id", "pad_token_id", "rope_theta", "rms_norm_eps")}
 
@@ -99,6 +104,8 @@ LLADA = Family(  # arXiv 2502.09992
   is_multi_query="multi_query_attention",
 )
 
+_OF_ADAPTED = ("rope_scaling", "shift_logits", "block_length")  # fields that models for diffusion from the start lack
+
 LLAMA = Family(  # arXiv 2407.21783
   model_type="llama",
   is_autoregressive=True,
@@ -131,6 +138,7 @@ LLAMA = Family(  # arXiv 2407.21783
     embedding_size="vocab_size",
     rope_scaling="rope_scaling",
     shift_logits="shift_logits",  # ours, for diffusion models
+    block_length="block_size",  # the same
     **_SAME_KEYS,
   ),
   model={},
@@ -160,7 +168,7 @@ SDAR = dataclasses.replace(  # arXiv 2510.06303
     "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
   },
   published_at="JetLM/SDAR-4B-Chat",
-  keys={field: key for field, key in QWEN3.keys.items() if field != "shift_logits"} | {"block_length": "block_size"},
+  keys={field: key for field, key in QWEN3.keys.items() if field != "shift_logits"},
   model=dict(qk_norm=True, shift_logits=False),
   defaults={field: value for field, value in QWEN3.defaults.items() if field != "shift_logits"},
   stated=("block_size",),
@@ -276,8 +284,7 @@ DREAM = dataclasses.replace(  # arXiv 2508.15487
   architecture="DreamModel",
   code={"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
   published_at="Dream-org/Dream-v0-Instruct-7B",
-  keys={field: key for field, key in QWEN2.keys.items() if field not in ("rope_scaling", "shift_logits")}
-  | {"qkv_bias": "attention_bias"},
+  keys={field: key for field, key in QWEN2.keys.items() if field not in _OF_ADAPTED} | {"qkv_bias": "attention_bias"},
   model=dict(shift_logits=True),
   defaults=dict(qkv_bias=True),
   fixed=dict(hidden_act="silu", rope_scaling=None, use_mrope=False, use_sliding_window=False),
@@ -306,7 +313,7 @@ LLADA_MOE = dataclasses.replace(
   router="mlp.gate",
   expert="mlp.experts.{expert}",
   expert_bias="mlp.expert_bias",
-  keys={field: key for field, key in QWEN2.keys.items() if field not in ("rope_scaling", "shift_logits")}
+  keys={field: key for field, key in QWEN2.keys.items() if field not in _OF_ADAPTED}
   | dict(
     mlp_hidden_size="dense_intermediate_size",
     qkv_bias="attention_bias",
@@ -340,10 +347,10 @@ LLADA_MOE = dataclasses.replace(
 FAMILIES = {
   "llada": LLADA,
   "dream": DREAM,
+  "sdar": SDAR,  # before Qwen3, whose layers it has, so that models of blocks are written as its own
   "qwen3": QWEN3,
   "qwen2": QWEN2,
   "llama": LLAMA,
-  "sdar": SDAR,
   "sdar_moe": SDAR_MOE,
   "llada2_moe": LLADA2_MOE,
   "lladamoe": LLADA_MOE,
@@ -354,8 +361,10 @@ FAMILIES = {
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   "attention_multiplier": (None,),
   "attn_logit_softcapping": (None,),
+  "block_size": (None,),
   "clip_qkv": (None,),
   "embedding_multiplier": (None, 1),
+  "final_logit_softcap": (None,),
   "final_logit_softcapping": (None,),
   "logit_scale": (None, 1),
   "logits_scaling": (None, 1),
@@ -414,6 +423,8 @@ def natural_family(config: ModelConfig) -> str:
   for name, family in FAMILIES.items():
     fixed = {**_DEFAULTS, **family.model}
     free = (*family.keys, *(family.derived.fields if family.derived else ()))
+    if family.has_blocks and not config.block_length:
+      continue
     if all(getattr(config, field) == value for field, value in fixed.items() if field not in free):
       return name
   raise ValueError(f"no family of checkpoints has such models: {config}")

@@ -55,7 +55,7 @@ def model_config_from_hf(config: Mapping[str, Any], **own: Any) -> ModelConfig:
   defaults = {
     **dict.fromkeys(("vocab_size", "embedding_size"), config["vocab_size"]),
     "num_kv_heads": fields["num_heads"],
-    "head_dim": 0,
+    **dict.fromkeys(("head_dim", "block_length"), 0),
     **family.defaults,
   }
   # one of the two may be all that is said, as in LLaDA2's
@@ -77,7 +77,8 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
     ValueError: the model attends by blocks and the family does not, or the reverse.
   """
   family = FAMILIES[name]
-  if bool(config.block_length) != ("block_length" in family.keys):
+  can_attend_so = "block_length" in family.keys if config.block_length else not family.has_blocks
+  if not can_attend_so:
     raise ValueError(f"model.block_length={config.block_length}: no checkpoint of the family {name} attends so")
   for key in set(family.keys.values()):
     fields = [field for field, own in family.keys.items() if own == key]
@@ -86,6 +87,8 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   own = {} if config.head_dim * config.num_heads == config.d_model else {HEAD_DIM: config.head_dim}
   values = {key: getattr(config, field) for field, key in family.keys.items()}
   values |= {family.keys[field]: None for field in UNSET_IF_0 if field in family.keys and not getattr(config, field)}
+  if "block_length" in family.keys and not config.block_length:
+    del values[family.keys["block_length"]]
   if "expert_layers" in family.keys:
     values[family.keys["expert_layers"]] = [int(kind) for kind in config.expert_layers] or [1] * config.num_layers
   if "rope_scaling" in family.keys:

@@ -58,7 +58,10 @@ class Shards(Mapping[str, np.ndarray]):
     elif (folder / name).is_file():
       places = None
     else:
-      raise ValueError(f"{folder} holds neither {name} nor {index.name}: give a folder in Hugging Face's layout")
+      pickled = ", ".join(sorted(path.name for path in folder.glob("pytorch_model*.bin")))
+      remedy = f"{pickled} cannot be read: have transformers save it again" if pickled else ""
+      remedy = remedy or "give a folder in Hugging Face's layout"
+      raise ValueError(f"{folder} holds neither {name} nor {index.name}: {remedy}")
     files = {name} if places is None else set(places.values())
     _check_files(folder, files, name)
     self.tensors: dict[str, Tensor] = {}
