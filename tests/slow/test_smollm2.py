@@ -23,6 +23,7 @@ from dmpo_jax.hub.export import ModelExport
 from dmpo_jax.hub.shards import Shards
 from dmpo_jax.hub.tokenizer import load_tokenizer
 from dmpo_jax.messages import Turn
+from dmpo_jax.tasks.gsm8k import GSM8K
 from launch import convert_hf, export_hf
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -225,22 +226,17 @@ def test_chats_are_rendered_as_by_transformers(converted, tokenizer):
     assert tokenizer.encode_prompt(turns) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-THINGS = ("apples", "coins", "books", "marbles", "stamps")
+PROBLEMS = pathlib.Path(__file__).parents[1] / "goldens" / "gsm8k.jsonl"  # 60 short ones of its training set (MIT)
 
 
 def write_problems(path):
-  """Word problems with worked solutions, in the form of GSM8K's."""
+  """GSM8K's questions, and its solutions without the notes of its calculator."""
   rows = []
-  for n in range(60):
-    a, b, thing = 3 + n % 7, 2 + n % 5, THINGS[n % len(THINGS)]
-    forms = (
-      (f"Mia has {a} bags with {b} {thing} each. How many {thing} does she have?", f"{a} * {b} = {a * b}", a * b),
-      (f"Leo had {a + b} {thing} and gave away {b}. How many are left?", f"{a + b} - {b} = {a}", a),
-      (f"Ada finds {a} {thing}, then {b} more. How many does she have now?", f"{a} + {b} = {a + b}", a + b),
-    )
-    question, sum_, answer = forms[n % len(forms)]
-    solution = f"There are {sum_} {thing}.\n<answer>{answer}</answer>"
-    rows.append({"prompt": f"{question} (No. {n})", "answer": answer, "demonstration": solution})
+  for line in PROBLEMS.read_text().splitlines():
+    record = GSM8K.read_row(json.loads(line))
+    solution = re.sub("<<[^<>]*>>", "", record["solution"])
+    demonstration = f"{solution}\n<answer>{record['answer']}</answer>"
+    rows.append({"prompt": record["question"], "answer": record["answer"], "demonstration": demonstration})
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -249,13 +245,14 @@ def settings(phase, tmp_path, init_from):
   with c.unlocked():
     c.model.init_from = str(init_from)
     c.task.name, c.task.user.grader = str(tmp_path / "problems.jsonl"), "number"
-    c.task.max_prompt_length, c.sampler.completion_length, c.sampler.steps = 80, 32, 8
-    c.eval.num_prompts = c.eval.batch_size = 6
+    c.task.max_prompt_length, c.sampler.completion_length = 80, 48
+    c.sampler.block_length, c.sampler.steps = 48, 4
+    c.eval.num_prompts = c.eval.batch_size = 4
   return c
 
 
 def test_it_learns_to_denoise_then_dmpo_runs_and_exports(converted, tmp_path, use_devices):
-  """30 supervised updates lower the loss on held-out problems; two buffers of DMPO go on from there."""
+  """30 supervised updates on GSM8K's solutions lower the loss on others; two buffers of DMPO go on from there."""
   use_devices(1)
   write_problems(tmp_path / "problems.jsonl")
   taught, rewarded = (epath.Path(tmp_path / name) for name in ("sft", "dmpo"))
