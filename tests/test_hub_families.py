@@ -201,7 +201,7 @@ def test_a_window_that_is_not_in_use_changes_nothing():
 
 
 def test_an_unknown_type_is_told_what_is_known():
-  with pytest.raises(ValueError, match=r"model_type='gpt2' is not supported.* llada, Dream, qwen3, a2d-qwen3, qwen2, "):
+  with pytest.raises(ValueError, match=r"model_type='gpt2' is not supported.* llada, Dream, sdar, "):
     family_of({"model_type": "gpt2"})
 
 
