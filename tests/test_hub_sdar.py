@@ -41,8 +41,8 @@ def test_attention_that_a_family_does_not_have_is_not_written():
   config = model_config_from_hf(PUBLISHED)
   with pytest.raises(ValueError, match=r"model.block_length=0: no checkpoint of the family sdar"):
     model_config_to_hf(dataclasses.replace(config, block_length=0), "sdar")
-  with pytest.raises(ValueError, match=r"model.block_length=4: no checkpoint of the family qwen3"):
-    model_config_to_hf(config, "qwen3")
+  with pytest.raises(ValueError, match=r"model.block_length=4: no checkpoint of the family dream"):
+    model_config_to_hf(config, "dream")
 
 
 def test_there_and_back_bit_for_bit(tmp_path):
