@@ -123,8 +123,6 @@ class ModelConfig:
           "model.head_dim"
         )
       object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
-    if not self.end_token_ids:
-      object.__setattr__(self, "end_token_ids", (self.eos_token_id,))
     if self.head_dim < 0 or self.head_dim % 2:
       raise ValueError(f"model.head_dim={self.head_dim}: must be even, for rotary pairs")
     if not 0 < self.rotary_width <= self.head_dim or self.rotary_width % 2:

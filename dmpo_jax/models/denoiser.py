@@ -71,7 +71,7 @@ class _Prompted:
   ):
     config = model.config
     self.mask_token_id, self.eos_token_id = config.mask_token_id, config.eos_token_id
-    self.end_token_ids = config.end_token_ids
+    self.end_token_ids = config.end_token_ids or (config.eos_token_id,)
     self.shift_logits, self.block_length = config.shift_logits, config.block_length
     self.reference = reference
     self._model, self._variables, self._guidance = model, variables, guidance
