@@ -130,6 +130,21 @@ def test_decided_tokens_are_kept_where_the_reference_overwrites_them():
   assert (rollouts.completion != mask).all()
 
 
+@pytest.mark.slow
+def test_a_block_with_eos_is_decoded_to_its_end():
+  """dllm's code leaves it as soon as it has one, masks and all, and goes on with the next block."""
+  name = "v20_eos_early_stop"
+  rollouts, states, _ = replay(name)
+  prompt, final = RECORDED[f"{name}_prompt"][0], RECORDED[f"{name}_final"][0]
+  mask, end = load("l2_sharp", 8)[0].config.mask_token_id, 16 - len(prompt)  # of the block, the second one
+  assert CASES[name]["stop_ids"] == [final[len(prompt) + 2]]
+  np.testing.assert_array_equal(states[1][:end], final[len(prompt) : 16])  # where that code leaves it
+  assert (states[1][3:end] == mask).all()
+  assert (rollouts.seen[0, :end] != mask).all()
+  assert (rollouts.seen[0, end:] == mask).all()
+  assert rollouts.num_calls == len(states) > 2
+
+
 PROMPTS = [RECORDED[f"{name}_prompt"][0] for name in ("dynamic_085", "sequential", "prompt_shorter_than_block")]
 RULES = [
   ("parallel", {"rule": "threshold", "threshold": 0.5}),
