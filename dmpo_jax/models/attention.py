@@ -190,7 +190,7 @@ def _attend_copies(
   A copy's queries have three parts of keys under one softmax: the prompt, the clean copy, and their own block.
   """
   (b, _, n, h), k, q = query.shape, key.shape[2], copies.prompt
-  may_see = copies.may_see(np.arange(q), np.arange(q)) & is_key[:, None, :q]
+  may_see = is_key[:, None, :q] & copies.may_see(np.arange(q), np.arange(q))
   of_prompt = _attend_xla(query[:, :q], key[:, :q], value[:, :q], may_see)
 
   def split(array: jax.Array) -> jax.Array:  # rows, kv heads, rollouts, copies, blocks, heads times tokens, h
@@ -210,7 +210,8 @@ def _attend_copies(
   most = functools.reduce(jnp.maximum, [each.max(-1, keepdims=True) for each in scores])
   weights = [jnp.exp(each - jax.lax.stop_gradient(most)) for each in scores]
   products = [_multiply(each.astype(value.dtype), own) for each, ((_, own), _) in zip(weights, parts, strict=True)]
-  mixed = (sum(products) / sum(each.sum(-1, keepdims=True) for each in weights)).astype(value.dtype)
+  total = functools.reduce(jnp.add, [each.sum(-1, keepdims=True) for each in weights])
+  mixed = (functools.reduce(jnp.add, products) / total).astype(value.dtype)
   mixed = mixed.reshape(b, k, *copies.shape[:3], n // k, copies.block, h)
   mixed = jnp.transpose(mixed, (0, 2, 3, 4, 6, 1, 5, 7)).reshape(b, -1, n, h)
   return jnp.concatenate([of_prompt, mixed], axis=1)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dmpo_jax.models.config import ModelConfig
+from dmpo_jax.models.denoiser import run_routed
 from dmpo_jax.models.head import token_scores
 from dmpo_jax.models.noised import noised_hidden
 from dmpo_jax.models.transformer import Transformer
@@ -69,8 +70,7 @@ def plain_hidden(
   from_noised, to_noised = is_noised[:, None], is_noised[None, :]
   sees_clean = ~to_noised & jnp.where(from_noised, key < query, key <= query)
   may_see = sees_clean | (from_noised & to_noised & (key == query))
-  arguments = dict(is_valid=is_valid, positions=positions, attention_mask=may_see)
-  hidden = model.apply(variables, tokens, method="hidden", **arguments)[0]
+  hidden, _ = run_routed(model, variables, tokens, is_valid=is_valid, positions=positions, attention_mask=may_see)
   return hidden[:, -c:].reshape(p, g, r, c, -1), None
 
 
@@ -116,8 +116,14 @@ def measure(num_masks: int, turns: int = TURNS) -> dict[str, list[float]]:
   return {
     "operations": [count_flops(each.jaxpr) for each in traced],
     "seconds": list(map(statistics.median, seconds)),
-    "bytes": [float(program.memory_analysis().temp_size_in_bytes) for program in programs],
+    "bytes": list(map(_planned_bytes, programs)),
   }
+
+
+def _planned_bytes(program: jax.stages.Compiled) -> float:
+  memory = program.memory_analysis()
+  assert memory is not None  # XLA's compilers have one
+  return memory.temp_size_in_bytes
 
 
 def main() -> None:
