@@ -49,10 +49,10 @@ class View:
     """For which share of the ratios a block has masks."""
     if not self.o.antithetic:
       return 1.0
-    places = (np.arange(20_000) + 0.5) / 20_000
-    ratio = self.o.min_mask_ratio + (self.o.max_mask_ratio - self.o.min_mask_ratio) * places
-    num = np.minimum(np.floor(ratio * (size + 1)), size)
-    return np.mean(num > 0 if r < len(self.log_p) / 2 else num < size)
+    low, high = self.o.min_mask_ratio, self.o.max_mask_ratio
+    if r < len(self.log_p) / 2:  # at least one is masked from 1 / (n + 1) on
+      return (high - max(low, 1 / (size + 1))) / (high - low)
+    return (min(high, size / (size + 1)) - low) / (high - low)
 
   def elbo(self):
     return self.num_counted * self.mean(self.log_p)
