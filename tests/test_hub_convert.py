@@ -246,6 +246,17 @@ def test_a_run_takes_a_checkpoint_and_says_what_differs(tmp_path):
     build.build_model(config, build.make_tokenizer(config))
 
 
+def test_special_ids_that_config_json_lacks_are_the_tokenizers(tmp_path):
+  source, out = write_checkpoint(tmp_path / "hf", "m1_base"), epath.Path(tmp_path / "out")
+  lacking = {key: value for key, value in settings("m1_base").items() if not key.endswith("_token_id")}
+  (source / "config.json").write_text(json.dumps(lacking))
+  names = dict(eos_token="</s>", pad_token="<eot>", mask_token="<mask>")
+  standin_tokenizer.write(pathlib.Path(source), SPECIAL, names, None)
+  convert.convert_model(source, out)
+  fields = pretrained.read_model(out).fields
+  assert [fields[name] for name in ("mask_token_id", "eos_token_id", "pad_token_id")] == [296, 290, 297]
+
+
 def test_a_tokenizer_of_another_model_is_not_converted(tmp_path):
   source = write_checkpoint(tmp_path / "hf", "m1_base")
   standin_tokenizer.write(pathlib.Path(source), SPECIAL | {"</s>": 295}, dict(eos_token="</s>", pad_token="</s>"), None)
