@@ -43,6 +43,7 @@ def get_config(kind="lora"):
   c.tokenizer.name = "huggingface"
   c.tokenizer.path = ""  # the checkpoint's own
   c.tokenizer.is_chat = True
+  c.tokenizer.chat_template_kwargs = '{"enable_thinking": false}'  # no thinking first, as in dllm's models
   c.task.name = "gsm8k"  # or countdown, sudoku, your own file
   c.task.max_prompt_length = 256
   c.task.overlong_prompts = "skip"
