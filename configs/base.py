@@ -123,6 +123,9 @@ def get_config() -> ConfigDict:
   s.block_length = 16  # must divide completion_length; blocks are decoded left to right
   s.steps = 16  # model calls per completion for samplers with a schedule; a multiple of the number of blocks
   s.temperature = 1.0  # of rollouts; 0: greedy
+  # continuous batching: rows that rollouts, evaluation and --mode=sample decode at a time, each replaced when it is
+  # done; 0: fixed batches. For models that attend by blocks; with these --mode=serve always does so
+  s.slots = 0
   s.guidance = 0.0  # classifier-free: logits = (1 + guidance) * conditional - guidance * unconditional; 0: none
   s.llada = ConfigDict(dict(remasking="low_confidence"))  # the tokens to remask: low_confidence, random
   s.freedave = ConfigDict(dict(remasking="low_confidence", draft_length=4))  # states per row in a model call

@@ -2,14 +2,15 @@
 
 `throughput.py:training` is one device's share of a gradient step in the published run: 4 rollouts with 4 masks each.
 `throughput.py:iteration` is the same at half the width. `throughput.py:sampling` decodes 16 rows, and
-`throughput.py:growth` is the base for growing sizes. Weights are random.
+`throughput.py:growth` is the base for growing sizes. `throughput.py:blocks` is a model that attends by blocks, which
+decodes 256 rows in 16 slots. Weights are random.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-WIDTHS = {"training": 512, "iteration": 256, "sampling": 256, "growth": 64}
+WIDTHS = {"training": 512, "iteration": 256, "sampling": 256, "growth": 64, "blocks": 256}
 
 
 def get_config(workload: str = "training") -> ConfigDict:
@@ -58,4 +59,19 @@ def get_config(workload: str = "training") -> ConfigDict:
     c.sampler.steps = 32
     c.rollout.num_prompts = 1
     c.objective.num_mask_samples = 2
+  if workload == "blocks":
+    m.block_length = 4
+    m.vocab_size = m.embedding_size = 4096
+    m.num_layers = 2
+    m.remat = "none"
+    m.lora.rank = 0
+    c.task.max_prompt_length = 32
+    c.sampler.name = "llada"
+    c.sampler.block_length = 4
+    c.sampler.steps = c.sampler.completion_length
+    c.sampler.temperature = 1.0
+    c.sampler.slots = 16
+    c.rollout.num_prompts = 64
+    c.rollout.early_exit = True
+    c.objective.counted = "until_eos"
   return c.lock()

@@ -72,6 +72,50 @@ class Chunking:
     return jax.tree.map(lambda array: array.reshape(-1, self.group_size, *array.shape[1:]), rows)
 
 
+class Arriving:
+  """A buffer's rows, which arrive one by one in any order, as chunks, which are whole one after the other.
+
+  Args:
+    rows: the first ones, [b, ...], which an earlier start had; None: there are none.
+  """
+
+  def __init__(self, chunks: Sequence[Chunk], rows: PyTree = None):
+    self._sizes = [
+      (chunk.prompts.stop - chunk.prompts.start, chunk.rollouts.stop - chunk.rollouts.start) for chunk in chunks
+    ]
+    self.num_begun = len(jax.tree.leaves(rows)[0]) if rows is not None else 0
+    self._rows = {number: jax.tree.map(lambda x, n=number: x[n], rows) for number in range(self.num_begun)}
+    self._given = 0  # rows in the chunks that were given out
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def add(self, number: int, row: PyTree) -> None:
+    """Take the row with this number in the buffer."""
+    self._rows[number] = row
+
+  def whole(self) -> Iterator[PyTree]:
+    """Give the chunks [p, g, ...] that have become whole since, in order."""
+    while self._sizes and self._first_missing() - self._given >= self._sizes[0][0] * self._sizes[0][1]:
+      yield self._take(*self._sizes.pop(0))
+
+  def tail(self) -> list[PyTree]:
+    """Give the rows behind these chunks and before the first that is missing, as a chunk, if there are any."""
+    num = self._first_missing() - self._given
+    return [self._take(1, num)] if num else []
+
+  def _first_missing(self) -> int:
+    number = self._given
+    while number in self._rows:
+      number += 1
+    return number
+
+  def _take(self, p: int, g: int) -> PyTree:
+    rows = [self._rows[number] for number in range(self._given, self._given + p * g)]
+    self._given += p * g
+    return jax.tree.map(lambda *arrays: np.stack(arrays).reshape(p, g, *np.shape(arrays[0])), *rows)
+
+
 def join_rows(chunks: Sequence[PyTree]) -> PyTree:
   """Join the arrays [p, g, ...] of successive chunks, rollout by rollout: [b, ...]."""
   return jax.tree.map(lambda *parts: np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts]), *chunks)

@@ -24,7 +24,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import files, noise, sharding, tasks
+from dmpo_jax import continuous, files, noise, sharding, tasks
 from dmpo_jax.build import Parts, build_parts
 from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
 from dmpo_jax.generations import Unfinished, grade_batch, summarize
@@ -169,9 +169,14 @@ def make_evaluate(
 ) -> Callable[[Any, epath.Path, Mapping[str, Any]], dict[str, float]]:
   """Close over the configuration's evaluation: `evaluate(trainable, path, metadata) -> figures`."""
   own = config.eval
-  settings = dict(group_size=own.num_samples, temperature=own.temperature, early_exit=own.early_exit)
-  program = Compiled(make_sample(config, parts.model, parts.mesh, **settings))
-  sample = sharding.within(parts.rollout_mesh, program)
+  settings = dict(temperature=own.temperature, early_exit=own.early_exit)
+  if config.sampler.slots:
+    num_slots = config.sampler.slots
+    program = continuous.Programs(config, parts.model, parts.rollout_mesh, num_slots=num_slots, **settings)
+    sample = continuous.Sample(program, own.num_samples, check_preemption)
+  else:
+    program = Compiled(make_sample(config, parts.model, parts.mesh, group_size=own.num_samples, **settings))
+    sample = sharding.within(parts.rollout_mesh, program)
   evaluation = Evaluation(*parts.held_out, parts.grading, parts.tokenizer, config.seed, own.batch_size)
 
   def evaluate_policy(trainable: PyTree, path: epath.Path, metadata: Mapping[str, Any]) -> dict[str, float]:

@@ -6,18 +6,19 @@ proper hold rollouts (or demonstrations too, where the objective is supervised).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from dmpo_jax import optim, policy, rollout, sharding, update
+from dmpo_jax import continuous, optim, policy, rollout, sharding, update
 from dmpo_jax.build import Parts
 from dmpo_jax.chunks import Chunking
 from dmpo_jax.demonstrations import Demonstrations, make_held_out_loss
@@ -34,7 +35,8 @@ from dmpo_jax.objectives.masking import MaskSampling
 from dmpo_jax.objectives.weights import Weighing
 from dmpo_jax.rollout import Collector
 from dmpo_jax.run.params import save_params
-from dmpo_jax.structs import Experience, PendingRollouts, TrainState
+from dmpo_jax.run.preemption import check_preemption
+from dmpo_jax.structs import Experience, PendingRollouts, Prompts, Rollouts, TrainState
 
 
 @runtime_checkable
@@ -371,6 +373,25 @@ def _buffer_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> rollo
   )
 
 
+def make_stream(
+  config: ConfigDict, model: Transformer, mesh: Mesh
+) -> Callable[[policy.Policies, Prompts, jax.Array, int], Iterator[tuple[int, Rollouts]]] | None:
+  """Build the sampler of the rollouts by continuous batching (see `Collector.stream`); None: fixed batches."""
+  if not config.sampler.slots:
+    return None
+  settings = dict(temperature=config.sampler.temperature, early_exit=config.rollout.early_exit)
+  programs = continuous.Programs(config, model, mesh, num_slots=config.sampler.slots, **settings)
+
+  def stream(policies: policy.Policies, prompts: Prompts, key: jax.Array, row: int) -> Iterator[tuple[int, Rollouts]]:
+    queue = continuous.Queued.of_prompts(prompts, config.rollout.group_size)
+    left = np.arange(row, len(queue.rollout))
+    moved = sharding.move(policies, mesh)
+    for number, found in continuous.decode(programs, moved, queue.take(left), key, check_preemption):
+      yield row + number, found
+
+  return stream
+
+
 def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRollouts:
   sample = sharding.within(parts.rollout_mesh, training_sample(config, parts.model, parts.mesh))
   collector = Collector(
@@ -381,6 +402,7 @@ def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRo
     seed=config.seed,
     chunking=make_chunking(config),
     counted=config.objective.counted,
+    stream=make_stream(config, parts.model, parts.rollout_mesh),
   )
   assert parts.prompts is not None  # training has them
   return GradedRollouts(

@@ -239,14 +239,7 @@ def make_sample(
   """
   own, trainable = config.sampler, Trainable.of(model.config)
   options = samplers.make_options(own.name, own.to_dict().get(own.name, {}))
-  common_plan = samplers.Plan(
-    completion_length=own.completion_length,
-    block_length=own.block_length,
-    steps=own.steps,
-    temperature=temperature,
-    early_exit=early_exit,
-    on_call=on_call,
-  )
+  common_plan = make_plan(config, temperature=temperature, early_exit=early_exit, on_call=on_call)
 
   def sample(
     policies: Policies,
@@ -274,6 +267,21 @@ def make_sample(
     return jax.tree.map(lambda array: array[:num_rows].reshape(-1, group_size, *array.shape[1:]), rollouts)
 
   return jax.jit(sample, out_shardings=sharding.replicated(mesh))
+
+
+def make_plan(
+  config: ConfigDict, *, temperature: float, early_exit: bool, on_call: Callable[..., None] | None = None
+) -> samplers.Plan:
+  """Build the settings that all samplers share; the arguments are those of `samplers.Plan`."""
+  own = config.sampler
+  return samplers.Plan(
+    completion_length=own.completion_length,
+    block_length=own.block_length,
+    steps=own.steps,
+    temperature=temperature,
+    early_exit=early_exit,
+    on_call=on_call,
+  )
 
 
 class Compiled:

@@ -7,7 +7,8 @@ the devices at one time; their results are small and replicated, and every host 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dmpo_jax import noise
-from dmpo_jax.chunks import Chunk, Chunking, fetch_ahead, join_rows
+from dmpo_jax.chunks import Arriving, Chunk, Chunking, fetch_ahead, join_rows
 from dmpo_jax.grading import Grades, Grading, grade
 from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.objectives import weights
@@ -67,6 +68,8 @@ class Collector:
   Args:
     sample: lays policies out for the sampler, and returns `sample(prompts, key, first) -> Rollouts` [p, g, ...]: the
       rollouts of a chunk, which begin with the `first` of each prompt.
+    stream: samples in a queue instead, whatever the chunks: `stream(policies, prompts, key, row)` yields the buffer's
+      rows from that one on with their numbers, each as it is done.
     chunking: what is sampled and scored at one time.
     counted: completion positions that the likelihood counts, see `count_positions`.
   """
@@ -78,6 +81,7 @@ class Collector:
   seed: int
   chunking: Chunking
   counted: str
+  stream: Callable[[Policies, Prompts, jax.Array, int], Iterator[tuple[int, Rollouts]]] | None = None
 
   def generate(
     self, policies: Policies, batch: Batch, begun: PendingRollouts | None = None, *, is_scored: bool = True
@@ -89,7 +93,8 @@ class Collector:
       is_scored: False: there are no forward passes, as the policy is its own reference.
 
     Raises:
-      Preempted: between two chunks, with those that are finished.
+      Preempted: between two chunks, with those that are finished; in a queue, with the rows before the first one that
+        is not finished.
       NotFinite: see `policy.check_confidence`.
     """
     watch, key = Stopwatch(), noise.step_key(self.seed, "rollout", batch.buffer)
@@ -97,7 +102,8 @@ class Collector:
     sampled = self.chunking.finished(begun and begun.rollouts, chunks)
     scored = self.chunking.finished(begun and begun.log_probs, chunks) if is_scored else []
     on_devices: dict[int, Rollouts] = {}  # the chunks that are still to be scored
-    sample = self.sample(policies) if len(sampled) < len(chunks) else None
+    arriving = Arriving(chunks, begun and begun.rollouts)
+    sample = self.sample(policies) if self.stream is None and len(sampled) < len(chunks) else None
 
     def sample_chunk(number: int) -> Rollouts:
       assert sample is not None  # until all chunks are sampled
@@ -115,7 +121,11 @@ class Collector:
     to_score = range(len(scored), len(chunks)) if self.scoring.score and is_scored else ()
     graded = [self._grade(batch, chunk.prompts, done) for chunk, done in zip(chunks, sampled, strict=False)]
     calls = [functools.partial(sample_chunk, number) for number in to_sample]
-    results = fetch_ahead(calls + [functools.partial(score_chunk, number) for number in to_score])
+    to_do = [functools.partial(score_chunk, number) for number in to_score]
+    if self.stream is None:
+      results = fetch_ahead(calls + to_do)
+    else:
+      results = itertools.chain(self._sample_queue(policies, batch, key, arriving, len(sampled)), fetch_ahead(to_do))
     try:
       for number, rollouts in zip(to_sample, results, strict=False):
         check_confidence(rollouts)
@@ -127,11 +137,25 @@ class Collector:
         scored.append(log_probs)  # one by one, as a notice may come between
     except Preempted as notice:
       watch.lap("score" if len(sampled) == len(chunks) else "sample")
+      sampled += arriving.tail() if self.stream is not None else []
       notice.pending = _join(sampled, scored, watch, begun, is_whole=False) if sampled else None
       raise
     watch.lap("score")
     pending, group_size = _join(sampled, scored, watch, begun, is_whole=True), self.chunking.group_size
     return dataclasses.replace(pending, batch=batch, wait=lambda: Grades.join([wait() for wait in graded], group_size))
+
+  def _sample_queue(
+    self, policies: Policies, batch: Batch, key: jax.Array, arriving: Arriving, num_given: int
+  ) -> Iterator[Rollouts]:
+    """Sample the rows that are missing, and yield each chunk, but the given ones, as soon as it is whole."""
+    assert self.stream is not None  # else chunks are sampled
+    yield from itertools.islice(arriving.whole(), num_given, None)
+    if arriving.num_begun == len(batch.records) * self.chunking.group_size:
+      return
+    for number, row in self.stream(policies, batch.prompts, key, arriving.num_begun):
+      arriving.add(number, row)
+      progress.part("sampling prompts", len(arriving) // self.chunking.group_size, len(batch.records))
+      yield from arriving.whole()
 
   def complete(self, pending: PendingRollouts, policies: Policies) -> tuple[Experience, dict[str, float]]:
     """Wait for the grades of a generated buffer, and complete it for the objective.

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmpo_jax import files, noise
+from dmpo_jax import continuous, files, noise
 from dmpo_jax.build import build_model_parts
 from dmpo_jax.config import ConfigError
 from dmpo_jax.data import prompt_ids
@@ -118,18 +118,7 @@ def decode(
   `tokens_per_second` is of the row's batch, compilation not counted: tokens up to the first EOS over seconds.
   """
   watcher = Watcher(parts.tokenizer) if watch else None
-  own = config.eval
-  sample = Compiled(
-    make_sample(
-      config,
-      parts.model,
-      parts.mesh,
-      group_size=1,
-      temperature=own.temperature,
-      early_exit=own.early_exit,
-      on_call=watcher,
-    )
-  )
+  own, sample = config.eval, _make_sample(config, parts, watcher)
   key = noise.step_key(config.seed, "sample", 0)
   numbers = prompt_ids([as_text(request.turns) + request.prefill for request in requests])
   size = min(own.batch_size, len(requests))
@@ -137,14 +126,16 @@ def decode(
     meet("the next prompts")
     batch = requests[start : start + size]
     prompts = encode(batch, numbers[start : start + size], parts.tokenizer, num_rows=size)
-    waiting = Progress(f"compiling for prompts of up to {prompts.tokens.shape[1]} tokens", 1) if watcher else None
-    with waiting or contextlib.nullcontext():  # unless watched, the progress of the completions says so
-      sample.compile(policies, prompts, key)
-      if waiting:
-        waiting.advance()
-    puzzles = [_puzzle_of(request, config) for request in batch]
+    if isinstance(sample, Compiled):
+      waiting = Progress(f"compiling for prompts of up to {prompts.tokens.shape[1]} tokens", 1) if watcher else None
+      with waiting or contextlib.nullcontext():  # unless watched, the progress of the completions says so
+        sample.compile(policies, prompts, key)
+        if waiting:
+          waiting.advance()
+    puzzles, compiled_before = [_puzzle_of(request, config) for request in batch], sample.seconds
     watching = watcher.watching(puzzles) if watcher else contextlib.nullcontext()
     rollouts, seconds = _run(functools.partial(sample, policies, prompts, key), watching)
+    seconds -= sample.seconds - compiled_before
     check_confidence(rollouts)
     rollouts = jax.tree.map(operator.itemgetter((slice(len(batch)), 0)), rollouts)
     yield from zip(batch, describe(rollouts, parts.tokenizer, seconds), strict=True)
@@ -154,6 +145,16 @@ def _puzzle_of(request: Request, config: ConfigDict) -> grids.Grid | None:
   """Return the Sudoku that the completion of a request fills in; None for any other text."""
   is_whole = request.prefill == "" and grids.are_completed(config.task.name, config.task.prompt)
   return grids.in_prompt(as_text(request.turns)) if is_whole else None
+
+
+def _make_sample(config: ConfigDict, parts: ModelParts, watcher: Watcher | None) -> Compiled | continuous.Sample:
+  """Build the sampler of the settings of `eval`; what is watched is a fixed batch."""
+  settings = dict(temperature=config.eval.temperature, early_exit=config.eval.early_exit)
+  if config.sampler.slots and watcher is None:
+    num_slots = config.sampler.slots
+    programs = continuous.Programs(config, parts.model, parts.mesh, num_slots=num_slots, **settings)
+    return continuous.Sample(programs, 1, lambda: meet("the next block"))
+  return Compiled(make_sample(config, parts.model, parts.mesh, group_size=1, on_call=watcher, **settings))
 
 
 def _run(program: Callable[[], Rollouts], shown: contextlib.AbstractContextManager) -> tuple[Rollouts, float]:

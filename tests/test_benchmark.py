@@ -9,7 +9,9 @@ import numpy as np
 import programs
 import pytest
 
+from configs import throughput
 from dmpo_jax.structs import Rollouts
+from launch.bench import cache as bench_cache
 from launch.bench import compile as bench_compile
 from launch.bench import convert as bench_convert
 from launch.bench import costs, main, results, timing, workload
@@ -18,6 +20,7 @@ from launch.bench import growth as bench_growth
 from launch.bench import iteration as bench_iteration
 from launch.bench import sample as bench_sample
 from launch.bench import score as bench_score
+from launch.bench import slots as bench_slots
 from launch.bench import update as bench_update
 
 
@@ -66,6 +69,27 @@ def test_the_gradient_step():
   assert np.isclose(
     np.linalg.norm(numbers["gradient"]), min(numbers["gradient norm"], config.optim.clip_norm), rtol=1e-4
   )
+
+
+@pytest.mark.slow
+def test_rollouts_of_block_models_are_the_same_without_a_cache_with_it_and_in_slots():
+  keys = bench_tiny.TINY | {"model.lora.rank": 0, "sampler.completion_length": 16, "sampler.steps": 16}
+  config = workload.changed(throughput.get_config("blocks"), keys | {"sampler.slots": 3})
+  makers = (bench_cache.make_uncached, bench_cache.make_fixed, bench_cache.make_slots)
+  contenders = [make(config) for make in makers]
+  plain, *others = (contender.check()["tokens"] for contender in contenders)
+  assert len(np.unique(plain)) > 2
+  for other in others:
+    np.testing.assert_array_equal(other, plain)
+  tokens, *others = (contender.run()["tokens"] for contender in contenders)
+  assert others == [tokens] * 2
+  assert 4 < tokens < 4 * 16
+
+
+def test_a_model_without_blocks_is_refused():
+  for section in (bench_cache, bench_slots):
+    with pytest.raises(ValueError, match=r"block_length = 0.*need a model that attends by blocks, without adapters"):
+      section.run(bench_tiny.config(), options())
 
 
 def test_recomputing_is_no_work():

@@ -35,6 +35,7 @@ ROOMS = {
   "grading": FOUNDATIONS | {"hub", "tasks"},
   "optim": set(),
   "policy": FOUNDATIONS | {"config", "hub", "models", "run", "samplers"},
+  "continuous": FOUNDATIONS | {"models", "policy", "samplers"},
   "logprobs": FOUNDATIONS | {"models", "objectives", "policy"},
   "rollout_metrics": FOUNDATIONS | {"grading", "objectives"},
   "chunks": {"run"},
@@ -42,14 +43,15 @@ ROOMS = {
   "update": FOUNDATIONS | {"logprobs", "models", "objectives", "run"},
   "build": FOUNDATIONS | {"config", "data", "grading", "hub", "models", "objectives", "policy", "run", "tasks"},
   "generations": FOUNDATIONS | {"grading", "hub"},
-  "evaluate": FOUNDATIONS | {"generations", "build", "config", "grading", "hub", "policy", "run", "tasks"},
+  "evaluate": FOUNDATIONS
+  | {"build", "config", "continuous", "generations", "grading", "hub", "policy", "run", "tasks"},
   "graded_rollouts": FOUNDATIONS | {"data", "models", "objectives", "policy", "rollout", "rollout_metrics"},
   "demonstrations": FOUNDATIONS | {"build", "data", "logprobs", "models", "objectives", "rollout", "run"},
   "phases": FOUNDATIONS
-  | {"build", "chunks", "demonstrations", "evaluate", "graded_rollouts", "logprobs", "models", "objectives", "optim"}
-  | {"policy", "rollout", "run", "update"},
-  "sample": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run"},
-  "serve": FOUNDATIONS | {"build", "config", "data", "hub", "policy", "run", "sample", "samplers"},
+  | {"build", "chunks", "continuous", "demonstrations", "evaluate", "graded_rollouts", "logprobs", "models"}
+  | {"objectives", "optim", "policy", "rollout", "run", "update"},
+  "sample": FOUNDATIONS | {"build", "config", "continuous", "data", "hub", "policy", "run"},
+  "serve": FOUNDATIONS | {"build", "config", "continuous", "data", "hub", "policy", "run", "sample", "samplers"},
   "train": FOUNDATIONS | {"build", "config", "evaluate", "phases", "policy", "rollout", "rollout_metrics", "run"},
   "main": FOUNDATIONS | {"config", "evaluate", "hub", "policy", "run", "sample", "serve", "train"},
 }

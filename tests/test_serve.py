@@ -325,6 +325,16 @@ def test_tokens_that_may_be_taken_back_are_not_streamed(tokenizer):
   assert [piece for piece in pieces if piece] == ["7654", "321"]
 
 
+def test_tokens_that_may_be_taken_back_are_those_of_the_models_block(tokenizer):
+  """Two tokens of the prompt are in the first block of four, so six decided tokens are two blocks."""
+  limits = Limits(LENGTH, 4, True, 0.0, 4, 4, 10, 20.0)
+  reader = Reader(tokenizer, limits, read_options({}, limits, is_chat=True))
+  ids = np.full(LENGTH, tokenizer.mask_token_id)
+  ids[:7] = tokenizer.encode("1234567")
+  assert reader.decided(ids, given=2) == "123456"
+  assert reader.decided(ids) == "1234"
+
+
 def test_requests_that_wait_together_are_decoded_together(decode):
   decode.batches.clear()
   decode.may_go_on.clear()
@@ -541,7 +551,7 @@ def test_the_page_watches(decode):
   status, text = post(f"{decode.address}/watch", '{"prompt": "12\u00e9"}'.encode())
   head, *events = [json.loads(line) for line in text.splitlines()]
   assert status == 200
-  assert head == {"lacking": "\u00e9", "grid": None}
+  assert head == {"lacking": "\u00e9", "grid": None, "given": 0}
   assert [event["call"] for event in events] == [1, 2, 3, None]  # call 0 came late
   assert events[0]["pieces"][1:] == ["2", "1", "</s>", None, None, None, None]
   assert events[-1]["text"].endswith("21")

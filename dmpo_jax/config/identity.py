@@ -31,6 +31,7 @@ MAY_CHANGE = (
   "optim.max_skips_in_a_row",
   "rollout.chunk_prompts",
   "rollout.chunk_rollouts",
+  "sampler.slots",
   "serve.*",
   "sharding.*",
   "task.data_dir",
@@ -45,7 +46,7 @@ NOT_OF_EVALUATION = (
   *("eval.batch_size", "eval.every_buffers", "eval.lengths", "eval.samplers", "eval.tasks", "grading.workers"),
   "grading.sandbox",
   *("model.init_from", "model.layer_rows", "model.lora.dropout", "model.lora.init_from", "model.remat"),
-  *("task.data_dir", "task.records_dir"),
+  *("sampler.slots", "task.data_dir", "task.records_dir"),
 )
 
 # Values of keys in runs that are older than the key.

@@ -325,6 +325,11 @@ KEYS: dict[str, Rule] = {
     "sampler.block_length",
   ),
   "sampler.temperature": FROM_ZERO,
+  "sampler.slots": whole(0).also(
+    "0, as {0}: only rows of a model that attends by blocks have caches of their own",
+    lambda slots, block_length: slots == 0 or block_length > 0,
+    "model.block_length",
+  ),
   "sampler.guidance": FROM_ZERO.also(
     "0, as {0}: models that attend by blocks are not guided yet",
     lambda guidance, block_length: guidance == 0 or block_length == 0,

@@ -9,7 +9,7 @@ from dmpo_jax.samplers.loop import Plan, Rule
 from dmpo_jax.spelling import did_you_mean
 from dmpo_jax.structs import Rollouts
 
-__all__ = ["SAMPLERS", "Plan", "Sampler", "make_options"]
+__all__ = ["SAMPLERS", "Plan", "Rule", "Sampler", "make_options"]
 
 
 class Sampler(NamedTuple):

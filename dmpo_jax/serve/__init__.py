@@ -27,6 +27,7 @@ from dmpo_jax.serve.connections import bounded_protocol
 from dmpo_jax.serve.engine import Engine, make_decode
 from dmpo_jax.serve.page import About
 from dmpo_jax.serve.requests import Limits
+from dmpo_jax.serve.slots import make_slot_engine
 
 SPARE_CONNECTIONS = 64  # besides those of waiting or running requests: idle ones, pages, health checks
 NUM_EXAMPLES = 4  # prompts that the page offers
@@ -47,8 +48,12 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
     raise ConfigError(f"config.serve.host = {serve.host!r} is open to other machines: set {API_KEY} in the environment")
   parts = build_model_parts(config)
   with _listening(serve.host, serve.port) as listener:
-    decode = make_decode(config, parts, load_policy(config, workdir, parts))
-    engine = Engine(decode, batch_size=serve.batch_size, max_queue=serve.max_queue)
+    has_blocks, policies = parts.model.config.block_length > 0, load_policy(config, workdir, parts)
+    if has_blocks:
+      engine = make_slot_engine(config, parts, policies)
+    else:
+      decode = make_decode(config, parts, policies)
+      engine = Engine(decode, batch_size=serve.batch_size, max_queue=serve.max_queue)
     limits = Limits(
       completion_length=config.sampler.completion_length,
       block_length=config.sampler.block_length,
@@ -65,7 +70,7 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
       parts.tokenizer,
       limits,
       model=name,
-      about=_about(config, workdir),
+      about=_about(config, workdir, blocks_have_prompt=has_blocks),
       api_key=api_key,
       is_local=is_loopback(serve.host),
       log=_log,
@@ -87,11 +92,11 @@ def main(config: ConfigDict, workdir: epath.Path | None) -> None:
   print("stopped serving", file=sys.stderr)
 
 
-def _about(config: ConfigDict, workdir: epath.Path | None) -> About:
+def _about(config: ConfigDict, workdir: epath.Path | None, *, blocks_have_prompt: bool) -> About:
   """Collect what the page says of the policy."""
   own, examples = config.task, read_prompts(workdir, NUM_EXAMPLES) if workdir else []
   task, has_cells = epath.Path(own.name).stem if workdir else "", grids.are_completed(own.name, own.prompt)
-  return About(task, config.sampler.name, examples, cells_are_tokens=has_cells)
+  return About(task, config.sampler.name, examples, blocks_have_prompt, cells_are_tokens=has_cells)
 
 
 def _log(line: str) -> None:

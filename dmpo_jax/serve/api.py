@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dmpo_jax import files
 from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.messages import Turn
-from dmpo_jax.serve.engine import Engine, Job
+from dmpo_jax.serve.engine import Job, JobQueue
 from dmpo_jax.serve.page import POLICY, About, render
 from dmpo_jax.serve.requests import Limits, Options, RequestError, read_options, read_prompts, read_turns
 from dmpo_jax.serve.responses import Reader, ResponseFormat, Text
@@ -38,7 +38,7 @@ Event = tuple[int, str, Any]  # index of the choice; state or done; the engine's
 
 
 def make_app(
-  engine: Engine,
+  engine: JobQueue,
   tokenizer: Tokenizer,
   limits: Limits,
   *,
@@ -154,7 +154,7 @@ def _unexpected_error(request: Request, error: Exception) -> Response:
 class Service:
   """The endpoints."""
 
-  engine: Engine
+  engine: JobQueue
   tokenizer: Tokenizer
   limits: Limits
   model: str
@@ -215,7 +215,8 @@ class Service:
       raise RequestError(400, f"only prompt is read here, not {', '.join(sorted(fields.keys() - {'prompt'}))}")
     prompt, grid = self._encode_chat(fields["prompt"]), self.about.grid_of(fields["prompt"])
     self._note_lacking(request, [fields["prompt"]])
-    head = {"lacking": self.tokenizer.lacking(fields["prompt"]), "grid": grid and grid.drawn}
+    lacking, given = self.tokenizer.lacking(fields["prompt"]), self._num_given(prompt)
+    head = {"lacking": lacking, "grid": grid and grid.drawn, "given": given}
     events = self._events(request, [prompt], read_options({}, self.limits, is_chat=True))
     first = await anext(events)
 
@@ -270,6 +271,10 @@ class Service:
       raise RequestError(400, "the body must be a JSON object")
     return fields
 
+  def _num_given(self, prompt: list[int]) -> int:
+    """Count the prompt's tokens in the completion's first block."""
+    return len(prompt) % self.limits.block_length if self.about.blocks_have_prompt else 0
+
   def _encode_chat(self, prompt: str | list[Turn]) -> list[int]:
     try:
       return self.tokenizer.encode_prompt(prompt)
@@ -294,20 +299,21 @@ class Service:
       request.state.tokens += f", {sum(text.num_tokens for text in texts.values())} tokens"
       return JSONResponse(files.finite(form.whole([texts[number] for number in sorted(texts)], num_prompt, options)))
     first = await anext(events)  # an error before the first event still sets the status
-    stream = self._stream(request, _with_first(first, events), form, reader, num_prompt)
+    stream = self._stream(request, _with_first(first, events), form, reader, prompts)
     return StreamingResponse(stream, media_type="text/event-stream")
 
   async def _stream(
-    self, request: Request, events: AsyncIterator[Event], form: ResponseFormat, reader: Reader, num_prompt: int
+    self, request: Request, events: AsyncIterator[Event], form: ResponseFormat, reader: Reader, prompts: list[list[int]]
   ) -> AsyncIterator[str]:
     sent: collections.defaultdict[int, str] = collections.defaultdict(str)
+    given = [self._num_given(prompt) for prompt in prompts for _ in range(reader.options.num_choices)]
     num_tokens = 0
     if form.is_chat:
       for index in range(reader.options.num_choices):
         yield form.event(index, "", role="assistant")
     try:
       async for index, kind, value in events:
-        end = reader.finish(*value) if kind == "done" else Text(reader.decided(value[1]), "", 0)
+        end = reader.finish(*value) if kind == "done" else Text(reader.decided(value[1], given[index]), "", 0)
         if end.text.startswith(sent[index]) and end.text != sent[index]:
           yield form.event(index, end.text[len(sent[index]) :])
           sent[index] = end.text
@@ -316,7 +322,7 @@ class Service:
           yield form.event(index, "", reason=end.reason)
       request.state.tokens += f", {num_tokens} tokens"
       if reader.options.with_usage:
-        yield form.last_event(num_prompt, num_tokens)
+        yield form.last_event(sum(map(len, prompts)), num_tokens)
     except RequestError as error:
       yield f"data: {json.dumps({'error': error.body()})}\n\n"
     yield "data: [DONE]\n\n"
@@ -335,8 +341,9 @@ class Service:
       with contextlib.suppress(RuntimeError):  # the loop has ended
         loop.call_soon_threadsafe(events.put_nowait, event)
 
+    own = options.seed, options.temperature
     jobs = [
-      Job(prompt, functools.partial(deliver, first + choice), options.seed, options.temperature, choice)
+      Job(prompt, functools.partial(deliver, first + choice), *own, choice, options.max_tokens)
       for first, prompt in zip(range(0, len(prompts) * options.num_choices, options.num_choices), prompts, strict=True)
       for choice in range(options.num_choices)
     ]

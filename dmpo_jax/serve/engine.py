@@ -1,11 +1,12 @@
 """The model's side of serving: a bounded queue of jobs -> batches -> the completions after every model call.
 
-One thread owns the device. A batch is made of the jobs that arrived while the last one was decoded.
+One thread owns the device. A batch is made of the jobs that arrived while the last one was decoded. Models that attend
+by blocks have another engine (`slots.py`).
 """
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,8 @@ class Job:
   seed: int | None = None  # None: the server's, which gives a prompt the same completion every time
   temperature: float = 0.0
   choice: int = 0  # index of this completion among those of its prompt
+  max_tokens: int | None = None  # that are wanted; None: all
+  is_wanted: bool = True  # False once it was withdrawn
 
   @property
   def bucket(self) -> int:
@@ -54,21 +57,24 @@ class Job:
     return prompt_id(f"{self.prompt} {self.seed} {self.choice}")
 
 
-class Engine:
-  """A thread that decodes jobs in batches.
+class JobQueue:
+  """A thread that decodes jobs, and the jobs that wait for it. Its subclasses say how.
 
   Args:
-    decode: decodes up to `batch_size` jobs of one bucket.
+    batch_size: jobs that are decoded at a time.
     max_queue: the most jobs that may wait.
   """
 
-  def __init__(self, decode: Decode, *, batch_size: int, max_queue: int):
-    self._decode, self._batch_size, self._max_queue = decode, batch_size, max_queue
+  def __init__(self, *, batch_size: int, max_queue: int):
+    self._batch_size, self._max_queue = batch_size, max_queue
     self._waiting: list[Job] = []  # the oldest first
     self._is_closed = False
     self._news = threading.Condition()  # guards the two above
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
     self._thread.start()
+
+  def _run(self) -> None:
+    raise NotImplementedError
 
   def submit(self, jobs: Sequence[Job]) -> bool:
     """Queue all jobs of a request, or none; False: the queue is full or the engine is closed."""
@@ -80,7 +86,9 @@ class Engine:
       return True
 
   def withdraw(self, jobs: Sequence[Job]) -> None:
-    """Remove jobs from the queue; a batch that has begun is finished."""
+    """Remove jobs from the queue; a batch that has begun is finished, a slot is given up."""
+    for job in jobs:
+      job.is_wanted = False
     with self._news:
       self._waiting = [job for job in self._waiting if job not in jobs]
 
@@ -90,6 +98,19 @@ class Engine:
       self._is_closed = True
       self._news.notify()
     self._thread.join()
+
+
+class Engine(JobQueue):
+  """A thread that decodes jobs in batches.
+
+  Args:
+    decode: decodes up to `batch_size` jobs of one bucket.
+    batch_size, max_queue: see `JobQueue`.
+  """
+
+  def __init__(self, decode: Decode, *, batch_size: int, max_queue: int):
+    self._decode = decode
+    super().__init__(batch_size=batch_size, max_queue=max_queue)
 
   def _run(self) -> None:
     while batch := self._take():
@@ -116,11 +137,16 @@ class Engine:
     try:
       decoded = self._decode(batch, publish)
     except Exception as error:  # a failed batch must not end the server
-      for job in batch:
-        job.deliver("failed", f"{type(error).__name__}: {error}")
+      fail(batch, error)
       return
     for job, *found in zip(batch, *decoded, strict=True):
       job.deliver("done", tuple(found))
+
+
+def fail(jobs: Iterable[Job], error: Exception) -> None:
+  """Tell the clients of jobs what went wrong."""
+  for job in jobs:
+    job.deliver("failed", f"{type(error).__name__}: {error}")
 
 
 def make_decode(config: ConfigDict, parts: ModelParts, policies: Policies) -> Decode:

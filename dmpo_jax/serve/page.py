@@ -23,6 +23,7 @@ class About:
   task: str = ""
   sampler: str = ""
   examples: Sequence[str] = ()  # prompts
+  blocks_have_prompt: bool = False  # the model counts blocks from the prompt's first token
   cells_are_tokens: bool = False  # completions are the cells of the Sudoku in their prompt
 
   def grid_of(self, prompt: str) -> grids.Grid | None:

@@ -35,15 +35,18 @@ class Reader:
   limits: Limits
   options: Options
 
-  def decided(self, ids: np.ndarray) -> str:
+  def decided(self, ids: np.ndarray, given: int = 0) -> str:
     """Return the text that later model calls cannot change.
 
     This is the text before the first MASK, without an incomplete character or the possible start of a stop string.
+
+    Args:
+      given: tokens of the prompt in the completion's first block.
     """
     is_masked = ids == self.tokenizer.mask_token_id
     end = int(np.argmax(is_masked)) if is_masked.any() else len(ids)
     if self.limits.can_revoke:
-      end -= end % self.limits.block_length
+      end = max(end - (end + given) % self.limits.block_length, 0)
     text = self._decode(ids[: min(end, self.options.max_tokens)]).rstrip("\ufffd")
     cut = _find(text, self.options.stops)
     return text[: len(text) - _num_held(text, self.options.stops)] if cut is None else text[:cut]

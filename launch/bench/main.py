@@ -1,6 +1,6 @@
 """Measure the parts of training and print tables: seconds, tokens/s, memory, utilisation.
 
-    python -m launch.benchmark all                    # every section except growth, as `make bench` does
+    python -m launch.benchmark all                    # all but growth, cache and slots, as `make bench` does
     python -m launch.benchmark update                 # one section
     python -m launch.benchmark update --peer=torch    # and the same work in PyTorch (requirements-torch.txt)
     python -m launch.benchmark update --config=configs/llada_8b.py --config.model.remat=dots
@@ -45,6 +45,8 @@ class Section:
 PEERED = ("sample", "score", "update", "iteration")
 SECTIONS = {
   "sample": Section("launch.bench.sample", "configs/throughput.py:sampling", 290),
+  "cache": Section("launch.bench.cache", "configs/sudoku_blocks.py", 60),
+  "slots": Section("launch.bench.slots", "configs/throughput.py:blocks", 120),
   "score": Section("launch.bench.score", "configs/throughput.py", 90),
   "update": Section("launch.bench.update", "configs/throughput.py", 120),
   "iteration": Section("launch.bench.iteration", "configs/throughput.py:iteration", 170),
@@ -53,7 +55,7 @@ SECTIONS = {
   "compile": Section("launch.bench.compile", "configs/throughput.py", 150, has_products=False),
   "growth": Section("launch.bench.growth", "configs/throughput.py:growth", 400),
 }
-APART = ("growth",)  # not part of `all`, as it takes half as long as all others together
+APART = ("growth", "cache", "slots")  # not part of `all`: growth takes half as long, the others compare ours with ours
 # The sections that read a flag; all sections read any other flag.
 READ_BY = {
   "peer": PEERED,

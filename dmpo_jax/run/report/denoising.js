@@ -4,18 +4,21 @@
 // the model call that decided them; and the controls that step through the calls. Text by a model is inserted as text.
 const denoising = (() => {
   // Draws a completion into an element. pieces: texts, null where masked; since: the calls that decided them, from 0;
-  // call: the calls so far, of `calls`; confidence: by position, if known; blockLength: 0 for one block; grid: a Sudoku's
+  // call: the calls so far, of `calls`; confidence: by position, if known; blockLength: 0 for one block; given: the
+  // prompt's tokens in the first block; what lies behind the block that is being decided is faded; grid: a Sudoku's
   // { puzzle, box }, and wrong: its cells that are.
-  function draw(board, { pieces, since, call, calls, confidence, blockLength, grid, wrong }) {
+  function draw(board, { pieces, since, call, calls, confidence, blockLength, given = 0, grid, wrong }) {
     const number = grid ? grid.puzzle.length : pieces.length;
     board.className = grid ? "grid" : "tokens";
     if (grid) board.style.setProperty("--side", grid.box ** 2);
     while (board.children.length < number) board.append(document.createElement("span"));
     while (board.children.length > number) board.lastChild.remove();
+    const blockOf = (i) => Math.floor((i + given) / blockLength), current = pieces.findIndex((piece) => piece === null);
     [...board.children].forEach((token, i) => {
       const piece = pieces[i] ?? null, isDecided = piece !== null;
       const classes = ["token", !isDecided && "masked", isDecided && since[i] === call - 1 && "new"];
-      if (blockLength && i && i % blockLength === 0) classes.push("block");
+      if (blockLength && i && (i + given) % blockLength === 0) classes.push("block");
+      if (blockLength && piece === null && blockOf(i) > blockOf(current)) classes.push("ahead");
       if (grid) classes.push(...cell(grid, i), isDecided && wrong.includes(i) && "wrong");
       token.className = classes.filter(Boolean).join(" ");
       token.textContent = isDecided ? piece : grid && grid.puzzle[i] !== "0" ? grid.puzzle[i] : "·";
