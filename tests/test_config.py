@@ -130,11 +130,11 @@ def test_one_wrong_value_is_one_line(config, path, value, allowed):
 @pytest.mark.parametrize(
   ("path", "value", "allowed"),
   [
-    ("sampler.name", "dual_cache", "one of llada, parallel, editing, entropy_bound, as model.block_length = 16"),
+    ("sampler.name", "dual_cache", "one of llada, parallel, entropy_bound, editing, as model.block_length = 16"),
     ("sampler.block_length", 8, "model.block_length = 16, the blocks of the model"),
     ("sampler.guidance", 0.5, "0, as model.block_length = 16"),
     ("model.shift_logits", True, "False, as model.block_length = 16"),
-    ("eval.samplers", ("llada", "wino"), "one of llada, parallel, editing, entropy_bound, as model.block_length = 16"),
+    ("eval.samplers", ("llada", "wino"), "one of llada, parallel, entropy_bound, editing, as model.block_length = 16"),
     ("objective.likelihood", "sampler", "one of one_step, elbo, elbo_quadrature, "),
     ("objective.one_step.prompt_mask_ratio", 0.15, "0, as with model.block_length = 16"),
     ("objective.mask_block_length", 4, "0, as model.block_length = 16"),

@@ -36,11 +36,11 @@ SAMPLERS = {
   "prefix_cache": Sampler(parallel.Options, parallel.sample_with_prefix_cache),
   "dual_cache": Sampler(parallel.Options, parallel.sample_with_dual_cache),
   "wino": Sampler(wino.Options, wino.sample, has_trajectory=False, can_revoke=True),
+  "freedave": Sampler(freedave.Options, freedave.sample, has_trajectory=False),
+  "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample, make_rule=entropy_bound.make_rule),
   "editing": Sampler(
     editing.Options, editing.sample, has_trajectory=False, can_revoke=True, make_rule=editing.make_rule
   ),
-  "freedave": Sampler(freedave.Options, freedave.sample, has_trajectory=False),
-  "entropy_bound": Sampler(entropy_bound.Options, entropy_bound.sample, make_rule=entropy_bound.make_rule),
 }
 
 KINDS = {  # types that an option may be declared with: what its value may be
