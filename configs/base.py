@@ -115,6 +115,10 @@ def get_config() -> ConfigDict:
   g.workers = 2  # processes per host
   g.seconds = 10.0  # time limit for a completion, which otherwise gets reward 0 and is counted
   g.memory_gb = 4.0  # address space limit of a process
+  # of a reward that is an `async def`: calls that a process waits for at a time; further attempts after an error or
+  # `seconds` without an answer
+  g.concurrency = 16
+  g.retries = 2
   g.sandbox = "bubblewrap"  # where the code that a model writes runs; none: as any program that you start
 
   c.sampler = s = ConfigDict()

@@ -32,11 +32,13 @@ from dmpo_jax.processes import PATIENCE, HostShare
 from dmpo_jax.tasks import Limits, Record, Task, make_task, sandbox
 from dmpo_jax.tasks.code import Code
 from dmpo_jax.tasks.judge import Verdict, judge
+from dmpo_jax.tasks.user import PythonTask, wait_before
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0  # for a worker to import and build its task
 STOP_SECONDS = 10.0  # for a worker to end the processes that it has started
+SLACK = 1.0  # beyond the time limits of awaited rewards, until their worker counts as stuck
 KINDS = ("graded", "failed", "timeout", "crash")
 _MAX_LOGGED = 5  # problems per batch that the log describes; all are counted
 _MAX_LOGGED_LINES = 50  # per worker's stderr
@@ -72,7 +74,9 @@ class Grading:
     if isinstance(self.task, Code):
       sandbox.check(own.sandbox)
     self._is_local = task is not None or self.task.is_bounded
-    self._seconds = own.seconds
+    self._limits = own
+    self._awaits = isinstance(self.task, PythonTask) and self.task.is_awaited
+    self._seconds = _most_seconds(own) if self._awaits else own.seconds  # that grading one completion may take
     self._threads = ThreadPoolExecutor(1 if self._is_local else workers, thread_name_prefix="grading")
     self._workers = [] if self._is_local else [_Worker(spec, own.memory_gb) for _ in range(workers)]
     self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -86,16 +90,31 @@ class Grading:
     items = list(zip(records, completions, map(bool, is_ended), strict=True))
     if self._is_local:
       return Pending([self._threads.submit(self._judge, items)], len(items), start, 0.0)
+    if self._awaits:
+      size = max(-(-len(items) // len(self._workers)), 1)
+      shares = [items[first : first + size] for first in range(0, len(items), size)]
+      futures = [self._threads.submit(self._ask_together, share) for share in shares]
+      return Pending(futures, len(items), start, self._seconds_for(len(items)))
     groups = itertools.groupby(items, key=lambda item: id(item[0]))  # a worker caches the answers of a prompt
     futures = [self._threads.submit(self._ask, list(group)) for _, group in groups]
-    return Pending(futures, len(items), start, self._seconds * len(items))
+    return Pending(futures, len(items), start, self._seconds_for(len(items)))
 
   def patience(self, num: int) -> float:
     """Return how many seconds a process may take longer than the others for its share of `num` completions.
 
     In the worst case, all of them reach the time limit on a single worker.
     """
-    return PATIENCE + (0.0 if self._is_local else self._seconds * math.ceil(num / jax.process_count()))
+    return PATIENCE + (0.0 if self._is_local else self._seconds_for(math.ceil(num / jax.process_count())))
+
+  def _seconds_for(self, num: int) -> float:
+    """Return how long `num` completions may take: one after the other, each as long as it may.
+
+    Awaited rewards are first tried together, and then alone those that were lost with a worker that had to be stopped.
+    """
+    return num * self._seconds + (self._seconds_together(num) if self._awaits else 0.0)
+
+  def _seconds_together(self, num: int) -> float:
+    return math.ceil(num / self._limits.concurrency) * self._seconds + SLACK
 
   def _judge(self, items: list[tuple]) -> list[Verdict]:
     return [judge(self.task, *item) for item in items]
@@ -103,7 +122,21 @@ class Grading:
   def _ask(self, items: list[tuple]) -> list[Verdict]:
     worker = self._idle.get()
     try:
-      return [CLOSED if self._is_closed else worker.ask(item, self._seconds) for item in items]
+      return [self._ask_one(worker, item) for item in items]
+    finally:
+      self._idle.put(worker)
+
+  def _ask_one(self, worker: "_Worker", item: tuple) -> Verdict:
+    return CLOSED if self._is_closed else worker.ask([item], self._seconds)[0]
+
+  def _ask_together(self, items: list[tuple]) -> list[Verdict]:
+    """Grade by awaited rewards. What takes the worker with it is found by asking again, one at a time."""
+    worker = self._idle.get()
+    try:
+      verdicts = worker.ask(items, self._seconds_together(len(items)))
+      is_lost = [verdict.kind in ("timeout", "crash") for verdict in verdicts]
+      again = (self._ask_one(worker, item) if lost else None for item, lost in zip(items, is_lost, strict=True))
+      return [new or old for new, old in zip(again, verdicts, strict=True)]
     finally:
       self._idle.put(worker)
 
@@ -150,19 +183,23 @@ class _Worker:
     self._process: subprocess.Popen | None = None
     self._stopping = threading.Lock()  # two threads may stop it: the one that asks and the one that closes
 
-  def ask(self, item: tuple, seconds: float) -> Verdict:
-    """Return the verdict on (record, completion, is_ended), or a timeout after `seconds`."""
+  def ask(self, items: Sequence[tuple], seconds: float) -> list[Verdict]:
+    """Return the verdict on each (record, completion, is_ended), or a timeout on what is left after `seconds`."""
+    found: dict[int, Verdict] = {}
     try:
       if self._process is None:
         self._start()
-      self._connection.send((*item, seconds))
-      if self._connection.poll(seconds):
-        return self._connection.recv()
-      verdict = Verdict("timeout", problem=f"took more than {seconds:g} seconds")
+      self._connection.send((items, seconds))
+      deadline = time.monotonic() + seconds
+      while len(found) < len(items) and self._connection.poll(max(deadline - time.monotonic(), 0.0)):
+        index, found_verdict = self._connection.recv()
+        found[index] = found_verdict
+      missing = Verdict("timeout", problem=f"took more than {seconds:g} seconds")
     except (EOFError, OSError) as error:
-      verdict = Verdict("crash", problem=f"its process ended ({error!r:.100})")
-    self.stop()
-    return verdict
+      missing = Verdict("crash", problem=f"its process ended ({error!r:.100})")
+    if len(found) < len(items):
+      self.stop()
+    return [found.get(index, missing) for index in range(len(items))]
 
   def _start(self) -> None:
     self._connection, child = Pipe()
@@ -205,6 +242,12 @@ class _Worker:
         os.killpg(self._process.pid, signal.SIGKILL)
     self._connection.close()
     self._process = None
+
+
+def _most_seconds(limits: Limits) -> float:
+  """Return how long an awaited reward may take, with all its attempts and the waits between them."""
+  waits = sum(wait_before(retry) for retry in range(1, limits.retries + 1))
+  return (limits.retries + 1) * limits.seconds + waits + SLACK
 
 
 def _log_lines(stream: IO[bytes]) -> None:

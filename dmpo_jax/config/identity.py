@@ -23,6 +23,8 @@ MAY_CHANGE = (
   "model.dtype",
   "model.init_from",
   "model.layer_rows",
+  "grading.concurrency",
+  "grading.retries",
   "grading.sandbox",
   "grading.workers",
   "log.*",
@@ -44,7 +46,7 @@ MAY_CHANGE = (
 NOT_OF_EVALUATION = (
   *("checkpoint.*", "log.*", "objective.*", "optim.*", "rollout.*", "serve.*", "sharding.*", "train.*", "warm_start.*"),
   *("eval.batch_size", "eval.every_buffers", "eval.lengths", "eval.samplers", "eval.tasks", "grading.workers"),
-  "grading.sandbox",
+  *("grading.concurrency", "grading.retries", "grading.sandbox"),
   *("model.init_from", "model.layer_rows", "model.lora.dropout", "model.lora.init_from", "model.remat"),
   *("sampler.slots", "task.data_dir", "task.records_dir"),
 )

@@ -309,6 +309,8 @@ KEYS: dict[str, Rule] = {
   "grading.workers": whole(1),
   "grading.seconds": POSITIVE,
   "grading.memory_gb": POSITIVE,
+  "grading.concurrency": whole(1),
+  "grading.retries": whole(0),
   "grading.sandbox": one_of(*SANDBOXES),
   # and the section of each sampler, which `samplers.make_options` checks
   "sampler.name": one_of(*SAMPLERS).checked_by(

@@ -27,6 +27,8 @@ class Limits:
   seconds: float = 10.0
   memory_gb: float = 4.0
   sandbox: str = "bubblewrap"  # where a model's code runs, see `sandbox.SANDBOXES`
+  concurrency: int = 16  # calls of an `async def reward` that one worker waits for at a time
+  retries: int = 2  # of such a call, after an error or `seconds` without an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,10 @@ class UserTask(Task, Protocol):
 MAX_REWARD = 1e15  # training squares and sums rewards in float32, whose range ends at 3e38
 PART_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 TAKEN = ("mean", "std")  # metrics have reward_mean and reward_std beside reward_<part>
+
+
+class NoAnswer(Exception):
+  """An `async def reward` has not answered in time, at no attempt."""
 
 
 class BadReward(ValueError):

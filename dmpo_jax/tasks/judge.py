@@ -5,6 +5,7 @@ inner process answers one request at a time over a pipe. The outer process, its 
 process that it has started, including those in other sessions.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import dataclasses
@@ -14,14 +15,16 @@ import resource
 import select
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Literal
 
 import psutil
 
 from dmpo_jax import tasks
-from dmpo_jax.tasks.base import BadReward, describe, split_reward
+from dmpo_jax.tasks.base import BadReward, NoAnswer, Reward, describe, split_reward
+from dmpo_jax.tasks.user import PythonTask
 
 GRACE = 5  # seconds after the time limit until a worker ends by itself, if nobody stops it
 _SET_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
@@ -47,14 +50,32 @@ def judge(task: tasks.Task, record: tasks.Record, completion: str, is_ended: boo
   A reward that raises, or that `split_reward` refuses, is "failed". One that runs out of memory is a "crash".
   """
   try:
-    reward, grade = task.reward_and_grade(record, completion, is_ended)
-    return Verdict("graded", *split_reward(reward, task.reward_parts), grade)
-  except MemoryError:
-    return Verdict("crash", problem="out of memory")
-  except BadReward as error:
-    return Verdict("failed", problem=str(error))
+    return _verdict(task, *task.reward_and_grade(record, completion, is_ended))
   except BaseException as error:  # a user's reward may raise anything, including SystemExit
-    return Verdict("failed", problem=f"raised {describe(error)}")
+    return _verdict_on(error)
+
+
+async def judge_awaited(task: PythonTask, record: tasks.Record, completion: str) -> Verdict:
+  """Grade one completion as `judge` does, of a task whose reward is awaited.
+
+  One that never answers is "failed": that it took long says nothing of the completion.
+  """
+  try:
+    return _verdict(task, *await task.await_reward_and_grade(record, completion))
+  except BaseException as error:
+    return _verdict_on(error)
+
+
+def _verdict(task: tasks.Task, reward: Reward, grade: tasks.Grade) -> Verdict:
+  return Verdict("graded", *split_reward(reward, task.reward_parts), grade)
+
+
+def _verdict_on(error: BaseException) -> Verdict:
+  """Return the verdict on a completion whose reward has raised this."""
+  if isinstance(error, MemoryError):
+    return Verdict("crash", problem="out of memory")
+  is_said = isinstance(error, BadReward | NoAnswer)
+  return Verdict("failed", problem=str(error) if is_said else f"raised {describe(error)}")
 
 
 def serve(requests: int, life: int, memory_gb: float) -> None:
@@ -88,22 +109,52 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _answer(requests: int, memory_gb: float) -> None:
-  """Receive `make_task`'s arguments, then grade each (record, completion, is_ended, seconds) until the pipe closes."""
+  """Receive `make_task`'s arguments, then requests until the pipe closes.
+
+  A request is ([(record, completion, is_ended), ...], seconds for all of them). For each completion, its index and its
+  verdict are sent as soon as it is known.
+  """
   limit = int(memory_gb * 2**30)
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
   with Connection(requests) as connection:
     try:
       task = tasks.make_task(**connection.recv())
       getattr(task, "warm_up", lambda: None)()
+      loop = _Loop(task) if isinstance(task, PythonTask) and task.is_awaited else None
       connection.send("ready")
       while True:
-        record, completion, is_ended, seconds = connection.recv()
+        items, seconds = connection.recv()
         signal.alarm(math.ceil(seconds) + GRACE)  # its default action ends the process
-        verdict = judge(task, record, completion, is_ended)
+        if loop is not None:
+          loop.judge_all(items, lambda *found: connection.send(found))
+        else:
+          for index, item in enumerate(items):
+            connection.send((index, judge(task, *item)))
         signal.alarm(0)
-        connection.send(verdict)
     except (EOFError, BrokenPipeError):
       return
+
+
+class _Loop:
+  """An event loop, the same for all requests, as threads that a reward has started may outlive one."""
+
+  def __init__(self, task: PythonTask):
+    self._task = task
+    self._loop = asyncio.new_event_loop()
+    self._loop.set_default_executor(ThreadPoolExecutor(task.limits.concurrency))  # of asyncio.to_thread
+
+  def judge_all(self, items: Sequence[tuple], tell: Callable[[int, Verdict], None]) -> None:
+    """Grade completions, `Limits.concurrency` at a time."""
+    turns = asyncio.Semaphore(self._task.limits.concurrency)
+
+    async def judge_one(index: int, record: tasks.Record, completion: str) -> None:
+      async with turns:
+        tell(index, await judge_awaited(self._task, record, completion))
+
+    async def judge_each(calls: Sequence[Awaitable[None]]) -> None:
+      await asyncio.gather(*calls)
+
+    self._loop.run_until_complete(judge_each([judge_one(index, *item[:2]) for index, item in enumerate(items)]))
 
 
 def _end_descendants() -> None:

@@ -8,9 +8,11 @@ that end with the assistant's are a chat to imitate: each of its turns is a demo
 turn is its prompt.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -21,10 +23,24 @@ from etils import epath
 
 from dmpo_jax.messages import Prompt, Turn, as_text, read_chat, turns_of
 from dmpo_jax.tasks import answers, equivalence, sources
-from dmpo_jax.tasks.base import Grade, Record, Reward, Split, UserTask, check_part_names, describe, split_reward
+from dmpo_jax.tasks.base import (
+  BadReward,
+  Grade,
+  Limits,
+  NoAnswer,
+  Record,
+  Reward,
+  Split,
+  UserTask,
+  check_part_names,
+  describe,
+  split_reward,
+)
 
 TEST_SHARE = 0.1  # share of the rows of a JSONL file that is held out, chosen by a hash of the prompt
 NEEDED = ("records", "prompt", "reward")  # functions that a Python file must define
+OPTIONAL = ("is_correct", "demonstration")  # and those that it may define
+FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds before the second attempt at a reward, doubled before each further one
 
 _SUFFIXES = (".py", ".jsonl")
 
@@ -34,18 +50,18 @@ def is_file(name: str) -> bool:
   return name.endswith(_SUFFIXES)
 
 
-def load(path: str, *, grader: str) -> UserTask:
+def load(path: str, *, grader: str, limits: Limits) -> UserTask:
   """Load the task of a user's file.
 
   Args:
-    grader: a name in GRADERS, for a JSONL file.
+    grader: a name in GRADERS, for a JSONL file. limits: of the rewards of a Python file.
 
   Raises:
     ValueError: the file cannot be used.
   """
   if not epath.Path(path).is_file():
     raise ValueError(f"task.name={path!r}: no such file")
-  return PythonTask(path) if path.endswith(".py") else JsonlTask(path, grader)
+  return PythonTask(path, limits) if path.endswith(".py") else JsonlTask(path, grader)
 
 
 def _same_text(answer: str, gold: str) -> bool:
@@ -183,7 +199,7 @@ class PythonTask:
 
   records(split) -> an iterable of dicts of JSON values, for split "train" and "test"
   prompt(record) -> the user's turn, or a list of messages {"role": ..., "content": ...}
-  reward(record, completion) -> a finite number, or a dict of named parts whose sum is the reward
+  reward(record, completion) -> a finite number, or a dict of named parts whose sum is the reward; may be `async def`
   REWARD_PARTS                                  the names of the parts, if the reward has any: ("correct", "form")
   is_correct(record, completion) -> bool        optional; by default, whether the reward is above 0
   demonstration(record, rng) -> a completion    optional, for the warm start
@@ -191,6 +207,7 @@ class PythonTask:
   """
 
   path: str
+  limits: Limits = dataclasses.field(default_factory=Limits)
 
   version: ClassVar[str] = "1.0.0"
 
@@ -198,6 +215,9 @@ class PythonTask:
     missing = [name for name in NEEDED if not callable(getattr(self._module, name, None))]
     if missing:
       raise ValueError(f"task.name={self.path!r}: the file defines no function {', '.join(missing)}")
+    for name in (*NEEDED[:2], *OPTIONAL):
+      if inspect.iscoroutinefunction(getattr(self._module, name, None)):
+        raise ValueError(f"task.name={self.path!r}: {name} must not be async; only reward may be")
     if problem := check_part_names(getattr(self._module, "REWARD_PARTS", ())):
       raise ValueError(f"task.name={self.path!r}: REWARD_PARTS {problem}")
 
@@ -282,10 +302,45 @@ class PythonTask:
 
   def reward_and_grade(self, record: Record, completion: str, is_ended: bool = True) -> tuple[Reward, Grade]:
     """Return the file's reward, called once, and whether the completion is correct."""
-    reward = self._module.reward(record, completion)
+    if self.is_awaited:
+      return asyncio.run(self.await_reward_and_grade(record, completion))
+    return self._with_grade(record, completion, self._module.reward(record, completion))
+
+  def _with_grade(self, record: Record, completion: str, reward: Reward) -> tuple[Reward, Grade]:
     total, _ = split_reward(reward, self.reward_parts)
     is_correct = getattr(self._module, "is_correct", lambda *_: total > 0)
     return reward, Grade(bool(is_correct(record, completion)), extracted=completion)
+
+  @property
+  def is_awaited(self) -> bool:
+    """Whether the reward is an `async def`, which waits for others: many calls are under way at a time."""
+    return inspect.iscoroutinefunction(self._module.reward)
+
+  async def await_reward_and_grade(self, record: Record, completion: str) -> tuple[Reward, Grade]:
+    """Return the same as `reward_and_grade`, of an awaited reward, at the first attempt that returns in time.
+
+    Raises:
+      NoAnswer: no attempt has. Exception: what the last attempt raised.
+    """
+    seconds, retries = self.limits.seconds, self.limits.retries
+    for attempt in range(retries + 1):
+      try:
+        reward = await asyncio.wait_for(self._module.reward(record, completion), seconds)
+        return self._with_grade(record, completion, reward)
+      except BadReward:  # another call would not return another kind of value
+        raise
+      except Exception as error:
+        if attempt == retries:
+          if isinstance(error, TimeoutError):
+            raise NoAnswer(f"no answer within {seconds:g} seconds, at {retries + 1} attempts") from error
+          raise
+      await asyncio.sleep(wait_before(attempt + 1))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def wait_before(retry: int) -> float:
+  """Return the seconds between an attempt and the `retry`-th further one."""
+  return min(FIRST_WAIT * 2 ** (retry - 1), LONGEST_WAIT)
 
 
 _MODULES: dict[str, ModuleType] = {}  # imported files, by path
