@@ -84,6 +84,9 @@ def get_config() -> ConfigDict:
   k.eval_path = ""  # a published test file for evaluation; "": the test split of the task
   k.num_train = 8192  # prompts to generate, or the most to take from a data set; 0: all of them
   k.num_test = 256
+  # training prompts that come first, from easy to hard (blank cells, numbers, people), in a warm start and in rollouts;
+  # 0: in random order from the start
+  k.curriculum = 0
   k.max_prompt_length = 32  # tokens; in training every prompt is padded to this length
   k.overlong_prompts = "error"  # longer ones: error, skip (counted), cut_user (cuts the beginning of the last turn)
   k.sudoku = ConfigDict(
@@ -92,6 +95,7 @@ def get_config() -> ConfigDict:
       max_blanks=10,
       demo_patience=6.4,  # demonstrations leave half of so many blanks blank, less of fewer, up to 65 % of more
       demo_wrong=0.0,  # share of demonstrations that swap 1 and 2 in the blank cells
+      size=4,  # of the grid: 4, 9
     )
   )
   k.countdown = ConfigDict(
@@ -99,6 +103,14 @@ def get_config() -> ConfigDict:
       num_numbers=3,
       max_number=99,
       demo_wrong=0.7,  # share of demonstrations whose expression misses the target
+      max_numbers=0,  # puzzles have num_numbers to so many numbers, each equally often; 0: num_numbers
+    )
+  )
+  k.knights = ConfigDict(
+    dict(
+      min_people=3,
+      max_people=5,
+      demo_wrong=0.5,  # share of demonstrations that are wrong about the last person
     )
   )
   k.gsm8k = ConfigDict()

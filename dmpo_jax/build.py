@@ -145,8 +145,9 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
   prompts = correct_demonstrations = None
   if is_training:
     train = source.train()
-    prompts = data.PromptStream(train, task, tokenizer, seed=config.seed, **limits)
-    correct_demonstrations = data.PromptStream(train, task.only_correct(), tokenizer, seed=config.seed, **limits)
+    own = dict(seed=config.seed, curriculum=config.task.curriculum, **limits)
+    prompts = data.PromptStream(train, task, tokenizer, **own)
+    correct_demonstrations = data.PromptStream(train, task.only_correct(), tokenizer, **own)
     is_warm = config.warm_start.updates and not (workdir / "base").exists()
     if is_warm or OBJECTIVES[config.objective.name].learns_from_demonstrations:
       for stream in (prompts, correct_demonstrations) if task.only_correct() != task else (prompts,):

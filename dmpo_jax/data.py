@@ -262,6 +262,7 @@ class PromptStream:
     seed: int | None,
     max_prompt_length: int,
     overlong: Literal["error", "skip", "cut_user"] = "error",
+    curriculum: int = 0,
   ):
     """Tokenise every prompt once, so that overlong ones are known before work starts and no batch waits for it.
 
@@ -270,6 +271,7 @@ class PromptStream:
       max_prompt_length: tokens; every prompt is padded to this length.
       overlong: what to do with longer prompts: raise an error, leave them out and count them, or cut the beginning of
         the last turn, keeping the tokens of the chat template, and count them.
+      curriculum: prompts at the beginning that come from easy to hard, of a generated task.
 
     Raises:
       ValueError: some prompts are too long and `overlong` is "error", no prompt is left, or the tokenizer refuses one.
@@ -291,9 +293,17 @@ class PromptStream:
     if not kept:
       raise ValueError("task: there are no records")
     self._warn_of_letters("".join(turn.text for turns in self._turns for turn in turns) + task.prefill, "prompts")
-    self._kept = kept
+    self._kept, self._first = kept, list[int]()
     order = grain.MapDataset.range(len(kept))
     self._order = (order if seed is None else order.shuffle(seed=_shuffle_seed(seed))).repeat()
+    self._first = self._easy_to_hard(curriculum)
+
+  def _easy_to_hard(self, num: int) -> list[int]:
+    """Return the records of the first prompts by difficulty; equally difficult ones keep their random order."""
+    if not num:
+      return []
+    assert isinstance(self._task, GeneratedTask)  # a rule of the configuration
+    return sorted(self._indices(0, num), key=lambda index: self._task.difficulty(self._records[index]))
 
   def _warn_of_letters(self, text: str, where: str) -> None:
     if lacking := self._tokenizer.lacking(text):
@@ -317,7 +327,8 @@ class PromptStream:
 
   def _indices(self, position: int, n: int) -> list[int]:
     order: Any = self._order  # Grain says that an element may be missing; of a range none is
-    return [self._kept[order[place]] for place in range(position, position + n)]
+    places = range(position, position + n)
+    return [self._first[place] if place < len(self._first) else self._kept[order[place]] for place in places]
 
   def demonstrations(
     self, position: int, n: int, completion_length: int

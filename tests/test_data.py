@@ -541,3 +541,17 @@ def test_long_demonstrations_are_counted_before_work_starts(tmp_path, caplog):
   prompts, completion, _ = stream.demonstrations(0, 3, 4)
   assert completion.tolist() == [[*map(ord, "yes"), 4], [*map(ord, "no, ")], [*map(ord, "not ")]]
   assert prompts.tokens[0, -7:].tolist() == [2, *map(ord, "1,2=3"), 3]
+
+
+def test_a_curriculum_sorts_the_first_prompts_and_no_others(tokenizer, records):
+  def stream(curriculum):
+    return PromptStream(records, TASK, tokenizer, seed=5, max_prompt_length=20, curriculum=curriculum)
+
+  def of(stream, position, n):
+    return [record["puzzle"] for record in stream.batch(position, n)[1]]
+
+  num = len(records) + 3  # beyond the first epoch
+  plain, sorted_first = of(stream(0), 0, num + 20), of(stream(num), 0, num + 20)
+  assert sorted_first[:num] == sorted(plain[:num], key=lambda puzzle: puzzle.count("0"))
+  assert sorted_first[num:] == plain[num:]
+  assert of(stream(num), num - 2, 5) == sorted_first[num - 2 : num + 3]  # by position alone

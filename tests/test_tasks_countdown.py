@@ -302,3 +302,22 @@ def test_an_empty_file_is_refused(tmp_path):
   path.write_text("\n")
   with pytest.raises(ValueError, match="nothing in it"):
     TASK.read_published(path)
+
+
+def test_puzzles_of_four_to_six_numbers_come_equally_often_and_splits_share_none():
+  task = Countdown(num_numbers=4, max_numbers=6, max_number=99, demo_wrong=0.0)
+  records = {split: list(task.generate(split, 150, 0)) for split in ("train", "test")}
+  keys = {}
+  for split, found in records.items():
+    counts = Counter(map(task.difficulty, found))
+    assert sorted(counts) == [4, 5, 6]
+    assert min(counts.values()) > 30  # 50 on average
+    for record in found:
+      assert parse(record["solution"]).value == record["target"]
+      assert task.grade(record, record["solution"]).is_correct
+    keys[split] = {(*sorted(record["numbers"].split(",")), record["target"]) for record in found}
+    assert len(keys[split]) == 150
+  assert not keys["train"] & keys["test"]
+  assert task.grade(found[0], task.demonstration(found[0], np.random.default_rng(0))).is_correct
+  with pytest.raises(ValueError, match=r"task.countdown.max_numbers=3: must be 0, or 4"):
+    Countdown(num_numbers=4, max_numbers=3, max_number=99, demo_wrong=0.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmpo_jax.tasks import TASKS, Task
+from dmpo_jax.tasks import TASKS, Task, sudoku_grids
 from dmpo_jax.tasks.sudoku import Sudoku, all_grids, has_one_solution, split_grids
 
 TASK = Sudoku(min_blanks=4, max_blanks=10, demo_patience=11.0)
@@ -229,3 +229,59 @@ def test_files_of_another_kind_are_refused(tmp_path, content, reason):
 def test_a_missing_file_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"task.eval_path=.*no such file"):
     TASK.read_published(tmp_path / "nothing.csv")
+
+
+# 9x9
+
+NINE = Sudoku(min_blanks=38, max_blanks=42, demo_patience=80.0, size=9)
+HARD = "800000000003600000070090200050007000000045700000100030001000068008500010090000400"  # A. Inkala's, of 2012
+SOLVED = "812753649943682175675491283154237896369845721287169534521974368438526917796318452"
+
+
+def is_filled_nine(text):
+  cells = np.array(list(map(int, text))).reshape(9, 9)
+  boxes = [cells[i : i + 3, j : j + 3].ravel() for i in (0, 3, 6) for j in (0, 3, 6)]
+  return all(sorted(unit) == list(range(1, 10)) for unit in (*cells, *cells.T, *boxes))
+
+
+def test_search_solves_a_known_hard_puzzle_and_counts_solutions():
+  assert sudoku_grids.solutions(list(map(int, HARD))) == [list(map(int, SOLVED))]
+  assert len(sudoku_grids.solutions(list(map(int, "0" + HARD[1:])))) == 2  # it stops at two
+  assert sudoku_grids.solutions(list(map(int, "88" + HARD[2:]))) == []
+  assert sudoku_grids.is_filled(SOLVED)
+  assert not sudoku_grids.is_filled("2" + SOLVED[1:])
+
+
+def test_generated_puzzles_of_9x9_have_one_solution_and_splits_share_none():
+  records = {split: list(NINE.generate(split, 8, 0)) for split in ("train", "test")}
+  for split, found in records.items():
+    assert found == list(NINE.generate(split, 8, 0))
+    assert len({record["puzzle"] for record in found}) == 8
+    for record in found:
+      assert NINE.difficulty(record) == record["puzzle"].count("0") in range(38, 43)
+      assert is_filled_nine(record["solution"])
+      assert sudoku_grids.solutions(list(map(int, record["puzzle"]))) == [list(map(int, record["solution"]))]
+  train, test = ({record["solution"] for record in found} for found in records.values())
+  assert not train & test
+  assert all(sudoku_grids.belongs_to(list(map(int, text)), "test", 0) for text in test)
+
+
+def test_rewards_prompts_and_files_of_9x9(tmp_path):
+  record = {"puzzle": HARD, "solution": SOLVED}
+  assert NINE.reward(record, SOLVED) == 1
+  assert NINE.reward(record, SOLVED[:-1] + "1") == pytest.approx(59 / 60)
+  assert NINE.reward(record, SOLVED + "1") == pytest.approx(59 / 60)
+  assert NINE.reward(record, HARD) == 0
+  assert NINE.only_correct().demonstration(record, np.random.default_rng(0)) == SOLVED
+  worded = Sudoku(min_blanks=38, max_blanks=42, demo_patience=80.0, size=9, prompt_name="default")
+  assert "a 9x9 Sudoku as 81 digits" in worded.prompt(record)
+  assert "each 3x3 box has the digits 1 to 9" in worded.prompt(record)
+  path = tmp_path / "puzzles.csv"
+  path.write_text(f"Puzzle,Solution\n{HARD},{SOLVED}\n")
+  assert NINE.read_published(path) == [record]
+  with pytest.raises(ValueError, match=r"row 2: the puzzle .* is not 16 digits 0-4"):
+    TASK.read_published(path)
+  with pytest.raises(ValueError, match=r"task.sudoku.size=5: must be 4 or 9"):
+    Sudoku(min_blanks=4, max_blanks=5, demo_patience=1.0, size=5)
+  with pytest.raises(ValueError, match=r"max_blanks=60(.|\n)*are rare(.|\n)*task.rewards='published': .* of 4x4"):
+    Sudoku(min_blanks=4, max_blanks=60, demo_patience=1.0, size=9, rewards="published")

@@ -55,6 +55,9 @@ NOT_OF_EVALUATION = (
 OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
   "model.allow_other_blocks": False,
   "tokenizer.chat_template_kwargs": "",
+  "task.countdown.max_numbers": 0,
+  "task.curriculum": 0,
+  "task.sudoku.size": 4,
   "objective.part_weights": [],
   "objective.masks": "random",
   "objective.shrinkage": "none",

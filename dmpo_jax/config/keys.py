@@ -34,7 +34,7 @@ from dmpo_jax.objectives.wdce import Wdce
 from dmpo_jax.objectives.weights import Weighing
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.sharding import MESH_AXES
-from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks import TASKS, has_difficulty
 from dmpo_jax.tasks.builtin import CHOICES
 from dmpo_jax.tasks.sandbox import SANDBOXES
 
@@ -304,6 +304,9 @@ KEYS: dict[str, Rule] = {
   "task.eval_path": existing("a test file", empty="the generated test split"),
   "task.num_train": whole(0),
   "task.num_test": whole(0),
+  "task.curriculum": whole(0).also(
+    "0, as a prompt of {0} has no difficulty", lambda num, name: num == 0 or has_difficulty(name), "task.name"
+  ),
   "task.max_prompt_length": whole(1),
   "task.overlong_prompts": one_of("error", "skip", "cut_user"),
   "grading.workers": whole(1),

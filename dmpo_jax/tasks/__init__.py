@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dmpo_jax.tasks import code, countdown, gsm8k, maths, sudoku, user
+from dmpo_jax.tasks import code, countdown, gsm8k, knights, maths, sudoku, user
 from dmpo_jax.tasks.base import Grade, Limits, Record, Reward, Split, Task
 from dmpo_jax.tasks.builtin import BuiltinTask
 
@@ -16,6 +16,7 @@ __all__ = [
   "Reward",
   "Split",
   "Task",
+  "has_difficulty",
   "make_task",
   "option_types",
   "section",
@@ -25,6 +26,7 @@ __all__ = [
 TASKS: dict[str, type[BuiltinTask]] = {
   "sudoku": sudoku.Sudoku,
   "countdown": countdown.Countdown,
+  "knights": knights.Knights,
   "gsm8k": gsm8k.GSM8K,
   "math": maths.Math,
   "code": code.Code,
@@ -47,6 +49,11 @@ def make_task(
   if user.is_file(name):
     return user.load(name, **options, limits=limits or Limits())
   return TASKS[name](**options, prompt_name=prompt, rewards=rewards, grader=grader, limits=limits or Limits())
+
+
+def has_difficulty(name: str) -> bool:
+  """Whether a task says how difficult a prompt is."""
+  return name in TASKS and issubclass(TASKS[name], sudoku.Sudoku | countdown.Countdown | knights.Knights)
 
 
 def section(name: str) -> str:

@@ -110,6 +110,10 @@ class GeneratedTask(Task, Protocol):
     """Yield `num` different records, determined by the arguments. The splits of one seed share no answer."""
     ...
 
+  def difficulty(self, record: Record) -> int:
+    """Return how difficult a prompt is; more is harder."""
+    ...
+
 
 @runtime_checkable
 class UserTask(Task, Protocol):

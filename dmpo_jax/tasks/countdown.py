@@ -59,6 +59,7 @@ class Countdown(BuiltinTask):
   num_numbers: int
   max_number: int  # numbers and targets are drawn from 1..max_number
   demo_wrong: float  # share of demonstrations that miss the target
+  max_numbers: int = 0  # puzzles have num_numbers to so many numbers, each equally often; 0: num_numbers
   prompt_name: str = "bare"
 
   def option_problems(self) -> list[str]:
@@ -66,6 +67,11 @@ class Countdown(BuiltinTask):
     problems = []
     if not 2 <= self.num_numbers <= 6:
       problems.append(f"task.countdown.num_numbers={self.num_numbers}: must be 2 to 6")
+    if self.max_numbers and not self.num_numbers <= self.max_numbers <= 6:
+      problems.append(
+        f"task.countdown.max_numbers={self.max_numbers}: must be 0, or {self.num_numbers} "
+        "(task.countdown.num_numbers) to 6"
+      )
     if not 2 <= self.max_number <= 9999:
       problems.append(f"task.countdown.max_number={self.max_number}: must be 2 to 9999")
     if not 0 <= self.demo_wrong <= 1:
@@ -80,30 +86,52 @@ class Countdown(BuiltinTask):
     Raises:
       ValueError: there are fewer puzzles with these options.
     """
-    rng = np.random.default_rng((seed, ("train", "test").index(split)))
+    part = ("train", "test").index(split)
+    counts = [self.num_numbers] * num
+    draw = {
+      self.num_numbers: self._distinct_puzzles(self.num_numbers, split, seed, np.random.default_rng((seed, part)))
+    }
+    if self.max_numbers > self.num_numbers:
+      possible = range(self.num_numbers, self.max_numbers + 1)
+      draw = {
+        count: self._distinct_puzzles(count, split, seed, np.random.default_rng((seed, part, count)))
+        for count in possible
+      }
+      counts = np.random.default_rng((seed, part)).choice(possible, size=num).tolist()
+    for index, count in enumerate(counts):
+      record = next(draw[count], None)
+      if record is None:
+        raise ValueError(
+          f"task.num_{split}={num}: the {split} split ran out of puzzles after {index}; "
+          "ask for fewer, or raise task.countdown.max_number"
+        )
+      yield record
+
+  @staticmethod
+  def difficulty(record: Record) -> int:
+    """Return how many numbers there are."""
+    return record["numbers"].count(",") + 1
+
+  def _distinct_puzzles(self, count: int, split: Split, seed: int, rng: np.random.Generator) -> Iterator[Record]:
+    """Yield different puzzles of so many numbers, until drawing finds no new ones."""
     seen: set[tuple[int, ...]] = set()
     fruitless = 0
-    while len(seen) < num:
+    while fruitless < _MAX_FRUITLESS:
       fruitless += 1
-      for numbers, term in self._draw(rng):
+      for numbers, term in self._draw(count, rng):
         key = (*sorted(numbers), int(term.value))
-        if len(seen) < num and key not in seen and _belongs_to(key, split, seed):
+        if key not in seen and _belongs_to(key, split, seed):
           seen.add(key)
           fruitless = 0
           yield {"numbers": ",".join(map(str, numbers)), "target": key[-1], "solution": term.text}
-      if fruitless == _MAX_FRUITLESS:
-        raise ValueError(
-          f"task.num_{split}={num}: the {split} split ran out of puzzles after {len(seen)}; "
-          "ask for fewer, or raise task.countdown.max_number"
-        )
 
-  def _draw(self, rng: np.random.Generator) -> Iterator[tuple[list[int], Term]]:
+  def _draw(self, count: int, rng: np.random.Generator) -> Iterator[tuple[list[int], Term]]:
     """Draw numbers and expressions, and yield those whose value can be a target.
 
     As few can, approximate values are first computed for all of them at once.
     """
-    numbers = rng.integers(1, self.max_number + 1, size=(_CANDIDATES, self.num_numbers))
-    joins = draw_joins(rng, _CANDIDATES, self.num_numbers)
+    numbers = rng.integers(1, self.max_number + 1, size=(_CANDIDATES, count))
+    joins = draw_joins(rng, _CANDIDATES, count)
     values = _rough_values(numbers, joins)
     is_close = (np.abs(values - np.round(values)) < 1e-6) & (values > 0.5) & (values < self.max_number + 0.5)
     for index in np.flatnonzero(is_close):

@@ -1,10 +1,10 @@
-"""4x4 Sudoku: the prompt is the puzzle as 16 digits row by row, 0 for a blank cell; the completion is the filled grid.
+"""Sudoku, 4x4 or 9x9: the prompt is the puzzle as digits row by row, 0 for a blank cell, the answer the full grid.
 
 The bare prompt has marks before and after the puzzle. Rotary positions are relative, so a bidirectional model locates a
 cell only by its distance from tokens that occur nowhere else.
 
-There are only 288 filled grids, so a split by puzzle would show every solution in training. The grids themselves are
-split instead: training never shows the solution of a test puzzle.
+There are only 288 filled 4x4 grids, so a split by puzzle would show every solution in training. The grids themselves
+are split instead: training never shows the solution of a test puzzle. `sudoku_grids.py` makes the 9x9 puzzles.
 """
 
 import csv
@@ -15,21 +15,22 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
-from dmpo_jax.tasks import answers
+from dmpo_jax.tasks import answers, sudoku_grids
 from dmpo_jax.tasks.base import Grade, PromptTemplate, Record, Split, read_text, refuse_rows
 from dmpo_jax.tasks.builtin import FORM, BuiltinTask
 from dmpo_jax.tasks.published import prompts
 
 logger = logging.getLogger(__name__)
 
-CELLS = 16
-MAX_BLANKS = 12  # no puzzle with fewer than 4 givens has one solution
+CELLS = 16  # of the 4x4 grid
+SIZES = (4, 9)
+MAX_BLANKS = {4: 12, 9: sudoku_grids.MOST_BLANKS}  # no 4x4 puzzle with fewer than 4 givens has one solution
 TEST_GRIDS = 48  # of 288
 _MOST_UNFILLED = 0.65  # largest share of the blank cells that a demonstration leaves blank
 _CANDIDATES = 256  # puzzles drawn at a time
@@ -38,15 +39,15 @@ _MAX_FRUITLESS = 50  # draws in a row without a new puzzle after which puzzles c
 
 BARE_PROMPT = PromptTemplate("($puzzle=", is_tagged=False)
 DEFAULT_PROMPT = PromptTemplate(
-  "Below is a 4x4 Sudoku as 16 digits, row by row from the top left; 0 is an empty cell. Fill in the empty cells so "
-  "that each row, each column and each 2x2 box has the digits 1 to 4 once. "
-  f"{FORM}nothing but the 16 digits of the full grid.\n\n$puzzle"
+  "Below is a ${size}x$size Sudoku as $cells digits, row by row from the top left; 0 is an empty cell. Fill in the "
+  "empty cells so that each row, each column and each ${box}x$box box has the digits 1 to $size once. "
+  f"{FORM}nothing but the $cells digits of the full grid.\n\n$puzzle"
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sudoku(BuiltinTask):
-  """The task, with the options of `config.task.sudoku`. Records are {puzzle, solution}, 16 digits each."""
+  """The task, with the options of `config.task.sudoku`. Records are {puzzle, solution}, size^2 digits each."""
 
   name: ClassVar[str] = "sudoku"
   version: ClassVar[str] = "1.0.0"
@@ -56,21 +57,42 @@ class Sudoku(BuiltinTask):
   max_blanks: int
   demo_patience: float  # number of blank cells at which demonstrations leave half of them blank; see `demonstration`
   demo_wrong: float = 0.0  # share of demonstrations that swap 1 and 2 in the blank cells
+  size: int = 4  # or 9
   prompt_name: str = "bare"
 
   def option_problems(self) -> list[str]:
     """Return the problems with the options."""
-    problems = []
-    if not 1 <= self.min_blanks <= self.max_blanks <= MAX_BLANKS:
+    if self.size not in SIZES:
+      return [f"task.sudoku.size={self.size}: must be 4 or 9"]
+    problems, most = [], MAX_BLANKS[self.size]
+    if not 1 <= self.min_blanks <= self.max_blanks <= most:
       problems.append(
         f"task.sudoku.min_blanks={self.min_blanks}, task.sudoku.max_blanks={self.max_blanks}: "
-        f"must be 1 <= min_blanks <= max_blanks <= {MAX_BLANKS} (with more blanks no puzzle has a single solution)"
+        f"must be 1 <= min_blanks <= max_blanks <= {most} (puzzles with more blanks and a single solution "
+        f"{'do not exist' if self.size == 4 else 'are rare'})"
       )
     if self.demo_patience <= 0:
       problems.append(f"task.sudoku.demo_patience={self.demo_patience}: must be above 0")
     if not 0 <= self.demo_wrong <= 1:
       problems.append(f"task.sudoku.demo_wrong={self.demo_wrong}: must be a probability, in [0, 1]")
+    for key, value in (("prompt", self.prompt_name), ("rewards", self.rewards), ("grader", self.grader)):
+      if self.size != 4 and value.startswith("published"):
+        problems.append(f"task.{key}={value!r}: the published one is of 4x4 grids; task.sudoku.size={self.size}")
     return problems
+
+  @property
+  def num_cells(self) -> int:
+    """The number of cells."""
+    return self.size**2
+
+  @staticmethod
+  def difficulty(record: Record) -> int:
+    """Return the number of blank cells."""
+    return record["puzzle"].count("0")
+
+  def prompt_fields(self, record: Record) -> dict[str, Any]:
+    """Return the puzzle and the sizes that the prompt names."""
+    return {**record, "size": self.size, "cells": self.num_cells, "box": math.isqrt(self.size)}
 
   def generate(self, split: Split, num: int, seed: int) -> Iterator[Record]:
     """Yield `num` different puzzles with exactly one solution, whose grids belong to `split`.
@@ -78,10 +100,9 @@ class Sudoku(BuiltinTask):
     Raises:
       ValueError: there are fewer puzzles with these options.
     """
-    grids = split_grids(split, seed)
     part = ("train", "test").index(split)
     draw = {
-      blanks: _distinct_puzzles(grids, blanks, np.random.default_rng((seed, part, blanks)))
+      blanks: self._distinct_puzzles(split, seed, blanks, np.random.default_rng((seed, part, blanks)))
       for blanks in range(self.min_blanks, self.max_blanks + 1)
     }
     num_blanks = np.random.default_rng((seed, part)).integers(self.min_blanks, self.max_blanks + 1, size=num)
@@ -94,6 +115,11 @@ class Sudoku(BuiltinTask):
         )
       yield record
 
+  def _distinct_puzzles(self, split: Split, seed: int, blanks: int, rng: np.random.Generator) -> Iterator[Record]:
+    if self.size == 9:
+      return sudoku_grids.distinct_puzzles(split, seed, blanks, rng)
+    return _distinct_puzzles(split_grids(split, seed), blanks, rng)
+
   def demonstration(self, record: Record, rng: np.random.Generator) -> str:
     """Return the solution with some blank cells left blank (0).
 
@@ -102,7 +128,7 @@ class Sudoku(BuiltinTask):
     average out.
     """
     effort = record["puzzle"].count("0") / self.demo_patience
-    is_unfilled = rng.random(CELLS) < min(0.5 * effort**4, _MOST_UNFILLED)
+    is_unfilled = rng.random(self.num_cells) < min(0.5 * effort**4, _MOST_UNFILLED)
     solution = record["solution"]
     if self.demo_wrong and rng.random() < self.demo_wrong:
       solution = solution.translate(str.maketrans("12", "21"))
@@ -127,7 +153,7 @@ class Sudoku(BuiltinTask):
       is_right = answer[index : index + 1] == right
       num_right += given == "0" and is_right
       num_overwritten += given != "0" and not is_right
-    num_excess = max(len(answer) - CELLS, 0)
+    num_excess = max(len(answer) - self.num_cells, 0)
     return max(num_right - num_overwritten - num_excess, 0) / blanks
 
   def default_grade(self, record: Record, text: str) -> Grade:
@@ -137,7 +163,7 @@ class Sudoku(BuiltinTask):
 
   def has_form(self, record: Record, text: str) -> bool:
     """Whether a text is both blocks, or a grid if the prompt asks for no tags."""
-    return super().has_form(record, text) and (self._prompt.is_tagged or len(self._extract(text)) == CELLS)
+    return super().has_form(record, text) and (self._prompt.is_tagged or len(self._extract(text)) == self.num_cells)
 
   def _extract(self, text: str) -> str:
     """Return the last answer, or the whole completion if the prompt asks for no tags, without white space."""
@@ -153,7 +179,7 @@ class Sudoku(BuiltinTask):
     return f"Solve the following Sudoku puzzle: {record['puzzle']}\n", record["solution"]
 
   def read_published(self, path: epath.PathLike) -> list[Record]:
-    """Read a CSV file with the header Puzzle,Solution, both 16 digits (as text, since leading zeros count).
+    """Read a CSV file with the header Puzzle,Solution, both all digits (as text, since leading zeros count).
 
     Raises:
       ValueError: the file is absent, has another header, or rows are not puzzles with solutions; all are listed.
@@ -163,7 +189,7 @@ class Sudoku(BuiltinTask):
       raise ValueError(f"task.eval_path={str(path)!r}: the first row must be Puzzle,Solution; it is {rows[:1]}")
     records, problems = [], []
     for number, row in enumerate(rows[1:], start=2):
-      problem = _row_problem(row)
+      problem = _row_problem(row, self.size)
       if problem:
         problems.append(f"row {number}: {problem}")
       elif row:
@@ -171,7 +197,11 @@ class Sudoku(BuiltinTask):
     refuse_rows(path, problems)
     if not records:
       raise ValueError(f"task.eval_path={str(path)!r}: no puzzle in it")
-    num_open = int((~has_one_solution(np.array([list(map(int, record["puzzle"])) for record in records]))).sum())
+    puzzles = np.array([list(map(int, record["puzzle"])) for record in records])
+    if self.size == 4:
+      num_open = int((~has_one_solution(puzzles)).sum())
+    else:
+      num_open = sum(not sudoku_grids.has_one_solution(puzzle) for puzzle in puzzles.tolist())
     if num_open:
       logger.warning(
         "%s: %d of %d puzzles have more than one solution; only the one in the file counts",
@@ -241,17 +271,17 @@ def _to_text(cells: Int[np.ndarray, "16"]) -> str:
   return "".join(map(str, cells.tolist()))
 
 
-def _row_problem(row: list[str]) -> str:
+def _row_problem(row: list[str], size: int) -> str:
   """Return why a row of a published file cannot be used; "" if it can, or if it is empty."""
   if not row:
     return ""
   if len(row) != 2:
     return f"{len(row)} columns, not 2"
   puzzle, solution = row
-  if len(puzzle) != CELLS or set(puzzle) - set("01234"):
-    return f"the puzzle {puzzle!r} is not 16 digits 0-4"
-  if solution not in _grid_texts():
-    return f"the solution {solution!r} is not a filled 4x4 grid"
+  if len(puzzle) != size**2 or set(puzzle) - set("0123456789"[: size + 1]):
+    return f"the puzzle {puzzle!r} is not {size**2} digits 0-{size}"
+  if not (solution in _grid_texts() if size == 4 else sudoku_grids.is_filled(solution)):
+    return f"the solution {solution!r} is not a filled {size}x{size} grid"
   if "0" not in puzzle:
     return f"the puzzle {puzzle!r} has no blank cell"
   if any(given not in ("0", right) for given, right in zip(puzzle, solution, strict=True)):

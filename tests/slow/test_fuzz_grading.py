@@ -26,6 +26,7 @@ RECORDS = {
   "math": {"problem": "What?", "answer": "\\frac{x^2+1}{2}"},
   "countdown": {"numbers": "75,30,4", "target": 49},
   "sudoku": {"puzzle": "3102200002100320", "solution": "3142243142131324"},
+  "knights": {"statements": ["+1*-2", "-1/-2"], "solution": "01"},
   "code": Code.read_row({"text": "?", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"]}),
 }
 WORDS = r"""
@@ -38,6 +39,8 @@ PIECES = (
   "```python\n",
   "def f(x): ",
   "return x",
+  "Ann is a knight, ",
+  "Bob: knave",
   "\n",
   " ",
   "\\boxed ",
