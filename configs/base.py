@@ -73,7 +73,10 @@ def get_config() -> ConfigDict:
   )
 
   c.task = k = ConfigDict()
-  k.name = "sudoku"  # see dmpo_jax.tasks.TASKS; or your own file, path/to/task.py or path/to/rows.jsonl
+  k.name = "sudoku"  # see dmpo_jax.tasks.TASKS; your own file, path/to/task.py or path/to/rows.jsonl; or mixture
+  # the tasks of a mixture and their shares, "{'gsm8k': 0.5, 'countdown': 0.5}". A share may be a dict of it and of what
+  # the task has for itself: {'share': 0.5, 'num_train': 1000, 'seconds': 2.0} (see dmpo_jax.tasks.mixture)
+  k.mixture = ""
   k.prompt = "default"  # default, published_train, published_eval; bare (only puzzle and answer: sudoku, countdown)
   k.rewards = "default"  # default, published (the official code's, oddities included)
   k.grader = "default"  # what counts as correct: default, published

@@ -4,10 +4,11 @@ Below this module everything takes explicit keyword arguments.
 """
 
 import contextlib
+import copy
 import dataclasses
 import logging
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from etils import epath
 from jax.sharding import Mesh
@@ -19,6 +20,7 @@ from dmpo_jax.grading import Grading
 from dmpo_jax.hub import pretrained
 from dmpo_jax.hub.chat import read_switches
 from dmpo_jax.hub.tokenizer import Tokenizer, load_tokenizer
+from dmpo_jax.mixed import MixedGrading, MixedStream
 from dmpo_jax.models.attention import choose_attention
 from dmpo_jax.models.config import ModelConfig
 from dmpo_jax.models.lora import LoraConfig
@@ -29,6 +31,7 @@ from dmpo_jax.policy import ModelParts, abstract_collection, abstract_trained
 from dmpo_jax.run import checks
 from dmpo_jax.run.workdir import folder_beside
 from dmpo_jax.structs import Prompts
+from dmpo_jax.tasks import mixture
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +127,72 @@ def _build_model_parts(config: ConfigDict, is_training: bool) -> ModelParts:
 
 def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> Parts:
   model_parts = _build_model_parts(config, is_training)
-  tokenizer = model_parts.tokenizer
-  spec = tasks.spec(config.task.to_dict())
-  grading = Grading(spec, **config.grading)
-  task = grading.task
+  if config.task.name == mixture.NAME:
+    found, shares = {}, [part.share for part in mixture.read(config.task.mixture).values()]
+    for name in mixture.read(config.task.mixture):
+      found[name] = _build_task(config_of_task(config, name), workdir, model_parts.tokenizer, is_training)
+    of_task = _mix(found, shares)
+  else:
+    of_task = _build_task(config, workdir, model_parts.tokenizer, is_training)
   if is_training:
-    _check_parts(config, task)
+    _check_parts(config, of_task.grading.task)
+  streams = {"evaluation": of_task.held_out, "training": of_task.prompts}
+  digests = {f"the digest of the {name} prompts": stream.digest() for name, stream in streams.items() if stream}
+  if lines := processes.differing("the prompts are compared", digests):
+    raise ValueError("the processes of the job have different prompts (files that differ?):\n  " + "\n  ".join(lines))
+  return Parts(
+    **vars(model_parts),
+    task=of_task.grading.task,
+    grading=of_task.grading,
+    prompts=of_task.prompts,
+    correct_demonstrations=of_task.correct_demonstrations,
+    held_out=of_task.held_out.batch(0, len(of_task.held_out)),
+  )
+
+
+class _OfTask(NamedTuple):
+  """What is built for one task, or for several as one."""
+
+  grading: Grading
+  held_out: data.PromptStream
+  prompts: data.PromptStream | None
+  correct_demonstrations: data.PromptStream | None
+
+
+def _mix(found: Mapping[str, _OfTask], shares: Sequence[float]) -> _OfTask:
+  """Make one of what was built for the tasks of a mixture."""
+
+  def join(streams: Mapping[str, data.PromptStream | None]) -> data.PromptStream | None:
+    given = {name: stream for name, stream in streams.items() if stream is not None}
+    return MixedStream(given, shares) if given else None
+
+  return _OfTask(
+    MixedGrading({name: own.grading for name, own in found.items()}),
+    MixedStream({name: own.held_out for name, own in found.items()}, None),
+    join({name: own.prompts for name, own in found.items()}),
+    join({name: own.correct_demonstrations for name, own in found.items()}),
+  )
+
+
+def config_of_task(config: ConfigDict, name: str) -> ConfigDict:
+  """Return a copy of the configuration for one task: one of its mixture, with what that has for itself, or another.
+
+  A test file that is named belongs to the configured task.
+  """
+  varied = copy.deepcopy(config)
+  parts = mixture.read(config.task.mixture) if config.task.name == mixture.NAME else {}
+  with varied.unlocked():
+    if name != config.task.name:
+      varied.task.name, varied.task.mixture, varied.task.eval_path = name, "", ""
+    if name in parts:
+      varied.task.update(parts[name].keys)
+      varied.grading.update(parts[name].limits)
+  return varied
+
+
+def _build_task(config: ConfigDict, workdir: epath.Path, tokenizer: Tokenizer, is_training: bool) -> _OfTask:
+  grading = Grading(tasks.spec(config.task.to_dict()), **config.grading)
+  task = grading.task
   source = data.TaskData(
     task,
     config.task.name,
@@ -152,18 +215,7 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     if is_warm or OBJECTIVES[config.objective.name].learns_from_demonstrations:
       for stream in (prompts, correct_demonstrations) if task.only_correct() != task else (prompts,):
         stream.check_demonstrations(config.sampler.completion_length)
-  streams = {"evaluation": held_out, "training": prompts}
-  digests = {f"the digest of the {name} prompts": stream.digest() for name, stream in streams.items() if stream}
-  if lines := processes.differing("the prompts are compared", digests):
-    raise ValueError("the processes of the job have different prompts (files that differ?):\n  " + "\n  ".join(lines))
-  return Parts(
-    **vars(model_parts),
-    task=task,
-    grading=grading,
-    prompts=prompts,
-    correct_demonstrations=correct_demonstrations,
-    held_out=held_out.batch(0, len(held_out)),
-  )
+  return _OfTask(grading, held_out, prompts, correct_demonstrations)
 
 
 def _check_parts(config: ConfigDict, task: tasks.Task) -> None:

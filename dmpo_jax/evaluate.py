@@ -5,7 +5,6 @@ During training the current policy is evaluated now and then, as it samples in t
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +24,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from dmpo_jax import continuous, files, noise, sharding, tasks
-from dmpo_jax.build import Parts, build_parts
+from dmpo_jax.build import Parts, build_parts, config_of_task
 from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
 from dmpo_jax.generations import Unfinished, grade_batch, summarize
 from dmpo_jax.grading import Grading
@@ -38,6 +37,7 @@ from dmpo_jax.run.params import identity, read_metadata
 from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.run.report import tables
 from dmpo_jax.structs import Prompts, Rollouts
+from dmpo_jax.tasks import mixture
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def main(config: ConfigDict, workdir: epath.Path) -> None:
 def vary(config: ConfigDict) -> Iterator[ConfigDict]:
   """Yield the configuration with every task, sampler and length of `config.eval`, as many steps a token as it has."""
   own, sampler = config.eval, config.sampler
-  names = (own.tasks or (config.task.name,), own.samplers or (sampler.name,))
+  names = (own.tasks or task_names(config), own.samplers or (sampler.name,))
   for task, name, length in itertools.product(*names, own.lengths or (sampler.completion_length,)):
     varied = config_of_task(config, task)
     with varied.unlocked():
@@ -91,13 +91,9 @@ def vary(config: ConfigDict) -> Iterator[ConfigDict]:
     yield varied
 
 
-def config_of_task(config: ConfigDict, name: str) -> ConfigDict:
-  """Return a copy of the configuration for another task; a test file that is named belongs to the configured one."""
-  varied = copy.deepcopy(config)
-  if name != config.task.name:
-    with varied.unlocked():
-      varied.task.name, varied.task.eval_path = name, ""
-  return varied
+def task_names(config: ConfigDict) -> tuple[str, ...]:
+  """Return the names of the tasks that a configuration trains on."""
+  return tuple(mixture.read(config.task.mixture)) if config.task.name == mixture.NAME else (config.task.name,)
 
 
 def describe(setting: ConfigDict, config: ConfigDict) -> dict[str, Any]:
@@ -106,12 +102,13 @@ def describe(setting: ConfigDict, config: ConfigDict) -> dict[str, Any]:
   `settings` has every key of the configuration that decides its result; the others are those that tables show.
   """
   sampler, trained_with = setting.sampler, config.sampler
+  trained_on = (config.task.name, *task_names(config))
   return {
     "task": setting.task.name,
     "sampler": sampler.name,
     "completion_length": sampler.completion_length,
     "steps": sampler.steps,
-    "is_as_in_training": sampler.to_dict() == trained_with.to_dict() and setting.task.name == config.task.name,
+    "is_as_in_training": sampler.to_dict() == trained_with.to_dict() and setting.task.name in trained_on,
     "settings": deciding(setting, NOT_OF_EVALUATION),
   }
 
@@ -132,8 +129,9 @@ def _prompts_identity(setting: ConfigDict, parts: Parts) -> dict[str, str]:
   digest = hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode())
   for array in (prompts.tokens, prompts.is_valid):
     digest.update(np.ascontiguousarray(array).tobytes())
-  if tasks.section(setting.task.name) == "user":
-    digest.update(epath.Path(setting.task.name).read_bytes())
+  for name in task_names(setting):
+    if tasks.section(name) == "user":
+      digest.update(epath.Path(name).read_bytes())
   return {"prompts_identity": digest.hexdigest()[:16]}
 
 

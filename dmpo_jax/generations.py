@@ -30,6 +30,7 @@ def grade_batch(
   texts, is_ended = grading.decode(tokenizer, here.completion)
   record_of = [records[index] for index in mine for _ in range(group_size)]
   pending = grader.submit(record_of, texts, is_ended)
+  task_names, task = grader.tasks_of(record_of)
 
   def finish() -> list[dict[str, Any]]:
     verdicts = pending.result()
@@ -44,6 +45,7 @@ def grade_batch(
           "index": mine[p],
           "sample": g,
           "record": record_of[row],
+          **({} if task is None else {"task": task_names[task[row]]}),
           "prompt": grader.task.prompt(record_of[row]),
           "prompt_name": getattr(grader.task, "prompt_name", "default"),
           "completion": text,
@@ -121,8 +123,9 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     `solve_rate` in [0, 1] (with several samples their mean) with its 95 % Wilson interval over the prompts
     (`solve_rate_low`, `solve_rate_high`); `pass_at_<k>` for k = 1, 2, 4, ... up to the samples of a prompt, unbiased
     (Chen et al., arXiv 2107.03374, eq. 1); `cell_rate` where the grader counts cells (the published one of Sudoku);
-    `reward_mean`, `reward_<part>` where rewards have parts, `format_rate`, `eos_rate`, `effective_tokens` before the
-    first end token, `model_calls`, `calls_saved`, `num_prompts`, and how many completions were not graded and why.
+    `reward_mean`, `reward_<part>` where rewards have parts, `reward_<task>` and `solve_rate_<task>` of a mixture,
+    `format_rate`, `eos_rate`, `effective_tokens` before the first end token, `model_calls`, `calls_saved`,
+    `num_prompts`, and how many completions were not graded and why.
   """
   solved: dict[int, list[bool]] = {}
   for line in lines:
@@ -140,6 +143,9 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   parts = [line.get("reward_parts") or {} for line in lines]
   for name in dict.fromkeys(name for part in parts for name in part):  # a completion that was not graded has 0 of each
     figures[f"reward_{name}"] = float(np.mean([part.get(name, 0.0) for part in parts]))
+  for name in dict.fromkeys(line["task"] for line in lines if "task" in line):
+    own = [line for line in lines if line["task"] == name]
+    figures |= {f"reward_{name}": _mean(own, "reward"), f"solve_rate_{name}": _mean(own, "is_solved")}
   return figures | {
     "reward_mean": _mean(lines, "reward"),
     "format_rate": _mean(lines, "is_formatted"),

@@ -106,6 +106,10 @@ class Grading:
     """
     return PATIENCE + (0.0 if self._is_local else self._seconds_for(math.ceil(num / jax.process_count())))
 
+  def tasks_of(self, records: Sequence[Record]) -> tuple[tuple[str, ...], list[int] | None]:
+    """Return the names of a mixture's tasks, and which of them each record is of; () and None if there is one task."""
+    return (), None
+
   def _seconds_for(self, num: int) -> float:
     """Return how long `num` completions may take: one after the other, each as long as it may.
 
@@ -267,6 +271,8 @@ class Grades:
   is_solved: np.ndarray  # bool [p, g]
   parts: np.ndarray | None = None  # float32 [p, g, parts]; the parts of the rewards, if they have any
   part_names: tuple[str, ...] = ()  # see Task.reward_parts
+  task: np.ndarray | None = None  # int [p, g]; which task of a mixture a rollout is of
+  task_names: tuple[str, ...] = ()  # of a mixture
   num_timeouts: int = 0  # completions with reward 0 because grading them took too long
   num_crashes: int = 0  # completions with reward 0 because grading them crashed or ran out of memory
   per_second: float = math.nan  # completions graded per second by this host; NaN if it had none
@@ -282,12 +288,15 @@ class Grades:
     paces = [(part.reward.size, part.per_second) for part in parts if not math.isnan(part.per_second)]
     seconds = sum(size / pace for size, pace in paces)
     of_parts = [part.parts for part in parts if part.parts is not None]
+    of_tasks = [part.task for part in parts if part.task is not None]
     return cls(
       reward=groups([part.reward for part in parts]),
       is_kept=groups([part.is_kept for part in parts]),
       is_solved=groups([part.is_solved for part in parts]),
       parts=groups(of_parts) if of_parts else None,
       part_names=parts[0].part_names,
+      task=groups(of_tasks) if of_tasks else None,
+      task_names=parts[0].task_names,
       num_timeouts=sum(part.num_timeouts for part in parts),
       num_crashes=sum(part.num_crashes for part in parts),
       per_second=sum(size for size, _ in paces) / seconds if paces else math.nan,
@@ -309,6 +318,7 @@ def grade(
   record_of_each = [record for record in records for _ in range(group_size)]
   pending = grading.submit(record_of_each[share.mine], texts, is_ended)
   names = grading.task.reward_parts
+  task_names, task = grading.tasks_of(record_of_each)
 
   def collect() -> Grades:
     verdicts = pending.result()
@@ -326,6 +336,8 @@ def grade(
       is_solved=table[..., 2] > 0,
       parts=table[..., 3:] if names else None,
       part_names=names,
+      task=None if task is None else np.array(task, np.int64).reshape(-1, group_size),
+      task_names=task_names,
       num_timeouts=int((kind == KINDS.index("timeout")).sum()),
       num_crashes=int((kind == KINDS.index("crash")).sum()),
       per_second=pending.per_second,

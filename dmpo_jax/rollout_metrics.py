@@ -69,6 +69,9 @@ def describe(
   parts = {}
   if grades.parts is not None:
     parts = {f"reward_{name}": _mean(grades.parts[kept][:, index]) for index, name in enumerate(grades.part_names)}
+  for index, name in enumerate(grades.task_names):
+    mine = kept & (grades.task == index)
+    parts |= {f"reward_{name}": _mean(grades.reward[mine]), f"solve_rate_{name}": _mean(grades.is_solved[mine])}
   completion = rollouts.completion
   is_end = np.isin(completion, end_token_ids)
   drawn = log_confidence(rollouts)[rollouts.is_drawn]

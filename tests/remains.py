@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from dmpo_jax import train
+from dmpo_jax.run import checkpoints
 
 
 def leave_alone(config, folder):
@@ -31,3 +32,17 @@ def policy_of(workdir):
   path, checkpointer = (workdir / "policy").resolve(), ocp.StandardCheckpointer()
   saved = checkpointer.metadata(path).item_metadata.tree
   return checkpointer.restore(path, jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), saved))
+
+
+def die_at_save(patch, number):
+  """Let the program die when it has asked for a checkpoint for the `number`-th time, and it stands."""
+  count, save = [0], checkpoints.Checkpoints.save
+
+  def save_and_die(self, *args):
+    save(self, *args)
+    count[0] += 1
+    if count[0] == number:
+      self.wait()
+      raise KeyboardInterrupt
+
+  patch.setattr(checkpoints.Checkpoints, "save", save_and_die)

@@ -33,6 +33,7 @@ ROOMS = {
   "run": FOUNDATIONS | {"config", "hub"},
   "data": FOUNDATIONS | {"hub", "tasks"},
   "grading": FOUNDATIONS | {"hub", "tasks"},
+  "mixed": FOUNDATIONS | {"data", "grading", "tasks"},
   "optim": set(),
   "policy": FOUNDATIONS | {"config", "hub", "models", "run", "samplers"},
   "continuous": FOUNDATIONS | {"models", "policy", "samplers"},
@@ -41,7 +42,8 @@ ROOMS = {
   "chunks": {"run"},
   "rollout": FOUNDATIONS | {"chunks", "grading", "hub", "objectives", "policy", "rollout_metrics", "run"},
   "update": FOUNDATIONS | {"logprobs", "models", "objectives", "run"},
-  "build": FOUNDATIONS | {"config", "data", "grading", "hub", "models", "objectives", "policy", "run", "tasks"},
+  "build": FOUNDATIONS
+  | {"config", "data", "grading", "hub", "mixed", "models", "objectives", "policy", "run", "tasks"},
   "generations": FOUNDATIONS | {"grading", "hub"},
   "evaluate": FOUNDATIONS
   | {"build", "config", "continuous", "generations", "grading", "hub", "policy", "run", "tasks"},

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from etils import epath
 from programs import start
-from remains import leave_alone, policy_of, rows_of
+from remains import die_at_save, leave_alone, policy_of, rows_of
 from standin_tokenizer import DREAM_CONFIG, DREAM_TEMPLATE
 from standin_tokenizer import write as write_tokenizer
 
@@ -20,7 +20,7 @@ from dmpo_jax import train
 from dmpo_jax.config import ConfigError
 from dmpo_jax.files import Unreadable
 from dmpo_jax.objectives import weights
-from dmpo_jax.run import checkpoints, metrics
+from dmpo_jax.run import metrics
 from dmpo_jax.run import params as params_lib
 
 
@@ -78,20 +78,6 @@ def test_a_finished_run_says_so_and_does_nothing(left_alone, capsys):
   train.main(config(), left_alone)
   assert "nothing left to do" in capsys.readouterr().out
   assert (left_alone / "metrics.jsonl").read_text() == before
-
-
-def die_at_save(patch, number):
-  """Let the program die when it has asked for a checkpoint for the `number`-th time, and it stands."""
-  count, save = [0], checkpoints.Checkpoints.save
-
-  def save_and_die(self, *args):
-    save(self, *args)
-    count[0] += 1
-    if count[0] == number:
-      self.wait()
-      raise KeyboardInterrupt
-
-  patch.setattr(checkpoints.Checkpoints, "save", save_and_die)
 
 
 @pytest.mark.parametrize("saves_before_the_end", [2, 5, 6])

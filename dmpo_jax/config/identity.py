@@ -12,6 +12,7 @@ from dmpo_jax import tasks
 from dmpo_jax.config.renamed import current
 from dmpo_jax.config.validation import CHOICES, Config, flatten
 from dmpo_jax.models.config import OLDER as OLDER_MODEL
+from dmpo_jax.tasks import mixture
 
 # Keys that may differ when a run is resumed: how long, how often, where, how much at a time, in which precision, and
 # the path of the base, whose identity is in every checkpoint. All others decide results.
@@ -57,6 +58,7 @@ OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
   "tokenizer.chat_template_kwargs": "",
   "task.countdown.max_numbers": 0,
   "task.curriculum": 0,
+  "task.mixture": "",
   "task.sudoku.size": 4,
   "objective.part_weights": [],
   "objective.masks": "random",
@@ -93,7 +95,7 @@ def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str
   leaves = current(flatten(config))
   chosen = {(section, leaves.get(f"{section}.name")) for section in CHOICES}
   chosen.add(("objective", leaves.get("objective.likelihood")))
-  chosen.add(("task", tasks.section(str(leaves.get("task.name")))))
+  chosen |= {("task", tasks.section(name)) for name in _task_names(leaves)}
   found = {}
   for path, value in leaves.items():
     value = list(value) if isinstance(value, tuple) else value
@@ -106,6 +108,12 @@ def deciding(config: Config, may_change: Sequence[str] = MAY_CHANGE) -> dict[str
   if isinstance(found.get("tokenizer.path"), str):  # a checkout may move, with the same file in it
     found["tokenizer.path"] = epath.Path(found["tokenizer.path"]).name
   return found
+
+
+def _task_names(leaves: Mapping[str, Any]) -> list[str]:
+  """Return the names of the tasks of a configuration."""
+  name = str(leaves.get("task.name"))
+  return list(mixture.read(leaves["task.mixture"])) if name == mixture.NAME else [name]
 
 
 def _is_quotient(leaves: Mapping[str, Any]) -> bool:

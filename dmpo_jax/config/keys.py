@@ -34,7 +34,7 @@ from dmpo_jax.objectives.wdce import Wdce
 from dmpo_jax.objectives.weights import Weighing
 from dmpo_jax.samplers import SAMPLERS
 from dmpo_jax.sharding import MESH_AXES
-from dmpo_jax.tasks import TASKS, has_difficulty
+from dmpo_jax.tasks import TASKS, has_difficulty, mixture
 from dmpo_jax.tasks.builtin import CHOICES
 from dmpo_jax.tasks.sandbox import SANDBOXES
 
@@ -161,6 +161,25 @@ def compares_rewards(name: str, weighting: str, baseline: str, strength: float) 
   """Whether groups whose rewards are all equal teach nothing."""
   kind, own = OBJECTIVES[name], {"baseline": baseline, "baseline_strength": strength}
   return not kind.learns_from_demonstrations and kind.compares_rewards(weighting, own)
+
+
+def mixture_problem(given: str, name: str) -> str:
+  """Say what the tasks of a mixture must be, and their own keys."""
+  if name != mixture.NAME:
+    return f'"", as task.name = {name!r}: set task.name to {mixture.NAME}' if given else ""
+  try:
+    parts = mixture.read(given)
+  except ValueError as error:
+    return str(error)
+  for task, part in parts.items():
+    own = {"task.name": task} | {f"task.{key}": value for key, value in part.keys.items()}
+    own |= {f"grading.{key}": value for key, value in part.limits.items()}
+    for path, value in own.items():
+      if task == mixture.NAME or (problem := KEYS[path].problem(value)):
+        return f"of {task!r}, {path} = {value!r}: {'no mixture in a mixture' if task == mixture.NAME else problem}"
+    if own.get("task.curriculum") and not has_difficulty(task):
+      return f"of {task!r}, task.curriculum: 0, as its prompts have no difficulty"
+  return ""
 
 
 DRAWN = ("objective.antithetic", "objective.elbo_quadrature.num_points", "objective.name", "objective.likelihood")
@@ -296,6 +315,7 @@ KEYS: dict[str, Rule] = {
   ),
   # and the section of each task, which the task itself checks
   "task.name": task_name(),
+  "task.mixture": text().checked_by(mixture_problem, "task.name"),
   "task.prompt": text(),
   "task.rewards": one_of(*CHOICES),
   "task.grader": one_of(*CHOICES),

@@ -9,7 +9,7 @@ from etils import epath
 
 from dmpo_jax import ranges
 from dmpo_jax.ranges import Range
-from dmpo_jax.tasks import TASKS, user
+from dmpo_jax.tasks import TASKS, mixture, user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +107,11 @@ def lengths() -> Rule:
 
 def task_name() -> Rule:
   """Allow a task's name, or a user's file that exists."""
+  names = (*TASKS, mixture.NAME)
   return Rule(
-    f"one of {', '.join(TASKS)}, or the path of a .py or .jsonl file that exists",
-    lambda value: value in TASKS or (isinstance(value, str) and user.is_file(value) and epath.Path(value).is_file()),
-    tuple(TASKS),
+    f"one of {', '.join(names)}, or the path of a .py or .jsonl file that exists",
+    lambda value: value in names or (isinstance(value, str) and user.is_file(value) and epath.Path(value).is_file()),
+    names,
   )
 
 

@@ -12,6 +12,7 @@ from dmpo_jax.config.renamed import RENAMED, new_name
 from dmpo_jax.hub.pretrained import filled
 from dmpo_jax.samplers import SAMPLERS, make_options
 from dmpo_jax.spelling import did_you_mean
+from dmpo_jax.tasks import mixture
 
 Config = Mapping[str, Any] | ConfigDict
 
@@ -50,7 +51,8 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
           wrong = relation.problem(*(values[each] for each in paths))
           problems[path] = _line(path, values[path], wrong) if wrong else ""
   if not any(problems[f"task.{key}"] for key in ("name", "prompt", "rewards", "grader")):
-    problems |= _task_problems(config.task.name, values)
+    for name, own in _tasks(values, problems).items():
+      problems |= _task_problems(name, values | own)
   if not problems["sampler.name"]:
     problems |= _sampler_problems(config.sampler.name, values)
   found = [problem for problem in problems.values() if problem]
@@ -92,6 +94,16 @@ def _section(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
   return {path.removeprefix(prefix): value for path, value in values.items() if path.startswith(prefix)}
 
 
+def _tasks(values: Mapping[str, Any], problems: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+  """Return the names of the tasks, each with the values that it has for itself."""
+  if values["task.name"] != mixture.NAME:
+    return {values["task.name"]: {}}
+  if problems["task.mixture"]:
+    return {}
+  parts = mixture.read(values["task.mixture"])
+  return {name: {f"task.{key}": value for key, value in part.keys.items()} for name, part in parts.items()}
+
+
 def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
   """Check the section of the chosen task against the task's own options, then by making the task."""
   prefix = f"task.{tasks.section(name)}."
@@ -103,7 +115,7 @@ def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
     elif types[key] in (int, float, str, bool) and type(value) not in (types[key], {float: int}.get(types[key])):
       problems[prefix + key] = _line(prefix + key, value, f"a value of type {types[key].__name__}")
   if not problems:
-    common = {key: values[f"task.{key}"] for key in ("name", "prompt", "rewards", "grader")}
+    common = {"name": name} | {key: values[f"task.{key}"] for key in ("prompt", "rewards", "grader")}
     try:
       tasks.make_task(**common, options=own)
     except (TypeError, ValueError) as error:  # it names its keys, as `task.sudoku.min_blanks=...`, one a line
