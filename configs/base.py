@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
   # the tasks of a mixture and their shares, "{'gsm8k': 0.5, 'countdown': 0.5}". A share may be a dict of it and of what
   # the task has for itself: {'share': 0.5, 'num_train': 1000, 'seconds': 2.0} (see dmpo_jax.tasks.mixture)
   k.mixture = ""
-  k.prompt = "default"  # default, published_train, published_eval; bare (only puzzle and answer: sudoku, countdown)
+  k.prompt = "default"  # default, published_train, published_eval; bare (sudoku, countdown, knights, code)
   k.rewards = "default"  # default, published (the official code's, oddities included)
   k.grader = "default"  # what counts as correct: default, published
   k.data_dir = ""  # folder of the published data files (gsm8k, math, code); "": download them

@@ -132,10 +132,10 @@ def _build_parts(config: ConfigDict, workdir: epath.Path, is_training: bool) -> 
     for name in mixture.read(config.task.mixture):
       found[name] = _build_task(config_of_task(config, name), workdir, model_parts.tokenizer, is_training)
     of_task = _mix(found, shares)
+    if is_training:
+      _check_parts(config, of_task.grading.task)
   else:
     of_task = _build_task(config, workdir, model_parts.tokenizer, is_training)
-  if is_training:
-    _check_parts(config, of_task.grading.task)
   streams = {"evaluation": of_task.held_out, "training": of_task.prompts}
   digests = {f"the digest of the {name} prompts": stream.digest() for name, stream in streams.items() if stream}
   if lines := processes.differing("the prompts are compared", digests):
@@ -193,6 +193,8 @@ def config_of_task(config: ConfigDict, name: str) -> ConfigDict:
 def _build_task(config: ConfigDict, workdir: epath.Path, tokenizer: Tokenizer, is_training: bool) -> _OfTask:
   grading = Grading(tasks.spec(config.task.to_dict()), **config.grading)
   task = grading.task
+  if is_training:
+    _check_parts(config, task)
   source = data.TaskData(
     task,
     config.task.name,

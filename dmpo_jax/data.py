@@ -302,8 +302,9 @@ class PromptStream:
     """Return the records of the first prompts by difficulty; equally difficult ones keep their random order."""
     if not num:
       return []
-    assert isinstance(self._task, GeneratedTask)  # a rule of the configuration
-    return sorted(self._indices(0, num), key=lambda index: self._task.difficulty(self._records[index]))
+    task = self._task
+    assert isinstance(task, GeneratedTask)  # a rule of the configuration
+    return sorted(self._indices(0, num), key=lambda index: task.difficulty(self._records[index]))
 
   def _warn_of_letters(self, text: str, where: str) -> None:
     if lacking := self._tokenizer.lacking(text):

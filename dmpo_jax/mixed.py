@@ -120,8 +120,8 @@ class MixedGrading(Grading):
     pending = []
     for name, grading in self._gradings.items():
       rows = [row for row, record in enumerate(records) if record[OF_TASK] == name]
-      own = ([values[row] for row in rows] for values in (records, completions, is_ended))
-      pending.append((rows, grading.submit(*own)))
+      texts = [completions[row] for row in rows]
+      pending.append((rows, grading.submit([records[row] for row in rows], texts, [is_ended[row] for row in rows])))
     return MixedPending(pending)
 
   def tasks_of(self, records: Sequence[Record]) -> tuple[tuple[str, ...], list[int] | None]:

@@ -150,21 +150,22 @@ def test_tasks_that_begin_the_answer_differently_are_refused():
 
 
 @pytest.mark.slow
-def test_a_run_on_a_mixture_has_curves_of_each_task_and_resumes_bit_for_bit(use_devices, tmp_path, monkeypatch):
-  use_devices(1)
-  workdir = leave_alone(mixture(MIXTURE), tmp_path / "whole")
+def test_a_run_on_a_mixture_has_curves_of_each_task_and_resumes_bit_for_bit(tmp_path):
+  text = MIXTURE.replace("}}", "}, 'knights': 1}")
+  config = mixture(text, task__max_prompt_length=24, task__knights__max_people=3)
+  workdir = leave_alone(config, tmp_path / "whole")
   rows = rows_of(workdir)
-  for name in ("sudoku", "countdown"):
+  for name in NAMES:
     assert {f"reward_{name}", f"solve_rate_{name}"} <= set(rows[-1])
   result = json.loads((workdir / "result.json").read_text())
-  assert result["last"]["num_prompts"] == 16 + 6
+  assert result["last"]["num_prompts"] == 16 + 6 + 16
   assert {"reward_sudoku", "solve_rate_countdown"} <= set(result["last"])
+  assert "Solve rate by task" in (workdir / "report.html").read_text()
   for death in (2, 5):
-    again = tmp_path / f"cut_{death}"
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
       die_at_save(patch, death)
       with pytest.raises(KeyboardInterrupt):
-        leave_alone(mixture(MIXTURE), again)
-    again = leave_alone(mixture(MIXTURE), again)
+        leave_alone(config, tmp_path / f"cut_{death}")
+    again = leave_alone(config, tmp_path / f"cut_{death}")
     jax.tree.map(np.testing.assert_array_equal, policy_of(again), policy_of(workdir))
     assert rows_of(again) == rows

@@ -175,8 +175,9 @@ def mixture_problem(given: str, name: str) -> str:
     own = {"task.name": task} | {f"task.{key}": value for key, value in part.keys.items()}
     own |= {f"grading.{key}": value for key, value in part.limits.items()}
     for path, value in own.items():
-      if task == mixture.NAME or (problem := KEYS[path].problem(value)):
-        return f"of {task!r}, {path} = {value!r}: {'no mixture in a mixture' if task == mixture.NAME else problem}"
+      problem = "no mixture in a mixture" if value == mixture.NAME else KEYS[path].problem(value)
+      if problem:
+        return f"of {task!r}, {path} = {value!r}: {problem}"
     if own.get("task.curriculum") and not has_difficulty(task):
       return f"of {task!r}, task.curriculum: 0, as its prompts have no difficulty"
   return ""

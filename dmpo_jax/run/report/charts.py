@@ -153,6 +153,13 @@ def part_curves(runs: Sequence[Run]) -> Curves:
   return Curves("Reward by part", figures, "Mean over a buffer's rollouts.", is_always=False)
 
 
+def task_curves(runs: Sequence[Run]) -> Curves:
+  """Describe the chart of the solve rates of a mixture's tasks."""
+  found = dict.fromkeys(name for run in runs for row in run.rows.get("train", ()) for name in row)
+  figures = {name: name.removeprefix("solve_rate_") for name in found if name.startswith("solve_rate_")}
+  return Curves("Solve rate by task", figures, "At the temperature of the rollouts.", ".1%", is_always=False)
+
+
 def draw_curves(curves: Curves, runs: Sequence[Run]) -> Spec | None:
   """Draw a chart of `CURVES`; None if no run has any of its figures."""
   values = [

@@ -102,7 +102,7 @@ def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[tuple[str, str
   ]
   drawn = [(title, caption, how[1], charts.draw_held_out(runs, *how)) for title, caption, how in held_out]
   first, *others = charts.CURVES
-  every = (first, charts.part_curves(runs), *others)
+  every = (first, charts.part_curves(runs), charts.task_curves(runs), *others)
   drawn += [(own.title, charts.caption_of(own, runs), own.form, charts.draw_curves(own, runs)) for own in every]
   drawn.append(("Time by part", "Other is compiling, saving and waiting.", "", charts.draw_times(runs)))
   figures, constant = [], []
