@@ -47,7 +47,7 @@ def make_task(
     ValueError: the task refuses its options, or the file cannot be used.
   """
   if user.is_file(name):
-    return user.load(name, **options, limits=limits or Limits())
+    return user.load(name, **options, limits=limits)
   return TASKS[name](**options, prompt_name=prompt, rewards=rewards, grader=grader, limits=limits or Limits())
 
 

@@ -50,18 +50,18 @@ def is_file(name: str) -> bool:
   return name.endswith(_SUFFIXES)
 
 
-def load(path: str, *, grader: str, limits: Limits) -> UserTask:
+def load(path: str, *, grader: str, limits: Limits | None = None) -> UserTask:
   """Load the task of a user's file.
 
   Args:
-    grader: a name in GRADERS, for a JSONL file. limits: of the rewards of a Python file.
+    grader: a name in GRADERS, for a JSONL file. limits: of the rewards of a Python file; None: the defaults.
 
   Raises:
     ValueError: the file cannot be used.
   """
   if not epath.Path(path).is_file():
     raise ValueError(f"task.name={path!r}: no such file")
-  return PythonTask(path, limits) if path.endswith(".py") else JsonlTask(path, grader)
+  return PythonTask(path, limits or Limits()) if path.endswith(".py") else JsonlTask(path, grader)
 
 
 def _same_text(answer: str, gold: str) -> bool:
@@ -306,7 +306,7 @@ class PythonTask:
       return asyncio.run(self.await_reward_and_grade(record, completion))
     return self._with_grade(record, completion, self._module.reward(record, completion))
 
-  def _with_grade(self, record: Record, completion: str, reward: Reward) -> tuple[Reward, Grade]:
+  def _with_grade(self, record: Record, completion: str, reward: Any) -> tuple[Reward, Grade]:
     total, _ = split_reward(reward, self.reward_parts)
     is_correct = getattr(self._module, "is_correct", lambda *_: total > 0)
     return reward, Grade(bool(is_correct(record, completion)), extracted=completion)
