@@ -102,7 +102,7 @@ def published():
 
 
 STEPS = 10
-ATOL = 2e-3
+ATOL = 5e-4  # of logits with a standard deviation of 7; 1.4e-4 was the most that was seen
 
 
 def padded(rows, side):
