@@ -53,7 +53,9 @@ def get_config() -> ConfigDict:
   m.quantization = placeholder(str)
   m.dtype = "float32"  # of activations: float32, bfloat16
   m.param_dtype = "float32"  # of frozen parameters: the base under adapters, p_ref. Trained parameters are float32
-  m.remat = "none"  # what the backward pass recomputes: none, dots (all but the projections), full (whole layers)
+  # what the backward pass computes again, from nothing to whole layers: none; products (all but matrix products); dots
+  # (attention and adapters too); attention (not that, but the feed-forward); full. Each keeps less than the one before
+  m.remat = "none"
   m.layer_rows = 0  # rows of a device that a layer computes at a time, to save memory in the gradient step; 0: all
   m.attention = "auto"  # xla, splash (TPU), cudnn (NVIDIA GPU, bfloat16); auto: the kernel of the devices, or xla
 
@@ -90,7 +92,7 @@ def get_config() -> ConfigDict:
   # training prompts that come first, from easy to hard (blank cells, numbers, people), in a warm start and in rollouts;
   # 0: in random order from the start
   k.curriculum = 0
-  k.max_prompt_length = 32  # tokens; in training every prompt is padded to this length
+  k.max_prompt_length = 32  # tokens
   k.overlong_prompts = "error"  # longer ones: error, skip (counted), cut_user (cuts the beginning of the last turn)
   k.sudoku = ConfigDict(
     dict(
@@ -166,6 +168,9 @@ def get_config() -> ConfigDict:
   # rollouts of a chunk's prompt, a divisor of group_size; 0: all. Fewer, with chunk_prompts = 1, let a run look for a
   # notice of preemption more often
   r.chunk_rollouts = 0
+  # most lengths to which training pads prompts, chosen for the task with least padding; prompts of one length are
+  # sampled, scored and learned from together. Each is compiled before its first use. 1: task.max_prompt_length for all
+  r.prompt_lengths = 4
   r.pipelined = False  # generate a buffer before the updates on the previous one, and grade it during them
   # updates leave out groups whose rewards are all the same, and compute the others alone; for objectives that compare
   # the rewards of a group

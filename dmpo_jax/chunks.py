@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from dmpo_jax import lengths
 from dmpo_jax.run.preemption import Preempted, check_preemption
+from dmpo_jax.structs import Prompts
 
 
 class Chunk(NamedTuple):
@@ -20,10 +22,6 @@ class Chunk(NamedTuple):
 
   prompts: slice
   rollouts: slice
-
-  def of_prompts(self, arrays: PyTree) -> PyTree:
-    """Take the chunk's prompts of arrays [p, ...]."""
-    return jax.tree.map(lambda array: array[self.prompts], arrays)
 
   def of_rollouts(self, arrays: PyTree) -> PyTree:
     """Take the chunk's rollouts of arrays [p, g, ...]."""
@@ -38,11 +36,13 @@ class Chunking:
     group_size: rollouts of a prompt.
     prompts: of a chunk; 0: all of the buffer.
     rollouts: of each of its prompts; 0: all. Fewer only if `prompts` is 1: then chunks hold the buffer's rows in order.
+    lengths: to the first of them that holds a chunk's prompts, these are padded; (): as they come.
   """
 
   group_size: int
   prompts: int = 0
   rollouts: int = 0
+  lengths: tuple[int, ...] = ()
 
   def cut(self, num_prompts: int) -> list[Chunk]:
     """Cut a buffer of so many prompts."""
@@ -52,6 +52,10 @@ class Chunking:
       for prompt in range(0, num_prompts, prompts)
       for rollout in range(0, self.group_size, rollouts)
     ]
+
+  def prompts_of(self, chunk: Chunk, prompts: Prompts) -> Prompts:
+    """Take a chunk's prompts of a buffer's, without padding that they do not need."""
+    return lengths.cut(jax.tree.map(lambda array: array[chunk.prompts], prompts), self.lengths)
 
   def finished(self, rows: PyTree, chunks: Sequence[Chunk]) -> list[PyTree]:
     """Cut the first rows of a buffer, [b, ...] (None: there are none), into those chunks [p, g, ...] that are whole."""

@@ -314,6 +314,11 @@ class PromptStream:
     """Return the number of prompts per epoch."""
     return len(self._kept)
 
+  @property
+  def lengths(self) -> list[int]:
+    """The tokens of each prompt of an epoch."""
+    return [len(self._encoded[index]) for index in self._kept]
+
   def digest(self) -> str:
     """Hash the tokens of the prompts in order: equal if records, tokenizer and settings are."""
     digest = hashlib.sha256()

@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dmpo_jax import continuous, files, noise, sharding, tasks
+from dmpo_jax import continuous, files, lengths, noise, sharding, tasks
 from dmpo_jax.build import Parts, build_parts, config_of_task
 from dmpo_jax.config import NOT_OF_EVALUATION, ConfigError, deciding, validate
 from dmpo_jax.generations import Unfinished, grade_batch, summarize
@@ -275,10 +275,7 @@ def cut_padding(prompts: Prompts) -> Prompts:
 
   So a sampler is compiled a few times at most. Prompts that were no longer padded than this stay as they are.
   """
-  longest, length = prompts.is_valid.sum(1).max(), SHORTEST
-  while length < longest:
-    length *= 2
-  return dataclasses.replace(prompts, tokens=prompts.tokens[:, -length:], is_valid=prompts.is_valid[:, -length:])
+  return lengths.cut(prompts, (SHORTEST * 2**doublings for doublings in itertools.count()))
 
 
 def best_buffer(evaluations: Mapping[str, Mapping[str, float]]) -> str:

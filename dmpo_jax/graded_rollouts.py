@@ -7,8 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
+from dmpo_jax import lengths
 from dmpo_jax.data import PromptStream, ids_of_batch
 from dmpo_jax.models.trainable import Trainable
 from dmpo_jax.objectives import weights
@@ -35,6 +36,7 @@ class GradedRollouts:
   drops_equal: bool  # where it compares rewards, updates leave out the groups whose rewards are all the same
   until_informative: int = 0  # groups that updates learn from, until which further batches follow
   max_batches: int = 1  # of a buffer
+  lengths: tuple[int, ...] = ()  # prompts of one length are generated together; (): in the stream's order
 
   def generate(
     self, state: TrainState, buffer: int, begun: PendingRollouts | None = None, further: int = 0
@@ -51,6 +53,7 @@ class GradedRollouts:
     """Complete them for the objective, and warn where their rewards teach nothing."""
     pending = dataclasses.replace(pending, batch=self._batch(buffer, further))  # which a checkpoint does not hold
     experience, metrics = self.collector.complete(pending, self._policies(state))
+    experience = self._as_drawn(experience, buffer, further)
     reward = experience.reward_parts if self.takes_parts else experience.reward
     assert reward is not None  # `build` has checked that the task has parts
     lack = lack_of_signal(reward, experience.is_kept, compares=self.compares_rewards)
@@ -72,11 +75,24 @@ class GradedRollouts:
       return False
     return int(experience.is_informative.sum()) < self.until_informative and num_batches < self.max_batches
 
-  def _batch(self, buffer: int, further: int) -> Batch:
+  def _draw(self, buffer: int, further: int) -> tuple[Batch, Int[np.ndarray, "p"] | None]:
+    """Return the prompts of a batch as the stream has them, and the order in which they are generated."""
     prompts, records = self.prompts.batch((buffer + further) * self.num_prompts, self.num_prompts)
     if further:  # a prompt may be in two batches of a buffer, at the end of an epoch
       prompts = dataclasses.replace(prompts, prompt_id=ids_of_batch(prompts.prompt_id, further))
-    return Batch(buffer, prompts, records)
+    return Batch(buffer, prompts, records), lengths.order(prompts, self.lengths)
+
+  def _batch(self, buffer: int, further: int) -> Batch:
+    batch, order = self._draw(buffer, further)
+    if order is None:
+      return batch
+    prompts = jax.tree.map(lambda array: array[order], batch.prompts)
+    return Batch(buffer, prompts, [batch.records[place] for place in order])
+
+  def _as_drawn(self, experience: Experience, buffer: int, further: int) -> Experience:
+    """Put a batch back into the order of the stream, so that nothing else depends on the lengths."""
+    _, order = self._draw(buffer, further)
+    return experience if order is None else jax.tree.map(lambda array: np.asarray(array)[np.argsort(order)], experience)
 
   def _policies(self, state: TrainState) -> Policies:
     return Policies(self.trainable.computing(state.trainable), self.base, state.reference)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from dmpo_jax import continuous, optim, policy, rollout, sharding, update
+from dmpo_jax import continuous, lengths, optim, policy, rollout, sharding, update
 from dmpo_jax.build import Parts
 from dmpo_jax.chunks import Chunking
 from dmpo_jax.demonstrations import Demonstrations, make_held_out_loss
@@ -75,6 +75,7 @@ class Phase:
   evaluate: Callable[[Any, int], dict[str, float]]  # of what is trained, after so many buffers
   evaluate_every: int | None  # buffers; 0: the first policy and the last alone; None: not even these
   is_pipelined: bool = False  # a buffer is generated before the updates on the one before it
+  is_by_length: bool = False  # a buffer's prompts are generated in the order of their lengths, not in the stream's
   # Called where an evaluation is the best so far, with what is trained and the number of finished buffers.
   keep_best: Callable[[Any, int], None] = lambda trained, buffer: None
 
@@ -164,6 +165,10 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
   else:
     buffers = _graded_rollouts(config, parts, base)
   evaluate = _make_evaluate(config, workdir, parts, base)
+  step = training_update(config, parts.model, optimizer, _shardings(state, parts.mesh))
+  if not objective.learns_from_demonstrations:
+    own = prompt_lengths(config, parts)
+    step = dataclasses.replace(step, lengths=own, accumulate=lengths.ahead(step.accumulate, own))
   needs_base = trainable.has_adapters or not objective.learns_from_demonstrations
   phase = Phase(
     name="train",
@@ -172,10 +177,11 @@ def training_phase(config: ConfigDict, workdir: epath.Path, parts: Parts, base: 
     base=policy.base_identity(config, workdir),
     frozen=base if needs_base else {},
     buffers=buffers,
-    update=_with_seed(config.seed, training_update(config, parts.model, optimizer, _shardings(state, parts.mesh))),
+    update=_with_seed(config.seed, step),
     evaluate=lambda trained, buffer: evaluate(trainable.computing(trained), buffer),
     evaluate_every=config.eval.every_buffers,
     is_pipelined=config.rollout.pipelined,
+    is_by_length=len(step.lengths) > 1,
     keep_best=lambda trained, buffer: save_params(
       workdir / "best", trained, policy.policy_metadata(config, workdir, buffer, parts.model.config)
     ),
@@ -265,10 +271,16 @@ def num_microbatches(config: ConfigDict) -> int:
   return config.rollout.num_prompts // (config.train.microbatch_prompts or config.rollout.num_prompts)
 
 
-def make_chunking(config: ConfigDict) -> Chunking:
-  """Build how a buffer is cut into chunks."""
+def prompt_lengths(config: ConfigDict, parts: Parts) -> tuple[int, ...]:
+  """Choose the lengths to which the training's prompts are padded; the same in every process, as their prompts are."""
+  assert parts.prompts is not None  # training has them
+  return lengths.choose(parts.prompts.lengths, config.task.max_prompt_length, config.rollout.prompt_lengths)
+
+
+def make_chunking(config: ConfigDict, own_lengths: tuple[int, ...] = ()) -> Chunking:
+  """Build how a buffer is cut into chunks, whose prompts are padded to one of the lengths given."""
   own = config.rollout
-  return Chunking(own.group_size, own.chunk_prompts, own.chunk_rollouts)
+  return Chunking(own.group_size, own.chunk_prompts, own.chunk_rollouts, own_lengths)
 
 
 def training_sample(config: ConfigDict, model: Transformer, mesh: Mesh) -> jax.stages.Wrapped:
@@ -330,26 +342,35 @@ def ratio_is_always_one(config: ConfigDict) -> bool:
   return every > 0 and config.train.updates_per_buffer % every == 0
 
 
-def training_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> rollout.Scoring:
-  """Build what gives the rollouts the log-probabilities or weights that the objective needs."""
-  scoring = _buffer_scoring(config, model, mesh)
+def training_scoring(
+  config: ConfigDict, model: Transformer, mesh: Mesh, own_lengths: tuple[int, ...] = ()
+) -> rollout.Scoring:
+  """Build what gives the rollouts the log-probabilities or weights that the objective needs.
+
+  Args:
+    own_lengths: of prompts (`prompt_lengths`); (): as they come.
+  """
+  scoring = _buffer_scoring(config, model, mesh, own_lengths)
   if not make_objective(config).scores_updates:
     return scoring
   masks = dataclasses.replace(mask_sampling(config, config.objective.num_mask_samples), block_length=0)
   of_updates = rollout.TokenLogProbs(
-    make_log_probs(model, mesh, make_estimator("elbo", masks), with_reference=False),
+    lengths.ahead(make_log_probs(model, mesh, make_estimator("elbo", masks), with_reference=False), own_lengths),
     seed=config.seed,
     updates_per_buffer=config.train.updates_per_buffer,
     num_views=config.train.updates_per_buffer,
     with_reference=False,
   )
-  return rollout.WithUpdates(scoring, of_updates, make_chunking(config))
+  return rollout.WithUpdates(scoring, of_updates, make_chunking(config, own_lengths))
 
 
-def _buffer_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> rollout.Scoring:
+def _buffer_scoring(
+  config: ConfigDict, model: Transformer, mesh: Mesh, own_lengths: tuple[int, ...]
+) -> rollout.Scoring:
   """Build what the objective needs of a buffer once, whatever its updates."""
   own, objective = config.objective, make_objective(config)
   log_probs = training_log_probs(config, model, mesh)
+  log_probs = None if log_probs is None else lengths.ahead(log_probs, own_lengths)
   if objective.needs_token_log_probs:
     assert log_probs is not None
     return rollout.TokenLogProbs(
@@ -367,7 +388,7 @@ def _buffer_scoring(config: ConfigDict, model: Transformer, mesh: Mesh) -> rollo
     log_probs,
     make_weighing(config),
     seed=config.seed,
-    chunking=make_chunking(config),
+    chunking=make_chunking(config, own_lengths),
     max_noise=own.max_noise,
     max_rounds=own.max_rounds if own.elbo_rounds == "adaptive" else 1,
   )
@@ -393,14 +414,16 @@ def make_stream(
 
 
 def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRollouts:
-  sample = sharding.within(parts.rollout_mesh, training_sample(config, parts.model, parts.mesh))
+  own_lengths = prompt_lengths(config, parts)
+  sample = lengths.ahead(training_sample(config, parts.model, parts.mesh), own_lengths)
+  sample = sharding.within(parts.rollout_mesh, sample)
   collector = Collector(
     sample=lambda policies: functools.partial(sample, sharding.move(policies, parts.rollout_mesh)),
-    scoring=training_scoring(config, parts.model, parts.mesh),
+    scoring=training_scoring(config, parts.model, parts.mesh, own_lengths),
     grading=parts.grading,
     tokenizer=parts.tokenizer,
     seed=config.seed,
-    chunking=make_chunking(config),
+    chunking=make_chunking(config, own_lengths),
     counted=config.objective.counted,
     stream=make_stream(config, parts.model, parts.rollout_mesh),
   )
@@ -417,6 +440,7 @@ def _graded_rollouts(config: ConfigDict, parts: Parts, base: PyTree) -> GradedRo
     drops_equal=config.rollout.drop_equal_groups,
     until_informative=config.rollout.until_informative,
     max_batches=config.rollout.max_batches,
+    lengths=own_lengths,
   )
 
 

@@ -109,7 +109,7 @@ class Collector:
       assert sample is not None  # until all chunks are sampled
       prompts, rollouts = chunks[number]
       progress.part("sampling prompts", prompts.start, len(batch.records))
-      on_devices[number] = sample(chunks[number].of_prompts(batch.prompts), key, rollouts.start)
+      on_devices[number] = sample(self.chunking.prompts_of(chunks[number], batch.prompts), key, rollouts.start)
       return on_devices[number]
 
     def score_chunk(number: int) -> LogProbs:
@@ -194,7 +194,7 @@ class Collector:
   def _score(self, policies: Policies, batch: Batch, chunk: Chunk, rollouts: Rollouts) -> LogProbs:
     assert self.scoring.score is not None  # else there is nothing to score
     is_counted = count_positions(rollouts.completion, self.tokenizer.end_token_ids, self.counted)
-    prompts = chunk.of_prompts(batch.prompts)
+    prompts = self.chunking.prompts_of(chunk, batch.prompts)
     return self.scoring.score(policies, prompts, rollouts, is_counted, batch.buffer, chunk.rollouts.start)
 
   def _grade(self, batch: Batch, prompts: slice, rollouts: Rollouts) -> Callable[[], Grades]:
@@ -378,7 +378,9 @@ def score_groups(
   arrays = rollouts, experience.is_counted
 
   def score_chunk(chunk: Chunk) -> LogProbs:
-    return score(chunk.of_prompts(experience.prompts), *chunk.of_rollouts(arrays), buffer, chunk.rollouts.start)
+    return score(
+      chunking.prompts_of(chunk, experience.prompts), *chunk.of_rollouts(arrays), buffer, chunk.rollouts.start
+    )
 
   chunks = chunking.cut(len(experience.completion))
   scored = fetch_ahead([functools.partial(score_chunk, chunk) for chunk in chunks])

@@ -54,6 +54,7 @@ class Position:
   batch: int = 0  # batches of prompts that the current one has been collected from so far
   further: int = 0  # batches that this and earlier buffers took beyond one each: the prompts go on behind them
   is_short: bool = False  # the current buffer lacks groups that updates learn from
+  is_by_length: bool = False  # the order of the rows that were generated of the next one, see `Phase`
   reported: int = -1  # buffers whose evaluation and metrics are done; -1: not even those of the beginning
   scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # of the current buffer so far
   evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by number of finished buffers
@@ -277,6 +278,7 @@ def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> Now:
     # Buffers are put on the host, as those are that were never saved: so the same compiled programs take them.
     experience, pending = jax.device_get((restored.experience, restored.pending))
     now = Now(checkpoints, restored.state, Position(**restored.progress), experience, pending)
+  now.pending = if_in_order(now.pending, now.position, phase.is_by_length)
   if now.position.base != phase.base:
     raise ConfigError(
       f"{checkpoints.directory} was trained from the base {now.position.base or 'of random parameters'}, and this one "
@@ -286,6 +288,15 @@ def resume(phase: Phase, state: TrainState, checkpoints: Checkpoints) -> Now:
     coming = now.position.buffer + (now.experience is not None)
     checkpoints.keep_steps(frozenset(map(phase.generated_at, (coming, phase.num_buffers))))
   return now
+
+
+def if_in_order(pending: PendingRollouts | None, position: Position, is_by_length: bool) -> PendingRollouts | None:
+  """Return what has been generated of a buffer, unless another order of its prompts is asked for; note the order."""
+  if pending is not None and position.is_by_length != is_by_length:
+    logger.warning("rollout.prompt_lengths: the buffer that had begun is generated again, in another order")
+    pending = None
+  position.is_by_length = is_by_length
+  return pending
 
 
 def report_buffer(phase: Phase, now: Now, metrics: Metrics, shown: progress.Progress) -> None:

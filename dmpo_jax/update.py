@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, PyTree
 
-from dmpo_jax import noise, sharding
+from dmpo_jax import lengths, noise, sharding
 from dmpo_jax.logprobs import make_score
 from dmpo_jax.models.router import ROUTING, describe
 from dmpo_jax.models.trainable import Trainable
@@ -44,6 +44,8 @@ class Update:
     apply: `(state, gradient, metrics, scales) -> (state, metrics)`. Donates the state. The scales [2] make means of the
       sums: of the loss and gradient, and of the other metrics.
     skip: `state -> state`, a step without a gradient. Donates the state.
+    lengths: prompts of one length are in a microbatch together, padded to the first of them that holds them all; ():
+      in the buffer's order, as they come.
   """
 
   num_microbatches: int
@@ -52,6 +54,7 @@ class Update:
   add: Callable[[Metrics, Metrics], Metrics]
   apply: Callable[[TrainState, PyTree, Metrics, np.ndarray], tuple[TrainState, Metrics]]
   skip: Callable[[TrainState], TrainState]
+  lengths: tuple[int, ...] = ()
 
   def __call__(
     self, state: TrainState, frozen: PyTree, experience: Experience, seed: jax.Array
@@ -65,6 +68,9 @@ class Update:
     Raises:
       Preempted: before one of the microbatches; the state is as it was.
     """
+    order = lengths.order(experience.prompts, self.lengths)
+    if order is not None:
+      experience = jax.tree.map(lambda leaf: np.asarray(leaf)[order], experience)
     microbatches = pack(experience, self.num_microbatches)
     if not microbatches:
       nothing = np.zeros((), np.float32)
@@ -72,6 +78,7 @@ class Update:
     gradient, shares = self.zeros(state.trainable) if self.num_microbatches > 1 else None, []
     for microbatch in microbatches:
       check_preemption()
+      microbatch = dataclasses.replace(microbatch, prompts=lengths.cut(microbatch.prompts, self.lengths))
       gradient, share = self.accumulate(gradient, state, frozen, microbatch, seed)
       shares.append(share)
       # One microbatch stays queued behind the one that runs. If the host ran further ahead, it would look for notices

@@ -11,7 +11,8 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "dmpo_jax"
 
 # Room by room from the bottom, what each may import besides itself. A module outside the folders is a room of its own.
-FOUNDATIONS = {"digests", "files", "messages", "noise", "processes", "ranges", "sharding", "spelling", "structs"}
+FOUNDATIONS = {"digests", "files", "lengths", "messages", "noise", "processes", "ranges", "sharding"}
+FOUNDATIONS |= {"spelling", "structs"}
 ROOMS = {
   "structs": set(),
   "logsumexp": set(),
@@ -22,6 +23,7 @@ ROOMS = {
   "files": set(),
   "messages": set(),
   "processes": set(),
+  "lengths": {"processes", "structs"},
   "sharding": {"processes"},
   "digests": {"files", "processes"},
   "tasks": {"messages"},
@@ -39,7 +41,7 @@ ROOMS = {
   "continuous": FOUNDATIONS | {"models", "policy", "samplers"},
   "logprobs": FOUNDATIONS | {"models", "objectives", "policy"},
   "rollout_metrics": FOUNDATIONS | {"grading", "objectives"},
-  "chunks": {"run"},
+  "chunks": {"lengths", "run", "structs"},
   "rollout": FOUNDATIONS | {"chunks", "grading", "hub", "objectives", "policy", "rollout_metrics", "run"},
   "update": FOUNDATIONS | {"logprobs", "models", "objectives", "run"},
   "build": FOUNDATIONS
@@ -105,7 +107,9 @@ LAUNCH = PACKAGE.parent / "launch"
 # What the commands and rooms of launch import of its rooms; a room may import all of itself.
 OF_ROOMS = {
   "benchmark": {"bench.main"},
-  "plan": {"bench.costs", "bench.programs"},
+  "plan": {"bench.operations", "bench.programs", "bench.workload"},
+  "tpu": {"bench.costs", "bench.programs"},
+  "tune": {"bench.costs", "bench.programs", "bench.workload"},
 }
 
 

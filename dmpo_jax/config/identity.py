@@ -34,6 +34,7 @@ MAY_CHANGE = (
   "optim.max_skips_in_a_row",
   "rollout.chunk_prompts",
   "rollout.chunk_rollouts",
+  "rollout.prompt_lengths",
   "sampler.slots",
   "serve.*",
   "sharding.*",

@@ -380,6 +380,7 @@ KEYS: dict[str, Rule] = {
     "objective.masks",
     "rollout.group_size",
   ),
+  "rollout.prompt_lengths": whole(1),
   "rollout.pipelined": flag()
   .also(
     "False, as {0} asks for more of the policy once rewards are known, and by then it has moved on",

@@ -1,0 +1,93 @@
+"""Lengths that prompts are padded to: a few, as every length is a program to compile."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, PyTree
+
+from dmpo_jax.processes import working
+from dmpo_jax.structs import Prompts
+
+GRAIN = 32  # lengths that are chosen are multiples of it
+COMPILE_SECONDS = 900.0  # for a program of one length, at most
+
+
+def choose(lengths: Sequence[int], longest: int, most: int) -> tuple[int, ...]:
+  """Choose at most so many lengths such that prompts, each padded to the next of them, have least padding.
+
+  Args:
+    lengths: of the prompts, at most `longest`.
+    longest: the length where there is only one.
+
+  Returns:
+    In ascending order; the last one holds every prompt.
+  """
+  if most == 1:
+    return (longest,)
+  sizes, counts = np.unique(np.minimum(-(-np.asarray(lengths) // GRAIN) * GRAIN, longest), return_counts=True)
+  shorter = itertools.combinations(sizes[:-1].tolist(), min(most, len(sizes)) - 1)
+
+  def padded(choice: tuple[int, ...]) -> int:
+    return int((counts * np.asarray(choice)[np.searchsorted(choice, sizes)]).sum())
+
+  return min(((*some, int(sizes[-1])) for some in shorter), key=padded)
+
+
+def order(prompts: Prompts, lengths: Sequence[int]) -> Int[np.ndarray, "p"] | None:
+  """Return the order that puts prompts of one length together, the longest first; None where there is one length.
+
+  Prompts that are equally long keep their order.
+  """
+  return np.argsort(-prompts.is_valid.sum(1), kind="stable") if len(lengths) > 1 else None
+
+
+def cut(prompts: Prompts, lengths: Iterable[int]) -> Prompts:
+  """Drop padding that all prompts have: down to the first of the ascending lengths that holds every one.
+
+  Prompts that were no longer padded than this stay as they are; so do all if there are no lengths.
+  """
+  needed = prompts.is_valid.sum(1).max()
+  length = next((length for length in lengths if length >= needed), 0)
+  return dataclasses.replace(prompts, tokens=prompts.tokens[:, -length:], is_valid=prompts.is_valid[:, -length:])
+
+
+class Ahead:
+  """A jitted program on prompts. When it is first called, it is compiled for the prompts' other lengths, too.
+
+  So no program is compiled in the middle of a run.
+  """
+
+  def __init__(self, program: Any, lengths: Sequence[int]):
+    """Wrap a program, a `jax.stages.Wrapped`, one of whose arguments is or holds `Prompts`."""
+    self._program, self._lengths = program, lengths
+    self._known: set[tuple[Any, ...]] = set()
+
+  def __call__(self, *args: Any) -> PyTree:
+    key = tuple((np.shape(leaf), getattr(leaf, "sharding", None)) for leaf in jax.tree.leaves(_resized(args, 1)))
+    if key not in self._known:
+      self._known.add(key)
+      for length in self._lengths:
+        with working(COMPILE_SECONDS):
+          self._program.lower(*_resized(args, length)).compile()
+    return self._program(*args)
+
+
+def ahead(program: Any, lengths: Sequence[int]) -> Callable[..., Any]:
+  """Return a jitted program that is compiled for all lengths at once; itself where there is one length."""
+  return Ahead(program, lengths) if len(lengths) > 1 else program
+
+
+def _resized(args: PyTree, length: int) -> PyTree:
+  """Give all prompts in a program's arguments another length; their tokens are lost."""
+
+  def resize(part: Any) -> Any:
+    if not isinstance(part, Prompts):
+      return part
+    shape = (len(part.tokens), length)
+    return dataclasses.replace(part, tokens=np.zeros(shape, part.tokens.dtype), is_valid=np.zeros(shape, bool))
+
+  return jax.tree.map(resize, args, is_leaf=lambda part: isinstance(part, Prompts))
