@@ -6,7 +6,7 @@ python -m dmpo_jax.main --config=configs/dream_7b.py --config.model.init_from=CH
 
 from configs import llada_8b
 
-ROW = {128: (89, 50), 256: (304, 70), 512: (1117, 111)}  # as in llada_8b.py
+ROW = {128: (85, 49), 256: (288, 70), 512: (1057, 111)}  # as in llada_8b.py
 
 
 def get_config(settings="256"):

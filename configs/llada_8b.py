@@ -13,9 +13,14 @@ import math
 
 from configs import base
 
+DEFAULT = "v5e-16"  # the slice where none is named
 TERAFLOPS = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # per second, of a chip in bfloat16
 # TFLOP of a rollout of so many tokens, and of its part of an update, counted by launch/plan.py
-ROW = {128: (95, 55), 256: (327, 77), 512: (1204, 122)}
+ROW = {128: (91, 54), 256: (310, 77), 512: (1139, 123)}
+# What `launch/plan.py --tune` has found, by completion length and slice. Elsewhere layers are recomputed whole.
+TUNED = {
+  (256, "v5e-16"): {"train.microbatch_prompts": 2, "model.remat": "products", "model.layer_rows": 0},
+}
 
 
 def get_config(settings="256"):
@@ -31,8 +36,6 @@ def get_config(settings="256"):
   m.mlp_hidden_size = 12288
   m.rope_theta = 500_000.0
   m.dtype = m.param_dtype = "bfloat16"  # published: a base in NF4, which TPUs do not have
-  m.remat = "full"  # dots would store 2.5 MiB per token, 36 GiB on each of 16 chips at this microbatch
-  m.layer_rows = 4  # with it 36 antithetic pairs of 512-token rows fit a v5e chip, without it they do not (docs/pod.md)
   m.lora.rank = 128
   m.lora.alpha = 64.0
   m.lora.dropout = 0.05
@@ -78,6 +81,7 @@ def get_config(settings="256"):
   c.eval.lengths = (128, 256, 512)
   c.checkpoint.every_updates = 8  # once per buffer: a crash loses no more than that
   listen_often(c, where, ROW)
+  c.update_from_flattened_dict(TUNED.get((length, where or DEFAULT), {}))
   return c.lock()
 
 
@@ -91,7 +95,7 @@ def listen_often(c, where, row):
     where: the slice, such as v5e-16, v6e-16 or v5p-8 (which counts cores, two a chip); "": v5e-16.
     row: TFLOP by completion length, as `ROW` has them.
   """
-  kind, _, number = (where or "v5e-16").partition("-")
+  kind, _, number = (where or DEFAULT).partition("-")
   if kind not in TERAFLOPS or not number.isdigit() or int(number) == 0:
     raise ValueError(f"slice {where!r}: must be a kind ({', '.join(TERAFLOPS)}) and a size, such as v5e-16")
   chips = max(int(number) // 2, 1) if kind in ("v4", "v5p") else int(number)
@@ -102,6 +106,7 @@ def listen_often(c, where, row):
   c.rollout.chunk_prompts = min(max(rows // c.rollout.group_size, 1), c.rollout.num_prompts)
   c.rollout.chunk_rollouts = rows if rows < c.rollout.group_size else 0
   c.train.microbatch_prompts = min(max(microbatch // c.rollout.group_size, 1), 8)
+  c.model.remat, c.model.layer_rows = "full", 4  # the most that fits: what layers keep for the gradient decides
   c.eval.batch_size = min(rows, 256)
   c.sharding.rollout.data = -1
   c.sharding.rollout.fsdp = 1

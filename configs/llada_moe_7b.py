@@ -8,7 +8,7 @@ Adapters are on attention: those of llada_8b.py are on the feed-forward too, whi
 
 from configs import llada_8b
 
-ROW = {128: (16, 10), 256: (54, 14), 512: (196, 22)}  # as in llada_8b.py
+ROW = {128: (15, 10), 256: (51, 14), 512: (184, 22)}  # as in llada_8b.py
 
 
 def get_config(settings="256"):

@@ -65,7 +65,7 @@ def test_every_key_of_base_has_a_rule_and_every_rule_a_key(config):
     ("model.head_dim", 7, "an even whole number (rotary pairs), or None"),
     ("model.num_kv_heads", 3, "a divisor of model.num_heads = 4"),
     ("sampler.name", "lada", "did you mean 'llada'?"),
-    ("model.remat", "some", "one of none, dots, full"),
+    ("model.remat", "some", "one of none, products, dots, attention, full"),
     ("model.quantization", "int4", "one of none, int8"),
     ("model.init_from", "no/such/folder", "the path of a folder of parameters that exists"),
     ("model.lora.targets", ("q_prj",), "did you mean 'q_proj'?"),

@@ -24,7 +24,7 @@ def test_products_are_counted_by_their_sizes():
 def test_experts_multiply_each_row_once_forward_and_twice_back():
   rows, kernels, sizes = jnp.zeros((6, 3)), jnp.zeros((4, 3, 5)), jnp.array([1, 2, 0, 3])
   assert flops(jax.lax.ragged_dot, rows, kernels, sizes) == 2 * 6 * 3 * 5
-  grad = jax.grad(lambda a, b: jax.lax.ragged_dot(a, b, sizes).sum(), (0, 1))
+  grad = jax.value_and_grad(lambda a, b: jax.lax.ragged_dot(a, b, sizes).sum(), (0, 1))
   assert flops(grad, rows, kernels) == 3 * 2 * 6 * 3 * 5
 
 
@@ -67,8 +67,17 @@ def test_what_is_recomputed_is_counted_again():
   def loss(x):
     return jax.checkpoint(lambda x: jnp.sin(x @ x))(x).sum()
 
-  forward, both = flops(loss, SQUARE), flops(jax.grad(loss), SQUARE)
+  forward, both = flops(loss, SQUARE), flops(jax.value_and_grad(loss), SQUARE)
   assert both == 4 * forward  # forward, forward again, and a product for each of its two factors
+
+
+def test_what_nothing_reads_is_not_counted():
+  """A gradient without its value needs no result of the forward pass that is computed again."""
+
+  def loss(x):
+    return jax.checkpoint(lambda x: jnp.sin(x @ x))(x).sum()
+
+  assert flops(jax.grad(loss), SQUARE) == 3 * flops(loss, SQUARE)
 
 
 def test_collectives_of_a_compiled_program():

@@ -229,30 +229,37 @@ def test_what_is_behind_the_rotated_part_of_a_head_stays():
   np.testing.assert_allclose(turned[0, 0, 0], [-3, 2, 1, 4, 5, 6], atol=1e-6)
 
 
+REMATS = ("none", "products", "dots", "attention", "full")
+
+
 def test_remat_policies_give_equal_gradients():
+  """Those that keep most, in chunks of rows, less, and nothing."""
   _, variables = tiny()
-  tokens = rows(4, 8, 6)
-  results = [
-    gradient(Transformer(dataclasses.replace(TINY, remat=policy)), variables, tokens) for policy in ("none", "dots")
-  ]
-  results.append(gradient(Transformer(dataclasses.replace(TINY, remat="full")), variables, tokens))
-  for other in results[1:]:
-    jax.tree.map(lambda a, b: close(a, b, 1e-6), results[0], other)
-  assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0][1]))
+  wanted = gradient(Transformer(TINY), variables, rows(4, 8, 6))
+  for remat, layer_rows in (("products", 4), ("attention", 0), ("full", 0)):
+    own = Transformer(dataclasses.replace(TINY, remat=remat, layer_rows=layer_rows))
+    jax.tree.map(lambda a, b: close(a, b, 1e-6), gradient(own, variables, rows(4, 8, 6)), wanted)
+  assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(wanted[1]))
 
 
-def test_remat_policies_compute_again_what_they_say():
-  """`dots`: attention's own products, queries with keys and weights with values; `full`: the projections too."""
+@pytest.mark.parametrize("layer_rows", [0, 2])
+def test_remat_policies_compute_again_what_they_say(layer_rows):
+  """Of attention's two products `products` repeats one, `dots` both; then the feed-forward; then the projections."""
   _, variables = tiny()
-  b, l, c = 8, 6, TINY
+  (b, l), c = (8, 6), TINY
   flops = {}
-  for remat in ("none", "dots", "full"):
-    model = Transformer(dataclasses.replace(TINY, remat=remat))
+  for remat in REMATS:
+    model = Transformer(dataclasses.replace(TINY, remat=remat, layer_rows=layer_rows))
     program = jax.make_jaxpr(functools.partial(gradient, model))(variables, rows(4, b, l))
-    flops[remat] = costs.count_flops(program)
-  attention = c.num_layers * 2 * (2 * b * l * l * c.d_model)
-  assert flops["dots"] - flops["none"] == attention
-  assert flops["full"] > flops["dots"]
+    flops[remat] = costs.count_flops(program) / c.num_layers
+  product, width = 2 * b * l * l * c.d_model, c.num_kv_heads * c.head_dim
+  again = {
+    "products": product,
+    "dots": 2 * product,
+    "attention": product + 2 * b * l * c.d_model * 2 * c.mlp_hidden_size,
+    "full": 2 * product + 2 * b * l * c.d_model * 2 * (c.mlp_hidden_size + c.d_model + width),
+  }
+  assert {remat: flops[remat] - flops["none"] for remat in again} == again
 
 
 @pytest.mark.slow
@@ -407,7 +414,7 @@ def test_unused_rows_of_the_table_have_logits():
     ({"num_kv_heads": 3}, "model.num_kv_heads=3"),
     ({"embedding_size": 20}, "model.embedding_size=20"),
     ({"mask_token_id": 29}, "model.mask_token_id=29"),
-    ({"remat": "dot"}, "model.remat='dot': must be one of none, dots, full"),
+    ({"remat": "dot"}, "model.remat='dot': must be one of none, products, dots, attention, full"),
     ({"dtype": "float16"}, "model.dtype='float16'"),
   ],
 )

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Float32, Int
 
@@ -30,6 +31,7 @@ from dmpo_jax.sharding import constrain, pad_rows, spec
 ATTENTIONS = ("xla", "splash", "cudnn")
 MIN_QUERIES = 128  # the splash kernel's smallest block; a sampler's block of 32 queries would be mostly padding
 MAX_BLOCK = 512  # queries and keys of a kernel block, whose float32 scores fit a TPU core's VMEM
+MIXED = "mixed"  # name of attention's result for rematerialisation policies; what cuDNN needs of it has none
 LANES = 128  # the splash kernel's blocks and head widths are multiples of this
 
 
@@ -174,6 +176,7 @@ def _attend_xla(
   # Divide by the softmax's normalizer after the sum over keys: fewer numbers to divide.
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
   mixed = jnp.einsum("bkzm,bkmh->bkzh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+  mixed = checkpoint_name(mixed, MIXED)
   mixed = (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype).reshape(b, n, length, h)
   return jnp.moveaxis(mixed, 2, 1)
 
@@ -211,7 +214,7 @@ def _attend_copies(
   weights = [jnp.exp(each - jax.lax.stop_gradient(most)) for each in scores]
   products = [_multiply(each.astype(value.dtype), own) for each, ((_, own), _) in zip(weights, parts, strict=True)]
   total = functools.reduce(jnp.add, [each.sum(-1, keepdims=True) for each in weights])
-  mixed = (functools.reduce(jnp.add, products) / total).astype(value.dtype)
+  mixed = (checkpoint_name(functools.reduce(jnp.add, products), MIXED) / total).astype(value.dtype)
   mixed = mixed.reshape(b, k, *copies.shape[:3], n // k, copies.block, h)
   mixed = jnp.transpose(mixed, (0, 2, 3, 4, 6, 1, 5, 7)).reshape(b, -1, n, h)
   return jnp.concatenate([of_prompt, mixed], axis=1)
@@ -294,7 +297,7 @@ def _attend_splash_rows(
     block_kv_dq=None if is_one_block else column_block,
   )
   mask = splash.MultiHeadMask([describe((rows, columns))] * num_heads)
-  kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks)
+  kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, residual_checkpoint_name=MIXED)
   arrays = (_pad(query, rows), _pad(key, columns), _pad(value, columns))
   mixed = jax.vmap(kernel)(*(jnp.moveaxis(array, 1, 2) for array in arrays), segments)
   # the kernel returns no residuals beside its result

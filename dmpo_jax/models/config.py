@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import jax
 
-from dmpo_jax.models.attention import ATTENTIONS
-from dmpo_jax.models.layers import PROJECTION
+from dmpo_jax.models.attention import ATTENTIONS, MIXED
+from dmpo_jax.models.layers import ADAPTED, PROJECTION
 from dmpo_jax.models.lora import SHARED_TARGETS, TARGETS, LoraConfig
 from dmpo_jax.models.router import ROUTERS, Share
 
@@ -34,10 +34,16 @@ OLDER = {
   "expert_scale": 1.0,
   "router": "none",
 }
-REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),  # all but the projections is recomputed
-  "full": jax.checkpoint_policies.nothing_saveable,
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "attn_out")
+_OF_FEED_FORWARD = ("ff_proj", "up_proj", "ff_out", *SHARED_TARGETS, PROJECTION)
+# What the backward pass finds kept of a layer, by name; it computes the rest again, but not what nothing depends on.
+_KEPT = {
+  "products": (*_OF_ATTENTION, *_OF_FEED_FORWARD, MIXED, ADAPTED),
+  "dots": (*_OF_ATTENTION, *_OF_FEED_FORWARD),
+  "attention": (*_OF_ATTENTION, MIXED),
+  "full": (),
 }
+REMAT_POLICIES = {name: jax.checkpoint_policies.save_only_these_names(*kept) for name, kept in _KEPT.items()}
 ROPE_SCALING = "(), or (factor, low frequency factor, a larger high frequency factor, original length), all above 0"
 
 

@@ -22,7 +22,9 @@ from dmpo_jax.sharding import constrain
 INT8_MAX = 127  # a symmetric range
 SCALE = "_scale"  # ends the name of the parameter beside an int8 kernel
 KERNEL_SCALE = f"kernel{SCALE}"
-PROJECTION = "projection"  # name of the projections' outputs for rematerialisation policies
+# Names of what rematerialisation policies may keep, beside the projections, which have their own.
+PROJECTION = "projection"  # products of experts
+ADAPTED = "adapted"  # the narrow side of an adapter
 
 
 def with_axes(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Callable[..., Any]:
@@ -76,7 +78,7 @@ class Dense(nn.Module):
       y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(y.dtype)
     if self.lora is not None and (self.is_initializing() or self.has_variable("lora", "A")):
       y = y + self._adapt(x, self.lora, dropout_keys)
-    return checkpoint_name(y, PROJECTION)
+    return checkpoint_name(y, self.name or PROJECTION)
 
   def _project(self, x: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
     init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "truncated_normal")
@@ -99,7 +101,7 @@ class Dense(nn.Module):
     b = self._adapter("B", nn.initializers.zeros, (lora.rank, self.features), (ranks[1], self.axes[1]))
     if dropout_keys is not None and lora.dropout > 0:
       x = drop(x, fold_all(dropout_keys, ALL_TARGETS.index(self.name)), lora.dropout)
-    return project_adapter(project_adapter(x, a), b) * lora.scale
+    return project_adapter(checkpoint_name(project_adapter(x, a), ADAPTED), b) * lora.scale
 
   def _adapter(
     self, name: str, init: Initializer, shape: tuple[int, int], axes: tuple[str | None, str | None]

@@ -26,11 +26,13 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
   """Count the floating-point operations of all matrix products on all devices, 2 for each multiply-add.
 
+  An operation whose results nothing reads is not counted, as the compiler leaves it out.
+
   Args:
     while_trips: trip count of loops whose length depends on data.
   """
   total = 0.0
-  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+  for eqn in _live(getattr(jaxpr, "jaxpr", jaxpr)):
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
       total += _dot_flops(eqn)
@@ -50,6 +52,16 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
     else:
       total += sum(count_flops(inner, while_trips) for inner in _inner(params))
   return total
+
+
+def _live(jaxpr: Jaxpr) -> list[JaxprEqn]:
+  """Return the operations on which the results or effects of a program depend."""
+  read, found = set(map(id, jaxpr.outvars)), []
+  for eqn in reversed(jaxpr.eqns):
+    if eqn.effects or any(id(result) in read for result in eqn.outvars):
+      found.append(eqn)
+      read.update(map(id, eqn.invars))
+  return found[::-1]
 
 
 def _dot_flops(eqn: JaxprEqn) -> float:
