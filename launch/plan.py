@@ -1,6 +1,6 @@
 """Compile the programs of a configuration for a TPU slice that need not exist yet, and print their costs.
 
-    python -m launch.plan --config=configs/llada_8b.py --topology=v5e:4x4 [--sweep]
+    python -m launch.plan --config=configs/llada_8b.py --topology=v5e:4x4 [--tune] [--operations]
 
 The real TPU compiler compiles the gradient step (`accumulate`: the gradient of one microbatch; `apply`: the optimizer),
 the sampler of the rollouts (`sample`) and their log-probs (`score`). It needs no TPU, only the package libtpu
@@ -8,22 +8,18 @@ the sampler of the rollouts (`sample`) and their log-probs (`score`). It needs n
 own, `move` is the program that copies the parameters there: its collectives are the cost of the copy, and its memory
 beyond the arguments stays in use while rollouts are sampled.
 
---sweep finds the largest train.microbatch_prompts that fits.
+--tune searches the settings that are fastest and fit (`launch/tune.py`); --write makes a configuration of them. --kept
+names a folder of what the compiler has said, so that a search that was stopped goes on. --operations compiles nothing:
+it counts the operations that a buffer's programs execute against those that it needs, for prompts of --prompt_tokens.
 """
 
 import dataclasses
-import os
-import pathlib
-import re
-import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
@@ -31,209 +27,14 @@ from rich.table import Table
 from dmpo_jax import files, sharding
 from dmpo_jax.config import ConfigError
 from dmpo_jax.hub.pretrained import filled
-from dmpo_jax.models.transformer import Transformer
 from dmpo_jax.run import buckets, progress
-from launch import commands
-from launch.bench import costs, programs
+from launch import commands, tpu, tune
+from launch.bench import operations, programs
 from launch.bench.programs import PROGRAMS
-
-GIB = 2**30
-
-# Without it XLA cuts products into many small ones with permutes in between, which take twice as long to compile and
-# are no faster.
-OPTIONS: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# libtpu asks the machine for these and complains where it is no TPU machine; no program depends on them. The last lets
-# several processes load it, which cannot share a TPU: none is used here.
-NO_MACHINE = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-# The compiler refuses programs by an early estimate, and a run holds the arrays of more than one program.
-MARGIN = 0.1
-MXU_SHARE = 0.5  # assumed share of the peak that matrix products reach; 0.45 to 0.6 is usual on these chips
-LINK_SHARE = 0.7  # assumed share of the peak of the links that collectives reach
+from launch.bench.workload import changed
 
 
-class Chip(NamedTuple):
-  """Figures of the data sheet of a chip."""
-
-  name: str
-  hbm: float  # GiB for programs
-  peak: float  # bf16 floating-point operations per second
-  links: float  # bytes per second of all links of a chip together
-
-
-CHIPS = {
-  "TPU v4": Chip("v4", 31.75, 275e12, 300e9),
-  "TPU v5 lite": Chip("v5e", 15.75, 197e12, 200e9),
-  "TPU v5": Chip("v5p", 95.0, 459e12, 600e9),
-  "TPU v6 lite": Chip("v6e", 31.25, 918e12, 448e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-  """The cost of one program; sizes are those of one device."""
-
-  program: str
-  arguments: float  # GiB
-  peak: float  # GiB, arguments included
-  is_refused: bool  # the compiler could not fit it; peak is its estimate, perhaps only of temporaries
-  flops: float  # floating-point operations of all devices
-  collectives: dict[str, dict[str, float]]  # by kind: times and bytes
-  vocabulary: list[list[int]]  # shapes of collectives of the size of logits, of which there should be none
-  seconds_compute: float
-  seconds_links: float
-  seconds_compiling: float
-
-  @property
-  def seconds(self) -> float:
-    """Return the time by the roofline, with communication beside matrix products."""
-    return max(self.seconds_compute, self.seconds_links)
-
-
-class Slice(NamedTuple):
-  """The devices of a plan."""
-
-  topology: str
-  devices: Sequence[jax.Device]
-  chip: Chip
-
-  def fits(self, cost: Cost) -> bool:
-    """Return whether a program leaves the margin of memory free."""
-    return not cost.is_refused and cost.peak <= (1 - MARGIN) * self.chip.hbm
-
-
-def find_slice(topology: str, num_slices: int = 1) -> Slice:
-  """Describe one or several slices, such as v5e:4x4 or v5p:2x2x1, as the TPU compiler knows them.
-
-  Raises:
-    ValueError: there is no such slice, or libtpu is not installed.
-  """
-  for name, value in NO_MACHINE.items():
-    os.environ.setdefault(name, value)
-  library = pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # of `make libtpu`
-  if library.exists():
-    os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
-  from jax.experimental import topologies  # after the variables are set
-
-  several: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
-  if set(topology.partition(":")[2].split("x")) == {"1"}:  # a host of one chip; by default one has four
-    several["chips_per_host_bounds"] = [1, 1, 1]
-  try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
-  except Exception as error:  # RuntimeError, ValueError or an error of XLA
-    hint = "run `make libtpu`" if "TPU support not installed" in str(error) else "give one such as v5e:4x4 or v5p:2x2x1"
-    raise ValueError(f"--topology={topology}: {hint} ({str(error).splitlines()[0][:200]})") from error
-  kind = devices[0].device_kind
-  if kind not in CHIPS:
-    raise ValueError(f"--topology={topology}: the data sheet of {kind!r} is missing; those of {', '.join(CHIPS)} exist")
-  return Slice(f"{num_slices} x {topology}" if num_slices > 1 else topology, devices, CHIPS[kind])
-
-
-def cost_of(name: str, config: ConfigDict, where: Slice) -> Cost:
-  """Compile one program for a slice and return its cost.
-
-  Raises:
-    ValueError: the mesh of the configuration does not fit the slice.
-  """
-  start = time.monotonic()
-  model, meshes = programs.place(config, where.devices)
-  calls = config.sampler.steps * config.sampler.block_length // config.sampler.completion_length
-  traced = programs.trace(name, config, model, meshes)
-  flops = costs.count_flops(traced.jaxpr, while_trips=calls)
-  try:
-    compiled = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=OPTIONS)
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    return _refused(name, str(error), flops, where, time.monotonic() - start)
-  memory = compiled.memory_analysis()
-  assert memory is not None  # the TPU compiler has one
-  collectives = costs.count_collectives(compiled.as_text() or "", while_trips=calls)
-  by_kind: dict[str, dict[str, float]] = {}
-  for each in collectives:
-    total = by_kind.setdefault(each.kind, {"times": 0, "bytes": 0.0})
-    total["times"] += each.trips
-    total["bytes"] += each.size * each.trips
-  return Cost(
-    program=name,
-    arguments=memory.argument_size_in_bytes / GIB,
-    peak=memory.peak_memory_in_bytes / GIB,
-    is_refused=False,
-    flops=flops,
-    collectives=by_kind,
-    vocabulary=[list(shape) for each in collectives for shape in each.shapes if _is_of_logits(shape, model, meshes[0])],
-    seconds_compute=flops / (len(where.devices) * where.chip.peak * MXU_SHARE),
-    seconds_links=costs.link_bytes(collectives) / (where.chip.links * LINK_SHARE),
-    seconds_compiling=time.monotonic() - start,
-  )
-
-
-def _is_of_logits(shape: tuple[int, ...], model: Transformer, mesh: Mesh) -> bool:
-  """Return whether a shape has the vocabulary or a device's share of it as an axis, and no axis of d_model."""
-  size = model.config.embedding_size
-  sizes = {size, size // mesh.shape["tensor"]}
-  others = [axis for axis in shape if axis not in sizes]
-  return len(others) < len(shape) and model.config.d_model not in others
-
-
-def _refused(name: str, message: str, flops: float, where: Slice, seconds: float) -> Cost:
-  """Read the memory of a program, or of its temporaries, from the compiler's refusal."""
-  used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])\b", message)
-  peak = float(used[1]) / (1 if used[2] == "G" else 1024) if used else float("inf")
-  return Cost(name, float("nan"), peak, True, flops, {}, [], float("nan"), float("nan"), seconds)
-
-
-def _spread(config: ConfigDict, where: Slice) -> tuple[int, int]:
-  """Return the rows of a prompt in a gradient step, and the number of shards of the rows."""
-  mesh, _ = programs.make_meshes(config, where.devices)
-  return config.rollout.group_size * config.objective.num_mask_samples, mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def largest_microbatch(
-  config: ConfigDict, where: Slice, log: Callable[[str], None], begin: Callable[[str], None]
-) -> tuple[int, Cost]:
-  """Find the largest train.microbatch_prompts whose gradient step fits (0: none), and its cost.
-
-  Memory grows linearly with the microbatch, so two sizes show where to search; the reported one has been compiled.
-
-  Args:
-    begin: gets the name of what is compiled next.
-    log: gets a line about each result.
-  """
-  rows, shards = _spread(config, where)
-  step = max(1, shards // rows)
-  tried: dict[int, Cost] = {}
-
-  def fits(size: int) -> bool:
-    if size not in tried:
-      own = ConfigDict(config.to_dict())
-      own.rollout.num_prompts, own.train.microbatch_prompts = (
-        2 * size,
-        size,
-      )  # two are accumulated
-      begin(f"microbatch_prompts {size}")
-      tried[size] = cost_of("accumulate", own, where)
-      log(f"microbatch_prompts {size:4}: {tried[size].peak:6.2f} GiB, {'fits' if where.fits(tried[size]) else 'no'}")
-    return where.fits(tried[size])
-
-  if not fits(step):
-    return 0, tried[step]
-  fits(2 * step)
-  slope = (tried[2 * step].peak - tried[step].peak) / step
-  room = (1 - MARGIN) * where.chip.hbm - tried[step].peak
-  guess = step * max(1, int((step + room / max(slope, 1e-6)) / step))
-  while not fits(guess):
-    guess -= step
-  while guess + step not in tried and fits(guess + step):
-    guess += step
-  return guess, tried[guess]
-
-
-def table(costs_of: Sequence[Cost], where: Slice) -> Table:
+def table(costs_of: Sequence[tpu.Cost], where: tpu.Slice) -> Table:
   """Lay out the costs of the programs."""
   layout = Table(title=f"{where.topology}: {len(where.devices)} chips of {where.chip.hbm} GiB")
   for column in ("program", "arguments", "peak", "of HBM", "fits", "PFLOP", "collectives", "products", "links"):
@@ -254,7 +55,7 @@ def table(costs_of: Sequence[Cost], where: Slice) -> Table:
   return layout
 
 
-def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice) -> str:
+def describe_iteration(found: dict[str, tpu.Cost], config: ConfigDict, where: tpu.Slice) -> str:
   """Estimate the time of a buffer by the roofline, and state the assumptions."""
   times = {name: programs.calls_of(name, config) for name in found}
   seconds = {name: times[name] * cost.seconds for name, cost in found.items()}
@@ -262,12 +63,12 @@ def describe_iteration(found: dict[str, Cost], config: ConfigDict, where: Slice)
   return (
     f"a buffer of {config.rollout.num_prompts} prompts x {config.rollout.group_size} rollouts: {listed} "
     f"= {sum(seconds.values()):.1f} s\n"
-    f"assumed: {MXU_SHARE:.0%} of {where.chip.peak / 1e12:.0f} TFLOP/s, {LINK_SHARE:.0%} of "
+    f"assumed: {tpu.MXU_SHARE:.0%} of {where.chip.peak / 1e12:.0f} TFLOP/s, {tpu.LINK_SHARE:.0%} of "
     f"{where.chip.links / 1e9:.0f} GB/s, communication beside products; loops that may stop early run to their end"
   )
 
 
-def describe_polls(found: dict[str, Cost], config: ConfigDict) -> str:
+def describe_polls(found: dict[str, tpu.Cost], config: ConfigDict) -> str:
   """Estimate by the roofline how long the devices work between two polls for a notice of preemption."""
   names = {"sample": "rollouts", "score": "log-probs", "accumulate": "a microbatch"}
   seconds = {what: found[name].seconds for name, what in names.items() if name in found}
@@ -278,22 +79,24 @@ def describe_polls(found: dict[str, Cost], config: ConfigDict) -> str:
   return f"a poll for preemption at least every {max(seconds.values(), default=0):.1f} s: {listed}"
 
 
-def run(config: ConfigDict, where: Slice, names: Sequence[str], is_sweep: bool) -> dict[str, Any]:
-  """Compile and print; return the figures."""
+def run(config: ConfigDict, where: tpu.Slice, names: Sequence[str], kept: epath.Path | None = None) -> dict[str, Any]:
+  """Compile and print; return the figures.
+
+  Args:
+    kept: see `tpu.cost_of`.
+  """
   console = Console(width=140)
   model, meshes = programs.place(config, where.devices)
   attention = model.config.attention
   layout = sharding.describe_both(*meshes, config.sharding.to_dict())
   console.print(f"attention: {attention}, {layout}", highlight=False)
   result: dict[str, Any] = {"topology": where.topology, "attention": attention, "mesh": dict(meshes[0].shape)}
-  if is_sweep:
-    result |= _sweep(config, where, console)
   found = {}
   with progress.Progress("compiling", len(names), unit="programs") as shown:
     for name in names:
       if programs.is_needed(name, config):
         shown.part(name)
-        found[name] = cost_of(name, config, where)
+        found[name] = tpu.cost_of(name, config, where, kept)
         console.print(f"{name} compiled in {found[name].seconds_compiling:.0f} s", highlight=False)
       else:
         console.print(f"{name}: not needed")
@@ -307,16 +110,17 @@ def run(config: ConfigDict, where: Slice, names: Sequence[str], is_sweep: bool) 
   return result | {"programs": {name: dataclasses.asdict(cost) for name, cost in found.items()}}
 
 
-def _sweep(config: ConfigDict, where: Slice, console: Console) -> dict[str, Any]:
-  with progress.Progress("sweeping", 1) as shown:
-    size, cost = largest_microbatch(config, where, log=console.print, begin=shown.part)
-    shown.advance()
-  (rows, shards), whole = _spread(config, where), config.rollout.num_prompts
-  on_chip = size * rows / len(where.devices)
-  console.print(f"largest train.microbatch_prompts that fits: {size} ({on_chip:g} rows a chip, {cost.peak:.2f} GiB)")
-  usable = [part for part in range(1, min(size, whole) + 1) if whole % part == 0 and part * rows % shards == 0]
-  console.print(f"largest that divides rollout.num_prompts={whole}: {max(usable, default='none')}")
-  return {"largest_microbatch_prompts": size, "sweep": dataclasses.asdict(cost)}
+def count_operations(config: ConfigDict, where: tpu.Slice, lengths: Sequence[int]) -> dict[str, Any]:
+  """Print the operations of a buffer whose prompts have these lengths, executed against needed; return the figures."""
+  names = [name for name in operations.COUNTED if programs.is_needed(name, config)]
+  found = []
+  with progress.Progress("counting", len(names), unit="programs") as shown:
+    for name in names:
+      shown.part(name)
+      found.append(operations.count(name, config, where.devices, lengths))
+      shown.advance()
+  Console(width=140).print(operations.table(found, len(where.devices) * where.chip.peak * tpu.MXU_SHARE))
+  return {each.program: {"executed": each.executed, "needed": each.needed, "causes": each.causes} for each in found}
 
 
 def define_flags() -> None:
@@ -326,7 +130,11 @@ def define_flags() -> None:
   flags.DEFINE_string("topology", None, "The slice, such as v5e:4x4, v5p:2x2x1 or v6e:4x4; v5e:1x1 is one chip.")
   flags.DEFINE_integer("slices", 1, "Number of such slices; data is split over them.", lower_bound=1)
   flags.DEFINE_list("programs", list(PROGRAMS), "Programs to compile.")
-  flags.DEFINE_boolean("sweep", False, "Find the largest train.microbatch_prompts that fits.")
+  flags.DEFINE_boolean("tune", False, "Search the fastest settings that fit.")
+  flags.DEFINE_string("write", "", "--tune: a file in configs/ for a configuration with the settings that were found.")
+  flags.DEFINE_boolean("operations", False, "Count operations, executed against needed, and compile nothing.")
+  flags.DEFINE_list("prompt_tokens", [], "--operations: lengths of prompts; by default they need no padding.")
+  flags.DEFINE_string("kept", "", "A folder for what the compiler says of programs, which is not asked for twice.")
   flags.DEFINE_string("out", "", "A JSON file for the figures.")
   flags.mark_flags_as_required(["config", "topology"])
 
@@ -338,9 +146,19 @@ def main() -> None:
   if unknown := sorted(set(names) - {*PROGRAMS}):
     raise ConfigError(f"--programs: {', '.join(unknown)} is none of {', '.join(PROGRAMS)}")
   buckets.check({"config.model.init_from": given.config.model.init_from}, {"--out": given.out})
-  where, config = find_slice(given.topology, given.slices), filled(given.config)
+  where, config = tpu.find_slice(given.topology, given.slices), filled(given.config)
   programs.check(config)
-  result = run(config, where, names, given.sweep)
+  kept = epath.Path(given.kept) if given.kept else None
+  if given.operations:
+    lengths = list(map(int, given.prompt_tokens)) or [config.task.max_prompt_length]
+    result = count_operations(config, where, lengths)
+  else:
+    found = tune.tune(config, where, kept, Console(width=140).print) if given.tune else {}
+    if given.write:
+      own = config_flags.get_override_values(flags.FLAGS["config"]) | found
+      about = f"What launch/plan.py --tune found for {where.topology}, from {given['config'].config_filename}."
+      files.write_whole(given.write, tune.as_file(given["config"].config_filename, own, about))
+    result = run(changed(config, found), where, names, kept)
   if given.out:
     files.write_whole(epath.Path(given.out), files.to_json(result, indent=2) + "\n")
 

@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 
 from configs import llada_8b
 from dmpo_jax import sharding
-from launch import plan
-from launch.bench import programs
+from launch import plan, tpu
+from launch.bench import costs, programs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HAS_COMPILER = (pathlib.Path(sys.prefix) / "libtpu").exists() or "TPU_LIBRARY_PATH" in os.environ
-CHIP = plan.CHIPS["TPU v5 lite"]
+CHIP = tpu.CHIPS["TPU v5 lite"]
 
 
 def plan_8b(out, *options):
@@ -108,12 +108,12 @@ PEAK = 2.25  # GiB; what has been seen is 2 % below
 
 
 def cost(program="accumulate", peak=5.0, **changes):
-  made = plan.Cost(program, 1.0, peak, False, 1e15, {}, [], 2.0, 1.0, 60.0)
+  made = tpu.Cost(program, 1.0, peak, False, 1e15, {}, [], 2.0, 1.0, 60.0)
   return dataclasses.replace(made, **changes)
 
 
 def some_slice(count=8):
-  return plan.Slice("v5e:2x4", jax.devices()[:count], CHIP)
+  return tpu.Slice("v5e:2x4", jax.devices()[:count], CHIP)
 
 
 def test_a_margin_is_left_free():
@@ -133,44 +133,8 @@ def test_the_slower_of_products_and_links_is_the_time():
   assert plan.table(list(found.values()), some_slice()).row_count == 2
 
 
-@pytest.mark.parametrize(("limit", "wanted"), [(0, 0), (1, 1), (7, 7), (8, 8), (40, 40)])
-def test_the_sweep_finds_the_largest_that_fits(monkeypatch, limit, wanted):
-  """Whatever the memory's course is, the answer has been compiled, and so has the next larger one."""
-  compiled = []
-
-  def cost_of(name, config, where):
-    assert name == "accumulate"
-    size = config.train.microbatch_prompts
-    assert config.rollout.num_prompts == 2 * size
-    compiled.append(size)
-    return cost(peak=1.0 + 13.0 * size / max(limit, 1) if size <= limit else 30.0)
-
-  monkeypatch.setattr(plan, "cost_of", cost_of)
-  begun = []
-  size, found = plan.largest_microbatch(tiny.config(), some_slice(), log=lambda line: None, begin=begun.append)
-  assert begun == [f"microbatch_prompts {size}" for size in compiled]
-  assert size == wanted
-  assert len(compiled) == len(set(compiled)) <= max(limit, 3)
-  assert wanted + 1 in compiled
-  assert found.peak == (30.0 if wanted == 0 else 14.0)
-
-
-@pytest.mark.parametrize(("num_prompts", "wanted"), [(12, 6), (9, "none")])
-def test_the_sweep_names_what_divides_a_buffer_and_is_spread_evenly(monkeypatch, capsys, num_prompts, wanted):
-  """Six prompts fit, of four rows each, which only even numbers of prompts spread evenly over eight devices."""
-  monkeypatch.setattr(plan, "cost_of", lambda name, config, where: cost(peak=2.0 * config.train.microbatch_prompts))
-  config = tiny.config(
-    rollout__num_prompts=num_prompts, rollout__group_size=2, objective__num_mask_samples=2, sharding__fsdp=8
-  )
-  assert plan.run(config, some_slice(), [], is_sweep=True)["largest_microbatch_prompts"] == 6
-  shown = capsys.readouterr().out
-  assert "largest train.microbatch_prompts that fits: 6 (3 rows a chip, 12.00 GiB)" in shown
-  assert f"divides rollout.num_prompts={num_prompts}: {wanted}" in shown
-  assert "mesh data 1 fsdp 8 tensor 1" in shown
-
-
 def cost_of(name, seconds):
-  return plan.Cost(name, 1.0, 1.0, False, 1.0, {}, [], seconds, seconds / 2, 1.0)
+  return tpu.Cost(name, 1.0, 1.0, False, 1.0, {}, [], seconds, seconds / 2, 1.0)
 
 
 def test_a_plan_says_how_often_a_notice_is_looked_for():
@@ -184,8 +148,8 @@ def test_a_plan_says_how_often_a_notice_is_looked_for():
 @pytest.mark.parametrize(
   ("settings", "chunk_prompts", "chunk_rollouts", "microbatch_prompts", "batch_size"),
   [
-    ("256", 2, 0, 8, 32),
-    ("256,v5e-16", 2, 0, 8, 32),
+    ("256", 2, 0, 2, 32),
+    ("256,v5e-16", 2, 0, 2, 32),
     ("256,v6e-16", 8, 0, 8, 128),
     ("256,v5p-8", 1, 0, 4, 16),
     ("128,v5e-64", 32, 0, 8, 256),
@@ -225,7 +189,7 @@ def test_the_programs_are_traced_as_training_calls_them():
     for name in programs.PROGRAMS:
       assert programs.is_needed(name, config)
       traced = programs.trace(name, config, model, meshes)
-      assert plan.costs.count_flops(traced.jaxpr) > 0 or name in ("apply", "move")
+      assert costs.count_flops(traced.jaxpr) > 0 or name in ("apply", "move")
 
 
 def test_full_fine_tuning_is_traced_with_a_float32_state_and_bfloat16_policies():
@@ -276,13 +240,12 @@ def test_a_model_without_a_tokenizer_needs_its_vocabulary():
   ],
 )
 def test_the_compilers_refusal_is_read(message):
-  refused = plan._refused("accumulate", message, 1.0, some_slice(), 3.0)
-  assert (refused.peak, refused.is_refused) == (17.25, True)
+  assert tpu.refused_memory(message) == 17.25
 
 
 def test_a_wrong_topology_is_one_message():
   with pytest.raises(ValueError, match="--topology=v5e:4by4"):
-    plan.find_slice("v5e:4by4")
+    tpu.find_slice("v5e:4by4")
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="the TPU compiler is not installed: make libtpu")
@@ -291,8 +254,8 @@ def test_an_axis_may_be_a_part_of_the_torus():
   program = """
 from configs import llada_8b
 from dmpo_jax import sharding
-from launch import plan
-mesh, rollout_mesh = sharding.make_meshes(**llada_8b.get_config().sharding, devices=plan.find_slice("v6e:8x8").devices)
+from launch import tpu
+mesh, rollout_mesh = sharding.make_meshes(**llada_8b.get_config().sharding, devices=tpu.find_slice("v6e:8x8").devices)
 print(mesh.devices.shape, rollout_mesh.devices.shape)
 for group in (*mesh.devices.reshape(-1, 16), *rollout_mesh.devices.reshape(-1, 4)):
   width, height = (max(d.coords[i] for d in group) - min(d.coords[i] for d in group) + 1 for i in (0, 1))

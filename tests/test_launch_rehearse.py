@@ -58,7 +58,7 @@ def test_the_published_widths():
   changes = shrink(importlib.import_module("configs.llada_8b").get_config())
   assert changes["model.d_model"] == (4096, 64)
   assert changes["model.mlp_hidden_size"] == (12288, 192)
-  assert changes["train.microbatch_prompts"] == (8, 4)
+  assert changes["train.microbatch_prompts"] == (2, 4)
   assert changes["eval.lengths"] == ((128, 256, 512), (8, 16, 32))
 
 

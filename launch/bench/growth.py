@@ -189,7 +189,7 @@ def measure(axis: Axis, program: str, value: int, config: ConfigDict, repeats: i
     turn()
     seconds.append(time.perf_counter() - start)
   traced = workload.trace(PROGRAMS[program][0], work)
-  flops = costs.count_flops(traced.jaxpr, while_trips=workload.loop_calls(config))
+  flops = costs.count_flops(traced.jaxpr, while_trips=programs.loop_calls(config))
   return point_of(axis, program, value, compiled, flops, statistics.median(seconds))
 
 
@@ -222,7 +222,7 @@ def make_devices(config: ConfigDict) -> timing.Contender:
     for program in DEVICES.programs:
       traced = [workload.trace_on(name, own, devices[:value]) for name in PROGRAMS[program]]
       compiled = [each.lower().compile() for each in traced]
-      calls = workload.loop_calls(own)
+      calls = programs.loop_calls(own)
       found = [each for part in compiled for each in costs.count_collectives(part.as_text() or "", while_trips=calls)]
       flops = costs.count_flops(traced[0].jaxpr, while_trips=calls) / value
       point = point_of(DEVICES, program, value, compiled[0], flops, None)

@@ -67,6 +67,13 @@ def calls_of(name: str, config: ConfigDict) -> int:
   return 1 if name == "move" else len(phases.make_chunking(config).cut(config.rollout.num_prompts))
 
 
+def loop_calls(config: ConfigDict) -> int:
+  """Count the model calls in a sampler's loop over a block, by its schedule."""
+  own = config.sampler
+  calls = own.steps * own.block_length // own.completion_length
+  return calls - 1 if own.name in ("prefix_cache", "dual_cache") else calls  # their first call comes before the loop
+
+
 def make_step(config: ConfigDict, model: Transformer, mesh: Mesh) -> tuple[Update, TrainState]:
   """Return the jitted gradient step for a mesh, and its abstract state."""
   optimizer = phases.training_optimizer(config)

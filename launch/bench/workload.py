@@ -160,14 +160,7 @@ def count_flops(name: str, config: ConfigDict) -> float:
   counts with all calls of its schedule.
   """
   plain = changed(config, {"model.remat": "none", "model.attention": "xla"})
-  return costs.count_flops(trace_on(name, plain, jax.devices()).jaxpr, while_trips=loop_calls(config))
-
-
-def loop_calls(config: ConfigDict) -> int:
-  """Count the model calls in a sampler's loop over a block, by its schedule."""
-  own = config.sampler
-  calls = own.steps * own.block_length // own.completion_length
-  return calls - 1 if own.name in ("prefix_cache", "dual_cache") else calls  # their first call comes before the loop
+  return costs.count_flops(trace_on(name, plain, jax.devices()).jaxpr, while_trips=programs.loop_calls(config))
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int:
