@@ -70,7 +70,8 @@ def describe(
   if grades.parts is not None:
     parts = {f"reward_{name}": _mean(grades.parts[kept][:, index]) for index, name in enumerate(grades.part_names)}
   for index, name in enumerate(grades.task_names):
-    mine = kept & (grades.task == index)
+    assert grades.task is not None  # as there are names
+    mine = kept & np.equal(grades.task, index)
     parts |= {f"reward_{name}": _mean(grades.reward[mine]), f"solve_rate_{name}": _mean(grades.is_solved[mine])}
   completion = rollouts.completion
   is_end = np.isin(completion, end_token_ids)

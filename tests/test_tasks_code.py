@@ -288,7 +288,7 @@ def spec():
 def test_attacks_take_nothing_from_the_completions_beside_them(where):
   record = Code.read_row(TARGET)
   honest = f"def f(x): return '{SECRET}' if x == 1 else 3"
-  texts = [text for attack in ("fork bomb", "exit", "recursion", "flood") for text in (ANYWHERE[attack], honest)]
+  texts = [text for attack in ("fork bomb", "exit", "flood") for text in (ANYWHERE[attack], honest)]
   pool = Grading(spec(), workers=2, seconds=5.0, memory_gb=0.5, sandbox=where)
   try:
     verdicts = pool.submit([{**record} for _ in texts], texts, [True] * len(texts)).result()

@@ -15,7 +15,7 @@ from dmpo_jax.tasks import make_task
 from dmpo_jax.tasks.judge import judge
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "tasks.md"
-SECONDS = 0.2  # that the server takes for an answer
+SECONDS = 0.15  # that the server takes for an answer
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
@@ -79,7 +79,7 @@ def spec(tmp_path, server):
 
 def test_many_calls_are_under_way_and_each_is_tried_again(spec, server):
   texts = [f"a line with {number}" for number in range(1, 19)] + ["busy", "down", "silent"]
-  pool = Grading(spec, workers=1, seconds=0.8, concurrency=12, retries=1)
+  pool = Grading(spec, workers=1, seconds=0.6, concurrency=12, retries=1)
   records = pool.task.records("train")[: len(texts)]
   try:
     pool.submit(records[:1], texts[:1], [True]).result()  # the worker starts
@@ -92,7 +92,7 @@ def test_many_calls_are_under_way_and_each_is_tried_again(spec, server):
   assert [verdict.kind for verdict in verdicts] == ["graded"] * 19 + ["failed"] * 2
   assert [verdict.grade.is_correct for verdict in verdicts[16:20]] == [True, True, False, False]
   assert "503" in verdicts[-2].problem
-  assert verdicts[-1].problem == "no answer within 0.8 seconds, at 2 attempts"
+  assert verdicts[-1].problem == "no answer within 0.6 seconds, at 2 attempts"
   assert [server[0].calls.count(text) for text in ("busy", "down", "silent", texts[5])] == [2, 2, 2, 1]
   assert 4 < server[0].most <= 12
   assert seconds < 18 * SECONDS  # one after the other they would take longer

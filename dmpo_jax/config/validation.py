@@ -115,7 +115,7 @@ def _task_problems(name: str, values: Mapping[str, Any]) -> dict[str, str]:
     elif types[key] in (int, float, str, bool) and type(value) not in (types[key], {float: int}.get(types[key])):
       problems[prefix + key] = _line(prefix + key, value, f"a value of type {types[key].__name__}")
   if not problems:
-    common = {"name": name} | {key: values[f"task.{key}"] for key in ("prompt", "rewards", "grader")}
+    common: dict[str, Any] = {"name": name} | {key: values[f"task.{key}"] for key in ("prompt", "rewards", "grader")}
     try:
       tasks.make_task(**common, options=own)
     except (TypeError, ValueError) as error:  # it names its keys, as `task.sudoku.min_blanks=...`, one a line
