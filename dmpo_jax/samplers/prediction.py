@@ -4,7 +4,7 @@ The vocabulary is read chunk by chunk: full [rows, positions, vocab] logits are 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ class Prediction(NamedTuple):
   confidence: Float32[Array, "b s"]  # the token's probability
   log_prob: Float32[Array, "b s"]  # the same in nats
   entropy: Float32[Array, "b s"]  # of the position's distribution, nats
+  mask_log_prob: Float32[Array, "b s"] | None = None  # that of MASK, nats, if it was asked for
 
 
 class Choice(NamedTuple):
@@ -45,6 +46,7 @@ def predict(
   keys: Key[Array, "b"],
   positions: Int[Array, "*b s"],
   temperature: float | Float[Array, "b"],
+  with_mask: bool = False,
 ) -> Prediction:
   """Sample softmax(logits / temperature) at every position by Gumbel-max; temperature 0 takes the most likely token.
 
@@ -59,6 +61,7 @@ def predict(
     keys: the rows' keys for this call; unused at temperature 0.
     positions: of the hidden states in the completion, for their noise.
     temperature: one for all rows, or one for each.
+    with_mask: also give MASK's probability.
   """
   is_noisy = isinstance(temperature, jax.Array) or temperature > 0
   scale = jnp.asarray(temperature, jnp.float32)[..., None, None]  # broadcasts with [b, s, n]
@@ -73,48 +76,63 @@ def predict(
       return _first_best(logits + scale[..., None] * noise, logits, ids)
     return _first_best(logits, logits, ids)
 
-  sums, found = _read_vocabulary(denoiser, hidden, choose, VOCAB_TILE if in_tiles else 1)
+  chooses = {choose: VOCAB_TILE if in_tiles else 1} | ({_only(denoiser.mask_token_id): 1} if with_mask else {})
+  sums, (found, *of_mask) = _read_vocabulary(denoiser, hidden, chooses)
   if in_tiles:
     found = _best_in_tile(found, keys, positions, scale)
   tokens = jnp.where(found.place == NOWHERE, 0, found.place)  # an id even where logits are NaN
-  logit = found.logits[..., 0]
+  logit, log_total = found.logits[..., 0], jnp.log(sums.total)
   confidence = jnp.exp(logit - sums.highest) / sums.total
-  return Prediction(tokens, confidence, logit - sums.highest - jnp.log(sums.total), sums.entropy)
+  mask_log_prob = of_mask[0].score - sums.highest - log_total if of_mask else None
+  return Prediction(tokens, confidence, logit - sums.highest - log_total, sums.entropy, mask_log_prob)
 
 
 def log_probs(denoiser: Denoiser, hidden: Float[Array, "b s d"], tokens: Int[Array, "b s"]) -> Float32[Array, "b s"]:
   """Return the log-probabilities of tokens under softmax(logits), float32 nats."""
-
-  def choose(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Choice:
-    return _first_best(jnp.where(ids == tokens[..., None, None], logits, -jnp.inf), logits, ids)
-
-  sums, found = _read_vocabulary(denoiser, hidden, choose, 1)
+  sums, (found,) = _read_vocabulary(denoiser, hidden, {_only(tokens[..., None, None]): 1})
   return found.score - sums.highest - jnp.log(sums.total)
 
 
+def _only(tokens: Int[Array, "b s 1 1"] | int) -> Choose:
+  """Choose these ids."""
+
+  def choose(logits: Float32[Array, "b s n w"], ids: Int[Array, "n w"]) -> Choice:
+    return _first_best(jnp.where(ids == tokens, logits, -jnp.inf), logits, ids)
+
+  return choose
+
+
 def _read_vocabulary(
-  denoiser: Denoiser, hidden: Float[Array, "b s d"], choose: Choose, num_kept: int
-) -> tuple[LogSumExp, Choice]:
-  """Reduce the logits over the vocabulary's chunks: their log-sum-exp and entropy, and the first best by `choose`.
+  denoiser: Denoiser, hidden: Float[Array, "b s d"], chooses: Mapping[Choose, int]
+) -> tuple[LogSumExp, tuple[Choice, ...]]:
+  """Reduce the logits over the vocabulary's chunks: their log-sum-exp and entropy, and the first best of each choice.
 
   Args:
-    num_kept: number of logits in a choice.
+    chooses: and the number of logits to keep of each.
   """
 
-  def read(number: Int[Array, ""] | int, before: tuple[LogSumExp, Choice]) -> tuple[LogSumExp, Choice]:
-    sums, best = before
-    logits, ids = denoiser.logits(hidden, number)
-    logits = logits.astype(jnp.float32)
-    choice = choose(logits, ids)
+  def better(choice: Choice, best: Choice) -> Choice:
     is_new = ~(choice.score < best.score) & ((choice.score != best.score) | (choice.place < best.place))
-    return sums.add(logits, (-2, -1))[0], Choice(
+    return Choice(
       score=jnp.where(is_new, choice.score, best.score),
       place=jnp.where(is_new, choice.place, best.place),
       logits=jnp.where(is_new[..., None], choice.logits, best.logits),
     )
 
+  def read(
+    number: Int[Array, ""] | int, before: tuple[LogSumExp, tuple[Choice, ...]]
+  ) -> tuple[LogSumExp, tuple[Choice, ...]]:
+    sums, found = before
+    logits, ids = denoiser.logits(hidden, number)
+    logits = logits.astype(jnp.float32)
+    choices = [choose(logits, ids) for choose in chooses]
+    return sums.add(logits, (-2, -1))[0], tuple(map(better, choices, found))
+
   shape = hidden.shape[:2]
-  nothing = Choice(jnp.full(shape, -jnp.inf), jnp.full(shape, NOWHERE), jnp.full((*shape, num_kept), -jnp.inf))
+  nothing = tuple(
+    Choice(jnp.full(shape, -jnp.inf), jnp.full(shape, NOWHERE), jnp.full((*shape, number), -jnp.inf))
+    for number in chooses.values()
+  )
   first = LogSumExp.start(jnp.zeros(shape)), nothing
   if denoiser.num_chunks == 1:
     return read(0, first)
@@ -143,7 +161,7 @@ def _best_tile(
   ids: Int[Array, "n w"],
   keys: Key[Array, "b"],
   positions: Int[Array, "*b s"],
-  scale: Float32[Array, "*b"],
+  scale: Float32[Array, "*z"],
 ) -> Choice:
   """Draw a tile by the log-sum-exp of its ids."""
   surplus = -logits.shape[-1] % VOCAB_TILE  # the vocabulary's last tile may be incomplete
@@ -157,7 +175,7 @@ def _best_tile(
 
 
 def _best_in_tile(
-  tile: Choice, keys: Key[Array, "b"], positions: Int[Array, "*b s"], scale: Float32[Array, "*b"]
+  tile: Choice, keys: Key[Array, "b"], positions: Int[Array, "*b s"], scale: Float32[Array, "*z"]
 ) -> Choice:
   """Draw one of a tile's ids."""
   logits = tile.logits[:, :, None]
