@@ -96,12 +96,7 @@ def put_together(
   for theirs, ours in fused_modules(FAMILIES[family]).items():
     names = sorted({name.partition(PART)[0] for name in arrays if f".{theirs}.lora_A.weight{PART}" in name})
     widths = {part: projection_shapes(config, config.runs[0])[part][1] for part in ours}
-    first = {name: arrays.get(f"{name}{PART}{ours[0]}") for name in names}
-    is_same = all(
-      first[name] is not None and np.array_equal(first[name], arrays.get(f"{name}{PART}{part}", ()))
-      for name in names
-      for part in ours
-    )
+    is_same = all(_is_shared([arrays.get(f"{name}{PART}{part}") for part in ours]) for name in names)
     for name in names:
       width = next(iter(arrays[f"{name}{PART}{part}"].shape[1] for part in ours if f"{name}{PART}{part}" in arrays))
       a = [arrays.get(f"{name}{PART}{part}", np.zeros((lora.rank, width), np.float32)) for part in ours]
@@ -112,6 +107,12 @@ def put_together(
       values = (lora.rank * len(ours), lora.alpha * len(ours))
       said |= {key: {theirs.rpartition(".")[2]: value} for key, value in zip(PATTERNS, values, strict=True)}
   return tensors, said
+
+
+def _is_shared(of_parts: list[np.ndarray | None]) -> bool:
+  """Whether all parts are there and the same."""
+  found = [array for array in of_parts if array is not None]
+  return len(found) == len(of_parts) and all(np.array_equal(array, found[0]) for array in found)
 
 
 def _diagonal(blocks: list[np.ndarray]) -> np.ndarray:
