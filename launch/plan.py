@@ -155,9 +155,9 @@ def main() -> None:
   else:
     found = tune.tune(config, where, kept, Console(width=140).print) if given.tune else {}
     if given.write:
-      own = config_flags.get_override_values(flags.FLAGS["config"]) | found
-      about = f"What launch/plan.py --tune found for {where.topology}, from {given['config'].config_filename}."
-      files.write_whole(given.write, tune.as_file(given["config"].config_filename, own, about))
+      file, own = config_flags.get_config_filename(given["config"]), config_flags.get_override_values(given["config"])
+      about = f"What launch/plan.py --tune found for {where.topology}, from {file}."
+      files.write_whole(given.write, tune.as_file(file, own | found, about))
     result = run(changed(config, found), where, names, kept)
   if given.out:
     files.write_whole(epath.Path(given.out), files.to_json(result, indent=2) + "\n")

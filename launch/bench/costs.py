@@ -32,7 +32,7 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, while_trips: int = 1) -> float:
     while_trips: trip count of loops whose length depends on data.
   """
   total = 0.0
-  for eqn in _live(getattr(jaxpr, "jaxpr", jaxpr)):
+  for eqn in _live(jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr):
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
       total += _dot_flops(eqn)
