@@ -103,6 +103,20 @@ def test_tests_may_use_the_codes_own_classes():
   assert graded(row, row["code"])[1]
 
 
+def test_values_of_all_plain_kinds_go_there_and_back():
+  values = (
+    "[None, True, 10**30, -1.5, float('inf'), 1j, 'x', b'y', (1, [2]), {3}, frozenset({4}), {5: {'a': (6,)}}, int]"
+  )
+  row = {"text": "?", "code": "def f(x): return x", "test_list": [f"assert f({values}) == {values}"]}
+  row["test_list"] += ["assert type(f(x=True)) is bool", "assert list(f(iter)(range(3))) == [0, 1, 2]"]
+  assert graded(row, row["code"])[0]["passes"] == pytest.approx(
+    2 / 3
+  )  # of what is not plain, nothing can be handed over
+  lazy = "def f(x):\n  yield from range(x)"
+  row["test_list"] = ["assert list(f(3)) == [0, 1, 2]", "assert f(2) != [0, 1]", "assert f(x=0) is not None"]
+  assert graded(row | {"code": "def f(x)"}, lazy)[1]  # a solution that is not Python tells no names
+
+
 @pytest.mark.parametrize("where", SANDBOXES)
 def test_published_verdicts_on_published_completions(where):
   found = {completion: graded(EXAMPLE, completion, where, 1.0)[1] for completion in EXAMPLE_COMPLETIONS}

@@ -18,6 +18,7 @@ from typing import Any
 
 MOST_FILE_BYTES = 2**24
 MOST_ITEMS = 100_000  # of something that a test iterates over
+TYPES: dict[str, type] = {own.__name__: own for own in (bool, int, float, complex, str, bytes, list, tuple, set, dict)}
 SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 # system calls that no solution needs: new processes and threads, programs, signals, sockets, other processes' memory,
@@ -44,6 +45,8 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
   for kind in (int, float, str):  # subclasses are sent as what they extend
     if isinstance(value, kind):
       return kind(value)
+  if isinstance(value, type) and value in TYPES.values():
+    return ["type", value.__name__]
   if isinstance(value, complex):
     return ["complex", value.real, value.imag]
   if isinstance(value, bytes | bytearray):
@@ -69,6 +72,8 @@ def decode(data: Any, find: Callable[[int], Any]) -> Any:
   kind, *items = data
   if kind == "object":
     return find(*items)
+  if kind == "type":
+    return TYPES[items[0]]
   if kind == "bytes":
     return bytes.fromhex(*items)
   items = [decode(item, find) for item in items]

@@ -214,7 +214,10 @@ def _names(tests: str, solution: str) -> list[str]:
   """Return the names that tests use and do not define: the solution's, and others that are not built in."""
   module = ast.parse(tests)
   bound, loaded = _bound(module), _loaded(module)
-  own = _bound(ast.Module(ast.parse(solution).body, [])) if solution else set()
+  try:
+    own = _bound(ast.parse(solution))
+  except SyntaxError:  # only what the tests themselves tell is known
+    own = set[str]()
   return sorted(name for name in loaded - bound if name in own or not hasattr(builtins, name))
 
 
