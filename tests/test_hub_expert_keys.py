@@ -107,6 +107,8 @@ def test_further_forms_of_the_keys():
   none = model_config_from_hf(read("l2_sharp/config.json") | dict(num_shared_experts=None, first_k_dense_replace=0))
   assert (none.shared_expert_size, none.expert_layers) == (0, ())
   assert model_config_to_hf(none, "llada2_moe")["num_shared_experts"] is None
+  with pytest.raises(ValueError, match=r"model.block_length=0: no checkpoint of the family llada2_moe attends so"):
+    model_config_to_hf(dataclasses.replace(none, block_length=0), "llada2_moe")
   for change in (dict(expert_layers=(1.0, 0.0)), dict(shared_expert_size=none.expert_size + 1)):
     with pytest.raises(ValueError, match="of the family llada2_moe only first layers"):
       model_config_to_hf(dataclasses.replace(none, **change), "llada2_moe")

@@ -220,8 +220,9 @@ def _write_side_files(source: Source, out: epath.Path, dtype: str) -> None:
     config = files.read_object(out / "config.json")
     family = FAMILIES[source.family]
     key, blocks = family.keys.get("block_length"), source.config.block_length
-    stated = (config.get(key) or family.defaults.get("block_length", 0)) if key else blocks
-    if stated != blocks:  # a run may have trained other blocks, or none
+    if key and blocks != (
+      config.get(key) or family.defaults.get("block_length", 0)
+    ):  # a run may have trained other blocks, or none
       config[key] = blocks or None
   if source.tokenizer is not None:
     _copy_tokenizer(source.tokenizer, out)

@@ -153,7 +153,7 @@ def _check(config: Mapping[str, Any], family: Family) -> None:
   optional = {family.keys[field]: kind for field, kind in (_OPTIONAL | defaulted).items() if field in family.keys}
   optional |= (
     {HEAD_DIM: SIZE}
-    | (family.derived.keys if family.derived else {})
+    | dict(family.derived.keys if family.derived else {})
     | ({family.is_multi_query: FLAG} if family.is_multi_query else {})
   )
   check_entries(config, WHERE, needed=needed, optional=optional)

@@ -5,7 +5,7 @@ through all experts, of which it has a part of the width (the tensor axis).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -109,10 +109,12 @@ def _on_every_device(
     mixed, choice = own(x, gate, bias, *weights)
     return jax.lax.psum(mixed, LOGICAL_AXES["ffn"]), choice
 
-  rows = spec("batch", None, None)
-  of_weights = (Weights(spec(*_gathered(axes)), spec(*_gathered(_of_scale(axes)))) for axes in KERNELS.values())
-  whole = spec()
-  found = (rows, Choice(rows, spec("batch", None)))
+  def layout(*axes: str | None) -> Any:  # of an array, where its type is the array's
+    return spec(*axes)
+
+  rows, whole = layout("batch", None, None), layout()
+  of_weights = (Weights(layout(*_gathered(axes)), layout(*_gathered(_of_scale(axes)))) for axes in KERNELS.values())
+  found = (rows, Choice(rows, layout("batch", None)))
   program = jax.shard_map(run, in_specs=(rows, whole, whole, *of_weights), out_specs=found)
   return jax.tree.map(lambda array: array[: x.shape[0]], program(pad_rows(x), gate, bias, *weights))
 

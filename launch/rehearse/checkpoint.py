@@ -48,7 +48,8 @@ def write(folder: pathlib.Path, config: ConfigDict, scale: float = SCALE) -> int
   ids = _write_tokenizer(folder, _prompts(config))
   with copy.deepcopy(config).unlocked() as own:
     own.model.init_from, own.model.quantization = "", "none"
-    model = build.build_model(own, build.SpecialIds(**ids, vocab_size=PIECES)).config
+    special = build.SpecialIds(PIECES, ids["mask_token_id"], ids["eos_token_id"], ids["pad_token_id"])
+    model = build.build_model(own, special).config
   family = natural_family(model)
   rng, dtype = np.random.default_rng(config.seed), jnp.dtype(config.model.param_dtype)
   places = checkpoint_places(model, family)
