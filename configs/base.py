@@ -56,7 +56,9 @@ def get_config() -> ConfigDict:
   # what the backward pass computes again, from nothing to whole layers: none; products (all but matrix products); dots
   # (attention and adapters too); attention (not that, but the feed-forward); full. Each keeps less than the one before
   m.remat = "none"
-  m.layer_rows = 0  # rows of a device that a layer computes at a time, to save memory in the gradient step; 0: all
+  # rows of a device, one for each mask sample, that a layer computes at a time, to save memory in the gradient step;
+  # 0: all
+  m.layer_rows = 0
   m.attention = "auto"  # xla, splash (TPU), cudnn (NVIDIA GPU, bfloat16); auto: the kernel of the devices, or xla
 
   m.lora = lora = ConfigDict()

@@ -84,6 +84,8 @@ TRIPLES = [
   if (triple[0] in READS_LIKELIHOOD or triple[1] == "elbo") and is_valid(*triple)
 ]
 TRIPLES = [triple for triple in TRIPLES if triple[0] != "denoise" or triple[2] == "llada"]  # it learns from no rollouts
+# These read no more of a likelihood than espo and gdsd do: sums of positions, and its estimates.
+TRIPLES = [triple for triple in TRIPLES if triple[0] not in ("ebpo", "bgpo") or triple[1] == "elbo"]
 PAIRS = list(dict.fromkeys(triple[:2] for triple in TRIPLES))
 
 
