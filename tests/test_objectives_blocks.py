@@ -14,7 +14,7 @@ from recorded_models import params_of, reader
 from safetensors.numpy import load_file
 
 from dmpo_jax.hub import layout
-from dmpo_jax.hub.families import family_of
+from dmpo_jax.hub.families import natural_family
 from dmpo_jax.hub.model_config import model_config_from_hf
 from dmpo_jax.logprobs import make_score
 from dmpo_jax.models.transformer import Transformer
@@ -173,38 +173,38 @@ def row_scores(model, params, ids, is_masked, num_prompt):
 
 
 @pytest.mark.slow
-def test_bd3lms_loss_has_its_gradient():
-  about, case = TRAINERS["bd3lm_block4"], recorded("trainers", "bd3lm_block4")
-  folder = FOLDER / "objectives" / "q3_gqa"
-  hf = json.loads((folder / "config.json").read_text()) | {"mask_token_id": about["mask_token_id"]}
-  config, family = model_config_from_hf(hf), family_of(hf)
-  params = params_of(load_file(folder / "model.safetensors"), config, family)
+@pytest.mark.parametrize("name", ["bd3lm_block4", "dfactory_shared2_bias"])
+def test_a_block_trainers_loss_has_its_gradient(name):
+  """Each row is scored alone; the second model is LLaDA2's, with experts."""
+  about, case = TRAINERS[name], recorded("trainers", name)
+  hf = json.loads((FOLDER / about["folder"] / "config.json").read_text()) | {"mask_token_id": about["mask_token_id"]}
+  config = model_config_from_hf(hf)
+  family = natural_family(config)
+  params = params_of(load_file(FOLDER / about["folder"] / "model.safetensors"), config, family)
   model = Transformer(dataclasses.replace(config, block_length=about["block_length"]))
-  objective = objectives.make(
-    "denoise", MaskSampling(1, False, about["min_ratio"]), weight="scheduler", normalisation="token"
-  )
-  weight = objective.demonstration_weights(case["is_counted"][:, None])[:, 0]
+  masks = MaskSampling(1, False, about["min_ratio"], about["max_ratio"])
+  objective = objectives.make("denoise", masks, weight=about["weight"], normalisation=about["normalisation"])
+  is_counted = jnp.asarray(case["is_counted"])[:, None]
   uniform = (jnp.asarray(case[key][:, None, None]) for key in ("u_time", "u_mask"))
-  is_masked, divisor = objective.place(*uniform, jnp.asarray(case["is_counted"])[:, None])
+  is_masked, divisor = objective.place(*uniform, is_counted)
+  experience = experience_of(is_counted, weight=jnp.asarray(objective.demonstration_weights(np.asarray(is_counted))))
 
   @jax.jit
   @jax.value_and_grad
   def compute(params):
-    total = 0.0
+    rows = []
     for row, num_prompt in enumerate(case["is_counted"].argmax(1)):
-      own = jnp.asarray(case["is_masked"][row : row + 1])
-      log_prob = row_scores(model, params, jnp.asarray(case["input_ids"][row]), own, int(num_prompt))[0]
-      read = jnp.where(is_masked[row, 0, 0, num_prompt:], log_prob, 0).sum() / divisor[row, 0, 0]
-      total -= weight[row] * read / len(log_prob)
-    return total / len(weight)
+      ids, own = jnp.asarray(case["input_ids"][row]), is_masked[row, 0]
+      rows.append(jnp.pad(row_scores(model, params, ids, own, int(num_prompt))[0], (int(num_prompt), 0)))
+    log_prob = jnp.stack(rows)[:, None, None]
+    return objective.rollout_losses(log_prob, is_masked, divisor, experience).mean()
 
   loss, gradient = compute(params)
   close(loss, case["loss"])
   found = dict(layout.to_tensors(reader(gradient), layout.checkpoint_places(config, family)))
-  for number, name in enumerate(about["grads"]):
-    np.testing.assert_allclose(
-      found[name], case[f"grad_{number}"], rtol=2e-3, atol=1e-4 * np.abs(case[f"grad_{number}"]).max()
-    )
+  for number, tensor in enumerate(about["grads"]):
+    wanted = case[f"grad_{number}"]
+    np.testing.assert_allclose(found[tensor], wanted, rtol=2e-3, atol=1e-4 * np.abs(wanted).max())
 
 
 # Rivals
