@@ -402,6 +402,12 @@ def plain_loss(case, experience):
   return total / len(views)
 
 
+def check_loss(case, experience, loss, sampler):
+  # EBPO's ratio is of whole completions: what float32 rounds is not divided by the length
+  atol = 2e-4 if case.objective.name == "ebpo" else 1e-5
+  np.testing.assert_allclose(loss, plain_loss(case, experience), rtol=2e-4, atol=atol, err_msg=sampler)
+
+
 def check_finite(tree):
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
@@ -424,7 +430,7 @@ def test_an_update_equals_its_plain_form(use_devices, objective, likelihood):
     state, metrics = case.update(experience)
     check_finite((state.trainable, state.opt_state, metrics))
     assert state.num_skipped == 0
-    np.testing.assert_allclose(metrics["loss"], plain_loss(case, experience), rtol=2e-4, atol=1e-5, err_msg=sampler)
+    check_loss(case, experience, metrics["loss"], sampler)
     changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.trainable, jax.device_get(case.new))
     assert max(jax.tree.leaves(changes)) > 0
 
@@ -453,7 +459,7 @@ def test_an_update_on_blocks_equals_its_plain_form(use_devices, objective, likel
     check_measure(case, experience, rollouts)
   state, metrics = case.update(experience)
   check_finite((state.trainable, metrics))
-  np.testing.assert_allclose(metrics["loss"], plain_loss(case, experience), rtol=5e-4, atol=1e-5)
+  check_loss(case, experience, metrics["loss"], "llada")
   assert metrics["grad_norm"] > 0
 
 
