@@ -279,8 +279,28 @@ def test_the_whole_way(tmp_path):
 def test_a_configuration_with_experts_trains_evaluates_and_exports(tmp_path, use_devices):
   """The command of configs/llada_moe_7b.py at a small size: two buffers, an evaluation, and adapters merged."""
   use_devices(1)
-  config, _ = small("llada_moe_7b", tmp_path / "checkpoint")
-  config.train.num_buffers = 2
+  fewer = {"model.num_experts": 8, "model.experts_per_token": 2, "model.remat": "none", "model.layer_rows": 0}
+  fewer |= {"model.dtype": "float32", "model.param_dtype": "float32"}
+  config, _ = small("llada_moe_7b", tmp_path / "checkpoint", **fewer)
+  with config.unlocked():
+    config.update_from_flattened_dict(
+      {
+        "sampler.completion_length": 8,
+        "sampler.block_length": 8,
+        "sampler.steps": 2,
+        "rollout.num_prompts": 2,
+        "rollout.group_size": 2,
+        "rollout.chunk_prompts": 0,
+        "objective.num_mask_samples": 2,
+        "objective.num_elbo_samples": 2,
+        "train.microbatch_prompts": 0,
+        "train.num_buffers": 2,
+        "train.updates_per_buffer": 1,
+        "eval.num_prompts": 4,
+        "eval.batch_size": 4,
+        "eval.lengths": (),
+      }
+    )
   checkpoint.write(tmp_path / "hf", config)
   convert_hf.run(str(tmp_path / "hf"), None, epath.Path(tmp_path / "checkpoint"), None, "same")
   workdir, back = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "back")
