@@ -20,6 +20,7 @@ from dmpo_jax.run.report import charts, page, tables
 from dmpo_jax.run.report.denoising import animations, choose, grid_of
 from dmpo_jax.run.report.runs import read_prompts, read_runs
 from dmpo_jax.run.report.shown import show_code, show_grid
+from dmpo_jax.run.report.summary import tell
 
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -199,6 +200,23 @@ def test_the_page_opens_with_what_matters(workdir, tmp_path):
     "A model with random weights is the base; its task is sudoku. Then DMPO&#39;s wdce taught it from rewards for its "
     "own answers, 256 in each of 8 buffers. It now solves 50.0% of 64 held-out prompts; the base solved 0.0%."
   )
+
+
+def test_a_run_is_told_by_what_it_learned_from(workdir):
+  (run,) = read_runs([workdir])
+
+  def told(**own):
+    return tell(dataclasses.replace(run, config=run.config | {key.replace("__", "."): own[key] for key in own}))
+
+  assert told(task__name="mixture", warm_start__updates=1500).startswith(
+    "A model with random weights first learned from demonstrations of a mixture of tasks, in 1,500 updates: this is the"
+  )
+  assert "The model llada_8b is the base; its task is mine." in told(
+    model__init_from="/x/llada_8b", task__name="a/mine.py"
+  )
+  assert "Then it learned from demonstrations, 8 buffers of 32." in told(objective__name="denoise")
+  assert told(objective__name=3, task__name=None) == "It now solves 50.0% of 64 held-out prompts; the base solved 0.0%."
+  assert tell(dataclasses.replace(run, evaluations={})) == ""
 
 
 def test_the_page_names_no_address_to_load_from(workdir, tmp_path):

@@ -61,7 +61,7 @@ def _tell_base(run: Run) -> str:
   if not isinstance(start, str) or not isinstance(task, str):
     return ""
   model = f"The model {epath.Path(start).name}" if start else "A model with random weights"
-  name = epath.Path(task).stem
+  name = "a mixture of tasks" if task == "mixture" else epath.Path(task).stem
   if not updates:
     return f"{model} is the base; its task is {name}."
   return f"{model} first learned from demonstrations of {name}, in {updates:,} updates: this is the base."
