@@ -93,7 +93,7 @@ def describe(
     "confidence": float(rollouts.confidence.sum() / rollouts.num_tokens.sum()),
     "sampled_nll": -_mean(drawn),  # nats a token; unlike `entropy` it is the same measure for every objective
     "completion_length": _mean((is_until_eos & ~is_end).sum(-1)),
-    "eos_rate": _mean(is_end.any(-1)),
+    "eos_rate": _mean(np.asarray(is_end.any(-1))),
   }
 
 

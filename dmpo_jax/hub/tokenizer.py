@@ -197,9 +197,10 @@ class HuggingFaceTokenizer:
 
     def find(kind: str, token: str | None, is_needed: bool = True) -> int | None:
       own = None if token is None else self._model.token_to_id(token)
-      wanted = model.get(f"{kind}_token_id")
-      if kind == "eos" and isinstance(wanted, list) and wanted:
-        wanted = own if own in wanted else wanted[0]
+      given = model.get(f"{kind}_token_id")
+      wanted: Any = given
+      if kind == "eos" and isinstance(given, list) and given:
+        wanted = own if own in given else given[0]
       if wanted is not None and type(wanted) is not int:
         problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted!r}, where one id is needed")
       elif token is not None and own is None:
