@@ -171,11 +171,13 @@ class Session:
 
   Attributes:
     tags: of each slot, what the caller knows its row by; None: it is free.
+    rows: of each slot, as they stood after the last model call.
   """
 
   def __init__(self, programs: Programs, policies: Policies, key: jax.Array, rows: Queued):
     self._programs, self._policies, self._key = programs, policies, key
     self.tags: list[Any] = [None] * programs.num_slots
+    self.rows: Rollouts | None = None
     self._state = programs.empty(policies, rows.take([0]), key)
 
   @property
@@ -203,12 +205,10 @@ class Session:
   def advance(self, num_done: int, most_calls: int) -> list[tuple[Any, Rollouts]]:
     """Make model calls until so many slots are free or done; take out the rows that are done, with their tags."""
     is_held = np.array([tag is not None for tag in self.tags])
-    self._state, self._rows, is_done = self._programs.advance(
-      self._policies, self._state, is_held, num_done, most_calls
-    )
-    done = np.flatnonzero(jax.device_get(is_done) & is_held).tolist()
-    rows = self.rows() if done else None
-    found = [(self.tags[slot], jax.tree.map(lambda array, slot=slot: array[slot], rows)) for slot in done]
+    self._state, *seen = self._programs.advance(self._policies, self._state, is_held, num_done, most_calls)
+    self.rows, is_done = jax.device_get(seen)
+    done = np.flatnonzero(is_done & is_held).tolist()
+    found = [(self.tags[slot], jax.tree.map(lambda array, slot=slot: array[slot], self.rows)) for slot in done]
     for slot in done:
       self.tags[slot] = None
     return found
@@ -216,10 +216,6 @@ class Session:
   def drop(self, tag: Any) -> None:
     """Free the slot of a row that is no longer wanted."""
     self.tags[self.tags.index(tag)] = None
-
-  def rows(self) -> Rollouts:
-    """Return all rows as they stood after the last model call, slot by slot."""
-    return jax.device_get(self._rows)
 
 
 def decode(

@@ -98,7 +98,7 @@ def test_a_session_takes_rows_at_any_time_and_gives_places_up():
   assert session.fill(queue, ["a", "b"]) == 1, "one slot is filled at a time"
   assert session.tags == ["a", None, None]
   assert session.advance(num_done=3, most_calls=1) == []
-  assert session.rows().num_calls[0] == 1
+  assert session.rows.num_calls[0] == 1
   session.fill(queue.take([4]), ["b"])
   session.drop("a")
   [(tag, row)] = session.advance(num_done=3, most_calls=100)

@@ -52,9 +52,9 @@ class Lane:
     if not slots:
       return
     done = {job for job, _ in self.session.advance(self.session.num_free + 1, most_calls=1)}
-    rows = self.session.rows()
     for job, slot in slots.items():
-      self._deliver(job, jax.tree.map(lambda array, slot=slot: array[slot], rows), is_done=job in done)
+      row = jax.tree.map(lambda array, slot=slot: array[slot], self.session.rows)
+      self._deliver(job, row, is_done=job in done)
 
   def _deliver(self, job: Job, row: Rollouts, *, is_done: bool) -> None:
     number, ids = int(row.num_calls), np.asarray(row.completion)
