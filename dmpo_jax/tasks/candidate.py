@@ -45,7 +45,7 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
   for kind in (int, float, str):  # subclasses are sent as what they extend
     if isinstance(value, kind):
       return kind(value)
-  if isinstance(value, type) and value in TYPES.values():
+  if any(value is own for own in TYPES.values()):
     return ["type", value.__name__]
   if isinstance(value, complex):
     return ["complex", value.real, value.imag]
