@@ -177,13 +177,13 @@ def _mix(found: Mapping[str, _OfTask], shares: Sequence[float]) -> _OfTask:
 def config_of_task(config: ConfigDict, name: str) -> ConfigDict:
   """Return a copy of the configuration for one task: one of its mixture, with what that has for itself, or another.
 
-  A test file that is named belongs to the configured task.
+  A test file that is named belongs to the configured task, and so does a curriculum.
   """
   varied = copy.deepcopy(config)
   parts = mixture.read(config.task.mixture) if config.task.name == mixture.NAME else {}
   with varied.unlocked():
     if name != config.task.name:
-      varied.task.name, varied.task.mixture, varied.task.eval_path = name, "", ""
+      varied.task.name, varied.task.mixture, varied.task.eval_path, varied.task.curriculum = name, "", "", 0
     if name in parts:
       varied.task.update(parts[name].keys)
       varied.grading.update(parts[name].limits)

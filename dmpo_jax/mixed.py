@@ -4,13 +4,12 @@ Which task has which place of the stream is a function of the shares alone, and 
 stream has reached: a resumed run needs nothing but its position.
 """
 
-import collections
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from etils import epath
 from jaxtyping import Int, UInt32
 
 from dmpo_jax.data import PromptStream, prompt_id
@@ -18,7 +17,7 @@ from dmpo_jax.grading import Grading, Pending
 from dmpo_jax.structs import Prompts
 from dmpo_jax.tasks import Record
 from dmpo_jax.tasks.judge import Verdict
-from dmpo_jax.tasks.mixture import OF_TASK, Mixture
+from dmpo_jax.tasks.mixture import OF_TASK, Mixture, label
 
 
 def schedule(shares: Sequence[float], num: int) -> Int[np.ndarray, " num"]:
@@ -50,6 +49,11 @@ class MixedStream(PromptStream):
   def __len__(self) -> int:
     """Return the number of different prompts."""
     return sum(map(len, self._streams.values()))
+
+  @property
+  def lengths(self) -> list[int]:
+    """The tokens of each prompt of an epoch of every task."""
+    return [length for stream in self._streams.values() for length in stream.lengths]
 
   def digest(self) -> str:
     """Hash the tokens of all prompts."""
@@ -99,12 +103,13 @@ class MixedStream(PromptStream):
 
 
 def _told_apart(ids: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
-  """Give a prompt that two tasks share another identity the second time; see `data.prompt_ids`."""
-  found, seen = ids.copy(), collections.Counter[int]()
+  """Give a prompt that two tasks share another identity the second time, which none of them has either."""
+  found, taken = ids.copy(), set[int]()
   for row, own in enumerate(ids.tolist()):
-    if seen[own]:
-      found[row] = prompt_id(f"{own} {seen[own]}")
-    seen[own] += 1
+    repeats = itertools.count(1)
+    while int(found[row]) in taken:  # `data.prompt_ids` has named the repeats within a task in the same way
+      found[row] = prompt_id(f"{own} {next(repeats)}")
+    taken.add(int(found[row]))
   return found
 
 
@@ -127,7 +132,7 @@ class MixedGrading(Grading):
   def tasks_of(self, records: Sequence[Record]) -> tuple[tuple[str, ...], list[int] | None]:
     """Return the names of the tasks, without folders, and which of them each record is of."""
     names = list(self._gradings)
-    return tuple(epath.Path(name).stem for name in names), [names.index(record[OF_TASK]) for record in records]
+    return tuple(map(label, names)), [names.index(record[OF_TASK]) for record in records]
 
   def patience(self, num: int) -> float:
     """Return how many seconds a process may take longer than the others: at most that of all tasks together."""

@@ -275,6 +275,9 @@ def test_a_run_of_before_there_were_some_keys_is_the_same_run(config):
   del older.objective.wddo.scale
   assert config_lib.differences(older, config) == []
   assert config_lib.fingerprint(older) == config_lib.fingerprint(config)
+  older.objective.name = config.objective.name = "denoise"
+  del older.objective.denoise.level
+  assert config_lib.differences(older, config) == []
   config.model.quantization = "int8"
   assert config_lib.differences(older, config) == ["config.model.quantization: 'absent' -> 'int8'"]
 

@@ -77,7 +77,11 @@ def test_a_prompt_that_two_tasks_share_is_two_prompts(streams):
   prompts, _ = twice.batch(0, 20)
   np.testing.assert_array_equal(prompts.tokens[::2], prompts.tokens[1::2])
   assert len(set(prompts.prompt_id.tolist())) == 20
+  once, again = twice.batch(0, 120)[0], twice.batch(20, 100)[0]  # two epochs of each, so each prompt four times
+  assert len(set(once.prompt_id.tolist())) == 120
+  np.testing.assert_array_equal(again.tokens, once.tokens[20:])
   assert len(MixedStream(streams, None)) == 90
+  assert twice.lengths == streams["sudoku"].lengths * 2
   whole = MixedStream(streams, None).batch(0, 90)[1]
   assert [record[OF_TASK] for record in whole] == [name for name in NAMES for _ in range(30)]
 
@@ -121,6 +125,8 @@ def mixture(text, **overrides):
     ("{'sudoku': 1, 'countdown': {'share': 1, 'seconds': -1}}", "of 'countdown', grading.seconds = -1"),
     ("{'sudoku': 1, 'countdown': {'share': 1, 'rewards': 'own'}}", "of 'countdown', task.rewards = 'own'"),
     ("{'sudoku': 1, 'gsm8k': {'share': 1, 'prompt': 'default', 'curriculum': 5}}", "task.curriculum: 0"),
+    ("{'sudoku': 1, 'own/sudoku.py': 1}", "'sudoku', is a task's in the metrics, and two tasks are called so: rename"),
+    ("{'sudoku': 1, 'own/low.jsonl': 1}", "'low', is a task's in the metrics, and the metrics have other figures"),
     ("{'sudoku': 1, 'gsm8k': 1}", "task.prompt='bare': must be one of default"),  # of gsm8k, as the run's is bare
   ],
 )
@@ -138,6 +144,8 @@ def test_a_mixture_must_be_chosen_and_the_options_of_its_tasks_decide():
   assert plain == fingerprint(mixture(MIXTURE, task__knights__max_people=4))
   own = build.config_of_task(mixture(MIXTURE, task__eval_path="x"), "countdown").task
   assert (own.name, own.mixture, own.num_test, own.num_train, own.eval_path) == ("countdown", "", 6, 20, "")
+  another = build.config_of_task(tiny.config(task__curriculum=5), "gsm8k").task
+  assert (another.name, another.curriculum) == ("gsm8k", 0)
   varied = evaluate.vary(mixture(MIXTURE))
   assert [(setting.task.name, setting.task.num_test) for setting in varied] == [("sudoku", 16), ("countdown", 6)]
 

@@ -109,6 +109,25 @@ def test_a_reward_that_blocks_the_loop_costs_itself_alone(spec):
   assert [verdict.kind for verdict in verdicts] == ["graded", "timeout", "graded"]
 
 
+def test_only_the_call_itself_is_tried_again_and_an_exit_ends_no_worker(tmp_path):
+  path, calls = tmp_path / "own.py", tmp_path / "calls"
+  path.write_text(
+    "def records(split): return [{'n': 1}]\ndef prompt(record): return 'x'\n"
+    f"async def reward(record, completion):\n  open({str(calls)!r}, 'a').write(completion + ' ')\n"
+    "  if completion == 'leave': raise SystemExit(3)\n  return {'a': 1} if completion == 'parts' else 2.0\n"
+    "def is_correct(record, completion): return 1 / (completion != 'odd') > 0\n"
+  )
+  spec = dict(name=str(path), options={"grader": "exact"}, prompt="default", rewards="default", grader="default")
+  pool = Grading(spec, workers=1, seconds=5.0, retries=1)
+  try:
+    verdicts = pool.submit([{"n": 1}] * 4, ["leave", "odd", "parts", "fine"], [True] * 4).result()
+  finally:
+    pool.close()
+  assert [verdict.kind for verdict in verdicts] == ["failed", "failed", "failed", "graded"]
+  assert ["SystemExit" in verdicts[0].problem, "ZeroDivisionError" in verdicts[1].problem] == [True, True]
+  assert sorted(calls.read_text().split()) == ["fine", "leave", "odd", "parts"]
+
+
 def test_it_is_a_reward_like_any_other(spec, tmp_path):
   task = make_task(**spec)
   verdict = judge(task, task.records("test")[0], "it has 90", True)

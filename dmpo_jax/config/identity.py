@@ -72,6 +72,7 @@ OLDER = {f"model.{field}": value for field, value in OLDER_MODEL.items()} | {
   "objective.denoise.schedule": "linear",
   "objective.denoise.weight": "bound",
   "objective.denoise.normalisation": "sequence",
+  "objective.denoise.level": "sequence",
 }
 
 

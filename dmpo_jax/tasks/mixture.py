@@ -17,6 +17,7 @@ from dmpo_jax.tasks.base import Grade, Record, Reward, Task
 NAME = "mixture"  # as task.name
 OF_TASK = "task_of_mixture"
 OWN_KEYS = ("prompt", "rewards", "grader", "data_dir", "eval_path", "num_train", "num_test", "curriculum")  # of task
+TAKEN = ("mean", "std", "low", "high")  # metrics have reward_mean, solve_rate_low and others beside reward_<task>
 OWN_LIMITS = ("workers", "seconds", "memory_gb", "concurrency", "retries", "sandbox")  # of grading
 
 
@@ -27,6 +28,11 @@ class Part:
   share: float  # of the prompts; those of all parts add up to 1
   keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of OWN_KEYS, in place of the run's
   limits: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of OWN_LIMITS
+
+
+def label(name: str) -> str:
+  """Return what a task is called in metrics: its name, or its file's without folder and ending."""
+  return epath.Path(name).stem
 
 
 def read(text: str) -> dict[str, Part]:
@@ -49,6 +55,11 @@ def read(text: str) -> dict[str, Part]:
       raise ValueError(f"{name!r} has the share {share!r}: give a number above 0")
     if unknown := [key for key in own if key not in ("share", *OWN_KEYS, *OWN_LIMITS)]:
       raise ValueError(f"{name!r} has no key {unknown[0]!r} of its own: {', '.join(('share', *OWN_KEYS, *OWN_LIMITS))}")
+  labels = [label(name) for name in parts]
+  for name in labels:
+    if labels.count(name) > 1 or name in TAKEN:
+      why = "two tasks are called so" if labels.count(name) > 1 else "the metrics have other figures of this name"
+      raise ValueError(f"a file's name without its ending, {name!r}, is a task's in the metrics, and {why}: rename it")
   total = sum(own["share"] for own in parts.values())
   return {
     name: Part(

@@ -24,7 +24,6 @@ from etils import epath
 from dmpo_jax.messages import Prompt, Turn, as_text, read_chat, turns_of
 from dmpo_jax.tasks import answers, equivalence, sources
 from dmpo_jax.tasks.base import (
-  BadReward,
   Grade,
   Limits,
   NoAnswer,
@@ -322,13 +321,14 @@ class PythonTask:
     Raises:
       NoAnswer: no attempt has. Exception: what the last attempt raised.
     """
+    return self._with_grade(record, completion, await self._await_reward(record, completion))
+
+  async def _await_reward(self, record: Record, completion: str) -> Any:
     seconds, retries = self.limits.seconds, self.limits.retries
     for attempt in range(retries + 1):
       try:
-        reward = await asyncio.wait_for(self._module.reward(record, completion), seconds)
-        return self._with_grade(record, completion, reward)
-      except BadReward:  # another call would not return another kind of value
-        raise
+        async with asyncio.timeout(seconds):  # in this task: of another, SystemExit would end the event loop
+          return await self._module.reward(record, completion)
       except Exception as error:
         if attempt == retries:
           if isinstance(error, TimeoutError):
