@@ -214,7 +214,7 @@ def question_tables(found: Sequence[Row], selection: Mapping[str, Any]) -> str:
       if whole:
         means = [[design.mean_reward(members, axis) for members in whole] for axis in costs.AXES]
         table.append([arm.name, str(len(whole)), *map(with_interval, means)])
-    if table:
+    if len(table) > 1:
       parts += [f"### {question}, {task}", markdown(["", "bases", *(f"reward, {axis}" for axis in costs.AXES)], table)]
   return "\n\n".join(parts)
 
