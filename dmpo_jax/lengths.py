@@ -1,7 +1,6 @@
 """Lengths that prompts are padded to: a few, as every length is a program to compile."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from dmpo_jax.processes import working
+from dmpo_jax import processes
 from dmpo_jax.structs import Prompts
 
 GRAIN = 32  # lengths that are chosen are multiples of it
@@ -29,12 +28,14 @@ def choose(lengths: Sequence[int], longest: int, most: int) -> tuple[int, ...]:
   if most == 1:
     return (longest,)
   sizes, counts = np.unique(np.minimum(-(-np.asarray(lengths) // GRAIN) * GRAIN, longest), return_counts=True)
-  shorter = itertools.combinations(sizes[:-1].tolist(), min(most, len(sizes)) - 1)
-
-  def padded(choice: tuple[int, ...]) -> int:
-    return int((counts * np.asarray(choice)[np.searchsorted(choice, sizes)]).sum())
-
-  return min(((*some, int(sizes[-1])) for some in shorter), key=padded)
+  num_shorter = np.cumsum(counts)
+  # Of the prompts up to each size: their fewest tokens with so many lengths of which it is the last, and these lengths.
+  fewest, chosen = (sizes * num_shorter).astype(float), sizes[:, None]
+  between = np.where(sizes[:, None] < sizes, sizes * (num_shorter - num_shorter[:, None]), np.inf)
+  for _ in range(min(most, len(sizes)) - 1):
+    tokens = fewest[:, None] + between
+    fewest, chosen = tokens.min(0), np.column_stack([chosen[tokens.argmin(0)], sizes])
+  return tuple(chosen[-1].tolist())
 
 
 def order(prompts: Prompts, lengths: Sequence[int]) -> Int[np.ndarray, "p"] | None:
@@ -71,7 +72,9 @@ class Ahead:
     if key not in self._known:
       self._known.add(key)
       for length in self._lengths:
-        with working(COMPILE_SECONDS):
+        # A host may find in its cache what others compile: it waits for them here, for one program at a time.
+        processes.meet("the next length of prompts", COMPILE_SECONDS)
+        with processes.working(COMPILE_SECONDS):
           self._program.lower(*_resized(args, length)).compile()
     return self._program(*args)
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dmpo_jax import build, lengths, phases, policy, train
+from dmpo_jax import build, lengths, phases, policy, processes, train
 from dmpo_jax.structs import PendingRollouts, Prompts
 
 
@@ -27,6 +27,8 @@ def test_lengths_are_chosen_for_the_least_padding():
   assert lengths.choose(sizes, 200, 3) == lengths.choose(sizes, 200, 9) == (32, 64, 160)
   assert lengths.choose([3, 5, 150], 155, 2) == (32, 155)  # no longer than they ever are
   assert lengths.choose([3, 5], 18, 4) == (18,)
+  # Of 1,024 equally frequent lengths every 128th is best; there are more choices of eight than could be tried.
+  assert lengths.choose(range(32, 32769, 32), 32768, 8) == tuple(range(4096, 32769, 4096))
 
 
 def test_prompts_are_padded_to_the_first_length_that_holds_them():
@@ -112,6 +114,17 @@ def test_no_program_runs_on_longer_prompts_than_its_own_need():
     run(2.0, lengths.cut(prompts(1, 2, 3, length), own))
   assert (len(seen), count) == (3, [])
   assert lengths.ahead(program, (12,)) is program
+
+
+def test_processes_meet_before_each_program(monkeypatch):
+  """So one that finds programs in its cache never waits for more than one that another compiles."""
+  program = jax.jit(lambda prompts: prompts.tokens.sum())
+  met = []
+  monkeypatch.setattr(processes, "meet", lambda name, seconds: met.append((name, seconds)))
+  run = lengths.ahead(program, (4, 8, 12))
+  for width in (8, 12):
+    run(prompts(1, 2, width=width))
+  assert len(met) == 3
 
 
 @pytest.mark.parametrize("was_by_length", [True, False])

@@ -58,6 +58,8 @@ def test_a_batch_is_what_its_places_hold_and_each_task_goes_on_where_it_stood(st
     np.testing.assert_array_equal(prompts.tokens[own], alone.tokens)
     np.testing.assert_array_equal(prompts.is_valid[own], alone.is_valid)
   assert len(set(prompts.prompt_id.tolist())) == 100  # a prompt of a second epoch too
+  epochs = [stream.batch(0, len(stream))[0].is_valid.sum(1) for stream in streams.values()]
+  assert sorted(mixed.lengths) == sorted(np.concatenate(epochs).tolist())
   part, its_records = mixed.batch(37, 11)
   assert its_records == records[37:48]
   np.testing.assert_array_equal(part.tokens, prompts.tokens[37:48])
