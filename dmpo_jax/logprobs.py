@@ -95,7 +95,6 @@ def make_score(
     dropout_keys: keys of the rollouts when the adapters' dropout is on; a mask sample folds in its index.
     teacher: variables of another policy; the scores then have the divergence from it, too.
   """
-
   mask = model.config.mask_token_id
   shown = completion
   if is_counted is not None:
@@ -110,15 +109,10 @@ def make_score(
     def states(
       variables: Mapping[str, Any], keys: Key[Array, "p g"] | None
     ) -> tuple[Float[Array, "t d"], list[int], Routing | None]:
-      if model.config.block_length:
-        hidden, routing = noised_hidden(model, variables, prompts, shown, noised, keys)
-      else:
-        hidden, routing = _hidden_of_rows(model, variables, prompts, prompt_is_masked, noised, keys)
+      hidden, routing = _hidden(model, variables, prompts, prompt_is_masked, shown, noised, keys)
       packed, source = _pack(hidden, is_masked, pairs)
       return sharding.fill_rows(packed.reshape(-1, hidden.shape[-1])), source, routing
 
-    if model.config.block_length and prompt_is_masked is not None:
-      raise ValueError("objective.one_step.prompt_mask_ratio: must be 0 for a model that attends by blocks")
     hidden, source, routing = states(variables, dropout_keys)
     targets = jnp.broadcast_to(completion[:, :, None], (p, g, max(source) + 1, c))
     head = model.head_of(variables)
@@ -131,6 +125,23 @@ def make_score(
     return scores._replace(routing=routing)
 
   return score
+
+
+def _hidden(
+  model: Transformer,
+  variables: Mapping[str, Any],
+  prompts: Prompts,
+  prompt_is_masked: Bool[Array, "p g r q"] | None,
+  shown: Int[Array, "p g c"],
+  noised: Int[Array, "p g r c"],
+  dropout_keys: Key[Array, "p g"] | None,
+) -> tuple[Float[Array, "p g r c d"], Routing | None]:
+  """Return the hidden states that predict noised completions."""
+  if not model.config.block_length:
+    return _hidden_of_rows(model, variables, prompts, prompt_is_masked, noised, dropout_keys)
+  if prompt_is_masked is not None:
+    raise ValueError("objective.one_step.prompt_mask_ratio: must be 0 for a model that attends by blocks")
+  return noised_hidden(model, variables, prompts, shown, noised, dropout_keys)
 
 
 def _hidden_of_rows(

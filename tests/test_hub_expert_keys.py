@@ -104,6 +104,8 @@ def test_further_forms_of_the_keys():
   config = read("sm_sharp/config.json") | dict(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
   assert model_config_from_hf(config).expert_layers == (0, 1, 0, 0, 0, 1)
   assert model_config_from_hf(config | dict(norm_topk_prob=False)).router == "softmax"
+  with pytest.raises(ValueError, match=r"model.router='sigmoid': checkpoints of the family sdar_moe have softmax or"):
+    model_config_to_hf(dataclasses.replace(model_config_from_hf(config), router="sigmoid"), "sdar_moe")
   none = model_config_from_hf(read("l2_sharp/config.json") | dict(num_shared_experts=None, first_k_dense_replace=0))
   assert (none.shared_expert_size, none.expert_layers) == (0, ())
   assert model_config_to_hf(none, "llada2_moe")["num_shared_experts"] is None
@@ -134,6 +136,18 @@ def test_logits_are_the_recorded_ones_and_tensors_come_back(folders, name, tmp_p
   given, after = read(f"{name}/config.json"), json.loads((back / "config.json").read_text())
   assert {key: after.get(key) for key in given} == given
   assert "block_size" not in after  # it has its family's
+
+
+def test_bfloat16_does_not_round_the_bias_that_chooses_experts(folders, tmp_path):
+  source, back = epath.Path(tmp_path / "source"), epath.Path(tmp_path / "back")
+  ModelExport(export_hf.find_model(folders["l2_shared2_bias"]), "bfloat16").write(source, 10**9)
+  convert.convert_model(source, epath.Path(tmp_path / "converted"), "bfloat16")
+  ModelExport(export_hf.find_model(epath.Path(tmp_path / "converted")), "same").write(back, 10**9)
+  stored, written = load_file(FOLDER / "l2_shared2_bias" / "model.safetensors"), load_file(back / "model.safetensors")
+  exact = {name for name, array in written.items() if array.dtype == np.float32}
+  assert exact == {name for name in stored if name.endswith("expert_bias")} != set()
+  for name in exact:
+    np.testing.assert_array_equal(written[name], stored[name])
 
 
 @pytest.mark.slow

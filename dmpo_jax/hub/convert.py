@@ -163,7 +163,7 @@ def _arrays(shards: Shards, places: Mapping[str, Place], dtype: str, report: Rep
       )
     else:
       stored = jnp.result_type(*(shards.tensors[name].dtype for name in names))
-      target = np.dtype(stored if dtype in ("same", "int8") else jnp.dtype(dtype))
+      target = np.dtype(stored) if dtype in ("same", "int8") else layout.cast(path, stored, dtype)
       node[last] = make(shape, target, lambda piece, dtype=target: piece.astype(dtype), report)
   return tree
 

@@ -7,6 +7,8 @@ from typing import Any
 from dmpo_jax.hub.entries import FLAG, IDS, SIZE, WHOLE, Kind
 from dmpo_jax.models.config import ModelConfig
 
+SOFTMAX = ("softmax", "softmax_normalised")  # Qwen3-MoE's routers
+
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
@@ -29,6 +31,11 @@ def _read_sdar(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_sdar(config: ModelConfig) -> dict[str, Any]:
+  if config.router not in SOFTMAX:
+    raise ValueError(
+      f"model.router={config.router!r}: checkpoints of the family sdar_moe have {' or '.join(SOFTMAX)}; a model with "
+      "another router stays a checkpoint of ours"
+    )
   return {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [layer for layer, has_experts in enumerate(config.expert_layers) if not has_experts],

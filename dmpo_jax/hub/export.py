@@ -207,8 +207,9 @@ def _written_dtypes(weights: Params, dtype: str) -> dict[Path, np.dtype]:
   """Return the dtype in which each leaf is written; with "same", int8 becomes the embedding's dtype."""
   saved = weights.dtypes()
   own = {path: saved[("embedding",)] if saved_as == np.int8 else saved_as for path, saved_as in saved.items()}
+  kept = {path: stored for path, stored in own.items() if not path[-1].endswith(KERNEL_SCALE)}
   return {
-    path: np.dtype(own[path] if dtype == "same" else dtype) for path in own if not path[-1].endswith(KERNEL_SCALE)
+    path: np.dtype(stored) if dtype == "same" else layout.cast(path, stored, dtype) for path, stored in kept.items()
   }
 
 

@@ -11,7 +11,9 @@ import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dmpo_jax.hub.families import FAMILIES, Family
 from dmpo_jax.models.config import ModelConfig, Run
@@ -183,6 +185,14 @@ def _compare(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[i
       if names
     )
     raise ValueError(f"tensors of {where} do not fit the model's config: {listed}")
+
+
+def cast(path: Path, stored: DTypeLike, asked: DTypeLike) -> np.dtype:
+  """Return the dtype in which a leaf is kept if `asked` is wanted: an expert bias is not rounded.
+
+  It decides between experts that are almost equal.
+  """
+  return np.dtype(jnp.promote_types(stored, asked) if path[-2:] == ("experts", "bias") else asked)
 
 
 def to_tensors(read: Callable[[Path], np.ndarray], places: Mapping[str, Place]) -> Iterator[tuple[str, np.ndarray]]:

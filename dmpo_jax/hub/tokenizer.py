@@ -203,7 +203,8 @@ class HuggingFaceTokenizer:
         wanted = own if own in given else given[0]
       if wanted is not None and type(wanted) is not int:
         problems.append(f"{MODEL_FILE} has {kind}_token_id={wanted!r}, where one id is needed")
-      elif token is not None and own is None:
+        return own
+      if token is not None and own is None:
         problems.append(f"the {kind} token {token!r} has no id")
       elif own is None and wanted is None and is_needed:
         remedy = f" (launch/convert_hf.py --adapt would add {MASK_TOKEN!r})" if kind == "mask" else ""

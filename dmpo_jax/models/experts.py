@@ -123,10 +123,7 @@ def mix(
   x: Float[Array, "b l d"],
   gate: Float[Array, "d e"],
   bias: Float32[Array, "e"] | None,
-  ff_proj: Weights,
-  up_proj: Weights,
-  ff_out: Weights,
-  *,
+  *weights: Weights,
   router: Router,
   share: Share,
   dtype: DTypeLike,
@@ -134,6 +131,7 @@ def mix(
   """Route tokens and compute their experts, sorted by expert; also say what the router did.
 
   Args:
+    weights: of each entry of KERNELS.
     dtype: of the router's inputs, and of the sum over a token's experts.
   """
   flat = x.reshape(-1, x.shape[-1])
@@ -142,7 +140,8 @@ def mix(
   order = jnp.argsort(chosen.reshape(-1), stable=True)
   sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[-1]).astype(jnp.int32)
   rows, experts = flat[order // share.number], chosen.reshape(-1)[order]
-  gated, up = (_product(rows, weights, sizes, experts) for weights in (ff_proj, up_proj))
+  ff_proj, up_proj, ff_out = weights
+  gated, up = (_product(rows, each, sizes, experts) for each in (ff_proj, up_proj))
   found = _product(nn.silu(gated) * up, ff_out, sizes, experts)
   # back in the tokens' order, so that a token's sum does not depend on the others
   apart = found[jnp.argsort(order)].reshape(*chosen.shape, -1)
