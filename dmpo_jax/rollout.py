@@ -378,9 +378,9 @@ def score_groups(
   arrays = rollouts, experience.is_counted
 
   def score_chunk(chunk: Chunk) -> LogProbs:
-    return score(
-      chunking.prompts_of(chunk, experience.prompts), *chunk.of_rollouts(arrays), buffer, chunk.rollouts.start
-    )
+    own, is_counted = chunk.of_rollouts(arrays)  # on the devices, as when they are sampled: it is the same program
+    prompts = chunking.prompts_of(chunk, experience.prompts)
+    return score(prompts, everywhere(own), is_counted, buffer, chunk.rollouts.start)
 
   chunks = chunking.cut(len(experience.completion))
   scored = fetch_ahead([functools.partial(score_chunk, chunk) for chunk in chunks])

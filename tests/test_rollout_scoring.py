@@ -191,6 +191,7 @@ def test_rounds_of_masks_are_added_until_the_noise_is_small(folder, use_devices)
     with jax.set_mesh(parts.mesh):
       _, figures = collect(phase, state, 0)
     assert figures["elbo_rounds"] == rounds
+    assert phase.buffers.collector.scoring.log_probs._cache_size() == 1, "all rounds are one compiled program"
     assert figures["log_ratio_error"] > 0
 
 
