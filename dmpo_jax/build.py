@@ -187,6 +187,8 @@ def config_of_task(config: ConfigDict, name: str) -> ConfigDict:
     if name in parts:
       varied.task.update(parts[name].keys)
       varied.grading.update(parts[name].limits)
+      if 0 < parts[name].keys.get("num_test", 0) < varied.eval.num_prompts and not varied.task.eval_path:
+        varied.eval.num_prompts = varied.task.num_test  # the run's number is that of tasks that have so many
   return varied
 
 

@@ -148,8 +148,12 @@ def test_a_mixture_must_be_chosen_and_the_options_of_its_tasks_decide():
   assert (own.name, own.mixture, own.num_test, own.num_train, own.eval_path) == ("countdown", "", 6, 20, "")
   another = build.config_of_task(tiny.config(task__curriculum=5), "gsm8k").task
   assert (another.name, another.curriculum) == ("gsm8k", 0)
-  varied = evaluate.vary(mixture(MIXTURE))
+  varied = list(evaluate.vary(mixture(MIXTURE)))
   assert [(setting.task.name, setting.task.num_test) for setting in varied] == [("sudoku", 16), ("countdown", 6)]
+  for setting in varied:
+    validate(setting, mode="eval")  # of six prompts six are evaluated, though the run has 16 of each task
+  with pytest.raises(ConfigError, match=r"task.eval_path.*as task.name = 'mixture': in task.mixture each"):
+    validate(mixture(MIXTURE, task__eval_path=__file__))
 
 
 def test_tasks_that_begin_the_answer_differently_are_refused():

@@ -1,6 +1,7 @@
 """The report: what a workdir holds is shown, what it lacks is said, and hostile text stays text."""
 
 import dataclasses
+import html
 import io
 import itertools
 import json
@@ -510,6 +511,8 @@ def test_code_is_coloured_and_escaped():
   assert fenced.startswith('so:\n```python\n<span class="code-k">return</span>')
   assert fenced.endswith('<span class="code-mi">1</span>\n```\n&lt;b&gt;')
   assert show_code("return 1 < 2") == "return 1 &lt; 2"
+  for text in ("```python\nreturn 1", "```\n```", "a\n```py\nx = '<'\n\n\n```  \n```\nb\n```\n```python\n\"", "```x"):
+    assert html.unescape(re.sub("<[^>]*>", "", show_code(text))) == text  # with an end or, cut off, without
   assert show_code("```nonsense\na < b\n```") == "```nonsense\na &lt; b\n```"
 
 

@@ -322,7 +322,11 @@ KEYS: dict[str, Rule] = {
   "task.grader": one_of(*CHOICES),
   "task.records_dir": text(),
   "task.data_dir": text(),
-  "task.eval_path": existing("a test file", empty="the generated test split"),
+  "task.eval_path": existing("a test file", empty="the generated test split").also(
+    '"", as {0}: in task.mixture each task may have its own',
+    lambda path, name: not path or name != mixture.NAME,
+    "task.name",
+  ),
   "task.num_train": whole(0),
   "task.num_test": whole(0),
   "task.curriculum": whole(0).also(

@@ -11,7 +11,7 @@ from pygments.util import ClassNotFound
 from dmpo_jax.run import grids
 from dmpo_jax.run.report.runs import Row
 
-FENCED = re.compile(r"(^```[^\n]*\n.*?^```[ ]*$)", re.S | re.M)
+FENCED = re.compile(r"^(```[^\n]*\n)(.*?)(^```[ ]*)$", re.S | re.M)
 _FORMATTER = pygments.formatters.HtmlFormatter(nowrap=True, classprefix="code-")
 
 
@@ -19,15 +19,13 @@ def show_code(text: str, is_code: bool = False) -> Markup:
   """Write a text with its fenced code in colours; `is_code`: without a fence all of it is Python."""
   if is_code and "```" not in text:
     return _coloured(text, "python")
-  return Markup("").join(
-    _fenced(part) if part.startswith("```") and "\n" in part else escape(part) for part in FENCED.split(text)
-  )
-
-
-def _fenced(text: str) -> Markup:
-  head, _, rest = text.partition("\n")
-  code, end = rest[:-3].removesuffix("\n"), text[-3:]
-  return escape(f"{head}\n") + _coloured(code, head.removeprefix("```").strip() or "python") + escape(f"\n{end}")
+  shown, end = Markup(""), 0
+  for found in FENCED.finditer(text):
+    head, code, fence = found.groups()
+    language = head.strip().removeprefix("```").strip() or "python"
+    shown += escape(text[end : found.start()] + head) + _coloured(code, language) + escape(fence)
+    end = found.end()
+  return shown + escape(text[end:])
 
 
 def _coloured(text: str, language: str) -> Markup:
