@@ -14,7 +14,6 @@ from dmpo_jax import files, grading
 from dmpo_jax.hub.tokenizer import Tokenizer
 from dmpo_jax.processes import HostShare, gather_texts
 from dmpo_jax.structs import Rollouts
-from dmpo_jax.tasks.mixture import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ def grade_batch(
   def finish() -> list[dict[str, Any]]:
     verdicts = pending.result()
     grading.log_problems(grader.task, verdicts, texts)
-    task_of = grader.task.of if isinstance(grader.task, Mixture) else lambda _: grader.task
     lines = []
     for row, (verdict, text) in enumerate(zip(verdicts, texts, strict=True)):
       p, g = divmod(row, group_size)
@@ -49,7 +47,7 @@ def grade_batch(
           "record": record_of[row],
           **({} if task is None else {"task": task_names[task[row]]}),
           "prompt": grader.task.prompt(record_of[row]),
-          "prompt_name": getattr(task_of(record_of[row]), "prompt_name", "default"),
+          "prompt_name": getattr(grader.task_of(record_of[row]), "prompt_name", "default"),
           "completion": text,
           "extracted": verdict.grade.extracted,
           "reward": verdict.reward,

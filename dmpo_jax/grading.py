@@ -110,6 +110,10 @@ class Grading:
     """Return the names of a mixture's tasks, and which of them each record is of; () and None if there is one task."""
     return (), None
 
+  def task_of(self, record: Record) -> Task:
+    """Return the task of a record."""
+    return self.task
+
   def _seconds_for(self, num: int) -> float:
     """Return how long `num` completions may take: one after the other, each as long as it may.
 

@@ -15,7 +15,7 @@ from jaxtyping import Int, UInt32
 from dmpo_jax.data import PromptStream, prompt_id
 from dmpo_jax.grading import Grading, Pending
 from dmpo_jax.structs import Prompts
-from dmpo_jax.tasks import Record
+from dmpo_jax.tasks import Record, Task
 from dmpo_jax.tasks.judge import Verdict
 from dmpo_jax.tasks.mixture import OF_TASK, Mixture, label
 
@@ -133,6 +133,10 @@ class MixedGrading(Grading):
     """Return the names of the tasks, without folders, and which of them each record is of."""
     names = list(self._gradings)
     return tuple(map(label, names)), [names.index(record[OF_TASK]) for record in records]
+
+  def task_of(self, record: Record) -> Task:
+    """Return the task that a record names."""
+    return self._gradings[record[OF_TASK]].task
 
   def patience(self, num: int) -> float:
     """Return how many seconds a process may take longer than the others: at most that of all tasks together."""

@@ -107,6 +107,7 @@ def test_each_completion_is_graded_by_its_own_task_and_limits(tmp_path):
   assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0, 5.0]
   assert [verdict.kind for verdict in verdicts] == ["graded", "timeout", "graded", "graded"]
   assert pending.per_second > 0
+  assert [getattr(mixed.task_of(record), "prompt_name", "") for record in records] == ["bare", ""] * 2
   assert mixed.tasks_of(records) == (("sudoku", "slow"), [0, 1, 0, 1])
 
 
