@@ -57,7 +57,8 @@ def _write_llada2(config: ModelConfig) -> dict[str, Any]:
   if 0 in config.expert_layers[first:] or config.shared_expert_size % config.expert_size:
     raise ValueError(
       f"model.expert_layers={config.expert_layers}, model.shared_expert_size={config.shared_expert_size}: in "
-      "checkpoints of the family llada2_moe only first layers have no experts, and shared ones are as wide as others"
+      "checkpoints of the family llada2_moe only first layers have no experts, and shared ones are as wide as others; "
+      "such a model stays a checkpoint of ours"
     )
   return {
     "first_k_dense_replace": first,

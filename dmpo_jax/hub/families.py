@@ -427,4 +427,4 @@ def natural_family(config: ModelConfig) -> str:
       continue
     if all(getattr(config, field) == value for field, value in fixed.items() if field not in free):
       return name
-  raise ValueError(f"no family of checkpoints has such models: {config}")
+  raise ValueError(f"no family of checkpoints has such models, so it stays a checkpoint of ours: {config}")

@@ -79,11 +79,17 @@ def model_config_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
   family = FAMILIES[name]
   can_attend_so = "block_length" in family.keys if config.block_length else not family.has_blocks
   if not can_attend_so:
-    raise ValueError(f"model.block_length={config.block_length}: no checkpoint of the family {name} attends so")
+    raise ValueError(
+      f"model.block_length={config.block_length}: no checkpoint of the family {name} attends so; such a model stays a "
+      "checkpoint of ours"
+    )
   for key in set(family.keys.values()):
     fields = [field for field, own in family.keys.items() if own == key]
     if len({getattr(config, field) for field in fields}) > 1:
-      raise ValueError(f"model.{' and model.'.join(fields)} differ: checkpoints of the family {name} have one {key}")
+      raise ValueError(
+        f"model.{' and model.'.join(fields)} differ: checkpoints of the family {name} have one {key}; such a model "
+        "stays a checkpoint of ours"
+      )
   own = {} if config.head_dim * config.num_heads == config.d_model else {HEAD_DIM: config.head_dim}
   values = {key: getattr(config, field) for field, key in family.keys.items()}
   values |= {family.keys[field]: None for field in UNSET_IF_0 if field in family.keys and not getattr(config, field)}
