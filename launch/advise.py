@@ -33,6 +33,7 @@ LEAST_DIFFERENT = 5 / 8  # of a group's rollouts
 MOST_FLAT = 0.2  # share of groups without variance
 LEAST_TO_FIND = 3.0  # pass@g over pass@1
 MOST_NOISE = 0.5  # error of the log-ratio over the spread of reward / alpha
+DEAR = 32.0  # forward passes that a rollout's drawing costs; the study's axes have 8 to 16, and 64 to 128
 BUFFERS = 3  # that are trained on; the first compiles
 
 
@@ -82,8 +83,8 @@ def advise(config: ConfigDict, found: Diversity, seconds: Seconds, noise: Noise 
     )
   elif found.pass_at_all < LEAST_TO_FIND * found.pass_at_1:
     yield (
-      f"pass@{size} is {found.pass_at_all / found.pass_at_1:.1f} times pass@1; below {LEAST_TO_FIND:g} times, a group "
-      "seldom shows the base something better than its habit. Harder prompts or larger groups have more to find."
+      f"pass@{size} is {found.pass_at_all / found.pass_at_1:.1f} times pass@1; the study had no base below "
+      f"{LEAST_TO_FIND:g} times in random order. Expect less (docs/choosing.md)."
     )
   if found.different < LEAST_DIFFERENT * size:
     yield (
@@ -93,7 +94,7 @@ def advise(config: ConfigDict, found: Diversity, seconds: Seconds, noise: Noise 
   if found.without_variance > MOST_FLAT:
     yield (
       f"{found.without_variance:.0%} of the groups have equal rewards and teach nothing: keep "
-      "rollout.drop_equal_groups=True, and raise rollout.group_size or the variety of the rollouts."
+      "rollout.drop_equal_groups=True, and make the rollouts differ or change the prompts (docs/choosing.md)."
     )
   if noise is not None and noise.log_ratio_error > MOST_NOISE * noise.tilt_std:
     yield (
@@ -102,9 +103,11 @@ def advise(config: ConfigDict, found: Diversity, seconds: Seconds, noise: Noise 
       f"objective.num_elbo_samples."
     )
   share = seconds.drawing / (seconds.drawing + seconds.scoring + every * seconds.update)
+  passes = seconds.drawing * 3 * config.objective.num_mask_samples / seconds.update  # a backward pass counts as two
   yield (
-    f"Drawing is {share:.0%} of a buffer's time with {every} updates on it: start with the settings that "
-    f"docs/choosing.md has for drawing that is {'dear' if share > 0.5 else 'cheap'}."
+    f"Drawing is {share:.0%} of a buffer's time with {every} updates on it, and costs as much as {passes:.0f} forward "
+    f"passes: start with the settings that docs/choosing.md has for drawing that is "
+    f"{'dear' if passes > DEAR else 'cheap'}."
   )
 
 
