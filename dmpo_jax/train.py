@@ -31,6 +31,7 @@ from dmpo_jax.run.params import is_saved, save_params
 from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.run.report import summarize, tables
 from dmpo_jax.run.report import write as write_report
+from dmpo_jax.run.report.charts import STEPS
 from dmpo_jax.run.report.runs import read_prompts
 from dmpo_jax.run.workdir import announce_start, save_config, take_over
 from dmpo_jax.structs import Experience, PendingRollouts, TrainState
@@ -139,7 +140,8 @@ def run(
     now = resume(phase, state, checkpoints)
     phase = with_begun(phase, now.position)
     metrics.forget(phase.name, after=now.position.reported)
-    with progress.Progress(phase.name, phase.num_buffers, done=max(now.position.reported, 0)) as shown:
+    done, unit = max(now.position.reported, 0), STEPS[phase.name]
+    with progress.Progress(phase.name, phase.num_buffers, done=done, unit=unit) as shown:
       try:
         report_buffer(phase, now, metrics, shown)
         now.save_if_due(phase, config)
@@ -325,7 +327,7 @@ def report(result: dict[str, Any], workdir: epath.Path, page: str) -> None:
   console = Console()
   rows = {"base": result["base"], f"after {result['objective']}": result["last"]}
   if result["best"]["buffers"] != result["buffers"]:
-    rows[f"best, after {result['best']['buffers']} buffers"] = result["best"]
+    rows[f"best solve rate, after {result['best']['buffers']} buffers"] = result["best"]
   console.print(tables.outcome(rows))
   for line in summarize(workdir):
     console.print(line, highlight=False)

@@ -32,15 +32,15 @@ def test_every_call_is_shown():
   console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
   watch.play(FILM, None, console=console, seconds=0.0)
   shown = console.file.getvalue()
-  assert "call 1: '2' 0.75" in shown
-  assert "call 2: '4' 0.50, '!' 1.00" in shown
+  assert "call 1, with confidence: '2' 0.75" in shown
+  assert "call 2, with confidence: '4' 0.50, '!' 1.00" in shown
   assert shown.index(f"{watch.MASKED}2{watch.MASKED}") < shown.index("42!")
 
 
 def test_where_nobody_looks_it_is_the_end_alone():
   console = Console(file=io.StringIO(), width=60)
   watch.play(FILM, None, console=console, seconds=9.0)
-  assert console.file.getvalue().splitlines() == ["42!", "call 2: '4' 0.50, '!' 1.00"]
+  assert console.file.getvalue().splitlines() == ["42!", "call 2, with confidence: '4' 0.50, '!' 1.00"]
 
 
 def test_the_reward_is_shown_with_its_parts(workdir):

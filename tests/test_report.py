@@ -164,7 +164,7 @@ def test_what_was_evaluated_later_is_a_table(workdir, tmp_path):
   (copy / "evaluation" / "result.json").write_text(json.dumps(rows))
   (run,) = read_runs([copy])
   assert run.grid == rows[:1]
-  assert "<td>61.3%</td><td>60.0% to unknown</td>" in page.render([run])
+  assert '<td class="number">61.3%</td><td class="number">60.0% to unknown</td>' in page.render([run])
   assert "<td>best (22 buffers)</td>" in page.render([run])
   assert "evaluation/result.json is of another version" in page.render([run])
   (copy / "evaluation" / "result.json").write_text('{"solve_rate": 0.5}')  # as an earlier version had it
@@ -215,7 +215,7 @@ def test_a_run_is_told_by_what_it_learned_from(workdir):
   assert "The model llada_8b is the base; its task is mine." in told(
     model__init_from="/x/llada_8b", task__name="a/mine.py"
   )
-  assert "Then it learned from demonstrations, 8 buffers of 32." in told(objective__name="denoise")
+  assert "Then it learned from demonstrations, 32 in each of 8 buffers." in told(objective__name="denoise")
   assert told(objective__name=3, task__name=None) == "It now solves 50.0% of 64 held-out prompts; the base solved 0.0%."
   assert tell(dataclasses.replace(run, evaluations={})) == ""
 
@@ -232,6 +232,13 @@ def test_hostile_text_stays_text(workdir, tmp_path):
   text = report.write([workdir], tmp_path / "page.html").read_text()
   assert "<img src=x" not in text
   assert text.count("<script") == text.count("</script>") == 4
+
+
+def test_runs_of_different_tasks_are_not_to_be_compared(workdir, other):
+  runs = read_runs([workdir, other])
+  assert "The tasks differ" not in page.render(runs)
+  runs[1] = dataclasses.replace(runs[1], config=runs[1].config | {"task.name": "mine/chess.py"})
+  assert "The tasks differ (chess, sudoku): compare figures only" in page.render(runs)
 
 
 def test_curves_hold_the_figures(workdir, other):
@@ -546,7 +553,7 @@ def test_a_report_that_fails_does_not_fail_the_run(workdir, monkeypatch):
 def test_the_summary_is_short_and_says_what_is_worth_a_look(workdir, tmp_path):
   assert report.summarize(workdir) == [
     "8 buffers of 256 rollouts, 16 updates",
-    "time: warm start 500 s, sampling 16 s, updates 8.0 s, other 76 s",
+    "time, compilation included: warm start 500 s, sampling 16 s, updates 8.0 s, other 76 s (start, data, saving)",
     "rollouts, first buffer to last: reward 0.100 to 0.800",
   ]
   bad = {"updates_skipped": 3.0, "rewards_failed": 2.0, "log_ratio_error": 2.0, "tilt_std": 1.0}
@@ -555,6 +562,15 @@ def test_the_summary_is_short_and_says_what_is_worth_a_look(workdir, tmp_path):
     "warning: 3 updates skipped: loss or gradient not finite",
     "warning: 16 rollouts dropped: their reward failed",
   ]
+
+
+def test_the_summary_of_supervised_training_counts_demonstrations(workdir, tmp_path):
+  supervised = tmp_path / "supervised"
+  shutil.copytree(workdir, supervised)
+  config = json.loads((supervised / "config.json").read_text())
+  config["objective"]["name"] = "denoise"
+  (supervised / "config.json").write_text(json.dumps(config))
+  assert report.summarize(supervised)[0] == "8 buffers of 32 demonstrations, 16 updates"
 
 
 def summary_with(workdir, folder, figures):
@@ -616,7 +632,7 @@ def test_a_hand_finds_values_under_the_pointer_and_the_slider(workdir, other, tm
   shown = re.search(r'<div id="vg-tooltip-element".*?</div>', done.stdout, re.S)[0]
   found = re.findall(r'class="value">(.*?)</td>', shown, re.S)
   assert found == ["one", "held-out prompts", "4", "25.0%", "20.0%", "30.0%"]
-  assert 'Call 1 of 3: committed "b" (0.900)' in done.stdout
+  assert 'Call 1 of 3: decided, with confidence, "b" (0.900)' in done.stdout
   assert done.stdout.count("<tr><td>one</td>") >= 3  # the first chart's values as a table
 
 

@@ -114,13 +114,13 @@ def test_completions_do_not_depend_on_their_batch_or_bucket(decoded):
 def test_watching_shows_the_denoising(decoded):
   tokenizer, *_, apart, shown = decoded
   assert watch.MASKED in shown
-  assert "call 1: " in shown
+  assert "call 1, with confidence: " in shown
   plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
   for _, found in apart:
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     pieces = [watch.ENDED if token in ends else tokenizer.piece(token) for token in found["ids"]]
     assert "".join(pieces) in plain
-    assert f"call {found['calls']}: " in plain
+    assert re.search(rf"call {found['calls']}[,:] ", plain)
 
 
 def test_a_frame_names_the_new_tokens_with_their_confidence(decoded):
@@ -135,12 +135,21 @@ def test_a_frame_names_the_new_tokens_with_their_confidence(decoded):
 
   row, said = draw([one, mask, mask, three], 1, [0.5, 0, 0, 0.25])
   assert row.plain == "1" + 2 * watch.MASKED + "3"
-  assert said.plain == "call 1: '1' 0.50, '3' 0.25"
+  assert said.plain == "call 1, with confidence: '1' 0.50, '3' 0.25"
   row, said = draw([one, two, tokenizer.eos_token_id, three], 2, [0.5, 1.0, 0.75, 0.25])
   assert row.plain == f"12{watch.ENDED}3"
-  assert said.plain == f"call 2: '2' 1.00, '{watch.ENDED}' 0.75"
+  assert said.plain == f"call 2, with confidence: '2' 1.00, '{watch.ENDED}' 0.75"
   assert [span.style.reverse for span in row.spans] == [False, True, True, False]
   assert row.spans[0].style.color != row.spans[1].style.color
+
+
+def test_a_file_gets_the_last_frame_as_whole_lines(decoded):
+  tokenizer, output = decoded[0], io.StringIO()
+  (one,) = tokenizer.encode("1")
+  watcher = watch.Watcher(tokenizer, Console(file=output, width=100))
+  with watcher.watching([None]):
+    watcher(1, np.array([[one, tokenizer.mask_token_id]]), np.array([1]), np.array([[0.5, 0.0]]))
+  assert output.getvalue() == f"1{watch.MASKED}\ncall 1, with confidence: '1' 0.50\n"
 
 
 def test_a_sudoku_is_watched_as_its_grid(decoded):
@@ -160,7 +169,7 @@ def test_a_sudoku_is_watched_as_its_grid(decoded):
     f" 4 1 \u2502 2 {blank}",
     f" 3 {blank} \u2502 {blank} 4",
   ]
-  assert said.plain == "call 1: '4' 0.50, '4' 0.50"
+  assert said.plain == "call 1, with confidence: '4' 0.50, '4' 0.50"
   cells = [span for span in grid.spans if span.style != "dim"]
   is_red = [span.style.color is not None and span.style.color.name == "red" for span in cells]
   assert [index for index, red in enumerate(is_red) if red] == [1, 2]  # one 4 too many

@@ -70,6 +70,7 @@ class Watcher:
           self._is_over = True
           self._news.notify()
         player.join()
+    _end_line(self._console)
 
   def __call__(self, number: Any, completion: Any, num_calls: Any, confidence: Any) -> None:
     """Take the rows after model call `number`, unless later ones have arrived."""
@@ -126,8 +127,13 @@ def play(record: Mapping[str, Any], puzzle: Grid | None, console: Console, secon
       live.update(draw_row(shown, since, since == call, sure, call + 1, puzzle), refresh=True)
       if console.is_terminal:
         time.sleep(seconds)
+  _end_line(console)
+
+
+def _end_line(console: Console) -> None:
+  """End the last frame's line where `Live` does not: a file gets only that frame, without a newline."""
   if not console.is_terminal:
-    console.print()  # a file gets only the last frame, without a newline
+    console.print()
 
 
 def draw_row(
@@ -158,7 +164,7 @@ def draw_row(
   named = [f"{pieces[i]!r} {confidence[i]:.2f}" for i in np.flatnonzero(is_new).tolist()]
   if len(named) > NUM_NAMED:
     named[NUM_NAMED:] = [f"{len(named) - NUM_NAMED} more"]
-  listed = f"call {call}: {', '.join(named) or 'nothing new'}"
+  listed = f"call {call}, with confidence: {', '.join(named)}" if named else f"call {call}: nothing new"
   return Group(drawn, Text(listed, style="dim", no_wrap=True, overflow="ellipsis"))
 
 

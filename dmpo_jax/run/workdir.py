@@ -171,9 +171,10 @@ def announce_start(workdir: epath.Path, config: Config, mesh: Mesh, rollout_mesh
     cut = b"" if before.endswith(b"\n") or not before else b"\n"
     files.write_whole(path, before + cut + json.dumps(start).encode() + b"\n")
     memory = f" of {start['device_memory_gb']:.0f} GB" if start["device_memory_gb"] else ""
+    noun = "process" if start["processes"] == 1 else "processes"
     meshes = sharding.describe_both(mesh, rollout_mesh or mesh, config["sharding"].to_dict())
     print(
-      f"{start['devices']}{memory}, {start['processes']} process(es), {meshes}; "
+      f"{start['devices']}{memory}, {start['processes']} {noun}, {meshes}; "
       f"dmpo_jax {start['version']} ({start['revision']}), jax {start['versions']['jax']}, config {start['config']}",
       flush=True,
     )

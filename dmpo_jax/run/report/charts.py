@@ -13,8 +13,13 @@ from dmpo_jax.run.report.runs import Row, Run, is_number
 MOST_POINTS = 300  # per curve; longer ones are drawn as means of neighbouring rows
 
 Spec = dict[str, Any]
-# no label without a gap to its neighbour, and one for every 70 pixels
-SPACED: Spec = {"labelOverlap": "greedy", "labelSeparation": 8, "tickCount": {"expr": "ceil(width / 70)"}}
+# no label without a gap to its neighbour, one for every 70 pixels, and the first and the last under their ticks too
+SPACED: Spec = {
+  "labelOverlap": "greedy",
+  "labelSeparation": 8,
+  "labelFlush": False,
+  "tickCount": {"expr": "ceil(width / 70)"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,13 +252,13 @@ def draw_times(runs: Sequence[Run]) -> Spec | None:
     "height": 60 + 36 * len(runs),
     "encoding": {
       "y": {"field": "run", "type": "nominal", "title": None, "sort": [run.name for run in runs]}
-      | ({"axis": None} if len(runs) == 1 else {}),
+      | {"axis": None if len(runs) == 1 else {"labelLimit": 110}},  # a phone has room for the legend beside them
       "x": {"field": "seconds", "type": "quantitative", "title": "seconds", "axis": SPACED},
       "color": {
         "field": "part",
         "type": "nominal",
         "sort": [*TIMES.values(), "other"],
-        "legend": {"orient": "bottom", "title": None, "columns": 3 if len(runs) == 1 else 2},
+        "legend": {"orient": "bottom", "title": None, "columns": 2},
       },
       "order": {"field": "order"},
       "tooltip": _tooltip(("run", "run", ""), ("part", "part", ""), ("seconds", "seconds", ",.1f")),
@@ -262,7 +267,7 @@ def draw_times(runs: Sequence[Run]) -> Spec | None:
 
 
 def times(run: Run) -> dict[str, float]:
-  """Return the seconds that a run spent on each part; `other` (compiling, saving) if it finished in one start."""
+  """Return the seconds that a run spent on each part; `other` (start, data, saving) if it finished in one start."""
   spent = {}
   for path, label in TIMES.items():
     phase, name = path.split("/")

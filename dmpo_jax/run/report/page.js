@@ -116,7 +116,7 @@
       denoising.draw(board, { ...pane, pieces, since, call, calls, blockLength });
       const fresh = pieces.flatMap((piece, i) =>
         piece !== null && since[i] === call - 1 ? [`${JSON.stringify(piece)} (${pane.confidence[i].toFixed(3)})`] : []);
-      const what = fresh.length ? `committed ${fresh.join(", ")}` : call ? "committed nothing" : "nothing is decided";
+      const what = fresh.length ? `decided, with confidence, ${fresh.join(", ")}` : call ? "decided nothing" : "nothing is decided";
       output.textContent = `Call ${call} of ${calls}: ${what}.`;
     };
   }

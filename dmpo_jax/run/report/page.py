@@ -57,6 +57,7 @@ def render(runs: Sequence[Run]) -> str:
   animated = {run.name: animations(run) for run in runs}
   if any(run.generations for run in runs) and not any(animated.values()):
     absent.append("Denoising")
+  shown = [(run, buffers, rows) for run in runs for buffers, rows in [completions(run)] if rows]
   script = read_asset("denoising.js") + read_asset("page.js")
   return environment.get_template("page.html").render(
     runs=runs,
@@ -69,12 +70,14 @@ def render(runs: Sequence[Run]) -> str:
     figures=figures,
     constant=constant,
     grid=_grid(runs),
+    tasks=sorted({epath.Path(task).stem for run in runs if isinstance(task := run.config.get("task.name"), str)}),
     absent=absent,
     settings=settings(runs),
     differing=differing(settings(runs)),
-    completions=[(run, buffers, rows) for run in runs for buffers, rows in [completions(run)] if rows],
+    completions=shown,
     animations=[(name, found, choose(found)) for name, found in animated.items() if found],
     has_grids=any(pane["grid"] for found in animated.values() for one in found for pane in one["panes"]),
+    has_answers=any(line and show_grid(line) for *_, rows in shown for _, lines in rows for line in lines),
     has_blocks=any(one["block_length"] for found in animated.values() for one in found),
     specs=_as_json({figure["id"]: figure["spec"] for figure in figures}),
     animation_data=_as_json(animated),
@@ -96,7 +99,7 @@ def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[tuple[str, str
   A figure is missing if every run should have it and none has.
   """
   held_out = [
-    ("Held-out solve rate", "Policy on prompts that it is not trained on, 95 % interval.", ("solve_rate", ".1%")),
+    ("Held-out solve rate", "Policy on prompts that it is not trained on, 95% interval.", ("solve_rate", ".1%")),
     ("Held-out reward", "Mean over the same prompts.", ("reward_mean", ".3~g")),
     ("Model calls a prompt", "In evaluation.", ("model_calls", ".1f")),
   ]
@@ -104,7 +107,8 @@ def draw(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[tuple[str, str
   first, *others = charts.CURVES
   every = (first, charts.part_curves(runs), charts.task_curves(runs), *others)
   drawn += [(own.title, charts.caption_of(own, runs), own.form, charts.draw_curves(own, runs)) for own in every]
-  drawn.append(("Time by part", "Other is compiling, saving and waiting.", "", charts.draw_times(runs)))
+  parts = "Compilation belongs to the part that needs it; other is the start, data, saving and waiting."
+  drawn.append(("Time by part", parts, "", charts.draw_times(runs)))
   figures, constant = [], []
   for number, (title, caption, form, spec) in enumerate(drawn):
     if spec and (values := charts.constant_values(spec, form, runs)):
@@ -155,8 +159,9 @@ FACTS: dict[str, Callable[[Run], object]] = {
     f"{run.config['train.updates_per_buffer']} updates"
   ),
   "seed": lambda run: run.config["seed"],
-  "devices": lambda run: f"{run.starts[-1]['devices']}, {run.starts[-1]['processes']} process(es)",
-  "started": lambda run: f"{len(run.starts)} time(s)" if run.starts else "unknown",
+  "devices": lambda run: run.starts[-1]["devices"],
+  "processes": lambda run: run.starts[-1]["processes"],
+  "starts": lambda run: len(run.starts) or "unknown",
   "seconds of the last start": lambda run: f"{run.result['seconds']:,.0f}",
   "arguments": lambda run: run.starts[-1]["arguments"],
   "version": lambda run: f"{run.starts[-1]['version']}",

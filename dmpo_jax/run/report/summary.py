@@ -73,7 +73,7 @@ def _tell_training(run: Run, last: int) -> str:
   if not isinstance(objective, str) or prompts is None or group is None:
     return ""
   if objective == SUPERVISED:
-    return f"Then it learned from demonstrations, {last:,} buffers of {prompts:,}."
+    return f"Then it learned from demonstrations, {prompts:,} in each of {last:,} buffers."
   label = f"DMPO's {objective}" if objective in DMPO else objective
   return f"Then {label} taught it from rewards for its own answers, {prompts * group:,} in each of {last:,} buffers."
 
@@ -87,11 +87,13 @@ def _amounts(run: Run, rows: Sequence[Row]) -> Iterator[str]:
   spent = times(run)
   prompts, group, updates = map(run.count, ("rollout.num_prompts", "rollout.group_size", "train.updates_per_buffer"))
   if rows and prompts is not None and group is not None and updates is not None:
-    yield f"{len(rows)} buffers of {prompts * group:,} rollouts, {len(rows) * updates:,} updates"
+    is_supervised = run.config.get("objective.name") == SUPERVISED
+    content = f"{prompts:,} demonstrations" if is_supervised else f"{prompts * group:,} rollouts"
+    yield f"{len(rows)} buffers of {content}, {len(rows) * updates:,} updates"
   if spent:
-    yield "time: " + ", ".join(
-      f"{part} {seconds:,.{0 if seconds >= 10 else 1}f} s" for part, seconds in spent.items() if seconds >= 0.05
-    )
+    shown = (f"{part} {seconds:,.{0 if seconds >= 10 else 1}f} s" for part, seconds in spent.items() if seconds >= 0.05)
+    other = " (start, data, saving)" if spent.get("other", 0.0) >= 0.05 else ""
+    yield f"time, compilation included: {', '.join(shown)}{other}"
 
 
 def _first_and_last(rows: Sequence[Row]) -> Iterator[str]:

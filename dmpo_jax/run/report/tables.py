@@ -44,7 +44,7 @@ def outcome(rows: Mapping[str, Mapping[str, float]]) -> Table:
   num_prompts = int(next(iter(rows.values()))["num_prompts"])
   layout = Table(title=f"{num_prompts} held-out prompts")
   parts = list_parts(rows.values())
-  for column in ("", "solved", "95 % interval", "reward", *parts):
+  for column in ("", "solved", "95% interval", "reward", *parts):
     layout.add_column(column, justify="right" if column else "left")
   for name, row in rows.items():
     low, high = row["solve_rate_low"], row["solve_rate_high"]
@@ -69,7 +69,7 @@ def evaluations(rows: Sequence[Row]) -> Table:
     "with": settings_apart(rows),
     "prompts": [str(row["num_prompts"]) for row in rows],
     "solved": [f"{row['solve_rate']:.1%}" for row in rows],
-    "95 % interval": [f"{row['solve_rate_low']:.1%} to {row['solve_rate_high']:.1%}" for row in rows],
+    "95% interval": [f"{row['solve_rate_low']:.1%} to {row['solve_rate_high']:.1%}" for row in rows],
     f"pass@{k}": [f"{row[f'pass_at_{k}']:.1%}" if f"pass_at_{k}" in row else "" for row in rows],
     **{part: [_decimals(row.get(f"reward_{part}")) for row in rows] for part in list_parts(rows)},
     "form": [f"{row['format_rate']:.1%}" for row in rows],
@@ -78,7 +78,7 @@ def evaluations(rows: Sequence[Row]) -> Table:
     "calls": [f"{row['model_calls']:.0f}" for row in rows],
     "tokens/s": [f"{row['tokens_per_second']:,.0f}" for row in rows],
   }
-  always = ("policy", "sampler", "solved", "95 % interval")
+  always = ("policy", "sampler", "solved", "95% interval")
   shared = {name: values[0] for name, values in columns.items() if name not in always and len(set(values)) == 1}
   common = ", ".join(f"{name} {value}" for name, value in shared.items() if value)
   layout = Table(
