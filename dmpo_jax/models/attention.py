@@ -220,7 +220,9 @@ def _attend_copies(
   return jnp.concatenate([of_prompt, mixed], axis=1)
 
 
-def _multiply(left: Float[Array, "*t z i"], right: Float[Array, "*t1 i j"]) -> Float32[Array, "*t z j"]:
+def _multiply(
+  left: Float[Array, "*t rows inner"], right: Float[Array, "*t1 inner columns"]
+) -> Float32[Array, "*t rows columns"]:
   """Multiply with matrices that lack the last of the left's leading axes: one product has all entries along those."""
   flat = left.reshape(*right.shape[:-2], -1, left.shape[-1])
   product = jnp.matmul(flat, right, preferred_element_type=jnp.float32)
