@@ -91,7 +91,7 @@ def test_an_8b_gradient_step_on_sixteen_chips(tmp_path):
   """2 antithetic pairs a chip: a prompt's 16 rollouts of 4 masks each, 456 positions a row."""
   options = ["--topology=v5e:4x4", "--programs=accumulate"]
   options += ["--config.rollout.num_prompts=1", "--config.train.microbatch_prompts=1"]
-  options += ["--config.rollout.chunk_prompts=1"]
+  options += ["--config.rollout.chunk_prompts=1", "--config.model.remat=full", "--config.model.layer_rows=4"]
   found, shown = plan_8b(tmp_path / "plan.json", *options)
   cost = found["programs"]["accumulate"]
   assert found["attention"] == "splash"

@@ -119,7 +119,7 @@ def test_the_smoke_run_from_beginning_to_end(workdir):
   assert "config.objective.alpha: 0.05 -> 0.5" in other.stderr
   evaluation = start(*command, "--mode=eval")
   assert evaluation.returncode == 0, evaluation.stderr[-2000:]
-  assert "Evaluated by --mode=eval" in (workdir / "report.html").read_text()
+  assert "By <code>--mode=eval</code>, the best first" in (workdir / "report.html").read_text()
   left = {path.name + "/" * path.is_dir() for path in workdir.iterdir()}
   assert {name for name in left if f"`{name}`" not in (ROOT / "docs" / "runs.md").read_text()} == set()
   again = {row["policy"]: row for row in json.loads((workdir / "evaluation" / "result.json").read_text())}

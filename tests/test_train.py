@@ -182,7 +182,8 @@ def test_the_documented_command_trains_on_chats(tmp_path):
   rows = [lines[0].replace("2 + 2", f"2 + {n}") for n in range(40)]
   (tmp_path / "chats.jsonl").write_text("\n".join(rows))
   write_tokenizer(tmp_path / "chat", CHAT_IDS, DREAM_CONFIG, DREAM_TEMPLATE)
-  (command,) = [each for each in docs_check.commands("    " + documents.code("tasks.md", "python -m dmpo_jax")) if each]
+  found = docs_check.commands((documents.DOCS / "tasks.md").read_text())
+  (command,) = [each for each in found if "--config.task.name=chats.jsonl" in each]
   flags = [flag for flag in command.split()[3:] if flag.startswith(("--config.objective", "--config.task"))]
   workdir = epath.Path(tmp_path / "run")
   done = start(
