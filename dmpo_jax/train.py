@@ -31,8 +31,7 @@ from dmpo_jax.run.params import is_saved, save_params
 from dmpo_jax.run.preemption import Preempted, check_preemption
 from dmpo_jax.run.report import summarize, tables
 from dmpo_jax.run.report import write as write_report
-from dmpo_jax.run.report.charts import STEPS
-from dmpo_jax.run.report.runs import read_prompts
+from dmpo_jax.run.report.runs import STEPS, read_prompts
 from dmpo_jax.run.workdir import announce_start, save_config, take_over
 from dmpo_jax.structs import Experience, PendingRollouts, TrainState
 

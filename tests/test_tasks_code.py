@@ -284,9 +284,10 @@ def test_nothing_is_read_or_written_outside_the_sandbox(where, tmp_path, monkeyp
     assert "passes" not in parts, name
   assert os.listdir(tmp_path) == ["answers"]
   assert path.read_text() == SECRET
-  private = "def f(x):\n  open('/tmp/a', 'w').write('b')\n  return 3 if x == 2 else 0"
+  inside = f"/tmp/{tmp_path.parent.name}.{os.getpid()}"  # the sandbox's own folder
+  private = f"def f(x):\n  open({inside!r}, 'w').write('b')\n  return 3 if x == 2 else 0"
   assert graded(TARGET, private, where)[0]["passes"] == 0.5
-  assert not os.path.exists("/tmp/a")
+  assert not os.path.exists(inside)
 
 
 def test_without_a_sandbox_it_reads_what_the_user_can():

@@ -6,10 +6,9 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from etils import epath
-from remains import leave_alone, policy_of, rows_of
+from remains import die_at_save, leave_alone, policy_of, rows_of
 
 from dmpo_jax import build, chunks, phases, policy, train
-from dmpo_jax.run import checkpoints
 from dmpo_jax.run.preemption import Preempted
 
 
@@ -75,20 +74,6 @@ def test_no_buffer_is_drawn_after_the_last(left_alone):
   assert saved_at(left_alone, "6") == {"state"}
 
 
-def stop_at_save(patch, number):
-  """Let the program die when it has asked for a checkpoint for the `number`-th time, and it stands."""
-  count, save = [0], checkpoints.Checkpoints.save
-
-  def save_and_die(self, *args):
-    save(self, *args)
-    count[0] += 1
-    if count[0] == number:
-      self.wait()
-      raise KeyboardInterrupt
-
-  patch.setattr(checkpoints.Checkpoints, "save", save_and_die)
-
-
 def notice_at_poll(patch, number):
   """Let a notice of preemption come when programs on a buffer's chunks ask for one for the `number`-th time."""
   count = [0]
@@ -109,8 +94,8 @@ def test_an_interrupted_run_ends_as_if_left_alone(left_alone, tmp_path, monkeypa
     (notice_at_poll, 2, Preempted, "0", {"state", "drawn"}),  # a buffer: 2 chunks are sampled, then scored
     (notice_at_poll, 3, Preempted, "0.1", {"state", "drawn"}),
     (notice_at_poll, 3, Preempted, "0.2", {"state", "experience", "drawn"}),
-    (stop_at_save, 1, KeyboardInterrupt, "1", {"state", "experience", "drawn"}),
-    (stop_at_save, 2, KeyboardInterrupt, "2", {"state", "drawn"}),  # the first is of the step that it begins at
+    (die_at_save, 1, KeyboardInterrupt, "1", {"state", "experience", "drawn"}),
+    (die_at_save, 2, KeyboardInterrupt, "2", {"state", "drawn"}),  # the first is of the step that it begins at
   )
   drawn = []
   for interrupt, number, error, name, wanted in interruptions:

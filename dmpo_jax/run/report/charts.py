@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dmpo_jax.run.report.runs import Row, Run, is_number
+from dmpo_jax.run.report.runs import STEPS, Row, Run, is_number
 
 MOST_POINTS = 300  # per curve; longer ones are drawn as means of neighbouring rows
 
@@ -142,7 +142,6 @@ TIMES = {  # parts of a run's time, by their figures
   "train/eval_seconds": "evaluation",
 }
 SYMBOLS = {"symbolOpacity": 1, "symbolStrokeWidth": 2}  # of a legend; by default those of the faintest layer
-STEPS = {"train": "buffers", "warm_start": "updates"}
 
 
 def list_parts(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -18,6 +18,7 @@ METRICS, GENERATIONS = "metrics.jsonl", "generations"
 NUM_SAMPLES = 8  # completions of an evaluation that the page shows: of the first prompts, not a selection
 
 Row = dict[str, Any]
+STEPS = {"train": "buffers", "warm_start": "updates"}  # what a phase counts
 
 
 @dataclasses.dataclass(frozen=True)
